@@ -1,0 +1,56 @@
+"""Imports point down only: the rooms of the house and which stands above which (docs/design.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "rpe_ops_cuda": set(),
+    "irpe_ops": {"rpe_ops_cuda"},
+    "irpe_train": set(),
+    "deit_irpe": {"irpe_ops", "irpe_train"},
+    "detr_irpe": {"irpe_ops", "irpe_train"},
+}
+
+
+def first_party_imports(package: str) -> set[str]:
+    """Every first-party package that any module of ``package`` imports, at the top or inside a function."""
+    found = set()
+    for path in sorted((REPO / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            else:
+                continue
+            found.update(name.split(".")[0] for name in names)
+    return found & set(ALLOWED)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_down(package):
+    assert list((REPO / package).rglob("*.py")), f"{package}: no Python file found"
+    assert first_party_imports(package) - {package} <= ALLOWED[package]
+
+
+def test_the_torch_only_package_imports_nothing_else():
+    """``irpe_ops`` can be lifted out: torch at import time; triton and matplotlib only where they are used."""
+    top_level = set()
+    for path in (REPO / "irpe_ops").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                top_level.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                top_level.add(node.module.split(".")[0])
+    import sys
+
+    assert top_level - set(sys.stdlib_module_names) <= {"torch", "irpe_ops"}
+
+
+def test_nothing_imports_scripts():
+    for package in ALLOWED:
+        for path in (REPO / package).rglob("*.py"):
+            assert "import scripts" not in path.read_text() and "from scripts" not in path.read_text(), path
