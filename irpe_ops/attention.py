@@ -1,0 +1,209 @@
+"""Attention with relative position encoding: the definition in plain PyTorch, then the choice of a faster backend."""
+
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irpe_ops.modules import IRPE, IRPECross, resolve_grid
+
+Encoding = IRPE | IRPECross
+
+# What `auto` tries first; each is a file attention_<name>.py with missing(), why_not(...) and attention(...).
+FAST_BACKENDS = {"cpu": "compiled", "cuda": "triton"}
+BACKENDS = ("auto", "eager", *FAST_BACKENDS.values())
+
+
+def rpe_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: Encoding | None = None,
+    rpe_k: Encoding | None = None,
+    rpe_v: Encoding | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Self-attention over a grid of tokens, ``softmax(q k^T + encodings) v + encoding``.
+
+    Args:
+        q, k, v: ``(B, H, L, D)`` of one floating-point dtype; ``q`` is not yet scaled.
+        rpe_q, rpe_k, rpe_v: from `build_rpe`; None leaves that term out.
+        height, width: of the token grid; None means the square grid of ``L - skip`` tokens.
+        key_padding_mask: ``(B, L)`` bool, True = this key is ignored.
+        attn_mask: broadcasts to ``(B, H, L, L)``; float is added to the scores, bool True = excluded.
+        dropout_p: probability of dropping an attention weight, in ``[0, 1)``; pass 0 when evaluating.
+        scale: of the queries; None means ``D ** -0.5``.
+        backend: ``auto`` (the fastest that can run this call), ``eager``, ``compiled`` (CPU) or ``triton`` (CUDA).
+    Returns: ``(B, H, L, D)``. A query whose keys are all masked gets zeros. Under autocast, inputs are taken in its
+        dtype; table lookups, softmax and sums over buckets are fp32.
+    Raises: ValueError: for arguments that do not fit together, or a call the named backend cannot run;
+        ImportError: for a named backend that does not exist on this machine.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check_tensors(q, k, v)
+    _check_masks(q, key_padding_mask, attn_mask)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"rpe_attention: dropout_p is a probability in [0, 1), not {dropout_p!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"rpe_attention: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    height, width = _resolve_encodings(q.shape, height, width, rpe_q, rpe_k, rpe_v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    encodings = (rpe_q, rpe_k, rpe_v)
+    options = {
+        "height": height,
+        "width": width,
+        "key_padding_mask": key_padding_mask,
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+    }
+    if backend == "auto":
+        name = FAST_BACKENDS.get(q.device.type, "eager")
+        fast = None if name == "eager" or missing_backend(name) else _module_of(name)
+        if fast is None or fast.why_not(q, k, v, *encodings, **options):
+            return eager_attention(q, k, v, *encodings, **options, scale=scale)
+        return fast.attention(q, k, v, *encodings, **options, scale=scale)
+    if backend == "eager":
+        return eager_attention(q, k, v, *encodings, **options, scale=scale)
+    if reason := missing_backend(backend):
+        raise ImportError(f"backend={backend!r} does not exist here: {reason} (python -m irpe_ops.info says more)")
+    if reason := _module_of(backend).why_not(q, k, v, *encodings, **options):
+        raise ValueError(f"backend={backend!r} cannot run this call: {reason} (backend='auto' picks one that can)")
+    return _module_of(backend).attention(q, k, v, *encodings, **options, scale=scale)
+
+
+def eager_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: Encoding | None,
+    rpe_k: Encoding | None,
+    rpe_v: Encoding | None,
+    *,
+    height: int | None,
+    width: int | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """What `rpe_attention` means; every other backend is measured against it."""
+    q = q * scale
+    scores = q @ k.transpose(2, 3)  # (B, H, L, L)
+    if rpe_k is not None:
+        scores = scores + rpe_k(q, height, width)
+    if rpe_q is not None:
+        scores = scores + rpe_q(k * scale, height, width).transpose(2, 3)
+    if torch.is_autocast_enabled(q.device.type):
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    masked = key_padding_mask is not None or attn_mask is not None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask.to(scores.dtype)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
+    if masked:
+        # The softmax of a row of minus infinities is NaN, and so is its gradient: take such rows out before and after.
+        empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1)
+        weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    else:
+        weights = scores.softmax(-1)
+    weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
+    out = weights.to(v.dtype) @ v  # (B, H, L, D)
+    return out if rpe_v is None else out + rpe_v(weights, height, width).to(out.dtype)
+
+
+def missing_backend(name: str) -> str | None:
+    """Why the backend ``name`` does not exist on this machine, with the remedy; None where it does."""
+    if name == "eager":
+        return None
+    if importlib.util.find_spec(f"irpe_ops.attention_{name}") is None:
+        return f"irpe_ops/attention_{name}.py is not there"
+    return _module_of(name).missing()
+
+
+def _module_of(name: str):
+    # Import statements, not importlib: torch.compile can follow these.
+    if name == "compiled":
+        from irpe_ops import attention_compiled as module
+    else:
+        from irpe_ops import attention_triton as module
+    return module
+
+
+def _resolve_encodings(
+    shape: torch.Size, height: int | None, width: int | None, *encodings: Encoding | None
+) -> tuple[int | None, int | None]:
+    """Check the encodings against ``(B, H, L, D)`` and each other; the grid they agree on."""
+    _, heads, length, head_dim = shape
+    for role, rpe in zip("qkv", encodings, strict=True):
+        if rpe is None:
+            continue
+        if not isinstance(rpe, (IRPE, IRPECross)):
+            raise ValueError(f"rpe_attention: rpe_{role} must come from build_rpe, got {type(rpe).__name__}")
+        if rpe.on_values != (role == "v"):
+            raise ValueError(f"rpe_attention: rpe_{role} was given an encoding built as rpe_{rpe.role}")
+        for part in rpe.parts:
+            if part.mode == "ctx" and part.head_dim != head_dim:
+                raise ValueError(f"rpe_{role}: built for head_dim={part.head_dim}, got D={head_dim} in {tuple(shape)}")
+            if not part.shared_head and part.num_heads != heads:
+                raise ValueError(f"rpe_{role}: built for {part.num_heads} heads, got H={heads} in {tuple(shape)}")
+            height, width = resolve_grid(length, height, width, part.skip, f"rpe_{role}")
+    return height, width
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"rpe_attention: expected q, k, v of shape (B, H, L, D), got q {tuple(q.shape)}")
+    if q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            f"rpe_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} differ; queries and keys "
+            "must be the same tokens of one grid (see docs/equip.md on cross-attention)"
+        )
+    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(
+            f"rpe_attention: q, k, v must share one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(f"rpe_attention: q, k, v must share one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _check_masks(q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+    batch, heads, length, _ = q.shape
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"rpe_attention: key_padding_mask must be bool (True = ignored), not {key_padding_mask.dtype}"
+            )
+        if key_padding_mask.shape != (batch, length):
+            raise ValueError(
+                f"rpe_attention: key_padding_mask must be (B, L) = ({batch}, {length}), "
+                f"got {tuple(key_padding_mask.shape)}"
+            )
+    if attn_mask is not None:
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise ValueError(
+                f"rpe_attention: attn_mask must be bool (True = excluded) or floating point, not {attn_mask.dtype}"
+            )
+        wanted = (batch, heads, length, length)
+        if attn_mask.dim() > 4 or any(
+            m not in (1, w) for m, w in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+        ):
+            raise ValueError(
+                f"rpe_attention: attn_mask must broadcast to (B, H, L, L) = {wanted}, got {tuple(attn_mask.shape)}"
+            )
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.device != q.device:
+            raise ValueError(f"rpe_attention: {name} is on {mask.device} and q on {q.device}; move one of them")

@@ -1,0 +1,113 @@
+"""What kind of relative position encoding: a frozen config, and the spec strings that name one."""
+
+import math
+import re
+from dataclasses import dataclass
+
+METHODS = ("euc", "quant", "cross", "product")
+MODES = ("ctx", "bias")
+RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
+SPEC_FORMAT = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
+
+
+@dataclass(frozen=True)
+class RPEConfig:
+    """One encoding, checked and in lower case.
+
+    Attributes:
+        ratio: ``alpha, beta, gamma = ratio * (1, 2, 8)``, in patches; at least 0.5, so that a neighbour has a bucket.
+        method: how two positions become a bucket: ``euc``, ``quant``, ``cross`` or ``product``.
+        mode: ``ctx`` (the token's vector times the table; alias ``contextual``) or ``bias`` (the table alone).
+        shared_head: one table for all heads, or one for each.
+        skip: leading tokens without a position (class, distillation, registers).
+        rpe_on: on which of queries, keys and values: ``q k v qk qv kv qkv``.
+    Raises: ValueError: naming the field, what was wanted and what came.
+    Source: Wu et al., ICCV 2021.
+    """
+
+    ratio: float = 1.9
+    method: str = "product"
+    mode: str = "ctx"
+    shared_head: bool = True
+    skip: int = 0
+    rpe_on: str = "k"
+
+    def __post_init__(self) -> None:
+        method, mode, rpe_on = _lower(self.method), _lower(self.mode), _lower(self.rpe_on)
+        mode = "ctx" if mode == "contextual" else mode
+        for name, value in (("method", method), ("mode", mode), ("rpe_on", rpe_on)):
+            object.__setattr__(self, name, value)
+        if method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; expected one of {', '.join(MODES)} (or contextual)")
+        if rpe_on not in RPE_ON:
+            raise ValueError(f"unknown rpe_on {self.rpe_on!r}; expected one of {', '.join(RPE_ON)}")
+        if mode == "bias" and "v" in rpe_on:
+            raise ValueError(
+                f"mode 'bias' with rpe_on {rpe_on!r}: a bias is added to attention scores, and values have none; "
+                "use mode 'ctx', or leave v out of rpe_on"
+            )
+        object.__setattr__(self, "ratio", check_ratio(self.ratio))
+        if not (isinstance(self.shared_head, bool) or self.shared_head in (0, 1)):
+            raise ValueError(f"shared_head is True or False (1 or 0 in a spec), not {self.shared_head!r}")
+        object.__setattr__(self, "shared_head", bool(self.shared_head))
+        if not isinstance(self.skip, int) or isinstance(self.skip, bool) or self.skip < 0:
+            raise ValueError(f"skip is the number of leading tokens, 0 or more, not {self.skip!r}")
+
+    @property
+    def spec(self) -> str:
+        """The spec string that names this config (``skip`` is not part of it)."""
+        return f"rpe-{self.ratio:.12g}-{self.method}-{self.mode}-{int(self.shared_head)}-{self.rpe_on}"
+
+
+def get_rpe_config(
+    ratio: float = 1.9,
+    method: str = "product",
+    mode: str = "ctx",
+    shared_head: bool = True,
+    skip: int = 0,
+    rpe_on: str = "k",
+) -> RPEConfig:
+    """The config with these fields; see `RPEConfig` for their meaning and errors."""
+    return RPEConfig(ratio, method, mode, shared_head, skip, rpe_on)
+
+
+def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
+    """The config that a spec string names, e.g. ``"rpe-2.0-product-ctx-1-k"``.
+
+    Raises: ValueError: quoting the spec, the part that is wrong and the format.
+    """
+    if not isinstance(spec, str):
+        raise ValueError(f"an rpe spec is a string, not {type(spec).__name__}. Format: {SPEC_FORMAT}")
+    # The ratio may be written with an exponent's minus sign or be negative, so it is not simply split at "-".
+    match = re.fullmatch(r"rpe-(.+)-([^-]*)-([^-]*)-([^-]*)-([^-]*)", spec.strip(), flags=re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"rpe spec {spec!r}: expected six parts joined by '-'. Format: {SPEC_FORMAT}")
+    ratio, method, mode, shared_head, rpe_on = match.groups()
+    try:
+        if shared_head not in ("0", "1"):
+            raise ValueError(f"shared_head is 0 or 1, not {shared_head!r}")
+        return RPEConfig(_number(ratio), method, mode, shared_head == "1", skip, rpe_on)
+    except ValueError as error:
+        raise ValueError(f"rpe spec {spec!r}: {error}. Format: {SPEC_FORMAT}") from None
+
+
+def check_ratio(ratio: float) -> float:
+    """``ratio`` as a float; ValueError unless it is finite and leaves room for at least one bucket a side."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
+        raise ValueError(f"ratio is a positive number, not {ratio!r}")
+    if 2 * ratio < 1:
+        raise ValueError(f"ratio {ratio!r} leaves a single bucket for all distances; use at least 0.5")
+    return float(ratio)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"ratio is a positive number, not {text!r}") from None
+
+
+def _lower(value: object) -> str:
+    return value.lower() if isinstance(value, str) else ""

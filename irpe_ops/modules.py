@@ -1,0 +1,171 @@
+"""The encodings as modules: one learned table each, on queries, keys or values."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ops.buckets import bucket_map, check_map, count_buckets, traced_bucket_map
+from irpe_ops.config import RPEConfig
+from irpe_ops.rpe_index import rpe_index, rpe_index_adjoint
+
+
+class IRPE(nn.Module):
+    """One relative position encoding with one table.
+
+    Args:
+        config: method (for ``cross`` see ``method``), mode, ratio, shared_head, skip.
+        head_dim, num_heads: ``D`` and ``H`` of the attention it belongs to.
+        role: ``"q"``, ``"k"`` or ``"v"``: what it encodes.
+        method: the bucket map, when it is not the config's method: ``cross_rows`` or ``cross_cols``.
+
+    The table starts at zero, so that a fresh encoding changes nothing: ``lookup_table_weight`` (``ctx``) is
+    ``(H or 1, D, N)`` on q and k and ``(H or 1, N, D)`` on v; ``lookup_table_bias`` (``bias``) is ``(H or 1, N)``.
+    Source: Wu et al., ICCV 2021, Eq. (13) to (15).
+    """
+
+    def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, role: str, method: str | None = None) -> None:
+        super().__init__()
+        self.method = check_map(method or config.method)
+        self.mode, self.shared_head, self.skip, self.ratio = config.mode, config.shared_head, config.skip, config.ratio
+        self.head_dim, self.num_heads, self.role = head_dim, num_heads, role
+        self._coefficients = (repr(self.ratio), int(2 * self.ratio), math.ceil(8 * self.ratio))  # traced_bucket_map
+        self.num_buckets = count_buckets(self.method, 2 * self.ratio, self.skip)
+        heads, buckets = 1 if self.shared_head else num_heads, self.num_buckets
+        if self.mode == "bias":
+            self.lookup_table_bias = nn.Parameter(torch.zeros(heads, buckets))
+        elif self.on_values:
+            self.lookup_table_weight = nn.Parameter(torch.zeros(heads, buckets, head_dim))
+        else:
+            self.lookup_table_weight = nn.Parameter(torch.zeros(heads, head_dim, buckets))
+
+    @property
+    def on_values(self) -> bool:
+        """Whether it turns attention weights into values, rather than vectors into attention scores."""
+        return self.role == "v"
+
+    @property
+    def table(self) -> nn.Parameter:
+        """The one parameter, whatever the mode calls it."""
+        return self.lookup_table_bias if self.mode == "bias" else self.lookup_table_weight
+
+    @property
+    def parts(self) -> tuple["IRPE", ...]:
+        """The encodings with one table that this one is the sum of: itself."""
+        return (self,)
+
+    def bucket_ids(self, length: int, height: int | None, width: int | None, device: torch.device) -> Tensor:
+        """The ``(L, L)`` map of this encoding for a sequence of ``length`` tokens. Shared: treat it as read-only.
+
+        Raises: ValueError: when the tokens do not fit the grid (see `resolve_grid`).
+        """
+        height, width = resolve_grid(length, height, width, self.skip, f"rpe_{self.role}")
+        if torch.compiler.is_compiling():
+            return traced_bucket_map(self.method, *self._coefficients, height, width, self.skip, device)
+        return bucket_map(self.method, self.ratio, height, width, self.skip, device)
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """What to add to the scores (q, k) or to the output (v) of attention.
+
+        Args:
+            x: for k the scaled queries, for q the scaled keys, ``(B, H, L, D)``; for v the weights ``(B, H, L, L)``.
+            height, width: of the token grid; None means the square grid of ``L - skip`` tokens.
+        Returns: ``(B, H, L, L)`` for q (to be transposed) and k, in ``bias`` mode with batch 1 and ``H or 1`` heads;
+            ``(B, H, L, D)`` for v. Under autocast the lookup is done in the dtype of the table, fp32.
+        Raises: ValueError: for shapes or dtypes that do not fit the table or the grid.
+        """
+        self._check(x)
+        length = x.shape[2]
+        ids = self.bucket_ids(length, height, width, x.device)
+        if self.mode == "bias":
+            return rpe_index(self.lookup_table_bias[None, :, None, :].expand(-1, -1, length, -1), ids)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.lookup_table_weight.dtype)
+            if self.on_values:
+                sums = rpe_index_adjoint(x, ids, self.num_buckets)  # (B, H, L, N)
+                return sums @ self.lookup_table_weight  # (B, H, L, D)
+            return rpe_index(x @ self.lookup_table_weight, ids)  # (B, H, L, L)
+
+    def _check(self, x: Tensor) -> None:
+        name, table = f"rpe_{self.role}", self.table
+        last = "L" if self.on_values else "D"
+        if x.dim() != 4 or (self.on_values and x.shape[2] != x.shape[3]):
+            raise ValueError(f"{name}: expected (B, H, L, {last}), got {tuple(x.shape)}")
+        if not self.on_values and x.shape[3] != self.head_dim:
+            raise ValueError(f"{name}: built for head_dim={self.head_dim}, got {tuple(x.shape)} with D={x.shape[3]}")
+        if not self.shared_head and x.shape[1] != self.num_heads:
+            raise ValueError(f"{name}: built for {self.num_heads} heads, got {tuple(x.shape)} with H={x.shape[1]}")
+        if x.device != table.device:
+            raise ValueError(f"{name}: its table is on {table.device} and its input on {x.device}; move one of them")
+        if x.dtype != table.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name}: its table is {table.dtype}, its input {x.dtype}; cast one or use torch.autocast")
+
+    def extra_repr(self) -> str:
+        heads = "shared" if self.shared_head else self.num_heads
+        sizes = f"buckets={self.num_buckets}, heads={heads}, skip={self.skip}"
+        return f"on {self.role}, {self.method}, {self.mode}, ratio={self.ratio:g}, {sizes}"
+
+
+class IRPECross(nn.Module):
+    """The ``cross`` method: the sum of an encoding by rows and one by columns, each with its own table."""
+
+    def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, role: str) -> None:
+        super().__init__()
+        self.role = role
+        self.rp_rows = IRPE(config, head_dim, num_heads, role, "cross_rows")
+        self.rp_cols = IRPE(config, head_dim, num_heads, role, "cross_cols")
+
+    @property
+    def on_values(self) -> bool:
+        """As in `IRPE`."""
+        return self.role == "v"
+
+    @property
+    def parts(self) -> tuple[IRPE, ...]:
+        """The encodings with one table that this one is the sum of: rows, then columns."""
+        return (self.rp_rows, self.rp_cols)
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """As `IRPE.forward`."""
+        return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
+
+
+def build_rpe(
+    config: RPEConfig | None, head_dim: int, num_heads: int
+) -> tuple[IRPE | IRPECross | None, IRPE | IRPECross | None, IRPE | IRPECross | None]:
+    """The modules ``(rpe_q, rpe_k, rpe_v)`` that a config asks for, None where it asks for none.
+
+    Raises: ValueError: for a head_dim or num_heads below 1; TypeError: for a config of another type.
+    """
+    if config is None:
+        return None, None, None
+    if not isinstance(config, RPEConfig):
+        raise TypeError(f"build_rpe: expected get_rpe_config(...) or parse_rpe_spec(...), got {config!r}")
+    for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"build_rpe: {name} must be a positive integer, not {value!r}")
+    kind = IRPECross if config.method == "cross" else IRPE
+    return tuple(kind(config, head_dim, num_heads, role) if role in config.rpe_on else None for role in "qkv")
+
+
+def resolve_grid(length: int, height: int | None, width: int | None, skip: int, name: str) -> tuple[int, int]:
+    """The grid of a sequence: ``(height, width)`` as given, or the square of ``length - skip`` tokens.
+
+    Raises: ValueError: for one side without the other, or tokens that are not ``height * width + skip``.
+    """
+    if (height is None) != (width is None):
+        raise ValueError(f"{name}: got height={height} and width={width}; give both, or neither for a square grid")
+    if height is None:
+        side = int(math.sqrt(max(length - skip, 0)))
+        if side < 1 or side * side + skip != length:
+            raise ValueError(
+                f"{name}: L={length} less skip={skip} leading tokens is no square grid; "
+                "pass height and width, or build the encoding with the right skip"
+            )
+        return side, side
+    if height < 1 or width < 1 or height * width + skip != length:
+        raise ValueError(
+            f"{name}: height={height}, width={width} gives {height * width} tokens and the table expects skip={skip} "
+            f"leading ones; got L={length}, not {height * width + skip}"
+        )
+    return height, width

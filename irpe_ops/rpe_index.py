@@ -1,0 +1,118 @@
+"""The lookup at the heart of iRPE and its adjoint, in plain PyTorch; and when the compiled kernel is taken instead."""
+
+import torch
+from torch import Tensor
+
+try:
+    # Beside a checkout, `import rpe_ops_cuda` alone would find the source folder and succeed.
+    from rpe_ops_cuda import _C  # noqa: F401  importing it registers torch.ops.irpe.*
+
+    extension_error = ""
+except (ImportError, OSError) as error:
+    extension_error = str(error)
+
+INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _devices_with_kernels() -> tuple[str, ...]:
+    if extension_error:
+        return ()
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    return tuple(d for d, key in keys.items() if torch._C._dispatch_has_kernel_for_dispatch_key("irpe::rpe_index", key))
+
+
+compiled_devices = _devices_with_kernels()
+
+
+def rpe_index(input: Tensor, index: Tensor) -> Tensor:
+    """Look up ``output[b, h, i, j] = input[b, h, i, index[i, j]]``.
+
+    Args:
+        input: ``(B, H, L_query, N)``; fp32, fp64, fp16 or bf16.
+        index: ``(L_query, L_key)``, uint8, int16, int32 or int64, values in ``[0, N)``, on the device of ``input``.
+    Returns: ``(B, H, L_query, L_key)``, the dtype of ``input``.
+    Raises: ValueError: for shapes, dtypes or devices that do not fit; IndexError: for a value outside ``[0, N)``.
+        Values are checked for CPU tensors, once for each state of ``index``, and not inside ``torch.compile``; on CUDA
+        the check would wait for the device, and a wrong value is the device's own assertion.
+    """
+    _check(input, index, "rpe_index", "input", "N", 3)
+    _check_range(index, input.shape[-1], "rpe_index")
+    if _compiled_kernel_for(input):
+        return torch.ops.irpe.rpe_index(input, index)
+    return input.gather(-1, index.long().expand(*input.shape[:2], -1, -1))
+
+
+def rpe_index_adjoint(grad: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+    """Sum into buckets: ``output[b, h, i, n] = sum of grad[b, h, i, j] over the j with index[i, j] == n``.
+
+    The gradient of `rpe_index` with respect to its input, and (applied to attention weights) the first half of the
+    encoding on values.
+
+    Args:
+        grad: ``(B, H, L_query, L_key)``; the dtypes of `rpe_index`.
+        index: ``(L_query, L_key)``, as in `rpe_index`.
+        num_buckets: ``N``.
+    Returns: ``(B, H, L_query, N)``, the dtype of ``grad``.
+    Raises: as `rpe_index`.
+    """
+    _check(grad, index, "rpe_index_adjoint", "grad", "L_key", 4)
+    _check_range(index, num_buckets, "rpe_index_adjoint")
+    if _compiled_kernel_for(grad):
+        return torch.ops.irpe.rpe_index_adjoint(grad, index, num_buckets)
+    zeros = grad.new_zeros(*grad.shape[:3], num_buckets)
+    return zeros.scatter_add(-1, index.long().expand(*grad.shape[:2], -1, -1), grad)
+
+
+def _compiled_kernel_for(tensor: Tensor) -> bool:
+    return (
+        tensor.device.type in compiled_devices
+        and tensor.dtype in _KERNEL_DTYPES
+        and not under_function_transform()
+    )
+
+
+def under_function_transform() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work: plain PyTorch serves those.
+
+    A ``torch.library`` operator knows its backward alone: ``torch.func.grad`` raises there, and forward mode returns
+    a zero tangent without a word.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _check(tensor: Tensor, index: Tensor, function: str, name: str, last: str, compared: int) -> None:
+    if tensor.dim() != 4 or index.dim() != 2:
+        raise ValueError(
+            f"{function}: expected {name} (B, H, L_query, {last}) and index (L_query, L_key); "
+            f"got {name} {tuple(tensor.shape)} and index {tuple(index.shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{function}: {name} must have a floating-point dtype, not {tensor.dtype}")
+    if index.dtype not in INDEX_DTYPES:
+        raise ValueError(f"{function}: index must be uint8, int16, int32 or int64, not {index.dtype}; use index.long()")
+    if tensor.device != index.device:
+        raise ValueError(
+            f"{function}: {name} is on {tensor.device} and index on {index.device}; use index.to({name}.device)"
+        )
+    if tensor.shape[2:compared] != index.shape[: compared - 2]:
+        raise ValueError(
+            f"{function}: {name} {tuple(tensor.shape)} and index {tuple(index.shape)} differ in "
+            f"{'L_query' if compared == 3 else 'L_query or L_key'}"
+        )
+
+
+def _check_range(index: Tensor, num_buckets: int, function: str) -> None:
+    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling() or under_function_transform():
+        return
+    if type(index) is not Tensor:  # shape propagation: there are no values
+        return
+    version = None if index.is_inference() else index._version
+    known = getattr(index, "_irpe_range", None)  # (version, smallest, largest), left there by an earlier call
+    if known is None or version is None or known[0] != version:
+        smallest, largest = index.aminmax()
+        known = index._irpe_range = (version, int(smallest), int(largest))
+    _, smallest, largest = known
+    if smallest < 0 or largest >= num_buckets:
+        wrong = smallest if smallest < 0 else largest
+        raise IndexError(f"{function}: index holds {wrong}; {num_buckets} buckets allow 0 to {num_buckets - 1}")
