@@ -1,0 +1,134 @@
+"""Image files of one split, read from a folder or in place from a zip archive."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from detr_irpe.data.packed import Packed
+from irpe_train.archives import check_archive
+from irpe_train.errors import BadData
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
+
+
+class FolderImages:
+    """The files ``names`` of one folder.
+
+    Args:
+        folder: where they are.
+        names: file names as the annotations give them, relative to the folder, in data set order.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.path = folder
+        self._names = Packed(os.fsencode(_checked_name(name, folder)) for name in names)
+        present = {entry.name for entry in os.scandir(folder)}
+        self.missing = [
+            name for name in names if name not in present and ("/" not in name or not (folder / name).is_file())
+        ]
+
+    def describe(self, index: int) -> str:
+        return str(self.path / os.fsdecode(self._names[index]))
+
+    def read(self, index: int) -> bytes:
+        """The bytes of file number ``index``. Raises OSError: it is not there or cannot be read."""
+        return Path(self.describe(index)).read_bytes()
+
+
+class ZipImages:
+    """The members ``names`` of one zip archive, read in place by any number of processes.
+
+    The archive's directory is read once; what is kept is where each image lies, in shared memory. Every process opens
+    the archive for itself at its first read, so that workers never move each other's file position.
+
+    Args:
+        archive: ``train2017.zip`` or the like; members may lie under a folder of the archive's name, as COCO's do.
+        names: file names as the annotations give them, in data set order.
+    Raises: BadData: the archive is damaged, or a member's name or size is hostile.
+    """
+
+    def __init__(self, archive: Path, names: Sequence[str]) -> None:
+        self.path = archive
+        self._names = Packed(_checked_name(name, archive).encode() for name in names)
+        members = _members(archive)
+        self.missing = [name for name in names if name not in members]
+        places = [members.get(name, (-1, 0, 0, 0, 0)) for name in names]
+        self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 5).share_memory_()
+        self._file, self._process = None, None
+
+    def describe(self, index: int) -> str:
+        return f"{self.path}:{self._names[index].decode()}"
+
+    def read(self, index: int) -> bytes:
+        """The bytes of member number ``index``. Raises OSError: it is missing, damaged or not what it claims to be."""
+        offset, stored_size, size, method, checksum = self._places[index].tolist()
+        if offset < 0:
+            raise FileNotFoundError(f"{self.describe(index)}: no such member in the archive")
+        file = self._own_handle()
+        file.seek(offset)
+        header = file.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+            raise OSError(f"{self.describe(index)}: the archive is damaged (no file header at byte {offset})")
+        _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        file.seek(name_length + extra_length, os.SEEK_CUR)
+        content = file.read(stored_size)
+        if method == zipfile.ZIP_DEFLATED:
+            try:  # one byte more than promised is enough to know; a bomb is never unfolded
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+            except zlib.error as error:
+                raise OSError(f"{self.describe(index)}: the archive is damaged ({error})") from error
+        if len(content) != size or zlib.crc32(content) != checksum:
+            raise OSError(f"{self.describe(index)}: the archive is damaged (size or checksum differs)")
+        return content
+
+    def _own_handle(self):
+        if self._process != os.getpid():
+            self._file, self._process = self.path.open("rb"), os.getpid()
+        return self._file
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None, "_process": None}
+
+
+def open_images(root: Path, split: str, names: Sequence[str]) -> FolderImages | ZipImages:
+    """The images ``names`` of ``root/split/``, or of ``root/split.zip`` where there is no such folder.
+
+    Raises: FileNotFoundError: neither is there, or a name is missing from it (the first ones are listed).
+    """
+    folder, archive = root / split, root / f"{split}.zip"
+    if folder.is_dir():
+        images = FolderImages(folder, names)
+    elif archive.is_file():
+        images = ZipImages(archive, names)
+    else:
+        raise FileNotFoundError(f'--coco_path {root}: no {split}/ or {split}.zip there. See README, "Data".')
+    return images
+
+
+def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
+    """Place, stored size, size, method and checksum of every member, by its name below the archive's own folder."""
+    check_archive(archive)
+    members = {}
+    with zipfile.ZipFile(archive) as opened:
+        infos = [info for info in opened.infolist() if not info.is_dir()]
+    for info in infos:
+        name = info.filename.removeprefix(archive.stem + "/")
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadData(f"{archive}: member {name!r} is encrypted or packed in an unusual way; pack it again")
+        if name in members:
+            raise BadData(f"{archive}: two members are called {name!r}; pack it again with one of each")
+        members[name] = (info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
+    return members
+
+
+def _checked_name(name: str, where: Path) -> str:
+    """``name``, unless it could lead outside ``where``."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):
+        raise ValueError(f"{where}: unsafe file name {name!r}; names must be relative and stay inside the folder")
+    return name

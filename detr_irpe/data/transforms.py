@@ -1,0 +1,132 @@
+"""DETR's augmentation: torchvision's v2 operations on an image and its target together.
+
+A transform takes and returns ``(image, target)``: a PIL image (a float tensor after ``ToModelInput``) and a dict whose
+``boxes`` and ``masks`` are torchvision ``tv_tensors``, so that any transform of ``torchvision.transforms.v2`` can stand
+beside the ones here. All draw from torch's random state.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from detr_irpe.boxes import xyxy_to_cxcywh
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PER_OBJECT = ("boxes", "labels", "masks", "area", "iscrowd")
+
+
+def train_transforms(image_size: int = 800) -> nn.Module:
+    """The published augmentation; every size shrinks or grows with ``image_size``, the largest short side.
+
+    A flip; then, half of the time each, a random short side (480 to 800 in steps of 32, the long side at most 1333), or
+    a short side of 400, 500 or 600, a random crop of 384 to 600 a side, and the random short side after that.
+    Source: Carion et al., ECCV 2020, section 4 and appendix A.4.
+    """
+    scaled = [round(short * image_size / 800) for short in range(480, 801, 32)]
+    to_random_size = RandomShortSide(scaled, max_size=_max_size(image_size))
+    cropped = v2.Compose([
+        RandomShortSide([round(short * image_size / 800) for short in (400, 500, 600)]),
+        RandomSizeCrop(round(384 * image_size / 800), round(600 * image_size / 800)),
+        to_random_size,
+    ])
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([to_random_size, cropped]), ToModelInput()])
+
+
+def eval_transforms(image_size: int = 800) -> nn.Module:
+    """Short side ``image_size``, long side at most 1333 / 800 of it, nothing random."""
+    return v2.Compose([RandomShortSide([image_size], max_size=_max_size(image_size)), ToModelInput()])
+
+
+def resized_size(height: int, width: int, short: int, max_size: int | None = None) -> tuple[int, int]:
+    """Height and width with the short side ``short``, or less where the long one would exceed ``max_size``.
+
+    The rounding is the published one (the long side is cut, not rounded), which torchvision's own differs from.
+    """
+    if max_size is not None and max(height, width) / min(height, width) * short > max_size:
+        short = int(round(max_size * min(height, width) / max(height, width)))
+    short = max(short, 1)
+    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+
+
+class RandomShortSide(nn.Module):
+    """Resize (bilinear with antialiasing; masks: nearest) to a short side drawn from ``sizes``."""
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
+        super().__init__()
+        self.sizes, self.max_size = list(sizes), max_size
+
+    def forward(self, image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+        short = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        size = resized_size(image.height, image.width, short, self.max_size)
+        scale = (size[1] / image.width) * (size[0] / image.height)
+        changed = {name: F.resize(target[name], size) for name in ("boxes", "masks") if name in target}
+        return F.resize(image, size), target | changed | {"area": target["area"] * scale}
+
+
+class RandomSizeCrop(nn.Module):
+    """Crop a random window of ``min_size`` to ``max_size`` pixels a side; objects outside it are dropped.
+
+    A side shorter than ``min_size`` is kept whole. ``area`` becomes that of the clipped box, as published.
+    """
+
+    def __init__(self, min_size: int, max_size: int) -> None:
+        super().__init__()
+        self.min_size, self.max_size = min_size, max_size
+
+    def forward(self, image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+        height, width = self._draw_side(image.height), self._draw_side(image.width)
+        top = int(torch.randint(image.height - height + 1, ()))
+        left = int(torch.randint(image.width - width + 1, ()))
+        window = (top, left, height, width)
+        target = dict(target)
+        for name in ("boxes", "masks"):
+            if name in target:
+                target[name] = F.crop(target[name], *window)
+        target["boxes"] = F.clamp_bounding_boxes(target["boxes"])
+        target["area"] = (target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(1)
+        return F.crop(image, *window), drop_empty_boxes(target)
+
+    def _draw_side(self, length: int) -> int:
+        low, high = min(self.min_size, length), min(self.max_size, length)
+        return int(torch.randint(low, high + 1, ()))
+
+
+class ToModelInput(nn.Module):
+    """PIL image to a normalised (3, h, w) float tensor; boxes to centre, width, height in fractions of the image."""
+
+    def forward(self, image: Image.Image, target: dict) -> tuple[Tensor, dict]:
+        width, height = image.size
+        boxes = xyxy_to_cxcywh(target["boxes"].as_subclass(Tensor))
+        target = target | {"boxes": boxes / torch.tensor([width, height, width, height], dtype=torch.float32)}
+        if "masks" in target:
+            target["masks"] = target["masks"].as_subclass(Tensor).bool()
+        target["size"] = torch.tensor([height, width])
+        return _normalised(image), target
+
+
+def prepare_image(image: Image.Image, image_size: int = 800) -> Tensor:
+    """One RGB image without annotations, as evaluation sees it -> (3, h, w)."""
+    return _normalised(F.resize(image, resized_size(image.height, image.width, image_size, _max_size(image_size))))
+
+
+def drop_empty_boxes(target: dict) -> dict:
+    """``target`` without the objects whose box has no area; ``boxes`` are corners in pixels."""
+    keep = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(1)
+    kept = {name: target[name][keep] for name in _PER_OBJECT if name in target}
+    for name in ("boxes", "masks"):  # indexing forgets that these are tv_tensors
+        if name in kept:
+            kept[name] = tv_tensors.wrap(kept[name], like=target[name])
+    return target | kept
+
+
+def _max_size(image_size: int) -> int:
+    return round(1333 * image_size / 800)
+
+
+def _normalised(image: Image.Image) -> Tensor:
+    return F.normalize(F.pil_to_tensor(image).float().div_(255), IMAGENET_MEAN, IMAGENET_STD)
