@@ -1,0 +1,1 @@
+"""The part of training that does not know what is being trained: processes, checkpoints, precision, logs."""

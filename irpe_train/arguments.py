@@ -1,0 +1,76 @@
+"""The flags that both trees share, with the defaults that each published."""
+
+import argparse
+
+from .config import add_config_argument
+from .precision import DTYPES
+from .steps import parse_save_interval
+
+
+def add_runtime_arguments(parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str,
+                          output_dir: str = "") -> argparse._ArgumentGroup:
+    """Add the group "run" to ``parser``: where and how to run, resume and log. No word on what is trained.
+
+    Args:
+        seed, num_workers, amp, output_dir: the tree's published defaults.
+    Returns: the group, for a tree's own additions.
+    """
+    add_config_argument(parser)
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output_dir", default=output_dir, metavar="DIR", help="checkpoints and logs; empty: nothing is written")
+    add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
+    add("--seed", default=seed, type=int, help=f"of everything random; published default {seed}")
+    add("--deterministic", action="store_true", help="the same bits from the same command, at some cost in speed")
+    add("--resume", default="", metavar="auto|PATH|URL",
+        help="go on from a checkpoint; auto: the newest good one in --output_dir, or a new run if there is none")
+    add("--start_epoch", default=0, type=int, metavar="N", help="first epoch of a new run")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--num_workers", default=num_workers, type=nonnegative_int, metavar="N",
+        help="data loading processes per process; 0: none")
+    add("--amp", default=amp, choices=tuple(DTYPES), help="number format of the model's forward and backward pass")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--accumulate", default=1, type=positive_int, metavar="K", help="batches per update")
+    add("--save-interval", default=None, type=save_interval, metavar="N|Nm",
+        help="also save within an epoch, every N steps or every N minutes (10m)")
+    add("--max-bad", default=0.001, type=fraction, metavar="FRACTION",
+        help="unreadable training images are skipped; more than this fraction of the set stops the run")
+    add("--tensorboard", default=True, action=argparse.BooleanOptionalAction,
+        help="write TensorBoard files too, if it is installed")
+    add("--world_size", default=1, type=int, help="set by torchrun or SLURM; kept from the published command")
+    add("--dist_url", default="env://", help="where the processes meet")
+    add("--dist_timeout", default=600.0, type=positive_float, metavar="SECONDS",
+        help="a process that is missing or silent for so long ends the others")
+    return group
+
+
+def positive_int(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def nonnegative_int(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text}")
+    return value
+
+
+def save_interval(text: str) -> str:
+    try:
+        parse_save_interval(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from error
+    return text

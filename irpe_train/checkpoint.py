@@ -1,0 +1,178 @@
+"""Checkpoint files: read without running anything they contain, written so that a kill leaves the last good one."""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+from .errors import BadCheckpoint, RunError
+
+# The published checkpoints hold a Namespace, and a path in it where submitit ran. Python 3.13 moved the paths' module.
+# All of them become pure paths: data that cannot touch a disk, and that exist on every system.
+SAFE_GLOBALS = [argparse.Namespace] + [
+    (pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+    for name, pure in (("PosixPath", pathlib.PurePosixPath), ("PurePosixPath", pathlib.PurePosixPath),
+                       ("WindowsPath", pathlib.PureWindowsPath), ("PureWindowsPath", pathlib.PureWindowsPath))]
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The contents of a checkpoint, on the CPU; tensors, numbers, text and ``argparse.Namespace`` alone.
+
+    Args:
+        path: a file, or an ``https://`` address as the published evaluation commands use (kept in torch's cache).
+    Raises:
+        BadCheckpoint: missing, empty, truncated, larger inside than outside, or holding anything that could run.
+    """
+    if str(path).startswith(("http://", "https://")):
+        path = _download(str(path))
+    path = Path(path)
+    if not path.is_file():
+        raise BadCheckpoint(f"checkpoint {path}: no such file")
+    size = path.stat().st_size
+    if size == 0:
+        raise BadCheckpoint(f"checkpoint {path}: the file is empty; use an earlier one")
+    _refuse_bombs(path, size)
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error)}") from error
+    except Exception as error:
+        raise BadCheckpoint(
+            f"checkpoint {path}: damaged or truncated ({type(error).__name__}: {_first_line(error)}); "
+            "copy it again or use an earlier one") from error
+    if not isinstance(contents, dict):
+        raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
+    return contents
+
+
+def _download(url: str) -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / url.split("?")[0].rsplit("/", 1)[-1]
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    return path
+
+
+def _refuse_bombs(path: Path, size: int) -> None:
+    """torch stores its members uncompressed: an archive that claims more bytes than the file has is hostile."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise BadCheckpoint(f"checkpoint {path}: damaged archive ({_first_line(error)})") from error
+    if claimed > size:
+        raise BadCheckpoint(f"checkpoint {path}: refused: its members claim {claimed:,} bytes in a file of {size:,}")
+
+
+def _why_refused(error: BaseException) -> str:
+    found = re.search(r"Unsupported (?:global|class|operand)[^\n]*?((?:\w+\.)+\w+)", str(error)) \
+        or re.search(r"GLOBAL ((?:\w+\.)+\w+)", str(error))
+    if found:
+        return (f"refused: it holds a reference to {found.group(1)}, which could run code. Nothing was run. "
+                "Only tensors, numbers, text and argparse.Namespace are read.")
+    return f"damaged, or not a checkpoint ({_first_line(error)}); nothing was run"
+
+
+def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
+    """The state dict in ``checkpoint[key]``, or ``checkpoint`` itself if it is one, without a ``module.`` prefix.
+
+    Raises: BadCheckpoint: there is none, or a weight is NaN or infinite (named).
+    """
+    weights = checkpoint.get(key)
+    if weights is None:
+        if not checkpoint or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+            raise BadCheckpoint(f"checkpoint {source}: no {key!r} in it; it has: {', '.join(map(str, checkpoint))}")
+        weights = checkpoint
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise BadCheckpoint(f"checkpoint {source}: {key!r} is not a dict of tensors")
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BadCheckpoint(f"checkpoint {source}: {name} has values that are NaN or infinite; "
+                                "use an earlier checkpoint")
+    return weights
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source: str | Path) -> None:
+    """Put ``weights`` into ``model``, all of them and nothing else.
+
+    Raises: BadCheckpoint: keys or shapes differ; it names them and changes nothing.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in weights]
+    unexpected = [key for key in weights if key not in own]
+    shapes = [f"{key} {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+              for key in own if key in weights and own[key].shape != weights[key].shape]
+    problems = [f"{title}: {_some(keys)}" for title, keys in
+                (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)) if keys]
+    if problems:
+        raise BadCheckpoint(f"checkpoint {source} is of another model than {type(model).__name__} here; "
+                            f"{'; '.join(problems)}. Build the model with the flags it was trained with.")
+    model.load_state_dict(weights)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None, also: tuple[Path, ...] = ()) -> None:
+    """Write ``contents`` to ``path``; a kill or a full disk at any moment leaves the last good file.
+
+    Args:
+        previous: where the file that is replaced goes.
+        also: further names for the same contents (links, where the file system has them).
+    Raises: RunError: the disk is full or the folder cannot be written; the old file is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        for copy in also:
+            _link(path, copy)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kept = previous if previous is not None and not path.exists() else path
+        raise RunError(f"cannot write {path}: {_first_line(error)}. Free some space or choose another --output_dir; "
+                       f"the last good checkpoint is kept: {kept if kept.exists() else 'there was none'}") from error
+
+
+def _link(path: Path, copy: Path) -> None:
+    temporary = copy.with_name(f".{copy.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # no hard links on this file system
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, copy)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system allows it
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,148 @@
+"""``--config FILE.yaml``: a command line written down.
+
+The file's entries become flags placed before the typed ones, so argparse checks both alike and typed flags win.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from .errors import RunError
+
+
+class ConfigError(RunError, ValueError):
+    """A config file that cannot become flags; the message names file, key and remedy."""
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default=None, metavar="FILE.yaml",
+                        help="flags written down, one 'name: value' a line; typed flags win")
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """``parser.parse_args`` with the flags of the ``--config`` file, if one is given, placed first.
+
+    Raises: ConfigError: no such file, no plain YAML mapping, an unknown name or a value no flag can carry.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    find.add_argument("--config", default=None)
+    path = find.parse_known_args(argv)[0].config
+    written = flags_of(parser, read_yaml(path), path) if path else []
+    return parser.parse_args(written + argv)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A flat mapping from a YAML file without tags, aliases or repeated keys."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error})") from error
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if getattr(event, "tag", None):
+                raise ConfigError(f"--config {path}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "
+                                  "refused: a config is plain names and values")
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"--config {path}: line {event.start_mark.line + 1}: aliases (*name) are refused")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: expected lines 'flag: value', got a {type(values).__name__}")
+    names = [str(key.value) for key, _ in node.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--config {path}: {name} is there {names.count(name)} times; keep one")
+    return values
+
+
+def flags_of(parser: argparse.ArgumentParser, values: dict, path: str | Path) -> list[str]:
+    """``{"batch-size": 64, "pin_mem": False}`` -> ``["--batch-size=64", "--no-pin-mem"]``."""
+    argv = []
+    for key, value in values.items():
+        action, spelling = _find(parser, str(key), path)
+        argv += _flags(parser, action, spelling, str(key), value, path)
+    return argv
+
+
+def _find(parser: argparse.ArgumentParser, key: str, path) -> tuple[argparse.Action, str]:
+    """The action called ``key``, by a flag's spelling (``-`` and ``_`` alike) or else by the name of its value."""
+    by_flag, by_dest = {}, {}
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction) or action.dest == "config":
+            continue
+        for option in action.option_strings:
+            if option.startswith("--"):
+                by_flag[_same(option[2:])] = (action, option)
+        by_dest.setdefault(_same(action.dest), (action, (action.option_strings or [""])[-1]))
+    known = by_dest | by_flag
+    if _same(key) in known:
+        return known[_same(key)]
+    close = difflib.get_close_matches(_same(key), known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(known[name][1].lstrip('-') or name for name in close)}?" if close else "see --help"
+    raise ConfigError(f"--config {path}: unknown name {key!r}; {hint}")
+
+
+def _flags(parser, action, spelling: str, key: str, value, path) -> list[str]:
+    def refuse(wanted: str):
+        raise ConfigError(f"--config {path}: {key}: {value!r}: {wanted}")
+
+    if isinstance(value, dict):
+        refuse("expected one value or a list, got nested names")
+    if value is None:
+        return [] if action.default is None else refuse(f"leave the line out for the default, {action.default!r}")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            refuse("expected true or false")
+        positive = [option for option in action.option_strings if not option.startswith("--no-")]
+        negative = [option for option in action.option_strings if option.startswith("--no-")]
+        # `no-x: true` says what `--no-x` says.
+        return [(negative if spelling in negative else positive)[0]] if value else \
+            [(positive if spelling in negative else negative)[0]]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            refuse("this is a switch: expected true or false")
+        is_dest = _same(key) == _same(action.dest) and _same(spelling.lstrip("-")) != _same(key)
+        wanted = value if is_dest else (action.const if value else not action.const)
+        for other in parser._actions:
+            if other.dest == action.dest and other.nargs == 0 and other.const == wanted:
+                return [other.option_strings[-1]]
+        return [] if parser.get_default(action.dest) == wanted else refuse("no flag switches this off; leave it out")
+    if isinstance(value, bool):
+        refuse("expected a value, got true or false; quote it if the word is meant")
+    many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
+    if isinstance(value, list) and not many:
+        refuse("expected one value, got a list")
+    if many:
+        return [spelling, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return [f"{spelling}={value}"]
+
+
+def _same(name: str) -> str:
+    return name.replace("-", "_").lower()
+
+
+def write_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: Path) -> None:
+    """Write every flag's value to ``path``, so that ``--config path`` gives ``args`` again."""
+    values = {}
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in ("help", "config") or value is None:
+            continue
+        if action.nargs == 0 or isinstance(value, (bool, int, float)):
+            values[action.dest] = value
+        elif isinstance(value, (list, tuple)):
+            values[action.dest] = [item if isinstance(item, (int, float)) else str(item) for item in value]
+        else:
+            values[action.dest] = str(value)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,208 @@
+"""Several processes or one: torchrun, SLURM, gloo or nccl, and what they tell each other.
+
+Every function also works in one process, where it is trivial, so that no caller asks which it is.
+"""
+
+import datetime
+import logging
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from .errors import RankLost
+
+logger = logging.getLogger("irpe")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 600.0) -> torch.device:
+    """Join the process group if there is one, choose this process's device, and set the logger up.
+
+    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or ``SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID``.
+
+    Args:
+        device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are taken as they are.
+        dist_url: where the processes meet.
+        timeout: seconds after which a missing or silent process ends the others.
+    Raises:
+        RankLost: not all processes came within ``timeout``.
+        ValueError: more processes than GPUs on this machine.
+    """
+    my_rank, world, local_rank = _place_in_the_world()
+    set_up_logging(my_rank)
+    chosen = choose_device(device, local_rank if world > 1 else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        logger.info(f"process {my_rank} of {world}, {backend} at {dist_url}")
+        try:
+            dist.init_process_group(
+                backend, init_method=dist_url, rank=my_rank, world_size=world,
+                timeout=datetime.timedelta(seconds=timeout))
+            dist.barrier()
+        except RuntimeError as error:
+            raise RankLost(
+                f"rank {my_rank} of {world}: the others did not come within {timeout:g} s ({_first_line(error)}). "
+                "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE.") from error
+    return chosen
+
+
+def _place_in_the_world() -> tuple[int, int, int]:
+    """Rank, world size and local rank, from the environment."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 40000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device called ``name``; the CPU, with a note, when CUDA is asked for and absent.
+
+    Args:
+        local_rank: which GPU of this machine a process of several takes; None in a single process.
+    """
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        logger.info(f"--device {name}: no CUDA device here, so this runs on the CPU (--device cpu says so silently)")
+        return torch.device("cpu")
+    if local_rank is None:
+        return device
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this machine wants GPU {local_rank}, and there are {torch.cuda.device_count()}: "
+            "start fewer processes (--nproc_per_node), or add --device cpu")
+    return torch.device("cuda", local_rank)
+
+
+def wrap(model: torch.nn.Module, device: torch.device, *, compile: bool = False, deterministic: bool = False,
+         find_unused_parameters: bool = False) -> torch.nn.Module:
+    """``model`` made ready for training: compiled if asked, in DistributedDataParallel if there are several processes.
+
+    The caller keeps ``model`` itself for evaluation, the moving average and checkpoints.
+    """
+    if compile:
+        model = torch.compile(model)
+    if world_size() == 1:
+        return model
+    # DistributedDataParallel orders its buckets anew after the first step, unless it looks for unused parameters; a
+    # resumed run would sum its first step in another order than the uninterrupted one, and differ in the last bit.
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters or deterministic)
+
+
+def gather(value) -> list:
+    """``value`` (anything that can be pickled) of every rank, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    with lost_ranks_named("gather"):
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value):
+    """``value`` as rank 0 has it, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        with lost_ranks_named("broadcast"):
+            dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def reduce_mean(value: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks of a tensor of one shape, on every rank; the argument is left alone."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    with lost_ranks_named("reduce_mean"):
+        dist.all_reduce(total)
+    return total / world_size()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        with lost_ranks_named("barrier"):
+            dist.barrier()
+
+
+class lost_ranks_named:
+    """Turns the backend's error about a dead or silent peer into ``RankLost``."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and issubclass(kind, RuntimeError) and speaks_of_a_lost_rank(error):
+            raise RankLost(
+                f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {self.where}: "
+                f"{_first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
+            ) from error
+
+
+def speaks_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether an error of gloo, nccl or the store is about a peer, and not about this process's own call."""
+    text = str(error).lower()
+    signs = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout",
+             "socket", "nccl", "connect() failed")
+    return world_size() > 1 and any(sign in text for sign in signs)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class _Console(logging.StreamHandler):
+    """Writes to whatever ``sys.stdout`` is now, so that redirecting it works."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stdout
+
+
+def set_up_logging(my_rank: int) -> None:
+    """Rank 0 prints everything, plainly; the others warnings alone, with their rank."""
+    logger.handlers = [_Console()]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if my_rank == 0 else logging.WARNING)
+    prefix = "" if my_rank == 0 else f"[rank {my_rank}] "
+    logger.handlers[0].setFormatter(_Plain(prefix))
+
+
+class _Plain(logging.Formatter):
+    """``message`` for information, ``warning: message`` and so on for the rest."""
+
+    def __init__(self, prefix: str):
+        super().__init__()
+        self.prefix = prefix
+
+    def formatMessage(self, record):
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"{self.prefix}{level}{record.message}"

@@ -1,0 +1,30 @@
+"""How a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, with a message for the user."""
+
+
+class BadCheckpoint(RunError, ValueError):
+    """A checkpoint that is damaged, hostile, or of another model; the message names file and reason."""
+
+
+class BadData(RunError):
+    """Images that cannot be read: one in evaluation, more than ``--max-bad`` in training."""
+
+
+class NonFiniteLoss(RunError):
+    """The loss of some rank is NaN or infinite; raised on every rank before the weights change."""
+
+
+class RankLost(RunError):
+    """Another process died, or never came."""
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop and its state is on disk; leaves the process with ``EXIT_CODE``."""
+
+    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+    def __init__(self):
+        super().__init__(self.EXIT_CODE)

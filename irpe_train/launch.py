@@ -1,0 +1,86 @@
+"""From the command line to ``main(args)``: here, or as a SLURM job through submitit."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .config import parse_args
+from .distributed import lost_ranks_named
+from .errors import RunError
+
+
+def launch(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
+           argv: list[str] | None = None) -> None:
+    """Parse the flags and run ``main``; what the user can mend ends in one message and exit status 1.
+
+    ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
+    """
+    try:
+        with lost_ranks_named(parser.prog):
+            main(parse_args(parser, argv))
+    except (RunError, ValueError, OSError, ImportError) as error:
+        if os.environ.get("IRPE_TRACEBACK"):
+            raise
+        sys.stdout.flush()
+        print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class SlurmJob:
+    """What submitit runs in each task; after a preemption it is queued again and resumes by itself."""
+
+    def __init__(self, main: Callable[[argparse.Namespace], None], args: argparse.Namespace):
+        self.main, self.args = main, args
+
+    def __call__(self) -> None:
+        import submitit
+        job = submitit.JobEnvironment()
+        # What torchrun would have said; MASTER_ADDR is the first host, the port any that the job id fixes.
+        os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank),
+                          MASTER_ADDR=job.hostnames[0],
+                          MASTER_PORT=str(20000 + sum(map(ord, job.job_id)) * 37 % 40000))
+        self.args.output_dir = str(self.args.output_dir).replace("%j", str(job.job_id))
+        self.main(self.args)
+
+    def checkpoint(self, *unused_args, **unused_kwargs):
+        """submitit calls this on preemption or timeout, when our own handler has saved: the job to queue again."""
+        import submitit
+        self.args.resume = "auto"
+        return submitit.helpers.DelayedSubmission(type(self)(self.main, self.args))
+
+    __submitit_checkpoint__ = checkpoint
+
+
+def submit(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
+           argv: list[str] | None = None) -> None:
+    """Queue ``main`` on SLURM with the published flags; the training flags follow on the same line.
+
+    Raises: ImportError: submitit is not installed.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
+    slurm = parser.add_argument_group("SLURM")
+    slurm.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, per node")
+    slurm.add_argument("--nodes", default=2, type=int, help="number of nodes")
+    slurm.add_argument("--timeout", default=2800, type=int, help="minutes")
+    slurm.add_argument("--job_dir", default="", help="folder of the job and its output; default: ./submitit/<job id>")
+    slurm.add_argument("--partition", default=None, help="SLURM partition; default: the cluster's")
+    slurm.add_argument("--executor", default="slurm", choices=("slurm", "local"), help="local: on this machine, to try")
+    args = parse_args(parser, argv)
+    job_dir = Path(args.job_dir or "submitit/%j").absolute()
+    executor = submitit.AutoExecutor(folder=job_dir, cluster=args.executor, slurm_max_num_timeout=30)
+    options = {"slurm_partition": args.partition} if args.partition else {}
+    executor.update_parameters(
+        name=parser.prog, nodes=args.nodes, tasks_per_node=args.ngpus, gpus_per_node=args.ngpus if
+        args.device.startswith("cuda") else 0, cpus_per_task=10, timeout_min=args.timeout, **options)
+    args.output_dir = args.output_dir or str(job_dir)
+    job = executor.submit(SlurmJob(main, args))
+    print(f"submitted job {job.job_id}; output in {job_dir}")

@@ -1,0 +1,200 @@
+"""Data loaders whose position can be named: they start in mid-epoch, and evaluation counts each image once.
+
+``TrainLoader`` replaces an unreadable image by its neighbour, counts it and names it; ``EvalLoader`` never does.
+"""
+
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from .distributed import logger, rank, world_size
+from .errors import BadData
+from .randomness import sample_randomness
+
+# What decoders raise on damaged files. PIL raises SyntaxError on a broken PNG.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile,
+              tarfile.TarError)
+
+
+class TrainLoader:
+    """Batches of an epoch from any step on, the same ones however often the run was interrupted.
+
+    Args:
+        dataset: map-style.
+        sampler: any sampler of indices; ``set_epoch`` is called if it has one, and its generators are seeded from
+            (seed, epoch), so that it may use ``torch.randperm`` or ``random`` as it likes.
+        batch_size: per rank.
+        seed: the run's seed; each sample is made under generators seeded from (seed, epoch, position).
+        drop_last: leave out the last, smaller batch.
+        name_of: index to file name, for messages; default: ``dataset.samples[index][0]`` or the index.
+    """
+
+    def __init__(self, dataset: Dataset, sampler: Sampler, *, batch_size: int, seed: int, drop_last: bool = True,
+                 collate_fn: Callable = default_collate, num_workers: int = 0, pin_memory: bool = False,
+                 name_of: Callable[[int], str] | None = None):
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size}: expected 1 or more images per process")
+        self.dataset, self.sampler, self.batch_size, self.seed = dataset, sampler, batch_size, seed
+        self.name_of = name_of or _namer(dataset)
+        self.bad: dict[str, str] = {}
+        self._order = _Order(sampler, batch_size, seed, drop_last)
+        if len(self._order) == 0:
+            raise ValueError(f"{len(sampler)} training samples per process and epoch do not fill one batch of "
+                             f"{batch_size}: lower the batch size or add images")
+        self._loader = DataLoader(
+            _SeededDataset(dataset, seed, rank(), world_size(), self.name_of), batch_sampler=self._order,
+            collate_fn=_CollateAndReport(collate_fn), num_workers=num_workers, pin_memory=pin_memory,
+            persistent_workers=num_workers > 0)
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch."""
+        return len(self._order)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator:
+        """The batches of ``epoch`` from step ``start`` on, as ``collate_fn`` made them."""
+        self._order.place(epoch, start)
+        self.bad = {}
+        if start == len(self):
+            return
+        for batch, bad in self._loader:
+            for name, reason in bad:
+                if name not in self.bad:
+                    logger.warning(f"unreadable training image, its neighbour was taken: {name} ({reason})")
+                self.bad[name] = reason
+            yield batch
+
+    def samples(self, step: int) -> list[str]:
+        """The names of the images of ``step`` in the epoch being read."""
+        return [self.name_of(index) for _, _, index in self._order.batch(step)]
+
+
+class EvalLoader:
+    """Every image of a set exactly once: rank ``r`` of ``n`` has images ``r, r + n, ...``; nothing is repeated.
+
+    The ranks may have different numbers of batches, so a loop over it must not reduce or run a wrapped model
+    (DistributedDataParallel sends buffers around in its forward): use the plain model and combine at the end.
+
+    Args:
+        shard: False gives every rank the whole set (the published default without ``--dist-eval``).
+    Raises: BadData: on an unreadable image, with its name.
+    """
+
+    def __init__(self, dataset: Dataset, *, batch_size: int, collate_fn: Callable = default_collate,
+                 num_workers: int = 0, pin_memory: bool = False, shard: bool = True,
+                 name_of: Callable[[int], str] | None = None):
+        if batch_size < 1:
+            raise ValueError(f"evaluation batch size {batch_size}: expected 1 or more images")
+        self.dataset, self.batch_size = dataset, batch_size
+        first, stride = (rank(), world_size()) if shard else (0, 1)
+        self.indices = list(range(first, len(dataset), stride))
+        self._loader = DataLoader(
+            _NamedDataset(dataset, name_of or _namer(dataset)), batch_size=batch_size, sampler=self.indices,
+            collate_fn=_CollateAndReport(collate_fn), num_workers=num_workers, pin_memory=pin_memory)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator:
+        for batch, bad in self._loader:
+            if bad:
+                name, reason = bad[0]
+                raise BadData(f"evaluation cannot read {name} ({reason}). Every image counts, so none is skipped: "
+                              "mend or remove this file.")
+            yield batch
+
+
+class _Order(Sampler):
+    """Lists of (epoch, position, index): a batch sampler that knows its place."""
+
+    def __init__(self, sampler: Sampler, batch_size: int, seed: int, drop_last: bool):
+        self.sampler, self.batch_size, self.seed, self.drop_last = sampler, batch_size, seed, drop_last
+        self.epoch = self.start = 0
+        self.indices: list[int] = []
+
+    def place(self, epoch: int, start: int) -> None:
+        self.epoch, self.start = epoch, start
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        with sample_randomness("order", self.seed, epoch):
+            self.indices = [int(index) for index in self.sampler]
+
+    def __len__(self) -> int:
+        samples = len(self.sampler)
+        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+
+    def batch(self, step: int) -> list[tuple[int, int, int]]:
+        first = step * self.batch_size
+        return [(self.epoch, first + k, i) for k, i in enumerate(self.indices[first:first + self.batch_size])]
+
+    def __iter__(self):
+        for step in range(self.start, len(self)):
+            yield self.batch(step)
+
+
+class _SeededDataset(Dataset):
+    """(epoch, position, index) -> (sample, [(name, reason) of each unreadable image met])."""
+
+    TRIES = 16
+
+    def __init__(self, dataset: Dataset, seed: int, rank: int, world_size: int, name_of: Callable[[int], str]):
+        self.dataset, self.seed, self.rank, self.world_size, self.name_of = dataset, seed, rank, world_size, name_of
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, int]):
+        epoch, position, index = key
+        bad = []
+        for attempt in range(min(self.TRIES, len(self.dataset))):
+            candidate = (index + attempt) % len(self.dataset)
+            try:
+                with sample_randomness(self.seed, epoch, position * self.world_size + self.rank):
+                    return self.dataset[candidate], bad
+            except UNREADABLE as error:
+                bad.append((self.name_of(candidate), _reason(error)))
+        raise BadData(f"{len(bad)} training images in a row are unreadable, the first: {bad[0][0]} ({bad[0][1]})")
+
+
+class _NamedDataset(Dataset):
+    """index -> (sample, []) or (None, [(name, reason)]): an error of a worker loses its type on the way home."""
+
+    def __init__(self, dataset: Dataset, name_of: Callable[[int], str]):
+        self.dataset, self.name_of = dataset, name_of
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        try:
+            return self.dataset[index], []
+        except UNREADABLE as error:
+            return None, [(self.name_of(index), _reason(error))]
+
+
+class _CollateAndReport:
+    """[(sample, bad)] -> (batch, bad); a batch of evaluation with a bad image is not collated."""
+
+    def __init__(self, collate_fn: Callable):
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: list):
+        samples, bad = [sample for sample, _ in items], [entry for _, entries in items for entry in entries]
+        return (None if any(sample is None for sample in samples) else self.collate_fn(samples)), bad
+
+
+class _namer:
+    """Index -> file name of an image folder, else the index; a class, so that workers can be spawned with it."""
+
+    def __init__(self, dataset: Dataset):
+        self.samples = getattr(dataset, "samples", None)
+
+    def __call__(self, index: int) -> str:
+        return str(self.samples[index][0]) if self.samples is not None else f"image {index}"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no details'}"

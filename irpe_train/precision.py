@@ -1,0 +1,58 @@
+"""``--amp {bf16,fp16,none}``: autocast, loss scaling, gradient accumulation, clipping, and the update."""
+
+from collections.abc import Iterable
+
+import torch
+
+from .distributed import logger
+from .steps import Steps
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
+
+
+class Precision:
+    """The number format of a run, and the one place where weights are updated.
+
+    Args:
+        amp: ``bf16``, ``fp16`` (with loss scaling) or ``none``. ``fp16`` on the CPU is ``none``, as published.
+        device: where the model is.
+    """
+
+    def __init__(self, amp: str, device: torch.device):
+        if amp not in DTYPES:
+            raise ValueError(f"--amp {amp!r}: expected one of {', '.join(DTYPES)}")
+        if amp == "fp16" and device.type != "cuda":
+            logger.info("--amp fp16 needs CUDA; on the CPU this runs in fp32 (--amp bf16 works there)")
+            amp = "none"
+        self.amp = amp
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        """The context for the model's forward pass; losses that must stay in fp32 leave it again."""
+        return torch.autocast(self.device.type, dtype=DTYPES[self.amp], enabled=self.amp != "none")
+
+    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], *,
+             steps: Steps, terms: dict | None = None, clip: float | None = None) -> bool:
+        """Backward, and at the end of an accumulation group the update.
+
+        Args:
+            loss: scalar, the mean over this rank's batch.
+            steps: where in the epoch this is; it knows the accumulation group and agrees with the other ranks.
+            terms: the parts of the loss (name to scalar tensor), for the report if it is not finite.
+            clip: largest gradient norm; None or 0 for no clipping.
+        Returns: whether the weights were updated.
+        Raises: NonFiniteLoss: on every rank, if the loss of any is not finite; the weights are as before.
+        """
+        steps.watch(loss, {"loss": loss, **(terms or {})}, lr=optimizer.param_groups[0]["lr"])
+        self.scaler.scale(loss / steps.group_size).backward()
+        steps.confirm()
+        if not steps.group_ends:
+            return False
+        if clip:
+            self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return True

@@ -1,0 +1,143 @@
+"""What a run writes down beside its checkpoints: log.txt, TensorBoard, its flags, and what it ran on."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .config import write_config
+from .distributed import is_main, logger, world_size
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
+
+
+class RunLog:
+    """``OUTPUT_DIR/log.txt``: a JSON object an epoch, each epoch once; and the same in TensorBoard, if installed.
+
+    Make it after ``Checkpoints.resume``. Only the main rank writes; nothing is written without an ``output_dir``.
+
+    Args:
+        epoch: where this run goes on; lines from there on belong to an interrupted try and are dropped. A log of
+            another run, found when this one starts anew, is moved to ``log.1.txt``.
+    """
+
+    def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True):
+        self.path = Path(output_dir) / "log.txt" if str(output_dir) and is_main() else None
+        self._board = None
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(epoch, resumed)
+        if tensorboard:
+            self._board = _summary_writer(self.path.parent / "tensorboard", epoch)
+
+    def write(self, stats: dict) -> None:
+        """Append one epoch; ``stats`` has ``epoch`` and, as published, ``train_*``, ``test_*``, ``n_parameters``."""
+        if self.path is None:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(stats) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board is not None:
+            for name, value in stats.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self._board.add_scalar(name, value, stats["epoch"])
+                elif name.startswith("test_coco_eval") and value:
+                    self._board.add_scalar(f"{name}_AP", value[0], stats["epoch"])
+            self._board.flush()
+
+    def _make_room(self, epoch: int, resumed: bool) -> None:
+        if not self.path.exists():
+            return
+        if not resumed:
+            number = 1
+            while (old := self.path.with_name(f"log.{number}.txt")).exists():
+                number += 1
+            os.replace(self.path, old)
+            logger.info(f"{self.path} was of another run: it is now {old.name}")
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
+        temporary = self.path.with_name(".log.txt.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a log line; infinity for a line that a kill cut short."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _summary_writer(folder: Path, epoch: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=epoch)
+
+
+def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Write the resolved flags to ``config.yaml``, and a line on versions, machine and git state to ``starts.jsonl``.
+
+    ``config.yaml`` is a ``--config`` file: it repeats the run. The main rank writes, if there is an output folder.
+    """
+    if not is_main() or not args.output_dir:
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(parser, args, folder / "config.yaml")
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps(surroundings()) + "\n")
+
+
+def surroundings() -> dict:
+    """Versions, machine, command and git state, as plain values."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), "command": sys.argv,
+        "world_size": world_size(), "python": platform.python_version(), **versions, "cuda": torch.version.cuda,
+        "gpus": gpus, "cpus": os.cpu_count(), "platform": platform.platform(), "git": git_state(),
+    }
+
+
+def git_state() -> str:
+    """The checked-out commit of this source tree and whether files differ from it; ``unknown`` outside of git."""
+    folder = Path(__file__).resolve().parent
+    try:
+        def git(*words):
+            return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True,
+                                  timeout=10).stdout.strip()
+        return git("rev-parse", "HEAD") + (" with local changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def banner(title: str, rows: dict) -> None:
+    """Print a small table at the start of a run: what it does, in numbers."""
+    width = max((len(name) for name in rows), default=0)
+    logger.info("\n".join([title] + [f"  {name:<{width}}  {value}" for name, value in rows.items()]))
+
+
+def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, ignore: tuple[str, ...] = ()) -> str:
+    """``name=value (published: default)`` of each flag that is not at its default, for the banner."""
+    changed = [f"{action.dest}={getattr(args, action.dest)} (published: {action.default})" for action in parser._actions
+               if action.dest not in ignore and hasattr(args, action.dest)
+               and getattr(args, action.dest) != action.default]
+    return ", ".join(dict.fromkeys(changed)) or "nothing"

@@ -1,0 +1,200 @@
+"""From one step of an epoch to the next: seeds, agreement between ranks, saves, and orderly stops.
+
+An epoch's loop iterates over a ``Steps``; everything that must happen at the same step on every rank happens here.
+"""
+
+import json
+import time
+
+import torch
+import torch.distributed as dist
+
+from .distributed import gather, is_main, lost_ranks_named, rank, world_size
+from .errors import BadData, NonFiniteLoss
+from .loader import TrainLoader
+from .preemption import Preemption
+from .randomness import mix, seed_step
+from .train_state import Checkpoints, TrainState
+
+# What the ranks tell each other at every step, in one all-reduce (sum) of four numbers.
+NOT_FINITE, STOP, SAVE, BAD_SAMPLES = range(4)
+
+
+def parse_save_interval(text: str) -> tuple[int | None, float | None]:
+    """``"500"`` is every 500 steps, ``"10m"`` every 10 minutes; returns (steps, seconds), one of them None."""
+    try:
+        steps, seconds = (None, float(text[:-1]) * 60) if text.endswith("m") else (int(text), None)
+        if (steps or seconds) > 0:
+            return steps, seconds
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"--save-interval {text!r}: expected a number of steps (500) or of minutes (10m), above zero")
+
+
+class Steps:
+    """The batches of the epoch ``state.epoch`` from ``state.step`` on, with all that surrounds a step.
+
+    Before each batch the generators are seeded from (seed, rank, step). After each, ``state.step`` moves on; a save
+    that is due is written; and after a stop signal on any rank all ranks save and leave with ``Preempted``.
+
+    Args:
+        seed: the run's seed.
+        accumulate: batches per update.
+        save_interval: when to save in mid-epoch, see ``parse_save_interval``; None for never.
+        max_bad: the fraction of the training set that may be unreadable before the run stops.
+        preemption: installed signal handlers; None to be deaf to signals.
+    """
+
+    def __init__(self, loader: TrainLoader, state: TrainState, checkpoints: Checkpoints, *, seed: int,
+                 accumulate: int = 1, save_interval: str | None = None, max_bad: float = 0.001,
+                 preemption: Preemption | None = None):
+        if accumulate < 1:
+            raise ValueError(f"--accumulate {accumulate}: expected 1 or more batches per update")
+        self.loader, self.state, self.checkpoints = loader, state, checkpoints
+        self.seed, self.accumulate, self.max_bad = seed, accumulate, max_bad
+        self.save_steps, self.save_seconds = parse_save_interval(save_interval) if save_interval else (None, None)
+        self.preemption = preemption or Preemption()
+        self._last_save = time.monotonic()
+        self._agreed = [0.0] * 4
+        self._bad_looked_at = 0
+        self._side = self._host = None  # CUDA: a stream and a pinned buffer, made when first needed
+        state.fit_to(len(loader), mix(loader.batch_size, accumulate, seed))
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch."""
+        return len(self.loader)
+
+    def __iter__(self):
+        state = self.state
+        self.preemption.deferred = True
+        self._bad_looked_at = 0
+        for batch in self.loader.batches(state.epoch, state.step):
+            seed_step(self.seed, rank=rank(), step=state.epoch * len(self) + state.step)
+            yield batch
+            ended_group = self.group_ends
+            state.step += 1
+            if ended_group:
+                self._save_or_stop()
+
+    @property
+    def group_size(self) -> int:
+        """Batches in the accumulation group of this step; the last group of an epoch may be smaller."""
+        first = self.state.step - self.state.step % self.accumulate
+        return min(self.accumulate, len(self) - first)
+
+    @property
+    def group_ends(self) -> bool:
+        """Whether the weights are updated at this step."""
+        return (self.state.step + 1) % self.accumulate == 0 or self.state.step + 1 == len(self)
+
+    def watch(self, loss: torch.Tensor, terms: dict, *, lr: float) -> None:
+        """Start asking every rank whether its loss is finite and whether it must stop or save.
+
+        The answer is waited for in ``confirm``, after the backward pass has been handed to the device: the wait is for
+        the forward pass alone, so the device never idles.
+        """
+        self._loss, self._terms, self._lr = loss.detach(), terms, lr
+        message = torch.tensor([0.0, self.preemption.signal is not None, self._save_is_due(), len(self.loader.bad)],
+                               dtype=torch.float32).to(loss.device, non_blocking=True)
+        message[NOT_FINITE] = (~self._loss.isfinite().all()).float()
+        with lost_ranks_named("step"):
+            work = dist.all_reduce(message, async_op=True) if world_size() > 1 else None
+        self._message, self._work = message, work
+        if message.device.type == "cuda":
+            self._copy_beside_the_backward_pass()
+
+    def _copy_beside_the_backward_pass(self) -> None:
+        device = self._message.device
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)
+            self._host = torch.zeros(4, pin_memory=True)
+        self._side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._side):
+            if self._work is not None:
+                self._work.wait()
+            self._host.copy_(self._message, non_blocking=True)
+            self._message.record_stream(self._side)
+            self._arrived = self._side.record_event()
+
+    def confirm(self) -> None:
+        """Wait for the ranks' answers.
+
+        Raises:
+            NonFiniteLoss: on every rank, if any rank's loss is not finite; a report is written first.
+            BadData: on every rank, if too many training images of this epoch are unreadable.
+        """
+        with lost_ranks_named("step"):
+            if self._message.device.type == "cuda":
+                self._arrived.synchronize()
+                self._agreed = self._host.tolist()
+            else:
+                if self._work is not None:
+                    self._work.wait()
+                self._agreed = self._message.tolist()
+        if self._agreed[NOT_FINITE]:
+            self._stop_for_nonfinite_loss()
+        if self._agreed[BAD_SAMPLES] > max(self.max_bad * len(self.loader.dataset), self._bad_looked_at):
+            self._stop_if_too_many_are_bad()
+
+    def finish_training(self, stats: dict, also: tuple[str, ...] = ()) -> None:
+        """End this epoch's training: remember its statistics and save, before the evaluation, as published.
+
+        Args:
+            stats: what ``log.txt`` will say about training.
+            also: further file names for the same checkpoint.
+        """
+        self.state.train_stats = stats
+        self.checkpoints.save(self.state, also=also)
+        self._last_save = time.monotonic()
+        stop = any(gather(self.preemption.signal is not None))
+        self.preemption.deferred = False
+        if stop:
+            self.preemption.stop()
+
+    def _save_is_due(self) -> bool:
+        if self.save_steps:
+            return (self.state.step + 1) // self.accumulate % -(-self.save_steps // self.accumulate) == 0
+        return bool(self.save_seconds) and is_main() and time.monotonic() - self._last_save >= self.save_seconds
+
+    def _save_or_stop(self) -> None:
+        stop = self._agreed[STOP] > 0
+        at_the_end = self.state.step == len(self)  # there finish_training saves in a moment
+        if (stop or self._agreed[SAVE]) and not at_the_end:
+            self.checkpoints.save(self.state)
+            self._last_save = time.monotonic()
+        if stop and not at_the_end:
+            self.preemption.stop()
+
+    def _stop_for_nonfinite_loss(self) -> None:
+        state = self.state
+        report = {
+            "epoch": state.epoch, "step": state.step, "rank": rank(), "lr": self._lr,
+            "finite": bool(self._loss.isfinite().all()),
+            "terms": {name: float(value) for name, value in self._terms.items()},
+            "samples": self.loader.samples(state.step),
+        }
+        reports = gather(report)
+        guilty = [r for r in reports if not r["finite"]]
+        where = "no --output_dir, so no report"
+        if self.checkpoints.folder:
+            path = self.checkpoints.folder / "nonfinite_loss.json"
+            where = f"report: {path}"
+            if is_main():
+                path.write_text(json.dumps(guilty, indent=2) + "\n")
+        raise NonFiniteLoss(
+            f"loss is not finite on rank {', '.join(str(r['rank']) for r in guilty)} at epoch {state.epoch}, step "
+            f"{state.step}: {_terms(guilty[0]['terms'])}, lr {self._lr:g}. The weights were not changed ({where}). "
+            "Try a lower --lr, gradient clipping, or --amp none; --resume auto goes on from the last checkpoint.")
+
+    def _stop_if_too_many_are_bad(self) -> None:
+        self._bad_looked_at = self._agreed[BAD_SAMPLES]
+        bad = {name: reason for of_rank in gather(self.loader.bad) for name, reason in of_rank.items()}
+        allowed = self.max_bad * len(self.loader.dataset)
+        if len(bad) > allowed:
+            some = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:5])
+            raise BadData(f"{len(bad)} of {len(self.loader.dataset)} training images are unreadable, and --max-bad "
+                          f"{self.max_bad:g} allows {int(allowed)}: {some}. Mend or remove them, or raise --max-bad.")
+
+
+def _terms(terms: dict) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in terms.items())

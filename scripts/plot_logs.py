@@ -1,0 +1,25 @@
+#!/usr/bin/env python
+"""Draw the curves of one or more runs: python scripts/plot_logs.py RUN... -o curves.png
+
+RUN is a run's folder or its log.txt; logs of the published code work too. Solid: training. Dashed: test.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from irpe_train.errors import RunError  # noqa: E402
+from irpe_train.plots import plot_runs  # noqa: E402
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.png")
+    args = parser.parse_args()
+    try:
+        panels = plot_runs(args.runs, args.output)
+    except (RunError, OSError, ValueError) as error:
+        sys.exit(f"plot_logs.py: {error}")
+    print(f"{args.output}: {', '.join(panels)}")
