@@ -1,0 +1,51 @@
+"""Build backend: setuptools, with the torch that is already installed.
+
+pip builds in an isolated environment, where the installed torch is out of sight. Naming torch under
+``build-system.requires`` would fetch another one, gigabytes of it, and a library built against it may not load into the
+installed one. So this backend puts the site-packages of the running interpreter back at the *end* of the search path.
+"""
+import importlib.util
+import os
+import site
+import sys
+import sysconfig
+
+
+def _installed_packages() -> list[str]:
+    paths = sysconfig.get_paths()
+    found = [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
+    return [p for p in dict.fromkeys(found) if p not in sys.path and os.path.isdir(p)]
+
+
+sys.path += _installed_packages()
+if importlib.util.find_spec("torch") is None:
+    raise SystemExit(
+        f"rpe_ops_cuda: torch is not installed for {sys.executable}; the extension is built against the installed torch.\n"
+        "Install torch first (pip install torch), then: pip install ./rpe_ops_cuda"
+    )
+
+
+def _missing() -> list[str]:
+    """What pip must fetch into the isolated environment because this interpreter lacks it: usually nothing."""
+    return [] if importlib.util.find_spec("setuptools") else ["setuptools>=70.1"]
+
+
+def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+    return _missing()
+
+
+def get_requires_for_build_sdist(config_settings=None) -> list[str]:
+    return _missing()
+
+
+def get_requires_for_build_editable(config_settings=None) -> list[str]:
+    return _missing()
+
+
+def __getattr__(name: str):
+    # The other hooks are setuptools' own; it is imported late because it may have been fetched by the hooks above.
+    if name.startswith(("build_", "prepare_metadata_")):
+        import setuptools.build_meta
+
+        return getattr(setuptools.build_meta, name)
+    raise AttributeError(name)

@@ -1,0 +1,25 @@
+// The kernels of one instruction set, as a table of functions. See kernels.inl for their definition.
+#pragma once
+#include "plan.h"
+
+namespace irpe {
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  // out[row, j] = in[row, id(row % plan.rows, j)] for rows [begin, end); in is (rows, buckets), out (rows, plan.cols).
+  void (*lookup_32)(const PlanView& plan, const uint32_t* in, uint32_t* out, int64_t begin, int64_t end, int64_t buckets);
+  void (*lookup_16)(const PlanView& plan, const uint16_t* in, uint16_t* out, int64_t begin, int64_t end, int64_t buckets);
+  // out[row, n] = sum of grad[row, j] over the j with id(row % plan.rows, j) == n.
+  void (*bucket_sums)(const PlanView& plan, const float* grad, float* out, int64_t begin, int64_t end, int64_t buckets);
+};
+
+// The best this machine runs, or the one asked for by IRPE_CPU_CAPABILITY or set_cpu_capability.
+const Kernels& kernels();
+
+// Defined by kernels_*.cpp; null where the compiler cannot build them (other processors).
+const Kernels* generic_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace irpe

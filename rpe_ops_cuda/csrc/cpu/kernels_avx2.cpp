@@ -1,0 +1,21 @@
+// AVX2 with FMA.
+#include "kernels.h"
+
+#ifdef __x86_64__
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#define INSTRUCTION_SET "avx2"
+namespace irpe::avx2 {
+#include "kernels.inl"
+}
+#pragma GCC pop_options
+
+namespace irpe {
+const Kernels* avx2_kernels() { return &avx2::kTable; }
+}  // namespace irpe
+#else
+namespace irpe {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace irpe
+#endif

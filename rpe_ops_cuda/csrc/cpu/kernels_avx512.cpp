@@ -1,0 +1,21 @@
+// AVX-512.
+#include "kernels.h"
+
+#ifdef __x86_64__
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define LANES 16
+#define INSTRUCTION_SET "avx512"
+namespace irpe::avx512 {
+#include "kernels.inl"
+}
+#pragma GCC pop_options
+
+namespace irpe {
+const Kernels* avx512_kernels() { return &avx512::kTable; }
+}  // namespace irpe
+#else
+namespace irpe {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace irpe
+#endif

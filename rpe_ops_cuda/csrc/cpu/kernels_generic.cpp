@@ -1,0 +1,12 @@
+// Any processor. 16 lanes, as AVX-512: a machine without AVX-512 tests that logic here.
+#include "kernels.h"
+
+#define LANES 16
+#define INSTRUCTION_SET "generic"
+namespace irpe::generic {
+#include "kernels.inl"
+}
+
+namespace irpe {
+const Kernels* generic_kernels() { return &generic::kTable; }
+}  // namespace irpe

@@ -1,0 +1,164 @@
+#include "plan_cache.h"
+
+#include <algorithm>
+#include <map>
+
+namespace irpe {
+namespace {
+
+constexpr int64_t kMaxColMask = 1 << 19;  // entries: 2 MB
+
+void cut_into_segments(Plan& plan) {
+  const int64_t rows = plan.view.rows, cols = plan.view.cols;
+  const int lanes = plan.view.lanes;
+  plan.seg_start.clear();
+  for (int64_t start = 0; start < cols;) {
+    int64_t length = std::min<int64_t>(lanes, cols - start);
+    for (int64_t i = 0; i < rows && length > 1; ++i) {
+      const uint16_t* id = &plan.ids[i * cols + start];
+      int lowest = id[0], highest = id[0];
+      for (int64_t t = 1; t < length; ++t) {
+        lowest = std::min<int>(lowest, id[t]);
+        highest = std::max<int>(highest, id[t]);
+        if (highest - lowest >= lanes) length = t;
+      }
+    }
+    plan.seg_start.push_back(static_cast<int32_t>(start));
+    start += length;
+    // Four keys a segment on average are where permuting stops being faster than single loads.
+    if (plan.seg_start.size() > 16 && start < 4 * static_cast<int64_t>(plan.seg_start.size())) return;
+  }
+  const int64_t segments = static_cast<int64_t>(plan.seg_start.size()), words = lanes / 8;
+  plan.seg_start.push_back(static_cast<int32_t>(cols));
+  plan.base.resize(rows * segments);
+  plan.perm.assign(rows * segments * words, 0);
+  // A load of `lanes` entries may not pass the last bucket, so the base is kept that far from it.
+  const int last_base = std::max(0, plan.view.max_id + 1 - lanes);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t s = 0; s < segments; ++s) {
+      const uint16_t* id = &plan.ids[i * cols];
+      const int64_t begin = plan.seg_start[s], end = plan.seg_start[s + 1];
+      const int base = std::min<int>(*std::min_element(id + begin, id + end), last_base);
+      plan.base[i * segments + s] = static_cast<uint16_t>(base);
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t lane = j - begin;
+        plan.perm[(i * segments + s) * words + lane / 8] |= static_cast<uint32_t>(id[j] - base) << (4 * (lane % 8));
+      }
+    }
+  }
+  plan.view.segmented = true;
+  plan.view.num_segments = segments;
+}
+
+// The number of leading tokens: their whole rows and columns hold one id. -1: the first column says otherwise.
+int64_t leading_tokens(const Plan& plan) {
+  const int64_t n = plan.view.rows;
+  const auto row_is_constant = [&](int64_t i) {
+    const uint16_t* id = &plan.ids[i * n];
+    return std::all_of(id, id + n, [&](uint16_t x) { return x == plan.ids[0]; });
+  };
+  int64_t skip = 0;
+  while (skip < n && row_is_constant(skip)) ++skip;
+  if (skip == n) return 0;  // one bucket for everything
+  for (int64_t i = skip; i < n; ++i)
+    for (int64_t j = 0; j < skip; ++j)
+      if (plan.ids[i * n + j] != plan.ids[0]) return -1;
+  return skip;
+}
+
+bool is_separable(const Plan& plan, int64_t skip, int64_t height, int64_t width) {
+  const int64_t n = plan.view.rows;
+  const auto id = [&](int64_t qr, int64_t qc, int64_t kr, int64_t kc) {
+    return static_cast<int>(plan.ids[(skip + qr * width + qc) * n + skip + kr * width + kc]);
+  };
+  for (int64_t qr = 0; qr < height; ++qr)
+    for (int64_t qc = 0; qc < width; ++qc)
+      for (int64_t kr = 0; kr < height; ++kr) {
+        const int row_part = id(qr, 0, kr, 0) - id(0, 0, 0, 0);
+        for (int64_t kc = 0; kc < width; ++kc)
+          if (id(qr, qc, kr, kc) != row_part + id(0, qc, 0, kc)) return false;
+      }
+  return true;
+}
+
+void separate(Plan& plan) {
+  PlanView& view = plan.view;
+  if (view.rows != view.cols || view.rows < 4) return;
+  const int64_t skip = leading_tokens(plan);
+  if (skip < 0) return;
+  const int64_t n = view.rows, tokens = n - skip;
+  int64_t best_width = 0, best_cost = tokens * tokens;
+  for (int64_t width = 2; width <= tokens; ++width) {
+    if (tokens % width != 0) continue;
+    const int64_t height = tokens / width;
+    if (!is_separable(plan, skip, height, width)) continue;
+    std::map<int, int> row_parts;
+    for (int64_t qr = 0; qr < height; ++qr)
+      for (int64_t kr = 0; kr < height; ++kr)
+        row_parts.emplace(plan.ids[(skip + qr * width) * n + skip + kr * width], 0);
+    const int64_t cost = static_cast<int64_t>(row_parts.size()) * width;
+    if (cost < best_cost) best_cost = cost, best_width = width;
+  }
+  if (best_width == 0 || best_cost > tokens) return;  // nothing gained over adding one by one; see also below
+  const int64_t width = best_width, height = tokens / width;
+  const auto at = [&](int64_t qr, int64_t qc, int64_t kr, int64_t kc) {
+    return static_cast<int>(plan.ids[(skip + qr * width + qc) * n + skip + kr * width + kc]);
+  };
+  int col_min = at(0, 0, 0, 0), col_max = col_min;
+  for (int64_t qc = 0; qc < width; ++qc)
+    for (int64_t kc = 0; kc < width; ++kc) {
+      col_min = std::min(col_min, at(0, qc, 0, kc));
+      col_max = std::max(col_max, at(0, qc, 0, kc));
+    }
+  std::map<int, int> slot_of;  // id at columns (0, 0) -> slot, in the order of ids
+  for (int64_t qr = 0; qr < height; ++qr)
+    for (int64_t kr = 0; kr < height; ++kr) slot_of.emplace(at(qr, 0, kr, 0), 0);
+  for (auto& [id, slot] : slot_of) {
+    slot = static_cast<int>(plan.slot_base.size());
+    plan.slot_base.push_back(id - at(0, 0, 0, 0) + col_min);
+  }
+  view.num_slots = static_cast<int32_t>(slot_of.size());
+  for (int64_t qr = 0; qr < height; ++qr) {
+    std::vector<std::vector<int32_t>> of_slot(slot_of.size());
+    for (int64_t kr = 0; kr < height; ++kr) of_slot[slot_of[at(qr, 0, kr, 0)]].push_back(static_cast<int32_t>(kr));
+    for (const auto& key_rows : of_slot) {
+      plan.slot_first.push_back(static_cast<int32_t>(plan.slot_rows.size() - qr * height));
+      plan.slot_rows.insert(plan.slot_rows.end(), key_rows.begin(), key_rows.end());
+    }
+    plan.slot_first.push_back(static_cast<int32_t>(height));
+  }
+  view.col_span = col_max - col_min + 1;
+  view.col_padded = (view.col_span + view.lanes - 1) / view.lanes * view.lanes;
+  bool masks = width * width * view.col_padded <= kMaxColMask && view.col_padded <= 2 * view.lanes;
+  for (size_t slot = 1; slot < plan.slot_base.size(); ++slot)
+    masks = masks && plan.slot_base[slot] >= plan.slot_base[slot - 1] + view.col_span;
+  if (!masks && 4 * best_cost > 3 * tokens) return;
+  if (masks) plan.col_mask.assign(width * width * view.col_padded, 0);
+  for (int64_t qc = 0; qc < width; ++qc)
+    for (int64_t kc = 0; kc < width; ++kc) {
+      const int part = at(0, qc, 0, kc) - col_min;
+      plan.col_part.push_back(part);
+      if (masks) plan.col_mask[(qc * width + kc) * view.col_padded + part] = ~0u;
+    }
+  view.separable = true;
+  view.skip = skip, view.height = height, view.width = width, view.skip_id = skip ? plan.ids[0] : 0;
+}
+
+}  // namespace
+
+void make_plan(Plan& plan, int64_t rows, int64_t cols, int lanes) {
+  PlanView& view = plan.view;
+  view = PlanView{};
+  view.rows = rows, view.cols = cols, view.lanes = lanes;
+  const auto [lowest, highest] = std::minmax_element(plan.ids.begin(), plan.ids.end());
+  view.min_id = *lowest, view.max_id = *highest;
+  cut_into_segments(plan);
+  separate(plan);
+  view.ids = plan.ids.data();
+  view.seg_start = plan.seg_start.data(), view.base = plan.base.data(), view.perm = plan.perm.data();
+  view.slot_base = plan.slot_base.data(), view.slot_first = plan.slot_first.data();
+  view.slot_rows = plan.slot_rows.data(), view.col_part = plan.col_part.data();
+  view.col_mask = plan.col_mask.empty() ? nullptr : plan.col_mask.data();
+}
+
+}  // namespace irpe

@@ -1,0 +1,40 @@
+// What is worked out once for a map of bucket ids, so that the kernels need not look at single ids.
+// Plain data and no standard headers: the kernels are compiled for several instruction sets, and an inline function of a
+// header compiled for AVX-512 could be the copy the linker keeps for everybody.
+#pragma once
+#include <stdint.h>
+
+namespace irpe {
+
+// Lookup. Neighbouring keys have neighbouring ids: the keys are cut into segments of at most `lanes` keys whose ids span
+// fewer than `lanes` buckets for every query, so one load of `lanes` table entries from `base` and one register
+// permutation by the 4-bit offsets in `perm` look up a whole segment. For product maps a segment is (a part of) a grid row.
+//
+// Bucket sums. A map is separable if id = row_part(query row, key row) + column_part(query column, key column) but for the
+// leading tokens, which share one bucket. Then grid rows are summed into slots (vector adds), and only then columns into buckets.
+struct PlanView {
+  int64_t rows, cols;       // queries, keys
+  int32_t lanes;            // of the instruction set this plan was made for: 8 or 16
+  int32_t min_id, max_id;
+  const uint16_t* ids;      // (rows, cols)
+
+  bool segmented;           // false: too few keys a segment, ids are looked up one by one
+  int64_t num_segments;
+  const int32_t* seg_start; // (num_segments + 1), the last one is cols
+  const uint16_t* base;     // (rows, num_segments) smallest id
+  const uint32_t* perm;     // (rows, num_segments, lanes / 8) id - base, 4 bits a key
+
+  bool separable;
+  int64_t skip, height, width;   // cols = skip + height * width
+  int32_t skip_id;               // bucket of the leading tokens
+  int32_t num_slots;             // different row parts
+  int32_t col_span, col_padded;  // column parts are 0 .. col_span - 1; padded to whole registers
+  const int32_t* slot_base;      // (num_slots) bucket of column part 0
+  const int32_t* slot_first;     // (height, num_slots + 1) where the key rows of a slot begin in slot_rows
+  const int32_t* slot_rows;      // (height, height) key rows ordered by slot
+  const int32_t* col_part;       // (width, width)
+  const uint32_t* col_mask;      // (width, width, col_padded) all ones where the key column has that column part;
+                                 // null where that would be large or slots share buckets: columns are then added one by one
+};
+
+}  // namespace irpe

@@ -1,0 +1,68 @@
+// plan_for: plans are kept for the last few index tensors, as every layer of a model asks for the same one.
+#include <ATen/ops/aminmax.h>
+#include <c10/util/intrusive_ptr.h>
+
+#include <list>
+#include <mutex>
+
+#include "cpu/kernels.h"
+#include "rpe_index.h"
+
+namespace irpe {
+namespace {
+
+struct Known {
+  // A weak reference keeps the address from being used again, so an equal address is the same tensor.
+  c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
+  uint32_t version;  // counts in-place changes
+  const void* data;
+  int lanes;
+  std::shared_ptr<const Plan> plan;
+};
+
+constexpr size_t kKept = 32;
+std::mutex mutex;
+std::list<Known> known;  // most recently used first
+
+std::shared_ptr<const Plan> build(const at::Tensor& index, int lanes, int64_t buckets, const char* function) {
+  const auto [lowest, highest] = at::aminmax(index);
+  const int64_t low = lowest.item().toLong(), high = highest.item().toLong();
+  TORCH_CHECK_INDEX(low >= 0 && high < buckets, function, ": index holds ", low < 0 ? low : high, "; with ", buckets,
+                    " buckets it must be in [0, ", buckets, ")");
+  TORCH_CHECK_VALUE(high < 65536, function, ": index holds ", high, "; the compiled kernels take at most 65536 buckets");
+  const at::Tensor ids = index.to(at::kInt).contiguous();
+  const int32_t* from = ids.const_data_ptr<int32_t>();
+  auto plan = std::make_shared<Plan>();
+  plan->ids.assign(from, from + ids.numel());
+  make_plan(*plan, index.size(0), index.size(1), lanes);
+  return plan;
+}
+
+}  // namespace
+
+std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t buckets, const char* function) {
+  const int lanes = kernels().lanes;
+  if (index.is_inference()) return build(index, lanes, buckets, function);  // has no version
+  const uint32_t version = index._version();
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (auto it = known.begin(); it != known.end();) {
+    if (it->tensor.expired()) {
+      it = known.erase(it);
+    } else if (it->tensor._unsafe_get_target() == index.unsafeGetTensorImpl() && it->version == version &&
+               it->data == index.const_data_ptr() && it->lanes == lanes) {
+      known.splice(known.begin(), known, it);
+      TORCH_CHECK_INDEX(it->plan->view.max_id < buckets, function, ": index holds ", it->plan->view.max_id, "; with ",
+                        buckets, " buckets it must be in [0, ", buckets, ")");
+      return it->plan;
+    } else {
+      ++it;
+    }
+  }
+  auto plan = build(index, lanes, buckets, function);
+  known.push_front({c10::weak_intrusive_ptr<c10::TensorImpl>(index.getIntrusivePtr()), version, index.const_data_ptr(),
+                    lanes, plan});
+  if (known.size() > kKept) known.pop_back();
+  return plan;
+}
+
+}  // namespace irpe

@@ -1,0 +1,124 @@
+// Operator schemas, argument checks, and rpe_index and its adjoint on CPU tensors.
+#include "rpe_index.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace irpe {
+namespace {
+
+bool is_value_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+}
+
+bool is_id_type(at::ScalarType type) {
+  return type == at::kByte || type == at::kShort || type == at::kInt || type == at::kLong;
+}
+
+void check_common(const char* function, const char* name, const at::Tensor& values, const at::Tensor& index) {
+  TORCH_CHECK_VALUE(values.dim() == 4 && index.dim() == 2, function, ": expected ", name, " (B, H, L_query, ",
+                    name[0] == 'i' ? "N" : "L_key", ") and index (L_query, L_key); got ", name, " ", values.sizes(),
+                    " and index ", index.sizes());
+  TORCH_CHECK_VALUE(is_value_type(values.scalar_type()), function, ": ", name,
+                    " must be float32, float64, float16 or bfloat16, not ", values.scalar_type());
+  TORCH_CHECK_VALUE(is_id_type(index.scalar_type()), function, ": index must be uint8, int16, int32 or int64, not ",
+                    index.scalar_type());
+  TORCH_CHECK_VALUE(values.device() == index.device(), function, ": ", name, " is on ", values.device(),
+                    " and index on ", index.device(), "; move one of them");
+  TORCH_CHECK_VALUE(values.size(2) == index.size(0), function, ": ", name, " ", values.sizes(), " has ", values.size(2),
+                    " queries and index ", index.sizes(), " has ", index.size(0));
+}
+
+// Rows a thread takes at least: about 64 KB of output, below which starting a thread costs more than it saves.
+int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
+
+at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
+  check_rpe_index(input_, index);
+  const int64_t buckets = input_.size(3), cols = index.size(1);
+  at::Tensor out = at::empty({input_.size(0), input_.size(1), input_.size(2), cols}, input_.options());
+  if (index.numel() == 0) return out;
+  const auto plan = plan_for(index, buckets, "rpe_index");
+  if (out.numel() == 0) return out;
+  const at::Tensor input = input_.contiguous();
+  const int64_t rows = out.numel() / cols;
+  const Kernels& isa = kernels();
+  at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+    if (input.element_size() == 4) {
+      isa.lookup_32(plan->view, static_cast<const uint32_t*>(input.const_data_ptr()),
+                    static_cast<uint32_t*>(out.data_ptr()), begin, end, buckets);
+    } else if (input.element_size() == 2) {
+      isa.lookup_16(plan->view, static_cast<const uint16_t*>(input.const_data_ptr()),
+                    static_cast<uint16_t*>(out.data_ptr()), begin, end, buckets);
+    } else {
+      const double* table = input.const_data_ptr<double>();
+      double* dest = out.data_ptr<double>();
+      for (int64_t row = begin; row < end; ++row) {
+        const uint16_t* ids = plan->view.ids + row % plan->view.rows * cols;
+        for (int64_t j = 0; j < cols; ++j) dest[row * cols + j] = table[row * buckets + ids[j]];
+      }
+    }
+  });
+  return out;
+}
+
+at::Tensor rpe_index_adjoint_cpu(const at::Tensor& grad_, const at::Tensor& index, int64_t buckets) {
+  check_rpe_index_adjoint(grad_, index, buckets);
+  const int64_t cols = index.size(1);
+  const auto sizes = {grad_.size(0), grad_.size(1), grad_.size(2), buckets};
+  if (index.numel() == 0) return at::zeros(sizes, grad_.options());
+  const auto plan = plan_for(index, buckets, "rpe_index_adjoint");
+  if (grad_.numel() == 0) return at::zeros(sizes, grad_.options());
+  const bool is_double = grad_.scalar_type() == at::kDouble;
+  const at::Tensor grad = grad_.to(is_double ? at::kDouble : at::kFloat).contiguous();  // halves are summed in fp32
+  const int64_t rows = grad.numel() / cols;
+  const Kernels& isa = kernels();
+  if (!is_double) {
+    at::Tensor out = at::empty(sizes, grad.options());
+    at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+      isa.bucket_sums(plan->view, grad.const_data_ptr<float>(), out.data_ptr<float>(), begin, end, buckets);
+    });
+    return out.to(grad_.scalar_type());
+  }
+  at::Tensor out = at::zeros(sizes, grad.options());
+  const double* from = grad.const_data_ptr<double>();
+  double* into = out.data_ptr<double>();
+  at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const uint16_t* ids = plan->view.ids + row % plan->view.rows * cols;
+      for (int64_t j = 0; j < cols; ++j) into[row * buckets + ids[j]] += from[row * cols + j];
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+void check_rpe_index(const at::Tensor& input, const at::Tensor& index) {
+  check_common("rpe_index", "input", input, index);
+}
+
+void check_rpe_index_adjoint(const at::Tensor& grad, const at::Tensor& index, int64_t num_buckets) {
+  check_common("rpe_index_adjoint", "grad", grad, index);
+  TORCH_CHECK_VALUE(grad.size(3) == index.size(1), "rpe_index_adjoint: grad ", grad.sizes(), " has ", grad.size(3),
+                    " keys and index ", index.sizes(), " has ", index.size(1));
+  TORCH_CHECK_VALUE(num_buckets >= 0, "rpe_index_adjoint: num_buckets must not be negative, got ", num_buckets);
+}
+
+}  // namespace irpe
+
+TORCH_LIBRARY(irpe, m) {
+  m.def("rpe_index(Tensor input, Tensor index) -> Tensor");
+  m.def("rpe_index_adjoint(Tensor grad, Tensor index, SymInt num_buckets) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(irpe, CPU, m) {
+  m.impl("rpe_index", irpe::rpe_index_cpu);
+  m.impl("rpe_index_adjoint", irpe::rpe_index_adjoint_cpu);
+}

@@ -1,0 +1,20 @@
+// Argument checks that the CPU and the CUDA operators share, and what CPU code needs of a map of bucket ids.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "cpu/plan_cache.h"
+
+namespace irpe {
+
+// input (B, H, L_query, N), index (L_query, L_key).
+void check_rpe_index(const at::Tensor& input, const at::Tensor& index);
+// grad (B, H, L_query, L_key), index (L_query, L_key).
+void check_rpe_index_adjoint(const at::Tensor& grad, const at::Tensor& index, int64_t num_buckets);
+
+// The plan of a CPU index tensor with at least one element, made once for each state of the tensor and kept for the last
+// few tensors. IndexError unless every id is in [0, num_buckets).
+std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t num_buckets, const char* function);
+
+}  // namespace irpe
