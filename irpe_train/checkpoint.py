@@ -111,6 +111,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, so
     """
     own = model.state_dict()
     missing = [key for key in own if key not in weights]
+    # Counters of batch norm: published backbones freeze it and have none, checkpoints from elsewhere may.
+    weights = {key: value for key, value in weights.items() if key in own or not key.endswith("num_batches_tracked")}
     unexpected = [key for key in weights if key not in own]
     shapes = [f"{key} {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
               for key in own if key in weights and own[key].shape != weights[key].shape]

@@ -1,0 +1,41 @@
+"""Box formats and overlaps. A box is four numbers: corners ``x0, y0, x1, y1``, or centre and size ``cx, cy, w, h``."""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` centre and size to corners."""
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """``(..., 4)`` corners to centre and size."""
+    return box_convert(boxes, "xyxy", "cxcywh")
+
+
+def scale_to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Normalised boxes ``(B, Q, 4)``, either format, times the ``(height, width)`` of their images, ``(B, 2)``."""
+    height, width = sizes.to(boxes.device, boxes.dtype).unbind(-1)
+    return boxes * torch.stack([width, height, width, height], dim=-1)[:, None]
+
+
+def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU of box ``i`` with box ``i``: the diagonal of ``torchvision.ops.generalized_box_iou``.
+
+    torchvision's own elementwise loss adds 1e-7 to the areas, which a small box in normalised units would notice.
+
+    Args:
+        boxes, others: ``(n, 4)`` corners.
+    Returns: ``(n,)``, in ``[-1, 1]``.
+    Source: Rezatofighi et al., CVPR 2019, Algorithm 1.
+    """
+    def area(low: Tensor, high: Tensor) -> Tensor:
+        return (high - low).clamp(min=0).prod(-1)
+
+    (low, high), (other_low, other_high) = (b.split(2, dim=-1) for b in (boxes, others))
+    overlap = area(torch.maximum(low, other_low), torch.minimum(high, other_high))
+    union = area(low, high) + area(other_low, other_high) - overlap
+    hull = area(torch.minimum(low, other_low), torch.maximum(high, other_high))
+    return overlap / union - (hull - union) / hull

@@ -1,0 +1,114 @@
+"""A ResNet as DETR uses it: batch norm frozen, stem and first stage frozen, the classifier left out."""
+
+import timm
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+from irpe_train.checkpoint import model_weights, read_checkpoint
+from irpe_train.errors import BadCheckpoint
+
+from ..nested_tensor import NestedTensor
+
+# Small enough for the demo on a laptop: 0.3 M parameters. As a classifier, the same weights are
+# timm.create_model("resnet10t", stem_width=8, channels=(16, 32, 64, 128)).
+MICRO = {"stem_width": 8, "channels": (16, 32, 64, 128)}
+
+
+def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False) -> nn.Module:
+    """Any torchvision ResNet by its name, or ``resnet_micro``, with frozen batch norm.
+
+    Args:
+        dilation: the last stage keeps its resolution and dilates instead (DC5): stride 16 in place of 32.
+        pretrained: start from torchvision's ImageNet weights (downloads them once).
+    """
+    if name == "resnet_micro":
+        if pretrained:
+            raise ValueError("resnet_micro has no ImageNet weights. Give --backbone_weights FILE (train it as a "
+                             "classifier first) or --backbone_weights none.")
+        return timm.create_model("resnet10t", norm_layer=_frozen_norm, zero_init_last=False,
+                                 output_stride=16 if dilation else 32, **MICRO)
+    if name not in resnet_names():
+        raise ValueError(f"--backbone {name!r}: expected resnet_micro or one of {', '.join(resnet_names())}.")
+    if dilation and name in ("resnet18", "resnet34"):
+        raise ValueError(f"--dilation: torchvision's {name} has no dilated form; take resnet50 or a larger one.")
+    return torchvision.models.get_model(
+        name, weights="IMAGENET1K_V1" if pretrained else None, norm_layer=FrozenBatchNorm2d,
+        replace_stride_with_dilation=[False, False, dilation])
+
+
+def resnet_names() -> list[str]:
+    """torchvision's classification ResNets (ResNeXt and wide ones among them)."""
+    return [n for n in torchvision.models.list_models(module=torchvision.models) if "resne" in n]
+
+
+def load_backbone_weights(resnet: nn.Module, path: str) -> None:
+    """Fill a ResNet from a classification checkpoint: one of ``deit_irpe``, or a plain state dict.
+
+    The classifier, the counters of batch norm and a ``module.`` prefix are dropped; all else must fit.
+
+    Raises: BadCheckpoint: naming the keys that are missing, left over, or of another shape.
+    """
+    weights = model_weights(read_checkpoint(path), source=path)
+    weights = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    wanted = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
+    wrong = [key for key, value in wanted.items() if key not in weights or weights[key].shape != value.shape]
+    wrong += [key for key in weights if key not in wanted and not key.startswith("fc.")]
+    if wrong:
+        raise BadCheckpoint(f"--backbone_weights {path}: {len(wrong)} of {len(wanted)} entries do not fit, "
+                            f"the first: {', '.join(wrong[:5])}. Is --backbone the network this file was trained for?")
+    resnet.load_state_dict({key: weights[key] for key in wanted}, strict=False)
+
+
+class Backbone(nn.Module):
+    """The feature maps of a ResNet, each with the padding mask at its size.
+
+    Args:
+        resnet: with ``layer1`` to ``layer4``, batch norm frozen already.
+        train_backbone: train ``layer2`` to ``layer4``; the stem and ``layer1`` never are.
+        return_interm_layers: all four stages (the mask head needs them), else the last alone.
+
+    Attributes:
+        channels: of each returned map.
+    """
+
+    def __init__(self, resnet: nn.Module, *, train_backbone: bool = True, return_interm_layers: bool = False):
+        super().__init__()
+        for name, parameter in resnet.named_parameters():
+            if not train_backbone or not name.startswith(("layer2", "layer3", "layer4")):
+                parameter.requires_grad_(False)
+        stages = ("layer1", "layer2", "layer3", "layer4") if return_interm_layers else ("layer4",)
+        self.body = IntermediateLayerGetter(resnet, {stage: stage for stage in stages})
+        self.channels = [_stage_channels(getattr(resnet, stage)) for stage in stages]
+
+    def forward(self, images: NestedTensor) -> list[NestedTensor]:
+        """Maps ``(B, channels[i], h, w)``, from fine to coarse."""
+        return [NestedTensor(x, _shrink(images.mask, x)) for x in self.body(images.tensors).values()]
+
+
+class Joiner(nn.Sequential):
+    """Backbone (entry 0) and position encoding (entry 1), under the names of the published checkpoints."""
+
+    def __init__(self, backbone: Backbone, position_embedding: nn.Module):
+        super().__init__(backbone, position_embedding)
+        self.channels = backbone.channels
+
+    def forward(self, images: NestedTensor) -> tuple[list[NestedTensor], Tensor]:
+        """The maps, and the positions ``(B, hidden_dim, h, w)`` for the last of them."""
+        features = self[0](images)
+        return features, self[1](features[-1]).to(features[-1].tensors.dtype)
+
+
+def _frozen_norm(channels: int, **_) -> FrozenBatchNorm2d:
+    return FrozenBatchNorm2d(channels)  # timm also names a device and a dtype
+
+
+def _shrink(mask: Tensor, features: Tensor) -> Tensor:
+    return F.interpolate(mask[:, None].float(), size=features.shape[-2:], mode="nearest")[:, 0].bool()  # (B, h, w)
+
+
+def _stage_channels(stage: nn.Module) -> int:
+    last = stage[-1]
+    return (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels

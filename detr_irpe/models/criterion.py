@@ -1,0 +1,139 @@
+"""The losses of DETR: class, box and, with a mask head, mask; for every decoder layer.
+
+Source: Carion et al., ECCV 2020, Sec. 3.1 (set loss), A.2 (the terms).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from irpe_train.distributed import reduce_mean
+
+from ..boxes import cxcywh_to_xyxy, paired_giou
+from .matcher import HungarianMatcher
+
+Losses = dict[str, Tensor]
+
+
+class Matched(NamedTuple):
+    """The ``n`` matched pairs of a batch: image, query and object number (counted through the batch), each ``(n,)``."""
+
+    image: Tensor
+    query: Tensor
+    object: Tensor
+
+
+class SetCriterion(nn.Module):
+    """Losses of a set of predictions against the objects of each image.
+
+    Args:
+        num_classes: without "no object".
+        weight_dict: weight of each loss by name, for the training loop to apply; a loss without one is for the log.
+        eos_coef: weight of the class "no object".
+        masks: also the two mask losses (of the last layer).
+    """
+
+    def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_dict: dict[str, float],
+                 eos_coef: float = 0.1, masks: bool = False):
+        super().__init__()
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.weight_dict = weight_dict
+        self.eos_coef = eos_coef
+        self.masks = masks
+
+    def forward(self, outputs: dict, targets: Sequence[dict]) -> Losses:
+        """Match every decoder layer, then compute its losses, in fp32 whatever autocast says.
+
+        Args:
+            outputs: of the model.
+            targets: for each image ``labels`` ``(n,)``, ``boxes`` ``(n, 4)``, and ``masks`` ``(n, h, w)`` where asked.
+        Returns: scalars, not weighted: ``loss_ce``, ``class_error`` (percent of matched queries with a wrong class),
+            ``loss_bbox``, ``loss_giou``, ``cardinality_error``, ``loss_mask``, ``loss_dice``; ``..._{i}`` of layer i.
+        """
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
+            matches = self._match(layers, targets)
+            num_boxes = average_num_boxes(targets, outputs["pred_logits"].device)
+            losses = {}
+            for index, (layer, matched) in enumerate(zip(layers, matches, strict=True)):
+                found = self.loss_labels(layer, targets, matched)
+                found |= self.loss_boxes(layer, targets, matched, num_boxes)
+                found |= self.cardinality(layer, targets)
+                if index == 0 and self.masks:
+                    found |= self.loss_masks(layer, targets, matched, num_boxes)
+                if index > 0:  # layer 0 of the list is the last one of the decoder
+                    found.pop("class_error")
+                    found = {f"{name}_{index - 1}": loss for name, loss in found.items()}
+                losses |= found
+        return losses
+
+    def loss_labels(self, outputs: dict, targets: Sequence[dict], matched: Matched) -> Losses:
+        """Cross entropy over all queries, the unmatched ones as "no object", weighted by ``eos_coef``."""
+        logits = outputs["pred_logits"].float()
+        labels = torch.cat([target["labels"] for target in targets])[matched.object]
+        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        wanted[matched.image, matched.query] = labels
+        class_weights = logits.new_ones(self.num_classes + 1)
+        class_weights[-1] = self.eos_coef
+        loss = F.cross_entropy(logits.transpose(1, 2), wanted, class_weights)
+        right = (logits[matched.image, matched.query].argmax(-1) == labels).sum()
+        return {"loss_ce": loss, "class_error": 100 - 100 * right / max(len(labels), 1)}
+
+    @torch.no_grad()
+    def cardinality(self, outputs: dict, targets: Sequence[dict]) -> Losses:
+        """Mean absolute error of the number of queries that are not "no object"; for the log, not a loss."""
+        logits = outputs["pred_logits"]
+        found = (logits.argmax(-1) != self.num_classes).sum(1)
+        wanted = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device, non_blocking=True)
+        return {"cardinality_error": (found - wanted).abs().float().mean()}
+
+    def loss_boxes(self, outputs: dict, targets: Sequence[dict], matched: Matched, num_boxes: Tensor) -> Losses:
+        """L1 distance and ``1 - GIoU`` of the matched boxes, summed over pairs, divided by ``num_boxes``."""
+        boxes = outputs["pred_boxes"][matched.image, matched.query].float()
+        wanted = torch.cat([target["boxes"] for target in targets])[matched.object].float()
+        giou = paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+        return {"loss_bbox": (boxes - wanted).abs().sum() / num_boxes, "loss_giou": (1 - giou).sum() / num_boxes}
+
+    def loss_masks(self, outputs: dict, targets: Sequence[dict], matched: Matched, num_boxes: Tensor) -> Losses:
+        """Focal and dice loss of the matched masks, enlarged to the size of the padded batch.
+
+        Source: Lin et al., ICCV 2017 (focal); Milletari et al., 3DV 2016 (dice).
+        """
+        masks = outputs["pred_masks"][matched.image, matched.query].float()  # (n, h, w)
+        wanted = _pad_to_one_size([target["masks"] for target in targets])[matched.object].to(masks)
+        masks = F.interpolate(masks[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False)
+        masks, wanted = masks.flatten(1), wanted.flatten(1)
+        focal = sigmoid_focal_loss(masks, wanted, alpha=0.25, gamma=2).mean(1)
+        probability = masks.sigmoid()
+        dice = 1 - (2 * (probability * wanted).sum(1) + 1) / (probability.sum(1) + wanted.sum(1) + 1)
+        return {"loss_mask": focal.sum() / num_boxes, "loss_dice": dice.sum() / num_boxes}
+
+    def _match(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[Matched]:
+        """Matched pairs of every layer on the device: down once with the costs, up once with the pairs."""
+        starts = [0]
+        for target in targets:
+            starts.append(starts[-1] + len(target["labels"]))
+        pairs = torch.stack([torch.cat([
+            torch.stack([torch.full_like(queries, image), queries, objects + starts[image]])
+            for image, (queries, objects) in enumerate(matches)], dim=1)
+            for matches in self.matcher.match_layers(layers, targets)])  # (layers, 3, n)
+        return [Matched(*layer) for layer in pairs.to(layers[0]["pred_logits"].device, non_blocking=True)]
+
+
+def average_num_boxes(targets: Sequence[dict], device: torch.device) -> Tensor:
+    """Objects a process has on average, at least 1: what the sums over pairs are divided by, so that the mean of the
+    gradients over processes is the gradient of one big batch. Every process takes part, with objects or without."""
+    count = torch.tensor(float(sum(len(target["labels"]) for target in targets)))
+    return reduce_mean(count.to(device, non_blocking=True)).clamp(min=1)
+
+
+def _pad_to_one_size(masks: Sequence[Tensor]) -> Tensor:
+    """Masks ``(n_i, h_i, w_i)`` of all images -> ``(sum of n_i, H, W)``, padded as the batch of images is."""
+    height = max(m.shape[-2] for m in masks)
+    width = max(m.shape[-1] for m in masks)
+    return torch.cat([F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2])) for m in masks])

@@ -1,0 +1,161 @@
+"""DETR, and how to build one: ``create_model`` by arguments, ``build_model`` from the flags of a run.
+
+Source: Carion et al., ECCV 2020; Wu et al., ICCV 2021, Sec. 4.4.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irpe_train.distributed import is_main
+
+from ..nested_tensor import NestedTensor
+from .backbone import Backbone, Joiner, build_resnet, load_backbone_weights
+from .criterion import SetCriterion
+from .matcher import HungarianMatcher
+from .position_encoding import build_position_encoding
+from .postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
+from .segmentation import DETRsegm
+from .transformer import Transformer
+
+# Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
+PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
+PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
+
+
+class MLP(nn.Module):
+    """Linear maps with ReLU between them."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        super().__init__()
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class DETR(nn.Module):
+    """Objects of an image as a set of queries, each with a class (or "no object", the last one) and a box."""
+
+    def __init__(self, backbone: Joiner, transformer: Transformer, num_classes: int, num_queries: int,
+                 aux_loss: bool = True):
+        super().__init__()
+        hidden_dim = transformer.d_model
+        self.transformer = transformer
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.input_proj = nn.Conv2d(backbone.channels[-1], hidden_dim, kernel_size=1)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+
+    @property
+    def num_queries(self) -> int:
+        return self.query_embed.num_embeddings
+
+    def forward(self, samples: NestedTensor | Sequence[Tensor]) -> dict:
+        """Detect.
+
+        Args:
+            samples: a ``NestedTensor``, or images ``(3, h, w)``, normalised.
+        Returns: ``pred_logits`` ``(B, Q, C + 1)``; ``pred_boxes`` ``(B, Q, 4)``, centre and size, as fractions of the
+            image without its padding; with ``aux_loss`` also ``aux_outputs``, the same of the decoder layers before.
+        """
+        outputs, *_ = self.detect(samples)
+        return outputs
+
+    def detect(
+            self, samples: NestedTensor | Sequence[Tensor]) -> tuple[dict, list[NestedTensor], Tensor, Tensor, Tensor]:
+        """What ``forward`` returns, and what a mask head works from.
+
+        Returns: the outputs; the backbone's maps; the last of them projected, ``(B, d_model, h, w)``; the last decoder
+            output, ``(B, Q, d_model)``; the encoded map, ``(B, d_model, h, w)``.
+        """
+        if not isinstance(samples, NestedTensor):
+            samples = NestedTensor.from_images(samples)
+        features, pos = self.backbone(samples)
+        projected = self.input_proj(features[-1].tensors)
+        hs, memory = self.transformer(projected, features[-1].mask, self.query_embed.weight, pos)
+        logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()
+        outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        if self.aux_loss:
+            outputs["aux_outputs"] = [{"pred_logits": c, "pred_boxes": b}
+                                      for c, b in zip(logits[:-1], boxes[:-1], strict=True)]
+        return outputs, features, projected, hs[-1], memory
+
+
+def create_model(backbone: str = "resnet50", enc_rpe2d: str = "", num_classes: int = 91, num_queries: int = 100,
+                 pretrained_backbone: bool | str = False, *, hidden_dim: int = 256, nheads: int = 8,
+                 enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: float = 0.1,
+                 pre_norm: bool = False, position_embedding: str = "sine", dilation: bool = False,
+                 train_backbone: bool = True, aux_loss: bool = True, masks: bool = False, freeze_detr: bool = False,
+                 attn_backend: str = "auto") -> nn.Module:
+    """DETR with or without iRPE in its encoder; the defaults are the published model.
+
+    Args:
+        backbone: a torchvision ResNet, or ``resnet_micro``.
+        enc_rpe2d: spec of the encoding, such as ``"rpe-2.0-product-ctx-1-k"``; empty for none.
+        num_classes: largest category id plus one, "no object" not counted.
+        pretrained_backbone: True for torchvision's ImageNet weights (downloads them), or the path of a classification
+            checkpoint.
+        dilation: DC5, stride 16 in the last stage.
+        train_backbone: train the stages 2 to 4 of the backbone; the first and the stem never are.
+        masks: add the segmentation head (``DETRsegm``); ``freeze_detr`` then trains that head alone.
+    """
+    resnet = build_resnet(backbone, dilation=dilation, pretrained=pretrained_backbone is True)
+    if isinstance(pretrained_backbone, str):
+        load_backbone_weights(resnet, pretrained_backbone)
+    joiner = Joiner(Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks),
+                    build_position_encoding(position_embedding, hidden_dim))
+    transformer = Transformer(hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, enc_rpe2d,
+                              attn_backend)
+    model = DETR(joiner, transformer, num_classes, num_queries, aux_loss)
+    return DETRsegm(model, freeze_detr=freeze_detr) if masks else model
+
+
+def build_model(args: Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
+    num_classes = number_of_classes(args)
+    model = create_model(
+        args.backbone, args.enc_rpe2d, num_classes, args.num_queries, _pretrained_backbone(args),
+        hidden_dim=args.hidden_dim, nheads=args.nheads, enc_layers=args.enc_layers, dec_layers=args.dec_layers,
+        dim_feedforward=args.dim_feedforward, dropout=args.dropout, pre_norm=args.pre_norm,
+        position_embedding=args.position_embedding, dilation=args.dilation, train_backbone=args.lr_backbone > 0,
+        aux_loss=args.aux_loss, masks=args.masks, freeze_detr=bool(getattr(args, "frozen_weights", None)),
+        attn_backend=getattr(args, "attn_backend", "auto"))
+
+    weights = {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    if args.masks:
+        weights |= {"loss_mask": args.mask_loss_coef, "loss_dice": args.dice_loss_coef}
+    if args.aux_loss:
+        weights |= {f"{name}_{layer}": w for layer in range(args.dec_layers - 1) for name, w in weights.items()}
+    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
+    criterion = SetCriterion(num_classes, matcher, weights, args.eos_coef, masks=args.masks)
+
+    postprocessors = {"bbox": PostProcess()}
+    if args.masks:
+        postprocessors["segm"] = PostProcessSegm()
+        if args.dataset_file == "coco_panoptic":
+            postprocessors["panoptic"] = PostProcessPanoptic(PANOPTIC_IS_THING)
+    return model, criterion, postprocessors
+
+
+def number_of_classes(args: Namespace) -> int:
+    """``--num_classes`` where it is a number, else what the published code has for ``--dataset_file``."""
+    given = getattr(args, "num_classes", None)
+    return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
+
+
+def _pretrained_backbone(args: Namespace) -> bool | str:
+    """Nothing where a checkpoint will fill the whole model anyway: an evaluation must not download ImageNet weights."""
+    if any(getattr(args, flag, None) for flag in ("eval", "resume", "finetune", "frozen_weights")):
+        return False
+    source = getattr(args, "backbone_weights", "imagenet")
+    if source == "imagenet":
+        return is_main()  # the other processes get theirs from the main one, when DDP starts
+    return False if source == "none" else str(source)

@@ -1,0 +1,69 @@
+"""Which query answers for which object: the cheapest one-to-one assignment.
+
+Source: Carion et al., ECCV 2020, Sec. 3.1 and Eq. (1).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import generalized_box_iou
+
+from ..boxes import cxcywh_to_xyxy
+
+WORST = 1e9  # stands for a cost that is not finite: the loss will say so, the assignment must not fail before it
+
+
+class HungarianMatcher:
+    """Assign objects to queries by class probability, L1 distance and generalised IoU of the boxes, in fp32."""
+
+    def __init__(self, cost_class: float = 1.0, cost_bbox: float = 5.0, cost_giou: float = 2.0):
+        if cost_class == cost_bbox == cost_giou == 0:
+            raise ValueError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing to match by.")
+        self.cost_class = cost_class
+        self.cost_bbox = cost_bbox
+        self.cost_giou = cost_giou
+
+    def __call__(self, outputs: dict, targets: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
+        """Match one set of predictions.
+
+        Args:
+            outputs: ``pred_logits`` ``(B, Q, C + 1)`` and ``pred_boxes`` ``(B, Q, 4)``.
+            targets: for each image ``labels`` ``(n,)`` and ``boxes`` ``(n, 4)``, centre and size, normalised.
+        Returns: for each image the query numbers (ascending) and the object numbers they match, ``(min(Q, n),)`` int64.
+        """
+        return self.match_layers([outputs], targets)[0]
+
+    @torch.no_grad()
+    def match_layers(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[list[tuple[Tensor, Tensor]]]:
+        """As ``__call__`` for several sets of predictions at once, with a single transfer to the CPU.
+
+        Returns: on the CPU, one list a layer.
+        """
+        counts = [len(target["boxes"]) for target in targets]
+        logits = torch.stack([layer["pred_logits"] for layer in layers])  # (layers, B, Q, C + 1)
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers])
+        blocks = self.costs(logits, boxes, targets).split(counts, dim=-1)
+        own = torch.cat([block[:, image].flatten(1) for image, block in enumerate(blocks)], dim=1).cpu()
+        num_queries = logits.shape[2]
+        return [[_assign(cost.view(num_queries, n)) for cost, n in zip(
+            layer.split([num_queries * n for n in counts]), counts, strict=True)] for layer in own]
+
+    def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[dict]) -> Tensor:
+        """Cost of every query for every object of the batch: ``(layers, B, Q, sum of n)``, fp32, finite."""
+        labels = torch.cat([target["labels"] for target in targets])
+        wanted = torch.cat([target["boxes"] for target in targets]).float()
+        with torch.autocast(logits.device.type, enabled=False):
+            probability = logits.float().softmax(-1)[..., labels]
+            boxes = boxes.float().flatten(0, 2)
+            distance = torch.cdist(boxes, wanted, p=1)
+            giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+            cost = self.cost_bbox * distance - self.cost_giou * giou
+            cost = cost.view(*logits.shape[:3], -1) - self.cost_class * probability
+        return cost.nan_to_num(nan=WORST, posinf=WORST, neginf=-WORST)
+
+
+def _assign(cost: Tensor) -> tuple[Tensor, Tensor]:
+    queries, objects = linear_sum_assignment(cost.numpy())
+    return torch.from_numpy(queries), torch.from_numpy(objects)

@@ -1,0 +1,74 @@
+"""Absolute positions of the cells of a feature map, as DETR adds them to queries and keys."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..nested_tensor import NestedTensor
+
+
+class PositionEmbeddingSine(nn.Module):
+    """Sines and cosines of the row (first half of the channels) and of the column (second half).
+
+    A row or column number counts the cells that are not padding and is scaled so that the last one is ``2 pi``:
+    the position within the image, whatever the batch is padded to.
+
+    Source: Carion et al., ECCV 2020, Sec. A.4, after Vaswani et al., 2017; details in Parmar et al., 2018.
+    """
+
+    temperature = 10000
+    eps = 1e-6  # keeps an image without a single visible cell finite
+
+    def __init__(self, num_pos_feats: int):
+        """``num_pos_feats``: channels for each of the two axes, even."""
+        super().__init__()
+        if num_pos_feats % 2:
+            raise ValueError(f"sine positions need an even number of channels an axis; got {num_pos_feats}. "
+                             "Take a hidden_dim that divides by 4.")
+        self.num_pos_feats = num_pos_feats
+
+    def forward(self, features: NestedTensor) -> Tensor:
+        """``(B, 2 * num_pos_feats, h, w)``, float32."""
+        visible = ~features.mask
+        channel = torch.arange(self.num_pos_feats, dtype=torch.float32, device=visible.device)
+        period = self.temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / self.num_pos_feats)
+        axes = []
+        for dim in (1, 2):
+            count = visible.cumsum(dim, dtype=torch.float32)
+            last = count.narrow(dim, count.shape[dim] - 1, 1)
+            angle = (count / (last + self.eps) * (2 * math.pi))[..., None] / period  # (B, h, w, num_pos_feats)
+            waves = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1)
+            axes.append(waves.flatten(3))
+        return torch.cat(axes, dim=-1).permute(0, 3, 1, 2)  # (B, C, h, w)
+
+
+class PositionEmbeddingLearned(nn.Module):
+    """One learned vector for each column (first half of the channels) and each row (second half), up to 50 of each."""
+
+    def __init__(self, num_pos_feats: int, num_embeddings: int = 50):
+        super().__init__()
+        self.row_embed = nn.Embedding(num_embeddings, num_pos_feats)
+        self.col_embed = nn.Embedding(num_embeddings, num_pos_feats)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, features: NestedTensor) -> Tensor:
+        """``(B, 2 * num_pos_feats, h, w)``."""
+        batch, height, width = features.mask.shape
+        limit = self.row_embed.num_embeddings
+        if height > limit or width > limit:
+            raise ValueError(f"learned positions reach {limit} rows and columns; the map is {height} x {width}. "
+                             "Take --position_embedding sine or smaller images.")
+        columns = self.col_embed.weight[:width].expand(height, -1, -1)
+        rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
+        return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
+
+
+def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
+    """``"sine"`` or ``"learned"`` (``"v2"`` and ``"v3"`` in the published code) for ``hidden_dim`` channels."""
+    kinds = {"sine": PositionEmbeddingSine, "v2": PositionEmbeddingSine,
+             "learned": PositionEmbeddingLearned, "v3": PositionEmbeddingLearned}
+    if name not in kinds:
+        raise ValueError(f"--position_embedding {name!r}: expected one of {', '.join(kinds)}.")
+    return kinds[name](hidden_dim // 2)

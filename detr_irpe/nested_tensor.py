@@ -1,0 +1,56 @@
+"""A batch of images of different sizes: padded to one size, with a mask that says where the padding is."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class NestedTensor:
+    """Padded images and their mask.
+
+    Attributes:
+        tensors: ``(B, C, H, W)``, zero where padded.
+        mask: ``(B, H, W)`` bool, True = padding.
+    """
+
+    def __init__(self, tensors: Tensor, mask: Tensor):
+        self.tensors = tensors
+        self.mask = mask
+
+    @classmethod
+    def from_images(cls, images: Sequence[Tensor]) -> "NestedTensor":
+        """Pad images ``(C, h, w)`` below and to the right, to the largest height and the largest width among them."""
+        if not images or any(image.ndim != 3 for image in images):
+            shapes = [tuple(image.shape) for image in images]
+            raise ValueError(f"a batch is one or more images (C, h, w); got shapes {shapes}.")
+        height = max(image.shape[1] for image in images)
+        width = max(image.shape[2] for image in images)
+        tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+        mask = torch.ones(len(images), height, width, dtype=torch.bool, device=tensors.device)
+        for index, image in enumerate(images):
+            _, h, w = image.shape
+            tensors[index, :, :h, :w] = image
+            mask[index, :h, :w] = False
+        return cls(tensors, mask)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "NestedTensor":
+        """Both tensors on ``device``."""
+        return NestedTensor(*(t.to(device, non_blocking=non_blocking) for t in self.decompose()))
+
+    def pin_memory(self) -> "NestedTensor":
+        """Both tensors in page-locked memory; a ``DataLoader(pin_memory=True)`` calls this."""
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        """``(tensors, mask)``."""
+        return self.tensors, self.mask
+
+    def __repr__(self) -> str:
+        return f"NestedTensor(tensors={tuple(self.tensors.shape)}, padding={self.mask.float().mean():.0%})"
+
+
+def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
+    """``[(image, target), ...]`` as a data set yields them -> ``(NestedTensor, [target, ...])``."""
+    images, targets = zip(*batch, strict=True)
+    return NestedTensor.from_images(images), list(targets)
