@@ -1,0 +1,138 @@
+# Sourced by train_*.sh, eval_*.sh and slurm.sh: finds the config, the GPUs and the nodes, and starts one command.
+#   GPUS=N            processes on this node (default: the GPUs found; 1 process on the CPU if there is none)
+#   NNODES=N          nodes (default 1); on each of them the same script with
+#   NODE_RANK=R       its number, from 0 (default under SLURM: SLURM_NODEID), and where they meet, either
+#   MASTER_ADDR=HOST  the first node, MASTER_PORT=PORT (default 29500; under SLURM the host is found), or
+#   RDZV=HOST:PORT    an elastic rendezvous (c10d), NODE_RANK not needed
+#   PYTHON=FILE       the interpreter (default: the active environment, else the one scripts/setup.sh made, else python3)
+#   DRY_RUN=1         print the exact command, start nothing
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON="${VENV:-$ROOT/.venv}/bin/python"
+    [[ -z "${VIRTUAL_ENV:-}" && -x "$PYTHON" ]] || PYTHON=python3
+fi
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+fail() { echo "$(basename "$0"): $*" >&2; exit 2; }
+
+usage() {  # the comment block that opens the calling script
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
+    exit "${1:-0}"
+}
+
+# find_config FOLDER NAME: a file as given, one of the repository, or a bare name of configs/FOLDER
+find_config() {
+    local candidate
+    for candidate in "$2" "$ROOT/$2" "$ROOT/configs/$1/$2.yaml"; do
+        if [[ -f "$candidate" ]]; then echo "$candidate"; return; fi
+    done
+    fail "no config $2. Known: $(cd "$ROOT/configs/$1" && ls -- *.yaml | sed 's/\.yaml$//' | tr '\n' ' ')"
+}
+
+count_gpus() {
+    if [[ -n "${GPUS:-}" ]]; then echo "$GPUS"
+    elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+    elif command -v nvidia-smi >/dev/null; then nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    else echo 0; fi
+}
+
+# set_launcher MODULE: LAUNCH becomes the command up to the flags of the package
+set_launcher() {
+    local gpus nodes="${NNODES:-1}"
+    gpus="$(count_gpus)"
+    [[ "$gpus" =~ ^[0-9]+$ ]] || fail "GPUS=$gpus is not a number"
+    [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$nodes is not a number of nodes"
+    ((gpus > 0)) || gpus=1
+    if ((nodes > 1)) && [[ -n "${RDZV:-}" ]]; then
+        LAUNCH=("$PYTHON" -m torch.distributed.run "--nnodes=$nodes" "--nproc_per_node=$gpus"
+            --rdzv_backend=c10d "--rdzv_endpoint=$RDZV" "--rdzv_id=${SLURM_JOB_ID:-irpe}" -m "$1")
+    elif ((nodes > 1)); then
+        if [[ -n "${SLURM_JOB_NODELIST:-}" ]]; then
+            NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
+            MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
+        fi
+        [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] ||
+            fail "NNODES=$nodes needs NODE_RANK=0..$((nodes - 1)) and MASTER_ADDR=HOST (or RDZV=HOST:PORT) on each node"
+        LAUNCH=("$PYTHON" -m torch.distributed.run "--nnodes=$nodes" "--node_rank=$NODE_RANK" "--nproc_per_node=$gpus"
+            "--master_addr=$MASTER_ADDR" "--master_port=${MASTER_PORT:-29500}" -m "$1")
+    elif ((gpus > 1)); then
+        LAUNCH=("$PYTHON" -m torch.distributed.run --standalone "--nproc_per_node=$gpus" -m "$1")
+    else
+        LAUNCH=("$PYTHON" -m "$1")
+    fi
+}
+
+# data_flag FLAG CONFIG ARGS...: DATA_FLAG becomes (FLAG $DATA); an error if neither DATA, nor the config, nor ARGS say
+data_flag() {
+    local flag="$1" config="$2"
+    shift 2
+    DATA_FLAG=()
+    if [[ -n "${DATA:-}" ]]; then
+        [[ -n "${DRY_RUN:-}" || -e "$DATA" ]] || fail "DATA=$DATA: no such folder"
+        DATA_FLAG=("$flag" "$DATA")
+    elif ! grep -q "^${flag#--}:" "$config" && [[ " $* " != *" $flag"* ]]; then
+        fail "where is the data? DATA=DIR $(basename "$0") ... (or $flag DIR at the end)"
+    fi
+}
+
+# start COMMAND...: run it, or with DRY_RUN=1 print it
+start() {
+    if [[ -n "${DRY_RUN:-}" ]]; then printf '%q ' "$@"; echo; else "$@"; fi
+}
+
+# train MODULE FOLDER DATA_FLAG CONFIG ARGS...
+train() {
+    local module="$1" folder="$2" flag="$3" config name output logs
+    (($# >= 4)) || usage 2 >&2
+    [[ "$4" != -h && "$4" != --help ]] || usage
+    config="$(find_config "$folder" "$4")"
+    name="$(basename "${config%.yaml}")"
+    shift 4
+    output="${OUTPUT:-outputs/$name}"
+    logs="${LOGS:-logs}"
+    data_flag "$flag" "$config" "$@"
+    set_launcher "$module"
+    local command=("${LAUNCH[@]}" --config "$config" "${DATA_FLAG[@]}" --output_dir "$output" "$@")
+    if [[ -n "${DRY_RUN:-}" || "${NODE_RANK:-0}" != 0 ]]; then start "${command[@]}"; return; fi
+    mkdir -p "$output" "$logs"
+    trap 'if [[ -f "$output/log.txt" ]]; then cp "$output/log.txt" "$logs/log_$name.txt"; fi' EXIT
+    "${command[@]}" 2>&1 | tee -a "$logs/detail_$name.log"
+    echo "log: $logs/log_$name.txt, console: $logs/detail_$name.log, checkpoints: $output"
+}
+
+# evaluate MODULE FOLDER DATA_FLAG CONFIG [CHECKPOINT] ARGS...
+evaluate() {
+    local module="$1" folder="$2" flag="$3" config name weights=()
+    (($# >= 4)) || usage 2 >&2
+    [[ "$4" != -h && "$4" != --help ]] || usage
+    config="$(find_config "$folder" "$4")"
+    name="$(basename "${config%.yaml}")"
+    shift 4
+    data_flag "$flag" "$config" "$@"
+    if [[ $# -gt 0 && "$1" != -* ]]; then
+        [[ -n "${DRY_RUN:-}" || -f "$1" ]] || fail "no checkpoint $1"
+        weights=(--resume "$1")
+        shift
+    elif [[ " $* " != *" --resume"* ]]; then
+        weights=(--resume "$("$PYTHON" -m irpe_train.zoo "$config" ${DRY_RUN:+--where})")
+    fi
+    set_launcher "$module"
+    start "${LAUNCH[@]}" --config "$config" "${DATA_FLAG[@]}" --eval "${weights[@]}" \
+        --output_dir "${OUTPUT:-outputs/eval_$name}" "$@"
+}
+
+# ablate KIND {deit|detr} ARGS...
+ablate() {
+    local kind="$1" which="${2:-}" flag
+    case "$which" in
+        deit) flag=data-path ;;
+        detr) flag=coco_path ;;
+        -h | --help) usage ;;
+        *) usage 2 >&2 ;;
+    esac
+    shift 2
+    [[ -n "${DATA:-}" ]] || fail "where is the data? DATA=DIR $(basename "$0") $which ..."
+    exec "$PYTHON" -m irpe_train.ablate "$ROOT/configs/ablation/${which}_$kind.yaml" --set "$flag=$DATA" \
+        ${DRY_RUN:+--dry-run} "$@"
+}
