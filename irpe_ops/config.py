@@ -35,8 +35,6 @@ class RPEConfig:
     def __post_init__(self) -> None:
         method, mode, rpe_on = _lower(self.method), _lower(self.mode), _lower(self.rpe_on)
         mode = "ctx" if mode == "contextual" else mode
-        for name, value in (("method", method), ("mode", mode), ("rpe_on", rpe_on)):
-            object.__setattr__(self, name, value)
         if method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
         if mode not in MODES:
@@ -48,12 +46,13 @@ class RPEConfig:
                 f"mode 'bias' with rpe_on {rpe_on!r}: a bias is added to attention scores, and values have none; "
                 "use mode 'ctx', or leave v out of rpe_on"
             )
-        object.__setattr__(self, "ratio", check_ratio(self.ratio))
         if not (isinstance(self.shared_head, bool) or self.shared_head in (0, 1)):
             raise ValueError(f"shared_head is True or False (1 or 0 in a spec), not {self.shared_head!r}")
-        object.__setattr__(self, "shared_head", bool(self.shared_head))
         if not isinstance(self.skip, int) or isinstance(self.skip, bool) or self.skip < 0:
             raise ValueError(f"skip is the number of leading tokens, 0 or more, not {self.skip!r}")
+        checked = {"ratio": _check_ratio(self.ratio), "method": method, "mode": mode, "rpe_on": rpe_on}
+        for name, value in {**checked, "shared_head": bool(self.shared_head)}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def spec(self) -> str:
@@ -93,7 +92,7 @@ def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
         raise ValueError(f"rpe spec {spec!r}: {error}. Format: {SPEC_FORMAT}") from None
 
 
-def check_ratio(ratio: float) -> float:
+def _check_ratio(ratio: float) -> float:
     """``ratio`` as a float; ValueError unless it is finite and leaves room for at least one bucket a side."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")

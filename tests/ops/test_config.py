@@ -1,0 +1,91 @@
+"""Configs and spec strings: what is accepted, what is refused and in which words."""
+
+import dataclasses
+import re
+
+import pytest
+
+from irpe_ops import get_rpe_config, parse_rpe_spec
+
+
+def test_defaults_are_the_promised_ones():
+    assert dataclasses.asdict(get_rpe_config()) == {
+        "ratio": 1.9, "method": "product", "mode": "ctx", "shared_head": True, "skip": 0, "rpe_on": "k"
+    }  # fmt: skip
+
+
+def test_spec_and_arguments_name_the_same_config():
+    assert parse_rpe_spec("rpe-2.0-quant-bias-0-qk", skip=1) == get_rpe_config(2.0, "quant", "bias", False, 1, "qk")
+
+
+@pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+@pytest.mark.parametrize("ratio", ["1.9", "20", "2.0", "1e1", "5e-1"])
+def test_spec_round_trip(rpe_on, ratio):
+    config = parse_rpe_spec(f"rpe-{ratio}-cross-ctx-1-{rpe_on}")
+    assert parse_rpe_spec(config.spec) == config
+    assert (config.ratio, config.rpe_on) == (float(ratio), rpe_on)
+
+
+def test_any_case_and_the_long_name_of_ctx():
+    assert parse_rpe_spec("RPE-1.9-Product-CONTEXTUAL-1-QK") == get_rpe_config(rpe_on="qk")
+    assert get_rpe_config(mode="BIAS").mode == "bias"
+    assert get_rpe_config(mode="Contextual").mode == "ctx"
+    assert get_rpe_config(method="EUC").method == "euc"
+
+
+def test_config_is_frozen_and_hashable():
+    config = get_rpe_config()
+    assert len({config, get_rpe_config()}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.skip = 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("rpe-2.0-prodct-ctx-1-k", "unknown method 'prodct'; expected one of euc, quant, cross, product"),
+        ("rpe-2.0-product-context-1-k", "unknown mode 'context'; expected one of ctx, bias (or contextual)"),
+        ("rpe-2.0-product-ctx-1-x", "unknown rpe_on 'x'; expected one of q, k, v, qk, qv, kv, qkv"),
+        ("rpe-2.0-product-ctx-1-kq", "unknown rpe_on 'kq'"),
+        ("rpe-2.0-product-ctx-1-", "unknown rpe_on ''"),
+        ("rpe-2.0-product-ctx-2-k", "shared_head is 0 or 1, not '2'"),
+        ("rpe-two-product-ctx-1-k", "ratio is a positive number, not 'two'"),
+        ("rpe-0-product-ctx-1-k", "ratio is a positive number, not 0.0"),
+        ("rpe--1.9-product-ctx-1-k", "ratio is a positive number, not -1.9"),
+        ("rpe-nan-product-ctx-1-k", "ratio is a positive number, not nan"),
+        ("rpe-0.4-product-ctx-1-k", "ratio 0.4 leaves a single bucket"),
+        ("rpe-2.0-product-bias-1-qkv", "a bias is added to attention scores, and values have none; use mode 'ctx'"),
+        ("rpe-2.0-product-ctx-1", "expected six parts joined by '-'"),
+        ("2.0-product-ctx-1-k", "expected six parts joined by '-'"),
+        ("", "expected six parts joined by '-'"),
+    ],
+)
+def test_wrong_specs_say_what_is_wrong(spec, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        parse_rpe_spec(spec)
+    assert repr(spec) in str(error.value)
+    assert str(error.value).endswith("Format: rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": None}, "unknown method None"),
+        ({"mode": None}, "unknown mode None"),
+        ({"rpe_on": None}, "unknown rpe_on None"),
+        ({"rpe_on": "v", "mode": "bias"}, "values have none"),
+        ({"ratio": "1.9"}, "ratio is a positive number, not '1.9'"),
+        ({"ratio": float("inf")}, "not inf"),
+        ({"shared_head": "yes"}, "shared_head is True or False"),
+        ({"skip": -1}, "skip is the number of leading tokens, 0 or more, not -1"),
+        ({"skip": 1.0}, "skip is the number of leading tokens"),
+    ],
+)
+def test_wrong_fields_say_what_is_wrong(fields, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        get_rpe_config(**fields)
+
+
+def test_a_spec_is_a_string():
+    with pytest.raises(ValueError, match="an rpe spec is a string, not NoneType"):
+        parse_rpe_spec(None)
