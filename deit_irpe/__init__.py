@@ -1,0 +1,5 @@
+"""Image classification with iRPE: importing this registers the published model names with timm."""
+
+from deit_irpe.models import create_model
+
+__all__ = ["create_model"]

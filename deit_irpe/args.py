@@ -1,0 +1,173 @@
+"""Every flag of ``python -m deit_irpe``: published names and defaults first, then what is new here."""
+
+import argparse
+import ast
+
+from deit_irpe.data import INAT_CATEGORIES
+from irpe_ops.attention import BACKENDS
+from irpe_train.arguments import add_runtime_arguments, fraction, nonnegative_int, positive_float, positive_int
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; ``irpe_train.config.parse_args`` reads ``--config`` files with it."""
+    parser = argparse.ArgumentParser("deit_irpe", description="Train and evaluate DeiT with iRPE (ICCV 2021).")
+    add_runtime_arguments(parser, seed=0, num_workers=10, amp="fp16")  # fp16 autocast on CUDA, as published
+    _add_schedule(parser.add_argument_group("length and learning rate"))
+    _add_model(parser.add_argument_group("model"))
+    _add_optimizer(parser.add_argument_group("optimizer"))
+    _add_data(parser.add_argument_group("data"))
+    _add_augmentation(parser.add_argument_group("augmentation (training)"))
+    _add_distillation(parser.add_argument_group("distillation"))
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that are fine alone and wrong together."""
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2 and not args.eval:
+        raise ValueError(f"--batch-size {args.batch_size}: Mixup and CutMix pair the images of a batch, so it must be "
+                         "even (or use --mixup 0 --cutmix 0)")
+    if args.distillation_type != "none" and not args.teacher_path:
+        raise ValueError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE or URL")
+    if args.eval_ema and not (args.model_ema or args.eval):
+        raise ValueError("--eval-ema evaluates the moving average, and --no-model-ema switches it off")
+    if args.eval_ema and args.model_ema_force_cpu and not args.eval:
+        raise ValueError("--eval-ema needs the moving average beside the model; leave out --model-ema-force-cpu")
+    if args.pretrained and args.finetune:
+        raise ValueError("--pretrained and --finetune both say what to start from; give one")
+
+
+def _add_schedule(group) -> None:
+    add = group.add_argument
+    add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
+    add("--epochs", default=300, type=positive_int)
+    add("--sched", default="cosine", choices=("cosine", "tanh", "step"), help="learning-rate schedule")
+    add("--lr", default=5e-4, type=positive_float,
+        help="for 512 images an update; scaled by batch size x processes x --accumulate / 512")
+    add("--lr-noise", default=None, type=fraction, nargs="+", metavar="FRACTION",
+        help="noise from here to here in the run")
+    add("--lr-noise-pct", default=0.67, type=float, metavar="FRACTION", help="limit of the noise")
+    add("--lr-noise-std", default=1.0, type=float, metavar="STD")
+    add("--warmup-lr", default=1e-6, type=float, help="where warm-up starts; not scaled")
+    add("--min-lr", default=1e-5, type=float, help="where the schedule ends; not scaled")
+    add("--decay-epochs", default=30, type=positive_float, metavar="N", help="step: epochs from decay to decay")
+    add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N")
+    add("--cooldown-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
+    add("--patience-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
+    add("--decay-rate", "--dr", default=0.1, type=float, help="step: factor of each decay")
+
+
+def _add_model(group) -> None:
+    add = group.add_argument
+    add("--model", default="deit_base_patch16_224", metavar="NAME",
+        help="a name of deit_irpe.models, or any timm model")
+    add("--rpe", default=None, metavar="SPEC",
+        help="the encoding, instead of the one in the name: rpe-{ratio}-{method}-{mode}-{shared_head 0|1}-{rpe_on}, "
+             "or none")
+    add("--no-abs-pos", action="store_true", help="no absolute position embedding")
+    add("--attn-backend", default="auto", choices=BACKENDS, help="who computes attention with an encoding")
+    add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
+    add("--input-size", default=224, type=_image_size, metavar="N|HxW", help="pixels")
+    add("--drop", default=0.0, type=fraction, help="dropout")
+    add("--drop-path", default=0.1, type=fraction, help="stochastic depth, of the last block")
+    add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights (default)")
+    add("--no-model-ema", dest="model_ema", action="store_false")
+    add("--model-ema-decay", default=0.99996, type=fraction, help="per update")
+    add("--model-ema-force-cpu", action="store_true", help="keep it on the CPU")
+    add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
+    add("--pretrained", action="store_true", help="start from, or --eval, the published weights of --model")
+    add("--finetune", default="", metavar="PATH|URL",
+        help="start from these weights; positions are resampled, heads and tables of another size start fresh")
+
+
+def _add_optimizer(group) -> None:
+    add = group.add_argument
+    add("--opt", default="adamw", help="any optimizer of timm")
+    add("--opt-eps", default=1e-8, type=float)
+    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
+    add("--clip-grad", default=None, type=positive_float, metavar="NORM",
+        help="largest norm of the gradient; default: none")
+    add("--momentum", default=0.9, type=float, help="of sgd")
+    add("--weight-decay", default=0.05, type=float, help="not for vectors, biases, class token, absolute positions")
+
+
+def _add_data(group) -> None:
+    add = group.add_argument
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR",
+        help="holds train/<class>/ and val/<class>/, or what --data-set needs")
+    add("--data-set", default="IMNET", choices=("CIFAR", "IMNET", "INAT", "INAT19"),
+        help="IMNET: any image folder; CIFAR: CIFAR-100")
+    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
+    add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
+    add("--dist-eval", action="store_true", help="each process evaluates its share; else each evaluates everything")
+    add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="page-locked batches (default)")
+    add("--no-pin-mem", dest="pin_mem", action="store_false")
+    add("--repeated-aug", dest="repeated_aug", default=True, action="store_true",
+        help="three copies of an image in an update (default)")
+    add("--no-repeated-aug", dest="repeated_aug", action="store_false")
+    add("--expect", nargs="?", const="auto", metavar="NAME",
+        help="with --eval: compare with the published row (default: found by name)")
+
+
+def _add_augmentation(group) -> None:
+    add = group.add_argument
+    add("--color-jitter", default=0.4, type=float, help="used where --aa is off")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY",
+        help="AutoAugment policy of timm; none for none")
+    add("--smoothing", default=0.1, type=fraction, help="label smoothing")
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
+    add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what is put there")
+    add("--recount", default=1, type=positive_int, help="areas to erase")
+    add("--resplit", action="store_true", help="no effect, as published")
+    add("--mixup", default=0.8, type=float, help="alpha; 0 for none")
+    add("--cutmix", default=1.0, type=float, help="alpha; 0 for none")
+    add("--cutmix-minmax", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="instead of alpha")
+    add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
+    add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+
+
+def _add_distillation(group) -> None:
+    add = group.add_argument
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
+    add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
+    add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
+    add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft")
+
+
+def _image_size(text: str) -> int | str:
+    """``224`` -> 224; ``224x320`` stays text, so that it can be written down again."""
+    sides = text.lower().split("x")
+    if not (1 <= len(sides) <= 2 and all(side.isdigit() and int(side) > 0 for side in sides)):
+        raise argparse.ArgumentTypeError(f"expected pixels, 224 or HEIGHTxWIDTH such as 224x320, got {text!r}")
+    return int(text) if len(sides) == 1 else text.lower()
+
+
+def image_size(value: int | str) -> int | tuple[int, int]:
+    """``--input-size`` as a number or (height, width)."""
+    if isinstance(value, int):
+        return value
+    height, width = value.split("x")
+    return int(height), int(width)
+
+
+def _keyword(text: str) -> str:
+    key, equals, _ = text.partition("=")
+    if not (equals and key.isidentifier()):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return text
+
+
+def keywords(pairs: list[str]) -> dict:
+    """``["depth=4", "pos_embed=none"]`` -> ``{"depth": 4, "pos_embed": "none"}``; Python literals, else text."""
+    values = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values

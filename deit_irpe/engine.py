@@ -1,0 +1,72 @@
+"""One epoch of training, and one evaluation."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irpe_train.distributed import gather, logger
+from irpe_train.metrics import MetricLogger
+from irpe_train.precision import Precision
+from irpe_train.steps import Steps
+
+
+def train_one_epoch(model: nn.Module, criterion: nn.Module, steps: Steps, optimizer: torch.optim.Optimizer,
+                    precision: Precision, *, meters: MetricLogger, mixup: Callable | None = None,
+                    max_norm: float | None = None, after_update: Callable[[], None] = lambda: None, header: str = "",
+                    images_per_step: int | None = None) -> dict[str, float]:
+    """Train until the epoch of ``steps`` ends.
+
+    Args:
+        model: called with images ``(B, 3, H, W)``, on ``precision.device``.
+        criterion: loss of (images, outputs, targets).
+        meters: the epoch's averages so far, empty unless it was interrupted.
+        mixup: (images, targets) to mixed images and soft targets ``(B, C)``.
+        max_norm: gradients are clipped to this norm.
+        after_update: called whenever the weights have changed (the moving average).
+    Returns: means over the epoch's iterations: ``lr`` of the first parameter group, ``loss``.
+    """
+    model.train()  # when fine-tuning too: the published code then leaves dropout and stochastic depth off
+    for images, targets in meters.log_every(steps, every=10, header=header, start=steps.state.step,
+                                            images_per_step=images_per_step):
+        images = images.to(precision.device, non_blocking=True)
+        targets = targets.to(precision.device, non_blocking=True)
+        if mixup is not None:
+            images, targets = mixup(images, targets)
+        with precision.autocast():
+            loss = criterion(images, model(images), targets)
+        lr = optimizer.param_groups[0]["lr"]
+        if precision.step(loss, optimizer, model.parameters(), steps=steps, clip=max_norm):
+            after_update()
+        meters.update(lr=lr, loss=loss)
+    return meters.averages()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> dict[str, float]:
+    """Accuracy over images and cross entropy over batches, over all processes.
+
+    Returns: ``loss``, the mean over batches, each counting the same; ``acc1`` and ``acc5`` in percent. With fewer than
+        five classes every image is among the first five.
+    """
+    model.eval()
+    meters = MetricLogger()
+    correct = torch.zeros(2, dtype=torch.int64, device=precision.device)
+    images_seen = 0
+    for images, targets in meters.log_every(loader, every=10, header="Test:"):
+        images = images.to(precision.device, non_blocking=True)
+        targets = targets.to(precision.device, non_blocking=True)
+        with precision.autocast():
+            logits = model(images)
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+        hits = ranked == targets[:, None]
+        correct += torch.stack([hits[:, :1].sum(), hits.sum()])
+        images_seen += len(images)
+        meters.update(loss=F.cross_entropy(logits, targets))
+    counts = gather((*correct.tolist(), images_seen))  # whole numbers: the same figure however many processes
+    top1, top5, total = (sum(column) for column in zip(*counts, strict=True))
+    stats = {**meters.averages(), "acc1": 100 * top1 / total, "acc5": 100 * top5 / total}
+    logger.info(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    return stats

@@ -1,0 +1,189 @@
+"""Folders, tar files, iNaturalist, CIFAR: what is read, in which order, and what is said when something is wrong."""
+
+import io
+import json
+import random
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from deit_irpe import data
+from tests.deit.conftest import write_images
+
+
+def pack(folder, tar_file, nested=False):
+    """``folder/<class>/*`` as one tar: plain members, or an inner tar for each class as ImageNet is handed out."""
+    with tarfile.open(tar_file, "w") as tar:
+        for class_folder in sorted(folder.iterdir(), reverse=True):  # the order in the tar must not matter
+            if not nested:
+                tar.add(class_folder, class_folder.name)
+                continue
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for image in class_folder.iterdir():
+                    inner.add(image, image.name)
+            member = tarfile.TarInfo(f"{class_folder.name}.tar")
+            member.size = len(buffer.getvalue())
+            tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    return tar_file
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tar_is_the_same_data_set_as_its_folder(stripes, tmp_path, nested):
+    folder = data.FolderImages(stripes / "val")
+    tar = data.TarImages(pack(stripes / "val", tmp_path / "val.tar", nested))
+    assert tar.classes == folder.classes == ["ant", "bee", "cat", "dog"]
+    assert tar.labels.tolist() == folder.labels.tolist() and len(tar) == 22
+    for index in (0, 7, 21):
+        assert np.array_equal(np.asarray(tar[index][0]), np.asarray(folder[index][0]))
+
+
+def test_grey_images_become_rgb_and_nested_folders_count(tmp_path):
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    Image.new("L", (5, 4), 7).save(tmp_path / "a" / "deep" / "x.PNG")
+    image, label = data.FolderImages(tmp_path)[0]
+    assert (image.mode, image.size, label) == ("RGB", (5, 4), 0)
+
+
+def test_number_of_classes_comes_from_the_data_for_tar_too(stripes, tmp_path):
+    pack(stripes / "train", tmp_path / "train.tar")
+    assert len(data.build_dataset(tmp_path, True, load_tar=True).classes) == 4
+
+
+@pytest.mark.parametrize(("damage", "error", "words"), [
+    (lambda root: None, FileNotFoundError, "--data-path .*nowhere: no such folder"),
+    (lambda root: root.mkdir(), FileNotFoundError, "val: no such folder"),
+    (lambda root: write_images(root / "val", {"a": 1, "b": 0}), ValueError, r"val/b: no images in this class folder"),
+    (lambda root: write_images(root, {"val": 2}), ValueError, "no class folders.*the images here lie flat"),
+])
+def test_a_wrong_folder_is_named(tmp_path, damage, error, words):
+    root = tmp_path / "nowhere"
+    damage(root)
+    with pytest.raises(error, match=words):
+        data.build_dataset(root, train=False)
+
+
+def test_a_wrong_tar_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"val\.tar: no such file \(--load-tar"):
+        data.build_dataset(tmp_path, False, load_tar=True)
+    (tmp_path / "val.tar").write_bytes(b"no tar" * 500)
+    with pytest.raises(ValueError, match="not an uncompressed tar file"):
+        data.build_dataset(tmp_path, False, load_tar=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(tmp_path / "x.png", "x.png")
+    with pytest.raises(ValueError, match="x.png lies in no class folder"):
+        data.build_dataset(tmp_path, False, load_tar=True)
+    tarfile.open(tmp_path / "val.tar", "w").close()
+    with pytest.raises(ValueError, match="no images in it"):
+        data.build_dataset(tmp_path, False, load_tar=True)
+
+
+def test_different_classes_are_named():
+    with pytest.raises(ValueError, match="train and val have different classes; only in train: dog; only in val: fox"):
+        data.check_same_classes(["cat", "dog"], ["cat", "fox"])
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_a_damaged_image_is_named(tmp_path, content):
+    write_images(tmp_path, {"a": 1})
+    file = tmp_path / "a" / "0.png"
+    file.write_bytes(file.read_bytes()[:200] if content is None else content)
+    with pytest.raises(data.UnreadableImage, match=r"a/0.png: this image cannot be read"):
+        data.FolderImages(tmp_path)[0]
+
+
+def test_inaturalist_numbers_classes_by_first_appearance_in_training(tmp_path):
+    ranks = [{"name": f"species{i}", "genus": "g1" if i < 2 else "g0"} for i in range(3)]
+    image = lambda i: {"file_name": f"train_val2018/Birds/{i}/x{i}.jpg"}  # noqa: E731
+    (tmp_path / "categories.json").write_text(json.dumps(ranks))
+    (tmp_path / "train2018.json").write_text(json.dumps(
+        {"annotations": [{"category_id": i} for i in (2, 0, 1)], "images": [image(i) for i in (2, 0, 1)]}))
+    (tmp_path / "val2018.json").write_text(json.dumps({"annotations": [], "images": [image(0)]}))
+    (tmp_path / "train_val2018" / "0").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "train_val2018" / "0" / "x0.jpg")
+    val = data.build_dataset(tmp_path, False, data_set="INAT")
+    assert val.classes == ["species2", "species0", "species1"] and val[0][1] == 1
+    assert data.build_dataset(tmp_path, True, data_set="INAT", inat_category="genus").classes == ["g0", "g1"]
+    with pytest.raises(FileNotFoundError, match="train2019.json: no such file"):
+        data.build_dataset(tmp_path, True, data_set="INAT19")
+
+
+def test_missing_cifar_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no cifar-100-python/ there"):
+        data.build_dataset(tmp_path, True, data_set="CIFAR")
+
+
+def test_evaluation_transform_is_the_published_one():
+    """Short side to int(256 / 224 * size), bicubic, centre crop, ImageNet's mean and deviation."""
+    resize, crop, _, normalise = data.build_transform(False, 224).transforms
+    assert (resize.size, resize.interpolation, crop.size) == (256, transforms.InterpolationMode.BICUBIC, (224, 224))
+    assert data.build_transform(False, 384).transforms[0].size == 438
+    assert (tuple(normalise.mean), tuple(normalise.std)) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    image = Image.new("RGB", (300, 500))
+    assert data.build_transform(False, (96, 160))(image).shape == (3, 96, 160)
+
+
+def test_training_transform_is_the_published_one():
+    names = [type(step).__name__ for step in data.build_transform(True, 224).transforms]
+    assert names == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor",
+                     "Normalize", "RandomErasing"]
+    crop = data.build_transform(True, 224).transforms[0]
+    assert (tuple(crop.size), tuple(crop.scale)) == ((224, 224), (0.08, 1.0))
+    assert data.build_transform(True, (96, 160))(Image.new("RGB", (300, 500))).shape == (3, 96, 160)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original", "v0"])
+def test_every_augmentation_works_at_its_extreme(policy):
+    """Posterize to 0 bits, which newer Pillow refuses, is part of the published policy (magnitude 9, deviation 0.5)."""
+    transform = data.build_transform(True, 32, aa=policy)
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
+    random.seed(0)
+    for _ in range(30):
+        assert transform(image).shape == (3, 32, 32)
+    assert data._posterize(image, 0).getextrema() == ((0, 0),) * 3
+
+
+def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(stripes):
+    def broken(image):
+        raise ValueError("bits")
+
+    with pytest.raises(RuntimeError, match="the augmentation failed on this image"):
+        data.FolderImages(stripes / "val", broken)[0]
+
+
+def test_small_images_are_shifted_and_not_scaled():
+    _, shift, *_ = data.build_transform(True, 32).transforms
+    assert isinstance(shift, transforms.RandomCrop) and (shift.size, shift.padding) == ((32, 32), 4)
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_DEFAULT_MEAN, data.IMAGENET_DEFAULT_STD))
+    evaluated = data.build_transform(False, 32)(image) * std + mean
+    assert torch.allclose(evaluated, transforms.functional.to_tensor(image), atol=1e-6)
+
+
+def published_order(count, world_size, rank, epoch):
+    """Repeated augmentation by the book: shuffle, three of each, pad, every world_size-th, cut to a multiple of 256."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+    order = [index for index in order for _ in range(3)]
+    order += order[:-len(order) % world_size]
+    return order[rank::world_size][:count // 256 * 256 // world_size]
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(256, 1), (700, 1), (700, 4), (1000, 8), (515, 2)])
+def test_repeated_augmentation_visits_images_in_the_published_order(count, world_size):
+    images = data.LabelledImages(["a"], [""] * count, [0] * count)
+    for rank in range(world_size):
+        sampler = data.repeated_augmentation_sampler(images, world_size, rank)
+        sampler.set_epoch(3)
+        assert list(sampler) == published_order(count, world_size, rank, 3)
+        assert len(sampler) == count // 256 * 256 // world_size
+
+
+def test_fewer_than_256_images_are_still_visited():
+    images = data.LabelledImages(["a"], [""] * 100, [0] * 100)
+    sampler = data.repeated_augmentation_sampler(images, 2, 0)
+    assert len(sampler) == len(list(sampler)) == 50

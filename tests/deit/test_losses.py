@@ -1,0 +1,63 @@
+"""Which loss goes with which augmentation, and distillation against its formula in fp64."""
+
+import pytest
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from deit_irpe.losses import DistillationLoss, classification_loss
+
+
+@pytest.mark.parametrize(("mixes", "smoothing", "expected"), [
+    (True, 0.1, SoftTargetCrossEntropy), (True, 0.0, SoftTargetCrossEntropy),
+    (False, 0.1, LabelSmoothingCrossEntropy), (False, 0.0, nn.CrossEntropyLoss)])
+def test_the_loss_fits_the_targets(mixes, smoothing, expected):
+    assert type(classification_loss(mixes=mixes, smoothing=smoothing)) is expected
+
+
+def softmax(row):
+    exp = [torch.exp(value) for value in row]
+    return [value / sum(exp) for value in exp]
+
+
+@pytest.mark.parametrize("kind", ["none", "soft", "hard"])
+def test_distillation_is_its_formula(kind):
+    torch.manual_seed(0)
+    logits, distilled, teacher_logits = torch.randn(3, 2, 5).double()
+    targets, alpha, tau = torch.tensor([1, 4]), 0.3, 2.0
+    loss = DistillationLoss(nn.CrossEntropyLoss(), lambda images: teacher_logits, kind, alpha, tau)
+    got = loss(torch.zeros(2, 3, 4, 4), (logits, distilled), targets)
+
+    base = sum(-torch.log(softmax(logits[i])[targets[i]]) for i in range(2)) / 2
+    if kind == "none":
+        expected = base
+    elif kind == "hard":
+        hard = sum(-torch.log(softmax(distilled[i])[teacher_logits[i].argmax()]) for i in range(2)) / 2
+        expected = (1 - alpha) * base + alpha * hard
+    else:
+        divergence = 0.0
+        for i in range(2):
+            student, teacher = softmax(distilled[i] / tau), softmax(teacher_logits[i] / tau)
+            divergence += sum(t * (torch.log(t) - torch.log(s)) for s, t in zip(student, teacher, strict=True))
+        expected = (1 - alpha) * base + alpha * divergence * tau**2 / 10
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_teacher_is_not_part_of_the_loss_module():
+    loss = DistillationLoss(nn.CrossEntropyLoss(), nn.Linear(2, 2), "soft")
+    assert not list(loss.parameters()) and not loss.state_dict()
+
+
+def test_distillation_says_what_it_needs():
+    with pytest.raises(ValueError, match="needs a teacher"):
+        DistillationLoss(nn.CrossEntropyLoss(), None, "hard")
+    with pytest.raises(ValueError, match="expected none, soft or hard"):
+        DistillationLoss(nn.CrossEntropyLoss(), None, "warm")
+    with pytest.raises(ValueError, match="needs a model with a distillation head"):
+        DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "soft")(
+            torch.zeros(1), torch.zeros(1, 2), torch.zeros(1).long())
+
+
+def test_losses_are_computed_in_fp32_for_bf16_outputs():
+    loss = DistillationLoss(nn.CrossEntropyLoss())
+    assert loss(torch.zeros(1), torch.zeros(1, 2, dtype=torch.bfloat16), torch.tensor([0])).dtype == torch.float32

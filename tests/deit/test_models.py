@@ -1,0 +1,168 @@
+"""The registered names: keys, shapes, counts of the published models, and weights from other runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from deit_irpe import create_model
+from deit_irpe.models import RPE_MODELS, load_pretrained_weights, resize_pos_embed
+from deit_irpe.optimizer import parameter_groups
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_state_dicts.json").read_text())
+TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=4)
+
+
+def published_entries(name):
+    model = PUBLISHED["models"][name]
+    for item in PUBLISHED["structures"][model["structure"]]:
+        yield tuple(item[0:1] + [tuple(item[1]), item[2]])
+        for key, shape, dtype in model["insert_after"].get(item[0], []):
+            yield key, tuple(shape), dtype
+
+
+def on_meta(name, **kwargs):
+    with torch.device("meta"):
+        return create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize("name", PUBLISHED["models"])
+def test_keys_shapes_dtypes_and_parameters_are_the_published_ones(name):
+    model = on_meta(name)
+    ours = {key: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            for key, value in model.state_dict().items()}
+    published = {key: (shape, dtype) for key, shape, dtype in published_entries(name)}
+    assert ours == published
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == PUBLISHED["models"][name]["n_parameters"]
+    if "distilled" not in name:  # timm puts dist_token elsewhere; keys are a set, but optimizer states go by order
+        assert list(ours) == list(published)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224_ctx_product_50_shared_k",
+                                  "deit_small_patch16_224_ctx_cross_56_shared_k"])
+def test_a_checkpoint_with_the_published_keys_loads_strictly(name):
+    state = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, shape, dtype in published_entries(name)}
+    create_model(name).load_state_dict(state, strict=True)
+
+
+def test_the_names_are_timm_models():
+    assert all(timm.is_model(name) for name in RPE_MODELS)
+    model = timm.create_model("deit_tiny_patch16_224_ctx_product_50_shared_qkv", num_classes=7, depth=1)
+    assert model.blocks[0].attn.rpe_v is not None and model.head.out_features == 7
+
+
+def test_the_groups_of_tiny_k_have_102_and_62_tensors():
+    groups = parameter_groups(on_meta("deit_tiny_patch16_224_ctx_product_50_shared_k"), 0.05)
+    assert [len(group["params"]) for group in groups] == [102, 62]
+
+
+def tiny(name="deit_tiny_patch16_224", rpe=None, **kwargs):
+    torch.manual_seed(0)
+    return create_model(name, rpe, **(TINY | kwargs)).eval()
+
+
+def test_rpe_overrides_the_name_and_none_removes_it():
+    name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+    assert tiny(name, "rpe-20-euc-ctx-0-v").blocks[0].attn.rpe_v.lookup_table_weight.shape == (2, 82, 16)
+    assert not any("lookup" in key for key in tiny(name, "none").state_dict())
+    assert tiny("deit_small_distilled_patch16_224", "rpe-1.9-product-ctx-1-k").blocks[0].attn.rpe_k.skip == 2
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_distilled_patch16_224"])
+def test_non_square_images_and_zero_tables(name):
+    """At zero tables the encoding changes nothing, on a 4 x 6 grid too."""
+    images = torch.randn(2, 3, 16, 24)
+    plain, equipped = (tiny(name, rpe, img_size=(16, 24)) for rpe in (None, "rpe-1.9-product-ctx-1-qkv"))
+    equipped.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.allclose(equipped(images), plain(images), atol=1e-6)
+
+
+def test_without_absolute_positions_only_the_encoding_tells_patches_apart():
+    images = torch.randn(1, 3, 16, 16)
+    moved = images.roll(4, dims=3)  # the same patches, elsewhere
+    plain = tiny(pos_embed="none")
+    equipped = tiny(rpe="rpe-1.9-product-ctx-1-k", pos_embed="none")
+    for parameter in [*plain.parameters(), *equipped.parameters()]:
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert plain.pos_embed is None and torch.allclose(plain(images), plain(moved), atol=1e-4)
+    assert (equipped(images) - equipped(moved)).abs().max() > 0.01
+
+
+def test_the_class_token_starts_as_published():
+    assert 0.01 < tiny(embed_dim=256).cls_token.std() < 0.03
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("deit_huge", None), "model 'deit_huge': unknown; expected one of deit_tiny_patch16_224_ctx"),
+    (("resnet10t", "rpe-1.9-product-ctx-1-k"), "'resnet10t' is a ResNet; iRPE needs a Vision Transformer"),
+    (("deit_tiny_patch16_224", "rpe-1.9-prodct-ctx-1-k"), "unknown method 'prodct'"),
+])
+def test_a_wrong_model_or_spec_is_explained(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        create_model(*arguments)
+
+
+def test_a_distilled_model_needs_its_position_embedding():
+    with pytest.raises(ValueError, match="--no-abs-pos"):
+        tiny("deit_small_distilled_patch16_224", pos_embed="none")
+
+
+def test_pretrained_without_a_network_says_which_file_to_put_where(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+    with pytest.raises(ConnectionError, match=rf"put it here: {tmp_path}.*{name}\.pth"):
+        create_model(name, pretrained=True)
+
+
+def test_pretrained_reads_the_published_file_from_the_hub_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+    weights = {key: torch.full(shape, 0.25) for key, shape, _ in published_entries(name)}
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save({"model": weights}, tmp_path / "hub" / "checkpoints" / f"{name}.pth")
+    model = create_model(name, pretrained=True, num_classes=10)
+    assert model.pos_embed.unique().tolist() == [0.25] and model.head.out_features == 10
+
+
+def test_position_embedding_is_resampled_bicubically_and_leading_tokens_stay():
+    grid = torch.randn(1, 1 + 3 * 4, 8)
+    grown = resize_pos_embed(grid, (3, 4), (6, 5))
+    assert grown.shape == (1, 31, 8) and torch.equal(grown[:, 0], grid[:, 0])
+    flat = torch.cat([grid[:, :1], torch.full((1, 12, 8), 0.5)], dim=1)
+    assert torch.allclose(resize_pos_embed(flat, (3, 4), (7, 2))[:, 1:], torch.tensor(0.5))
+    assert resize_pos_embed(grid, (3, 4), (3, 4)) is grid
+
+
+def test_fine_tuning_carries_over_what_fits_and_says_what_does_not():
+    spec = "rpe-1.9-product-ctx-1-k"
+    old = tiny(rpe=spec, img_size=(16, 24))
+    torch.nn.init.normal_(old.blocks[0].attn.rpe_k.lookup_table_weight)
+    new = tiny(rpe=spec, img_size=(24, 32), num_classes=9)
+    notes = load_pretrained_weights(new, old.state_dict(), old_grid=(4, 6))
+    assert torch.equal(new.blocks[0].attn.rpe_k.lookup_table_weight, old.blocks[0].attn.rpe_k.lookup_table_weight)
+    assert torch.equal(new.pos_embed, resize_pos_embed(old.pos_embed, (4, 6), (6, 8)))
+    assert notes == ["pos_embed resampled from 4x6 to 6x8 patches",
+                     "head.weight starts fresh: (4, 32) there, (9, 32) here",
+                     "head.bias starts fresh: (4,) there, (9,) here"]
+
+
+def test_tables_of_another_size_and_new_tables_start_at_zero():
+    old, new = tiny(rpe="rpe-1.9-product-ctx-1-k"), tiny(rpe="rpe-2.0-product-ctx-1-qk")
+    torch.nn.init.normal_(old.blocks[0].attn.rpe_k.lookup_table_weight)
+    notes = load_pretrained_weights(new, old.state_dict())
+    assert not new.blocks[0].attn.rpe_k.lookup_table_weight.any()
+    assert notes == [
+        *(f"blocks.{i}.attn.rpe_k.lookup_table_weight starts fresh: (1, 16, 50) there, (1, 16, 82) here"
+          for i in (0, 1)),
+        *(f"blocks.{i}.attn.rpe_q.lookup_table_weight starts fresh: not in the weights" for i in (0, 1))]
+
+
+def test_weights_of_another_model_are_refused_with_their_keys():
+    with pytest.raises(ValueError, match=r"another model; keys that differ: blocks.2.norm1.weight.*\(12 in all\)"):
+        load_pretrained_weights(tiny(), tiny(depth=3).state_dict())
+    with pytest.raises(ValueError, match="pos_embed has 12 tokens: with 1 leading"):
+        load_pretrained_weights(tiny(), tiny().state_dict() | {"pos_embed": torch.zeros(1, 12, 32)})
