@@ -84,6 +84,11 @@ class Annotations:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def image_of_object(self) -> Tensor:
+        """(objects,) int64: the number, from 0, of the image that each object is in."""
+        counts = self._ranges[:, 1] - self._ranges[:, 0]
+        return torch.repeat_interleave(torch.arange(len(self)), counts)
+
     def of_image(self, index: int) -> dict[str, Tensor]:
         """Boxes, labels, ids, area and iscrowd of image number ``index``; copies, free to change."""
         start, end = self._ranges[index].tolist()

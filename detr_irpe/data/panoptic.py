@@ -1,13 +1,11 @@
 """COCO panoptic segmentation, the data set: every pixel belongs to one segment, of a thing or of stuff."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -18,6 +16,7 @@ from detr_irpe.data.coco import raise_if_missing, read_image
 from detr_irpe.data.image_files import open_images
 from detr_irpe.data.packed import Packed
 from detr_irpe.data.transforms import drop_empty_boxes
+from detr_irpe.models.postprocess import decode_ids
 
 
 class CocoPanoptic(Dataset):
@@ -84,20 +83,12 @@ class CocoPanoptic(Dataset):
 
     def truth(self, index: int) -> tuple[np.ndarray, list[dict]]:
         """Segment ids (height, width) int64 of image number ``index``, 0 where nothing is; and what each id is."""
-        segments = json.loads(self._segments[index])
-        return segment_ids(read_image(self.segment_images, index)), segments
+        try:
+            ids = decode_ids(self.segment_images.read(index))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise OSError(f"{self.segment_images.describe(index)}: cannot be read as an image ({error})") from error
+        return ids, json.loads(self._segments[index])
 
     def describe(self, index: int) -> str:
         """Where image number ``index`` lies, for messages."""
         return self.images.describe(index)
-
-
-def segment_ids(image: Image.Image) -> np.ndarray:
-    """The RGB image of a panoptic annotation -> segment ids (height, width) int64."""
-    return np.asarray(image, dtype=np.int64) @ np.array([1, 256, 65536])
-
-
-def png_segment_ids(png: bytes) -> np.ndarray:
-    """As ``segment_ids``, from the bytes of a PNG file."""
-    with Image.open(io.BytesIO(png)) as image:
-        return segment_ids(image.convert("RGB"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from detr_irpe.data.panoptic import CocoPanoptic, png_segment_ids
+from detr_irpe.data.panoptic import CocoPanoptic
+from detr_irpe.models.postprocess import decode_ids
 from irpe_train import distributed
 
 
@@ -96,7 +97,7 @@ class PanopticEvaluator:
     def update(self, image_id: int, png: bytes, segments: list[dict]) -> None:
         """Add the result of one image: a PNG of segment ids, and ``id`` and ``category_id`` of each segment in it."""
         truth, truth_segments = self._dataset.truth(self._index[image_id])
-        self._matches[image_id] = match_segments(truth, truth_segments, png_segment_ids(png), segments)
+        self._matches[image_id] = match_segments(truth, truth_segments, decode_ids(png), segments)
         if self._output_dir is not None:
             name = f"{image_id:012d}.png"
             (self._output_dir / name).write_bytes(png)

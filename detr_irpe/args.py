@@ -1,0 +1,90 @@
+"""Every flag of detection training, with its unit and its published default."""
+
+import argparse
+
+from irpe_train.arguments import add_runtime_arguments, positive_int
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The parser of ``python -m detr_irpe``."""
+    parser = argparse.ArgumentParser(
+        "python -m detr_irpe", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train and evaluate DETR with image relative position encoding.")
+
+    data = parser.add_argument_group("data").add_argument
+    data("--dataset_file", default="coco", choices=("coco", "coco_panoptic"), help="kind of annotations")
+    data("--coco_path", metavar="DIR", help="holds annotations/ and train2017/, val2017/ (or .zip of each)")
+    data("--coco_panoptic_path", metavar="DIR", help="holds annotations/panoptic_*.json and panoptic_*2017/ (or .zip)")
+    data("--remove_difficult", action="store_true", help="kept from the published command, which does not use it")
+    data("--num_classes", default="auto", type=_auto_or_positive_int, metavar="N",
+         help="largest category id plus one; auto reads it from the annotations (91 for COCO, 250 for its panoptic set)")
+    data("--image_size", default=800, type=positive_int, metavar="PIXELS",
+         help="short side in evaluation, longest in training; all other sizes scale with it")
+    data("--eval_batch_size", default=1, type=positive_int, metavar="N",
+         help="images per process in evaluation; beyond 1, padding in the backbone changes scores a little")
+
+    model = parser.add_argument_group("model").add_argument
+    model("--enc_rpe2d", default="", metavar="SPEC",
+          help="encoding of the encoder: rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}; empty: none")
+    model("--backbone", default="resnet50", help="a torchvision ResNet, or resnet_micro for the demo")
+    model("--backbone_weights", default="imagenet", metavar="imagenet|none|FILE",
+          help="where the backbone starts; not read when a checkpoint is loaded anyway")
+    model("--dilation", action="store_true", help="no stride in the backbone's last stage (DC5)")
+    model("--position_embedding", default="sine", choices=("sine", "learned"), help="of image features")
+    model("--enc_layers", default=6, type=int, help="encoder layers")
+    model("--dec_layers", default=6, type=int, help="decoder layers")
+    model("--dim_feedforward", default=2048, type=positive_int, help="hidden width of the feed-forward blocks")
+    model("--hidden_dim", default=256, type=positive_int, help="width of the transformer")
+    model("--dropout", default=0.1, type=float, help="in the transformer")
+    model("--nheads", default=8, type=positive_int, help="attention heads")
+    model("--num_queries", default=100, type=positive_int, help="objects that can be found in an image")
+    model("--pre_norm", action="store_true", help="normalise before each block, not after")
+    model("--masks", action="store_true", help="train the segmentation head")
+    model("--frozen_weights", metavar="FILE", help="a trained detector: only the segmentation head is trained on it")
+    model("--finetune", default="", metavar="FILE",
+          help="start from these weights; a class head or queries of another size start anew, and are named")
+    model("--pretrained", default="", metavar="NAME", help="start from, or --eval, a published checkpoint of the zoo")
+    model("--attn-backend", default="auto", help="of the encoder: auto, eager, compiled or triton")
+
+    loss = parser.add_argument_group("losses").add_argument
+    loss("--no_aux_loss", dest="aux_loss", action="store_false", help="no loss on each decoder layer but the last")
+    loss("--set_cost_class", default=1, type=float, help="weight of the class in matching")
+    loss("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in matching")
+    loss("--set_cost_giou", default=2, type=float, help="weight of the generalised IoU in matching")
+    loss("--mask_loss_coef", default=1, type=float, help="weight of the mask's focal loss")
+    loss("--dice_loss_coef", default=1, type=float, help="weight of the mask's dice loss")
+    loss("--bbox_loss_coef", default=5, type=float, help="weight of the L1 loss")
+    loss("--giou_loss_coef", default=2, type=float, help="weight of the generalised IoU loss")
+    loss("--eos_coef", default=0.1, type=float, help="weight of the class 'no object'")
+
+    train = parser.add_argument_group("training").add_argument
+    train("--lr", default=1e-4, type=float, help="learning rate of all but the backbone; not scaled with the batch")
+    train("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
+    train("--batch_size", default=2, type=positive_int, help="images per process and step")
+    train("--weight_decay", default=1e-4, type=float, help="of everything, encodings included")
+    train("--epochs", default=300, type=int, help="epochs in all")
+    train("--lr_drop", default=200, type=positive_int, help="the learning rates are divided by ten every so many epochs")
+    train("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 does not clip")
+
+    run = add_runtime_arguments(parser, seed=42, num_workers=2, amp="none").add_argument
+    run("--expect", nargs="?", const="auto", metavar="NAME",
+        help="with --eval: compare with the published row (default: found by name)")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Flags that do not fit together. Raises ValueError with what to change."""
+    if not args.coco_path:
+        raise ValueError("--coco_path is needed: the folder that holds annotations/, train2017/ and val2017/")
+    if args.dataset_file == "coco_panoptic" and not args.coco_panoptic_path:
+        raise ValueError("--dataset_file coco_panoptic needs --coco_panoptic_path: the folder of its annotations")
+    if args.frozen_weights and not args.masks:
+        raise ValueError("--frozen_weights trains the segmentation head alone: add --masks")
+    if args.pretrained and args.finetune:
+        raise ValueError("--pretrained and --finetune both say what to start from; give one")
+    if args.expect and not args.eval:
+        raise ValueError("--expect compares an evaluation with the published figures: add --eval")
+
+
+def _auto_or_positive_int(text: str) -> int | str:
+    return text if text == "auto" else positive_int(text)
