@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_irpe import build_model, create_model
+from detr_irpe.nested_tensor import NestedTensor, collate
+from tests.detr.tiny_detr import SPECS, published_flags, random_targets, tiny_model
+
+PUBLISHED = json.loads(Path(__file__).with_name("published_state_dict.json").read_text())
+
+
+def published_shapes(enc_rpe2d: str, masks: bool = False) -> list[tuple[str, list[int]]]:
+    entries = []
+    for key, shape in PUBLISHED["detr_resnet50"].items():
+        entries.append((key, shape))
+        if key.startswith("transformer.encoder") and key.endswith("self_attn.out_proj.bias"):
+            attention = key.removesuffix("out_proj.bias")
+            entries += [(attention + name, shape) for name, shape in PUBLISHED["models"][enc_rpe2d]["rpe"].items()]
+    if masks:
+        entries = [("detr." + key, shape) for key, shape in entries] + list(PUBLISHED["masks_extra"].items())
+    return entries
+
+
+@pytest.mark.parametrize("enc_rpe2d", PUBLISHED["models"])
+def test_state_dict_and_number_of_parameters_as_published(enc_rpe2d):
+    with torch.device("meta"):
+        model = create_model(enc_rpe2d=enc_rpe2d)
+    state = model.state_dict()
+    assert [(key, list(value.shape)) for key, value in state.items()] == published_shapes(enc_rpe2d)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    published = PUBLISHED["models"][enc_rpe2d]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == published["n_parameters"]
+    assert sum(p.numel() for p in model.parameters()) == published["n_parameters_with_frozen"]
+
+
+def test_state_dict_with_masks_as_published():
+    with torch.device("meta"):
+        model = create_model(masks=True)
+    assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == published_shapes("", masks=True)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == PUBLISHED["n_parameters_masks"]
+
+
+def test_a_published_checkpoint_loads_strictly_and_detects():
+    model = create_model(enc_rpe2d="rpe-2.0-product-ctx-1-k")
+    weights = {key: torch.full(shape, 1e-3) for key, shape in published_shapes("rpe-2.0-product-ctx-1-k")}
+    weights["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(1)  # of a foreign backbone: dropped
+    model.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        outputs = model.eval()([torch.rand(3, 64, 96), torch.rand(3, 80, 64)])
+    assert outputs["pred_logits"].shape == (2, 100, 92) and outputs["pred_boxes"].shape == (2, 100, 4)
+    assert [o["pred_boxes"].shape for o in outputs["aux_outputs"]] == [(2, 100, 4)] * 5
+
+
+def test_dc5_doubles_the_last_map_and_keeps_the_keys():
+    image = NestedTensor.from_images([torch.rand(3, 64, 96)])
+    plain = create_model("resnet50").backbone
+    dilated = create_model("resnet50", dilation=True).backbone
+    dilated.load_state_dict(plain.state_dict())
+    assert plain(image)[0][-1].tensors.shape == (1, 2048, 2, 3)
+    assert dilated(image)[0][-1].tensors.shape == (1, 2048, 4, 6)
+
+
+def test_optimizer_sees_the_published_numbers_of_tensors():
+    """199 and 42 tensors for ResNet-50 with one encoding."""
+    with torch.device("meta"):
+        model = create_model(enc_rpe2d="rpe-2.0-product-ctx-1-k")
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert (sum("backbone" not in n for n in names), sum("backbone" in n for n in names)) == (199, 42)
+
+
+def test_frozen_backbone():
+    model = tiny_model(train_backbone=False)
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert all(p.requires_grad for name, p in model.named_parameters() if "backbone" not in name)
+
+
+@pytest.mark.parametrize("enc_rpe2d", SPECS)
+def test_a_batch_equals_its_rows(enc_rpe2d):
+    """An image with the same padding gives the same detections, whatever else is in the batch."""
+    model = tiny_model(enc_rpe2d).double()
+    sizes = ((96, 48), (50, 120), (30, 30))
+    batch = NestedTensor.from_images([torch.rand(3, h, w, dtype=torch.float64) for h, w in sizes])
+    together = model(batch)
+    for row in range(3):
+        alone = model(NestedTensor(batch.tensors[row:row + 1], batch.mask[row:row + 1]))
+        for key in ("pred_logits", "pred_boxes"):
+            torch.testing.assert_close(together[key][row], alone[key][0], rtol=1e-9, atol=1e-9)
+
+
+def test_an_image_that_is_all_padding_stays_finite():
+    model = tiny_model("rpe-1.9-product-ctx-0-qkv", masks=True).train()
+    batch = NestedTensor(torch.rand(2, 3, 64, 64), torch.tensor([False, True])[:, None, None].expand(2, 64, 64))
+    outputs = model(batch)
+    sum(outputs[key].sum() for key in ("pred_logits", "pred_boxes", "pred_masks")).backward()
+    assert all(outputs[key].isfinite().all() for key in ("pred_logits", "pred_boxes", "pred_masks"))
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "position_embedding": "learned"}, {"masks": True}])
+def test_every_trainable_parameter_gets_a_gradient(options):
+    args = published_flags(enc_rpe2d="rpe-2.0-product-ctx-1-qkv", lr_backbone=1e-4, **options)
+    model, criterion, _ = build_model(args)
+    outputs = model([torch.rand(3, 64, 64), torch.rand(3, 48, 64)])
+    losses = criterion(outputs, random_targets([2, 1], size=(64, 64)))
+    sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses).backward()
+    missing = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not missing
+
+
+def test_autocast_gives_fp32_losses():
+    model, criterion, postprocessors = build_model(published_flags(enc_rpe2d="rpe-2.0-product-ctx-1-qkv", masks=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model([torch.rand(3, 64, 64)])
+        losses = criterion(outputs, random_targets([2], size=(64, 64)))
+    assert outputs["pred_logits"].dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    results = postprocessors["bbox"](outputs, torch.tensor([[64, 64]]))
+    assert results[0]["boxes"].dtype == torch.float32
+
+
+def test_aux_loss_off():
+    assert "aux_outputs" not in tiny_model(aux_loss=False)([torch.rand(3, 32, 32)])
+
+
+@pytest.mark.parametrize("dataset_file, classes", [("coco", 91), ("coco_panoptic", 250), ("own", 20)])
+def test_number_of_classes_of_a_published_namespace(dataset_file, classes):
+    model, criterion, postprocessors = build_model(published_flags(dataset_file=dataset_file, resume="x.pth"))
+    assert model.class_embed.out_features == classes + 1 and criterion.num_classes == classes
+    assert set(postprocessors) == {"bbox"}
+    assert build_model(published_flags(num_classes=12, eval=True))[0].class_embed.out_features == 13
+
+
+def test_build_model_with_masks():
+    model, criterion, postprocessors = build_model(published_flags(
+        masks=True, dataset_file="coco_panoptic", frozen_weights="detr.pth"))
+    assert set(postprocessors) == {"bbox", "segm", "panoptic"}
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"bbox_attention", "mask_head"}
+    assert {name: w for name, w in criterion.weight_dict.items() if "_0" not in name} == {
+        "loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_mask": 1, "loss_dice": 1}
+
+
+def test_collate_pads_below_and_to_the_right():
+    images = [torch.ones(3, 2, 4), torch.ones(3, 3, 1)]
+    batch, targets = collate([(image, {"image_id": index}) for index, image in enumerate(images)])
+    assert batch.tensors.shape == (2, 3, 3, 4) and [t["image_id"] for t in targets] == [0, 1]
+    assert torch.equal(batch.mask[0], torch.tensor([[False] * 4, [False] * 4, [True] * 4]))
+    assert torch.equal(batch.mask[1], torch.tensor([[False, True, True, True]] * 3))
+    assert torch.equal(batch.tensors[:, 0] == 0, batch.mask)
+    moved = batch.to("cpu")
+    assert torch.equal(moved.decompose()[0], batch.tensors) and torch.equal(moved.mask, batch.mask)
+
+
+def test_a_batch_is_images():
+    with pytest.raises(ValueError, match=r"one or more images \(C, h, w\); got shapes \[\(2, 4\)\]"):
+        NestedTensor.from_images([torch.ones(2, 4)])
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="--hidden_dim 16 does not divide by --nheads 3"):
+        tiny_model(nheads=3)
