@@ -33,9 +33,9 @@ def pack(folder, tar_file, nested=False):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_tar_is_the_same_data_set_as_its_folder(stripes, tmp_path, nested):
-    folder = data.FolderImages(stripes / "val")
-    tar = data.TarImages(pack(stripes / "val", tmp_path / "val.tar", nested))
+def test_a_tar_is_the_same_data_set_as_its_folder(colours, tmp_path, nested):
+    folder = data.FolderImages(colours / "val")
+    tar = data.TarImages(pack(colours / "val", tmp_path / "val.tar", nested))
     assert tar.classes == folder.classes == ["ant", "bee", "cat", "dog"]
     assert tar.labels.tolist() == folder.labels.tolist() and len(tar) == 22
     for index in (0, 7, 21):
@@ -49,8 +49,8 @@ def test_grey_images_become_rgb_and_nested_folders_count(tmp_path):
     assert (image.mode, image.size, label) == ("RGB", (5, 4), 0)
 
 
-def test_number_of_classes_comes_from_the_data_for_tar_too(stripes, tmp_path):
-    pack(stripes / "train", tmp_path / "train.tar")
+def test_number_of_classes_comes_from_the_data_for_tar_too(colours, tmp_path):
+    pack(colours / "train", tmp_path / "train.tar")
     assert len(data.build_dataset(tmp_path, True, load_tar=True).classes) == 4
 
 
@@ -148,12 +148,12 @@ def test_every_augmentation_works_at_its_extreme(policy):
     assert data._posterize(image, 0).getextrema() == ((0, 0),) * 3
 
 
-def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(stripes):
+def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(colours):
     def broken(image):
         raise ValueError("bits")
 
     with pytest.raises(RuntimeError, match="the augmentation failed on this image"):
-        data.FolderImages(stripes / "val", broken)[0]
+        data.FolderImages(colours / "val", broken)[0]
 
 
 def test_small_images_are_shifted_and_not_scaled():

@@ -1,0 +1,34 @@
+"""What a command line builds, as JSON: ``python -m deit_irpe.facts`` with the flags of ``python -m deit_irpe``.
+
+    {"n_parameters": 22089064, "macs_M": 4658.819776, "buckets": 50}
+
+For tables and reproduction cards; needs no data, so the classes are told with ``--num_classes``.
+"""
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from deit_irpe.args import get_args_parser, image_size
+from deit_irpe.complexity import macs, parameters
+from deit_irpe.models import create_model
+from deit_irpe.train import model_options
+from irpe_train.arguments import positive_int
+from irpe_train.config import parse_args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = get_args_parser()
+    parser.add_argument("--num_classes", default=1000, type=positive_int)
+    args = parse_args(parser, argv)
+    with torch.device("meta"):  # shapes only: nothing is allocated
+        model = create_model(args.model, args.rpe, **model_options(args, image_size(args.input_size), args.num_classes))
+    attention = model.blocks[0].attn
+    encodings = [getattr(attention, name, None) for name in ("rpe_q", "rpe_k", "rpe_v")]
+    buckets = next((sum(part.num_buckets for part in rpe.parts) for rpe in encodings if rpe is not None), 0)
+    print(json.dumps({"n_parameters": parameters(model), "macs_M": macs(model) / 1e6, "buckets": buckets}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Runs from the command line: what they write and print, evaluation, resuming, several processes."""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import pytest
+import torch
+
+from deit_irpe import create_model
+from irpe_train.checkpoint import read_checkpoint
+from irpe_train.errors import Preempted
+from irpe_train.precision import Precision
+from tests.deit.conftest import write_images
+from tests.deit.runs import MODEL, PLAIN, deit, deit_ok
+from tests.deit.test_data import pack
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(colours, tmp_path_factory):
+    """A run of 6 epochs that learns the colours: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    text = deit_ok(colours, folder, *PLAIN, "--epochs", "6", "--lr", "0.3", "--model-ema-decay", "0.9")
+    return folder, text
+
+
+def test_a_run_learns_and_writes_the_published_log(trained):
+    folder, _ = trained
+    lines = log_of(folder)
+    assert [list(line) for line in lines] == [["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch",
+                                               "n_parameters"]] * 6
+    assert [line["epoch"] for line in lines] == list(range(6))
+    assert lines[-1]["test_acc1"] > 90 and lines[-1]["test_acc5"] == 100
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert lines[0]["train_lr"] == lines[1]["train_lr"] == pytest.approx(0.3 * 8 / 512)
+
+
+def test_the_console_has_the_published_lines(trained):
+    folder, text = trained
+    last, best = log_of(folder)[-1], max(line["test_acc1"] for line in log_of(folder))
+    assert f"number of params: {last['n_parameters']}\n" in text
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 100.000 loss {last['test_loss']:.3f}\n" in text
+    assert f"Accuracy of the network on the 22 test images: {last['test_acc1']:.1f}%\n" in text
+    assert f"Max accuracy: {best:.2f}%\n" in text
+
+
+def test_the_start_says_what_will_happen(trained):
+    _, text = trained
+    for words in ("48 training and 22 validation images of 4 classes", "8 images an update: 8 x 1 process(es) x 1",
+                  "0.0046875 at the peak", "6 steps, 48 samples", "batch_size=8 (published: 64)",
+                  "mixup=0.0 (published: 0.8)"):
+        assert words in text
+
+
+def test_the_checkpoint_is_as_published(trained):
+    folder, _ = trained
+    checkpoint = read_checkpoint(folder / "checkpoint.pth")
+    assert list(checkpoint)[:7] == ["model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"]
+    assert list(checkpoint["model"]) == list(checkpoint["model_ema"]) and checkpoint["epoch"] == 5
+    assert checkpoint["args"].lr == 0.3 * 8 / 512 and checkpoint["args"].nb_classes == 4
+    assert checkpoint["args"].distributed is False and checkpoint["classes"] == ["ant", "bee", "cat", "dog"]
+    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.0, 0.05]
+
+
+def test_the_best_weights_are_kept(trained):
+    folder, _ = trained
+    best = max(log_of(folder), key=lambda line: (line["test_acc1"], -line["epoch"]))
+    assert read_checkpoint(folder / "best.pth")["epoch"] == best["epoch"]
+
+
+def test_evaluation_needs_the_validation_set_only(trained, colours, tmp_path):
+    folder, _ = trained
+    shutil.copytree(colours / "val", tmp_path / "data" / "val")
+    text = deit_ok(tmp_path / "data", tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth")
+    last = log_of(folder)[-1]
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 100.000 loss {last['test_loss']:.3f}" in text
+    assert not (tmp_path / "out" / "log.txt").exists()
+
+
+def test_evaluation_of_the_moving_average(trained, colours, tmp_path):
+    folder, _ = trained
+    checkpoint = read_checkpoint(folder / "checkpoint.pth")
+    torch.save({"model": checkpoint["model_ema"]}, tmp_path / "average.pth")
+    expected = deit_ok(colours, tmp_path / "a", "--eval", "--resume", tmp_path / "average.pth")
+    text = deit_ok(colours, tmp_path / "b", "--eval", "--resume", folder / "checkpoint.pth", "--eval-ema")
+    result = [line for line in expected.splitlines() if "Acc@1" in line]
+    assert result[0] in text
+    plain = deit_ok(colours, tmp_path / "c", "--eval", "--resume", folder / "checkpoint.pth")
+    assert result[0] not in plain
+
+
+def published_form(checkpoint, folder):
+    """What the published code writes: a Namespace with a path in it, and here the prefix of a wrapped model."""
+    published = {key: checkpoint[key] for key in ("optimizer", "lr_scheduler", "epoch", "scaler")}
+    for key in ("model", "model_ema"):
+        published[key] = {f"module.{name}": value for name, value in checkpoint[key].items()}
+    published["args"] = argparse.Namespace(**vars(checkpoint["args"]) | {"output_dir": pathlib.PosixPath("/published")})
+    torch.save(published, folder / "published.pth")
+    return folder / "published.pth"
+
+
+def test_a_published_checkpoint_evaluates_and_resumes(trained, colours, tmp_path):
+    folder, _ = trained
+    file = published_form(read_checkpoint(folder / "checkpoint.pth"), tmp_path)
+    text = deit_ok(colours, tmp_path / "out", "--eval", "--resume", file)
+    assert f"* Acc@1 {log_of(folder)[-1]['test_acc1']:.3f}" in text
+    deit_ok(colours, tmp_path / "more", *PLAIN, "--resume", file, "--epochs", "7", "--lr", "0.3")
+    assert [line["epoch"] for line in log_of(tmp_path / "more")] == [6]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(colours, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save({"model": Hostile()}, tmp_path / "hostile.pth")
+    ended, = deit(colours, tmp_path / "out", "--eval", "--resume", tmp_path / "hostile.pth")
+    assert ended.code not in (0, None) and "refused" in ended.text and not (tmp_path / "it ran").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, colours, tmp_path):
+    folder, _ = trained
+    ended, = deit(colours, tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth", "--rpe", "none")
+    assert ended.code == 1 and "unexpected: blocks.0.attn.rpe_q.lookup_table_weight" in ended.text
+    assert "Traceback" not in ended.text
+
+
+def test_a_checkpoint_of_other_classes_is_refused(trained, tmp_path):
+    folder, _ = trained
+    write_images(tmp_path / "data" / "val", dict.fromkeys(["ant", "bee", "cat", "fox"], 1))
+    ended, = deit(tmp_path / "data", tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth")
+    assert ended.code == 1 and "only in the checkpoint: dog; only in the validation data: fox" in ended.text
+
+
+RESUMABLE = ["--deterministic", "--epochs", "3", "--lr", "0.05"]  # with every augmentation that is on by default
+
+
+def assert_same_run(one, other):
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    a, b = (read_checkpoint(folder / "checkpoint.pth") for folder in (one, other))
+    flat_a, flat_b = (torch.utils._pytree.tree_leaves({k: v for k, v in c.items() if k != "args"}) for c in (a, b))
+    assert len(flat_a) == len(flat_b) > 100
+    for x, y in zip(flat_a, flat_b, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def stopped_after(monkeypatch, steps):
+    """The process gets SIGTERM in its ``steps``-th training step."""
+    step, seen = Precision.step, []
+
+    def counted(self, *args, **kwargs):
+        seen.append(1)
+        if len(seen) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Precision, "step", counted)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(colours, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    deit_ok(colours, folder, *RESUMABLE)
+    return folder
+
+
+@pytest.mark.parametrize("steps", [6, 9], ids=["at the end of an epoch", "in mid-epoch"])
+def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, colours, tmp_path, monkeypatch, steps):
+    with monkeypatch.context() as patch:
+        stopped_after(patch, steps)
+        ended, = deit(colours, tmp_path / "run", *RESUMABLE)
+    assert ended.code == Preempted.EXIT_CODE, ended.text
+    deit_ok(colours, tmp_path / "run", *RESUMABLE, "--resume", "auto", "--num_workers", "1")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_finished_run_resumed_has_each_epoch_once_and_its_best_figure(uninterrupted, colours, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    deit_ok(colours, tmp_path / "run", *RESUMABLE, "--resume", "auto")
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert read_checkpoint(uninterrupted / "checkpoint.pth")["progress"]["best"] == \
+        max(line["test_acc1"] for line in log_of(uninterrupted))
+
+
+@pytest.mark.distributed
+def test_two_processes_train_and_evaluate_each_image_once(trained, colours, tmp_path):
+    """22 images, then 21: neither batches nor, the second time, ranks come out even."""
+    folder, _ = trained
+    flags = ["--eval", "--dist-eval", "--resume", folder / "checkpoint.pth"]
+    for removed in (None, colours / "val" / "dog" / "4.png"):
+        data = tmp_path / f"data_{removed is not None}"
+        shutil.copytree(colours / "val", data / "val")
+        if removed is not None:
+            (data / "val" / "dog" / "4.png").unlink()
+        one = deit_ok(data, tmp_path / "one", *flags)
+        two, other = deit(data, tmp_path / "two", *flags, world_size=2)
+        assert two.code == other.code == 0, two.text + other.text
+        accuracy = [line.split(" loss")[0] for line in one.splitlines() if line.startswith("* Acc@1")]
+        assert accuracy == [line.split(" loss")[0] for line in two.text.splitlines() if line.startswith("* Acc@1")]
+        assert "Acc@1" not in other.text
+    for ended in deit(colours, tmp_path / "train", "--epochs", "1", "--dist-eval", world_size=2):
+        assert ended.code == 0, ended.text
+    line, = log_of(tmp_path / "train")
+    assert line["test_acc1"] * 22 / 100 == pytest.approx(round(line["test_acc1"] * 22 / 100))
+    checkpoint = read_checkpoint(tmp_path / "train" / "checkpoint.pth")
+    assert checkpoint["args"].distributed is True and checkpoint["args"].lr == 5e-4 * 8 * 2 / 512
+
+
+@pytest.mark.parametrize("flags", [
+    ("--mixup", "0"),  # CutMix alone: soft targets
+    ("--mixup", "0", "--cutmix", "0"),
+    ("--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "1", "--no-model-ema", "--accumulate", "2"),
+    ("--amp", "bf16", "--input-size", "48x32", "--no-abs-pos", "--eval-ema", "--sched", "step", "--opt", "sgd"),
+])
+def test_other_recipes_train(colours, tmp_path, flags):
+    deit_ok(colours, tmp_path / "run", "--epochs", "1", *flags)
+    assert 0 < log_of(tmp_path / "run")[0]["train_loss"] < 10
+
+
+def test_gradient_accumulation_equals_the_larger_batch(colours, tmp_path):
+    flags = [*PLAIN, "--epochs", "1", "--lr", "0.1", "--drop-path", "0"]
+    deit_ok(colours, tmp_path / "large", *flags, "--batch-size", "16")
+    deit_ok(colours, tmp_path / "small", *flags, "--batch-size", "8", "--accumulate", "2")
+    large, small = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("large", "small"))
+    assert large["args"].lr == small["args"].lr
+    for key, value in large["model"].items():
+        assert torch.allclose(value, small["model"][key], atol=2e-4), key
+
+
+def test_fewer_images_than_a_batch_still_train(tmp_path):
+    for split, count in (("train", 3), ("val", 1)):
+        write_images(tmp_path / split, {"a": count, "b": count})
+    text = deit_ok(tmp_path, tmp_path / "run", "--epochs", "1", "--batch-size", "64")
+    assert "6 training samples per process: the batch is 6, not 64" in text and "1 steps, 6 samples" in text
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_from_a_teacher(trained, colours, tmp_path, kind):
+    folder, _ = trained
+    torch.save({"model": create_model("deit_demo_patch4_32", num_classes=4).state_dict()}, tmp_path / "t.pth")
+    teacher = ["--distillation-type", kind, "--teacher-model", "deit_demo_patch4_32", "--teacher-path",
+               tmp_path / "t.pth"]
+    student = ["deit_small_distilled_patch16_224" if flag == "deit_tiny_patch16_224" else flag for flag in MODEL]
+    deit_ok(colours, tmp_path / "run", *PLAIN, *teacher, "--epochs", "1", "--lr", "0.05", model=student)
+    weights = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["model"]
+    assert weights["head_dist.weight"].shape == (4, 32) and weights["pos_embed"].shape == (1, 2 + 16, 32)
+    ended, = deit(colours, tmp_path / "plain", *PLAIN, *teacher, "--epochs", "1")
+    assert ended.code == 1 and "needs a model with a distillation head" in ended.text
+
+
+def test_fine_tuning_resizes_and_trains_in_training_mode(trained, tmp_path):
+    folder, _ = trained
+    for split in ("train", "val"):
+        write_images(tmp_path / split, {"x": 4, "y": 4}, side=48)
+    flags = ["--finetune", folder / "best.pth", "--input-size", "48x64", "--epochs", "1", "--deterministic"]
+    text = deit_ok(tmp_path, tmp_path / "run", *flags, "--drop-path", "0.9")
+    assert "--finetune: pos_embed resampled from 4x4 to 6x8 patches" in text
+    assert "--finetune: head.weight starts fresh: (4, 32) there, (2, 32) here" in text
+    deit_ok(tmp_path, tmp_path / "without", *flags, "--drop-path", "0")
+    losses = [log_of(tmp_path / name)[0]["train_loss"] for name in ("run", "without")]
+    assert losses[0] != losses[1]  # stochastic depth is at work: this is not evaluation mode
+
+
+def test_a_tar_trains_as_its_folder_does(colours, tmp_path):
+    for split in ("train", "val"):
+        pack(colours / split, tmp_path / f"{split}.tar")
+    deit_ok(colours, tmp_path / "folder", "--epochs", "1")
+    deit_ok(tmp_path, tmp_path / "tar", "--epochs", "1", "--load-tar")
+    assert log_of(tmp_path / "folder") == log_of(tmp_path / "tar")
