@@ -68,7 +68,7 @@ def rpe_attention(
         "dropout_p": dropout_p,
     }
     if backend == "auto":
-        name = FAST_BACKENDS.get(q.device.type, "eager")
+        name = "eager" if torch.compiler.is_exporting() else FAST_BACKENDS.get(q.device.type, "eager")
         fast = None if name == "eager" or missing_backend(name) else _module_of(name)
         if fast is None or fast.why_not(q, k, v, *encodings, **options):
             return eager_attention(q, k, v, *encodings, **options, scale=scale)

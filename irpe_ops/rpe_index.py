@@ -69,6 +69,7 @@ def _compiled_kernel_for(tensor: Tensor) -> bool:
         tensor.device.type in compiled_devices
         and tensor.dtype in _KERNEL_DTYPES
         and not under_function_transform()
+        and not torch.compiler.is_exporting()  # what is exported runs where our operators are unknown: plain gathers
     )
 
 
