@@ -58,7 +58,7 @@ class SetCriterion(nn.Module):
         layers = [outputs, *outputs.get("aux_outputs", [])]
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             matches = self._match(layers, targets)
-            num_boxes = average_num_boxes(targets, outputs["pred_logits"].device)
+            num_boxes = self._num_boxes(targets, outputs["pred_logits"].device)
             losses = {}
             for index, (layer, matched) in enumerate(zip(layers, matches, strict=True)):
                 found = self.loss_labels(layer, targets, matched)
@@ -113,6 +113,13 @@ class SetCriterion(nn.Module):
         dice = 1 - (2 * (probability * wanted).sum(1) + 1) / (probability.sum(1) + wanted.sum(1) + 1)
         return {"loss_mask": focal.sum() / num_boxes, "loss_dice": dice.sum() / num_boxes}
 
+    def _num_boxes(self, targets: Sequence[dict], device: torch.device) -> Tensor:
+        """What the sums over pairs are divided by: the number of objects, at least 1. In training, of a process on
+        average, so that the mean of the gradients over processes is the gradient of one big batch; every process takes
+        part, with objects or without. In evaluation the processes do not wait for each other."""
+        count = torch.tensor(float(sum(len(target["labels"]) for target in targets))).to(device, non_blocking=True)
+        return (reduce_mean(count) if self.training else count).clamp(min=1)
+
     def _match(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[Matched]:
         """Matched pairs of every layer on the device: down once with the costs, up once with the pairs."""
         starts = [0]
@@ -123,13 +130,6 @@ class SetCriterion(nn.Module):
             for image, (queries, objects) in enumerate(matches)], dim=1)
             for matches in self.matcher.match_layers(layers, targets)])  # (layers, 3, n)
         return [Matched(*layer) for layer in pairs.to(layers[0]["pred_logits"].device, non_blocking=True)]
-
-
-def average_num_boxes(targets: Sequence[dict], device: torch.device) -> Tensor:
-    """Objects a process has on average, at least 1: what the sums over pairs are divided by, so that the mean of the
-    gradients over processes is the gradient of one big batch. Every process takes part, with objects or without."""
-    count = torch.tensor(float(sum(len(target["labels"]) for target in targets)))
-    return reduce_mean(count.to(device, non_blocking=True)).clamp(min=1)
 
 
 def _pad_to_one_size(masks: Sequence[Tensor]) -> Tensor:

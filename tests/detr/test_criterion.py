@@ -120,6 +120,8 @@ def losses_of_one_process(rank: int, folder: str) -> None:
         outputs, targets = batch_of_two(counts)
         own = {key: value[rank:rank + 1] for key, value in outputs.items()}
         torch.save(criterion()(own, targets[rank:rank + 1]), f"{folder}/{number}-{rank}.pt")
+    if rank == 0:  # an evaluation waits for nobody
+        torch.save(criterion().eval()(*batch_of_two([3, 2])), f"{folder}/evaluated.pt")
     dist.destroy_process_group()
 
 
@@ -132,3 +134,5 @@ def test_two_processes_average_to_one_batch(tmp_path):
         first, second = (torch.load(tmp_path / f"{number}-{rank}.pt") for rank in range(2))
         for name in ("loss_bbox", "loss_giou"):
             torch.testing.assert_close((first[name] + second[name]) / 2, together[name])
+    alone = criterion().eval()(*batch_of_two([3, 2]))
+    assert torch.load(tmp_path / "evaluated.pt") == alone
