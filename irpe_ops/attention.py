@@ -120,7 +120,8 @@ def eager_attention(
         weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     else:
         weights = scores.softmax(-1)
-    weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
     out = weights.to(v.dtype) @ v  # (B, H, L, D)
     return out if rpe_v is None else out + rpe_v(weights, height, width).to(out.dtype)
 

@@ -42,12 +42,11 @@ def test_first_distances_are_the_published_ones(ratio, sign):
     assert ids == sorted(ids)
 
 
-@pytest.mark.parametrize(("ratio", "distance", "bucket"), [(1.5, 6, 2), (0.75, 6, 2), (1.25, 10, 2), (2.25, 18, 4)])
+@pytest.mark.parametrize(("ratio", "distance", "bucket"), [(1.5, 6, 2), (0.75, 6, 1), (1.25, 10, 2), (2.25, 18, 4)])
 def test_exact_ties_round_half_to_even(ratio, distance, bucket):
-    # alpha * (1 + log8(4)) = 5/3 alpha, and alpha * (1 + log8(8)) = 2 alpha: halves in all four, where the clip allows.
-    assert int(piecewise(torch.tensor(distance), ratio)) == oracles.piecewise(distance, ratio) <= int(2 * ratio)
-    assert int(piecewise(torch.tensor(-distance), ratio)) == -oracles.piecewise(distance, ratio)
-    assert oracles.piecewise(distance, ratio) == min(bucket, int(2 * ratio))
+    # 5/3 of 1.5 is 2.5; twice 0.75, 1.25 and 2.25 are 1.5 (to 2, clipped to 1.5, truncated to 1), 2.5 and 4.5.
+    assert piecewise(torch.tensor([distance, -distance]), ratio).tolist() == [bucket, -bucket]
+    assert oracles.piecewise(distance, ratio) == bucket
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
