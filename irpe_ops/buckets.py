@@ -148,19 +148,26 @@ def _pair_ids(
     rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
     drow = (rows[:, None] - rows)[:, None, :, None]  # (height, 1, height, 1)
     dcol = (cols[:, None] - cols)[None, :, None, :]  # (1, width, 1, width)
-    if method == "product":
-        ids = (bucket_of(drow) + centre) * (2 * centre + 1) + bucket_of(dcol) + centre
-    elif method == "cross_rows":
-        ids = bucket_of(drow) + centre
-    elif method == "cross_cols":
-        ids = bucket_of(dcol) + centre
-    elif method == "quant":
-        ids = bucket_of(drow**2 + dcol**2) + centre
-    else:  # euc; no integer has a root ending in a half, so rounding is never in doubt
-        ids = bucket_of((drow**2 + dcol**2).float().sqrt().round().long()) + centre
+    ids = offset_ids(method, drow, dcol, centre, bucket_of)
     num_patches = height * width
     ids = ids.expand(height, width, height, width).reshape(num_patches, num_patches)
     return F.pad(ids, (skip, 0, skip, 0), value=count_buckets(method, centre, skip=0)) if skip else ids
+
+
+def offset_ids(
+    method: str, drow: Tensor, dcol: Tensor, centre: int, bucket_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The bucket of offsets ``(drow, dcol)``, query minus key, int64, that broadcast against each other."""
+    if method == "product":
+        return (bucket_of(drow) + centre) * (2 * centre + 1) + bucket_of(dcol) + centre
+    if method == "cross_rows":
+        return bucket_of(drow) + centre
+    if method == "cross_cols":
+        return bucket_of(dcol) + centre
+    if method == "quant":
+        return bucket_of(drow**2 + dcol**2) + centre
+    # euc; no integer has a root ending in a half, so rounding is never in doubt
+    return bucket_of((drow**2 + dcol**2).float().sqrt().round().long()) + centre
 
 
 def _check_coefficients(alpha: float, beta: float, gamma: float) -> None:
