@@ -1,0 +1,236 @@
+"""The reproduction card: a figure measured here beside the published one, and PASS or FAIL.
+
+Both command lines make one with ``--eval --expect``: the figure, the published figure, the difference, the verdict
+within the tolerance that ``configs/model_zoo.yaml`` states, the hashes of checkpoint and data set, versions, hardware.
+
+    python -m irpe_train.card [NAME ...] [-o logs/cards]     the columns that need no data: parameters, MACs, buckets
+"""
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .distributed import logger
+from .errors import RunError
+from .run_log import PACKAGES, surroundings
+from .zoo import ROOT, Entry, Zoo, read_zoo, sha256
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure: here, as published, and how far apart they may be. ``here`` is None where it was not measured."""
+
+    figure: str
+    here: float | None
+    published: float
+    tolerance: float
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.here is None else self.here - self.published
+
+    @property
+    def verdict(self) -> str:
+        """``PASS``, ``FAIL`` or ``not run``; a NaN fails."""
+        if self.here is None:
+            return "not run"
+        # 1e-9: a difference of exactly the tolerance is a PASS however it was rounded.
+        return "PASS" if abs(self.difference) <= self.tolerance + 1e-9 else "FAIL"
+
+
+def compare(name: str, measured: Mapping[str, float], zoo: Zoo | None = None) -> list[Line]:
+    """One line for every figure that is published for the zoo entry ``name``, in the order of the file.
+
+    Args:
+        measured: ``acc1`` and ``acc5`` in percent, ``AP``, ``AP50``, ... as fractions, ``n_parameters``, ``macs_M``,
+            ``buckets``; ``params_M`` is made of ``n_parameters``.
+    Raises: ValueError: unknown ``name``, or a measured figure that nobody published (a misspelt one would never fail).
+    """
+    zoo = zoo or read_zoo()
+    expect = zoo.find(name).expect
+    measured = dict(measured)
+    if "n_parameters" in measured and "params_M" in expect:
+        measured.setdefault("params_M", measured["n_parameters"] / 1e6)
+    if strange := measured.keys() - expect.keys():
+        raise ValueError(f"card of {name}: no published {', '.join(sorted(strange))}; there are {', '.join(expect)}.")
+    return [Line(key, measured.get(key), value, zoo.tolerance[key]) for key, value in expect.items()]
+
+
+def passed(lines: Iterable[Line]) -> bool:
+    """Whether something was measured and nothing failed."""
+    verdicts = {line.verdict for line in lines}
+    return "PASS" in verdicts and "FAIL" not in verdicts
+
+
+def choose(wanted: str, candidates: Iterable[str], zoo: Zoo | None = None) -> str:
+    """The zoo entry a run is compared with: ``wanted``, or for ``"auto"`` the first candidate that the zoo has.
+
+    Args:
+        candidates: names that may be zoo names: stem of the checkpoint or config, model name, spec.
+    Raises: ValueError: neither; lists the names.
+    """
+    zoo = zoo or read_zoo()
+    if wanted != "auto":
+        return zoo.find(wanted).name
+    candidates = [name for name in candidates if name]
+    for name in candidates:
+        if name in zoo.models:
+            return name
+    raise ValueError(f"--expect: nothing published is called {' or '.join(candidates) or '(no name)'}; "
+                     f"name the row: --expect NAME, one of {', '.join(zoo.models)}.")
+
+
+def expect(
+    wanted: str, candidates: Iterable[str], measured: Mapping[str, float], *,
+    checkpoint: str | Path | None = None, data: Iterable[str | Path] = (), output_dir: str | Path | None = None,
+) -> bool:
+    """Print the card of this evaluation, save it as ``card.json`` and ``card.md`` in ``output_dir``, tell if it passed.
+
+    Args:
+        wanted, candidates: see `choose`. measured: see `compare`.
+        checkpoint: the file that was evaluated. data: the validation folders or files.
+    """
+    zoo = read_zoo()
+    card = make_card(choose(wanted, candidates, zoo), measured, checkpoint=checkpoint, data=data, zoo=zoo)
+    logger.info(to_markdown(card))
+    if output_dir:
+        write_card(card, Path(output_dir) / "card")
+    return card["verdict"] == "PASS"
+
+
+def make_card(
+    name: str, measured: Mapping[str, float], *, checkpoint: str | Path | None = None,
+    data: Iterable[str | Path] = (), zoo: Zoo | None = None,
+) -> dict:
+    """The card as plain data. See `expect` for the arguments."""
+    zoo = zoo or read_zoo()
+    lines = compare(name, measured, zoo)
+    verdict = "PASS" if passed(lines) else "FAIL"
+    return {
+        "name": name,
+        "verdict": verdict,
+        "source": zoo.source,
+        "config": zoo.find(name).config,
+        "figures": [asdict(line) | {"difference": line.difference, "verdict": line.verdict} for line in lines],
+        "checkpoint": None if not checkpoint else {"file": Path(checkpoint).name, "sha256": sha256(Path(checkpoint))},
+        "data": [fingerprint(Path(path)) for path in data],
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def to_markdown(card: Mapping) -> str:
+    """The card as Markdown, to print and to keep."""
+    rows = ["| figure | here | published | difference | tolerance | |", "|---|---|---|---|---|---|"]
+    for line in card["figures"]:
+        here, gap = (("not run", "") if line["here"] is None
+                     else (_number(line["here"]), f"{_rounded(line['difference']):+g}"))
+        rows.append(f"| {line['figure']} | {here} | {_number(line['published'])} | {gap} | {line['tolerance']:g} "
+                    f"| {line['verdict']} |")
+    facts = [f"* published: {card['source']}; config: `{card['config']}`"]
+    checkpoint = card["checkpoint"]
+    facts.append("* checkpoint: " + (f"{checkpoint['file']}, sha256 {checkpoint['sha256']}" if checkpoint else "none"))
+    facts += [f"* data: {item['path']}, {item['files']} files, {item['bytes']} bytes, {item['of']} {item['sha256']}"
+              for item in card["data"]]
+    facts.append("* versions: " + ", ".join(f"{name} {version}" for name, version in card["versions"].items()))
+    facts.append(f"* hardware: {card['hardware']}")
+    missing = sum(line["here"] is None for line in card["figures"])
+    verdict = card["verdict"] + (f" ({missing} of {len(card['figures'])} figures not run)" if missing else "")
+    return "\n".join([f"# {card['name']}: {verdict}", "", *rows, "", *facts, ""])
+
+
+def write_card(card: Mapping, path: Path) -> None:
+    """Write ``path`` + ``.json`` and ``path`` + ``.md``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".json").write_text(json.dumps(card, indent=1) + "\n")
+    path.with_name(path.name + ".md").write_text(to_markdown(card))
+
+
+def fingerprint(path: Path) -> dict:
+    """What identifies a data set: a file by its bytes; a folder by the names and sizes of all its files.
+
+    Returns: path (the name alone), files, bytes, what the hash is of, sha256.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"card: no data at {path}")
+    if path.is_file():
+        return {"path": path.name, "files": 1, "bytes": path.stat().st_size, "of": "sha256", "sha256": sha256(path)}
+    digest, count, total = hashlib.sha256(), 0, 0
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        subfolders.sort()
+        for file in sorted(files):
+            size = os.path.getsize(os.path.join(folder, file))
+            digest.update(f"{Path(folder, file).relative_to(path).as_posix()} {size}\n".encode())
+            count, total = count + 1, total + size
+    return {"path": path.name, "files": count, "bytes": total, "of": "sha256 of names and sizes",
+            "sha256": digest.hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    """What a figure can depend on: Python, the installed packages, CUDA and the commit of this repository."""
+    facts = surroundings()
+    return {name: facts[name] for name in ("python", *PACKAGES, "cuda", "git") if facts[name]}
+
+
+def hardware() -> str:
+    """The GPU if there is one, else the processor, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].strip() if names else model
+    return f"{os.cpu_count()} CPUs, {model}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{_rounded(value):g}" if abs(value) < 1e6 else f"{value:,.0f}"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.10g}") if abs(value) >= 1 else round(value, 6)
+
+
+def count_without_data(entry: Entry) -> dict[str, float]:
+    """Parameters, MACs (where published) and buckets of what the entry's config builds, told by its package.
+
+    Raises: RunError: the package could not build it.
+    """
+    command = [sys.executable, "-m", f"{entry.package}.facts", "--config", str(ROOT / entry.config)]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if told.returncode:
+        raise RunError(f"{entry.name}: {' '.join(command[1:])} failed: {told.stderr.strip().splitlines()[-1]}")
+    facts = json.loads(told.stdout.splitlines()[-1])
+    return {figure: value for figure, value in facts.items() if figure in entry.expect}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the cards that need no data. Returns: 1 if one fails."""
+    parser = argparse.ArgumentParser("python -m irpe_train.card", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rows of configs/model_zoo.yaml (default: all)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("logs/cards"), help="folder (default logs/cards)")
+    args = parser.parse_args(argv)
+    zoo, failed = read_zoo(), 0
+    try:
+        for entry in [zoo.find(name) for name in args.names or zoo.models]:
+            card = make_card(entry.name, count_without_data(entry), zoo=zoo)
+            write_card(card, args.output / entry.name)
+            print(to_markdown(card))
+            failed += card["verdict"] != "PASS"
+    except (RunError, ValueError, OSError) as error:
+        sys.exit(f"irpe_train.card: {error}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The published model zoo: what there is, where it goes, and fetching it.
+
+``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it.
+
+    python -m irpe_train.zoo                    list the zoo and what is already here
+    python -m irpe_train.zoo NAME|all           fetch into the torch hub cache, print the paths
+"""
+import argparse
+import fcntl
+import hashlib
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from .checkpoint import model_weights, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One released checkpoint and the figures its authors printed.
+
+    ``expect`` maps a figure's name (``acc1`` in percent, ``AP`` as a fraction, ``params_M``, ...) to its value;
+    ``config`` is the YAML that trains it; ``entries`` counts the tensors of its state dict.
+    """
+
+    name: str
+    package: str
+    config: str
+    file: str
+    url: str
+    entries: int
+    expect: dict[str, float] = field(default_factory=dict)
+    sha256: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """The whole file: entries by name, and the tolerance of each figure."""
+
+    models: dict[str, Entry]
+    tolerance: dict[str, float]
+    source: str
+
+    def find(self, name: str) -> Entry:
+        """The entry called ``name``, or trained by the config file ``name``.
+
+        Raises: ValueError: there is none; lists the known names.
+        """
+        if name in self.models:
+            return self.models[name]
+        for entry in self.models.values():
+            if Path(name).resolve() == ROOT / entry.config:
+                return entry
+        raise ValueError(f"model zoo: no published checkpoint {name!r}; expected one of {', '.join(self.models)}, "
+                         "or the config of one.")
+
+
+def read_zoo(path: Path = ZOO_FILE) -> Zoo:
+    """Read the zoo file. Raises FileNotFoundError when the package runs outside a checkout of the repository."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model zoo: no file {path}. It is part of the repository, not of the installed package: "
+            "run from a checkout (pip install -e .), or give the checkpoint with --resume FILE."
+        )
+    raw = yaml.safe_load(path.read_text())
+    models = {}
+    for name, given in raw["models"].items():
+        models[name] = Entry(name=name, url=given.pop("url", raw["prefix"] + given["file"]), **given)
+    return Zoo(models, raw["tolerance"], raw["source"])
+
+
+def cache_folder() -> Path:
+    """Where torch.hub keeps checkpoints (``TORCH_HOME`` moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None, quiet: bool = False) -> Path:
+    """The checked file of a zoo entry, downloaded if it is not there yet.
+
+    A broken download is kept as ``FILE.part`` and taken up where it stopped. Several processes may ask at once: one
+    downloads, the others wait for it.
+
+    Returns: its path in ``folder`` (default: torch hub's cache).
+    Raises: ValueError: unknown name, or what arrived is not the file; ConnectionError: no network, and what to do then.
+    """
+    entry = (zoo or read_zoo()).find(name)
+    folder = folder or cache_folder()
+    target = folder / entry.file
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    with _alone(folder):
+        if target.is_file():  # another process was faster
+            return target
+        if not quiet:
+            print(f"fetching {entry.url} -> {target}", file=sys.stderr)
+        try:
+            _download(entry.url, part)
+        except (urllib.error.URLError, OSError) as error:
+            raise ConnectionError(
+                f"model zoo: cannot fetch {entry.url} ({error}). Download {entry.file} on a machine with a network and "
+                f"put it here: {target}" + (f" (what has arrived so far is kept in {part})." if part.exists() else ".")
+            ) from error
+        try:
+            verify(part, entry)
+        except ValueError:
+            part.unlink()  # a wrong file must not be "resumed"
+            raise
+        part.replace(target)
+    return target
+
+
+def verify(path: Path, entry: Entry) -> None:
+    """Raise ValueError unless ``path`` is the entry's checkpoint: size and hash where known, else its state dict."""
+    size = path.stat().st_size
+    if entry.size is not None and size != entry.size:
+        raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. Delete it, fetch again.")
+    if entry.sha256 is not None and (found := sha256(path)) != entry.sha256:
+        raise ValueError(f"{path}: sha256 {found}, expected {entry.sha256} for {entry.name}. Delete it, fetch again.")
+    weights = model_weights(read_checkpoint(path), source=path)
+    if len(weights) != entry.entries:
+        raise ValueError(f"{path}: {len(weights)} tensors in 'model', {entry.entries} expected for {entry.name}.")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _download(url: str, part: Path) -> None:
+    """Append what is missing of ``url`` to ``part``; the announced length must have arrived in the end."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing beyond what we have, so the part is whole (or not ours: verify will tell)
+            raise
+        return
+    with response:
+        resumed = response.status == 206
+        announced = response.headers.get("Content-Length")
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+    expected = None if announced is None else int(announced) + (have if resumed else 0)
+    if expected is not None and part.stat().st_size != expected:
+        raise OSError(f"the connection ended after {part.stat().st_size} of {expected} bytes; run again to go on")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes' downloads out of ``folder``; the lock ends with the process, even a killed one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """List the zoo, or fetch from it."""
+    parser = argparse.ArgumentParser("python -m irpe_train.zoo", description="the published checkpoints")
+    parser.add_argument("names", nargs="*", metavar="NAME|CONFIG|all", help="what to fetch; without a name, list")
+    parser.add_argument("--folder", type=Path, help="where to put it (default: torch hub's cache)")
+    parser.add_argument("--where", action="store_true", help="print where it is or would be, fetch nothing")
+    parser.add_argument("--zoo", type=Path, default=ZOO_FILE, help="the zoo file")
+    args = parser.parse_args(argv)
+    zoo = read_zoo(args.zoo)
+    if not args.names:
+        folder = args.folder or cache_folder()
+        for name, entry in zoo.models.items():
+            print(f"{'here' if (folder / entry.file).is_file() else '-':5} {name}  {entry.url}")
+        return
+    names = list(zoo.models) if args.names == ["all"] else args.names
+    try:
+        entries = [zoo.find(name) for name in names]  # every name before the first byte
+        for entry in entries:
+            print((args.folder or cache_folder()) / entry.file if args.where else
+                  fetch(entry.name, folder=args.folder, zoo=zoo))
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Reproduction cards: verdicts, what they are compared with, what identifies a run."""
+
+import json
+
+import pytest
+
+from irpe_train import card
+from irpe_train.zoo import Entry, Zoo
+
+ZOO = Zoo({"net": Entry("net", "deit_irpe", "configs/x.yaml", "net.pth", "http://x/net.pth", 2,
+                        {"acc1": 73.7, "params_M": 5.76, "n_parameters": 5755816})},
+          {"acc1": 0.15, "params_M": 0.005, "n_parameters": 0}, "a test")
+
+
+def verdicts(**measured):
+    return {line.figure: line.verdict for line in card.compare("net", measured, ZOO)}
+
+
+def test_verdicts():
+    assert verdicts(acc1=73.7, n_parameters=5755816) == {"acc1": "PASS", "params_M": "PASS", "n_parameters": "PASS"}
+    assert verdicts(acc1=73.85)["acc1"] == "PASS" and verdicts(acc1=73.55)["acc1"] == "PASS"
+    assert verdicts(acc1=73.86)["acc1"] == "FAIL" and verdicts(acc1=73.54)["acc1"] == "FAIL"
+    assert verdicts(acc1=float("nan"))["acc1"] == "FAIL"
+    assert verdicts(n_parameters=5755817) == {"acc1": "not run", "params_M": "PASS", "n_parameters": "FAIL"}
+
+
+def test_a_card_of_nothing_does_not_pass():
+    assert card.make_card("net", {}, zoo=ZOO)["verdict"] == "FAIL"
+
+
+def test_a_misspelt_figure_is_an_error():
+    with pytest.raises(ValueError, match="no published acc_1; there are acc1, params_M, n_parameters"):
+        card.compare("net", {"acc_1": 73.7}, ZOO)
+
+
+def test_which_row():
+    assert card.choose("auto", ["checkpoint", "", "net"], ZOO) == "net"
+    assert card.choose("net", [], ZOO) == "net"
+    with pytest.raises(ValueError, match="nothing published is called checkpoint or deit_x; name the row: --expect NAME"):
+        card.choose("auto", ["checkpoint", "deit_x"], ZOO)
+    with pytest.raises(ValueError, match="no published checkpoint 'nte'"):
+        card.choose("nte", ["net"], ZOO)
+
+
+def test_fingerprint(tmp_path):
+    data = tmp_path / "val"
+    (data / "a").mkdir(parents=True)
+    (data / "a" / "1.png").write_bytes(b"123")
+    first = card.fingerprint(data)
+    assert (first["path"], first["files"], first["bytes"]) == ("val", 1, 3)
+    (data / "a" / "2.png").write_bytes(b"")
+    assert card.fingerprint(data)["sha256"] != first["sha256"]
+    whole = card.fingerprint(data / "a" / "1.png")
+    assert whole["sha256"].startswith("a665a459")  # sha256 of "123"
+    with pytest.raises(FileNotFoundError, match="no data at"):
+        card.fingerprint(tmp_path / "nowhere")
+
+
+def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
+    printed = []
+    monkeypatch.setattr(card.logger, "info", printed.append)
+    (tmp_path / "x.pth").write_bytes(b"123")
+    name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+    measured = {"acc1": 73.68, "acc5": 92.04, "n_parameters": 5755816}
+    assert card.expect("auto", ["x", name], measured, checkpoint=tmp_path / "x.pth", output_dir=tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert saved["verdict"] == "PASS" and saved["checkpoint"]["sha256"].startswith("a665a459")
+    assert saved["versions"]["torch"] and saved["hardware"]
+    text = (tmp_path / "out" / "card.md").read_text()
+    assert printed == [text]
+    assert text.startswith(f"# {name}: PASS (2 of 6 figures not run)")
+    assert "| acc1 | 73.68 | 73.7 | -0.02 | 0.15 | PASS |" in text
+    assert "| n_parameters | 5,755,816 | 5,755,816 | +0 | 0 | PASS |" in text
+    assert not card.expect(name, [], measured | {"acc1": 70.0})
+
+
+def test_rows_that_need_no_data_pass(tmp_path, capsys):
+    """Two of the nine; the committed cards are checked against all nine in tests/end_to_end/test_configs.py."""
+    names = ["deit_tiny_patch16_224_ctx_product_50_shared_k", "rpe-1.9-product-ctx-1-k"]
+    assert card.main([*names, "-o", str(tmp_path)]) == 0
+    deit, detr = (json.loads((tmp_path / f"{name}.json").read_text()) for name in names)
+    assert [line["verdict"] for line in deit["figures"]] == ["not run"] * 2 + ["PASS"] * 4
+    assert [line["verdict"] for line in detr["figures"]] == ["not run"] * 6 + ["PASS"] * 2
+    with pytest.raises(SystemExit, match="no published checkpoint 'nope'"):
+        card.main(["nope"])

@@ -1,0 +1,155 @@
+"""The model zoo: what its file says, and downloads that break, resume, arrive wrong or find no network."""
+
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from irpe_train import zoo as zoo_module
+from irpe_train.zoo import ROOT, fetch, main, read_zoo
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine: ``files`` by name, ``asked`` ranges, ``cut`` bytes after which it hangs up."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            whole = server.files.get(self.path.rpartition("/")[2])
+            if whole is None:
+                return self.send_error(404)
+            first = self.headers.get("Range")
+            server.asked.append(first)
+            start = int(first.removeprefix("bytes=").rstrip("-")) if first and server.ranges else 0
+            if start >= len(whole) and first:
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(whole) - start))
+            self.end_headers()
+            self.wfile.write(whole[start:server.cut])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.asked, server.cut, server.ranges = {}, [], None, True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def zoo(server, tmp_path):
+    torch.save({"model": {"a": torch.ones(3), "b": torch.ones(2)}}, tmp_path / "net.pth")
+    server.files["net.pth"] = (tmp_path / "net.pth").read_bytes()
+    content = {"prefix": f"http://127.0.0.1:{server.server_port}/", "source": "a test", "tolerance": {"acc1": 0.1},
+               "models": {"net": {"package": "deit_irpe", "config": "configs/deit/tiny_k.yaml", "file": "net.pth",
+                                  "entries": 2, "expect": {"acc1": 70.0}}}}
+    (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(content))
+    return read_zoo(tmp_path / "zoo.yaml")
+
+
+def with_entry(zoo, **changes):
+    entry = zoo_module.Entry(**{**vars(zoo.models["net"]), **changes})
+    return zoo_module.Zoo({"net": entry}, zoo.tolerance, zoo.source)
+
+
+def test_the_committed_zoo():
+    zoo = read_zoo()
+    assert len(zoo.models) == 9
+    for entry in zoo.models.values():
+        assert (ROOT / entry.config).is_file()
+        assert entry.url == "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/" + entry.file
+        assert set(entry.expect) <= set(zoo.tolerance)
+        assert zoo.find(str(ROOT / entry.config)) == entry
+    assert zoo.models["deit_base_patch16_224_ctx_product_50_shared_qkv"].expect["acc1"] == 82.8
+    assert zoo.models["rpe-2.0-product-ctx-1-k_300epochs"].expect["AP"] == 0.422
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="no published checkpoint 'nope'; expected one of deit_tiny_patch16_224_ctx"):
+        read_zoo().find("nope")
+
+
+def test_outside_a_checkout(tmp_path):
+    with pytest.raises(FileNotFoundError, match="part of the repository, not of the installed package"):
+        read_zoo(tmp_path / "model_zoo.yaml")
+
+
+def test_fetches_once(server, zoo, tmp_path):
+    path = fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert path == tmp_path / "hub" / "net.pth" and path.read_bytes() == server.files["net.pth"]
+    fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert server.asked == [None]
+    assert [file.name for file in (tmp_path / "hub").iterdir()] == ["net.pth"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_is_taken_up(server, zoo, tmp_path, ranges):
+    server.cut, server.ranges = 100, ranges
+    with pytest.raises(ConnectionError, match="cannot fetch.*after 100 of .*put it here: .*net.pth .what has arrived"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert (tmp_path / "hub" / "net.pth.part").stat().st_size == 100
+    server.cut = None
+    path = fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert server.asked == [None, "bytes=100-"]
+    assert path.read_bytes() == server.files["net.pth"]
+
+
+def test_a_part_that_is_whole_already(server, zoo, tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "net.pth.part").write_bytes(server.files["net.pth"])
+    assert fetch("net", folder=tmp_path / "hub", zoo=zoo).is_file()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"sha256": "0" * 64}, "sha256 .* expected 0000"), ({"size": 7}, "bytes, 7 expected"),
+    ({"entries": 3}, "2 tensors in 'model', 3 expected")])
+def test_a_wrong_file_is_not_kept(zoo, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fetch("net", folder=tmp_path / "hub", zoo=with_entry(zoo, **changes))
+    assert list((tmp_path / "hub").iterdir()) == []
+
+
+def test_known_hash_and_size(server, zoo, tmp_path):
+    digest = zoo_module.sha256(tmp_path / "net.pth")
+    whole = with_entry(zoo, sha256=digest, size=len(server.files["net.pth"]))
+    assert fetch("net", folder=tmp_path / "hub", zoo=whole).is_file()
+
+
+def test_something_else_arrives(server, zoo, tmp_path):
+    server.files["net.pth"] = b"<html>sign in</html>"
+    with pytest.raises(ValueError, match="net.pth"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert not (tmp_path / "hub" / "net.pth").exists()
+
+
+def test_without_a_network_the_message_says_what_to_put_where(zoo, tmp_path):
+    lost = with_entry(zoo, url="http://127.0.0.1:9/net.pth")
+    with pytest.raises(ConnectionError, match="cannot fetch http://127.0.0.1:9/net.pth.*Download net.pth on a machine "
+                                              f"with a network and put it here: {tmp_path}/hub/net.pth"):
+        fetch("net", folder=tmp_path / "hub", zoo=lost)
+
+
+def test_command_line(server, zoo, tmp_path, capsys):
+    common = ["--zoo", str(tmp_path / "zoo.yaml"), "--folder", str(tmp_path / "hub")]
+    main(["net", "--where", *common])
+    assert not (tmp_path / "hub").exists()
+    main(["all", *common])
+    main(common)
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == [str(tmp_path / "hub" / "net.pth")] * 2
+    assert out[2].startswith("here  net  http://")
+    with pytest.raises(SystemExit, match="no published checkpoint 'nope'"):
+        main(["nope", *common])
+
+
+def test_the_cache_is_torch_hubs(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    assert zoo_module.cache_folder() == Path(tmp_path) / "hub" / "checkpoints"
