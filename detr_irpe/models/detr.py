@@ -153,7 +153,7 @@ def number_of_classes(args: Namespace) -> int:
 
 def _pretrained_backbone(args: Namespace) -> bool | str:
     """Nothing where a checkpoint will fill the whole model anyway: an evaluation must not download ImageNet weights."""
-    if any(getattr(args, flag, None) for flag in ("eval", "resume", "finetune", "frozen_weights")):
+    if any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights")):
         return False
     source = getattr(args, "backbone_weights", "imagenet")
     if source == "imagenet":

@@ -68,6 +68,17 @@ class RPESelfAttention(MultiheadAttention):
             build_rpe(parse_rpe_spec(enc_rpe2d), d_model // nhead, nhead) if enc_rpe2d else (None, None, None))
         self.attn_backend = attn_backend
 
+    def weights(self, query_key: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
+        """The attention weights ``(B, nhead, L, L)`` that ``forward`` uses and does not keep; for pictures."""
+        q, k, _ = self.project(query_key, query_key, query_key)
+        scale = q.shape[-1] ** -0.5
+        scores = q * scale @ k.transpose(2, 3)
+        if self.rpe_k is not None:
+            scores = scores + self.rpe_k(q * scale, height, width)
+        if self.rpe_q is not None:
+            scores = scores + self.rpe_q(k * scale, height, width).transpose(2, 3)
+        return scores.masked_fill(key_padding_mask[:, None, None], torch.finfo(scores.dtype).min).softmax(-1)
+
     def forward(self, query_key: Tensor, value: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
         """``(B, height * width, d_model)`` twice and ``(B, height * width)`` -> ``(B, height * width, d_model)``."""
         q, k, v = self.project(query_key, query_key, value)

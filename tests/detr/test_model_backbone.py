@@ -94,7 +94,7 @@ def test_imagenet_weights_are_the_default_of_a_training_run(no_downloads):
         create_model("resnet18", pretrained_backbone=True)
 
 
-@pytest.mark.parametrize("change", [{"eval": True}, {"resume": "x.pth"}, {"finetune": "x.pth"},
+@pytest.mark.parametrize("change", [{"eval": True}, {"resume": "x.pth"}, {"pretrained": "x"}, {"finetune": "x.pth"},
                                     {"frozen_weights": "x.pth", "masks": True}, {"backbone_weights": "none"}])
 def test_nothing_is_downloaded_when_a_checkpoint_will_fill_the_model(no_downloads, change):
     build_model(published_flags(**{"backbone": "resnet18", "backbone_weights": "imagenet"} | change))
