@@ -80,7 +80,8 @@ def main() -> None:
     if args.task in ("detection", "all"):
         from demo_detection import write_detection_data
 
-        write_detection_data(args.out / "shapes")
+        for part, count in write_detection_data(args.out).items():
+            print(f"{args.out / part}: {count} images")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,192 @@
+"""The five most likely classes of images, as pictures and JSON.
+
+    python -m deit_irpe.predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]
+
+The model is built from the flags kept in the checkpoint; ``--model`` and ``--rpe`` tell them where they are not. Writes
+``DIR/<image>.png`` and ``DIR/predictions.json``; with ``--attention`` also where the chosen patches look
+(``<image>_attention.png``), what their encodings add to the scores (``<image>_encoding.png``), and, once, the learned
+tables (``tables.png``).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from timm.data import ImageNetInfo
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from deit_irpe.args import get_args_parser, image_size
+from deit_irpe.data import build_transform
+from deit_irpe.models import RPE_MODELS, create_model
+from deit_irpe.train import model_options
+from irpe_ops import parse_rpe_spec
+from irpe_ops.visualize import attention_bias, draw_maps, read_tables, table_maps
+from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint
+from irpe_train.distributed import choose_device, set_up_logging
+from irpe_train.launch import launch
+from irpe_train.loader import UNREADABLE
+
+
+def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, argparse.Namespace, list[str]]:
+    """The trained model of a checkpoint, in evaluation mode.
+
+    Args:
+        source: path or address; ema: its moving average.
+        flags: ``model``, ``rpe``, ``input_size``, ... that win over those in the checkpoint, unless None.
+    Returns: model, all flags, class names.
+    """
+    checkpoint = read_checkpoint(source)
+    weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
+    known = vars(checkpoint.get("args", argparse.Namespace()))
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "model" not in known | given:
+        raise ValueError(f"{source}: keeps no flags; name the model with --model (and --rpe)")
+    args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | known | given)
+    num_classes = known.get("nb_classes") or len(weights.get("head.bias", torch.empty(1000)))
+    model = create_model(args.model, args.rpe, **model_options(args, image_size(args.input_size), num_classes))
+    load_weights(model, weights, source=source)
+    return model.eval(), args, checkpoint.get("classes") or class_names(num_classes)
+
+
+def class_names(count: int) -> list[str]:
+    """Names for classes that a checkpoint does not name: ImageNet's for 1000 of them, else numbers."""
+    if count != 1000:
+        return [f"class {number}" for number in range(count)]
+    imagenet = ImageNetInfo("imagenet-1k")
+    return [imagenet.index_to_description(number) for number in range(count)]
+
+
+def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
+    """Where the patch at (row, col) looks in the last block: its attention weights on the patches.
+
+    Args:
+        images: ``(1, 3, H, W)``.
+    Returns: ``(heads, height, width)``; what is missing to a sum of one is on the leading tokens.
+    """
+    seen = []
+    attn = model.blocks[-1].attn
+    handle = attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    height, width = model.patch_embed.grid_size
+    q, k, _ = attn.qkv(seen[0]).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
+    q, k = attn.q_norm(q) * attn.scale, attn.k_norm(k)
+    scores = q @ k.transpose(2, 3)  # (B, H, L, L)
+    if getattr(attn, "rpe_k", None) is not None:
+        scores = scores + attn.rpe_k(q, height, width)
+    if getattr(attn, "rpe_q", None) is not None:
+        scores = scores + attn.rpe_q(k * attn.scale, height, width).transpose(2, 3)
+    skip = model.num_prefix_tokens
+    return scores.softmax(-1)[0, :, skip + row * width + col, skip:].unflatten(-1, (height, width))
+
+
+def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float], path: Path) -> None:
+    """Save the image beside bars of its most likely classes."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    left.imshow(image)
+    left.axis("off")
+    right.barh(range(len(names)), [100 * share for share in shares], color="tab:blue")
+    right.set_yticks(range(len(names)), [name.split(",")[0] for name in names])
+    right.invert_yaxis()
+    right.set_xlim(0, 100)
+    right.set_xlabel("%")
+    figure.savefig(path, dpi=100)
+
+
+def draw_tables(model: nn.Module, spec: str, path: Path) -> None:
+    """Save the learned tables of all layers: the strength of each offset around a patch in the middle."""
+    config = replace(parse_rpe_spec(spec), skip=0)
+    height, width = (2 * side - 1 for side in model.patch_embed.grid_size)
+    middle = (height // 2, width // 2)
+    rows = {f"{table.layer}.rpe_{table.role}" + (f".{table.part}" if table.part else ""):
+            table_maps(table, config, height, width, *middle) for table in read_tables(model.state_dict())}
+    draw_maps(rows, path, mark=middle, title=f"{spec}: each offset, layer and head")
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    """The command line of the module's docstring."""
+    set_up_logging(0)
+    device = choose_device(args.device)
+    model, flags, classes = load_model(args.resume, ema=args.ema, model=args.model, rpe=args.rpe,
+                                       input_size=args.input_size)
+    model.to(device)
+    transform = build_transform(False, image_size(flags.input_size))
+    args.out.mkdir(parents=True, exist_ok=True)
+    spec = flags.rpe or RPE_MODELS.get(flags.model, (None, None))[1]
+    if args.attention is not None:
+        if not isinstance(model, VisionTransformer):
+            raise ValueError(f"--attention: {flags.model} has no attention between patches")
+        if spec not in (None, "none"):
+            draw_tables(model, spec, args.out / "tables.png")
+    predictions = []
+    for file in args.images:
+        try:
+            image = Image.open(file).convert("RGB")
+        except UNREADABLE as error:
+            raise ValueError(f"{file}: not an image that can be read ({error})") from error
+        pixels = transform(image)[None].to(device)
+        shares, numbers = model(pixels).float().softmax(1)[0].topk(min(5, len(classes)))
+        names = [classes[number] for number in numbers.tolist()]
+        draw_top(image, names, shares.tolist(), args.out / f"{file.stem}.png")
+        predictions.append({"image": str(file), "top": [
+            {"class": name, "number": number, "probability": share}
+            for name, number, share in zip(names, numbers.tolist(), shares.tolist(), strict=True)]})
+        print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares.tolist(), strict=True)))
+        if args.attention is not None:
+            draw_attention(model, pixels, args.attention, file.stem, args.out, encoded=spec not in (None, "none"))
+    (args.out / "predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
+    print(f"pictures and predictions.json are in {args.out}")
+
+
+def draw_attention(model: VisionTransformer, pixels: Tensor, points: Sequence[tuple[int, int]], name: str, out: Path,
+                   *, encoded: bool) -> None:
+    """Save where each of ``points`` (the middle, if none) looks, and what its encodings add to the scores."""
+    height, width = model.patch_embed.grid_size
+    for row, col in points or [(height // 2, width // 2)]:
+        if not (row < height and col < width):
+            raise ValueError(f"--attention {row},{col}: outside the {height}x{width} patches (counted from 0,0)")
+        at = f"{row}-{col}"
+        draw_maps({"last block": attention_maps(model, pixels, row, col).cpu()}, out / f"{name}_attention_{at}.png",
+                  mark=(row, col), title=f"{name}: where patch {row},{col} looks, by head")
+        if encoded and any(getattr(model.blocks[0].attn, role) is not None for role in ("rpe_q", "rpe_k")):
+            added = attention_bias(model, pixels, height, width, row, col)
+            draw_maps({key: value.cpu() for key, value in added.items()}, out / f"{name}_encoding_{at}.png",
+                      mark=(row, col), title=f"{name}: added to the scores of patch {row},{col}, by layer and head")
+
+
+def _point(text: str) -> tuple[int, int]:
+    row, comma, col = text.partition(",")
+    if not (comma and row.isdigit() and col.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected ROW,COL of a patch, got {text!r}")
+    return int(row), int(col)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("deit_irpe.predict", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMG")
+    add("--resume", required=True, metavar="PATH|URL", help="checkpoint")
+    add("--out", type=Path, default=Path("predictions"), metavar="DIR")
+    add("--ema", action="store_true", help="its moving average")
+    add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
+    add("--model", default=None, help="where the checkpoint does not say")
+    add("--rpe", default=None, help="where the checkpoint does not say")
+    add("--input-size", default=None, type=int, help="pixels, where the checkpoint does not say")
+    add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, get_parser(), sys.argv[1:])
