@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from irpe_ops.attention import BACKENDS, rpe_attention
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.modules import build_rpe
+from irpe_ops.rpe_index import under_function_transform
 
 # What the attention of a plain timm ViT may consist of. Anything else computes something that is not known here.
 _PARTS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
@@ -34,33 +35,68 @@ def equip(model: nn.Module, spec_or_config: str | RPEConfig, *, backend: str = "
     attentions = _find_attentions(model)
     config = dataclasses.replace(config, skip=model.num_prefix_tokens)
     grid = TokenGrid(config.skip)
+    grid.remember(*model.patch_embed.grid_size)
+    model.patch_embed.register_forward_hook(grid.after_patch_embed)
     for block, attention in zip(model.blocks, attentions, strict=True):
         block.attn = RPEAttention(attention, config, grid, backend)
-    grid.remember(model.patch_embed.grid_size)
-    model.patch_embed.register_forward_hook(grid)
+        block.register_forward_hook(grid.after_block)
     return model
 
 
 class TokenGrid:
     """The token grid of the running forward pass, for blocks that are only handed a sequence.
 
-    A forward hook on ``patch_embed``. Grids are kept by number of tokens, so that gradient checkpointing, which runs
-    blocks again during the backward pass, finds the right one after forward passes of several sizes.
+    Gradient checkpointing runs blocks again during the backward pass, perhaps after forward passes of other sizes.
+    So grids are kept by number of tokens, and where image sizes vary, each block's backward pass starts by putting
+    back the grid of its forward pass: 7 x 14 and 14 x 7 have the same number of tokens.
     """
 
     def __init__(self, skip: int) -> None:
         self.skip = skip
+        self.varies = False
         self.by_length: dict[int, tuple[int, int]] = {}
 
-    def remember(self, grid: tuple[int, int]) -> None:
-        height, width = grid
+    def remember(self, height: int, width: int) -> None:
         self.by_length[height * width + self.skip] = (height, width)
 
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
-        if patches.dim() == 4:  # dynamic_img_size: (B, height, width, C)
-            self.remember(tuple(patches.shape[1:3]))
+    def of(self, length: int) -> tuple[int, int]:
+        if length not in self.by_length:
+            known = ", ".join(f"{height} x {width}" for height, width in self.by_length.values())
+            raise ValueError(
+                f"equipped attention: {length} tokens, {self.skip} of them leading, fit no grid seen so far ({known}); "
+                "run whole images through the model, or call model.set_input_size first"
+            )
+        return self.by_length[length]
+
+    def after_patch_embed(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
+        """Forward hook of ``patch_embed``."""
+        self.varies = patches.dim() == 4  # dynamic_img_size: (B, height, width, C)
+        if self.varies:
+            self.remember(*patches.shape[1:3])
+        elif hasattr(patch_embed, "dynamic_feat_size"):
+            self.remember(*patch_embed.dynamic_feat_size(inputs[0].shape[-2:]))
         else:
-            self.remember(patch_embed.grid_size)
+            self.remember(*patch_embed.grid_size)
+
+    def after_block(self, block: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+        """Forward hook of a block."""
+        if not self.varies or not tokens.requires_grad or torch.compiler.is_compiling() or under_function_transform():
+            return None
+        return _PutBack.apply(tokens, self)
+
+
+class _PutBack(torch.autograd.Function):
+    """Does nothing forward; backward, which is before anything of its block, puts the block's grid back."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        ctx.grid, ctx.size = grid, grid.of(tokens.shape[1])
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.grid.remember(*ctx.size)
+        return grad, None
 
 
 class RPEAttention(nn.Module):
@@ -85,7 +121,7 @@ class RPEAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``(B, L, C)`` to ``(B, L, C)``. ``attn_mask`` as in timm: float is added, bool True = *kept*."""
         length = x.shape[1]
-        height, width = self.grid.by_length.get(length, (None, None))
+        height, width = self.grid.of(length)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
         if is_causal:
             attn_mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
