@@ -20,6 +20,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="largest category id plus one; auto reads it from the annotations (91 for COCO, 250 for its panoptic set)")
     data("--image_size", default=800, type=positive_int, metavar="PIXELS",
          help="short side in evaluation, longest in training; all other sizes scale with it")
+    data("--augment", default="published", choices=("published", "none"),
+         help="of training images; none: as in evaluation (digits must not be mirrored)")
     data("--eval_batch_size", default=1, type=positive_int, metavar="N",
          help="images per process in evaluation; beyond 1, padding in the backbone changes scores a little")
 

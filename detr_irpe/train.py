@@ -51,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
                             pin_memory=device.type == "cuda", name_of=val_set.describe)
     sets = [val_set]
     if not args.eval:
-        train_set = build_dataset(args, "train2017", train_transforms(args.image_size))
+        transforms = train_transforms if args.augment == "published" else eval_transforms
+        train_set = build_dataset(args, "train2017", transforms(args.image_size))
         sampler = DistributedSampler(train_set, distributed.world_size(), distributed.rank(), shuffle=True, seed=args.seed)
         loader = TrainLoader(train_set, sampler, batch_size=args.batch_size, seed=args.seed, collate_fn=collate,
                              num_workers=args.num_workers, pin_memory=device.type == "cuda", name_of=train_set.describe)
