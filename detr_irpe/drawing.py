@@ -33,7 +33,8 @@ def draw_objects(image: Image.Image, boxes: Tensor, category_ids: Sequence[int],
     if masks is not None:
         enlarged_masks = F.interpolate(masks[:, None].float(), scale_factor=factor, mode="nearest")[:, 0] > 0
         canvas = draw_segmentation_masks(canvas, enlarged_masks, alpha=0.5, colors=colours)
-    canvas = draw_bounding_boxes(canvas, boxes.float().cpu() * factor, list(labels), colors=colours, width=2)
+    canvas = draw_bounding_boxes(canvas, boxes.float().cpu() * factor, list(labels), colors=colours, width=2,
+                                 fill_labels=True, label_colors="black")
     return to_pil_image(canvas)
 
 

@@ -179,10 +179,10 @@ def draw_encodings(detector: Detector, path: Path, reach: int = 7) -> None:
     """What each table holds for offsets of up to ``reach`` rows and columns, layer by layer."""
     config, side = parse_rpe_spec(detector.flags.enc_rpe2d), 2 * reach + 1
     maps = {}
-    for table in read_tables(detector.encoder.cpu().state_dict()):
+    for table in read_tables({name: value.cpu() for name, value in detector.encoder.state_dict().items()}):
         part = f".{table.part}" if table.part else ""
         maps[f"{table.layer}.rpe_{table.role}{part}"] = table_maps(table, config, side, side, reach, reach)
-    draw_maps(maps, path, mark=(reach, reach), title=f"{config.spec}: what each offset has learned, layers and heads")
+    draw_maps(maps, path, mark=(reach, reach), title=f"{config.spec}\nof each offset")
 
 
 def _coco_names(classes: int | None) -> dict[int, str]:

@@ -24,7 +24,7 @@ def photo(tmp_path):
 def write_checkpoint(path, categories: dict | None = NAMES, **flags) -> str:
     """A tiny model as training leaves it, with the published flags only; every query is sure of class 4."""
     torch.manual_seed(0)
-    args = published_flags(enc_rpe2d="rpe-2.0-product-ctx-1-qk", num_classes=5, **flags)
+    args = published_flags(enc_rpe2d="rpe-2.0-product-ctx-1-qk", num_classes=5, image_size=160, **flags)
     model = build_model(args)[0]
     detr = getattr(model, "detr", model)
     torch.nn.init.constant_(detr.class_embed.bias[4], 9.0)
