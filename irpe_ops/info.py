@@ -1,0 +1,146 @@
+"""Which backends exist here, why a missing one is missing, and whether those that exist are right.
+
+Usage: python -m irpe_ops.info [--check]
+"""
+
+import argparse
+import copy
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ops.attention import missing_backend, rpe_attention
+from irpe_ops.config import parse_rpe_spec
+from irpe_ops.modules import build_rpe
+from irpe_ops.rpe_index import compiled_devices, extension_error, rpe_index
+
+_BUILD = "pip install ./rpe_ops_cuda"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of computing: ``missing`` says why it is not there and which command mends that."""
+
+    name: str
+    missing: str | None
+    check: Callable[[], Iterator[tuple[str, float, float]]]  # (what, relative error, allowed)
+
+
+def backends() -> list[Backend]:
+    """All backends, the slow and certain ones first."""
+    return [
+        Backend("plain PyTorch", None, lambda: _check_attention("eager", "cpu")),
+        Backend("compiled rpe_index, CPU", _missing_operator("cpu"), lambda: _check_lookup("cpu")),
+        Backend("compiled rpe_index, CUDA", _missing_operator("cuda"), lambda: _check_lookup("cuda")),
+        Backend("compiled attention, CPU", missing_backend("compiled"), lambda: _check_attention("compiled", "cpu")),
+        Backend("triton attention, CUDA", missing_backend("triton"), lambda: _check_attention("triton", "cuda")),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m irpe_ops.info", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference")
+    args = parser.parse_args(argv)
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
+    wrong = 0
+    for backend in backends():
+        print(f"{'missing' if backend.missing else 'yes':8}{backend.name}")
+        if backend.missing:
+            print(f"{'':8}  {backend.missing}")
+        elif args.check:
+            wrong += not _passes(backend)
+    if wrong:
+        print(f"{wrong} of the backends above are wrong on this machine; use backend='eager' and report this output")
+    return 1 if wrong else 0
+
+
+def _passes(backend: Backend) -> bool:
+    right = True
+    try:
+        for what, error, allowed in backend.check():
+            # Not `error > allowed`, which a NaN would pass.
+            good = error <= allowed
+            print(f"{'':8}  {'ok' if good else 'WRONG':6}{what}: relative error {error:.1e}, allowed {allowed:.1e}")
+            right = right and good
+    except Exception as problem:  # whatever a broken backend raises is what the user needs to read
+        print(f"{'':8}  WRONG {type(problem).__name__}: {problem}")
+        right = False
+    return right
+
+
+def _missing_operator(device: str) -> str | None:
+    if extension_error:
+        return f"rpe_ops_cuda does not load ({extension_error}); build it: {_BUILD}"
+    if device not in compiled_devices:
+        return f"rpe_ops_cuda was built without CUDA; with a CUDA toolkit installed: FORCE_CUDA=1 {_BUILD}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "built, but torch sees no CUDA device here (nvidia-smi shows whether there is a driver)"
+    return None
+
+
+def _check_lookup(device: str) -> Iterator[tuple[str, float, float]]:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 50, (197, 197), generator=generator, dtype=torch.uint8).to(device)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        input = torch.randn(2, 3, 197, 50, generator=generator).to(device, dtype).requires_grad_()
+        grad = torch.randn(2, 3, 197, 197, generator=generator).to(device, dtype)
+        ids = index.long().expand(2, 3, -1, -1)
+        output = rpe_index(input, index)
+        yield f"lookup {_short(dtype)}", _relative(output, input.gather(-1, ids)), 0.0
+        sums = torch.zeros(2, 3, 197, 50, dtype=torch.float64, device=device).scatter_add(-1, ids, grad.double())
+        yield f"gradient {_short(dtype)}", _relative(torch.autograd.grad(output, input, grad)[0], sums), _allowed(dtype)
+
+
+def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float]]:
+    for spec in ("rpe-1.9-product-ctx-1-qkv", "rpe-20-euc-bias-0-qk", "rpe-2.0-cross-ctx-1-k"):
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, exact = _outputs_and_gradients(spec, dtype, name, device)
+            for what, got, wanted in zip(("forward", "backward"), ours, exact, strict=True):
+                yield f"{spec} {what} {_short(dtype)}", _relative(got, wanted), _allowed(dtype)
+
+
+def _outputs_and_gradients(spec: str, dtype: torch.dtype, name: str, device: str) -> list[tuple[Tensor, Tensor]]:
+    """Outputs and all gradients in one vector, by the backend and by plain PyTorch in fp64 from the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    encodings = nn.ModuleList(rpe or nn.Identity() for rpe in build_rpe(parse_rpe_spec(spec, skip=1), 32, 2))
+    for table in encodings.parameters():
+        nn.init.normal_(table, std=0.2, generator=generator)
+    encodings = encodings.to(device, dtype)
+    qkv = torch.randn(3, 2, 2, 6 * 7 + 1, 32, generator=generator).to(device, dtype)
+    results = []
+    for backend, precision in ((name, dtype), ("eager", torch.float64)):
+        modules = copy.deepcopy(encodings).to(precision)
+        inputs = qkv.to(precision).detach().requires_grad_()
+        rpes = [None if isinstance(rpe, nn.Identity) else rpe for rpe in modules]
+        output = rpe_attention(*inputs, *rpes, height=6, width=7, backend=backend)
+        leaves = [inputs, *modules.parameters()]
+        grads = torch.autograd.grad(output.double().square().sum(), leaves)
+        results.append((output.detach(), torch.cat([grad.double().flatten() for grad in grads])))
+    return results
+
+
+def _relative(ours: Tensor, exact: Tensor) -> float:
+    """The distance between two vectors, as a part of the length of the exact one."""
+    ours, exact = ours.detach().double(), exact.detach().double()
+    return float((ours - exact).norm() / exact.norm())
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    return 8 * torch.finfo(dtype).eps
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU only ({platform.machine()})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

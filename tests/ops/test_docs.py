@@ -1,0 +1,27 @@
+"""Every Python snippet of docs/equip.md runs, in order; each ends in an assertion of its own."""
+
+import pytest
+
+from tests.snippets import REPOSITORY, python_blocks, run_python_blocks
+
+EQUIP = REPOSITORY / "docs" / "equip.md"
+
+
+def test_the_tutorial_runs():
+    namespace = run_python_blocks(EQUIP)
+    assert {"model", "SelfAttention", "EncoderLayer", "WindowAttention", "CrossAttention"} <= namespace.keys()
+
+
+def test_every_snippet_checks_itself():
+    blocks = python_blocks(EQUIP)
+    assert len(blocks) >= 5
+    assert [line for line, code in blocks if "assert " not in code] == []
+
+
+def test_a_wrong_snippet_names_its_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n```python\nx = 1\n```\n\n```bash\nexit 1\n```\n\n```python\ny = x\nassert y == 2\n```\n")
+    assert python_blocks(page) == [(4, "x = 1\n"), (12, "y = x\nassert y == 2\n")]
+    with pytest.raises(AssertionError) as error:
+        run_python_blocks(page)
+    assert error.traceback[-1].lineno + 1 == 13

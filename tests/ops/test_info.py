@@ -1,0 +1,74 @@
+"""python -m irpe_ops.info: what it lists, what it says is missing, and that --check can fail."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from irpe_ops import info
+
+NAMES = ["plain PyTorch", "compiled rpe_index, CPU", "compiled rpe_index, CUDA", "compiled attention, CPU",
+         "triton attention, CUDA"]  # fmt: skip
+
+
+def test_lists_every_backend_and_a_reason_for_each_missing_one(capsys):
+    assert info.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("python ") and ", torch " in lines[0]
+    listed = [line[8:] for line in lines[1:] if line.startswith(("yes", "missing"))]
+    assert listed == NAMES
+    for i, line in enumerate(lines):
+        if line.startswith("missing"):
+            assert lines[i + 1].startswith("          ") and len(lines[i + 1].strip()) > 10
+
+
+def test_check_runs_what_is_there(capsys):
+    assert info.main(["--check"]) == 0
+    out = capsys.readouterr().out
+    assert "ok    rpe-1.9-product-ctx-1-qkv backward bfloat16: relative error" in out
+    assert "WRONG" not in out and "nan" not in out
+
+
+@pytest.mark.parametrize("error", [0.5, float("nan"), RuntimeError("illegal instruction")])
+def test_a_wrong_backend_makes_check_fail(error, monkeypatch, capsys):
+    def check():
+        yield "first", 0.0, 0.1
+        if isinstance(error, Exception):
+            raise error
+        yield "second", error, 0.1
+
+    monkeypatch.setattr(info, "backends", lambda: [info.Backend("fake", None, check)])
+    assert info.main([]) == 0
+    assert info.main(["--check"]) == 1
+    out = capsys.readouterr().out
+    assert "ok    first: relative error 0.0e+00, allowed 1.0e-01" in out
+    assert ("WRONG RuntimeError: illegal instruction" if isinstance(error, Exception) else "WRONG second") in out
+    assert "1 of the backends above are wrong" in out
+
+
+def test_a_missing_backend_is_no_failure(monkeypatch):
+    monkeypatch.setattr(info, "backends", lambda: [info.Backend("fake", "not built", lambda: 1 / 0)])
+    assert info.main(["--check"]) == 0
+
+
+def test_a_wrong_lookup_is_seen(monkeypatch):
+    monkeypatch.setattr(info, "rpe_index", lambda input, index: input[..., :1].expand(-1, -1, -1, index.shape[1]))
+    first = next(info._check_lookup("cpu"))
+    assert first[1] > first[2]
+
+
+def test_works_without_the_extension():
+    code = (
+        "import sys; sys.modules['rpe_ops_cuda'] = None\n"
+        "from irpe_ops import info, equip\n"
+        "sys.exit(info.main([]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("pip install ./rpe_ops_cuda") >= 3
+
+
+def test_backend_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        info.backends()[0].name = "other"
