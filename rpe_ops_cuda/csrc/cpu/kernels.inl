@@ -4,4 +4,9 @@
 
 #include "lookup.inl"
 
-static const Kernels kTable = {INSTRUCTION_SET, LANES, lookup_32, lookup_16, bucket_sums};
+#include "gemm.inl"
+
+#include "attention.inl"
+
+static const Kernels kTable = {INSTRUCTION_SET,   LANES,  lookup_32, lookup_16, bucket_sums, kMaxRows, attention_scratch,
+                               attention_forward, attention_backward};

@@ -34,3 +34,59 @@ INLINE float sum_of_lanes(vf x) {
   for (int lane = 0; lane < LANES; ++lane) total += x[lane];
   return total;
 }
+
+INLINE int64_t rounded_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// exp(x) for x up to about 80; 0 below -87, NaN for NaN. Within 2 ulp: powers of two by the exponent bits, the rest by the
+// polynomial of Cephes' expf on [-log(2) / 2, log(2) / 2].
+INLINE vf exp_lanes(vf x) {
+  const vf lowest = splat(-87.0f);
+  const vf clipped = x < lowest ? lowest : x;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+  const vf shifted = clipped * 1.44269504088896341f + magic;
+  const vf n = shifted - magic;
+  const vf r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vf power = reinterpret_cast<vf>((reinterpret_cast<vi>(shifted) << 23) + 0x3f800000);
+  const vf result = p * power;
+  return x < lowest ? vf{} : result;
+}
+
+// rows[r][lane] -> rows[lane][r]
+INLINE void transpose(vf rows[LANES]) {
+#if LANES == 8
+  vf t[8];
+  for (int r = 0; r < 8; r += 2) {
+    t[r] = __builtin_shuffle(rows[r], rows[r + 1], vi{0, 8, 1, 9, 4, 12, 5, 13});
+    t[r + 1] = __builtin_shuffle(rows[r], rows[r + 1], vi{2, 10, 3, 11, 6, 14, 7, 15});
+  }
+  vf u[8];
+  for (int r = 0; r < 8; r += 4)
+    for (int half = 0; half < 2; ++half) {
+      u[r + 2 * half] = __builtin_shuffle(t[r + half], t[r + 2 + half], vi{0, 1, 8, 9, 4, 5, 12, 13});
+      u[r + 2 * half + 1] = __builtin_shuffle(t[r + half], t[r + 2 + half], vi{2, 3, 10, 11, 6, 7, 14, 15});
+    }
+  for (int r = 0; r < 4; ++r) {
+    rows[r] = __builtin_shuffle(u[r], u[r + 4], vi{0, 1, 2, 3, 8, 9, 10, 11});
+    rows[r + 4] = __builtin_shuffle(u[r], u[r + 4], vi{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+#else
+  // Interleaving row r with row r + 8, four times over, moves every bit of the row number into the lane number.
+  const vi low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  const vi high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  for (int step = 0; step < 4; ++step) {
+    vf t[16];
+    for (int r = 0; r < 8; ++r) {
+      t[2 * r] = __builtin_shuffle(rows[r], rows[r + 8], low);
+      t[2 * r + 1] = __builtin_shuffle(rows[r], rows[r + 8], high);
+    }
+    for (int r = 0; r < 16; ++r) rows[r] = t[r];
+  }
+#endif
+}

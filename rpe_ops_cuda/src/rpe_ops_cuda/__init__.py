@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from rpe_ops_cuda import _C  # noqa: F401  registers the operators
+from rpe_ops_cuda import _C, attention  # noqa: F401  registers the operators, and the fake and autograd of attention
 
 _ops = torch.ops.irpe
 

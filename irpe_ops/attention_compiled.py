@@ -1,0 +1,96 @@
+"""`rpe_attention` on CPU by the fused kernels of rpe_ops_cuda: no (L, L) tensor unless it is small enough to be kept."""
+
+import torch
+from torch import Tensor
+
+from irpe_ops.modules import IRPE, IRPECross
+from irpe_ops.rpe_index import extension_error, under_function_transform
+
+Encoding = IRPE | IRPECross
+
+# Attention weights of up to so many bytes are kept for backward; more are computed again, which then is cheaper than
+# fresh memory: the C library returns larger blocks to the system, and each step would fault its pages in anew.
+KEPT_BYTES = 30 << 20
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def missing() -> str | None:
+    """Why this backend does not exist here, with the remedy; None where it does."""
+    if extension_error:
+        return f"rpe_ops_cuda does not load ({extension_error}); build it with: pip install ./rpe_ops_cuda"
+    if not hasattr(torch.ops.irpe, "attention"):
+        return "rpe_ops_cuda is of an older version without fused attention; rebuild it: pip install ./rpe_ops_cuda"
+    return None
+
+
+def why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: Encoding | None,
+    rpe_k: Encoding | None,
+    rpe_v: Encoding | None,
+    *,
+    height: int | None,
+    width: int | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+) -> str | None:
+    """None if this call can run here, else the reason and what to do."""
+    if q.device.type != "cpu":
+        return f"it runs on CPU tensors, and q is on {q.device}; use backend='triton'"
+    if q.dtype not in _DTYPES:
+        return f"it computes in float32, and q is {q.dtype}; use backend='eager'"
+    if under_function_transform():
+        return "torch.func and forward-mode differentiation need plain PyTorch; use backend='eager'"
+    if attn_mask is not None and attn_mask.requires_grad:
+        return "it has no gradient for attn_mask; use backend='eager'"
+    for rpe in (rpe_q, rpe_k, rpe_v):
+        for part in rpe.parts if rpe is not None else ():
+            if part.table.dtype == torch.float64:
+                return "it computes in float32, and a table is float64; use backend='eager'"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: Encoding | None,
+    rpe_k: Encoding | None,
+    rpe_v: Encoding | None,
+    *,
+    height: int | None,
+    width: int | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """`rpe_attention` for arguments it has checked and `why_not` has nothing against. Returns ``(B, H, L, D)``."""
+    batch, heads, length, _ = q.shape
+    tables, maps = [], []
+    for rpe in (rpe_q, rpe_k, rpe_v):
+        table, index = _table_and_maps(rpe, length, height, width, q.device)
+        tables.append(table)
+        maps.append(index)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *tables))
+    keep_probs = keep and 4 * batch * heads * length * length <= KEPT_BYTES
+    seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
+    return torch.ops.irpe.attention(
+        q, k, v, *tables, *maps, key_padding_mask, attn_mask, seed, scale, dropout_p, keep, keep_probs
+    )[0]
+
+
+def _table_and_maps(
+    rpe: Encoding | None, length: int, height: int | None, width: int | None, device: torch.device
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The tables of all parts side by side along the buckets, and their maps."""
+    if rpe is None:
+        return None, []
+    maps = [part.bucket_ids(length, height, width, device) for part in rpe.parts]
+    if len(rpe.parts) == 1:
+        return rpe.parts[0].table, maps
+    buckets_dim = 1 if rpe.on_values or rpe.parts[0].mode == "bias" else 2
+    return torch.cat([part.table for part in rpe.parts], buckets_dim), maps

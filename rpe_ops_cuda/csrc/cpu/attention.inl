@@ -1,0 +1,399 @@
+// Attention with relative position encoding, tile by tile: a tile is a few queries of one head with all their keys, so
+// that its scores stay in the second-level cache and no (L, L) matrix is ever needed.
+//
+//   scores = scale q k^T + lookup(scale q table_k) + lookup(scale k table_q)^T + masks
+//   out    = P v + bucket_sums(P) table_v,   P = dropout(softmax(scores))
+
+struct Scratch {  // a stack of arrays for one thread; measures itself when `base` is null
+  char* base;
+  int64_t used;
+  float* floats(int64_t count) {
+    float* result = base ? reinterpret_cast<float*>(base + used) : nullptr;
+    used += (count * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    return result;
+  }
+};
+
+struct Buffers {
+  float *k_panels, *v_panels;            // transposed, in panels: B of q k^T and grad_out v^T
+  float *k_rows, *v_rows;                // (L, D padded)
+  float *q_tile, *out_tile, *grad_tile;  // (tile, D padded)
+  float *scores, *grad_scores, *dropped; // (tile, padded)
+  float *lookup_k, *lookup_q, *lookup_v; // (tile, ..), (L, ..), (tile, ..)
+  float *sums_k, *sums_q;                // gradients of lookup_k, lookup_q
+  float *sums_v;                         // (tile, on_v.padded) attention weights in buckets
+  float *grad_k, *grad_v;                // (L, D padded)
+  float *row, *strip, *strip_sums;       // lookups of one row; LANES rows of a transposed tile; their sums
+  float *bucket_scratch;
+};
+
+INLINE int64_t lookup_room(const Encoding& e, int64_t rows) { return e.parts ? rows * e.padded + 4 * LANES : 0; }
+
+static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
+  Buffers b = {};
+  const int64_t d = rounded_up(a.head_dim), panel_room = (a.length + kPanel) * a.head_dim + kPanel;
+  const bool recompute = !backward || a.probs == nullptr;
+  if (recompute) b.k_panels = s.floats(panel_room);
+  if (backward) b.v_panels = s.floats(panel_room), b.k_rows = s.floats(a.length * d);
+  if (!backward) b.v_rows = s.floats(a.length * d);
+  b.q_tile = s.floats(a.tile * d);
+  b.out_tile = s.floats(a.tile * d);
+  if (a.probs == nullptr) b.scores = s.floats(a.tile * a.padded);
+  if (a.dropout_p > 0) b.dropped = s.floats(a.tile * a.padded);
+  if (recompute) b.lookup_k = s.floats(lookup_room(a.on_k, a.tile)), b.lookup_q = s.floats(lookup_room(a.on_q, a.length));
+  b.row = s.floats(a.padded + LANES);
+  b.strip = s.floats(LANES * (a.length + 4 * LANES));
+  b.strip_sums = s.floats(a.on_q.padded + 2 * LANES);
+  int64_t most = 0;
+  const Encoding* encodings[3] = {&a.on_q, &a.on_k, &a.on_v};
+  for (const Encoding* e : encodings)
+    for (int32_t p = 0; p < e->parts; ++p) {
+      const int64_t needed = bucket_scratch(*e->plan[p], e->buckets);
+      most = needed > most ? needed : most;
+    }
+  b.bucket_scratch = s.floats(most);
+  b.sums_v = s.floats(lookup_room(a.on_v, a.tile));
+  if (backward) {
+    b.grad_tile = s.floats(a.tile * d);
+    b.grad_scores = s.floats(a.tile * a.padded + LANES);
+    b.lookup_v = s.floats(lookup_room(a.on_v, a.tile));
+    b.sums_k = s.floats(lookup_room(a.on_k, a.tile));
+    b.sums_q = s.floats(lookup_room(a.on_q, a.length));
+    b.grad_k = s.floats(a.length * d);
+    b.grad_v = s.floats(a.length * d);
+  }
+  return b;
+}
+
+static int64_t attention_scratch(const AttentionArgs& a, bool backward) {
+  Scratch measure = {nullptr, 0};
+  carve(a, backward, measure);
+  return measure.used;
+}
+
+INLINE float* rows_of(const Rows& r, int64_t b, int64_t h) { return r.data + b * r.batch_stride + h * r.head_stride; }
+
+// dest (count, d padded) = factor * rows; the padding is zero.
+static void pack_rows(const float* from, int64_t stride, int64_t count, int64_t d, float factor, float* dest) {
+  const int64_t padded = rounded_up(d);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t x = 0; x < d; ++x) dest[i * padded + x] = factor * from[i * stride + x];
+    for (int64_t x = d; x < padded; ++x) dest[i * padded + x] = 0;
+  }
+}
+
+static void unpack_rows(const float* from, int64_t count, int64_t d, float factor, float* dest, int64_t stride) {
+  const int64_t padded = rounded_up(d);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t x = 0; x < d; ++x) dest[i * stride + x] = factor * from[i * padded + x];
+}
+
+// dest: panels of kPanel rows, each (d, kPanel); missing rows are zero.
+static void pack_panels(const float* from, int64_t stride, int64_t count, int64_t d, float* dest) {
+  for (int64_t j = 0; j < count; j += LANES) {
+    float* panel = dest + j / kPanel * kPanel * d + j % kPanel;
+    int64_t x = 0;
+    for (; j + LANES <= count && x + LANES <= d; x += LANES) {
+      vf block[LANES];
+      for (int r = 0; r < LANES; ++r) block[r] = load(from + (j + r) * stride + x);
+      transpose(block);
+      for (int r = 0; r < LANES; ++r) store(panel + (x + r) * kPanel, block[r]);
+    }
+    for (; x < d; ++x)
+      for (int64_t r = 0; r < LANES; ++r) panel[x * kPanel + r] = j + r < count ? from[(j + r) * stride + x] : 0;
+  }
+}
+
+INLINE const float* table_of(const Encoding& e, const float* tables, int64_t entries, int64_t head) {
+  return tables + (e.shared ? 0 : head * entries);
+}
+
+// dest[j] = sum over the parts of lookup[id(i, j)]. `spare` takes the second part.
+static void lookup_parts(const Encoding& e, int64_t i, const float* lookup, float* dest, float* spare) {
+  lookup_row(*e.plan[0], i, lookup + e.offset[0], dest);
+  if (e.parts == 1) return;
+  lookup_row(*e.plan[1], i, lookup + e.offset[1], spare);
+  for (int64_t j = 0; j < e.plan[1]->cols; j += LANES) store(dest + j, load(dest + j) + load(spare + j));
+}
+
+static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, float* sums, float* scratch) {
+  for (int32_t p = 0; p < e.parts; ++p)
+    bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], (p + 1 < e.parts ? e.offset[1] : e.buckets) - e.offset[p], scratch);
+}
+
+// The lookups of the encoding on queries belong to keys: row j holds those of key j for every query. They are looked up for
+// LANES keys at a time and transposed into scores (count, padded).
+static void add_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t first, int64_t count, float* scores) {
+  const Encoding& e = a.on_q;
+  const int64_t stride = a.length + 2 * LANES;
+  for (int64_t j = 0; j < a.length; j += LANES) {
+    const int64_t keys = a.length - j < LANES ? a.length - j : LANES;
+    for (int64_t r = 0; r < keys; ++r)
+      lookup_parts(e, j + r, e.bias ? b.lookup_q : b.lookup_q + (j + r) * e.padded, b.strip + r * stride, b.row);
+    for (int64_t i = 0; i < count; i += LANES) {
+      vf block[LANES];
+      for (int r = 0; r < LANES; ++r) block[r] = load(b.strip + r * stride + first + i);
+      transpose(block);
+      const int64_t queries = count - i < LANES ? count - i : LANES;
+      for (int64_t r = 0; r < queries; ++r) {
+        float* into = scores + (i + r) * a.padded + j;
+        store(into, load(into) + block[r]);
+      }
+    }
+  }
+}
+
+// sums_q[j] += bucket sums of column j of grad_scores (count, padded), whose rows are the queries from `first` on.
+static void add_column_sums(const AttentionArgs& a, const Buffers& b, int64_t first, int64_t count) {
+  const Encoding& e = a.on_q;
+  const int64_t stride = a.length + 2 * LANES;
+  const bool whole = count == a.length;
+  for (int64_t j = 0; j < a.length; j += LANES) {
+    for (int64_t i = 0; i < count; i += LANES) {
+      vf block[LANES];
+      for (int r = 0; r < LANES; ++r)
+        block[r] = i + r < count ? load(b.grad_scores + (i + r) * a.padded + j) : vf{};
+      transpose(block);
+      for (int r = 0; r < LANES; ++r) store(b.strip + r * stride + i, block[r]);
+    }
+    for (int64_t r = 0; r < LANES && j + r < a.length; ++r) {
+      float* into = b.sums_q + (j + r) * e.padded;
+      const float* x = b.strip + r * stride;
+      if (whole) {
+        bucket_sums_parts(e, j + r, x, b.strip_sums, b.bucket_scratch);
+        for (int64_t n = 0; n < e.buckets; ++n) into[n] += b.strip_sums[n];
+      } else {
+        for (int32_t p = 0; p < e.parts; ++p) {
+          const uint16_t* ids = e.plan[p]->ids + (j + r) * a.length + first;
+          for (int64_t i = 0; i < count; ++i) into[e.offset[p] + ids[i]] += x[i];
+        }
+      }
+    }
+  }
+}
+
+// What the whole head needs before its scores can be computed.
+static void prepare_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head) {
+  const float* k = rows_of(a.k, batch, head);
+  pack_panels(k, a.k.row_stride, a.length, a.head_dim, b.k_panels);
+  if (a.on_q.parts == 0) return;
+  const int64_t n = a.on_q.padded;
+  if (a.on_q.bias)
+    __builtin_memcpy(b.lookup_q, table_of(a.on_q, a.on_q.table, n, head), n * sizeof(float));
+  else
+    matmul(a.length, rounded_up(a.on_q.buckets), a.head_dim, k, a.k.row_stride, table_of(a.on_q, a.on_q.table, a.head_dim * n, head), n, b.lookup_q, n);
+}
+
+// scores (count, padded) of the queries from `first` on, but for what `finish_scores` adds. q_tile holds the scaled queries.
+static void begin_scores(const AttentionArgs& a, const Buffers& b, int64_t head, int64_t first, int64_t count, float* scores) {
+  const int64_t d = rounded_up(a.head_dim);
+  gemm<false>(count, rounded_up(a.length), a.head_dim, b.q_tile, d, b.k_panels, kPanel, kPanel * a.head_dim, scores, a.padded, false);
+  if (a.on_q.parts) add_query_lookups(a, b, first, count, scores);
+  if (a.on_k.parts == 0) return;
+  const int64_t n = a.on_k.padded;
+  if (a.on_k.bias)
+    __builtin_memcpy(b.lookup_k, table_of(a.on_k, a.on_k.table, n, head), n * sizeof(float));
+  else
+    matmul(count, rounded_up(a.on_k.buckets), a.head_dim, b.q_tile, d, table_of(a.on_k, a.on_k.table, a.head_dim * n, head), n, b.lookup_k, n);
+}
+
+// Adds the encoding on keys and the masks to one row of scores, closes its padding, and returns its greatest entry.
+static float finish_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head, int64_t i, int64_t tile_row,
+                           float* row) {
+  const int64_t length = a.length;
+  const float minus_infinity = -__builtin_inff();
+  if (a.mask) {
+    const float* mask = a.mask + batch * a.mask_stride[0] + head * a.mask_stride[1] + i * a.mask_stride[2];
+    for (int64_t j = 0; j < length; ++j) row[j] += mask[j * a.mask_stride[3]];
+  }
+  if (a.key_mask) {
+    const float* mask = a.key_mask + batch * rounded_up(length);
+    for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(mask + j));
+  }
+  vf greatest = splat(minus_infinity);
+  if (a.on_k.parts) {
+    const float* lookup = a.on_k.bias ? b.lookup_k : b.lookup_k + tile_row * a.on_k.padded;
+    lookup_parts(a.on_k, i, lookup, b.row, b.strip);
+    for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(b.row + j));
+  }
+  for (int64_t j = length; j < rounded_up(length); ++j) row[j] = minus_infinity;
+  for (int64_t j = 0; j < length; j += LANES) {
+    const vf x = load(row + j);
+    greatest = x > greatest ? x : greatest;
+  }
+  float result = greatest[0];
+  for (int lane = 1; lane < LANES; ++lane) result = greatest[lane] > result ? greatest[lane] : result;
+  return result;
+}
+
+INLINE uint64_t mixed(uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// dest = x * 1 / (1 - p) where the weight is kept, 0 where it is dropped: a hash of (seed, b, h, i, j), so backward draws
+// the same, and the number of threads changes nothing.
+static void drop_row(const AttentionArgs& a, int64_t matrix_row, const float* x, float* dest) {
+  const uint64_t key = mixed(mixed(a.seed) ^ static_cast<uint64_t>(matrix_row));
+  const uint32_t key_low = static_cast<uint32_t>(key), key_high = static_cast<uint32_t>(key >> 32);
+  const int32_t threshold = static_cast<int32_t>(a.dropout_p * 16777216.0);
+  const float kept = 1.0f / (1.0f - a.dropout_p);
+  vu counter;
+  for (int lane = 0; lane < LANES; ++lane) counter[lane] = static_cast<uint32_t>(lane);
+  for (int64_t j = 0; j < rounded_up(a.length); j += LANES, counter += LANES) {
+    vu bits = counter * 0x9e3779b9u + key_low;
+    bits = (bits ^ (bits >> 16)) * 0x7feb352du;
+    bits = ((bits ^ (bits >> 15)) + key_high) * 0x846ca68bu;
+    bits ^= bits >> 16;
+    const vi keep = reinterpret_cast<vi>(bits >> 8) >= threshold;
+    store(dest + j, keep ? load(x + j) * kept : vf{});
+  }
+}
+
+// Forward for the tiles [begin, end) of all heads, counted head by head.
+static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end, char* memory) {
+  Scratch scratch = {memory, 0};
+  const Buffers b = carve(a, false, scratch);
+  const int64_t d = rounded_up(a.head_dim), tiles = (a.length + a.tile - 1) / a.tile;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t matrix = t / tiles, batch = matrix / a.heads, head = matrix % a.heads;
+    const int64_t first = t % tiles * a.tile, count = a.length - first < a.tile ? a.length - first : a.tile;
+    if (t == begin || first == 0) {
+      prepare_scores(a, b, batch, head);
+      pack_rows(rows_of(a.v, batch, head), a.v.row_stride, a.length, a.head_dim, 1, b.v_rows);
+    }
+    const float* q = rows_of(a.q, batch, head) + first * a.q.row_stride;
+    pack_rows(q, a.q.row_stride, count, a.head_dim, a.scale, b.q_tile);
+    float* scores = a.probs ? a.probs + (matrix * a.length + first) * a.padded : b.scores;
+    begin_scores(a, b, head, first, count, scores);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = scores + i * a.padded;
+      float greatest = finish_scores(a, b, batch, head, first + i, i, row);
+      if (greatest == -__builtin_inff()) greatest = 0;  // every key is masked: all weights are zero
+      vf total = {};
+      for (int64_t j = 0; j < a.length; j += LANES) {
+        const vf e = exp_lanes(load(row + j) - greatest);
+        total += e;
+        store(row + j, e);
+      }
+      const float sum = sum_of_lanes(total);
+      const float factor = sum == 0 ? 0 : 1 / sum;
+      if (a.stats) a.stats[2 * (matrix * a.length + first + i)] = greatest, a.stats[2 * (matrix * a.length + first + i) + 1] = factor;
+      for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(row + j) * factor);
+    }
+    const float* weights = scores;
+    if (a.dropout_p > 0) {
+      for (int64_t i = 0; i < count; ++i)
+        drop_row(a, matrix * a.length + first + i, scores + i * a.padded, b.dropped + i * a.padded);
+      weights = b.dropped;
+    }
+    matmul(count, d, a.length, weights, a.padded, b.v_rows, d, b.out_tile, d);
+    if (a.on_v.parts) {
+      const int64_t n = a.on_v.padded;
+      for (int64_t i = 0; i < count; ++i)
+        bucket_sums_parts(a.on_v, first + i, weights + i * a.padded, b.sums_v + i * n, b.bucket_scratch);
+      matmul(count, d, a.on_v.buckets, b.sums_v, n, table_of(a.on_v, a.on_v.table, a.on_v.buckets * d, head), d, b.out_tile, d, true);
+      if (a.sums) __builtin_memcpy(a.sums + (matrix * a.length + first) * n, b.sums_v, count * n * sizeof(float));
+    }
+    unpack_rows(b.out_tile, count, a.head_dim, 1, rows_of(a.out, batch, head) + first * a.out.row_stride, a.out.row_stride);
+  }
+}
+
+INLINE void zero(float* x, int64_t count) { __builtin_memset(x, 0, count * sizeof(float)); }
+
+// Backward for the heads [begin, end): with P = softmax(scores) before dropout,
+//   grad P      = dropout(grad_out v^T + lookup(grad_out table_v^T))
+//   grad scores = P (grad P - sum over keys of P grad P)
+static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t end, char* memory) {
+  Scratch scratch = {memory, 0};
+  const Buffers b = carve(a, true, scratch);
+  const int64_t d = rounded_up(a.head_dim);
+  const Encoding &on_q = a.on_q, &on_k = a.on_k, &on_v = a.on_v;
+  for (int64_t matrix = begin; matrix < end; ++matrix) {
+    const int64_t batch = matrix / a.heads, head = matrix % a.heads;
+    const float *k = rows_of(a.k, batch, head), *v = rows_of(a.v, batch, head);
+    if (a.probs == nullptr) prepare_scores(a, b, batch, head);
+    pack_panels(v, a.v.row_stride, a.length, a.head_dim, b.v_panels);
+    pack_rows(k, a.k.row_stride, a.length, a.head_dim, 1, b.k_rows);
+    zero(b.grad_k, a.length * d);
+    zero(b.grad_v, a.length * d);
+    if (on_q.parts) zero(b.sums_q, lookup_room(on_q, a.length));
+    float* grad_table_k = on_k.parts ? on_k.grad + matrix * on_k.padded * (on_k.bias ? 1 : a.head_dim) : nullptr;
+    float* grad_table_q = on_q.parts ? on_q.grad + matrix * on_q.padded * (on_q.bias ? 1 : a.head_dim) : nullptr;
+    float* grad_table_v = on_v.parts ? on_v.grad + matrix * on_v.buckets * d : nullptr;
+
+    for (int64_t first = 0; first < a.length; first += a.tile) {
+      const int64_t count = a.length - first < a.tile ? a.length - first : a.tile;
+      const int64_t top = matrix * a.length + first;
+      pack_rows(rows_of(a.q, batch, head) + first * a.q.row_stride, a.q.row_stride, count, a.head_dim, a.scale, b.q_tile);
+      const float* grad_out = rows_of(a.grad_out, batch, head) + first * a.grad_out.row_stride;
+      pack_rows(grad_out, a.grad_out.row_stride, count, a.head_dim, 1, b.grad_tile);
+      float* probs = a.probs ? a.probs + top * a.padded : b.scores;
+      if (a.probs == nullptr) {
+        begin_scores(a, b, head, first, count, probs);
+        for (int64_t i = 0; i < count; ++i) {
+          float* row = probs + i * a.padded;
+          finish_scores(a, b, batch, head, first + i, i, row);
+          const float greatest = a.stats[2 * (top + i)], factor = a.stats[2 * (top + i) + 1];
+          for (int64_t j = 0; j < a.length; j += LANES) store(row + j, exp_lanes(load(row + j) - greatest) * factor);
+        }
+      }
+      gemm<false>(count, rounded_up(a.length), a.head_dim, b.grad_tile, d, b.v_panels, kPanel, kPanel * a.head_dim,
+                  b.grad_scores, a.padded, false);
+      if (on_v.parts) {
+        const int64_t n = on_v.padded;
+        matmul(count, rounded_up(on_v.buckets), a.head_dim, b.grad_tile, d, table_of(on_v, on_v.transposed, a.head_dim * n, head), n, b.lookup_v, n);
+        add_transposed_matmul(on_v.buckets, d, count, a.sums + top * n, n, b.grad_tile, d, grad_table_v, d);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        float *row = b.grad_scores + i * a.padded, *p = probs + i * a.padded;
+        if (on_v.parts) {
+          lookup_parts(on_v, first + i, b.lookup_v + i * on_v.padded, b.row, b.strip);
+          for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(row + j) + load(b.row + j));
+        }
+        if (a.dropout_p > 0) {
+          drop_row(a, top + i, row, row);
+          drop_row(a, top + i, p, b.dropped + i * a.padded);
+        }
+        // The sum below equals grad_out . out, but cancels better where one key has nearly all the weight.
+        vf products = {};
+        for (int64_t j = 0; j < a.length; j += LANES) products += load(p + j) * load(row + j);
+        const float mean = sum_of_lanes(products);
+        for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(p + j) * (load(row + j) - mean));
+      }
+      add_transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.padded, b.grad_tile, d, b.grad_v, d);
+      add_transposed_matmul(a.length, d, count, b.grad_scores, a.padded, b.q_tile, d, b.grad_k, d);
+      matmul(count, d, a.length, b.grad_scores, a.padded, b.k_rows, d, b.out_tile, d);
+      if (on_k.parts) {
+        const int64_t n = on_k.padded;
+        for (int64_t i = 0; i < count; ++i)
+          bucket_sums_parts(on_k, first + i, b.grad_scores + i * a.padded, b.sums_k + i * n, b.bucket_scratch);
+        if (on_k.bias) {
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t x = 0; x < on_k.buckets; ++x) grad_table_k[x] += b.sums_k[i * n + x];
+        } else {
+          matmul(count, d, on_k.buckets, b.sums_k, n, table_of(on_k, on_k.transposed, on_k.buckets * d, head), d, b.out_tile, d, true);
+          add_transposed_matmul(a.head_dim, rounded_up(on_k.buckets), count, b.q_tile, d, b.sums_k, n, grad_table_k, n);
+        }
+      }
+      if (on_q.parts) add_column_sums(a, b, first, count);
+      unpack_rows(b.out_tile, count, a.head_dim, a.scale, rows_of(a.grad_q, batch, head) + first * a.grad_q.row_stride,
+                  a.grad_q.row_stride);
+    }
+
+    if (on_q.parts) {
+      const int64_t n = on_q.padded;
+      if (on_q.bias) {
+        for (int64_t j = 0; j < a.length; ++j)
+          for (int64_t x = 0; x < on_q.buckets; ++x) grad_table_q[x] += b.sums_q[j * n + x];
+      } else {
+        matmul(a.length, d, on_q.buckets, b.sums_q, n, table_of(on_q, on_q.transposed, on_q.buckets * d, head), d, b.grad_k, d, true);
+        add_transposed_matmul(a.head_dim, rounded_up(on_q.buckets), a.length, b.k_rows, d, b.sums_q, n, grad_table_q, n);
+      }
+    }
+    unpack_rows(b.grad_k, a.length, a.head_dim, 1, rows_of(a.grad_k, batch, head), a.grad_k.row_stride);
+    unpack_rows(b.grad_v, a.length, a.head_dim, 1, rows_of(a.grad_v, batch, head), a.grad_v.row_stride);
+  }
+}
