@@ -1,0 +1,65 @@
+"""Export a trained DETR: ``python -m detr_irpe.export --resume best.pth --out detr.onnx``.
+
+The exported network takes images and their padding, and returns logits and boxes; the image size may vary.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from detr_irpe.models import build_model
+from detr_irpe.nested_tensor import NestedTensor
+from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint
+from irpe_train.export import add_export_arguments, export_model
+from irpe_train.launch import launch
+
+
+class TensorsInOut(nn.Module):
+    """DETR with tensors alone: images ``(B, 3, H, W)``, padding ``(B, H, W)`` (True = padded) to logits and boxes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model(NestedTensor(images, padding))
+        return outputs["pred_logits"], outputs["pred_boxes"]
+
+
+def main(args: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(args.resume)
+    trained = checkpoint.get("args")
+    if trained is None:
+        raise ValueError(f"{args.resume} does not say how its model was built (no args in it); export a checkpoint "
+                         "that training wrote")
+    if trained.masks:
+        raise ValueError(f"{args.resume} has a mask head, which is not exported; export the detector it was trained on")
+    trained.resume, trained.aux_loss = args.resume, False  # nothing is downloaded; the last decoder layer alone
+    model, *_ = build_model(trained)
+    load_weights(model, model_weights(checkpoint, source=args.resume), source=args.resume)
+
+    sizes = [(2, args.height, args.width), (3, args.height + 64, args.width - 32)]
+    examples = []
+    for batch, height, width in sizes:
+        padding = torch.zeros(batch, height, width, dtype=torch.bool)
+        padding[-1, :, width - 16:] = True
+        examples.append((torch.randn(batch, 3, height, width), padding))
+    axes = {"batch": 0, "height": -2, "width": -1}
+    dynamic = [{axis % rank: name for name, axis in axes.items()} for rank in (4, 3)]
+    differences = export_model(TensorsInOut(model), examples, args.out, formats=args.formats, dynamic=dynamic,
+                               input_names=["images", "padding"], output_names=["pred_logits", "pred_boxes"])
+    for format, difference in differences.items():
+        print(f"{format}: any batch and size; largest difference {difference:.1e} of the largest output")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m detr_irpe.export", description=__doc__, allow_abbrev=False)
+    add_export_arguments(parser)
+    parser.add_argument("--height", type=int, default=256, help="pixels of the traced example; any size runs later")
+    parser.add_argument("--width", type=int, default=320, help="pixels of the traced example")
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser())

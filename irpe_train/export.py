@@ -1,0 +1,108 @@
+"""Write a trained model for other programs: ONNX, ``torch.export`` and safetensors, each compared with the original."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+FORMATS = ("onnx", "pt2", "safetensors")
+SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
+# fp32 sums in another order: seen differences are 1e-6 of the largest output; a wrong table is off by far more.
+TOLERANCE = 1e-4
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that both ``deit_irpe.export`` and ``detr_irpe.export`` have."""
+    parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint to export")
+    parser.add_argument("--out", required=True, metavar="FILE",
+                        help="where to write; each format puts its own suffix: " + ", ".join(SUFFIX.values()))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="which (default: onnx)")
+
+
+def export_model(model: nn.Module, examples: Sequence[tuple[Tensor, ...]], out: str | Path, *,
+                 formats: Sequence[str], dynamic: Sequence[dict[int, str]], input_names: Sequence[str],
+                 output_names: Sequence[str]) -> dict[str, float]:
+    """Write ``model`` in each format and run what was written.
+
+    Args:
+        model: takes tensors, returns a tensor or a tuple of tensors. It is exported as in evaluation.
+        examples: inputs. The first is traced; all are compared, so they should differ in every dynamic dimension.
+        out: the suffix is replaced by that of the format.
+        formats: of ``FORMATS``.
+        dynamic: for each input, ``{dimension: name}`` of those that may vary.
+    Returns: for each format the largest difference between its outputs and the model's, relative to the largest output.
+    Raises: ImportError: a package is missing (named, with the command). ValueError: the outputs differ.
+    """
+    for format in formats:
+        _need_packages(format)
+    model = model.eval()
+    with torch.no_grad():
+        expected = [_as_tuple(model(*example)) for example in examples]
+        # One name is one size, in whichever inputs it stands; torch finds the equalities itself.
+        shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in dynamic)
+        program = None
+        if {"onnx", "pt2"} & set(formats):
+            program = torch.export.export(model, tuple(examples[0]), dynamic_shapes=shapes)
+        differences = {}
+        for format in formats:
+            path = Path(out).with_suffix(SUFFIX[format])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if format == "onnx":
+                names = {name: axes for name, axes in zip(input_names, dynamic, strict=True)}
+                torch.onnx.export(program, input_names=list(input_names), output_names=list(output_names),
+                                  dynamic_shapes=names, verbose=False).save(path, external_data=False)
+                outputs = _run_onnx(path, input_names, examples)
+            elif format == "pt2":
+                torch.export.save(program, path)
+                loaded = torch.export.load(path).module()
+                outputs = [_as_tuple(loaded(*example)) for example in examples]
+            else:
+                outputs = [_as_tuple(_reload_safetensors(model, path)(*example)) for example in examples]
+            differences[format] = _largest_difference(outputs, expected)
+            if not differences[format] <= TOLERANCE:
+                raise ValueError(f"{path}: its outputs differ from the model's by {differences[format]:.1e} of the "
+                                 f"largest; at most {TOLERANCE:g} was expected. Do not use this file.")
+    return differences
+
+
+def _need_packages(format: str) -> None:
+    import importlib.util
+
+    missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"--formats {format} needs {', '.join(missing)}: pip install {' '.join(missing)} "
+                          "(or install this project with [export])")
+
+
+def _run_onnx(path: Path, names: Sequence[str], examples: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = [{name: tensor.numpy() for name, tensor in zip(names, example, strict=True)} for example in examples]
+    return [tuple(torch.from_numpy(array) for array in session.run(None, feed)) for feed in feeds]
+
+
+def _reload_safetensors(model: nn.Module, path: Path) -> nn.Module:
+    from copy import deepcopy
+
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    fresh = deepcopy(model)
+    with torch.no_grad():
+        for tensor in fresh.state_dict().values():
+            tensor.zero_()
+    fresh.load_state_dict(load_file(path))
+    return fresh
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _largest_difference(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> float:
+    return max(((a - b).abs().max() / b.abs().max()).item()
+               for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,45 @@
+"""python -m deit_irpe.export: the encoding leaves as plain gathers, and the file computes the same."""
+
+import onnx
+import pytest
+import torch
+
+from deit_irpe.export import get_args_parser, main
+from deit_irpe.models import create_model
+from irpe_train.config import parse_args
+
+SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    import deit_irpe.export as module
+
+    torch.manual_seed(0)
+    model = create_model("deit_demo_patch4_32", "rpe-1.9-product-ctx-1-k", num_classes=3, **SMALL)
+    torch.nn.init.normal_(model.blocks[0].attn.rpe_k.lookup_table_weight)
+    monkeypatch.setattr(module, "create_model", lambda *args, **kwargs: create_model(*args, **kwargs, **SMALL))
+    path = tmp_path / "best.pth"
+    namespace = parse_args(__import__("deit_irpe.args", fromlist=["x"]).get_args_parser(),
+                           ["--model", "deit_demo_patch4_32", "--rpe", "rpe-1.9-product-ctx-1-k", "--input-size", "32"])
+    torch.save({"model": model.state_dict(), "args": namespace}, path)
+    return path
+
+
+def run(*flags):
+    main(parse_args(get_args_parser(), [str(flag) for flag in flags]))
+
+
+def test_onnx_holds_gathers_and_no_operator_of_ours(checkpoint, tmp_path, capsys):
+    run("--resume", checkpoint, "--out", tmp_path / "deit.onnx")
+    nodes = onnx.load(tmp_path / "deit.onnx").graph.node
+    assert any(node.op_type == "GatherElements" for node in nodes)
+    assert {node.domain for node in nodes} <= {"", "ai.onnx"}
+    assert "any batch" in capsys.readouterr().out
+
+
+def test_a_bare_state_dict_needs_the_model_name(checkpoint, tmp_path):
+    bare = tmp_path / "bare.pth"
+    torch.save({"model": torch.load(checkpoint, weights_only=False)["model"]}, bare)
+    with pytest.raises(ValueError, match="--model NAME"):
+        run("--resume", bare, "--out", tmp_path / "x")

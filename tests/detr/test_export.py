@@ -1,0 +1,45 @@
+"""python -m detr_irpe.export: one file for every batch and image size."""
+
+import pytest
+import torch
+
+from detr_irpe.args import get_args_parser as training_parser
+from detr_irpe.export import get_args_parser, main
+from detr_irpe.models import build_model
+from irpe_train.config import parse_args
+
+SMALL = ["--coco_path", "x", "--backbone", "resnet_micro", "--backbone_weights", "none", "--hidden_dim", "16",
+         "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "16", "--num_queries", "3",
+         "--enc_rpe2d", "rpe-2.0-product-ctx-1-k"]
+
+
+def write_checkpoint(path, *flags):
+    args = parse_args(training_parser(), [*SMALL, *flags])
+    args.num_classes = 4
+    model, *_ = build_model(args)
+    torch.save({"model": model.state_dict(), "args": args}, path)
+    return path
+
+
+def run(*flags):
+    main(parse_args(get_args_parser(), [str(flag) for flag in flags]))
+
+
+def test_safetensors_holds_the_same_network(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "x.pth")
+    run("--resume", path, "--out", tmp_path / "detr", "--formats", "safetensors", "--height", "64", "--width", "96")
+    assert "difference 0.0e+00" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_onnx_runs_at_sizes_that_were_not_traced(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "x.pth")
+    formats = ("--formats", "onnx", "pt2")
+    run("--resume", path, "--out", tmp_path / "detr.onnx", *formats, "--height", "64", "--width", "96")
+    assert "any batch and size" in capsys.readouterr().out
+
+
+def test_a_mask_head_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "x.pth", "--masks")
+    with pytest.raises(ValueError, match="mask head, which is not exported"):
+        run("--resume", path, "--out", tmp_path / "x")

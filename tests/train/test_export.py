@@ -1,0 +1,49 @@
+"""What is exported computes what was trained, for sizes that were never traced."""
+
+import sys
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from irpe_train.export import export_model
+
+
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x).softmax(-1)
+
+
+class Traced(nn.Module):
+    """Computes something else when it is exported than when it is run."""
+
+    def forward(self, x):
+        return x * 2 if torch.compiler.is_exporting() else x * 3
+
+
+def export(model, out, formats):
+    return export_model(model, [(torch.randn(2, 4),), (torch.randn(5, 4),)], out, formats=formats,
+                        dynamic=[{0: "batch"}], input_names=["x"], output_names=["y"])
+
+
+def test_all_formats_agree_with_the_model(tmp_path):
+    differences = export(Scores(), tmp_path / "m.any", ["onnx", "pt2", "safetensors"])
+    assert set(differences) == {"onnx", "pt2", "safetensors"} and max(differences.values()) < 1e-6
+    assert {p.name for p in tmp_path.iterdir()} >= {"m.onnx", "m.pt2", "m.safetensors"}
+    assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def test_a_difference_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="outputs differ from the model's"):
+        export(Traced(), tmp_path / "m", ["pt2"])
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises((ImportError, ValueError), match="safetensors"):
+        export(Scores(), tmp_path / "m", ["safetensors"])
