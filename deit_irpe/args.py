@@ -116,6 +116,7 @@ def _add_augmentation(group) -> None:
         help="AutoAugment policy of timm; none for none")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what is put there")

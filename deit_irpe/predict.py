@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
         predictions.append({"image": str(file), "top": [
             {"class": name, "number": number, "probability": share}
             for name, number, share in zip(names, numbers.tolist(), shares.tolist(), strict=True)]})
-        print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares.tolist(), strict=True)))
+        print(f"{file}: " + ", ".join(f"{one['class']} {one['probability']:.1%}" for one in predictions[-1]["top"]))
         if args.attention is not None:
             draw_attention(model, pixels, args.attention, file.stem, args.out, encoded=spec not in (None, "none"))
     (args.out / "predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")

@@ -215,7 +215,7 @@ def test_two_processes_train_and_evaluate_each_image_once(trained, colours, tmp_
 
 @pytest.mark.parametrize("flags", [
     ("--mixup", "0"),  # CutMix alone: soft targets
-    ("--mixup", "0", "--cutmix", "0"),
+    ("--mixup", "0", "--cutmix", "0", "--no-aug"),
     ("--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "1", "--no-model-ema", "--accumulate", "2"),
     ("--amp", "bf16", "--input-size", "48x32", "--no-abs-pos", "--eval-ema", "--sched", "step", "--opt", "sgd"),
 ])
