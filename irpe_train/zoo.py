@@ -17,10 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
-
-from .checkpoint import model_weights, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
@@ -84,6 +81,8 @@ def read_zoo(path: Path = ZOO_FILE) -> Zoo:
 
 def cache_folder() -> Path:
     """Where torch.hub keeps checkpoints (``TORCH_HOME`` moves it)."""
+    import torch  # here, because listing the zoo or reading its figures must not wait for it
+
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
@@ -131,6 +130,8 @@ def verify(path: Path, entry: Entry) -> None:
         raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. Delete it, fetch again.")
     if entry.sha256 is not None and (found := sha256(path)) != entry.sha256:
         raise ValueError(f"{path}: sha256 {found}, expected {entry.sha256} for {entry.name}. Delete it, fetch again.")
+    from .checkpoint import model_weights, read_checkpoint
+
     weights = model_weights(read_checkpoint(path), source=path)
     if len(weights) != entry.entries:
         raise ValueError(f"{path}: {len(weights)} tensors in 'model', {entry.entries} expected for {entry.name}.")

@@ -36,7 +36,7 @@ def test_a_misspelt_figure_is_an_error():
 def test_which_row():
     assert card.choose("auto", ["checkpoint", "", "net"], ZOO) == "net"
     assert card.choose("net", [], ZOO) == "net"
-    with pytest.raises(ValueError, match="nothing published is called checkpoint or deit_x; name the row: --expect NAME"):
+    with pytest.raises(ValueError, match="called checkpoint or deit_x; name the row: --expect NAME"):
         card.choose("auto", ["checkpoint", "deit_x"], ZOO)
     with pytest.raises(ValueError, match="no published checkpoint 'nte'"):
         card.choose("nte", ["net"], ZOO)
