@@ -1,4 +1,4 @@
-"""Queue a run on SLURM: ``python -m deit_irpe.run_with_submitit --nodes 2 --ngpus 8 [flags of python -m deit_irpe]``."""
+"""Queue a run on SLURM: ``python -m deit_irpe.run_with_submitit --nodes 2 --ngpus 8``, then the usual flags."""
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.train import main

@@ -53,9 +53,11 @@ def main(args: argparse.Namespace) -> None:
                             name_of=getattr(val_set, "name", None))
     classes = val_set.classes
     if not args.eval:
-        train_set = build_dataset(args.data_path, True, **options, transform=build_transform(
-            not args.no_aug, size, color_jitter=args.color_jitter, aa=None if args.aa == "none" else args.aa, hflip=args.hflip,
-            interpolation=args.train_interpolation, reprob=args.reprob, remode=args.remode, recount=args.recount))
+        augmentation = dict(
+            color_jitter=args.color_jitter, aa=None if args.aa == "none" else args.aa, hflip=args.hflip,
+            interpolation=args.train_interpolation, reprob=args.reprob, remode=args.remode, recount=args.recount)
+        train_set = build_dataset(args.data_path, True, **options,
+                                  transform=build_transform(not args.no_aug, size, **augmentation))
         check_same_classes(train_set.classes, classes)
 
     # --- model
