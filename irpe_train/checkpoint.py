@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         BadCheckpoint: missing, empty, truncated, larger inside than outside, or holding anything that could run.
     """
-    if str(path).startswith(("http://", "https://")):
+    if str(path).startswith("https://"):
         path = _download(str(path))
     path = Path(path)
     if not path.is_file():
@@ -58,7 +58,8 @@ def _download(url: str) -> Path:
     path = folder / url.split("?")[0].rsplit("/", 1)[-1]
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=False)
+        digest = re.search(r"-([0-9a-f]{8,})\.", path.name)  # the published names carry the start of their SHA-256
+        torch.hub.download_url_to_file(url, str(path), digest and digest.group(1), progress=False)
     return path
 
 
@@ -136,9 +137,9 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
         also: further names for the same contents (links, where the file system has them).
     Raises: RunError: the disk is full or the folder cannot be written; the old file is kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(contents, file)
             file.flush()

@@ -51,7 +51,9 @@ def read_yaml(path: str | Path) -> dict:
                 raise ConfigError(f"--config {path}: line {event.start_mark.line + 1}: aliases (*name) are refused")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
     if values is None:
         return {}

@@ -6,12 +6,13 @@ Every function also works in one process, where it is trivial, so that no caller
 import datetime
 import logging
 import os
+import re
 import sys
 
 import torch
 import torch.distributed as dist
 
-from .errors import RankLost
+from .errors import RankLost, RunError
 
 logger = logging.getLogger("irpe")
 
@@ -31,7 +32,7 @@ def is_main() -> bool:
 def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 600.0) -> torch.device:
     """Join the process group if there is one, choose this process's device, and set the logger up.
 
-    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or ``SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID``.
+    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or what ``srun`` sets.
 
     Args:
         device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are taken as they are.
@@ -66,12 +67,17 @@ def _place_in_the_world() -> tuple[int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 40000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # only srun sets it: not a batch script's own shell
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 40000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
     return 0, 1, 0
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list: ``gpu[07-09,12]`` gives ``gpu07``."""
+    name, number = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list).groups()
+    return name + (number or "")
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -79,8 +85,12 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
     Args:
         local_rank: which GPU of this machine a process of several takes; None in a single process.
+    Raises: ValueError: no such device, or more processes than GPUs.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r}: expected cuda, cuda:N or cpu") from error
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -157,7 +167,7 @@ class lost_ranks_named:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, RuntimeError) and speaks_of_a_lost_rank(error):
+        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and speaks_of_a_lost_rank(error):
             raise RankLost(
                 f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {self.where}: "
                 f"{_first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."

@@ -9,10 +9,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .distributed import logger, rank, world_size
 from .errors import BadData
+from .preemption import obey_parent_alone
 from .randomness import sample_randomness
 
 # What decoders raise on damaged files. PIL raises SyntaxError on a broken PNG.
@@ -48,7 +50,7 @@ class TrainLoader:
         self._loader = DataLoader(
             _SeededDataset(dataset, seed, rank(), world_size(), self.name_of), batch_sampler=self._order,
             collate_fn=_CollateAndReport(collate_fn), num_workers=num_workers, pin_memory=pin_memory,
-            persistent_workers=num_workers > 0)
+            persistent_workers=num_workers > 0, worker_init_fn=obey_parent_alone, generator=torch.Generator())
 
     def __len__(self) -> int:
         """Steps in a whole epoch."""
@@ -65,6 +67,9 @@ class TrainLoader:
                 if name not in self.bad:
                     logger.warning(f"unreadable training image, its neighbour was taken: {name} ({reason})")
                 self.bad[name] = reason
+            if batch is None:
+                raise BadData(f"{len(bad)} training images in a row are unreadable, the last: {bad[-1][0]} "
+                              f"({bad[-1][1]}). Mend or remove them.")
             yield batch
 
     def samples(self, step: int) -> list[str]:
@@ -93,7 +98,8 @@ class EvalLoader:
         self.indices = list(range(first, len(dataset), stride))
         self._loader = DataLoader(
             _NamedDataset(dataset, name_of or _namer(dataset)), batch_size=batch_size, sampler=self.indices,
-            collate_fn=_CollateAndReport(collate_fn), num_workers=num_workers, pin_memory=pin_memory)
+            collate_fn=_CollateAndReport(collate_fn), num_workers=num_workers, pin_memory=pin_memory,
+            worker_init_fn=obey_parent_alone, generator=torch.Generator())
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -136,7 +142,7 @@ class _Order(Sampler):
 
 
 class _SeededDataset(Dataset):
-    """(epoch, position, index) -> (sample, [(name, reason) of each unreadable image met])."""
+    """(epoch, position, index) -> (sample, [(name, reason) of each unreadable image met]); None if all were."""
 
     TRIES = 16
 
@@ -156,11 +162,11 @@ class _SeededDataset(Dataset):
                     return self.dataset[candidate], bad
             except UNREADABLE as error:
                 bad.append((self.name_of(candidate), _reason(error)))
-        raise BadData(f"{len(bad)} training images in a row are unreadable, the first: {bad[0][0]} ({bad[0][1]})")
+        return None, bad
 
 
 class _NamedDataset(Dataset):
-    """index -> (sample, []) or (None, [(name, reason)]): an error of a worker loses its type on the way home."""
+    """index -> (sample, []) or (None, [(name, reason)]): raised in a worker, an error would lose its type."""
 
     def __init__(self, dataset: Dataset, name_of: Callable[[int], str]):
         self.dataset, self.name_of = dataset, name_of

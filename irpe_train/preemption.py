@@ -4,10 +4,13 @@ While ``deferred`` (in an epoch's training, until its end is saved) a signal is 
 ranks after one and the same step. At any other time the state on disk is complete, and the signal ends the process.
 """
 
+import contextlib
+import os
 import signal
+import threading
 import time
 
-from .distributed import logger, rank
+from .distributed import logger
 from .errors import Preempted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
@@ -43,13 +46,31 @@ class Preemption:
         self.signal = number
         if not self.deferred:
             self.stop()
-        logger.info(f"{signal.Signals(number).name}: stopping after this step")
 
     def stop(self):
         """Leave the process; the state is on disk."""
-        before = self._before.get(self.signal)
+        before = self._before.get(self.signal)  # None on a rank that saw no signal itself
         if callable(before):
             before(self.signal, None)  # rank 0 leaves here under submitit, once the job is queued again
             time.sleep(20)  # the others must not be the first to leave: SLURM may then kill rank 0 in mid-request
-        logger.warning(f"rank {rank()}: stopped on request; start the same command with --resume auto to go on")
+        with contextlib.suppress(RuntimeError):  # a handler that interrupts a print cannot print
+            logger.warning(f"stopped by {signal.Signals(self.signal or signal.SIGTERM).name}; the same command with "
+                           "--resume auto goes on")
         raise Preempted
+
+
+def obey_parent_alone(worker_id: int = 0) -> None:
+    """In a data loading worker: heed a stop signal only if it comes from the main process.
+
+    torchrun and SLURM signal whole process groups, and the main process needs its workers to finish the step.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+
+    def wait():
+        while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()

@@ -36,7 +36,12 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 
 def seed_step(seed: int, *, rank: int, step: int) -> None:
     """Seed one training step; ``step`` counts from the start of the run, ``rank`` keeps dropout different."""
-    seed_everything(mix("step", seed, rank, step))
+    seed = mix("step", seed, rank, step)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # else torch.manual_seed would queue the seed, with a stack trace, at every step
+        torch.cuda.manual_seed(seed)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ class Steps:
         The answer is waited for in ``confirm``, after the backward pass has been handed to the device: the wait is for
         the forward pass alone, so the device never idles.
         """
-        self._loss, self._terms, self._lr = loss.detach(), terms, lr
+        self._loss, self._lr = loss.detach(), lr
+        self._terms = {name: torch.as_tensor(value).detach() for name, value in terms.items()}
         message = torch.tensor([0.0, self.preemption.signal is not None, self._save_is_due(), len(self.loader.bad)],
                                dtype=torch.float32).to(loss.device, non_blocking=True)
         message[NOT_FINITE] = (~self._loss.isfinite().all()).float()

@@ -82,9 +82,10 @@ class TrainState:
         whole = chosen | everything | {"progress": progress} | plain(self.extra)
         return {key: value for key, value in whole.items() if value is not None}
 
-    def load_dict(self, checkpoint: dict, *, source: str | Path) -> None:
+    def load_dict(self, checkpoint: dict, *, source: str | Path) -> bool:
         """Restore from a checkpoint, ours or a published one.
 
+        Returns: whether it had a position too, and not weights alone.
         Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
         """
         progress = checkpoint.get("progress", {})
@@ -101,7 +102,7 @@ class TrainState:
             load_weights(self.ema.module, average or weights, source=source)
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             logger.warning(f"checkpoint {source} has weights only: training starts at epoch {self.epoch}")
-            return
+            return False
         for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", self.scaler)):
             if part is not None and checkpoint.get(name):
                 try:
@@ -118,6 +119,7 @@ class TrainState:
         meters = progress.get("meters", [])
         if len(meters) == world_size():
             self.meters.load_state_dict(meters[rank()])
+        return True
 
 
 class Checkpoints:
@@ -132,7 +134,7 @@ class Checkpoints:
     NAME, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
     def __init__(self, output_dir: str | Path, args: argparse.Namespace, keys: tuple[str, ...]):
-        self.folder = Path(output_dir) if str(output_dir) not in ("", ".") or output_dir == "." else None
+        self.folder = Path(output_dir) if str(output_dir) else None
         self.args, self.keys = args, keys
 
     def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
@@ -154,7 +156,7 @@ class Checkpoints:
         Args:
             where: a path or address; ``auto`` for this folder's newest good checkpoint, which may be none (a new
                 run); "" for nothing.
-        Returns: whether anything was restored.
+        Returns: whether the run goes on from a position; False for a new run, with given weights or without.
         Raises: BadCheckpoint: it cannot be used; for ``auto``, neither can the one before.
         """
         if not where:
@@ -171,7 +173,8 @@ class Checkpoints:
         if path is None:
             logger.info(f"--resume auto: no checkpoint in {self.folder}, a new run")
             return False
-        state.load_dict(contents if contents is not None else read_checkpoint(path), source=path)
+        if not state.load_dict(contents if contents is not None else read_checkpoint(path), source=path):
+            return False
         logger.info(f"resumed from {path}: epoch {state.epoch}, step {state.step}"
                     + (", to be evaluated" if state.train_stats is not None else ""))
         return True

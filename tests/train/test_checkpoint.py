@@ -1,0 +1,227 @@
+"""Checkpoint files: what is read, what is refused and with which words, and what a kill or a full disk leaves."""
+
+import argparse
+import os
+import pathlib
+import pickle
+import resource
+import zipfile
+
+import pytest
+import torch
+
+from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.train_state import Checkpoints, TrainState, plain
+
+DEIT = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")
+DETR = ("model", "optimizer", "lr_scheduler", "epoch", "args")
+
+
+class Hostile:
+    """A pickle that creates a file when it is read carelessly."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def a_state(**options):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return TrainState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), **options)
+
+
+def test_published_checkpoint_is_read(tmp_path):
+    """The published ones hold a Namespace, a PosixPath where submitit ran, and a ``module.`` prefix if saved so."""
+    args = argparse.Namespace(lr=1e-3, output_dir=pathlib.PosixPath("/out"), nothing=None)
+    weights = torch.nn.Linear(3, 2).state_dict()
+    prefixed = {f"module.{name}": value for name, value in weights.items()}
+    torch.save({"model": prefixed, "epoch": 299, "args": args}, tmp_path / "a.pth")
+    contents = read_checkpoint(tmp_path / "a.pth")
+    assert contents["epoch"] == 299 and contents["args"].lr == 1e-3 and str(contents["args"].output_dir) == "/out"
+    model = torch.nn.Linear(3, 2)
+    load_weights(model, model_weights(contents, source="a.pth"), source="a.pth")
+    assert torch.equal(model.weight, weights["weight"])
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+@pytest.mark.parametrize("name", [b"PosixPath", b"WindowsPath"])
+def test_paths_of_other_systems_and_pythons_are_read(tmp_path, module, name):
+    torch.save({"model": {}, "p": pathlib.PurePosixPath("out")}, tmp_path / "a.pth", pickle_protocol=2)
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
+        for member in old.namelist():
+            contents = old.read(member)
+            assert b"cpathlib\nPurePosixPath\n" in contents or not member.endswith("data.pkl")
+            new.writestr(member, contents.replace(b"cpathlib\nPurePosixPath\n", b"c" + module + b"\n" + name + b"\n"))
+    assert str(read_checkpoint(tmp_path / "b.pth")["p"]) == "out"
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("where", ["value", "in_args"])
+def test_pickle_with_code_is_refused_and_not_run(tmp_path, zipped, where):
+    trace, path = tmp_path / "it_ran", tmp_path / "evil.pth"
+    evil = Hostile(trace) if where == "value" else argparse.Namespace(inner=Hostile(trace))
+    torch.save({"model": {}, "args": evil}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(BadCheckpoint, match=r"evil.pth: refused: it holds a reference to posix.mkdir.*Nothing was run"):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+def test_bare_pickle_with_code_is_refused_and_not_run(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Hostile(tmp_path / "it_ran")))
+    with pytest.raises(BadCheckpoint, match="evil.pth"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.7, 0.95, 0.999])
+def test_truncated_file_is_named(tmp_path, fraction):
+    write_checkpoint({"model": torch.nn.Linear(100, 100).state_dict(), "epoch": 1}, tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(whole[:int(len(whole) * fraction)])
+    with pytest.raises(BadCheckpoint, match=r"a.pth: damaged"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(("contents", "words"), [
+    (b"", "the file is empty"), (b"hello, I am a text file\n" * 9, "damaged"),
+    (b"PK\x03\x04" + b"\0" * 100, "damaged")])
+def test_other_files_are_named(tmp_path, contents, words):
+    (tmp_path / "a.pth").write_bytes(contents)
+    with pytest.raises(BadCheckpoint, match=f"a.pth: {words}"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_missing_file_and_wrong_contents_are_named(tmp_path):
+    with pytest.raises(BadCheckpoint, match="none.pth: no such file"):
+        read_checkpoint(tmp_path / "none.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(BadCheckpoint, match="expected a dict with a 'model', got list"):
+        read_checkpoint(tmp_path / "list.pth")
+    with pytest.raises(BadCheckpoint, match="no 'model' in it; it has: weights"):
+        model_weights({"weights": 3}, source="a.pth")
+    with pytest.raises(BadCheckpoint, match="'model' is not a dict of tensors"):
+        model_weights({"model": {"a": 1}}, source="a.pth")
+
+
+def test_zip_bomb_is_refused_unread(tmp_path):
+    """A megabyte of file that claims a gigabyte; torch itself never compresses."""
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 2**20)
+        with archive.open("archive/data/0", "w") as member:
+            for _ in range(64):
+                member.write(b"\0" * 2**20)
+    with pytest.raises(BadCheckpoint, match=r"bomb.pth: refused: its members claim 68,157,440 bytes in a file of"):
+        read_checkpoint(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bad):
+    weights = torch.nn.Linear(3, 2).state_dict()
+    weights["weight"][1, 2] = bad
+    with pytest.raises(BadCheckpoint, match="a.pth: weight has values that are NaN or infinite"):
+        model_weights({"model": weights}, source="a.pth")
+
+
+def test_another_model_is_refused_with_keys_named_and_nothing_changed():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {"0.weight": torch.zeros(4, 3), "0.bias": torch.zeros(2), "1.weight": torch.zeros(2, 2),
+               "head.bias": torch.zeros(1)}
+    with pytest.raises(BadCheckpoint, match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
+                                            r"not \(2, 3\)"):
+        load_weights(model, weights, source="a.pth")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keys", [DEIT, DETR], ids=["deit", "detr"])
+def test_published_keys_come_first_in_the_published_order(tmp_path, keys):
+    state = a_state(scaler=torch.amp.GradScaler("cpu", enabled=False), extra={"names": {1: "one"}})
+    state.ema = argparse.Namespace(module=torch.nn.Linear(3, 2))
+    args = argparse.Namespace(lr=0.1, path=pathlib.Path("x"), device=torch.device("cpu"))
+    Checkpoints(tmp_path, args, keys).save(state)
+    contents = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert tuple(contents)[:len(keys)] == keys
+    assert set(contents) == {*DEIT, "progress", "names"} and contents["names"] == {1: "one"}
+    assert vars(contents["args"]) == {"lr": 0.1, "path": "x", "device": "cpu"}
+    assert contents["epoch"] == -1  # none is finished yet
+
+
+def test_epoch_is_the_finished_one(tmp_path):
+    state = a_state(epoch=3)
+    for step, stats, finished in ((0, None, 2), (5, None, 2), (9, {"loss": 1.0}, 3)):
+        state.step, state.train_stats = step, stats
+        assert state.to_dict(argparse.Namespace(), DETR)["epoch"] == finished
+
+
+def test_checkpoint_of_a_newer_program_is_refused():
+    contents = a_state().to_dict(argparse.Namespace(), DETR)
+    contents["progress"]["format"] = 99
+    with pytest.raises(BadCheckpoint, match=r"newer version of this program \(format 99, known is 1\)"):
+        a_state().load_dict(contents, source="a.pth")
+
+
+def test_weights_alone_start_a_new_run(tmp_path, caplog):
+    state = a_state(epoch=2)
+    torch.save({"model": a_state().model.state_dict()}, tmp_path / "a.pth")
+    assert not Checkpoints("", argparse.Namespace(), DETR).resume(state, str(tmp_path / "a.pth"))
+    assert state.epoch == 2
+
+
+def test_published_position_is_the_next_epoch():
+    contents = a_state().to_dict(argparse.Namespace(), DETR)
+    del contents["progress"]
+    contents["epoch"] = 149
+    state = a_state()
+    assert state.load_dict(contents, source="a.pth")
+    assert (state.epoch, state.step, state.train_stats) == (150, 0, None)
+
+
+def test_optimizer_of_another_run_is_refused():
+    contents = a_state().to_dict(argparse.Namespace(), DETR)
+    contents["optimizer"]["param_groups"].append(contents["optimizer"]["param_groups"][0])
+    with pytest.raises(BadCheckpoint, match="a.pth: its optimizer does not fit this run"):
+        a_state().load_dict(contents, source="a.pth")
+
+
+def test_auto_needs_a_folder():
+    with pytest.raises(BadCheckpoint, match="--resume auto looks into --output_dir"):
+        Checkpoints("", argparse.Namespace(), DETR).resume(a_state(), "auto")
+
+
+def test_the_one_before_is_kept_and_other_names_are_the_same_contents(tmp_path):
+    path, previous = tmp_path / "checkpoint.pth", tmp_path / "previous.pth"
+    for epoch in range(3):
+        write_checkpoint({"epoch": epoch}, path, previous=previous, also=(tmp_path / "best.pth",) if epoch == 1 else ())
+    assert [read_checkpoint(p)["epoch"] for p in (path, previous, tmp_path / "best.pth")] == [2, 1, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "checkpoint.pth", "previous.pth"]
+
+
+def test_full_disk_fails_loudly_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"epoch": 0}, path, previous=tmp_path / "previous.pth")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a full disk does to this process
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*checkpoint.pth: .*last good checkpoint is kept: .*t.pth"):
+            write_checkpoint({"epoch": 1, "model": torch.zeros(10**6)}, path, previous=tmp_path / "previous.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_checkpoint(path)["epoch"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write .*file/checkpoint.pth"):
+        write_checkpoint({}, tmp_path / "file" / "checkpoint.pth")
+
+
+def test_plain_keeps_what_can_be_read_back():
+    import numpy as np
+    value = plain({"a": np.float64(1.5), "b": [np.int64(2), (True, None)], "c": pathlib.Path("x"), 3: torch.ones(1)})
+    assert value == {"a": 1.5, "b": [2, (True, None)], "c": "x", 3: torch.ones(1)}
+    assert type(value["a"]) is float and type(value["b"][0]) is int

@@ -1,0 +1,112 @@
+"""--config FILE.yaml: flags written down; what is no plain flag is refused with the line or name at fault."""
+
+import argparse
+import contextlib
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from irpe_train.arguments import add_runtime_arguments
+from irpe_train.config import ConfigError, parse_args, write_config
+
+
+def get_parser():
+    parser = argparse.ArgumentParser("prog", exit_on_error=False)
+    parser.add_argument("--batch-size", default=64, type=int)
+    parser.add_argument("--opt-betas", default=None, type=float, nargs="+")
+    parser.add_argument("--lr", default=5e-4, type=float)
+    parser.add_argument("--drop_block", default=None, type=float)
+    parser.add_argument("--load-tar", action="store_true")
+    parser.add_argument("--no_aux_loss", dest="aux_loss", action="store_false")
+    parser.add_argument("--repeated-aug", action="store_true")
+    parser.add_argument("--no-repeated-aug", action="store_false", dest="repeated_aug")
+    parser.set_defaults(repeated_aug=True)
+    parser.add_argument("--model", default="tiny", choices=("tiny", "base"))
+    add_runtime_arguments(parser, seed=0, num_workers=10, amp="none")
+    return parser
+
+
+def parse(tmp_path, text, *argv):
+    (tmp_path / "c.yaml").write_text(text)
+    return parse_args(get_parser(), ["--config", str(tmp_path / "c.yaml"), *argv])
+
+
+def test_file_becomes_flags_and_typed_flags_win(tmp_path):
+    text = "batch-size: 8\nlr: 1e-3   # text to YAML\nopt_betas: [0.9, 0.95]\nmodel: base\n"
+    args = parse(tmp_path, text, "--lr", "2")
+    assert (args.batch_size, args.lr, args.opt_betas, args.model) == (8, 2.0, [0.9, 0.95], "base")
+
+
+@pytest.mark.parametrize(("text", "name", "value"), [
+    ("load-tar: true", "load_tar", True), ("load_tar: false", "load_tar", False),
+    ("no_aux_loss: true", "aux_loss", False), ("aux_loss: false", "aux_loss", False),
+    ("aux_loss: true", "aux_loss", True), ("repeated-aug: false", "repeated_aug", False),
+    ("no-repeated-aug: true", "repeated_aug", False), ("no-repeated-aug: false", "repeated_aug", True),
+    ("tensorboard: false", "tensorboard", False), ("no-tensorboard: true", "tensorboard", False),
+    ("no-tensorboard: false", "tensorboard", True), ("drop_block: null", "drop_block", None),
+    ("lr: -1", "lr", -1.0), ("output_dir: -x", "output_dir", "-x"), ("opt-betas: 0.9", "opt_betas", [0.9])])
+def test_values_reach_their_flags(tmp_path, text, name, value):
+    assert getattr(parse(tmp_path, text), name) == value
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("batchsize: 8", "unknown name 'batchsize'; did you mean .*batch-size"),
+    ("zzzzqqq: 1", "unknown name 'zzzzqqq'; see --help"),
+    ("config: other.yaml", "unknown name 'config'"),
+    ("load-tar: 'no'", "load-tar: 'no': this is a switch: expected true or false"),
+    ("batch-size: true", "batch-size: True: expected a value"),
+    ("batch-size: [1, 2]", "expected one value, got a list"),
+    ("batch-size: null", "leave the line out for the default, 64"),
+    ("batch-size: {a: 1}", "expected one value or a list, got nested names"),
+    ("lr: !!float 3", "line 1: the tag 'tag:yaml.org,2002:float' is refused"),
+    ("a: &x 1\nlr: *x", r"line 2: aliases \(\*name\) are refused"),
+    ("lr: 1\nlr: 2", "lr is there 2 times"),
+    ("- lr", "expected lines 'flag: value', got a list"),
+    ("lr: [", "not valid YAML"),
+    ("[" * 1100, "not valid YAML"),
+    ("lr: 2001-02-30", "not valid YAML")])
+def test_what_is_no_flag_is_refused(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse(tmp_path, text)
+
+
+def test_yaml_that_would_run_code_is_refused_and_not_run(tmp_path):
+    with pytest.raises(ConfigError, match="the tag 'tag:yaml.org,2002:python/object/apply:os.mkdir' is refused"):
+        parse(tmp_path, f"lr: !!python/object/apply:os.mkdir ['{tmp_path}/it_ran']")
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_missing_file_is_named():
+    with pytest.raises(ConfigError, match="--config none.yaml: cannot be read"):
+        parse_args(get_parser(), ["--config", "none.yaml"])
+
+
+@pytest.mark.parametrize("text", ["model: huge", "batch-size: 1.5", "max-bad: 2", "accumulate: 0",
+                                  "save-interval: often"])
+def test_argparse_checks_the_file_as_it_checks_typed_flags(tmp_path, text):
+    with pytest.raises(argparse.ArgumentError, match=r"invalid|expected"):
+        parse(tmp_path, text)
+
+
+def test_written_config_gives_the_same_flags_again(tmp_path):
+    argv = ["--lr", "1e-7", "--opt-betas", "0.9", "0.99", "--no-repeated-aug", "--no_aux_loss", "--load-tar",
+            "--output_dir", "a: b # c", "--no-tensorboard", "--save-interval", "10m"]
+    args = parse_args(get_parser(), argv)
+    write_config(get_parser(), args, tmp_path / "config.yaml")
+    again = parse_args(get_parser(), ["--config", str(tmp_path / "config.yaml")])
+    assert vars(again) == vars(args) | {"config": str(tmp_path / "config.yaml")}
+
+
+NAMES = st.sampled_from(["batch-size", "lr", "load-tar", "opt-betas", "model", "aux_loss", "tensorboard", "seed"])
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.dates(),
+                   st.lists(st.one_of(st.integers(), st.text()), max_size=3), st.dictionaries(st.text(), st.integers()))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.text(), st.dictionaries(st.one_of(NAMES, st.text()), VALUES).map(yaml.dump)))
+def test_any_file_gives_flags_or_one_clear_error(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8", newline="")
+    with contextlib.suppress(ConfigError, argparse.ArgumentError, SystemExit):
+        parse_args(get_parser(), ["--config", str(tmp_path / "c.yaml")])

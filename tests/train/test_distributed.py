@@ -1,0 +1,147 @@
+"""Several gloo processes: all stop together, none hangs, and evaluation counts each image once."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from irpe_train import distributed
+from irpe_train.checkpoint import read_checkpoint
+from tests.train import tiny_run
+from tests.train.processes import run_ranks
+
+QUIET = ["--device", "cpu", "--no-tensorboard"]
+
+
+def tiny(folder, *flags, **options):
+    return run_ranks(tiny_run.main, tiny_run.get_parser(), [*QUIET, "--output_dir", str(folder), *flags],
+                     folder.parent / "outputs", **options)
+
+
+@pytest.mark.distributed
+def test_loss_not_finite_on_one_rank_stops_both(tmp_path):
+    began = time.monotonic()
+    results = tiny(tmp_path / "run", "--save-interval", "1", "--nan-at", "1", "1", "3", world_size=2)
+    assert time.monotonic() - began < 60
+    for ended in results:
+        assert ended.code == 1, ended.text
+        assert "NonFiniteLoss: loss is not finite on rank 1 at epoch 1, step 3: loss nan" in ended.text
+        assert "Traceback" not in ended.text
+    report, = json.loads((tmp_path / "run" / "nonfinite_loss.json").read_text())
+    assert report["rank"] == 1 and len(report["samples"]) == 4 and report["samples"][0].startswith("images/")
+    # The checkpoint is the one before the bad step, and goes on from there.
+    progress = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_dies_ends_the_other_with_a_message(tmp_path):
+    survivor, dead = tiny(tmp_path / "run", "--die-at", "1", "0", "2", world_size=2, timeout=50)
+    assert dead.code == 9
+    assert survivor.code == 1, survivor.text
+    assert "RankLost: rank 0 of 2: another process died or was silent for too long" in survivor.text
+
+
+@pytest.mark.distributed
+def test_a_rank_that_never_comes_ends_the_other_with_a_message(tmp_path):
+    began = time.monotonic()
+    waiting, = tiny(tmp_path / "run", "--dist_timeout", "3", world_size=2, missing=(1,), timeout=50)
+    assert time.monotonic() - began < 40
+    assert waiting.code == 1, waiting.text
+    assert "RankLost: rank 0 of 2: the others did not come within 3 s" in waiting.text
+    assert "MASTER_ADDR" in waiting.text
+
+
+@pytest.mark.distributed
+def test_a_rank_that_falls_silent_ends_the_other_with_a_message(tmp_path):
+    def main(args):
+        distributed.start(device="cpu", timeout=args.dist_timeout)
+        if distributed.rank() == 1:
+            time.sleep(6)
+        else:
+            distributed.gather("here")
+
+    results = run_ranks(main, tiny_run.get_parser(), ["--dist_timeout", "2"], tmp_path, world_size=2, timeout=30)
+    assert results[0].code == 1 and "in gather" in results[0].text, results[0].text
+
+
+@pytest.mark.distributed
+def test_unreadable_images_of_all_ranks_count(tmp_path):
+    """Two bad images, one on each rank; the limit allows one in all."""
+    for ended in tiny(tmp_path / "run", "--unreadable", "3", "4", "20", "21", "--max-bad", "0.03", world_size=2):
+        assert ended.code == 1, ended.text
+        assert "of 48 training images are unreadable, and --max-bad 0.03 allows 1: images/" in ended.text
+
+
+@pytest.mark.distributed
+def test_figures_are_the_same_for_one_two_and_three_ranks(tmp_path):
+    tiny(tmp_path / "run", "--epochs", "1")
+    figures = []
+    for world_size in (1, 2, 3):
+        ended = tiny(tmp_path / "run", "--eval", "--resume", "auto", "--test-images", "13", world_size=world_size)
+        assert all(e.code == 0 for e in ended), ended
+        figures.append({line for e in ended for line in e.text.splitlines() if line.startswith("{'acc1'")})
+    assert len(figures[0]) == 1 and figures[0] == figures[1] == figures[2]
+
+
+def gather_and_reduce(args):
+    distributed.start(device="cpu", timeout=20)
+    me = distributed.rank()
+    assert distributed.gather({"rank": me}) == [{"rank": 0}, {"rank": 1}]
+    assert distributed.from_main(f"from {me}") == "from 0"
+    value = torch.tensor([1.0, 2.0]) * (me + 1)
+    assert distributed.reduce_mean(value).tolist() == [1.5, 3.0] and value.tolist() == [me + 1, 2 * (me + 1)]
+    from irpe_train.metrics import MetricLogger
+    meters = MetricLogger()
+    if me == 1:  # rank 0 saw nothing
+        meters.update(acc1=80.0, n=5)
+    assert meters.averages() == {"acc1": 80.0}
+    meters.update(acc1=20.0, n=5)
+    assert meters.averages() == {"acc1": 40.0}
+
+
+@pytest.mark.distributed
+def test_ranks_tell_each_other(tmp_path):
+    for ended in run_ranks(gather_and_reduce, tiny_run.get_parser(), [], tmp_path, world_size=2):
+        assert ended.code == 0, ended.text
+
+
+def test_one_process_needs_no_group():
+    assert distributed.gather(3) == [3] and distributed.from_main(3) == 3
+    assert distributed.reduce_mean(torch.ones(2)).tolist() == [1, 1] and distributed.world_size() == 1
+
+
+def test_absent_cuda_falls_back_to_the_cpu_with_a_note(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.start(device="cuda").type == "cpu"
+    assert "--device cuda: no CUDA device here, so this runs on the CPU" in capsys.readouterr().out
+    assert distributed.start(device="cpu").type == "cpu" and capsys.readouterr().out == ""
+
+
+def test_more_processes_than_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.choose_device("cuda", 1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="process 2 of this machine wants GPU 2, and there are 2"):
+        distributed.choose_device("cuda", 2)
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("gpu[07-09,12]", "gpu07"), ("a1,a2", "a1"), ("host", "host")])
+def test_first_host_of_a_slurm_list(nodes, first):
+    assert distributed.first_host(nodes) == first
+
+
+def test_place_under_slurm(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script's own shell: one process
+    assert distributed._place_in_the_world() == (0, 1, 0)
+    for name, value in (("STEP_NUM_TASKS", "8"), ("PROCID", "5"), ("LOCALID", "1"), ("JOB_ID", "123456"),
+                        ("STEP_NODELIST", "n[3-4]")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert distributed._place_in_the_world() == (5, 8, 1)
+    assert os.environ["MASTER_ADDR"] == "n3" and 20000 <= int(os.environ["MASTER_PORT"]) < 60000
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.delenv("MASTER_PORT")

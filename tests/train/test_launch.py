@@ -1,0 +1,134 @@
+"""From the command line to main: messages without tracebacks, and SLURM jobs that come back."""
+
+import argparse
+import signal
+import sys
+
+import pytest
+
+from irpe_train.errors import BadData, Preempted
+from irpe_train.launch import SlurmJob, launch, submit
+from irpe_train.preemption import Preemption
+from tests.train import tiny_run
+
+
+def raising(error):
+    def main(args):
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error", [BadData("the file x is broken"), ValueError("the file x is broken"),
+                                   FileNotFoundError("the file x is broken")])
+def test_a_users_mistake_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as end:
+        launch(raising(error), tiny_run.get_parser(), [])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"tiny_run: {type(error).__name__}: the file x is broken\n"
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("IRPE_TRACEBACK", "1")
+    with pytest.raises(BadData):
+        launch(raising(BadData("x")), tiny_run.get_parser(), [])
+
+
+def test_the_unforeseen_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        launch(raising(ZeroDivisionError()), tiny_run.get_parser(), [])
+
+
+@pytest.mark.parametrize("argv", [
+    ["--config", "none.yaml"], ["--batch-sise", "3"], ["--seed", "x"], ["--resume", "none.pth"], ["--batch-size", "-3"],
+    ["--eval", "--resume", "auto"], ["--accumulate", "0"], ["--device", "banana"], ["--save-interval", "0"],
+    ["--images", "2"]])
+def test_bad_flags_end_in_a_message(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        launch(tiny_run.main, tiny_run.get_parser(), ["--device", "cpu", *argv])
+    error = capsys.readouterr().err
+    assert end.value.code in (1, 2) and "tiny_run: " in error and "Traceback" not in error
+
+
+def test_a_handler_that_was_there_is_called_once_the_state_is_saved():
+    """submitit's handler asks SLURM to queue the job again; it must not run in mid-step, nor be lost."""
+    called = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+
+    def requeue(number, frame):
+        called.append(number)
+        sys.exit(3)
+
+    def ignore(number, frame):
+        called.append("ignored")
+
+    try:
+        signal.signal(signal.SIGUSR2, requeue)
+        signal.signal(signal.SIGTERM, ignore)
+        preemption = Preemption().install()
+        preemption.deferred = True
+        signal.raise_signal(signal.SIGUSR2)
+        assert called == [] and preemption.signal == signal.SIGUSR2
+        with pytest.raises(SystemExit) as end:
+            preemption.stop()
+        assert end.value.code == 3 and called == [signal.SIGUSR2]
+        signal.raise_signal(signal.SIGTERM)
+        assert called[1:] == ["ignored"]
+        preemption.uninstall()
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_outside_of_training_ends_at_once(capsys):
+    preemption = Preemption().install()
+    try:
+        with pytest.raises(Preempted) as end:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        preemption.uninstall()
+    assert end.value.code == 75
+
+
+def main_for_slurm(args):
+    print(f"ran with lr {args.lr} into {args.output_dir}")
+
+
+def test_slurm_job_runs_and_comes_back_resuming(tmp_path, monkeypatch, capsys):
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setenv("RANK", "0")  # restored afterwards: the job sets them
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+
+    class Environment:
+        job_id, global_rank, local_rank, num_tasks, hostnames = "77", 1, 1, 2, ["first", "second"]
+
+    monkeypatch.setattr(submitit, "JobEnvironment", Environment)
+    job = SlurmJob(main_for_slurm, argparse.Namespace(lr=0.1, output_dir="out/%j", resume=""))
+    job()
+    assert capsys.readouterr().out == "ran with lr 0.1 into out/77\n"
+    import os
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("1", "2", "first")
+    again = job.checkpoint()
+    assert isinstance(again, submitit.helpers.DelayedSubmission) and again.function.args.resume == "auto"
+    assert SlurmJob.__submitit_checkpoint__ is SlurmJob.checkpoint
+
+
+@pytest.mark.slow
+def test_submit_runs_a_job_on_this_machine(tmp_path, capsys):
+    pytest.importorskip("submitit")
+    submit(tiny_run.main, tiny_run.get_parser(), [
+        "--executor", "local", "--nodes", "1", "--ngpus", "2", "--timeout", "5", "--job_dir", str(tmp_path / "%j"),
+        "--device", "cpu", "--no-tensorboard", "--epochs", "1"])
+    assert "submitted job" in capsys.readouterr().out
+    import time
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/log.txt")):
+        assert time.monotonic() < deadline, [p.read_text() for p in tmp_path.glob("*/*log.*")]
+        time.sleep(0.5)
+
+
+def test_submit_without_submitit_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ImportError, match="pip install submitit"):
+        submit(tiny_run.main, tiny_run.get_parser(), [])

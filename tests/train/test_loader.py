@@ -1,0 +1,150 @@
+"""Loaders: the same samples from any step on and with any workers, each image evaluated once, unreadable ones named."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import RandomSampler, SequentialSampler
+
+from irpe_train import loader as loader_module
+from irpe_train.errors import BadData
+from irpe_train.loader import EvalLoader, TrainLoader
+from irpe_train.randomness import mix, sample_randomness, seed_step
+
+
+class Draws:
+    """(index, a number of each generator); some images are unreadable."""
+
+    def __init__(self, count, unreadable=(), error=None):
+        self.samples = [(f"a/{i}.png", 0) for i in range(count)]
+        self.unreadable = unreadable
+        self.error = error or OSError("image file is truncated (3 bytes not processed)")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if index in self.unreadable:
+            raise self.error
+        return index, random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def draws(count=20, workers=0, **options):
+    data = Draws(count, **options)
+    return TrainLoader(data, RandomSampler(data), batch_size=3, seed=7, num_workers=workers)
+
+
+def batches(loader, epoch, start=0):
+    return [[column.tolist() for column in batch] for batch in loader.batches(epoch, start)]
+
+
+def test_any_start_and_any_workers_give_the_same_batches():
+    whole = batches(draws(), 4)
+    assert len(whole) == 6 and len({index for batch in whole for index in batch[0]}) == 18
+    random.random(), torch.rand(5)  # the state of the process does not matter
+    workers = draws(workers=2)
+    assert batches(workers, 4) == whole
+    assert batches(workers, 4, start=2) == whole[2:]
+    assert batches(draws(), 4, start=5) == whole[5:]
+    assert batches(draws(), 4, start=6) == []
+    assert batches(draws(), 5) != whole
+
+
+def test_loading_leaves_the_generators_of_the_process_alone():
+    seed_step(0, rank=0, step=0)
+    expected = random.random(), np.random.rand(), torch.rand(())
+    seed_step(0, rank=0, step=0)
+    next(draws().batches(0))
+    assert (random.random(), np.random.rand(), torch.rand(())) == expected
+
+
+def test_seeds_differ_between_neighbours_and_kinds():
+    seeds = {mix("step", seed, rank, step) for seed in range(5) for rank in range(5) for step in range(5)}
+    assert len(seeds) == 125 and mix("sample", 0, 0, 0) not in seeds and mix(1, 23) != mix(12, 3)
+    with sample_randomness(1, 2):
+        first = random.random(), np.random.rand(), torch.rand(()).item()
+    assert len({round(value, 6) for value in first}) == 3
+
+
+def test_every_position_has_its_own_randomness_even_for_one_image():
+    """Repeated augmentation asks for one image several times in an epoch."""
+    data = Draws(1)
+    loader = TrainLoader(data, [0, 0, 0, 0], batch_size=4, seed=0)
+    (_, a, b, c), = batches(loader, 0)
+    assert len(set(a)) == len(set(b)) == len(set(c)) == 4
+
+
+@pytest.mark.parametrize(("drop_last", "steps"), [(True, 6), (False, 7)])
+def test_last_batch(drop_last, steps):
+    data = Draws(20)
+    loader = TrainLoader(data, SequentialSampler(data), batch_size=3, seed=0, drop_last=drop_last)
+    assert len(loader) == len(batches(loader, 0)) == steps
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_training_image_is_replaced_counted_and_named(workers, capsys):
+    from irpe_train.distributed import set_up_logging
+    set_up_logging(0)
+    data = Draws(12, unreadable=(5, 6))
+    loader = TrainLoader(data, SequentialSampler(data), batch_size=4, seed=0, num_workers=workers)
+    assert [batch[0] for batch in batches(loader, 0)] == [[0, 1, 2, 3], [4, 7, 7, 7], [8, 9, 10, 11]]
+    assert set(loader.bad) == {"a/5.png", "a/6.png"}
+    printed = capsys.readouterr().out
+    assert printed.count("a/5.png") == 1
+    assert "unreadable training image, its neighbour was taken: a/5.png (OSError: image file is truncated" in printed
+    assert loader.samples(1) == ["a/4.png", "a/5.png", "a/6.png", "a/7.png"]
+
+
+def test_many_unreadable_training_images_in_a_row_stop(capsys):
+    data = Draws(40, unreadable=range(40))
+    with pytest.raises(BadData, match=r"16 training images in a row are unreadable, the last: a/\d+.png \(OSError"):
+        batches(TrainLoader(data, SequentialSampler(data), batch_size=1, seed=0), 0)
+
+
+def test_a_mistake_in_the_data_set_is_no_unreadable_image():
+    data = Draws(4, unreadable=(1,), error=TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        batches(TrainLoader(data, SequentialSampler(data), batch_size=1, seed=0), 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_names_an_unreadable_image_and_stops(workers):
+    loader = EvalLoader(Draws(5, unreadable=(3,)), batch_size=2, num_workers=workers)
+    with pytest.raises(BadData, match=r"^evaluation cannot read a/3.png \(OSError: image file is truncated .*none is "
+                                      "skipped"):
+        list(loader)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 13, 14])
+def test_ranks_share_a_set_without_repeating(monkeypatch, world_size, count):
+    monkeypatch.setattr(loader_module, "world_size", lambda: world_size)
+    seen = []
+    for rank in range(world_size):
+        monkeypatch.setattr(loader_module, "rank", lambda rank=rank: rank)
+        loader = EvalLoader(Draws(count), batch_size=2)
+        of_rank = [index for batch in loader for index in batch[0].tolist()]
+        assert of_rank == loader.indices and len(loader) == -(-len(of_rank) // 2)
+        seen += of_rank
+        assert len(EvalLoader(Draws(count), batch_size=2, shard=False).indices) == count
+    assert sorted(seen) == list(range(count))
+
+
+def test_ranks_train_on_different_noise(monkeypatch):
+    noise = []
+    for rank in range(2):
+        monkeypatch.setattr(loader_module, "rank", lambda rank=rank: rank)
+        data = Draws(4)
+        noise.append(batches(TrainLoader(data, SequentialSampler(data), batch_size=4, seed=0), 0)[0][1])
+    assert not set(noise[0]) & set(noise[1]) or noise[0] != noise[1]
+
+
+def test_sizes_that_cannot_work_are_refused():
+    data = Draws(2)
+    with pytest.raises(ValueError, match="batch size -1: expected 1 or more"):
+        TrainLoader(data, SequentialSampler(data), batch_size=-1, seed=0)
+    with pytest.raises(ValueError, match="2 training samples per process and epoch do not fill one batch of 3"):
+        TrainLoader(data, SequentialSampler(data), batch_size=3, seed=0)
+    with pytest.raises(ValueError, match="evaluation batch size 0"):
+        EvalLoader(data, batch_size=0)

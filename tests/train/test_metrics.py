@@ -1,0 +1,122 @@
+"""Averages and progress lines."""
+
+import io
+import re
+import sys
+
+import pytest
+import torch
+
+from irpe_train.distributed import set_up_logging
+from irpe_train.metrics import MetricLogger, SmoothedValue
+
+
+def test_means_are_over_iterations_or_over_images():
+    meters = MetricLogger()
+    meters.update(loss=1.0, lr=0.5)
+    meters.update(loss=torch.tensor(4.0), lr=0.5)
+    meters.update(acc1=torch.tensor(100.0), n=1)
+    meters.update(acc1=50.0, n=3)
+    assert meters.averages() == {"loss": 2.5, "lr": 0.5, "acc1": 62.5}
+
+
+def test_window_statistics():
+    value = SmoothedValue(window_size=3, fmt="{median:.1f} {avg:.1f} {global_avg:.1f} {max:.1f} {value:.1f}")
+    for x in (10, 1, 2, 6):
+        value.update(x)
+    assert str(value) == "2.0 3.0 4.8 6.0 6.0"
+    assert str(SmoothedValue()) == "0.0000 (0.0000)"
+
+
+def test_tensors_are_read_when_someone_looks():
+    meters = MetricLogger()
+    for step in range(3):
+        meters.update(a=torch.tensor(float(step)), b=torch.tensor(1, dtype=torch.int64), c=torch.tensor([2.0]).half())
+    assert len(meters._pending) == 9 and meters._meters["a"].count == 0
+    assert meters.meters["a"].count == 3 and not meters._pending
+    assert meters.averages() == {"a": 1.0, "b": 1.0, "c": 2.0}
+
+
+def test_order_is_that_of_first_mention():
+    meters = MetricLogger()
+    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    meters.update(loss=torch.tensor(1.0), lr=0.1)
+    assert list(meters.averages()) == ["lr", "loss"]
+    assert str(meters) == "lr: 0.100000  loss: 1.0000 (1.0000)"
+
+
+def test_state_goes_on_bit_for_bit():
+    values = torch.rand(50).tolist()
+    whole, first, second = MetricLogger(), MetricLogger(), MetricLogger()
+    for meters in (whole, first):
+        meters.add_meter("x", SmoothedValue(window_size=7))
+    for i, value in enumerate(values):
+        whole.update(x=torch.tensor(value), n=3)
+        (first if i < 23 else second).update(x=torch.tensor(value), n=3)
+        if i == 22:
+            second.load_state_dict(first.state_dict())
+    assert second.state_dict() == whole.state_dict() and second.averages() == whole.averages()
+
+
+def test_reset_keeps_formats():
+    meters = MetricLogger()
+    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    meters.update(lr=1.0)
+    meters.reset()
+    assert str(meters) == "" and meters.averages() == {"lr": 0.0}
+    meters.update(lr=2.0)
+    assert str(meters) == "lr: 2.000000"
+
+
+def test_lines_without_a_terminal(capsys):
+    set_up_logging(0)
+    meters = MetricLogger()
+    for step in meters.log_every(range(25), every=10, header="Epoch: [3]", images_per_step=8):
+        meters.update(loss=float(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.match(r"Epoch: \[3\] \[ ?(\d+)/25\]", line).group(1) for line in lines[:-1]] == ["0", "10", "20", "24"]
+    assert re.search(r"eta: 0:00:0\d  loss: 0.0000 \(0.0000\)  \d+ img/s  time: \d\.\d+  data: \d\.\d+  max mem: \d+",
+                     lines[0])
+    assert "Total time: 0:00:00" in lines[-1]
+
+
+def test_interrupted_epoch_counts_on(capsys):
+    set_up_logging(0)
+
+    class Rest:
+        def __len__(self):
+            return 25
+
+        def __iter__(self):
+            return iter(range(12, 25))
+
+    list(MetricLogger().log_every(Rest(), every=10, header="E", start=12))
+    assert re.findall(r"\[(\d+)/25\]", capsys.readouterr().out) == ["20", "24"]
+
+
+def test_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    set_up_logging(0)
+    meters = MetricLogger()
+    for _ in meters.log_every(range(4), header="Epoch: [0]", images_per_step=2):
+        meters.update(loss=0.5, lr=1e-3)
+    last = sys.stdout.getvalue().split("\r")[-1]
+    assert re.search(r"Epoch: \[0\] \[#{20}\] 4/4  loss 0.5  lr 0.001  \d+ img/s  eta 0:00:00\n", last)
+
+
+def test_empty_loader(capsys):
+    assert list(MetricLogger().log_every([], header="Test:")) == [] and MetricLogger().averages() == {}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_ranks_print_warnings_alone_with_their_rank(rank, capsys):
+    from irpe_train.distributed import logger
+    set_up_logging(rank)
+    logger.info("* Acc@1 73.700")
+    logger.warning("look")
+    set_up_logging(0)
+    assert capsys.readouterr().out == ("* Acc@1 73.700\nwarning: look\n" if rank == 0 else "[rank 1] warning: look\n")

@@ -1,0 +1,216 @@
+"""Exact resume: stopped anywhere and started again, a run equals the uninterrupted one bit for bit."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from irpe_train.checkpoint import read_checkpoint
+from irpe_train.errors import Preempted
+from tests.train import tiny_run
+from tests.train.processes import Ranks, run_ranks
+
+QUIET = ["--device", "cpu", "--no-tensorboard"]
+
+
+def tiny(folder, *flags, **options):
+    return run_ranks(tiny_run.main, tiny_run.get_parser(), [*QUIET, "--output_dir", str(folder), *flags],
+                     folder.parent / "outputs", **options)
+
+
+def assert_same(a, b, where=""):
+    """Equal bit for bit, through all containers; the flags are left out, they say how often a run was resumed."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape, where
+        assert a.numpy().tobytes() == b.numpy().tobytes(), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            if key != "args":
+                assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(ours, uninterrupted):
+    assert (ours / "log.txt").read_text() == (uninterrupted / "log.txt").read_text()
+    for name in ("checkpoint.pth", "best.pth"):
+        assert_same(read_checkpoint(ours / name), read_checkpoint(uninterrupted / name), name)
+
+
+@pytest.mark.parametrize(("workers", "flags"), [(0, ()), (2, ()), (2, ("--accumulate", "5")), (0, ("--amp", "bf16"))],
+                         ids=["no-workers", "two-workers", "accumulate", "bf16"])
+def test_stopped_in_mid_epoch_equals_uninterrupted(tmp_path, workers, flags):
+    flags = [*flags, "--deterministic"]
+    assert tiny(tmp_path / "whole", *flags)[0].code == 0
+    # 12 steps an epoch: in the middle, at the last step, at the first.
+    for epoch, step in ((0, 4), (1, 11), (2, 0)):
+        ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto", "--num_workers", str(workers),
+                      "--term-at", "0", str(epoch), str(step))
+        assert ended.code == Preempted.EXIT_CODE, ended.text
+        assert "--resume auto goes on" in ended.text
+    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto", "--num_workers", str(workers))
+    assert ended.code == 0, ended.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_stopped_in_mid_epoch_equals_uninterrupted_on_several_ranks(tmp_path, world_size):
+    flags = ["--deterministic", "--images", "60", "--num_workers", "0" if world_size == 3 else "1"]
+    for ended in tiny(tmp_path / "whole", *flags, world_size=world_size):
+        assert ended.code == 0, ended.text
+    # The signal reaches one rank alone: all stop after the same step.
+    for ended in tiny(tmp_path / "cut", *flags, "--term-at", "1", "1", "2", world_size=world_size):
+        assert ended.code == Preempted.EXIT_CODE, ended.text
+    progress = read_checkpoint(tmp_path / "cut" / "checkpoint.pth")["progress"]
+    assert progress["epoch"] == 1 and progress["step"] in (3, 4)
+    for ended in tiny(tmp_path / "cut", *flags, "--resume", "auto", world_size=world_size):
+        assert ended.code == 0, ended.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_number_of_workers_changes_nothing(tmp_path):
+    assert tiny(tmp_path / "none", "--epochs", "1")[0].code == 0
+    assert tiny(tmp_path / "two", "--epochs", "1", "--num_workers", "2")[0].code == 0
+    assert_same_run(tmp_path / "two", tmp_path / "none")
+
+
+def test_stop_during_evaluation_leaves_at_once_and_resumes_there(tmp_path, monkeypatch):
+    evaluate = tiny_run.evaluate
+    tiny(tmp_path / "whole")
+
+    def evaluate_and_be_stopped(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(tiny_run, "evaluate", evaluate_and_be_stopped)
+    ended, = tiny(tmp_path / "cut")
+    assert ended.code == Preempted.EXIT_CODE and "SIGUSR1" in ended.text
+    assert not (tmp_path / "cut" / "log.txt").exists()
+    monkeypatch.undo()
+    ended, = tiny(tmp_path / "cut", "--resume", "auto")
+    assert "epoch 0, step 12, to be evaluated" in ended.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_whole_process_group_is_told_to_stop(tmp_path):
+    """torchrun and SLURM signal the data loading workers too; the step is finished all the same."""
+    ranks = Ranks(tiny_run.main, tiny_run.get_parser(),
+                  [*QUIET, "--output_dir", str(tmp_path / "run"), "--num_workers", "2", "--step-time", "0.05",
+                   "--epochs", "50"], tmp_path / "outputs")
+    wait_for(lambda: "Epoch: [1]" in ranks.outputs[0].read_text())
+    os.killpg(ranks.processes[0].pid, signal.SIGTERM)
+    ended, = ranks.wait(30)
+    assert ended.code == Preempted.EXIT_CODE, ended.text
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["epoch"] >= 1
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def kill_and_restart(folder, kills, flags):
+    """SIGKILL at random moments; each restart finds a checkpoint at most one save interval old. Returns the kills."""
+    generator, newest, killed = random.Random(0), (0, 0), 0
+    while killed < kills:
+        ranks = Ranks(tiny_run.main, tiny_run.get_parser(),
+                      [*QUIET, "--output_dir", str(folder), "--resume", "auto", *flags], folder.parent / "outputs")
+        wait_for(lambda: "Epoch: [" in ranks.outputs[0].read_text() or not ranks.processes[0].is_alive())  # noqa: B023
+        time.sleep(generator.uniform(0, 0.15))
+        ranks.processes[0].kill()
+        ended, = ranks.wait(30)
+        if ended.code == 0:
+            break
+        assert ended.code == -signal.SIGKILL, ended.text
+        killed += 1
+        found = []
+        for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+            if (folder / name).exists():
+                progress = read_checkpoint(folder / name)["progress"]
+                found.append((progress["epoch"], progress["step"]))
+        assert all(position >= newest for position in found[:1]), "went back"
+        newest = max([newest, *found])
+    return killed
+
+
+def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
+    flags = ["--images", "200", "--epochs", "4"]
+    tiny(tmp_path / "whole", *flags)
+    assert kill_and_restart(tmp_path / "cut", 6, [*flags, "--save-interval", "1"]) >= 3
+    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto")
+    assert ended.code == 0, ended.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_a_hundred_times_equals_uninterrupted(tmp_path):
+    flags = ["--images", "1200", "--epochs", "30"]
+    tiny(tmp_path / "whole", *flags, timeout=600)
+    assert kill_and_restart(tmp_path / "cut", 100, [*flags, "--save-interval", "1"]) == 100
+    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto", timeout=600)
+    assert ended.code == 0, ended.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_kill_between_saves_loses_at_most_one_interval(tmp_path):
+    ended, = tiny(tmp_path / "run", "--save-interval", "5", "--die-at", "0", "1", "9")
+    assert ended.code == 9
+    progress = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 5)
+
+
+def test_auto_starts_anew_goes_on_and_knows_when_it_is_finished(tmp_path):
+    ended, = tiny(tmp_path / "run", "--resume", "auto")
+    assert "no checkpoint" in ended.text and ended.code == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    ended, = tiny(tmp_path / "run", "--resume", "auto")
+    assert "epoch 3, step 0" in ended.text and "Epoch: [" not in ended.text
+    assert (tmp_path / "run" / "log.txt").read_text() == log
+    ended, = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "4")
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert epochs == [0, 1, 2, 3]
+
+
+def test_another_batch_size_restarts_the_epoch(tmp_path):
+    tiny(tmp_path / "run", "--term-at", "0", "1", "3")
+    ended, = tiny(tmp_path / "run", "--resume", "auto", "--batch-size", "8")
+    assert ended.code == 0 and "this epoch starts again" in ended.text
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_auto_falls_back_to_the_checkpoint_before(tmp_path):
+    tiny(tmp_path / "whole")
+    tiny(tmp_path / "cut", "--term-at", "0", "2", "3")
+    newest = tmp_path / "cut" / "checkpoint.pth"
+    newest.write_bytes(newest.read_bytes()[:4000])
+    ended, = tiny(tmp_path / "cut", "--resume", "auto")
+    assert ended.code == 0
+    assert f"checkpoint {newest}: damaged or truncated" in ended.text and "Falling back to" in ended.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_auto_does_not_start_anew_over_two_bad_checkpoints(tmp_path):
+    tiny(tmp_path / "run", "--epochs", "1")
+    for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+        (tmp_path / "run" / name).write_bytes(b"")
+    ended, = tiny(tmp_path / "run", "--resume", "auto")
+    assert ended.code == 1 and "no usable checkpoint" in ended.text and "the file is empty" in ended.text
+
+
+def test_two_deterministic_runs_are_equal(tmp_path):
+    for name in ("a", "b"):
+        assert tiny(tmp_path / name, "--deterministic", "--epochs", "2")[0].code == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")

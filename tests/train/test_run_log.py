@@ -1,0 +1,81 @@
+"""log.txt, the recorded flags and versions, and the start banner."""
+
+import argparse
+import json
+
+import pytest
+
+from irpe_train.config import parse_args
+from irpe_train.distributed import set_up_logging
+from irpe_train.run_log import RunLog, banner, changed_flags, git_state, record_start
+from tests.train import tiny_run
+
+
+def epochs(folder):
+    return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_a_line_an_epoch_with_keys_in_their_order(tmp_path):
+    log = RunLog(tmp_path / "new", epoch=0, resumed=False, tensorboard=False)
+    log.write({"train_lr": 1e-6, "train_loss": 0.1, "test_coco_eval_bbox": [0.5] * 12, "epoch": 0, "n_parameters": 7})
+    assert (tmp_path / "new" / "log.txt").read_text() == (
+        '{"train_lr": 1e-06, "train_loss": 0.1, "test_coco_eval_bbox": ' + str([0.5] * 12)
+        + ', "epoch": 0, "n_parameters": 7}\n')
+
+
+def test_each_epoch_once_after_a_resume(tmp_path):
+    log = RunLog(tmp_path, epoch=0, resumed=False, tensorboard=False)
+    for epoch in range(4):
+        log.write({"epoch": epoch})
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 4, "train_lo')  # killed while writing
+    log = RunLog(tmp_path, epoch=2, resumed=True, tensorboard=False)
+    assert epochs(tmp_path) == [0, 1]
+    log.write({"epoch": 2})
+    assert epochs(tmp_path) == [0, 1, 2]
+
+
+def test_log_of_another_run_is_kept(tmp_path, capsys):
+    set_up_logging(0)
+    for _ in range(3):
+        RunLog(tmp_path, epoch=0, resumed=False, tensorboard=False).write({"epoch": 0})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.1.txt", "log.2.txt", "log.txt"]
+    assert "it is now log.2.txt" in capsys.readouterr().out
+
+
+def test_no_folder_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RunLog("", epoch=0, resumed=False).write({"epoch": 0})
+    record_start(tiny_run.get_parser(), argparse.Namespace(output_dir=""))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_if_installed(tmp_path):
+    pytest.importorskip("tensorboard")
+    log = RunLog(tmp_path, epoch=0, resumed=False)
+    log.write({"train_loss": 1.0, "test_coco_eval_bbox": [0.5] * 12, "epoch": 0})
+    events, = (tmp_path / "tensorboard").iterdir()
+    contents = events.read_bytes()
+    assert b"train_loss" in contents and b"test_coco_eval_bbox_AP" in contents
+
+
+def test_start_is_recorded(tmp_path):
+    parser = tiny_run.get_parser()
+    args = parse_args(parser, ["--output_dir", str(tmp_path), "--lr", "0.25", "--nan-at", "1", "2", "3"])
+    record_start(parser, args)
+    record_start(parser, args)
+    again = parse_args(parser, ["--config", str(tmp_path / "config.yaml")])
+    assert (again.lr, again.nan_at) == (0.25, [1, 2, 3])
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2 and {"torch", "python", "git", "command", "gpus", "world_size"} <= set(starts[0])
+    assert starts[0]["git"] == git_state()
+
+
+def test_banner_and_changed_flags(capsys):
+    set_up_logging(0)
+    parser = tiny_run.get_parser()
+    args = parse_args(parser, ["--lr", "0.25", "--batch-size", "4", "--amp", "bf16"])
+    assert changed_flags(parser, args, ignore=("amp",)) == "lr=0.25 (published: 0.05)"
+    assert changed_flags(parser, parse_args(parser, [])) == "nothing"
+    banner("tiny", {"effective batch": 8, "lr": 0.25})
+    assert capsys.readouterr().out == "tiny\n  effective batch  8\n  lr               0.25\n"

@@ -1,0 +1,174 @@
+"""One step: the finite check before the update, accumulation, clipping, loss scaling, saves in between."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+
+from irpe_train.errors import BadData, NonFiniteLoss
+from irpe_train.loader import TrainLoader
+from irpe_train.precision import Precision
+from irpe_train.steps import Steps, parse_save_interval
+from irpe_train.train_state import Checkpoints, TrainState
+
+CPU = torch.device("cpu")
+
+
+class Rows:
+    """Fixed rows, and a file name for each."""
+
+    def __init__(self, count, unreadable=()):
+        self.samples = [(f"row{i}.png", 0) for i in range(count)]
+        self.rows = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+        self.unreadable = unreadable
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if index in self.unreadable:
+            raise OSError("truncated")
+        return self.rows[index]
+
+
+def set_up(folder="", count=12, batch_size=2, amp="none", unreadable=(), **options):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+    state = TrainState(model, optimizer, scheduler)
+    rows = Rows(count, unreadable)
+    loader = TrainLoader(rows, SequentialSampler(rows), batch_size=batch_size, seed=0)
+    checkpoints = Checkpoints(folder, argparse.Namespace(), ("model",))
+    return state, Steps(loader, state, checkpoints, seed=0, **options), Precision(amp, CPU)
+
+
+def loss_of(model, rows):
+    return model(rows).square().mean()
+
+
+def train(state, steps, precision, clip=None):
+    updates = 0
+    for rows in steps:
+        updates += precision.step(loss_of(state.model, rows), state.optimizer, state.model.parameters(), steps=steps,
+                                  clip=clip)
+    return updates
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    state, steps, precision = set_up(batch_size=2, accumulate=3)
+    assert train(state, steps, precision) == 2
+    large, large_steps, precision = set_up(batch_size=6)
+    assert train(large, large_steps, precision) == 2
+    torch.testing.assert_close(state.model.weight, large.model.weight)
+
+
+def test_last_smaller_group_is_a_mean_too():
+    """5 batches in groups of 3: the second group has 2, and its gradient is the mean of 2."""
+    state, steps, precision = set_up(count=10, batch_size=2, accumulate=3)
+    assert train(state, steps, precision) == 2
+    reference, reference_steps, _ = set_up(count=10, batch_size=2)
+    rows = reference_steps.loader.dataset.rows
+    for group in (rows[:6], rows[6:]):
+        reference.optimizer.zero_grad()
+        loss_of(reference.model, group).backward()
+        reference.optimizer.step()
+    torch.testing.assert_close(state.model.weight, reference.model.weight)
+
+
+def test_clipping_bounds_the_update():
+    state, steps, precision = set_up(count=2, batch_size=2)
+    before = torch.cat([p.detach().flatten().clone() for p in state.model.parameters()])
+    train(state, steps, precision, clip=1e-3)
+    after = torch.cat([p.detach().flatten() for p in state.model.parameters()])
+    assert torch.isclose((after - before).norm(), torch.tensor(0.1 * 1e-3), rtol=1e-2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, bad):
+    state, steps, precision = set_up(tmp_path)
+    state.epoch = 4
+    batches = iter(steps)
+    precision.step(loss_of(state.model, next(batches)), state.optimizer, state.model.parameters(), steps=steps)
+    loss = loss_of(state.model, next(batches)) * bad
+    before = [p.detach().clone() for p in state.model.parameters()]
+    words = r"not finite on rank 0 at epoch 4, step 1: loss (nan|inf), loss_giou 3, lr 0.1. The weights were not"
+    with pytest.raises(NonFiniteLoss, match=words):
+        precision.step(loss, state.optimizer, state.model.parameters(), steps=steps,
+                       terms={"loss_giou": torch.tensor(3.0)})
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+    report, = json.loads((tmp_path / "nonfinite_loss.json").read_text())
+    assert report["samples"] == ["row2.png", "row3.png"]
+    assert (report["epoch"], report["step"], report["lr"], report["terms"]["loss_giou"]) == (4, 1, 0.1, 3.0)
+
+
+@pytest.mark.parametrize(("unreadable", "max_bad", "stops"), [((3,), 0.2, False), ((3, 7), 0.2, True), ((3,), 0, True)])
+def test_too_many_unreadable_images_stop_the_run(unreadable, max_bad, stops):
+    state, steps, precision = set_up(count=8, unreadable=unreadable, max_bad=max_bad)
+    if not stops:
+        assert train(state, steps, precision) == 4
+        return
+    with pytest.raises(BadData, match=rf"{len(unreadable)} of 8 training images are unreadable, and --max-bad "
+                                      rf"{max_bad:g} allows \d: row3.png \(OSError: truncated\)"):
+        train(state, steps, precision)
+
+
+def test_saves_within_the_epoch_fall_on_updates(tmp_path, monkeypatch):
+    state, steps, precision = set_up(tmp_path, count=20, batch_size=2, accumulate=2, save_interval="3")
+    saved = []
+    monkeypatch.setattr(steps.checkpoints, "save", lambda state, also=(): saved.append(state.step))
+    train(state, steps, precision)
+    assert saved == [4, 8]  # every 3 batches is every 2 updates of 2
+
+
+def test_saves_by_the_clock(tmp_path, monkeypatch):
+    from irpe_train import steps as steps_module
+    now = iter(range(0, 10_000, 50))  # each look at the clock finds it 50 s later
+    monkeypatch.setattr(steps_module.time, "monotonic", lambda: next(now))
+    state, steps, precision = set_up(tmp_path, count=16, save_interval="2m")
+    saved = []
+    monkeypatch.setattr(steps.checkpoints, "save", lambda state, also=(): saved.append(state.step))
+    train(state, steps, precision)
+    assert saved == [3, 6]
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "often", "0m", "m", ""])
+def test_save_interval_that_means_nothing_is_refused(text):
+    with pytest.raises(ValueError, match=f"--save-interval '{text}': expected a number of steps"):
+        parse_save_interval(text)
+
+
+def test_save_interval():
+    assert parse_save_interval("500") == (500, None) and parse_save_interval("1.5m") == (None, 90.0)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "none"])
+def test_number_formats(amp):
+    precision = Precision(amp, CPU)
+    with precision.autocast():
+        out = torch.nn.Linear(3, 2)(torch.ones(1, 3))
+    assert out.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)  # fp16 is fp32 on the CPU, as published
+    assert precision.scaler.state_dict() == {}
+
+
+def test_unknown_number_format_is_refused():
+    with pytest.raises(ValueError, match="--amp 'fp8': expected one of bf16, fp16, none"):
+        Precision("fp8", CPU)
+
+
+def test_fewer_than_one_batch_per_update_is_refused():
+    with pytest.raises(ValueError, match="--accumulate 0: expected 1 or more"):
+        set_up(accumulate=0)
+
+
+def test_overflow_under_loss_scaling_skips_the_update_and_lowers_the_scale():
+    """What fp16 needs CUDA for is its forward pass; the scaler itself is the same everywhere."""
+    state, steps, precision = set_up(count=2)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    before = state.model.weight.detach().clone()
+    for rows in steps:
+        loss = 100 * loss_of(state.model, rows)
+        precision.step(loss, state.optimizer, state.model.parameters(), steps=steps, clip=1.0)
+    assert torch.equal(state.model.weight, before) and precision.scaler.get_scale() < 3e38
