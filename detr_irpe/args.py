@@ -17,7 +17,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     data("--coco_panoptic_path", metavar="DIR", help="holds annotations/panoptic_*.json and panoptic_*2017/ (or .zip)")
     data("--remove_difficult", action="store_true", help="kept from the published command, which does not use it")
     data("--num_classes", default="auto", type=_auto_or_positive_int, metavar="N",
-         help="largest category id plus one; auto reads it from the annotations (91 for COCO, 250 for its panoptic set)")
+         help="largest category id plus one; auto: from the annotations (91 for COCO, 250 for its panoptic set)")
     data("--image_size", default=800, type=positive_int, metavar="PIXELS",
          help="short side in evaluation, longest in training; all other sizes scale with it")
     data("--augment", default="published", choices=("published", "none"),
@@ -65,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     train("--batch_size", default=2, type=positive_int, help="images per process and step")
     train("--weight_decay", default=1e-4, type=float, help="of everything, encodings included")
     train("--epochs", default=300, type=int, help="epochs in all")
-    train("--lr_drop", default=200, type=positive_int, help="the learning rates are divided by ten every so many epochs")
+    train("--lr_drop", default=200, type=positive_int, help="epochs after which both learning rates fall to a tenth")
     train("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 does not clip")
 
     run = add_runtime_arguments(parser, seed=42, num_workers=2, amp="none").add_argument

@@ -67,7 +67,8 @@ def evaluate(
             results = postprocessors["segm"](results, outputs, original_sizes, sizes)
         evaluator.update(dict(zip(image_ids, results, strict=True)))
         if panoptic is not None:
-            for image_id, found in zip(image_ids, postprocessors["panoptic"](outputs, sizes, original_sizes), strict=True):
+            maps = postprocessors["panoptic"](outputs, sizes, original_sizes)
+            for image_id, found in zip(image_ids, maps, strict=True):
                 panoptic.update(image_id, found["png_string"], found["segments_info"])
     return meters.averages()
 

@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.eval:
         transforms = train_transforms if args.augment == "published" else eval_transforms
         train_set = build_dataset(args, "train2017", transforms(args.image_size))
-        sampler = DistributedSampler(train_set, distributed.world_size(), distributed.rank(), shuffle=True, seed=args.seed)
+        sampler = DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed)
         loader = TrainLoader(train_set, sampler, batch_size=args.batch_size, seed=args.seed, collate_fn=collate,
                              num_workers=args.num_workers, pin_memory=device.type == "cuda", name_of=train_set.describe)
         sets.append(train_set)
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- evaluate only
     if args.eval:
-        evaluate_only(args, model, criterion, postprocessors, val_set, val_loader, precision, n_parameters)
+        evaluate_only(args, model, criterion, postprocessors, val_loader, precision, n_parameters)
         return
 
     # --- optimizer
@@ -94,17 +94,18 @@ def main(args: argparse.Namespace) -> None:
     images_per_step = args.batch_size * distributed.world_size()
     record_start(get_args_parser(), args)
     banner("run", {
-        "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.categories)} categories",
-        "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {args.num_classes} class ids, {args.amp} asked "
-                 f"for and {precision.amp} used",
+        "data": f"{len(train_set)} training and {len(val_set)} validation images, "
+                f"{len(train_set.categories)} categories",
+        "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {args.num_classes} class ids, "
+                 f"{args.amp} asked for and {precision.amp} used",
         "effective batch": f"{images_per_step * args.accumulate} images an update: {args.batch_size} x "
                            f"{distributed.world_size()} process(es) x {args.accumulate} accumulated (published: 16)",
         "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
         "an epoch": f"{len(loader)} steps, {len(loader) * images_per_step} samples",
         "not as published": differs})
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard)
-    steps = Steps(loader, state, checkpoints, seed=args.seed, accumulate=args.accumulate, save_interval=args.save_interval,
-                  max_bad=args.max_bad, preemption=Preemption().install())
+    steps = Steps(loader, state, checkpoints, seed=args.seed, accumulate=args.accumulate,
+                  save_interval=args.save_interval, max_bad=args.max_bad, preemption=Preemption().install())
     state.meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     state.meters.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     began = time.monotonic()
@@ -117,32 +118,33 @@ def main(args: argparse.Namespace) -> None:
             lr_scheduler.step()
             kept = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
             steps.finish_training(train_stats, also=(f"checkpoint{epoch:04}.pth",) if kept else ())
-        test_stats, precision_recall = score(args, model, criterion, postprocessors, val_set, val_loader, precision)
+        test_stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
         improved = state.best is None or test_stats["coco_eval_bbox"][0] > state.best
         state.best = test_stats["coco_eval_bbox"][0] if improved else state.best
         log.write({**{f"train_{name}": value for name, value in state.train_stats.items()},
                    **{f"test_{name}": value for name, value in test_stats.items()},
                    "epoch": epoch, "n_parameters": n_parameters})
-        write_eval(args.output_dir, precision_recall, ("eval/latest.pth", *([f"eval/{epoch:03}.pth"] * (epoch % 50 == 0))))
+        write_eval(args.output_dir, curves, ("eval/latest.pth", f"eval/{epoch:03}.pth")[: 1 + (epoch % 50 == 0)])
         state.next_epoch()
         checkpoints.save(state, also=("best.pth",) if improved else ())
     logger.info(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.monotonic() - began))}")
 
 
-def evaluate_only(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, postprocessors: dict, val_set: Dataset,
+def evaluate_only(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, postprocessors: dict,
                   val_loader: EvalLoader, precision: Precision, n_parameters: int) -> None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     source = str(Path(args.output_dir) / Checkpoints.NAME) if args.resume == "auto" else args.resume
     if source:
         checkpoint = read_checkpoint(source)
         load_weights(model, model_weights(checkpoint, source=source), source=source)
-        names = checkpoint.get("categories", val_set.categories)
-        if any(names.get(i) != name for i, name in val_set.categories.items()):
-            logger.warning(f"checkpoint {source} was trained on categories {names}, and this set has {val_set.categories}")
+        here = val_loader.dataset.categories
+        trained_on = checkpoint.get("categories", here)
+        if any(trained_on.get(i) != name for i, name in here.items()):
+            logger.warning(f"checkpoint {source} was trained on the categories {trained_on}, and this set has {here}")
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
-    stats, precision_recall = score(args, model, criterion, postprocessors, val_set, val_loader, precision)
-    write_eval(args.output_dir, precision_recall, ("eval.pth",))
+    stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
+    write_eval(args.output_dir, curves, ("eval.pth",))
     if args.expect and distributed.is_main():
         names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
         measured = dict(zip(names, stats["coco_eval_bbox"], strict=False)) | {"n_parameters": n_parameters}
@@ -152,14 +154,15 @@ def evaluate_only(args: argparse.Namespace, model: nn.Module, criterion: nn.Modu
             raise SystemExit(1)
 
 
-def score(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, postprocessors: dict, val_set: Dataset,
+def score(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, postprocessors: dict,
           val_loader: EvalLoader, precision: Precision) -> tuple[dict, dict | None]:
-    """Evaluate, score and print; the statistics as ``log.txt`` names them after ``test_``, and what ``eval.pth`` holds."""
+    """Evaluate, score and print; returns what ``log.txt`` has after ``test_``, and what ``eval.pth`` holds."""
     annotations = Path(args.coco_path) / "annotations" / "instances_val2017.json"
     evaluator = CocoEvaluator(annotations, [kind for kind in ("bbox", "segm") if kind in postprocessors])
     panoptic = None
     if "panoptic" in postprocessors:
-        panoptic = PanopticEvaluator(val_set, Path(args.output_dir) / "panoptic_eval" if args.output_dir else None)
+        folder = Path(args.output_dir) / "panoptic_eval" if args.output_dir else None
+        panoptic = PanopticEvaluator(val_loader.dataset, folder)
     stats = evaluate(model, criterion, postprocessors, val_loader, evaluator, panoptic, precision)
     scored = evaluator.summarize()
     if scored is not None:
@@ -174,11 +177,11 @@ def score(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, post
     return distributed.from_main(stats), scored["bbox"].eval if scored is not None else None
 
 
-def write_eval(output_dir: str, precision_recall: dict | None, names: tuple[str, ...]) -> None:
+def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> None:
     """Write the scorer's curves under each of ``names``, on the main process, if there is an output folder."""
-    if output_dir and precision_recall is not None:
+    if output_dir and curves is not None:
         for name in names:
-            write_checkpoint(precision_recall, Path(output_dir) / name)
+            write_checkpoint(curves, Path(output_dir) / name)
 
 
 def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -> Dataset:

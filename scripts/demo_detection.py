@@ -3,7 +3,7 @@
 Everything comes with scikit-learn: its 1,797 handwritten digits (8 x 8) and its two photographs (``china.jpg``,
 ``flower.jpg``). Digits and parts of the photographs that are seen in training never occur in validation.
 
-``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 4 digits of 20 to 44 pixels an image, images of
+``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 4 digits of 24 to 48 pixels an image, images of
 96 pixels by 96 to 128. ``digits_on_photos/`` has single digits on photographs in the ImageNet layout: on it a backbone
 learns to classify before it learns to detect, as the published DETR's did on ImageNet.
 """
@@ -18,9 +18,9 @@ from pycocotools import mask as rle
 
 CATEGORY_IDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)  # of the digits 0 to 9: neither from 0 on nor without gaps
 SHORT_SIDE, LONGEST_SIDE = 96, 128  # pixels
-DIGIT_SIDE = (20, 44)  # pixels
+DIGIT_SIDE = (24, 48)  # pixels; the ink of a digit is smaller than the square it is written in
 MOST_DIGITS = 4
-CLASSIFIED_SIDE = 48  # pixels of an image with one digit
+CLASSIFIED_SIDE = 32  # pixels of an image with one digit, which is smaller than in the scenes to fit in
 IMAGES = {"train2017": 2000, "val2017": 400}
 CLASSIFIED_IMAGES = {"train": 6000, "val": 500}
 SEED = 0
@@ -49,10 +49,10 @@ class Source:
         left = self.rng.randint(photo.shape[1] - width + 1)
         return photo[top : top + height, left : left + width].copy()
 
-    def digit(self) -> tuple[np.ndarray, int]:
-        """A random digit, enlarged and cut to its ink: opacity (h, w) uint8, and which digit it is."""
+    def digit(self, largest: int) -> tuple[np.ndarray, int]:
+        """A random digit, enlarged to at most ``largest`` and cut to its ink: opacity (h, w) uint8, and which it is."""
         number = self.rng.randint(len(self.labels))
-        side = self.rng.randint(DIGIT_SIDE[0], DIGIT_SIDE[1] + 1)
+        side = self.rng.randint(DIGIT_SIDE[0], largest + 1)
         ink = np.asarray(Image.fromarray(self.digits[number]).resize((side, side), Image.Resampling.BILINEAR))
         drawn = ink > 64
         rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
@@ -60,11 +60,10 @@ class Source:
         return ink, int(self.labels[number])
 
     def paint(self, image: np.ndarray, ink: np.ndarray, top: int, left: int) -> None:
-        """Draw ``ink`` on ``image`` in place, in a random colour that differs from what lies under it."""
+        """Draw ``ink`` on ``image`` in place, in the one of five random colours that is most unlike what it covers."""
         under = image[top : top + ink.shape[0], left : left + ink.shape[1]]
-        colour = self.rng.randint(0, 256, 3)
-        while abs(colour - under.reshape(-1, 3).mean(0)).sum() < 200:
-            colour = self.rng.randint(0, 256, 3)
+        colours = self.rng.randint(0, 256, (5, 3))
+        colour = colours[abs(colours - under.reshape(-1, 3).mean(0)).sum(1).argmax()]
         opacity = ink[..., None] / 255
         under[:] = np.round(under * (1 - opacity) + colour * opacity)
 
@@ -75,7 +74,7 @@ class Source:
         image, objects = self.background(height, width), []
         taken = np.zeros((height, width), dtype=bool)
         for _ in range(digits):
-            ink, label = self.digit()
+            ink, label = self.digit(DIGIT_SIDE[1])
             h, w = ink.shape
             for _ in range(20):  # tries to find a free place
                 top, left = self.rng.randint(height - h + 1), self.rng.randint(width - w + 1)
@@ -137,7 +136,7 @@ def annotation(number: int, image_id: int, category_id: int, mask: np.ndarray) -
 def write_class_folders(folder: Path, count: int, source: Source) -> None:
     """``folder/<digit>/*.jpg``: a digit anywhere on a photograph, an image each."""
     for index in range(count):
-        ink, label = source.digit()
+        ink, label = source.digit(CLASSIFIED_SIDE)
         image = source.background(CLASSIFIED_SIDE, CLASSIFIED_SIDE)
         top = source.rng.randint(CLASSIFIED_SIDE - ink.shape[0] + 1)
         left = source.rng.randint(CLASSIFIED_SIDE - ink.shape[1] + 1)

@@ -1,0 +1,297 @@
+"""Runs from the command line: what they write and print, evaluation, resuming, several processes, mistakes."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from detr_irpe import build_model, train
+from detr_irpe.args import get_args_parser
+from irpe_train.checkpoint import read_checkpoint
+from irpe_train.distributed import rank
+from irpe_train.errors import Preempted
+from tests.detr.runs import TINY, detr, detr_ok, log_of, with_hook
+from tests.detr.tiny_coco import edit_annotations, write_tiny_coco
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tiny_coco(tmp_path_factory.mktemp("data"), train=8, val=5, panoptic=True)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run of two epochs: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return folder, detr_ok(data, folder, "--lr_drop", 1, "--dec_layers", 6)
+
+
+def keys_of_log(layers, *, masks=False):
+    """The keys of a line after training in one process, in their order; six decoder layers give the published ones."""
+    weighted = ["loss_ce", "loss_bbox", "loss_giou"] + ["loss_mask", "loss_dice"] * masks
+    weighted += [f"{name}_{i}" for i in range(layers - 1) for name in ("loss_ce", "loss_bbox", "loss_giou")]
+    unscaled = ["loss_ce", "class_error", "loss_bbox", "loss_giou", "cardinality_error"] + ["loss_mask", "loss_dice"] * masks
+    unscaled += [f"{name}_{i}" for i in range(layers - 1)
+                 for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")]
+    both = ["class_error", "loss", *weighted, *(f"{name}_unscaled" for name in unscaled)]
+    return ["train_lr", *(f"train_{k}" for k in both), *(f"test_{k}" for k in both), "test_coco_eval_bbox"]
+
+
+def test_the_log_has_the_published_keys_in_their_order(trained):
+    folder, _ = trained
+    lines = log_of(folder)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    for line in lines:
+        assert list(line) == [*keys_of_log(6), "epoch", "n_parameters"]
+        assert len(line["test_coco_eval_bbox"]) == 12
+        numbers = [v for k, v in line.items() if k not in ("test_coco_eval_bbox", "epoch", "n_parameters")]
+        assert all(isinstance(v, float) for v in numbers)
+        weighted = sum(v for k, v in line.items()
+                       if k.startswith("train_loss_") and "unscaled" not in k)
+        assert line["train_loss"] == pytest.approx(weighted, rel=1e-5)
+        assert line["train_loss_bbox"] == pytest.approx(5 * line["train_loss_bbox_unscaled"], rel=1e-5)
+    assert [line["train_lr"] for line in lines] == pytest.approx([1e-3, 1e-4])  # lr_drop after one epoch
+
+
+def test_a_run_writes_the_published_files(trained):
+    folder, text = trained
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    published = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt", "eval/000.pth", "eval/latest.pth"}
+    assert names == published | {"best.pth", "checkpoint_previous.pth", "config.yaml", "starts.jsonl"}
+    assert read_checkpoint(folder / "checkpoint0000.pth")["epoch"] == 0
+    assert read_checkpoint(folder / "eval/latest.pth")["precision"].shape == (10, 101, 3, 4, 3)
+    for words in ("8 training and 5 validation images, 3 categories", "2 images an update: 2 x 1 process(es)",
+                  "4 steps, 8 samples", "hidden_dim=16 (published: 256)", "Average Precision  (AP) @[ IoU=0.50:0.95"):
+        assert words in text
+    assert f"number of params: {log_of(folder)[0]['n_parameters']}\n" in text
+
+
+def test_a_checkpoint_is_as_published(trained):
+    folder, _ = trained
+    checkpoint = read_checkpoint(folder / "checkpoint.pth")
+    assert list(checkpoint)[:5] == ["model", "optimizer", "lr_scheduler", "epoch", "args"]
+    assert checkpoint["epoch"] == 1 and checkpoint["args"].enc_rpe2d == "rpe-2.0-product-ctx-1-k"
+    assert checkpoint["categories"] == {3: "red", 4: "green", 9: "blue"}
+    assert len(checkpoint["model"]["class_embed.bias"]) == 9 + 2  # ids up to 9, and "no object"
+    rest, backbone = checkpoint["optimizer"]["param_groups"]
+    assert rest["weight_decay"] == backbone["weight_decay"] == 1e-4
+    assert backbone["initial_lr"] == 1e-5 and rest["initial_lr"] == 1e-3
+    assert checkpoint["lr_scheduler"]["step_size"] == 1 and checkpoint["lr_scheduler"]["gamma"] == 0.1
+
+
+def test_the_published_optimizer_has_199_and_42_tensors():
+    args = get_args_parser().parse_args(["--enc_rpe2d", "rpe-2.0-product-ctx-1-k", "--backbone_weights", "none"])
+    rest, backbone = train.trainable_parameters(build_model(args)[0])
+    assert (len(rest), len(backbone)) == (199, 42)
+
+
+def test_every_published_flag_keeps_its_default():
+    published = {
+        "lr": 1e-4, "lr_backbone": 1e-5, "batch_size": 2, "weight_decay": 1e-4, "epochs": 300, "lr_drop": 200,
+        "clip_max_norm": 0.1, "frozen_weights": None, "backbone": "resnet50", "dilation": False,
+        "position_embedding": "sine", "enc_layers": 6, "dec_layers": 6, "dim_feedforward": 2048, "hidden_dim": 256,
+        "dropout": 0.1, "nheads": 8, "num_queries": 100, "pre_norm": False, "masks": False, "aux_loss": True,
+        "set_cost_class": 1, "set_cost_bbox": 5, "set_cost_giou": 2, "mask_loss_coef": 1, "dice_loss_coef": 1,
+        "bbox_loss_coef": 5, "giou_loss_coef": 2, "eos_coef": 0.1, "dataset_file": "coco", "coco_path": None,
+        "coco_panoptic_path": None, "remove_difficult": False, "output_dir": "", "device": "cuda", "seed": 42,
+        "resume": "", "start_epoch": 0, "eval": False, "num_workers": 2, "world_size": 1, "dist_url": "env://",
+        "enc_rpe2d": ""}
+    flags = vars(get_args_parser().parse_args([]))
+    assert {name: flags[name] for name in published} == published
+    assert not get_args_parser().parse_args(["--no_aux_loss"]).aux_loss
+
+
+def test_evaluation_repeats_the_figures_and_writes_no_log(trained, data, tmp_path):
+    folder, _ = trained
+    text = detr_ok(data, tmp_path / "eval", "--dec_layers", 6, "--eval", "--resume", folder / "checkpoint.pth")
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["eval.pth"]
+    latest, again = read_checkpoint(folder / "eval/latest.pth"), read_checkpoint(tmp_path / "eval/eval.pth")
+    assert torch.equal(latest["precision"], again["precision"]) and torch.equal(latest["scores"], again["scores"])
+    assert "IoU metric: bbox" in text
+
+
+def test_evaluation_needs_the_validation_split_only(trained, tmp_path):
+    root = write_tiny_coco(tmp_path / "data", zips=True)
+    (root / "train2017.zip").unlink()
+    (root / "annotations/instances_train2017.json").unlink()
+    detr_ok(root, tmp_path / "eval", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
+
+
+def test_evaluation_on_other_categories_warns(trained, data, tmp_path):
+    root = write_tiny_coco(tmp_path / "data")
+    edit_annotations(root, "val2017", lambda c: c["categories"][0].update(name="pink"))
+    text = detr_ok(root, tmp_path / "eval", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
+    assert "warning: checkpoint" in text and "'pink'" in text
+
+
+@pytest.mark.distributed
+def test_average_precision_is_the_same_in_any_number_of_processes(trained, data, tmp_path):
+    flags = ["--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth"]
+    detr_ok(data, tmp_path / "one", *flags)
+    alone = read_checkpoint(tmp_path / "one/eval.pth")
+    assert alone["scores"].max() > 0
+    for world_size in (2, 3):  # 5 images: the processes have different numbers of them
+        detr_ok(data, tmp_path / "several", *flags, world_size=world_size)
+        together = read_checkpoint(tmp_path / "several/eval.pth")
+        for name in ("precision", "recall", "scores"):
+            assert torch.equal(alone[name], together[name])
+
+
+def test_masks_and_panoptic(trained, data, tmp_path):
+    detr_ok(data, tmp_path / "run", "--dec_layers", 6, "--masks", "--epochs", 1, "--frozen_weights",
+            trained[0] / "checkpoint.pth", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", data)
+    line, = log_of(tmp_path / "run")
+    wanted = [*keys_of_log(6, masks=True), "test_coco_eval_masks", "test_PQ_all", "test_PQ_th", "test_PQ_st"]
+    assert list(line) == [*wanted, "epoch", "n_parameters"]
+    assert list(line["test_PQ_all"]) == ["pq", "sq", "rq", "n"]
+    predictions = json.loads((tmp_path / "run/panoptic_eval/predictions.json").read_text())
+    assert len(predictions["annotations"]) == 5
+    before = read_checkpoint(trained[0] / "checkpoint.pth")["model"]
+    after = read_checkpoint(tmp_path / "run/checkpoint.pth")["model"]
+    assert all(torch.equal(after[f"detr.{name}"], value) for name, value in before.items())
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(ours, other):
+    assert (ours / "log.txt").read_text() == (other / "log.txt").read_text()
+    a, b = (read_checkpoint(folder / "checkpoint.pth") for folder in (ours, other))
+    del a["args"], b["args"]
+    assert_same(a, b)
+
+
+def stop_at(number):
+    def hook(step, loss, weighted):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+    return with_hook(hook)
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(data, tmp_path):
+    flags = ["--deterministic", "--dropout", "0.1", "--lr_drop", 1]
+    detr_ok(data, tmp_path / "whole", *flags)
+    for number in (1, 2, 1):  # of four steps an epoch: in mid-epoch, at the last step, in the second epoch
+        ended, = detr(data, tmp_path / "cut", *flags, "--resume", "auto", main=stop_at(number))
+        assert ended.code == Preempted.EXIT_CODE, ended.text
+    detr_ok(data, tmp_path / "cut", *flags, "--resume", "auto", "--num_workers", 2)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    text = detr_ok(data, tmp_path / "cut", *flags, "--resume", "auto")  # finished: nothing to do
+    assert "Epoch: [" not in text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_run_continued_for_more_epochs_equals_a_longer_one(data, tmp_path):
+    detr_ok(data, tmp_path / "long", "--deterministic")
+    detr_ok(data, tmp_path / "short", "--deterministic", "--epochs", 1)
+    detr_ok(data, tmp_path / "short", "--deterministic", "--resume", tmp_path / "short/checkpoint.pth")
+    assert_same_run(tmp_path / "short", tmp_path / "long")
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(data, tmp_path):
+    def spoil(step, loss, weighted):
+        if step == 2 and rank() == 1:
+            weighted["loss_giou"] = weighted["loss_giou"] * torch.nan
+            return sum(weighted.values())
+        return loss
+
+    ended = detr(data, tmp_path / "run", "--save-interval", 1, "--batch_size", 1, world_size=2, main=with_hook(spoil))
+    for one in ended:
+        assert one.code == 1 and "NonFiniteLoss: loss is not finite on rank 1 at epoch 0, step 2" in one.text
+    report, = json.loads((tmp_path / "run/nonfinite_loss.json").read_text())
+    assert report["rank"] == 1 and report["lr"] == 1e-3 and report["step"] == 2
+    assert report["terms"]["loss_giou"] != report["terms"]["loss_giou"]  # NaN
+    assert report["terms"]["loss_ce"] > 0
+    assert len(report["samples"]) == 1 and report["samples"][0].startswith(str(data / "train2017"))
+    assert read_checkpoint(tmp_path / "run/checkpoint.pth")["progress"]["step"] == 2
+
+
+@pytest.mark.distributed
+def test_images_without_objects_neither_hang_nor_give_nan(tmp_path):
+    root = write_tiny_coco(tmp_path / "data", train=4, val=3)
+
+    def empty_most(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 101]
+
+    edit_annotations(root, "train2017", empty_most)
+    edit_annotations(root, "val2017", lambda c: c.update(annotations=[]))
+    detr_ok(root, tmp_path / "run", "--batch_size", 1, world_size=2)
+    for line in log_of(tmp_path / "run"):
+        assert line["train_loss_bbox"] > 0
+        assert all(v == v for v in line.values() if isinstance(v, float))
+        assert line["test_coco_eval_bbox"] == [-1.0] * 12
+
+
+def test_finetuning_on_other_classes(trained, tmp_path):
+    root = write_tiny_coco(tmp_path / "data")
+
+    def renumber(content):
+        for entry in content["categories"]:
+            entry["id"] += 20
+        for entry in content["annotations"]:
+            entry["category_id"] += 20
+
+    for split in ("train2017", "val2017"):
+        edit_annotations(root, split, renumber)
+    text = detr_ok(root, tmp_path / "run", "--dec_layers", 6, "--epochs", 1, "--finetune", trained[0] / "checkpoint.pth")
+    assert "--finetune: class_embed.weight" in text
+    checkpoint = read_checkpoint(tmp_path / "run/checkpoint.pth")
+    assert len(checkpoint["model"]["class_embed.bias"]) == 29 + 2 and set(checkpoint["categories"]) == {23, 24, 29}
+
+
+def test_published_class_counts():
+    class Of:
+        def __init__(self, largest):
+            self.categories = {1: "one", largest: "last"}
+
+    assert train.number_of_classes([Of(90)], "coco") == 91
+    assert train.number_of_classes([Of(200)], "coco_panoptic") == 250
+    assert train.number_of_classes([Of(7), Of(12)], "coco") == train.number_of_classes([Of(12)], "coco_panoptic") == 13
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--coco_path", ""], "--coco_path is needed"),
+    (["--coco_path", "/nowhere"], "no annotation file /nowhere/annotations/instances_val2017.json"),
+    (["--dataset_file", "coco_panoptic"], "needs --coco_panoptic_path"),
+    (["--frozen_weights", "x.pth"], "add --masks"),
+    (["--pretrained", "x", "--finetune", "y"], "give one"),
+    (["--expect"], "add --eval"),
+    (["--num_classes", "9"], r"category ids out of range \(0 to 8\)"),
+    (["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"], "unknown method 'prodct'"),
+    (["--backbone_weights", "nowhere.pth"], "nowhere.pth"),
+    (["--batch_size", "100"], "8 training samples per process and epoch do not fill one batch of 100"),
+    (["--resume", "nowhere.pth"], "nowhere.pth: no such file"),
+])
+def test_mistakes_end_in_one_message_before_training(data, tmp_path, flags, words):
+    args = get_args_parser().parse_args(["--coco_path", str(data), *TINY, "--device", "cpu", "--num_workers", "0", *flags])
+    args.output_dir = str(tmp_path)
+    with pytest.raises((ValueError, OSError, RuntimeError), match=words):
+        train.main(args)
+
+
+def test_unreadable_images(trained, tmp_path):
+    root = write_tiny_coco(tmp_path / "data", train=8)
+    (root / "train2017/000000000103.jpg").write_bytes(b"damaged")
+    text = detr_ok(root, tmp_path / "run", "--max-bad", 0.2, "--epochs", 1)
+    assert "unreadable training image" in text and "000000000103.jpg" in text
+    ended, = detr(root, tmp_path / "run2", "--epochs", 1)
+    assert ended.code == 1 and "BadData" in ended.text and "000000000103.jpg" in ended.text
+    (root / "val2017/000000000104.jpg").write_bytes(b"damaged")
+    ended, = detr(root, tmp_path / "run3", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
+    assert ended.code == 1 and "evaluation cannot read" in ended.text and "000000000104.jpg" in ended.text
