@@ -6,6 +6,7 @@ import torch
 
 from detr_irpe import build_model, create_model
 from detr_irpe.nested_tensor import NestedTensor, collate
+from irpe_train.checkpoint import load_weights
 from tests.detr.tiny_detr import SPECS, published_flags, random_targets, tiny_model
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_state_dict.json").read_text())
@@ -51,6 +52,14 @@ def test_a_published_checkpoint_loads_strictly_and_detects():
         outputs = model.eval()([torch.rand(3, 64, 96), torch.rand(3, 80, 64)])
     assert outputs["pred_logits"].shape == (2, 100, 92) and outputs["pred_boxes"].shape == (2, 100, 4)
     assert [o["pred_boxes"].shape for o in outputs["aux_outputs"]] == [(2, 100, 4)] * 5
+
+
+def test_counters_of_batch_norm_are_dropped():
+    model, weights = tiny_model(), tiny_model(seed=1).state_dict()
+    load_weights(model, weights | {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(1)}, source="x.pth")
+    assert torch.equal(model.class_embed.weight, weights["class_embed.weight"])
+    with pytest.raises(ValueError, match="x.pth is of another model than DETR here; unexpected: backbone.0.body.fc.bias"):
+        load_weights(model, weights | {"backbone.0.body.fc.bias": torch.tensor(1)}, source="x.pth")
 
 
 def test_dc5_doubles_the_last_map_and_keeps_the_keys():
