@@ -115,6 +115,8 @@ def _tar_members(file: Path):
     """Yields (class, name, offset in the file, bytes) of every image."""
     with tarfile.open(file, "r:") as tar:
         for member in tar:
+            _need(".." not in Path(member.name).parts and not Path(member.name).is_absolute(), ValueError,
+                  f"{file}: refused: {member.name!r} points outside of the archive")
             if not member.isreg() or member.issparse():
                 continue
             if member.name.lower().endswith(".tar"):

@@ -86,7 +86,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         model = timm.create_model(base, pretrained=pretrained, **(size | timm_kwargs))
     except TypeError as error:
         raise ValueError(f"model {name!r}: {error} (--model-kwargs)") from error
-    if isinstance(model, VisionTransformer) and not pretrained and model.cls_token is not None:
+    if base.startswith("deit_") and not pretrained:
         trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
     return model
 

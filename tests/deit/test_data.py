@@ -78,8 +78,20 @@ def test_a_wrong_tar_is_named(tmp_path):
         tar.add(tmp_path / "x.png", "x.png")
     with pytest.raises(ValueError, match="x.png lies in no class folder"):
         data.build_dataset(tmp_path, False, load_tar=True)
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(tmp_path / "x.png", "a/../../x.png")
+    with pytest.raises(ValueError, match="refused: 'a/../../x.png' points outside of the archive"):
+        data.build_dataset(tmp_path, False, load_tar=True)
     tarfile.open(tmp_path / "val.tar", "w").close()
     with pytest.raises(ValueError, match="no images in it"):
+        data.build_dataset(tmp_path, False, load_tar=True)
+
+
+def test_a_tar_member_that_claims_to_be_huge_is_refused(tmp_path):
+    member = tarfile.TarInfo("a/x.png")
+    member.size = 2**40
+    (tmp_path / "val.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"x" * 5000)
+    with pytest.raises(ValueError, match="val.tar: not an uncompressed tar file"):
         data.build_dataset(tmp_path, False, load_tar=True)
 
 
