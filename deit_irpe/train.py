@@ -35,6 +35,7 @@ CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "
 def main(args: argparse.Namespace) -> None:
     """Train, or with ``--eval`` evaluate. ``args.lr`` becomes the scaled rate, as in the published checkpoints."""
     check_args(args)
+    typed = argparse.Namespace(**vars(args))  # what config.yaml repeats; below, some flags are resolved in place
 
     # --- device and seed
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- loop
     images_per_step = loader.batch_size * distributed.world_size()
-    record_start(get_args_parser(), args)
+    record_start(get_args_parser(), typed)
     banner("run", {
         "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes",
         "model": f"{args.model}, encoding {args.rpe or 'of the name'}, {args.input_size} pixels, "

@@ -37,6 +37,7 @@ CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "args")  # pub
 def main(args: argparse.Namespace) -> None:
     """Train, or with ``--eval`` evaluate."""
     check_args(args)
+    typed = argparse.Namespace(**vars(args))  # what config.yaml repeats; below, some flags are resolved in place
 
     # --- device and seed
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- loop
     images_per_step = args.batch_size * distributed.world_size()
-    record_start(get_args_parser(), args)
+    record_start(get_args_parser(), typed)
     banner("run", {
         "data": f"{len(train_set)} training and {len(val_set)} validation images, "
                 f"{len(train_set.categories)} categories",
