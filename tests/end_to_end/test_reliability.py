@@ -1,0 +1,160 @@
+"""The promises of docs/reliability.md that both trees make together; the runtime's own tests are in tests/train."""
+
+import contextlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import deit_irpe.args
+import deit_irpe.train
+import detr_irpe.args
+import detr_irpe.train
+from irpe_train import distributed
+from irpe_train.checkpoint import read_checkpoint
+from irpe_train.errors import Preempted
+from irpe_train.launch import launch
+from irpe_train.precision import Precision
+from tests.deit import runs as deit_runs
+from tests.deit.conftest import write_images
+from tests.detr import runs as detr_runs
+from tests.detr.tiny_coco import write_tiny_coco
+from tests.train.processes import run_ranks
+
+TREES = {"deit": deit_irpe, "detr": detr_irpe}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Where each tree finds its images: 22 and 5 for evaluation, which neither 2 nor 3 processes divide alike."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "deit" / "train", {"ant": 20, "bee": 20}, seed=1)
+    write_images(folder / "deit" / "val", {"ant": 12, "bee": 10}, seed=2)
+    write_tiny_coco(folder / "detr", train=8, val=5)
+    return folder
+
+
+def run(tree, data, output_dir, *flags, around=lambda main: main, **options):
+    """The tree's command in forked processes; ``around`` may wrap its ``main``."""
+    base = {"deit": ["--data-path", str(data / "deit"), *deit_runs.QUICK, *deit_runs.MODEL, "--dist-eval", "--epochs",
+                     "2", "--batch-size", "4"],
+            "detr": ["--coco_path", str(data / "detr"), *detr_runs.QUICK, *detr_runs.TINY, "--batch_size", "1"]}[tree]
+    return run_ranks(around(TREES[tree].train.main), TREES[tree].args.get_args_parser(),
+                     [*base, "--output_dir", str(output_dir), *map(str, flags)], output_dir.parent / "outputs",
+                     timeout=120, **options)
+
+
+def at_step(number, rank, do):
+    """Wraps a ``main`` so that ``do(loss)`` replaces the loss of one rank's step, counted from 0 over the run."""
+    def around(main):
+        def hooked(args):
+            step, seen = Precision.step, []
+
+            def counted(self, loss, *rest, **options):
+                seen.append(1)
+                if len(seen) == number + 1 and distributed.rank() == rank:
+                    loss = do(loss)
+                return step(self, loss, *rest, **options)
+
+            Precision.step = counted
+            main(args)
+        return hooked
+    return around
+
+
+def be_stopped(loss):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return loss
+
+
+def leaves(folder):
+    checkpoint = read_checkpoint(folder / "checkpoint.pth")
+    return torch.utils._pytree.tree_leaves({name: value for name, value in checkpoint.items() if name != "args"})
+
+
+def assert_same_run(one, other):
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    ours, theirs = leaves(one), leaves(other)
+    assert len(ours) == len(theirs) > 100
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tree", TREES)
+def test_stopped_in_mid_epoch_equals_uninterrupted_on_two_ranks(tree, data, tmp_path):
+    for ended in run(tree, data, tmp_path / "whole", "--deterministic", world_size=2):
+        assert ended.code == 0, ended.text
+    for ended in run(tree, data, tmp_path / "cut", "--deterministic", world_size=2, around=at_step(2, 1, be_stopped)):
+        assert ended.code == Preempted.EXIT_CODE, ended.text
+    for ended in run(tree, data, tmp_path / "cut", "--deterministic", "--resume", "auto", world_size=2):
+        assert ended.code == 0, ended.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tree", TREES)
+def test_loss_not_finite_on_one_rank_stops_both_before_the_update(tree, data, tmp_path):
+    results = run(tree, data, tmp_path / "run", "--save-interval", "1", world_size=2,
+                  around=at_step(2, 1, lambda loss: loss * torch.inf))
+    for ended in results:
+        assert ended.code == 1, ended.text
+        assert "NonFiniteLoss: loss is not finite on rank 1 at epoch 0, step 2: loss inf" in ended.text
+    report, = json.loads((tmp_path / "run" / "nonfinite_loss.json").read_text())
+    assert report["rank"] == 1 and report["samples"] and all("train" in name for name in report["samples"])
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 2
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tree", TREES)
+def test_figures_are_the_same_for_one_two_and_three_ranks(tree, data, tmp_path):
+    run(tree, data, tmp_path / "run", "--epochs", "1")
+    figures = []
+    for world_size in (1, 2, 3):
+        results = run(tree, data, tmp_path / "eval", "--eval", "--resume", tmp_path / "run" / "checkpoint.pth",
+                      world_size=world_size)
+        assert all(ended.code == 0 for ended in results), results
+        text = results[0].text
+        figures.append([line.partition(" loss ")[0] for line in text.splitlines() if "Acc@1" in line or "AP" in line])
+    assert figures[0] and figures[0] == figures[1] == figures[2]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_written_config_repeats_the_run(tree, data, tmp_path):
+    assert run(tree, data, tmp_path / "one", "--epochs", "1", "--lr", "0.01")[0].code == 0
+    parser = TREES[tree].args.get_args_parser()
+    argv = ["--config", str(tmp_path / "one" / "config.yaml"), "--output_dir", str(tmp_path / "two")]
+    ended, = run_ranks(TREES[tree].train.main, parser, argv, tmp_path / "outputs")
+    assert ended.code == 0, ended.text
+    assert (tmp_path / "two" / "log.txt").read_text() == (tmp_path / "one" / "log.txt").read_text()
+
+
+# Nothing that writes, and no surrogates or zero bytes, which no command line can carry.
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
+VALUE = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled_from(["", "-1", "0", "1e999", "auto"]))
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys):
+    """Data never exists here: whatever else is asked for, a run ends before training, by its own words."""
+    flags = [(action.option_strings[-1], action.nargs != 0) for action in
+             TREES[tree].args.get_args_parser()._actions if action.dest not in ("help", "output_dir", "config")]
+
+    @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.lists(st.tuples(st.sampled_from(flags), VALUE), max_size=4))
+    def fuzz(chosen):
+        argv = [word for (flag, takes), value in chosen for word in ([f"{flag}={value}"] if takes else [flag])]
+        where = ["--data-path" if tree == "deit" else "--coco_path", str(tmp_path / "none"), "--device", "cpu"]
+        with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext(), \
+                pytest.raises(SystemExit) as end:
+            launch(TREES[tree].train.main, TREES[tree].args.get_args_parser(), [*where, *argv])
+        assert end.value.code in (1, 2)
+        error = capsys.readouterr().err
+        assert "error: " in error or "Error: " in error or "Bad" in error, error
+        torch.use_deterministic_algorithms(False)
+
+    fuzz()
