@@ -1,6 +1,5 @@
 """Attention with relative position encoding: the definition in plain PyTorch, then the choice of a faster backend."""
 
-import importlib.util
 import math
 
 import torch
@@ -128,11 +127,7 @@ def eager_attention(
 
 def missing_backend(name: str) -> str | None:
     """Why the backend ``name`` does not exist on this machine, with the remedy; None where it does."""
-    if name == "eager":
-        return None
-    if importlib.util.find_spec(f"irpe_ops.attention_{name}") is None:
-        return f"irpe_ops/attention_{name}.py is not there"
-    return _module_of(name).missing()
+    return None if name == "eager" else _module_of(name).missing()
 
 
 def _module_of(name: str):

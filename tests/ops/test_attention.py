@@ -9,7 +9,6 @@ import types
 import pytest
 import torch
 
-from irpe_ops import attention as attention_module
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.attention import missing_backend
 from tests import oracles
@@ -332,7 +331,6 @@ def fake_backend(monkeypatch):
     module.attention = lambda q, *a, **k: torch.full_like(q, 7.0)
     monkeypatch.setitem(sys.modules, "irpe_ops.attention_compiled", module)
     monkeypatch.setattr(sys.modules["irpe_ops"], "attention_compiled", module, raising=False)
-    monkeypatch.setattr(attention_module.importlib.util, "find_spec", lambda name: module)
     return module.answers
 
 

@@ -58,9 +58,9 @@ def test_a_wrong_lookup_is_seen(monkeypatch):
     assert first[1] > first[2]
 
 
-def test_works_without_the_extension():
+def test_works_without_the_extension_and_without_timm():
     code = (
-        "import sys; sys.modules['rpe_ops_cuda'] = None\n"
+        "import sys; sys.modules['rpe_ops_cuda'] = sys.modules['timm'] = None\n"
         "from irpe_ops import info, equip\n"
         "sys.exit(info.main([]))"
     )
