@@ -20,7 +20,7 @@ CATEGORY_IDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)  # of the digits 0 to 9: nei
 SHORT_SIDE, LONGEST_SIDE = 96, 128  # pixels
 DIGIT_SIDE = (24, 48)  # pixels; the ink of a digit is smaller than the square it is written in
 MOST_DIGITS = 4
-CLASSIFIED_SIDE = 32  # pixels of an image with one digit, which is smaller than in the scenes to fit in
+CLASSIFIED_SIDE = 54  # pixels of an image with one digit
 IMAGES = {"train2017": 2000, "val2017": 400}
 CLASSIFIED_IMAGES = {"train": 6000, "val": 500}
 SEED = 0
@@ -49,10 +49,10 @@ class Source:
         left = self.rng.randint(photo.shape[1] - width + 1)
         return photo[top : top + height, left : left + width].copy()
 
-    def digit(self, largest: int) -> tuple[np.ndarray, int]:
-        """A random digit, enlarged to at most ``largest`` and cut to its ink: opacity (h, w) uint8, and which it is."""
+    def digit(self) -> tuple[np.ndarray, int]:
+        """A random digit, enlarged and cut to its ink: opacity (h, w) uint8, and which digit it is."""
         number = self.rng.randint(len(self.labels))
-        side = self.rng.randint(DIGIT_SIDE[0], largest + 1)
+        side = self.rng.randint(DIGIT_SIDE[0], DIGIT_SIDE[1] + 1)
         ink = np.asarray(Image.fromarray(self.digits[number]).resize((side, side), Image.Resampling.BILINEAR))
         drawn = ink > 64
         rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
@@ -74,7 +74,7 @@ class Source:
         image, objects = self.background(height, width), []
         taken = np.zeros((height, width), dtype=bool)
         for _ in range(digits):
-            ink, label = self.digit(DIGIT_SIDE[1])
+            ink, label = self.digit()
             h, w = ink.shape
             for _ in range(20):  # tries to find a free place
                 top, left = self.rng.randint(height - h + 1), self.rng.randint(width - w + 1)
@@ -136,7 +136,7 @@ def annotation(number: int, image_id: int, category_id: int, mask: np.ndarray) -
 def write_class_folders(folder: Path, count: int, source: Source) -> None:
     """``folder/<digit>/*.jpg``: a digit anywhere on a photograph, an image each."""
     for index in range(count):
-        ink, label = source.digit(CLASSIFIED_SIDE)
+        ink, label = source.digit()
         image = source.background(CLASSIFIED_SIDE, CLASSIFIED_SIDE)
         top = source.rng.randint(CLASSIFIED_SIDE - ink.shape[0] + 1)
         left = source.rng.randint(CLASSIFIED_SIDE - ink.shape[1] + 1)

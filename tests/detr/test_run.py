@@ -32,7 +32,8 @@ def keys_of_log(layers, *, masks=False):
     """The keys of a line after training in one process, in their order; six decoder layers give the published ones."""
     weighted = ["loss_ce", "loss_bbox", "loss_giou"] + ["loss_mask", "loss_dice"] * masks
     weighted += [f"{name}_{i}" for i in range(layers - 1) for name in ("loss_ce", "loss_bbox", "loss_giou")]
-    unscaled = ["loss_ce", "class_error", "loss_bbox", "loss_giou", "cardinality_error"] + ["loss_mask", "loss_dice"] * masks
+    unscaled = ["loss_ce", "class_error", "loss_bbox", "loss_giou", "cardinality_error"]
+    unscaled += ["loss_mask", "loss_dice"] * masks
     unscaled += [f"{name}_{i}" for i in range(layers - 1)
                  for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")]
     both = ["class_error", "loss", *weighted, *(f"{name}_unscaled" for name in unscaled)]
@@ -58,8 +59,9 @@ def test_the_log_has_the_published_keys_in_their_order(trained):
 def test_a_run_writes_the_published_files(trained):
     folder, text = trained
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    published = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt", "eval/000.pth", "eval/latest.pth"}
-    assert names == published | {"best.pth", "checkpoint_previous.pth", "config.yaml", "starts.jsonl"}
+    published = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt", "eval/000.pth"}
+    ours = {"best.pth", "checkpoint_previous.pth", "config.yaml", "starts.jsonl"}
+    assert names == published | {"eval/latest.pth"} | ours
     assert read_checkpoint(folder / "checkpoint0000.pth")["epoch"] == 0
     assert read_checkpoint(folder / "eval/latest.pth")["precision"].shape == (10, 101, 3, 4, 3)
     for words in ("8 training and 5 validation images, 3 categories", "2 images an update: 2 x 1 process(es)",
@@ -238,6 +240,15 @@ def test_images_without_objects_neither_hang_nor_give_nan(tmp_path):
         assert line["test_coco_eval_bbox"] == [-1.0] * 12
 
 
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--accumulate", 3], ["--position_embedding", "learned"],
+                                   ["--pre_norm", "--no_aux_loss"], ["--lr_backbone", 0], ["--augment", "none"]])
+def test_other_ways_to_train(data, tmp_path, flags):
+    detr_ok(data, tmp_path / "run", "--epochs", 1, *flags)
+    line, = log_of(tmp_path / "run")
+    assert 0 < line["train_loss"] < 50 and 0 < line["test_loss"] < 50
+    assert ("train_loss_ce_0" in line) == ("--no_aux_loss" not in flags)
+
+
 def test_finetuning_on_other_classes(trained, tmp_path):
     root = write_tiny_coco(tmp_path / "data")
 
@@ -249,7 +260,8 @@ def test_finetuning_on_other_classes(trained, tmp_path):
 
     for split in ("train2017", "val2017"):
         edit_annotations(root, split, renumber)
-    text = detr_ok(root, tmp_path / "run", "--dec_layers", 6, "--epochs", 1, "--finetune", trained[0] / "checkpoint.pth")
+    flags = ["--dec_layers", 6, "--epochs", 1, "--finetune", trained[0] / "checkpoint.pth"]
+    text = detr_ok(root, tmp_path / "run", *flags)
     assert "--finetune: class_embed.weight" in text
     checkpoint = read_checkpoint(tmp_path / "run/checkpoint.pth")
     assert len(checkpoint["model"]["class_embed.bias"]) == 29 + 2 and set(checkpoint["categories"]) == {23, 24, 29}
@@ -279,8 +291,8 @@ def test_published_class_counts():
     (["--resume", "nowhere.pth"], "nowhere.pth: no such file"),
 ])
 def test_mistakes_end_in_one_message_before_training(data, tmp_path, flags, words):
-    args = get_args_parser().parse_args(["--coco_path", str(data), *TINY, "--device", "cpu", "--num_workers", "0", *flags])
-    args.output_dir = str(tmp_path)
+    quick = ["--device", "cpu", "--num_workers", "0", "--output_dir", str(tmp_path)]
+    args = get_args_parser().parse_args(["--coco_path", str(data), *TINY, *quick, *flags])
     with pytest.raises((ValueError, OSError, RuntimeError), match=words):
         train.main(args)
 
