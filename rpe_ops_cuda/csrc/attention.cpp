@@ -217,6 +217,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if (probs.numel() > 0) a.probs = probs.data_ptr<float>();
     if (a.on_v.parts) a.sums = sums.data_ptr<float>();
     a.tile = tile_rows(a.length, a.padded * 8, 192 << 10);
+    // The encoding on queries sums columns: few long pieces of them, or at least whole grid rows.
+    if (a.on_q.parts && a.length <= 256) {
+      a.tile = rounded_up(a.length, kernels().block_rows);
+    } else if (a.on_q.parts && a.on_q.plan[0]->separable) {
+      const int64_t width = a.on_q.plan[0]->width;
+      a.tile = rounded_up(a.tile, width);
+    }
     in_parallel(a, true, matrices, kernels().attention_backward);
   }
   const auto type = q.scalar_type();

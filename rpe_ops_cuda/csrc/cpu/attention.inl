@@ -23,7 +23,8 @@ struct Buffers {
   float *sums_k, *sums_q;                // gradients of lookup_k, lookup_q
   float *sums_v;                         // (tile, on_v.padded) attention weights in buckets
   float *grad_k, *grad_v;                // (L, D padded)
-  float *row, *strip, *strip_sums;       // lookups of one row; LANES rows of a transposed tile; their sums
+  float *row, *spare;                    // lookups of one row
+  float *strip, *columns;                // LANES rows of a transposed tile: of lookups, of grad_scores
   float *bucket_scratch;
 };
 
@@ -42,8 +43,9 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
   if (a.dropout_p > 0) b.dropped = s.floats(a.tile * a.padded);
   if (recompute) b.lookup_k = s.floats(lookup_room(a.on_k, a.tile)), b.lookup_q = s.floats(lookup_room(a.on_q, a.length));
   b.row = s.floats(a.padded + LANES);
-  b.strip = s.floats(LANES * (a.length + 4 * LANES));
-  b.strip_sums = s.floats(a.on_q.padded + 2 * LANES);
+  b.spare = s.floats(a.padded + LANES);
+  if (a.on_q.parts) b.strip = s.floats(LANES * (a.tile + 4 * LANES));
+  if (a.on_q.parts && backward) b.columns = s.floats(LANES * (a.length + 4 * LANES));
   int64_t most = 0;
   const Encoding* encodings[3] = {&a.on_q, &a.on_k, &a.on_v};
   for (const Encoding* e : encodings)
@@ -70,6 +72,8 @@ static int64_t attention_scratch(const AttentionArgs& a, bool backward) {
   carve(a, backward, measure);
   return measure.used;
 }
+
+INLINE void zero(float* x, int64_t count) { __builtin_memset(x, 0, count * sizeof(float)); }
 
 INLINE float* rows_of(const Rows& r, int64_t b, int64_t h) { return r.data + b * r.batch_stride + h * r.head_stride; }
 
@@ -108,11 +112,11 @@ INLINE const float* table_of(const Encoding& e, const float* tables, int64_t ent
   return tables + (e.shared ? 0 : head * entries);
 }
 
-// dest[j] = sum over the parts of lookup[id(i, j)]. `spare` takes the second part.
+// dest[j] = sum over the parts of lookup[id(i, j)], for every key j.
 static void lookup_parts(const Encoding& e, int64_t i, const float* lookup, float* dest, float* spare) {
-  lookup_row(*e.plan[0], i, lookup + e.offset[0], dest);
+  lookup_row(*e.plan[0], all_keys(*e.plan[0]), i, lookup + e.offset[0], dest);
   if (e.parts == 1) return;
-  lookup_row(*e.plan[1], i, lookup + e.offset[1], spare);
+  lookup_row(*e.plan[1], all_keys(*e.plan[1]), i, lookup + e.offset[1], spare);
   for (int64_t j = 0; j < e.plan[1]->cols; j += LANES) store(dest + j, load(dest + j) + load(spare + j));
 }
 
@@ -125,19 +129,23 @@ static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, floa
 // LANES keys at a time and transposed into scores (count, padded).
 static void add_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t first, int64_t count, float* scores) {
   const Encoding& e = a.on_q;
-  const int64_t stride = a.length + 2 * LANES;
-  for (int64_t j = 0; j < a.length; j += LANES) {
-    const int64_t keys = a.length - j < LANES ? a.length - j : LANES;
-    for (int64_t r = 0; r < keys; ++r)
-      lookup_parts(e, j + r, e.bias ? b.lookup_q : b.lookup_q + (j + r) * e.padded, b.strip + r * stride, b.row);
-    for (int64_t i = 0; i < count; i += LANES) {
-      vf block[LANES];
-      for (int r = 0; r < LANES; ++r) block[r] = load(b.strip + r * stride + first + i);
-      transpose(block);
-      const int64_t queries = count - i < LANES ? count - i : LANES;
-      for (int64_t r = 0; r < queries; ++r) {
-        float* into = scores + (i + r) * a.padded + j;
-        store(into, load(into) + block[r]);
+  const int64_t stride = a.tile + 3 * LANES;
+  for (int32_t part = 0; part < e.parts; ++part) {
+    const PlanView& plan = *e.plan[part];
+    const KeyRange queries = keys_between(plan, first, count);
+    const float* lookup = b.lookup_q + e.offset[part];
+    for (int64_t j = 0; j < a.length; j += LANES) {
+      for (int64_t r = 0; r < LANES && j + r < a.length; ++r)
+        lookup_row(plan, queries, j + r, e.bias ? lookup : lookup + (j + r) * e.padded, b.strip + r * stride + LANES);
+      for (int64_t i = 0; i < count; i += LANES) {
+        vf block[LANES];
+        for (int r = 0; r < LANES; ++r) block[r] = load(b.strip + r * stride + LANES + i);
+        transpose(block);
+        const int64_t rows = count - i < LANES ? count - i : LANES;
+        for (int64_t r = 0; r < rows; ++r) {
+          float* into = scores + (i + r) * a.padded + j;
+          store(into, load(into) + block[r]);
+        }
       }
     }
   }
@@ -146,30 +154,25 @@ static void add_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t 
 // sums_q[j] += bucket sums of column j of grad_scores (count, padded), whose rows are the queries from `first` on.
 static void add_column_sums(const AttentionArgs& a, const Buffers& b, int64_t first, int64_t count) {
   const Encoding& e = a.on_q;
-  const int64_t stride = a.length + 2 * LANES;
-  const bool whole = count == a.length;
+  const int64_t stride = a.length + 2 * LANES;  // of a strip that holds every query, zero outside this tile
   for (int64_t j = 0; j < a.length; j += LANES) {
     for (int64_t i = 0; i < count; i += LANES) {
       vf block[LANES];
       for (int r = 0; r < LANES; ++r)
         block[r] = i + r < count ? load(b.grad_scores + (i + r) * a.padded + j) : vf{};
       transpose(block);
-      for (int r = 0; r < LANES; ++r) store(b.strip + r * stride + i, block[r]);
+      for (int r = 0; r < LANES; ++r) store(b.columns + r * stride + first + i, block[r]);
     }
     for (int64_t r = 0; r < LANES && j + r < a.length; ++r) {
       float* into = b.sums_q + (j + r) * e.padded;
-      const float* x = b.strip + r * stride;
-      if (whole) {
-        bucket_sums_parts(e, j + r, x, b.strip_sums, b.bucket_scratch);
-        for (int64_t n = 0; n < e.buckets; ++n) into[n] += b.strip_sums[n];
-      } else {
-        for (int32_t p = 0; p < e.parts; ++p) {
-          const uint16_t* ids = e.plan[p]->ids + (j + r) * a.length + first;
-          for (int64_t i = 0; i < count; ++i) into[e.offset[p] + ids[i]] += x[i];
-        }
-      }
+      const float* x = b.columns + r * stride;
+      if (count == a.length)
+        bucket_sums_parts(e, j + r, x, into, b.bucket_scratch);
+      else
+        for (int32_t p = 0; p < e.parts; ++p) add_bucket_sums(*e.plan[p], j + r, x, first, count, into + e.offset[p]);
     }
   }
+  for (int r = 0; r < LANES; ++r) zero(b.columns + r * stride + first, count + LANES);
 }
 
 // What the whole head needs before its scores can be computed.
@@ -213,7 +216,7 @@ static float finish_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
   vf greatest = splat(minus_infinity);
   if (a.on_k.parts) {
     const float* lookup = a.on_k.bias ? b.lookup_k : b.lookup_k + tile_row * a.on_k.padded;
-    lookup_parts(a.on_k, i, lookup, b.row, b.strip);
+    lookup_parts(a.on_k, i, lookup, b.row, b.spare);
     for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(b.row + j));
   }
   for (int64_t j = length; j < rounded_up(length); ++j) row[j] = minus_infinity;
@@ -301,8 +304,6 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
   }
 }
 
-INLINE void zero(float* x, int64_t count) { __builtin_memset(x, 0, count * sizeof(float)); }
-
 // Backward for the heads [begin, end): with P = softmax(scores) before dropout,
 //   grad P      = dropout(grad_out v^T + lookup(grad_out table_v^T))
 //   grad scores = P (grad P - sum over keys of P grad P)
@@ -320,6 +321,7 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
     zero(b.grad_k, a.length * d);
     zero(b.grad_v, a.length * d);
     if (on_q.parts) zero(b.sums_q, lookup_room(on_q, a.length));
+    if (on_q.parts) zero(b.columns, LANES * (a.length + 4 * LANES));
     float* grad_table_k = on_k.parts ? on_k.grad + matrix * on_k.padded * (on_k.bias ? 1 : a.head_dim) : nullptr;
     float* grad_table_q = on_q.parts ? on_q.grad + matrix * on_q.padded * (on_q.bias ? 1 : a.head_dim) : nullptr;
     float* grad_table_v = on_v.parts ? on_v.grad + matrix * on_v.buckets * d : nullptr;
@@ -350,7 +352,7 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
       for (int64_t i = 0; i < count; ++i) {
         float *row = b.grad_scores + i * a.padded, *p = probs + i * a.padded;
         if (on_v.parts) {
-          lookup_parts(on_v, first + i, b.lookup_v + i * on_v.padded, b.row, b.strip);
+          lookup_parts(on_v, first + i, b.lookup_v + i * on_v.padded, b.row, b.spare);
           for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(row + j) + load(b.row + j));
         }
         if (a.dropout_p > 0) {

@@ -120,7 +120,10 @@ void separate(Plan& plan) {
   view.num_slots = static_cast<int32_t>(slot_of.size());
   for (int64_t qr = 0; qr < height; ++qr) {
     std::vector<std::vector<int32_t>> of_slot(slot_of.size());
-    for (int64_t kr = 0; kr < height; ++kr) of_slot[slot_of[at(qr, 0, kr, 0)]].push_back(static_cast<int32_t>(kr));
+    for (int64_t kr = 0; kr < height; ++kr) {
+      plan.slot_of_row.push_back(slot_of[at(qr, 0, kr, 0)]);
+      of_slot[plan.slot_of_row.back()].push_back(static_cast<int32_t>(kr));
+    }
     for (const auto& key_rows : of_slot) {
       plan.slot_first.push_back(static_cast<int32_t>(plan.slot_rows.size() - qr * height));
       plan.slot_rows.insert(plan.slot_rows.end(), key_rows.begin(), key_rows.end());
@@ -157,7 +160,8 @@ void make_plan(Plan& plan, int64_t rows, int64_t cols, int lanes) {
   view.ids = plan.ids.data();
   view.seg_start = plan.seg_start.data(), view.base = plan.base.data(), view.perm = plan.perm.data();
   view.slot_base = plan.slot_base.data(), view.slot_first = plan.slot_first.data();
-  view.slot_rows = plan.slot_rows.data(), view.col_part = plan.col_part.data();
+  view.slot_rows = plan.slot_rows.data(), view.slot_of_row = plan.slot_of_row.data();
+  view.col_part = plan.col_part.data();
   view.col_mask = plan.col_mask.empty() ? nullptr : plan.col_mask.data();
 }
 

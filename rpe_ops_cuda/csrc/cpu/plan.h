@@ -32,6 +32,7 @@ struct PlanView {
   const int32_t* slot_base;      // (num_slots) bucket of column part 0
   const int32_t* slot_first;     // (height, num_slots + 1) where the key rows of a slot begin in slot_rows
   const int32_t* slot_rows;      // (height, height) key rows ordered by slot
+  const int32_t* slot_of_row;    // (height, height)
   const int32_t* col_part;       // (width, width)
   const uint32_t* col_mask;      // (width, width, col_padded) all ones where the key column has that column part;
                                  // null where that would be large or slots share buckets: columns are then added one by one

@@ -11,7 +11,7 @@ struct Plan {
   PlanView view;
   std::vector<uint16_t> ids, base;
   std::vector<uint32_t> perm, col_mask;
-  std::vector<int32_t> seg_start, slot_base, slot_first, slot_rows, col_part;
+  std::vector<int32_t> seg_start, slot_base, slot_first, slot_rows, slot_of_row, col_part;
 };
 
 // Fills the rest of a plan whose `ids` (rows * cols, at least one) are set.
