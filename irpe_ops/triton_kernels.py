@@ -82,11 +82,13 @@ def pair_ids(offset_table, table_size, as_query, as_key, PARTS: tl.constexpr, NE
 
 
 @triton.jit
-def look_up(first, second, first_ids, second_ids, PARTS: tl.constexpr):
+def look_up(first, second, first_ids, second_ids, PARTS: tl.constexpr, INTERPRETED: tl.constexpr):
     """lookup[i, ids[i, j]] in fp32, summed over the maps."""
-    found = tl.gather(first.to(tl.float32), first_ids, 1)
+    if INTERPRETED:  # which cannot gather bfloat16; on a GPU half the registers are worth having
+        first, second = first.to(tl.float32), second.to(tl.float32)
+    found = tl.gather(first, first_ids, 1).to(tl.float32)
     if PARTS == 2:
-        found += tl.gather(second.to(tl.float32), second_ids, 1)
+        found += tl.gather(second, second_ids, 1).to(tl.float32)
     return found
 
 
@@ -97,9 +99,9 @@ def encoded_scores(q_tile, k_tile, scale, lk0, lk1, ids0, ids1, lq0, lq1, back0,
     """(queries, keys) scores of a tile, before masks. `back` are the ids the other way round, (keys, queries)."""
     scores = dot(q_tile, tl.trans(k_tile), PRECISION, INTERPRETED) * scale
     if ON_K:
-        scores += look_up(lk0, lk1, ids0, ids1, PARTS)
+        scores += look_up(lk0, lk1, ids0, ids1, PARTS, INTERPRETED)
     if ON_Q:
-        scores += tl.trans(look_up(lq0, lq1, back0, back1, PARTS))
+        scores += tl.trans(look_up(lq0, lq1, back0, back1, PARTS, INTERPRETED))
     return scores
 
 
@@ -282,7 +284,7 @@ def query_gradient_kernel(
                                 ON_K, ON_Q, PARTS, PRECISION, INTERPRETED)  # fmt: skip
         grad = dot(go_tile, tl.trans(v_tile), PRECISION, INTERPRETED)
         if ON_V:
-            grad += look_up(gs0, gs1, ids0, ids1, PARTS)
+            grad += look_up(gs0, gs1, ids0, ids1, PARTS, INTERPRETED)
         scores = mask_scores(scores * LOG2_E, padding, mask, mask_query, mask_key, queries, keys, length, PADDING, MASK)
         weights = tl.exp2(scores - log_sum[:, None])
         if DROPOUT:
@@ -355,7 +357,7 @@ def key_gradient_kernel(
         grad = dot(go_tile, tl.trans(v_tile), PRECISION, INTERPRETED)
         if ON_V:
             gs0, gs1 = load_parts(grad_sums + bucketed, queries, PARTS * BUCKETS, length, COLUMNS, BUCKETS, PARTS, ON_V)
-            grad += look_up(gs0, gs1, ids0, ids1, PARTS)
+            grad += look_up(gs0, gs1, ids0, ids1, PARTS, INTERPRETED)
         scores = mask_scores(scores * LOG2_E, padding, mask, mask_query, mask_key, queries, keys, length, PADDING, MASK)
         weights = tl.exp2(scores - log_sum[:, None])
         dropped = weights
