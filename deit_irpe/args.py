@@ -10,7 +10,8 @@ from irpe_train.arguments import add_runtime_arguments, fraction, nonnegative_in
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``irpe_train.config.parse_args`` reads ``--config`` files with it."""
-    parser = argparse.ArgumentParser("deit_irpe", description="Train and evaluate DeiT with iRPE (ICCV 2021).")
+    parser = argparse.ArgumentParser("deit_irpe", description="Train and evaluate DeiT with iRPE (ICCV 2021).",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="fp16")  # fp16 autocast on CUDA, as published
     _add_schedule(parser.add_argument_group("length and learning rate"))
     _add_model(parser.add_argument_group("model"))
@@ -40,18 +41,18 @@ def check_args(args: argparse.Namespace) -> None:
 def _add_schedule(group) -> None:
     add = group.add_argument
     add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
-    add("--epochs", default=300, type=positive_int)
+    add("--epochs", default=300, type=positive_int, help="passes over the training set")
     add("--sched", default="cosine", choices=("cosine", "tanh", "step"), help="learning-rate schedule")
     add("--lr", default=5e-4, type=positive_float,
         help="for 512 images an update; scaled by batch size x processes x --accumulate / 512")
     add("--lr-noise", default=None, type=fraction, nargs="+", metavar="FRACTION",
         help="noise from here to here in the run")
     add("--lr-noise-pct", default=0.67, type=float, metavar="FRACTION", help="limit of the noise")
-    add("--lr-noise-std", default=1.0, type=float, metavar="STD")
+    add("--lr-noise-std", default=1.0, type=float, metavar="STD", help="deviation of the noise")
     add("--warmup-lr", default=1e-6, type=float, help="where warm-up starts; not scaled")
     add("--min-lr", default=1e-5, type=float, help="where the schedule ends; not scaled")
     add("--decay-epochs", default=30, type=positive_float, metavar="N", help="step: epochs from decay to decay")
-    add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N")
+    add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N", help="at a rate that grows")
     add("--cooldown-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
     add("--patience-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
     add("--decay-rate", "--dr", default=0.1, type=float, help="step: factor of each decay")
@@ -70,8 +71,8 @@ def _add_model(group) -> None:
     add("--input-size", default=224, type=_image_size, metavar="N|HxW", help="pixels")
     add("--drop", default=0.0, type=fraction, help="dropout")
     add("--drop-path", default=0.1, type=fraction, help="stochastic depth, of the last block")
-    add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights (default)")
-    add("--no-model-ema", dest="model_ema", action="store_false")
+    add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights")
+    add("--no-model-ema", dest="model_ema", action="store_false", help="keep none")
     add("--model-ema-decay", default=0.99996, type=fraction, help="per update")
     add("--model-ema-force-cpu", action="store_true", help="keep it on the CPU")
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
@@ -83,10 +84,10 @@ def _add_model(group) -> None:
 def _add_optimizer(group) -> None:
     add = group.add_argument
     add("--opt", default="adamw", help="any optimizer of timm")
-    add("--opt-eps", default=1e-8, type=float)
-    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
+    add("--opt-eps", default=1e-8, type=float, help="added to the divisor of AdamW")
+    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="None: the optimizer's own")
     add("--clip-grad", default=None, type=positive_float, metavar="NORM",
-        help="largest norm of the gradient; default: none")
+        help="largest norm of the gradient")
     add("--momentum", default=0.9, type=float, help="of sgd")
     add("--weight-decay", default=0.05, type=float, help="not for vectors, biases, class token, absolute positions")
 
@@ -100,13 +101,13 @@ def _add_data(group) -> None:
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
     add("--dist-eval", action="store_true", help="each process evaluates its share; else each evaluates everything")
-    add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="page-locked batches (default)")
-    add("--no-pin-mem", dest="pin_mem", action="store_false")
+    add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="page-locked batches")
+    add("--no-pin-mem", dest="pin_mem", action="store_false", help="ordinary memory")
     add("--repeated-aug", dest="repeated_aug", default=True, action="store_true",
-        help="three copies of an image in an update (default)")
-    add("--no-repeated-aug", dest="repeated_aug", action="store_false")
+        help="three copies of an image in an update")
+    add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once an epoch")
     add("--expect", nargs="?", const="auto", metavar="NAME",
-        help="with --eval: compare with the published row (default: found by name)")
+        help="with --eval: compare with the published row NAME, or the one found by the model's name")
 
 
 def _add_augmentation(group) -> None:
@@ -115,7 +116,7 @@ def _add_augmentation(group) -> None:
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY",
         help="AutoAugment policy of timm; none for none")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
-    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"), help="of crops")
     add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
@@ -127,12 +128,14 @@ def _add_augmentation(group) -> None:
     add("--cutmix-minmax", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="instead of alpha")
     add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
     add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"),
+        help="what shares one random draw")
 
 
 def _add_distillation(group) -> None:
     add = group.add_argument
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"),
+        help="learn from the teacher's probabilities, or from its decisions")
     add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
     add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
     add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
