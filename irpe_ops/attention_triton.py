@@ -324,6 +324,7 @@ class _Launch:
 def constants(dtype: torch.dtype, head_dim: int, buckets: int) -> dict:
     """How a kernel is compiled for these sizes."""
     columns = max(16, 1 << (buckets - 1).bit_length())
+    # Eight warps share a tile, or its lookups, bucket sums and gradients do not fit the registers of a thread.
     small = dtype == torch.float32 or columns > 64
     # fp32 products are exact to fp32 unless the user has allowed TF32, as everywhere in PyTorch.
     precise = torch.get_float32_matmul_precision() == "highest"
@@ -333,10 +334,10 @@ def constants(dtype: torch.dtype, head_dim: int, buckets: int) -> dict:
         "HEAD_DIM": head_dim,
         "HEAD": max(16, 1 << (head_dim - 1).bit_length()),
         "BLOCK_M": 32 if small else 64,
-        "BLOCK_N": 32 if small else 64,
+        "BLOCK_N": 32,
         "PRECISION": "ieee" if precise else "tf32",
         "INTERPRETED": INTERPRETED,
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 1 if dtype == torch.float32 else 2,
     }
 
