@@ -33,7 +33,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     find.add_argument("--config", default=None)
     path = find.parse_known_args(argv)[0].config
     written = flags_of(parser, read_yaml(path), path) if path else []
-    return parser.parse_args(written + argv)
+    args = parser.parse_args(written + argv)
+    if args.config != path:  # argparse takes --conf for it
+        raise ConfigError(f"--config {args.config}: write --config in full, so that it is read before the other flags")
+    return args
 
 
 def read_yaml(path: str | Path) -> dict:

@@ -78,6 +78,13 @@ def test_yaml_that_would_run_code_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "it_ran").exists()
 
 
+def test_a_shortened_config_flag_is_not_ignored(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 3")
+    with pytest.raises(ConfigError, match="write --config in full"):
+        parse_args(get_parser(), ["--conf", str(tmp_path / "c.yaml")])
+    assert parse_args(get_parser(), [f"--config={tmp_path / 'c.yaml'}"]).lr == 3
+
+
 def test_missing_file_is_named():
     with pytest.raises(ConfigError, match="--config none.yaml: cannot be read"):
         parse_args(get_parser(), ["--config", "none.yaml"])
