@@ -13,6 +13,10 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# Triton would compile anew for each of these that is 1, or a multiple of 16: too often where images have many sizes.
+SIZES = ["heads", "length", "height", "width", "skip", "table_size", "lk_batch", "lk_head", "lq_batch", "lq_head",
+         "mask_batch", "mask_head", "mask_query", "mask_key"]  # fmt: skip
+
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
@@ -150,7 +154,7 @@ def mask_scores(scores, padding, mask, mask_query_stride, mask_key_stride, queri
     return tl.where(keys[None, :] < length, scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, lookup_k, lookup_q, offset_table, padding, mask, seed, out, sums, log_sums,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -223,7 +227,7 @@ def forward_kernel(
         store_parts(sums, queries, length, sums0 / divisor[:, None], sums1 / divisor[:, None], COLUMNS, BUCKETS, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
     q, k, v, lookup_k, lookup_q, offset_table, padding, mask, seed, out, sums, log_sums,
     grad_out, grad_sums, grad_q, grad_lookup_k, deltas,
@@ -302,7 +306,7 @@ def query_gradient_kernel(
         store_parts(grad_lookup_k + bucketed, queries, length, glk0, glk1, COLUMNS, BUCKETS, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
     q, k, v, lookup_k, lookup_q, offset_table, padding, mask, seed, log_sums, deltas,
     grad_out, grad_sums, grad_k, grad_v, grad_lookup_q,

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from irpe_ops import attention_triton  # noqa: E402
 
-POINTERS = {"offset_table": "*u8", "padding": "*u8", "mask": "*u8", "seed": "*i64", "log_sums": "*fp32",
+POINTERS = {"offset_table": "*u8", "padding": "*u8", "seed": "*i64", "log_sums": "*fp32",
             "deltas": "*fp32"}  # fmt: skip
 TENSORS = ["q", "k", "v", "lookup_k", "lookup_q", "out", "sums", "grad_out", "grad_sums", "grad_q", "grad_k", "grad_v",
            "grad_lookup_k", "grad_lookup_q"]  # fmt: skip
@@ -30,6 +30,7 @@ def compile_kernel(name: str, head_dim: int, buckets: int, **flags):
     constants |= {"ON_K": True, "ON_Q": False, "ON_V": False, "PADDING": False, "MASK": "none", "DROPOUT": False,
                   "LEADING": True, "PARTS": 1} | flags  # fmt: skip
     types = POINTERS | dict.fromkeys(TENSORS, "*bf16") | {"scale": "fp32", "dropout_p": "fp32"}
+    types["mask"] = "*fp32" if constants["MASK"] == "float" else "*u8"
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     # What a launch finds out by itself: tensors and the strides of q, k, v start at multiples of 16.
     aligned = [i for i, n in enumerate(kernel.arg_names) if n in TENSORS or re.fullmatch(r"(q|k|v|go)_\w+", n)]
