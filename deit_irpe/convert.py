@@ -1,0 +1,91 @@
+"""A checkpoint of other code becomes one of ours: entries are renamed, and checked against the model they are meant for.
+
+    python -m deit_irpe.convert theirs.pth ours.pth --model deit_tiny_patch16_224 --rpe SPEC [--prefix backbone.]
+    python -m deit_irpe.convert ours.pth plain.pth --model deit_tiny_patch16_224 --drop-zero-tables
+
+For code that carries the published encoding in a DeiT or timm ViT of its own: names and shapes are all that is converted.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deit_irpe.args import _image_size, image_size
+from deit_irpe.models import create_model
+from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.errors import BadCheckpoint
+from irpe_train.launch import launch
+
+
+def convert(weights: Mapping[str, Tensor], *, prefix: str = "", renames: Sequence[tuple[str, str]] = (),
+            drop_zero_tables: bool = False) -> dict[str, Tensor]:
+    """Rename the entries of a state dict; those without ``prefix`` are left out.
+
+    Args:
+        prefix: cut off the front of each name.
+        renames: (old, new) parts of names, replaced in this order, after the prefix.
+        drop_zero_tables: leave out the encodings, whose tables must be zero: then the plain model computes the same.
+    Raises: BadCheckpoint: nothing has the prefix, two entries get one name, or a table is not zero.
+    """
+    converted = {}
+    for name, value in weights.items():
+        if not name.startswith(prefix):
+            continue
+        new = name.removeprefix(prefix)
+        for old, by in renames:
+            new = new.replace(old, by)
+        if drop_zero_tables and ".lookup_table_" in new:
+            if value.any():
+                raise BadCheckpoint(f"{name} is not zero: the plain model would compute something else")
+            continue
+        if new in converted:
+            raise BadCheckpoint(f"two entries would be called {new}, the second is {name}: rename less")
+        converted[new] = value
+    if not converted:
+        raise BadCheckpoint(f"no entry begins with {prefix!r}; there are {', '.join(list(weights)[:5])}, ...")
+    return converted
+
+
+def main(args: argparse.Namespace) -> None:
+    """Convert a file and write it, with the flags that build its model."""
+    checkpoint = read_checkpoint(args.source)
+    weights = convert(model_weights(checkpoint, source=args.source, key=args.key), prefix=args.prefix,
+                      renames=args.rename, drop_zero_tables=args.drop_zero_tables)
+    num_classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=image_size(args.input_size))
+    load_weights(model, weights, source=args.source)
+    flags = argparse.Namespace(model=args.model, rpe=args.rpe, input_size=args.input_size, nb_classes=num_classes)
+    write_checkpoint({"model": weights, "args": flags}, args.out)
+    tables = sum(".lookup_table_" in name for name in weights)
+    print(f"{args.out}: {len(weights)} of {len(checkpoint.get(args.key, checkpoint))} entries, {tables} of them tables; "
+          f"they fit {args.model}")
+
+
+def _rename(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (equals and old):
+        raise argparse.ArgumentTypeError(f"expected OLD=NEW, got {text!r}")
+    return old, new
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m deit_irpe.convert", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="THEIRS.pth", help="a state dict, or a checkpoint that holds one")
+    add("out", type=Path, metavar="OURS.pth")
+    add("--model", required=True, metavar="NAME", help="which model it is")
+    add("--rpe", default=None, metavar="SPEC", help="its encoding, where the name of the model does not say")
+    add("--input-size", default=224, type=_image_size, metavar="N|HxW", help="pixels it was trained on")
+    add("--key", default="model", help="where in the checkpoint the weights are (default: model)")
+    add("--prefix", default="", help="in front of each name, e.g. backbone.")
+    add("--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="part of names; may be repeated")
+    add("--drop-zero-tables", action="store_true", help="make it a plain model; refused if a table was trained")
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser())
