@@ -11,6 +11,7 @@ import random
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 
 def mix(*coordinates: int | str) -> int:
@@ -37,24 +38,31 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 def seed_step(seed: int, *, rank: int, step: int) -> None:
     """Seed one training step; ``step`` counts from the start of the run, ``rank`` keeps dropout different."""
     seed = mix("step", seed, rank, step)
+    _seed_cpu(seed)
+    if torch.cuda.is_initialized():  # else torch.manual_seed would queue the seed, with a stack trace, at every step
+        torch.cuda.manual_seed(seed)
+
+
+def _seed_cpu(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # else torch.manual_seed would queue the seed, with a stack trace, at every step
-        torch.cuda.manual_seed(seed)
 
 
 @contextlib.contextmanager
 def sample_randomness(*coordinates: int | str):
     """Inside: CPU generators seeded by ``coordinates``. Afterwards: as they were, so 0 workers equal 2.
 
-    CUDA is left alone: data loading never draws from it, and a forked worker must not touch it.
+    CUDA is left alone: data loading never draws from it, and a forked worker must not touch it. In a worker nothing is
+    put back, since nothing else draws there.
     """
     seed = mix("sample", *coordinates)
+    if get_worker_info() is not None:
+        _seed_cpu(seed)
+        yield
+        return
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    _seed_cpu(seed)
     try:
         yield
     finally:
