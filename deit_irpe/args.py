@@ -68,7 +68,7 @@ def _add_model(group) -> None:
     add("--no-abs-pos", action="store_true", help="no absolute position embedding")
     add("--attn-backend", default="auto", choices=BACKENDS, help="who computes attention with an encoding")
     add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
-    add("--input-size", default=224, type=_image_size, metavar="N|HxW", help="pixels")
+    add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="pixels")
     add("--drop", default=0.0, type=fraction, help="dropout")
     add("--drop-path", default=0.1, type=fraction, help="stochastic depth, of the last block")
     add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights")
@@ -96,8 +96,9 @@ def _add_data(group) -> None:
     add = group.add_argument
     add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR",
         help="holds train/<class>/ and val/<class>/, or what --data-set needs")
-    add("--data-set", default="IMNET", choices=("CIFAR", "IMNET", "INAT", "INAT19"),
-        help="IMNET: any image folder; CIFAR: CIFAR-100")
+    add("--data-set", default="IMNET", choices=("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS"),
+        help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
+             "datasets (docs/data.md)")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
     add("--dist-eval", action="store_true", help="each process evaluates its share; else each evaluates everything")
@@ -142,7 +143,7 @@ def _add_distillation(group) -> None:
     add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft")
 
 
-def _image_size(text: str) -> int | str:
+def image_size_text(text: str) -> int | str:
     """``224`` -> 224; ``224x320`` stays text, so that it can be written down again."""
     sides = text.lower().split("x")
     if not (1 <= len(sides) <= 2 and all(side.isdigit() and int(side) > 0 for side in sides)):

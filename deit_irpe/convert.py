@@ -1,19 +1,18 @@
-"""A checkpoint of other code becomes one of ours: entries are renamed, and checked against the model they are meant for.
+"""A checkpoint of other code becomes one of ours: entries are renamed, and checked against the model they are for.
 
     python -m deit_irpe.convert theirs.pth ours.pth --model deit_tiny_patch16_224 --rpe SPEC [--prefix backbone.]
     python -m deit_irpe.convert ours.pth plain.pth --model deit_tiny_patch16_224 --drop-zero-tables
 
-For code that carries the published encoding in a DeiT or timm ViT of its own: names and shapes are all that is converted.
+For code that carries the published encoding in a DeiT or timm ViT of its own: names are all that is converted.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from deit_irpe.args import _image_size, image_size
+from deit_irpe.args import image_size, image_size_text
 from deit_irpe.models import create_model
 from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint
@@ -60,8 +59,8 @@ def main(args: argparse.Namespace) -> None:
     flags = argparse.Namespace(model=args.model, rpe=args.rpe, input_size=args.input_size, nb_classes=num_classes)
     write_checkpoint({"model": weights, "args": flags}, args.out)
     tables = sum(".lookup_table_" in name for name in weights)
-    print(f"{args.out}: {len(weights)} of {len(checkpoint.get(args.key, checkpoint))} entries, {tables} of them tables; "
-          f"they fit {args.model}")
+    total = len(checkpoint.get(args.key, checkpoint))
+    print(f"{args.out}: {len(weights)} of {total} entries, {tables} of them tables; they fit {args.model}")
 
 
 def _rename(text: str) -> tuple[str, str]:
@@ -79,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OURS.pth")
     add("--model", required=True, metavar="NAME", help="which model it is")
     add("--rpe", default=None, metavar="SPEC", help="its encoding, where the name of the model does not say")
-    add("--input-size", default=224, type=_image_size, metavar="N|HxW", help="pixels it was trained on")
+    add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="pixels it was trained on")
     add("--key", default="model", help="where in the checkpoint the weights are (default: model)")
     add("--prefix", default="", help="in front of each name, e.g. backbone.")
     add("--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="part of names; may be repeated")

@@ -162,6 +162,7 @@ def build_dataset(data_path: str | Path, train: bool, *, data_set: str = "IMNET"
     """The training or validation set, with ``classes`` (their names, in order).
 
     Raises: FileNotFoundError, ValueError: something is missing or empty; the message says what was looked for.
+        ImportError: ``HFDS`` without Hugging Face ``datasets``.
     """
     root, split = Path(data_path), "train" if train else "val"
     _need(root.is_dir(), FileNotFoundError, f"--data-path {data_path}: no such folder. See README, \"Data\"")
@@ -169,6 +170,12 @@ def build_dataset(data_path: str | Path, train: bool, *, data_set: str = "IMNET"
         return _cifar100(root, train, transform)
     if data_set in ("INAT", "INAT19"):
         return INatImages(root, train, 2018 if data_set == "INAT" else 2019, inat_category, transform)
+    if data_set == "WDS":
+        from deit_irpe.shards import ShardImages  # not above: it is made of LabelledImages
+        return ShardImages(root, train, transform)
+    if data_set == "HFDS":
+        from deit_irpe.hugging_face import HuggingFaceImages
+        return HuggingFaceImages(root, train, transform)
     if load_tar:
         return TarImages(root / f"{split}.tar", transform)
     return FolderImages(root / split, transform)
