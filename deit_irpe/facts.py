@@ -9,11 +9,13 @@ import json
 from collections.abc import Sequence
 
 import torch
+from timm.models import VisionTransformer
 
 from deit_irpe.args import get_args_parser, image_size
 from deit_irpe.complexity import macs, parameters
 from deit_irpe.models import create_model
 from deit_irpe.train import model_options
+from irpe_ops.modules import IRPE, IRPECross
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 
@@ -24,10 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(parser, argv)
     with torch.device("meta"):  # shapes only: nothing is allocated
         model = create_model(args.model, args.rpe, **model_options(args, image_size(args.input_size), args.num_classes))
-    attention = model.blocks[0].attn
-    encodings = [getattr(attention, name, None) for name in ("rpe_q", "rpe_k", "rpe_v")]
-    buckets = next((sum(part.num_buckets for part in rpe.parts) for rpe in encodings if rpe is not None), 0)
-    print(json.dumps({"n_parameters": parameters(model), "macs_M": macs(model) / 1e6, "buckets": buckets}))
+    facts = {"n_parameters": parameters(model)}
+    if isinstance(model, VisionTransformer):  # the counting rule is for those
+        facts["macs_M"] = macs(model) / 1e6
+    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPECross)]
+    facts["buckets"] = sum(part.num_buckets for part in encodings[0].parts) if encodings else 0
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -80,10 +80,9 @@ def read_zoo(path: Path = ZOO_FILE) -> Zoo:
 
 
 def cache_folder() -> Path:
-    """Where torch.hub keeps checkpoints (``TORCH_HOME`` moves it)."""
-    import torch  # here, because listing the zoo or reading its figures must not wait for it
-
-    return Path(torch.hub.get_dir()) / "checkpoints"
+    """Where torch.hub keeps checkpoints, by its documented rule; asking torch itself would take seconds to import."""
+    home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
+    return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None, quiet: bool = False) -> Path:

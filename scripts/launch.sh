@@ -96,8 +96,10 @@ train() {
     local command=("${LAUNCH[@]}" --config "$config" "${DATA_FLAG[@]}" --output_dir "$output" "$@")
     if [[ -n "${DRY_RUN:-}" || "${NODE_RANK:-0}" != 0 ]]; then start "${command[@]}"; return; fi
     mkdir -p "$output" "$logs"
-    trap 'if [[ -f "$output/log.txt" ]]; then cp "$output/log.txt" "$logs/log_$name.txt"; fi' EXIT
-    "${command[@]}" 2>&1 | tee -a "$logs/detail_$name.log"
+    local status=0
+    "${command[@]}" 2>&1 | tee -a "$logs/detail_$name.log" || status=$?
+    if [[ -f "$output/log.txt" ]]; then cp "$output/log.txt" "$logs/log_$name.txt"; fi
+    ((status == 0)) || exit "$status"
     echo "log: $logs/log_$name.txt, console: $logs/detail_$name.log, checkpoints: $output"
 }
 

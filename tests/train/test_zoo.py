@@ -149,7 +149,11 @@ def test_command_line(server, zoo, tmp_path, capsys):
         main(["nope", *common])
 
 
-def test_the_cache_is_torch_hubs(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+@pytest.mark.parametrize("variable", ["TORCH_HOME", "XDG_CACHE_HOME", None])
+def test_the_cache_is_torch_hubs(monkeypatch, tmp_path, variable):
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    assert zoo_module.cache_folder() == Path(tmp_path) / "hub" / "checkpoints"
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert zoo_module.cache_folder() == Path(torch.hub.get_dir()) / "checkpoints"

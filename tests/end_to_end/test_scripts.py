@@ -1,0 +1,151 @@
+"""Every script's dry run prints a command that the argument parser accepts, from any folder; mistakes are named."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deit_irpe.args import get_args_parser as deit_parser
+from detr_irpe.args import get_args_parser as detr_parser
+from irpe_train.ablate import get_parser as ablate_parser
+from irpe_train.config import parse_args
+
+ROOT = Path(__file__).resolve().parents[2]
+PARSERS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser, "irpe_train.ablate": ablate_parser}
+
+
+def run(folder, script, *arguments, ok=True, **environment):
+    """A script, started in ``folder``; what it printed."""
+    clean = {key: value for key, value in os.environ.items()
+             if key not in ("GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "DATA", "CUDA_VISIBLE_DEVICES", "PYTHON")
+             and not key.startswith("SLURM")}
+    done = subprocess.run([str(ROOT / "scripts" / script), *arguments], cwd=folder, capture_output=True, text=True,
+                          env={**clean, "PYTHON": sys.executable, "DRY_RUN": "1", **environment})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout if ok else done.stderr
+
+
+def parsed(line):
+    """The launcher's words, the module and its parsed flags of a printed command."""
+    words = shlex.split(line)
+    module = next(word for word in words if word in PARSERS)
+    at = words.index(module)
+    return words[:at], module, parse_args(PARSERS[module](), words[at + 1:])
+
+
+@pytest.mark.parametrize("script, config, module", [
+    ("train_deit.sh", "small_k", "deit_irpe"), ("train_detr.sh", "r50_150epochs", "detr_irpe"),
+    ("eval_deit.sh", "base_qkv", "deit_irpe"), ("eval_detr.sh", "rpe-2.0-product-ctx-1-k_300epochs", "detr_irpe")])
+def test_train_and_eval(tmp_path, script, config, module):
+    out = run(tmp_path, script, config, "--seed", "7", DATA="my data", CUDA_VISIBLE_DEVICES="0,1,2")
+    launcher, found, args = parsed(out)
+    assert found == module and args.seed == 7
+    assert launcher[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
+    assert (args.data_path if module == "deit_irpe" else args.coco_path) == "my data"
+    folder = "deit" if module == "deit_irpe" else "detr"
+    assert args.config == str(ROOT / "configs" / folder / f"{config}.yaml")
+    if script.startswith("eval"):
+        name = "deit_base_patch16_224_ctx_product_50_shared_qkv" if folder == "deit" else config
+        assert args.eval and args.resume.endswith(f"hub/checkpoints/{name}.pth")
+        assert args.output_dir == f"outputs/eval_{config}"
+    else:
+        assert not args.eval and args.output_dir == f"outputs/{config}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_ones_own(tmp_path):
+    args = parsed(run(tmp_path, "eval_deit.sh", "small", "mine.pth", "--expect", DATA="x"))[2]
+    assert (args.resume, args.expect) == ("mine.pth", "auto")
+    assert parsed(run(tmp_path, "eval_detr.sh", "r50_150epochs", "--resume", "auto", DATA="x"))[2].resume == "auto"
+
+
+def test_one_process_without_gpus(tmp_path):
+    (tmp_path / "own.yaml").write_text("data-path: here\nmodel: deit_tiny_patch16_224\n")
+    launcher, _, args = parsed(run(tmp_path, "train_deit.sh", str(tmp_path / "own.yaml"), CUDA_VISIBLE_DEVICES=""))
+    assert launcher[1:] == ["-m"] and args.data_path == "here"
+
+
+def test_several_nodes(tmp_path):
+    launcher = parsed(run(tmp_path, "train_deit.sh", "small", DATA="x", NNODES="2", NODE_RANK="1", GPUS="8",
+                          MASTER_ADDR="node0"))[0]
+    assert launcher[2:] == ["torch.distributed.run", "--nnodes=2", "--node_rank=1", "--nproc_per_node=8",
+                            "--master_addr=node0", "--master_port=29500", "-m"]
+    launcher = parsed(run(tmp_path, "train_detr.sh", "r50_150epochs", DATA="x", NNODES="4", GPUS="2", RDZV="h:1"))[0]
+    assert launcher[3:] == ["--nnodes=4", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=h:1",
+                            "--rdzv_id=irpe", "-m"]
+
+
+def test_slurm(tmp_path):
+    submit, inner = run(tmp_path, "slurm.sh", "train_detr", "r50_150epochs", "--amp", "bf16", DATA="x", NNODES="2",
+                        SBATCH="--partition=gpu --time=9").splitlines()
+    words = shlex.split(submit)
+    assert words[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--partition=gpu", "--time=9"} <= set(words)
+    task = shlex.split(words[words.index("--wrap") + 1])
+    assert task[:2] == ["srun", "--kill-on-bad-exit=1"] and task[2] == str(ROOT / "scripts" / "train_detr.sh")
+    assert task[-2:] == ["--amp", "bf16"]
+    launcher, _, args = parsed(inner)
+    assert "--nnodes=2" in launcher and args.amp == "bf16"
+
+
+@pytest.mark.parametrize("script, runs", [("ablate_modes.sh", 81), ("ablate_buckets.sh", 37)])
+@pytest.mark.parametrize("which", ["deit", "detr"])
+def test_ablations(tmp_path, script, runs, which):
+    lines = run(tmp_path, script, which, "--seeds", "3", DATA="x").splitlines()
+    assert len(lines) == runs
+    for line in lines:
+        args = parsed(line)[2]
+        assert args.seed == 3 and (args.data_path if which == "deit" else args.coco_path) == "x"
+
+
+def test_download(tmp_path):
+    assert run(tmp_path, "download_zoo.sh", "all").split()[1:] == ["-m", "irpe_train.zoo", "all"]
+    listed = run(tmp_path, "download_zoo.sh", DRY_RUN="", TORCH_HOME=str(tmp_path))
+    assert len(listed.splitlines()) == 9 and "iRPE-model-zoo" in listed
+
+
+@pytest.mark.parametrize("script, arguments, environment, message", [
+    ("train_deit.sh", [], {}, "usage: DATA=DIR scripts/train_deit.sh CONFIG"),
+    ("train_detr.sh", ["nope"], {"DATA": "x"}, "no config nope. Known: .*r50_150epochs"),
+    ("train_deit.sh", ["small"], {}, "where is the data. DATA=DIR train_deit.sh"),
+    ("train_deit.sh", ["small"], {"DATA": "nowhere", "DRY_RUN": ""}, "DATA=nowhere: no such folder"),
+    ("train_deit.sh", ["small"], {"DATA": "x", "NNODES": "2"}, "NNODES=2 needs NODE_RANK=0..1 and MASTER_ADDR"),
+    ("train_deit.sh", ["small"], {"DATA": "x", "NNODES": "two"}, "NNODES=two is not a number"),
+    ("train_deit.sh", ["small"], {"DATA": "x", "GPUS": "all"}, "GPUS=all is not a number"),
+    ("eval_deit.sh", ["small"], {"DATA": "x"}, "no published checkpoint .*configs/deit/small.yaml"),
+    ("eval_deit.sh", ["small", "no.pth"], {"DATA": str(ROOT), "DRY_RUN": ""}, "no checkpoint no.pth"),
+    ("slurm.sh", ["train", "small"], {"DATA": "x"}, "train: expected train_deit, train_detr"),
+    ("ablate_modes.sh", ["deit"], {}, "where is the data"),
+    ("ablate_modes.sh", ["vit"], {"DATA": "x"}, "usage: DATA=DIR scripts/ablate_modes.sh"),
+    ("download_zoo.sh", ["nope"], {"DRY_RUN": ""}, "no published checkpoint 'nope'")])
+def test_mistakes(tmp_path, script, arguments, environment, message):
+    assert re.search(message, run(tmp_path, script, *arguments, ok=False, **environment))
+
+
+def test_every_script_opens_with_its_usage():
+    for path in (ROOT / "scripts").glob("*.sh"):
+        lines = path.read_text().splitlines()
+        if lines[0].startswith("#!"):
+            assert "usage:" in lines[1], path.name
+            sourced = "usage: source" in lines[1]
+            assert sourced or "set -euo pipefail" in lines, path.name
+    for name in ("train_deit", "train_detr", "eval_deit", "eval_detr", "ablate_buckets", "ablate_modes", "download_zoo",
+                 "slurm"):
+        assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
+
+
+def test_training_is_written_as_the_zoo_names_it(tmp_path):
+    """With a stand-in for the package: the logs folder has the run's log.txt and console, whatever the outcome."""
+    package = tmp_path / "deit_irpe"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "(out / 'log.txt').write_text('{\"epoch\": 0}\\n')\nprint('said')\nsys.exit(5)\n")
+    (tmp_path / "own.yaml").write_text("data-path: here\n")
+    run(tmp_path, "train_deit.sh", "own.yaml", ok=False, DRY_RUN="", CUDA_VISIBLE_DEVICES="")
+    assert (tmp_path / "logs" / "log_own.txt").read_text() == '{"epoch": 0}\n'
+    assert (tmp_path / "logs" / "detail_own.log").read_text() == "said\n"
