@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import read_image
 from detr_irpe.data.image_files import open_images
+from detr_irpe.data.panoptic import CocoPanoptic
 from irpe_train.arguments import nonnegative_int, positive_int
-from irpe_train.config import parse_args
 from irpe_train.distributed import logger, set_up_logging
 
 TOLERATED_BOXES = 0.001  # COCO itself has two empty boxes among 860,001; training drops such boxes
@@ -124,19 +125,46 @@ def check_split(root: Path, split: str, num_classes: int | None, num_workers: in
                       f"objects, {len(annotations.categories)} categories, largest id {max(annotations.categories)}")
 
 
+def panoptic_problems(dataset: CocoPanoptic) -> list[Problem]:
+    """Segments of the annotation file and of its images that do not fit each other; reads every segment image."""
+    unreadable, other_size, unknown = (Problem(what, 0, []) for what in (
+        "unreadable segment images", "segment images of another size than their image",
+        "categories of segments that 'categories' does not list"))
+    unlisted = Problem("segment images with ids that 'segments_info' does not list", 0, [])
+    for index in range(len(dataset)):
+        name = dataset.segment_images.describe(index)
+        try:
+            ids, segments = dataset.truth(index)
+            image = read_image(dataset.images, index)
+        except OSError as error:
+            _add(unreadable, str(error))
+            continue
+        if ids.shape != (image.height, image.width):
+            _add(other_size, f"{name} is {ids.shape[0]} x {ids.shape[1]}, not {image.height} x {image.width}")
+        if set(np.unique(ids).tolist()) - {0} - {segment["id"] for segment in segments}:
+            _add(unlisted, name)
+        for segment in segments:
+            if segment["category_id"] not in dataset.categories:
+                _add(unknown, f"{name}: {segment['category_id']}")
+    return [problem for problem in (unreadable, other_size, unlisted, unknown) if problem.count]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check both splits; returns the exit status: 0 when training can start."""
     parser = argparse.ArgumentParser("python -m detr_irpe.check", description=__doc__.partition("\n")[0])
     parser.add_argument("--coco_path", required=True, metavar="DIR", help="as for training")
+    parser.add_argument("--coco_panoptic_path", metavar="DIR", help="check the panoptic annotations there too")
     parser.add_argument("--splits", nargs="+", default=["train2017", "val2017"], help="which to check")
     parser.add_argument("--num_classes", default=None, type=positive_int, help="as for training, if given there")
     parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
-    args = parse_args(parser, argv)
+    args = parser.parse_args(argv)
     set_up_logging(0)
     failed = False
     for split in args.splits:
         try:
             problems, summary = check_split(Path(args.coco_path), split, args.num_classes, args.num_workers)
+            if args.coco_panoptic_path:
+                problems += panoptic_problems(CocoPanoptic(args.coco_path, args.coco_panoptic_path, split, None))
         except (OSError, ValueError, RuntimeError) as error:
             failed = True
             logger.error(str(error))

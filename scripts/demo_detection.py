@@ -3,8 +3,8 @@
 Everything comes with scikit-learn: its 1,797 handwritten digits (8 x 8) and its two photographs (``china.jpg``,
 ``flower.jpg``). Digits and parts of the photographs that are seen in training never occur in validation.
 
-``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 4 digits of 24 to 48 pixels an image, images of
-96 pixels by 96 to 128. ``digits_on_photos/`` has single digits on photographs in the ImageNet layout: on it a backbone
+``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 4 digits of 24 to 44 pixels an image, images of
+80 pixels by 80 to 96. ``digits_on_photos/`` has single digits on photographs in the ImageNet layout: on it a backbone
 learns to classify before it learns to detect, as the published DETR's did on ImageNet.
 """
 
@@ -17,11 +17,11 @@ from PIL import Image
 from pycocotools import mask as rle
 
 CATEGORY_IDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)  # of the digits 0 to 9: neither from 0 on nor without gaps
-SHORT_SIDE, LONGEST_SIDE = 96, 128  # pixels
-DIGIT_SIDE = (24, 48)  # pixels; the ink of a digit is smaller than the square it is written in
+HEIGHT, WIDTHS = 80, (80, 96)  # pixels
+DIGIT_SIDE = (24, 44)  # pixels; the ink of a digit is smaller than the square it is written in
 MOST_DIGITS = 4
 CLASSIFIED_SIDE = 54  # pixels of an image with one digit
-IMAGES = {"train2017": 2000, "val2017": 400}
+IMAGES = {"train2017": 2000, "val2017": 300}
 CLASSIFIED_IMAGES = {"train": 6000, "val": 500}
 SEED = 0
 
@@ -69,8 +69,7 @@ class Source:
 
     def scene(self, digits: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
         """An image with up to ``digits`` digits that do not touch; label and mask (height, width) bool of each."""
-        sides = SHORT_SIDE, self.rng.randint(SHORT_SIDE, LONGEST_SIDE + 1)
-        height, width = sides if self.rng.rand() < 0.5 else sides[::-1]
+        height, width = HEIGHT, self.rng.randint(WIDTHS[0], WIDTHS[1] + 1)
         image, objects = self.background(height, width), []
         taken = np.zeros((height, width), dtype=bool)
         for _ in range(digits):

@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 
@@ -66,6 +67,21 @@ def test_unreadable_images_are_counted_and_the_first_named(tmp_path, capsys):
 def test_a_missing_split_is_named(tmp_path, capsys):
     status, text = check(tmp_path, capsys)
     assert status == 1 and "no annotation file" in text and "instances_train2017.json" in text
+
+
+def test_panoptic_annotations(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path, panoptic=True)
+    assert check(root, capsys, "--coco_panoptic_path", str(root))[0] == 0
+    path = root / "annotations/panoptic_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][2]["segments_info"][0]["category_id"] = 77
+    content["annotations"][1]["segments_info"] = []
+    path.write_text(json.dumps(content))
+    Image.new("RGB", (20, 20)).save(root / "panoptic_train2017/000000000100.png")
+    (root / "panoptic_train2017/000000000103.png").write_bytes(b"nothing")
+    status, text = check(root, capsys, "--coco_panoptic_path", str(root))
+    assert status == 1 and "000000000102.png: 77" in text and "'segments_info' does not list: 1" in text
+    assert "is 20 x 20, not 40 x 56" in text and "unreadable segment images: 1" in text
 
 
 def test_few_bad_boxes_in_a_large_set_are_a_warning(tmp_path, capsys):
