@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -137,6 +138,18 @@ class Ablation:
             self.count(run)
         return tables.write(self.rows(), self.folder, title=self.grid.name, figure=self.grid.figure[1])
 
+    def publish(self, logs: Path) -> None:
+        """Copy tables, logs and flags of the finished runs to ``logs``, called as in the published zoo."""
+        logs.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("table.*"):
+            shutil.copyfile(path, logs / path.name)
+        names = {"log.txt": "log_{}.txt", "detail.log": "detail_{}.log", "config.yaml": "{}.yaml"}
+        for (run, seed), folder in self.folders.items():
+            if jobs.finished(folder):
+                for here, there in names.items():
+                    if (folder / here).is_file():
+                        shutil.copyfile(folder / here, logs / there.format(f"{run}_seed{seed}"))
+
 
 def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:
     """Which GPUs each concurrent run sees; without GPUs, ``jobs_at_once`` runs share the CPU."""
@@ -173,6 +186,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--slurm-option", type=_setting, action="append", default=[], metavar="KEY=VALUE",
         help="for submitit, e.g. slurm_partition=gpu, timeout_min=600")
     add("--dry-run", action="store_true", help="print the command of each run, start nothing")
+    add("--logs", type=Path, metavar="DIR", help="also copy tables, logs and flags here, e.g. logs/ablation_demo")
     add("--table", action="store_true", help="write the tables of what is there, start nothing")
     return parser
 
@@ -198,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
             ablation.work(pool, processes=args.gpus_per_run)
         for path in ablation.write():
             print(path)
+        if args.logs:
+            ablation.publish(args.logs)
     except (RunError, OSError, ImportError, ValueError) as error:
         sys.exit(f"irpe_train.ablate: {error}")
     return 1 if any("failed" in row.states for row in ablation.rows()) else 0

@@ -94,6 +94,10 @@ class Report:
         """Folders of logs that an ablation left its table in."""
         return sorted(path.parent for path in self.logs.glob("*/table.md"))
 
+    def curves_of(self, folder: Path) -> Path:
+        """Where the curves of an ablation's runs are drawn."""
+        return self.page.with_name(f"{self.page.stem}_{folder.name}.png")
+
     def published_and_here(self, package: str) -> str:
         """One row a published model; each figure "published / here", a measured one linked to where it comes from."""
         columns = COLUMNS[package]
@@ -145,8 +149,8 @@ class Report:
             about = folder / "README.md"
             parts += [about.read_text()] if about.is_file() else []
             parts += [(folder / "table.md").read_text()]
-            plot = folder / "table.png"
-            parts += [f"![{folder.name}]({self._path(plot)})\n"] if plot.is_file() else []
+            pictures = (folder / "table.png", self.curves_of(folder))
+            parts += [f"![{folder.name}]({self._path(picture)})\n" for picture in pictures if picture.is_file()]
         if others := self.other_runs():
             parts += ["## Other runs, measured here\n", others]
         if curves is not None:
@@ -208,10 +212,15 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
     drawn = [report.runs[name].log for name in curves or report.runs if report.runs[name].log.suffix == ".txt"]
     if drawn:
         plot_runs(drawn, picture)
+    pictures = [picture] if drawn else []
+    for folder in report.ablations():  # the first seed alone: a dozen lines can be told apart, three dozen cannot
+        if runs := sorted(folder.glob("log_*_seed0.txt")):
+            plot_runs(runs, report.curves_of(folder))
+            pictures.append(report.curves_of(folder))
     text = report.markdown(picture if drawn else None)
     page.write_text(text)
     page.with_suffix(".html").write_text(to_html(text, lambda name: (page.parent / name).read_bytes()))
-    return [page, page.with_suffix(".html"), *([picture] if drawn else [])]
+    return [page, page.with_suffix(".html"), *pictures]
 
 
 def main(argv: list[str] | None = None) -> int:

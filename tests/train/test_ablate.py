@@ -127,10 +127,13 @@ def test_a_table_from_a_grid(place, capsys):
     assert "\\textcolor{red}{a\\_bad\\_one}" in (place / "out" / "table.tex").read_text()
     assert (place / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
     assert "a_bad_one" in capsys.readouterr().out
-    # Again: only what failed is tried once more.
+    # Again: only what failed is tried once more. What finished is published under the zoo's names.
     before = starts(place)
-    assert main(["grid.yaml", "-o", "out"]) == 1
+    assert main(["grid.yaml", "-o", "out", "--logs", "logs/mini"]) == 1
     assert starts(place) == before
+    published = {path.name for path in (place / "logs" / "mini").iterdir()}
+    assert {"table.md", "table.png", "log_none_seed1.txt", "detail_none_seed1.log"} <= published
+    assert "log_a_bad_one_seed0.txt" not in published
 
 
 def run_in_background(place, *more):

@@ -46,6 +46,7 @@ def logs(tmp_path):
     (folder / "mini").mkdir()
     (folder / "mini" / "table.md").write_text(markdown(["run", "top-1 (%)"], [["a|b", "90.00"]]))
     (folder / "mini" / "README.md").write_text("Small-scale evidence.\n")
+    (folder / "mini" / "log_none_seed0.txt").write_text(deit_line(0, 50.0) + "\n" + deit_line(1, 90.0) + "\n")
     return folder
 
 
@@ -95,6 +96,7 @@ def test_the_page_its_picture_and_its_html(logs, tmp_path, capsys):
     assert report.main([str(logs), "-o", str(page)]) == 0
     text = page.read_text()
     assert "Small-scale evidence." in text and "![curves](results.png)" in text and "a\\|b" in text
+    assert "![mini](results_mini.png)" in text and (page.parent / "results_mini.png").is_file()
     picture = page.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     offline = page.with_suffix(".html").read_text()
