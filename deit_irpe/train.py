@@ -114,7 +114,8 @@ def main(args: argparse.Namespace) -> None:
         "effective lr": f"{args.lr:g} at the peak, {args.warmup_lr:g} at the start",
         "an epoch": f"{len(loader)} steps, {len(loader) * images_per_step} samples",
         "not as published": differs})
-    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard)
+    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard,
+                 wandb=args.wandb)
     steps = Steps(loader, state, checkpoints, seed=args.seed, accumulate=args.accumulate,
                   save_interval=args.save_interval, max_bad=args.max_bad, preemption=Preemption().install())
     state.meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
@@ -156,7 +157,9 @@ def evaluate_only(args: argparse.Namespace, model: nn.Module, val_set, val_loade
     stats = evaluate(model, val_loader, precision)
     logger.info(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
     if args.expect and distributed.is_main():
-        folder = Path(args.data_path) / ("val.tar" if args.load_tar else "val")
+        folder = Path(args.data_path)
+        if args.data_set == "IMNET":
+            folder = folder / ("val.tar" if args.load_tar else "val")
         measured = {"acc1": stats["acc1"], "acc5": stats["acc5"], "n_parameters": n_parameters}
         if not card.expect(args.expect, [Path(source).stem, args.model], measured, checkpoint=source or None,
                            data=[folder], output_dir=args.output_dir):

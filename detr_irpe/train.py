@@ -104,7 +104,8 @@ def main(args: argparse.Namespace) -> None:
         "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
         "an epoch": f"{len(loader)} steps, {len(loader) * images_per_step} samples",
         "not as published": differs})
-    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard)
+    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard,
+                 wandb=args.wandb)
     steps = Steps(loader, state, checkpoints, seed=args.seed, accumulate=args.accumulate,
                   save_interval=args.save_interval, max_bad=args.max_bad, preemption=Preemption().install())
     state.meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))

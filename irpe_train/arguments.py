@@ -37,6 +37,7 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, *, seed: int, num_wor
         help="unreadable training images are skipped; more than this fraction of the set stops the run")
     add("--tensorboard", default=True, action=argparse.BooleanOptionalAction,
         help="write TensorBoard files too, if it is installed")
+    add("--wandb", default="", metavar="PROJECT", help="send the figures to this project of Weights & Biases too")
     add("--world_size", default=1, type=int, help="set by torchrun or SLURM; kept from the published command")
     add("--dist_url", default="env://", help="where the processes meet")
     add("--dist_timeout", default=600.0, type=positive_float, metavar="SECONDS",

@@ -21,10 +21,13 @@ class ConfigError(RunError, ValueError):
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=None, metavar="FILE.yaml",
                         help="flags written down, one 'name: value' a line; typed flags win")
+    parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and end")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """``parser.parse_args`` with the flags of the ``--config`` file, if one is given, placed first.
+
+    ``--print-config`` ends here, with exit status 0.
 
     Raises: ConfigError: no such file, no plain YAML mapping, an unknown name or a value no flag can carry.
     """
@@ -36,6 +39,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     args = parser.parse_args(written + argv)
     if args.config != path:  # argparse takes --conf for it
         raise ConfigError(f"--config {args.config}: write --config in full, so that it is read before the other flags")
+    if getattr(args, "print_config", False):
+        print(_as_yaml(parser, args), end="")
+        parser.exit()
     return args
 
 
@@ -137,10 +143,16 @@ def _same(name: str) -> str:
 
 def write_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: Path) -> None:
     """Write every flag's value to ``path``, so that ``--config path`` gives ``args`` again."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(_as_yaml(parser, args), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _as_yaml(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     values = {}
     for action in parser._actions:
         value = getattr(args, action.dest, None)
-        if action.dest in ("help", "config") or value is None:
+        if action.dest in ("help", "config", "print_config") or value is None:
             continue
         if action.nargs == 0 or isinstance(value, (bool, int, float)):
             values[action.dest] = value
@@ -148,6 +160,4 @@ def write_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path
             values[action.dest] = [item if isinstance(item, (int, float)) else str(item) for item in value]
         else:
             values[action.dest] = str(value)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

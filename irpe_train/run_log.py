@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,17 +29,22 @@ class RunLog:
     Args:
         epoch: where this run goes on; lines from there on belong to an interrupted try and are dropped. A log of
             another run, found when this one starts anew, is moved to ``log.1.txt``.
+        wandb: project of Weights & Biases that is sent the same figures; a resumed run goes on there too.
+    Raises: ImportError: ``wandb`` is asked for and not installed.
     """
 
-    def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True):
+    def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True,
+                 wandb: str = ""):
         self.path = Path(output_dir) / "log.txt" if str(output_dir) and is_main() else None
-        self._board = None
+        self._board = self._wandb = None
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._make_room(epoch, resumed)
         if tensorboard:
             self._board = _summary_writer(self.path.parent / "tensorboard", epoch)
+        if wandb:
+            self._wandb = _wandb_run(wandb, self.path.parent, resumed)
 
     def write(self, stats: dict) -> None:
         """Append one epoch; ``stats`` has ``epoch`` and, as published, ``train_*``, ``test_*``, ``n_parameters``."""
@@ -48,12 +55,11 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         if self._board is not None:
-            for name, value in stats.items():
-                if isinstance(value, (int, float)) and name != "epoch":
-                    self._board.add_scalar(name, value, stats["epoch"])
-                elif name.startswith("test_coco_eval") and value:
-                    self._board.add_scalar(f"{name}_AP", value[0], stats["epoch"])
+            for name, value in _scalars(stats):
+                self._board.add_scalar(name, value, stats["epoch"])
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(_scalars(stats)), step=stats["epoch"])
 
     def _make_room(self, epoch: int, resumed: bool) -> None:
         if not self.path.exists():
@@ -77,6 +83,26 @@ def _epoch_of(line: str) -> float:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _scalars(stats: dict) -> Iterator[tuple[str, float]]:
+    """The figures of an epoch that make a curve; of COCO's twelve the first, AP."""
+    for name, value in stats.items():
+        if isinstance(value, (int, float)) and name != "epoch":
+            yield name, value
+        elif name.startswith("test_coco_eval") and value:
+            yield f"{name}_AP", value[0]
+
+
+def _wandb_run(project: str, folder: Path, resumed: bool):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"--wandb {project} needs Weights & Biases: pip install wandb") from error
+    file = folder / "wandb_id.txt"  # what makes a resumed run the same one there
+    if not (resumed and file.exists()):
+        file.write_text(uuid.uuid4().hex[:8])
+    return wandb.init(project=project, dir=str(folder), name=folder.name, id=file.read_text(), resume="allow")
 
 
 def _summary_writer(folder: Path, epoch: int):

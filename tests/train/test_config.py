@@ -117,3 +117,13 @@ def test_any_file_gives_flags_or_one_clear_error(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8", newline="")
     with contextlib.suppress(ConfigError, argparse.ArgumentError, SystemExit):
         parse_args(get_parser(), ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_print_config_is_a_config_file(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(tmp_path, "batch-size: 8\nrepeated-aug: false\n", "--print-config", "--lr", "0.1")
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["lr"] == 0.1 and "print_config" not in printed
+    again = parse(tmp_path, printed)
+    assert (again.batch_size, again.lr, again.repeated_aug, again.print_config) == (8, 0.1, False, False)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import pytest
 
@@ -79,3 +80,32 @@ def test_banner_and_changed_flags(capsys):
     assert changed_flags(parser, parse_args(parser, [])) == "nothing"
     banner("tiny", {"effective batch": 8, "lr": 0.25})
     assert capsys.readouterr().out == "tiny\n  effective batch  8\n  lr               0.25\n"
+
+
+def test_wandb_gets_the_same_figures_and_goes_on_after_a_resume(tmp_path, monkeypatch):
+    runs, sent = [], []
+
+    class Wandb:  # what is used of the package
+        @staticmethod
+        def init(**options):
+            runs.append(options)
+            return Wandb
+
+        @staticmethod
+        def log(figures, step):
+            sent.append((step, figures))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    for resumed in (False, True):
+        log = RunLog(tmp_path, epoch=int(resumed), resumed=resumed, tensorboard=False, wandb="irpe")
+        log.write({"train_loss": 0.5, "test_coco_eval_bbox": [0.4] * 12, "epoch": int(resumed)})
+    assert sent == [(epoch, {"train_loss": 0.5, "test_coco_eval_bbox_AP": 0.4}) for epoch in (0, 1)]
+    assert runs[0]["project"] == "irpe" and runs[0]["id"] == runs[1]["id"]
+    RunLog(tmp_path, epoch=0, resumed=False, tensorboard=False, wandb="irpe")
+    assert runs[2]["id"] != runs[0]["id"]
+
+
+def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="--wandb irpe needs Weights & Biases: pip install wandb"):
+        RunLog(tmp_path, epoch=0, resumed=False, tensorboard=False, wandb="irpe")
