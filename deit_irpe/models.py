@@ -1,5 +1,6 @@
 """DeiT with iRPE: the table of names, create_model, and weights that come from another run."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -7,12 +8,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import VisionTransformer, is_model_in_modules, register_model
+from timm.models import (
+    VisionTransformer,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model_in_modules,
+    register_model,
+)
+from timm.models._features import FeatureGetterNet  # what timm itself wraps a ViT with for features_only
 from torch import Tensor, nn
 
 from irpe_ops import equip
 from irpe_train.checkpoint import model_weights, read_checkpoint
-from irpe_train.zoo import fetch
+from irpe_train.zoo import fetch, read_zoo
 
 # Every published name in full: the plain DeiT it starts from and the encoding it carries.
 RPE_MODELS = {
@@ -51,12 +59,17 @@ def create_model(name: str, rpe=None, *, attn_backend: str = "auto", pretrained:
             it.
         attn_backend: passed to every attention layer (``auto``, ``eager``, ``compiled``, ``triton``).
         pretrained: start from the published checkpoint of that name; a head of other classes starts fresh.
-        timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...
+        timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...; with
+            ``features_only=True`` the feature maps of blocks ``out_indices`` (default: the last three), as timm has it.
     Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit.
     """
     base, named_rpe = RPE_MODELS.get(name, (name, None))
     from_zoo = pretrained and name in RPE_MODELS
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}
+    wanted_features = None
+    if timm_kwargs.get("features_only") and name in RPE_MODELS | DEMO_SIZES:  # wrapped when its weights are loaded
+        del timm_kwargs["features_only"]
+        wanted_features = timm_kwargs.pop("out_indices", 3)
     model = _plain_model(base, pretrained=pretrained and not from_zoo, **timm_kwargs)
     spec = named_rpe if rpe is None else rpe
     if spec not in (None, "none"):
@@ -67,7 +80,7 @@ def create_model(name: str, rpe=None, *, attn_backend: str = "auto", pretrained:
     if from_zoo:
         path = fetch(name)
         load_pretrained_weights(model, model_weights(read_checkpoint(path), source=path))
-    return model
+    return model if wanted_features is None else FeatureGetterNet(model, wanted_features)
 
 
 def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
@@ -91,9 +104,24 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     return model
 
 
+def _timm_config(name: str):
+    """What timm keeps of a model beside its code: how images are prepared for it, and where its weights are."""
+    base = RPE_MODELS[name][0] if name in RPE_MODELS else "deit_tiny_patch16_224"
+    published = read_zoo().models.get(name)
+    crop = dict(crop_pct=224 / 256) if name in RPE_MODELS else dict(crop_pct=1.0, input_size=(3, 32, 32))
+    return dataclasses.replace(get_pretrained_cfg(base), url=published.url if published else None, hf_hub_id=None,
+                               tag=None, **crop)
+
+
+default_cfgs = generate_default_cfgs({name: _timm_config(name) for name in [*RPE_MODELS, *DEMO_SIZES]})  # timm's name
+
+
 def _entrypoint(name: str):
     def build(pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-        return create_model(name, pretrained=pretrained, **kwargs)
+        model = create_model(name, pretrained=pretrained, **kwargs)
+        vit = model.model if isinstance(model, FeatureGetterNet) else model
+        vit.pretrained_cfg = vit.default_cfg = model.pretrained_cfg = get_pretrained_cfg(name).to_dict()
+        return model
 
     build.__name__ = name
     build.__module__ = __name__
