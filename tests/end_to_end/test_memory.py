@@ -33,7 +33,7 @@ def crowd_of_images(root: Path, images: int, objects: int) -> None:
     content = json.loads(path.read_text())
     first = content["images"][0]
     source = root / "train2017" / first["file_name"]
-    content["images"] = [{**first, "id": i, "file_name": f"{i:012d}.jpg"} for i in range(images)]
+    content["images"] = [{**first, "id": i, "file_name": f"link_{i}.jpg"} for i in range(images)]
     for image in content["images"]:
         os.link(source, source.with_name(image["file_name"]))
     content["annotations"] = [
