@@ -1,8 +1,14 @@
-"""``python -m deit_irpe``."""
+"""``python -m deit_irpe``, and the console command ``deit-irpe``."""
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.train import main
 from irpe_train.launch import launch
 
-if __name__ == "__main__":  # a spawned worker imports this file again
+
+def run() -> None:
+    """Train or evaluate, as the command line says."""
     launch(main, get_args_parser())
+
+
+if __name__ == "__main__":  # a spawned worker imports this file again
+    run()

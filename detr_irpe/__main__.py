@@ -1,8 +1,14 @@
-"""``python -m detr_irpe``: train or evaluate."""
+"""``python -m detr_irpe``, and the console command ``detr-irpe``: train or evaluate."""
 
 from detr_irpe.args import get_args_parser
 from detr_irpe.train import main
 from irpe_train.launch import launch
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Train or evaluate, as the command line says."""
     launch(main, get_args_parser())
+
+
+if __name__ == "__main__":  # a spawned worker imports this file again
+    run()
