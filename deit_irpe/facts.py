@@ -6,10 +6,12 @@ For tables and reproduction cards; needs no data, so the classes are told with `
 """
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 
 import torch
 from timm.models import VisionTransformer
+from torch import nn
 
 from deit_irpe.args import get_args_parser, image_size
 from deit_irpe.complexity import macs, parameters
@@ -20,12 +22,19 @@ from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 
 
+def build_model(args: Namespace) -> nn.Module:
+    """The untrained model of a run's flags as its checkpoint has them, the published ones included."""
+    flags = Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
+    return create_model(flags.model, flags.rpe, **model_options(flags, image_size(flags.input_size), flags.nb_classes))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     parser.add_argument("--num_classes", default=1000, type=positive_int)
     args = parse_args(parser, argv)
+    args.nb_classes = args.num_classes
     with torch.device("meta"):  # shapes only: nothing is allocated
-        model = create_model(args.model, args.rpe, **model_options(args, image_size(args.input_size), args.num_classes))
+        model = build_model(args)
     facts = {"n_parameters": parameters(model)}
     if isinstance(model, VisionTransformer):  # the counting rule is for those
         facts["macs_M"] = macs(model) / 1e6

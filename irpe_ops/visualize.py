@@ -3,11 +3,11 @@
     python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --grid 14x14 --query 7,7       buckets around a patch
     python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --checkpoint X.pth             the table of each layer and head
     python -m irpe_ops.visualize rpe-1.9-product-bias-0-k --checkpoint X.pth --query 7,7    what each key is given
-    python -m irpe_ops.visualize --checkpoint X.pth --query 7,7 --image I.png --build PACKAGE:FUNCTION
+    python -m irpe_ops.visualize --checkpoint X.pth --query 7,7 --image I.png --build deit_irpe.facts:build_model
 
 A bias is the table itself. A contextual encoding is a product of the table with the patch's own vector: without an
-image its table is drawn as the length of each bucket's vector, and the last form runs the model that FUNCTION makes of
-the checkpoint's flags (an argparse.Namespace). The figures of Wu et al., ICCV 2021 are such. Needs matplotlib.
+image its table is drawn as the length of each bucket's vector, and the last form runs the model that PACKAGE:FUNCTION
+makes of the checkpoint's flags (an argparse.Namespace). The figures of Wu et al., ICCV 2021 are such. Needs matplotlib.
 """
 import argparse
 import importlib
@@ -161,7 +161,7 @@ def _eager(model: nn.Module):
 
 def draw_maps(rows: Mapping[str, Tensor], path: str | Path, *, title: str, mark: tuple[int, int] | None = None,
               numbers: bool = False) -> None:
-    """Save a picture of maps: one row a name, one column a head.
+    """Save a picture of maps: one row a name, with one scale of colours, and one column a head.
 
     Args:
         rows: ``(heads, height, width)`` by name. mark: (row, col) of the query, outlined in every map.
@@ -174,7 +174,7 @@ def draw_maps(rows: Mapping[str, Tensor], path: str | Path, *, title: str, mark:
         raise ImportError("irpe_ops.visualize draws with matplotlib: pip install matplotlib") from error
     columns = max(values.shape[0] for values in rows.values())
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
-    figure = Figure(figsize=(cell * columns + 1.2, cell * len(rows) + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(cell * columns + 1.2, 5), cell * len(rows) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
@@ -184,7 +184,7 @@ def draw_maps(rows: Mapping[str, Tensor], path: str | Path, *, title: str, mark:
             if head >= values.shape[0]:
                 axis.axis("off")
                 continue
-            image = axis.imshow(values[head].numpy(), cmap="viridis")
+            image = axis.imshow(values[head].numpy(), cmap="viridis", vmin=values.min(), vmax=values.max())
             if head == 0:
                 axis.set_ylabel(name.replace(".", "\n"), fontsize=6)
             if mark:
