@@ -1,4 +1,4 @@
-"""`rpe_attention` on CPU by the fused kernels of rpe_ops_cuda: no (L, L) tensor unless it is small enough to be kept."""
+"""`rpe_attention` on CPU by the kernels of rpe_ops_cuda: no (L, L) tensor unless it is small enough to be kept."""
 
 import torch
 from torch import Tensor

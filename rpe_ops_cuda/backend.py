@@ -20,7 +20,7 @@ def _installed_packages() -> list[str]:
 sys.path += _installed_packages()
 if importlib.util.find_spec("torch") is None:
     raise SystemExit(
-        f"rpe_ops_cuda: torch is not installed for {sys.executable}; the extension is built against the installed torch.\n"
+        f"rpe_ops_cuda: {sys.executable} has no torch, and the extension is built against the installed one.\n"
         "Install torch first (pip install torch), then: pip install ./rpe_ops_cuda"
     )
 

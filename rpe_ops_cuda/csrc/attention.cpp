@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -191,6 +192,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
     a.out = rows_of(out);
     if (keep) a.stats = stats.data_ptr<float>();
     if (keep && keep_probs) a.probs = probs.data_ptr<float>();
+    if (a.probs) std::fill_n(a.probs + probs.numel() - 16, 16, 0.0f);
     if (keep && a.on_v.parts) a.sums = sums.data_ptr<float>();
     a.tile = tile_rows(a.length, a.padded * 4, 128 << 10);
     in_parallel(a, false, matrices * ((a.length + a.tile - 1) / a.tile), kernels().attention_forward);

@@ -25,6 +25,7 @@ struct Buffers {
   float *grad_k, *grad_v;                // (L, D padded)
   float *row, *spare;                    // lookups of one row
   float *strip, *columns;                // LANES rows of a transposed tile: of lookups, of grad_scores
+  float *factors;                        // (tile) 1 / sum of exp(score - greatest)
   float *bucket_scratch;
 };
 
@@ -42,6 +43,7 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
   if (a.probs == nullptr) b.scores = s.floats(a.tile * a.padded);
   if (a.dropout_p > 0) b.dropped = s.floats(a.tile * a.padded);
   if (recompute) b.lookup_k = s.floats(lookup_room(a.on_k, a.tile)), b.lookup_q = s.floats(lookup_room(a.on_q, a.length));
+  b.factors = s.floats(a.tile);
   b.row = s.floats(a.padded + LANES);
   b.spare = s.floats(a.padded + LANES);
   if (a.on_q.parts) b.strip = s.floats(LANES * (a.tile + 4 * LANES));
@@ -213,20 +215,17 @@ static float finish_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
     const float* mask = a.key_mask + batch * rounded_up(length);
     for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(mask + j));
   }
+  if (a.on_k.parts)
+    lookup_parts(a.on_k, i, a.on_k.bias ? b.lookup_k : b.lookup_k + tile_row * a.on_k.padded, b.row, b.spare);
   vf greatest = splat(minus_infinity);
-  if (a.on_k.parts) {
-    const float* lookup = a.on_k.bias ? b.lookup_k : b.lookup_k + tile_row * a.on_k.padded;
-    lookup_parts(a.on_k, i, lookup, b.row, b.spare);
-    for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(b.row + j));
+  for (int64_t j = 0; j < length; j += LANES) {
+    vf x = load(row + j);
+    if (a.on_k.parts) x += load(b.row + j);
+    store(row + j, x);
+    if (j + LANES <= length) greatest = greater(x, greatest);
   }
   for (int64_t j = length; j < rounded_up(length); ++j) row[j] = minus_infinity;
-  for (int64_t j = 0; j < length; j += LANES) {
-    const vf x = load(row + j);
-    greatest = x > greatest ? x : greatest;
-  }
-  float result = greatest[0];
-  for (int lane = 1; lane < LANES; ++lane) result = greatest[lane] > result ? greatest[lane] : result;
-  return result;
+  return greatest_of_lanes(greater(load(row + rounded_up(length) - LANES), greatest));
 }
 
 INLINE uint64_t mixed(uint64_t x) {  // splitmix64
@@ -260,6 +259,7 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
   Scratch scratch = {memory, 0};
   const Buffers b = carve(a, false, scratch);
   const int64_t d = rounded_up(a.head_dim), tiles = (a.length + a.tile - 1) / a.tile;
+  const bool late = a.stats == nullptr && a.dropout_p == 0;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t matrix = t / tiles, batch = matrix / a.heads, head = matrix % a.heads;
     const int64_t first = t % tiles * a.tile, count = a.length - first < a.tile ? a.length - first : a.tile;
@@ -284,7 +284,10 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
       const float sum = sum_of_lanes(total);
       const float factor = sum == 0 ? 0 : 1 / sum;
       if (a.stats) a.stats[2 * (matrix * a.length + first + i)] = greatest, a.stats[2 * (matrix * a.length + first + i) + 1] = factor;
-      for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(row + j) * factor);
+      // Without backward or dropout the factor can wait for the output, which is shorter.
+      if (late) b.factors[i] = factor;
+      for (int64_t j = 0; !late && j < a.length; j += LANES) store(row + j, load(row + j) * factor);
+      zero(row + rounded_up(a.length), a.padded - rounded_up(a.length));
     }
     const float* weights = scores;
     if (a.dropout_p > 0) {
@@ -298,9 +301,15 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
       for (int64_t i = 0; i < count; ++i)
         bucket_sums_parts(a.on_v, first + i, weights + i * a.padded, b.sums_v + i * n, b.bucket_scratch);
       matmul(count, d, a.on_v.buckets, b.sums_v, n, table_of(a.on_v, a.on_v.table, a.on_v.buckets * d, head), d, b.out_tile, d, true);
-      if (a.sums) __builtin_memcpy(a.sums + (matrix * a.length + first) * n, b.sums_v, count * n * sizeof(float));
+      for (int64_t i = 0; a.sums && i < count; ++i) {
+        float* kept = a.sums + (matrix * a.length + first + i) * n;
+        __builtin_memcpy(kept, b.sums_v + i * n, a.on_v.buckets * sizeof(float));
+        zero(kept + a.on_v.buckets, n - a.on_v.buckets);
+      }
     }
-    unpack_rows(b.out_tile, count, a.head_dim, 1, rows_of(a.out, batch, head) + first * a.out.row_stride, a.out.row_stride);
+    float* out = rows_of(a.out, batch, head) + first * a.out.row_stride;
+    for (int64_t i = 0; i < count; ++i)
+      unpack_rows(b.out_tile + i * d, 1, a.head_dim, late ? b.factors[i] : 1, out + i * a.out.row_stride, a.out.row_stride);
   }
 }
 
@@ -354,6 +363,7 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         if (on_v.parts) {
           lookup_parts(on_v, first + i, b.lookup_v + i * on_v.padded, b.row, b.spare);
           for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(row + j) + load(b.row + j));
+          zero(row + a.length, rounded_up(a.length) - a.length);  // the padding of a row of lookups is undefined
         }
         if (a.dropout_p > 0) {
           drop_row(a, top + i, row, row);

@@ -7,6 +7,7 @@ constexpr int kMaxRows = 6;
 constexpr int kMaxRows = 12;
 #endif
 constexpr int kPanel = 2 * LANES;  // columns of C held in registers
+constexpr int64_t kSmall = 4096;   // entries of a B that stays there whole
 constexpr int64_t kDepth = 256;    // so many rows of a panel of B stay in the first-level cache
 
 // A is (M, K) with row stride lda, or its transpose if TRANSPOSED. B is (K, N): panels of kPanel columns, `panel_stride`
@@ -58,18 +59,26 @@ static void gemm(int64_t rows, int64_t cols, int64_t depth, const float* a, int6
                                            gemm_rows<4, TRANSPOSED>, nullptr, nullptr, nullptr, gemm_rows<8, TRANSPOSED>,
                                            nullptr, nullptr, nullptr, gemm_rows<12, TRANSPOSED>};
 #endif
+  const int64_t panels = (cols + kPanel - 1) / kPanel;
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t depth_here = depth - k < kDepth ? depth - k : kDepth;
-    for (int64_t n = 0; n < cols; n += kPanel) {
-      const float* panel = b + n / kPanel * panel_stride + k * ldb;
-      const int64_t registers = cols - n > LANES ? 2 : 1;
-      for (int64_t m = 0; m < rows;) {
-        int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-        while (kBlocks[height] == nullptr) --height;
-        const float* block = TRANSPOSED ? a + k * lda + m : a + m * lda + k;
-        kBlocks[height](registers, depth_here, block, lda, panel, ldb, c + m * ldc + n, ldc, accumulate || k > 0);
-        m += height;
-      }
+    const auto block = [&](int64_t m, int64_t height, int64_t panel) {
+      const int64_t n = panel * kPanel;
+      kBlocks[height](cols - n > LANES ? 2 : 1, depth_here, TRANSPOSED ? a + k * lda + m : a + m * lda + k, lda,
+                      b + panel * panel_stride + k * ldb, ldb, c + m * ldc + n, ldc, accumulate || k > 0);
+    };
+    const auto height_at = [&](int64_t m) {
+      int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
+      while (kBlocks[height] == nullptr) --height;
+      return height;
+    };
+    // What stays in the first-level cache: one panel of B; or all of a small B, so that A is read once.
+    if (TRANSPOSED && depth_here * cols <= kSmall) {
+      for (int64_t m = 0; m < rows; m += height_at(m))
+        for (int64_t panel = 0; panel < panels; ++panel) block(m, height_at(m), panel);
+    } else {
+      for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t m = 0; m < rows; m += height_at(m)) block(m, height_at(m), panel);
     }
   }
 }

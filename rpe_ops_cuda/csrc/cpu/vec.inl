@@ -29,10 +29,31 @@ INLINE vi offsets(const uint32_t* perm) {
 }
 #endif
 
+// x combined with itself, half a register apart, then a quarter, ...: every lane ends with the result.
+#if LANES == 8
+#define COMBINE_LANES(x, OP)                                             \
+  x = OP(x, __builtin_shuffle(x, vi{4, 5, 6, 7, 0, 1, 2, 3}));           \
+  x = OP(x, __builtin_shuffle(x, vi{2, 3, 0, 1, 6, 7, 4, 5}));           \
+  x = OP(x, __builtin_shuffle(x, vi{1, 0, 3, 2, 5, 4, 7, 6}))
+#else
+#define COMBINE_LANES(x, OP)                                                                      \
+  x = OP(x, __builtin_shuffle(x, vi{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));      \
+  x = OP(x, __builtin_shuffle(x, vi{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));      \
+  x = OP(x, __builtin_shuffle(x, vi{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));      \
+  x = OP(x, __builtin_shuffle(x, vi{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}))
+#endif
+
+INLINE vf add(vf a, vf b) { return a + b; }
+INLINE vf greater(vf a, vf b) { return a > b ? a : b; }  // b if either is NaN
+
 INLINE float sum_of_lanes(vf x) {
-  float total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += x[lane];
-  return total;
+  COMBINE_LANES(x, add);
+  return x[0];
+}
+
+INLINE float greatest_of_lanes(vf x) {
+  COMBINE_LANES(x, greater);
+  return x[0];
 }
 
 INLINE int64_t rounded_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }

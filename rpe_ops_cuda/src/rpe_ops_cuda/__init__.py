@@ -1,6 +1,6 @@
 """Compiled operators of image Relative Position Encoding, under ``torch.ops.irpe``, with fake and autograd.
 
-``rpe_index`` and ``rpe_index_adjoint`` are each the other's gradient, so they can be differentiated any number of times.
+``rpe_index`` and ``rpe_index_adjoint`` are each the other's gradient, so they have derivatives of every order.
 """
 
 import torch

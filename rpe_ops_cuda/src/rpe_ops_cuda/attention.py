@@ -26,12 +26,14 @@ def _(q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, key_padding
 def _(grad_out, stats, probs, sums, q, k, v, table_q, table_k, table_v, *rest):
     batch, heads, length, head_dim = q.shape
     grads = [q.new_empty(batch, length, heads, head_dim).transpose(1, 2) for _ in "qkv"]
-    tables = [q.new_empty(0, dtype=torch.float32) if t is None else t.new_empty(t.shape) for t in (table_q, table_k, table_v)]
+    absent = q.new_empty(0, dtype=torch.float32)
+    tables = [absent.clone() if t is None else t.new_empty(t.shape) for t in (table_q, table_k, table_v)]
     return (*grads, *tables)
 
 
 def _context(ctx, inputs, output) -> None:
-    q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, padding, mask, seed, scale, dropout_p, keep, _ = inputs
+    q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, padding, mask, seed, *settings = inputs
+    scale, dropout_p, keep, _ = settings
     if not keep:
         raise RuntimeError("irpe::attention: keep=True is needed where gradients are")
     _, stats, probs, sums = output
@@ -48,8 +50,8 @@ def _backward(ctx, grad_out: Tensor, *_):
     first, second, _ = ctx.parts
     index_q, index_k, index_v = index[:first], index[first : first + second], index[first + second :]
     grads = _ops.attention_backward(
-        grad_out, stats, probs, sums, q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, padding, mask, seed,
-        *ctx.settings,
+        grad_out, stats, probs, sums, q, k, v, table_q, table_k, table_v, index_q, index_k, index_v,
+        padding, mask, seed, *ctx.settings,
     )  # fmt: skip
     tables = [g if t is not None else None for g, t in zip(grads[3:], (table_q, table_k, table_v), strict=True)]
     indices = [[None] * parts for parts in ctx.parts]
