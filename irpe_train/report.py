@@ -3,8 +3,9 @@
     python -m irpe_train.report logs/ -o docs/results.md       the page, beside it results.png (curves) and results.html
     python -m irpe_train.report logs/ --readme README.md       the same tables between the markers of another file
 
-A marker pair is ``<!-- table: NAME -->`` and ``<!-- end -->``, NAME one of imagenet, coco, or ablation FOLDER for the
-table of logs/FOLDER. Logs are called as in the published zoo: ``log_<name>.txt``, ``detail_<name>.log``.
+A marker pair is ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, NAME one of ``results`` (both published tables),
+``imagenet``, ``coco``, ``demo`` (what was measured here on small data: the ablations and other runs of the folder).
+Logs are called as in the published zoo: ``log_<name>.txt``, ``detail_<name>.log``.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from .tables import markdown
 from .zoo import ROOT, Zoo, read_zoo
 
 NOT_RUN = "not run"
-MARKER = re.compile(r"(<!-- table: (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
 # The figures of each table: name in the zoo and on cards, title, key of log.txt, place in its list.
 COLUMNS = {
     "deit_irpe": (("params_M", "parameters (M)", None, 0), ("macs_M", "MACs (M)", None, 0),
@@ -80,15 +81,19 @@ class Report:
         self.logs, self.page, self.zoo = logs, page, zoo or read_zoo()
         self.runs = find_runs(logs)
 
-    def table(self, name: str) -> str:
-        """The Markdown of one table. Raises: RunError: no table of that name."""
+    def block(self, name: str) -> str:
+        """The Markdown between one pair of markers. Raises: RunError: an unknown name."""
         if name in NAMES:
             return self.published_and_here(NAMES[name])
-        folder = self.logs / name.removeprefix("ablation ")
-        if name.startswith("ablation ") and (folder / "table.md").is_file():
-            return (folder / "table.md").read_text()
-        raise RunError(f"report: no table {name!r}; there are {', '.join(NAMES)}, "
-                       + ", ".join(f"ablation {path.name}" for path in self.ablations()))
+        if name == "results":
+            return "\n".join(f"**{TITLES[package]}**\n\n{self.published_and_here(package)}" for package in TITLES)
+        if name == "demo":
+            return "\n".join(part for folder in self.ablations() for part in self._ablation(folder)) + self.other_runs()
+        raise RunError(f"report: nothing to put at {name}:begin; expected results, {', '.join(NAMES)} or demo")
+
+    def _ablation(self, folder: Path) -> list[str]:
+        about = folder / "README.md"
+        return [*([about.read_text()] if about.is_file() else []), (folder / "table.md").read_text()]
 
     def ablations(self) -> list[Path]:
         """Folders of logs that an ablation left its table in."""
@@ -145,10 +150,7 @@ class Report:
         for package in TITLES:
             parts += [f"## {TITLES[package]}\n", self.published_and_here(package)]
         for folder in self.ablations():
-            parts += [f"## {folder.name.replace('_', ' ')}, measured here\n"]
-            about = folder / "README.md"
-            parts += [about.read_text()] if about.is_file() else []
-            parts += [(folder / "table.md").read_text()]
+            parts += [f"## {folder.name.replace('_', ' ')}, measured here\n", *self._ablation(folder)]
             pictures = (folder / "table.png", self.curves_of(folder))
             parts += [f"![{folder.name}]({self._path(picture)})\n" for picture in pictures if picture.is_file()]
         if others := self.other_runs():
@@ -159,7 +161,7 @@ class Report:
 
     def fill(self, text: str) -> str:
         """``text`` with what is between its markers made anew."""
-        return MARKER.sub(lambda found: found[1] + self.table(found["name"]) + found[3], text)
+        return MARKER.sub(lambda found: found[1] + self.block(found["name"]) + found[3], text)
 
     def _path(self, target: Path) -> str:
         return Path(os.path.relpath(target.resolve(), self.page.resolve().parent)).as_posix()

@@ -67,18 +67,19 @@ def test_detail_logs(logs):
 
 def test_published_and_here_side_by_side(logs, tmp_path):
     made = report.Report(logs, tmp_path / "docs" / "results.md")
-    rows = {line.split("]")[0][3:]: line for line in made.table("imagenet").splitlines()}
+    rows = {line.split("]")[0][3:]: line for line in made.block("imagenet").splitlines()}
     assert f"80.9 / [80.93](../logs/log_{MODEL}.txt)" in rows[MODEL]
     assert "95.4 / [95](../logs" in rows[MODEL] and "4,659 / not run" in rows[MODEL]
     assert "73.7 / not run" in rows[MODEL.replace("small", "tiny")]
-    coco = made.table("coco")
+    coco = made.block("coco")
     assert f"0.422 / [0.4213](../logs/log_{DETR}.txt)" in coco and "0.409 / not run" in coco
     other = made.other_runs()
     assert "| demo | [flags](../logs/demo.yaml) | 1 | 22,089,064 | [97.20 top-1](../logs/log_demo.txt) |" in other
     assert "| other | - | 2 | 5,755,816 | [73.70 top-1](../logs/detail_other.log) |" in other and MODEL not in other
-    assert made.table("ablation mini").startswith("| run |")
-    with pytest.raises(report.RunError, match="no table 'nope'; there are imagenet, coco, ablation mini"):
-        made.table("nope")
+    assert made.block("demo").startswith("Small-scale evidence.\n\n| run |") and other in made.block("demo")
+    assert made.block("imagenet") in made.block("results") and coco in made.block("results")
+    with pytest.raises(report.RunError, match="nothing to put at nope:begin; expected results, imagenet, coco or demo"):
+        made.block("nope")
 
 
 def test_cards_fill_what_needs_no_data(logs, tmp_path):
@@ -87,7 +88,7 @@ def test_cards_fill_what_needs_no_data(logs, tmp_path):
                {"figure": "buckets", "here": 51, "verdict": "FAIL"},
                {"figure": "acc1", "here": None, "verdict": "not run"}]
     (logs / "cards" / f"{MODEL}.json").write_text(json.dumps({"figures": figures}))
-    table = report.Report(logs, tmp_path / "README.md").table("imagenet")
+    table = report.Report(logs, tmp_path / "README.md").block("imagenet")
     assert f"4,659 / [4658.82 PASS](logs/cards/{MODEL}.md) | 50 / [51 FAIL](logs/cards/{MODEL}.md)" in table
 
 
@@ -112,17 +113,17 @@ def test_the_page_its_picture_and_its_html(logs, tmp_path, capsys):
 
 def test_tables_between_markers(logs, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table: coco -->\nold\n<!-- end -->\nafter\n"
-                      "<!-- table: ablation mini -->\n<!-- end -->\n")
+    readme.write_text("before\n<!-- coco:begin -->\nold\n<!-- coco:end -->\nafter\n"
+                      "<!-- demo:begin -->\n<!-- demo:end -->\n")
     check = [str(logs), "--readme", str(readme), "--check"]
     assert report.main(check) == 1
     assert report.main(check[:-1]) == 0
     text = readme.read_text()
-    assert text.startswith("before\n<!-- table: coco -->\n| model") and "old" not in text and "90.00" in text
-    assert "0.422 / [0.4213](logs/log_" in text and text.endswith("<!-- end -->\n")
+    assert text.startswith("before\n<!-- coco:begin -->\n| model") and "old" not in text and "90.00" in text
+    assert "0.422 / [0.4213](logs/log_" in text and text.endswith("<!-- demo:end -->\n")
     assert report.main(check) == 0
-    readme.write_text("<!-- table: nope -->\n<!-- end -->\n")
-    with pytest.raises(SystemExit, match="no table 'nope'"):
+    readme.write_text("<!-- nope:begin -->\n<!-- nope:end -->\n")
+    with pytest.raises(SystemExit, match="nothing to put at nope:begin"):
         report.main(check)
 
 

@@ -1,0 +1,48 @@
+"""``--eval --expect`` in both packages: a tiny model is no published one, and the card says so."""
+
+import json
+
+import pytest
+
+from tests.deit.conftest import write_images
+from tests.deit.runs import MODEL, deit
+from tests.detr.runs import detr
+from tests.detr.tiny_coco import write_tiny_coco
+
+
+@pytest.fixture
+def images(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / "images" / split, {"ant": 4, "bee": 4})
+    return tmp_path / "images"
+
+
+def card_of(folder, name):
+    card = json.loads((folder / "card.json").read_text())
+    assert card["name"] == name and card["verdict"] == "FAIL"
+    assert (folder / "card.md").read_text().startswith(f"# {name}: FAIL")
+    return card, {line["figure"]: line["here"] for line in card["figures"]}
+
+
+def test_deit(images, tmp_path):
+    out, name = tmp_path / "out", "deit_tiny_patch16_224_ctx_product_50_shared_k"
+    trained, = deit(images, out, "--epochs", "1", model=MODEL)
+    assert trained.code == 0, trained.text
+    ended, = deit(images, out, "--eval", "--resume", "auto", "--expect", name, model=MODEL)
+    assert ended.code == 1 and f"# {name}: FAIL" in ended.text
+    card, figures = card_of(out, name)
+    assert 0 <= figures["acc1"] <= 100 and figures["macs_M"] is None
+    assert card["checkpoint"]["file"] == "checkpoint.pth" and card["data"][0]["files"] == 8
+    ended, = deit(images, out, "--eval", "--resume", "auto", "--expect", model=MODEL)
+    assert ended.code == 1 and "name the row: --expect NAME" in ended.text
+
+
+def test_detr(tmp_path):
+    data = write_tiny_coco(tmp_path / "coco", train=2, val=2)
+    out, name = tmp_path / "out", "rpe-2.0-product-ctx-1-k"
+    trained, = detr(data, out, "--epochs", "1")
+    assert trained.code == 0, trained.text
+    ended, = detr(data, out, "--eval", "--resume", "auto", "--expect")
+    assert ended.code == 1 and f"# {name}: FAIL" in ended.text  # found by its encoding
+    card, figures = card_of(out, name)
+    assert -1 <= figures["AP"] < 0.4 and card["data"][0]["path"] == "instances_val2017.json"
