@@ -38,7 +38,7 @@ class ShardImages(LabelledImages):
         if min(labels) < 0 or count > len(classes):
             raise ValueError(f"{root}: class numbers from {min(labels)} to {max(labels)}; expected 0 to "
                              f"{len(classes) - 1}" + (f", as {listed} lists" if listed.is_file() else ""))
-        super().__init__(classes, names, labels, transform)
+        super().__init__(classes, list(names), list(labels), transform)
         self.shards, self.places, self.sizes = (np.array(values, dtype=np.int64) for values in (shards, places, sizes))
 
     def name(self, index: int) -> str:
@@ -63,9 +63,10 @@ def _samples(file: Path) -> Iterator[tuple[str, int, int, int]]:
         yield image.name, image.offset_data, image.size, int(label)
 
 
-def _grouped(file: Path) -> Iterator[tuple[str, dict]]:
+def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[tarfile.TarInfo, str]]]]:
     """Yields each key of a shard with {extension: (member, text of a .cls)}; members of a sample stand together."""
-    current, members = None, {}
+    current: str = ""
+    members: dict[str, tuple[tarfile.TarInfo, str]] = {}
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
@@ -78,8 +79,8 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict]]:
                     if members:
                         yield current, members
                     current, members = key, {}
-                text = tar.extractfile(member).read().decode(errors="replace").strip() if extension == "cls" else ""
-                members[extension] = member, text
+                content = tar.extractfile(member) if extension == "cls" else None
+                members[extension] = member, content.read().decode(errors="replace").strip() if content else ""
     except tarfile.TarError as error:
         raise ValueError(f"{file}: not an uncompressed tar file ({error})") from error
     if members:

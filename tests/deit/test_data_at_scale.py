@@ -1,6 +1,7 @@
 """WebDataset shards and Hugging Face folders give the very data set that the image folder is."""
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -111,3 +112,20 @@ def test_classes_without_names_are_numbers(tmp_path):
     root = write_shard(tmp_path, ("1.jpg", b"x"), ("1.cls", b"2\n"), ("2.jpg", b"y"), ("2.cls", b"0"))
     data = ShardImages(root, True)
     assert (data.classes, data.labels.tolist(), data.read(1)) == (["0", "1", "2"], [2, 0], b"y")
+
+
+def test_hugging_face_mistakes_are_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets: pip install datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"image": [b"x"], "kind": [0]}).to_parquet(tmp_path / "set/train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="no column label; there is image, kind"):
+        build_dataset(tmp_path / "set", True, data_set="HFDS")
+    with pytest.raises(ValueError, match="no split validation or val or test; there is train"):
+        build_dataset(tmp_path / "set", False, data_set="HFDS")
+
+
+def test_without_datasets_the_message_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="--data-set HFDS reads with Hugging Face datasets: pip install datasets"):
+        build_dataset(tmp_path, True, data_set="HFDS")

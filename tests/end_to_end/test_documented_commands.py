@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ is read by the parser that would read it, and names files that exist.
+"""Every command in README.md, docs/ and examples/ is read by the parser that would read it, and names files that exist.
 
 Nothing is trained: a program is started in this process and stopped where its arguments have been parsed, scripts are
 started with DRY_RUN=1. Python snippets of the pages run as they stand.
@@ -23,7 +23,7 @@ try:
 except ImportError:  # Python 3.10; pytest brings this
     import tomli as tomllib
 
-PAGES = sorted([REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("docs/benchmarks/*.md")])
+PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md"), REPOSITORY / "examples" / "README.md"])
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # These make or need an environment of their own; scripts/test.sh and the quickstart are what CI runs anyway.
 STARTED_BY_CI = {"scripts/quickstart.sh": ("classification", "detection", "all"), "scripts/test.sh": ("--all",)}
@@ -77,8 +77,10 @@ def check_python(words: list[str], monkeypatch) -> None:
             parse_program(lambda: runpy.run_module(module, run_name="__main__", alter_sys=False), argv, monkeypatch)
     elif words[0] == "-c":
         compile(words[1], "documented", "exec")
-    else:
+    elif "argparse" in (REPOSITORY / words[0]).read_text():
         parse_program(lambda: runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__"), words, monkeypatch)
+    else:
+        assert len(words) == 1, f"{words[0]} takes no arguments"
 
 
 def check_command(command: str, monkeypatch) -> None:
@@ -134,7 +136,7 @@ def check_pip(words: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy: imported by an earlier command
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_documented_command_parses(page, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     generated = re.compile(r"--config (outputs|logs)/\S+")  # written by a run: its flags are tested where they are made
@@ -148,12 +150,12 @@ def test_every_documented_command_parses(page, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page) and page.stem != "equip"],
-                         ids=lambda page: page.stem)
+                         ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_snippet_runs(page):
     run_python_blocks(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_link_between_pages_leads_somewhere(page):
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
         file = (page.parent / target) if target else page
