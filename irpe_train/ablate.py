@@ -113,17 +113,21 @@ class Ablation:
         for (run, seed), folder in self.folders.items():
             jobs.prepare(folder, self.command(run, seed, processes))
         waiting = [folder for folder in self.folders.values() if not jobs.finished(folder)]
+        started: set[Path] = set()
         display = tables.Display(self.grid.figure[1])
         try:
             while True:
                 working = pool.working()
                 # A run that someone else is at, because its runner was killed, is waited for like our own.
+                waiting += [folder for folder in started - working if not jobs.done(folder) and jobs.busy(folder)]
+                started -= set(waiting)
                 others = {folder for folder in waiting if folder not in working and jobs.busy(folder)}
                 waiting = [folder for folder in waiting if not jobs.finished(folder)]
                 for folder in [folder for folder in waiting if folder not in others]:
                     if not pool.free():
                         break
                     waiting.remove(folder)
+                    started.add(folder)
                     pool.start(folder)
                 display.show(self.rows())
                 if not waiting and not pool.working():

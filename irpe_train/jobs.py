@@ -5,8 +5,8 @@
     FOLDER/done.json     how it ended, written once it has
     FOLDER/log.txt, ...  what the run itself writes
 
-A folder is worked on by a process of its own that holds ``FOLDER/lock``, so that killing the ablation runner neither
-loses a run nor starts it twice: the next runner sees the lock, waits, and reads the outcome.
+A folder is worked on by a process of its own that holds ``FOLDER/lock``, as the run itself does, so that killing the
+ablation runner neither loses a run nor starts it twice: the next runner sees the lock, waits, and reads the outcome.
 """
 import contextlib
 import fcntl
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from .detail_log import last_words
 from .errors import Preempted, RunError
@@ -49,20 +50,20 @@ def finished(folder: Path) -> bool:
 
 def busy(folder: Path) -> bool:
     """Whether a worker, of this runner or of one that was killed, is at it."""
-    with locked(folder) as ours:
-        return not ours
+    with locked(folder) as lock:
+        return lock is None
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Try to hold ``folder/lock``; yields whether it worked. The system lets go of it when the process ends."""
+def locked(folder: Path) -> Iterator[TextIO | None]:
+    """Try to hold ``folder/lock``; yields the file, None if others have it. It is free when all who opened it ended."""
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            yield False
+            yield None
         else:
-            yield True
+            yield lock
 
 
 def work(folder: Path) -> int:
@@ -71,8 +72,8 @@ def work(folder: Path) -> int:
     Returns: its exit status; ``BUSY`` if another process is at it. A stopped run has no outcome yet: it goes on later.
     """
     folder = Path(folder)
-    with locked(folder) as ours:
-        if not ours:
+    with locked(folder) as lock:
+        if lock is None:
             return BUSY
         if finished(folder):
             return 0
@@ -80,7 +81,7 @@ def work(folder: Path) -> int:
         command, began = json.loads((folder / "job.json").read_text())["command"], time.monotonic()
         with open(folder / "detail.log", "a") as console:
             child = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=console,
-                                     stderr=subprocess.STDOUT)
+                                     stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
             with _passing_on_sigterm(child) as stopped:
                 status = child.wait()
         if status == Preempted.EXIT_CODE or stopped:

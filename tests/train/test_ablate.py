@@ -193,12 +193,23 @@ def test_gpus_are_shared_out(monkeypatch):
 
 def test_a_worker_leaves_a_busy_run_alone(tmp_path):
     jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit('should not start')"])
-    with jobs.locked(tmp_path / "run") as ours:
-        assert ours and jobs.busy(tmp_path / "run")
+    with jobs.locked(tmp_path / "run") as lock:
+        assert lock and jobs.busy(tmp_path / "run")
         assert jobs.work(tmp_path / "run") == jobs.BUSY
     assert not jobs.busy(tmp_path / "run") and jobs.done(tmp_path / "run") is None
     assert jobs.work(tmp_path / "run") == 1
     assert jobs.done(tmp_path / "run")["reason"] == "should not start"
+
+
+def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
+    jobs.prepare(tmp_path / "run", ["-c", "import time; print('here', flush=True); time.sleep(2)"])
+    worker = subprocess.Popen([sys.executable, "-m", "irpe_train.jobs", str(tmp_path / "run")], cwd=ROOT)
+    console = tmp_path / "run" / "detail.log"
+    wait_for(lambda: console.exists() and console.read_text() == "here\n")
+    worker.kill()
+    worker.wait()
+    assert jobs.busy(tmp_path / "run") and jobs.work(tmp_path / "run") == jobs.BUSY
+    wait_for(lambda: not jobs.busy(tmp_path / "run"))
 
 
 def test_a_preempted_run_has_no_outcome_yet(tmp_path):
