@@ -4,6 +4,8 @@ timm's train.py and validate.py are in its repository, not in its package; what 
 """
 
 import fnmatch
+import re
+import sys
 
 import pytest
 import timm
@@ -18,6 +20,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
 from deit_irpe import create_model
 from deit_irpe.data import build_dataset
 from deit_irpe.models import RPE_MODELS
+from tests.snippets import REPOSITORY
 
 NAME = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
@@ -100,3 +103,12 @@ def test_timms_own_tools_train_validate_and_resume(colours, tmp_path):
     load_checkpoint(again, str(tmp_path / "last.pth.tar"), use_ema=False, weights_only=False)
     images = next(iter(loaders[1]))[0]
     torch.testing.assert_close(again(images), model(images))
+
+
+def test_the_documented_way_into_timms_scripts(tmp_path, monkeypatch, capsys):
+    code = re.search(r'python -c "(.*?)"', (REPOSITORY / "docs" / "evaluate.md").read_text())[1]
+    script = tmp_path / "validate.py"
+    script.write_text("import sys, timm\nif __name__ == '__main__':\n    print(timm.is_model(sys.argv[2]), sys.argv)\n")
+    monkeypatch.setattr(sys, "argv", ["-c", str(script), "--model", NAME])
+    exec(code, {})
+    assert capsys.readouterr().out == f"True {[str(script), '--model', NAME]}\n"
