@@ -25,7 +25,7 @@ def deit(data: Path, output_dir: Path, *flags: str) -> None:
     """``python -m deit_irpe`` with the demo's config, in this process."""
     main(parse_args(get_args_parser(), [
         "--config", str(REPOSITORY / "configs/deit/demo.yaml"), "--data-path", str(data), "--output_dir",
-        str(output_dir), "--warmup-epochs", "1", "--num_workers", "0", "--no-tensorboard", *flags]))
+        str(output_dir), "--num_workers", "0", "--no-tensorboard", *flags]))
 
 
 def accuracy(output_dir: Path) -> float:
