@@ -29,6 +29,9 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 STARTED_BY_CI = {"scripts/quickstart.sh": ("classification", "detection", "all"), "scripts/test.sh": ("--all",)}
 KEPT_FOLDERS = ("configs/", "scripts/", "examples/", "docs/", "irpe_", "deit_irpe/", "detr_irpe/", "rpe_ops_cuda")
 
+# of runpy: a program that is a module which an earlier command imported
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
 
 class Parsed(BaseException):
     """Carries the parsed arguments out of a program."""
@@ -135,7 +138,6 @@ def check_pip(words: list[str]) -> None:
             assert (REPOSITORY / word / "pyproject.toml").is_file(), word
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy: imported by an earlier command
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_documented_command_parses(page, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
