@@ -218,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
             print(path)
         if args.logs:
             ablation.publish(args.logs)
+    except KeyboardInterrupt:
+        sys.exit("irpe_train.ablate: stopped; the same command goes on")
     except (RunError, OSError, ImportError, ValueError) as error:
         sys.exit(f"irpe_train.ablate: {error}")
     return 1 if any("failed" in row.states for row in ablation.rows()) else 0

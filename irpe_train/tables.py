@@ -1,6 +1,7 @@
 """The rows of an ablation as a live table on the console, CSV, Markdown, LaTeX and a plot."""
 
 import csv
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,15 +111,18 @@ def plot(rows: "Sequence[Row]", path: Path, *, title: str, figure: str) -> None:
 
 
 class Display:
-    """The live table: redrawn in place on a terminal; elsewhere a line whenever a row's state changes."""
+    """The live table: redrawn in place on a terminal that it fits; else a line whenever a row's state changes."""
 
     def __init__(self, figure: str):
         self.figure, self._drawn, self._seen = figure, 0, {}
         self._terminal = sys.stdout.isatty()
 
     def show(self, rows: "Sequence[Row]") -> None:
-        lines = {row.run: self._line(row, max(len(r.run) for r in rows)) for row in rows}
-        if self._terminal:
+        width, height = shutil.get_terminal_size()
+        in_place = self._terminal and len(rows) < height
+        longest = max(len(row.run) for row in rows)
+        lines = {row.run: self._line(row, longest, width if in_place else None) for row in rows}
+        if in_place:
             sys.stdout.write(f"\x1b[{self._drawn}F\x1b[J" if self._drawn else "")
             print("\n".join(lines.values()), flush=True)
             self._drawn = len(lines)
@@ -128,8 +132,8 @@ class Display:
                 self._seen[row.run] = row.states
                 print(lines[row.run], flush=True)
 
-    def _line(self, row: "Row", width: int) -> str:
+    def _line(self, row: "Row", longest: int, width: int | None) -> str:
         states = ", ".join(f"{row.states.count(state)} {state}" for state in ("done", "running", "waiting", "failed")
                            if state in row.states)
-        text = f"{row.run:{width}}  {states}  {row.epochs} epochs  {cells(row, self.figure)[self.figure]}"
+        text = f"{row.run:{longest}}  {states}  {row.epochs} epochs  {cells(row, self.figure)[self.figure]}"[:width]
         return f"{RED}{text}{PLAIN}" if "failed" in row.states and self._terminal else text

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from irpe_train import ablate, jobs
+from irpe_train import ablate, jobs, tables
 from irpe_train.ablate import main
 from irpe_train.errors import RunError
 from irpe_train.grid import GridError, as_flags, expand, read_grid, slug
@@ -189,6 +189,24 @@ def test_gpus_are_shared_out(monkeypatch):
     assert ablate.gpu_slots(1, 2) == [{"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "5,7"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert ablate.gpu_slots(2, 1) == [{}, {}]
+
+
+def test_the_live_table(monkeypatch, capsys):
+    good = ablate.Row("good", "", [90.0], ["done", "running"], 3, None, None, {}, None)
+    bad = ablate.Row("bad", "", [], ["failed"], 0, "it broke", None, {}, None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "10")
+    display = tables.Display("top-1 (%)")
+    display.show([good, bad])
+    assert capsys.readouterr().out == ("good  1 done, 1 running  3 epochs  90.00\n"
+                                       "\x1b[31mbad   1 failed  0 epochs  failed: it broke\x1b[0m\n")
+    display.show([good, bad])
+    assert capsys.readouterr().out.startswith("\x1b[2F\x1b[J")
+    monkeypatch.setenv("LINES", "2")  # too low: a line when something changes
+    display.show([good, bad])
+    display.show([good, bad])
+    assert capsys.readouterr().out.count("good") == 1
 
 
 def test_a_worker_leaves_a_busy_run_alone(tmp_path):
