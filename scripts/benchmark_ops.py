@@ -1,0 +1,214 @@
+"""Times the encoded attention and its lookup against their peers, side by side, after checking the answers.
+
+Usage:
+    python scripts/benchmark_ops.py [--device cpu] [--dtype fp32] [--threads 1] [--quick] [--output docs/benchmarks]
+
+Peers: `clone()` of the lookup's output, `gather`, `scatter_add` for the lookup; for attention
+`scaled_dot_product_attention` without encoding ("sdpa", the base of the ratios) and with the encoding as a float mask
+("sdpa + mask", whose mask must be made anew for each input, which is part of its time), and plain PyTorch ("eager").
+Every round runs each candidate once, so a slow moment of the machine touches all; the median of the rounds is printed.
+On a CPU with one thread the clock is the processor time of this process: other programs cannot stretch it.
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, rpe_attention, rpe_index
+from irpe_ops.attention import FAST_BACKENDS
+from irpe_ops.rpe_index import rpe_index_adjoint
+
+SHAPES = {  # batch, heads, height, width, skip, head_dim, spec
+    "DeiT-S B16 H6 L197 D64": (16, 6, 14, 14, 1, 64, "rpe-1.9-product-ctx-1-"),
+    "DeiT-S euc B16 H6 L197 D64": (16, 6, 14, 14, 1, 64, "rpe-20-euc-ctx-1-"),
+    "DETR encoder B2 H8 L850 D32": (2, 8, 25, 34, 0, 32, "rpe-2.0-product-ctx-1-"),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FIELDS = ["operation", "shape", "dtype", "candidate", "median_ms", "fastest_ms", "base", "ratio"]
+
+
+class Bench:
+    """Collects rows and times candidates in turns."""
+
+    def __init__(self, device: torch.device, rounds: int) -> None:
+        self.device, self.rounds, self.rows = device, rounds, []
+        self.clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def compare(self, operation: str, shape: str, dtype: str, base: str, candidates: dict[str, Callable]) -> None:
+        """Time every candidate, print its median and the ratio to ``base``."""
+        times = {name: [] for name in candidates}
+        for round_ in range(self.rounds + 2):
+            for name, run in candidates.items():
+                self._wait()
+                start = self.clock()
+                run()
+                self._wait()
+                if round_ >= 2:  # two rounds to warm up
+                    times[name].append(1e3 * (self.clock() - start))
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        for name, median in medians.items():
+            ratio = median / medians[base]
+            figures = [f"{median:.3f}", f"{min(times[name]):.3f}", base, f"{ratio:.2f}"]
+            self.rows.append([operation, shape, dtype, name, *figures])
+            print(f"{operation:28} {shape:28} {dtype:5} {name:12} {median:9.2f} ms   {ratio:5.2f} x {base}", flush=True)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def check(name: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raise unless the answers agree: a fast wrong answer is no benchmark."""
+    error = float((ours.double() - expected.double()).abs().max() / expected.double().abs().max())
+    if not error <= tolerance:
+        raise SystemExit(f"{name}: differs from plain PyTorch by {error:.1e} of its largest value, not {tolerance:.0e}")
+
+
+def benchmark_lookup(bench: Bench, shape: str, dtype_name: str) -> None:
+    """`rpe_index` and its adjoint at the shape of one attention layer."""
+    batch, heads, height, width, skip, _, spec = SHAPES[shape]
+    dtype, config = DTYPES[dtype_name], parse_rpe_spec(spec + "k", skip=skip)
+    ratios = (config.ratio, 2 * config.ratio, 8 * config.ratio)
+    ids, buckets = get_bucket_ids_2d(config.method, height, width, skip, *ratios)
+    ids = ids.to(bench.device)
+    length = ids.shape[0]
+    input = torch.randn(batch, heads, length, buckets, device=bench.device).to(dtype)
+    expanded = ids.expand(batch, heads, -1, -1)
+    output = input.gather(-1, expanded)
+    check("rpe_index", rpe_index(input, ids), output, 0.0)
+    sums = torch.zeros_like(input, dtype=torch.float64).scatter_add_(-1, expanded, output.double())
+    check("rpe_index_adjoint", rpe_index_adjoint(output, ids, buckets), sums, 4 * torch.finfo(dtype).eps)
+    with torch.no_grad():
+        bench.compare("lookup forward", shape, dtype_name, "clone", {
+            "ours": lambda: rpe_index(input, ids), "clone": output.clone, "gather": lambda: input.gather(-1, expanded),
+        })
+        bench.compare("lookup backward", shape, dtype_name, "scatter_add", {
+            "ours": lambda: rpe_index_adjoint(output, ids, buckets),
+            "scatter_add": lambda: torch.zeros_like(input).scatter_add(-1, expanded, output),
+        })
+
+
+def benchmark_attention(bench: Bench, shape: str, dtype_name: str) -> None:
+    """One attention layer, forward alone and forward + backward."""
+    batch, heads, height, width, skip, head_dim, spec = SHAPES[shape]
+    dtype, length = DTYPES[dtype_name], height * width + skip
+    q, k, v, grad = (
+        torch.randn(batch, length, heads, head_dim, device=bench.device).to(dtype).transpose(1, 2) for _ in range(4)
+    )
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    fast = FAST_BACKENDS[bench.device.type]
+
+    def layer(rpe_on: str, backend: str) -> Callable:
+        torch.manual_seed(0)
+        encodings = build_rpe(parse_rpe_spec(spec + rpe_on, skip=skip), head_dim, heads)
+        tables = [p for rpe in encodings if rpe is not None for p in rpe.to(bench.device, dtype).parameters()]
+        for table in tables:
+            torch.nn.init.normal_(table, std=0.02)
+
+        def run() -> Tensor:
+            return rpe_attention(*leaves, *encodings, height=height, width=width, backend=backend)
+
+        run.leaves = [*leaves, *tables]
+        return run
+
+    def masked() -> Callable:
+        rpe_k = build_rpe(parse_rpe_spec(spec + "k", skip=skip), head_dim, heads)[1].to(bench.device, dtype)
+        torch.nn.init.normal_(rpe_k.lookup_table_weight, std=0.02)
+
+        def run() -> Tensor:
+            mask = rpe_k(leaves[0] * head_dim**-0.5, height, width)
+            return F.scaled_dot_product_attention(*leaves, attn_mask=mask)
+
+        run.leaves = [*leaves, rpe_k.lookup_table_weight]
+        return run
+
+    def plain() -> Tensor:
+        return F.scaled_dot_product_attention(*leaves)
+
+    plain.leaves = leaves
+    candidates = {"sdpa": plain, "sdpa + mask": masked()}
+    for rpe_on in ("k", "qk", "qkv"):
+        ours, eager = layer(rpe_on, fast), layer(rpe_on, "eager")
+        tolerance = 200 * torch.finfo(dtype).eps
+        check(f"attention {rpe_on}", ours(), eager(), tolerance)
+        for a, b in zip(*(torch.autograd.grad(f(), f.leaves, grad) for f in (ours, eager)), strict=True):
+            check(f"attention {rpe_on}, gradient", a, b, tolerance)
+        candidates[f"ours {rpe_on}"] = ours
+        if rpe_on != "qk":
+            candidates[f"eager {rpe_on}"] = eager
+    with torch.no_grad():
+        bench.compare("attention forward", shape, dtype_name, "sdpa", candidates)
+    both = {name: (lambda f=f: torch.autograd.grad(f(), f.leaves, grad)) for name, f in candidates.items()}
+    bench.compare("attention forward + backward", shape, dtype_name, "sdpa", both)
+
+
+def processor_name() -> str:
+    """Model, or family and model where a virtual machine hides the name; and the instruction set the kernels take."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info, re.MULTILINE))
+    name = fields.get("model name", platform.processor() or platform.machine())
+    return f"{name} family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
+
+
+def describe(device: torch.device) -> str:
+    """Device, threads, versions: what a figure means nothing without."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = processor_name()
+        if hasattr(torch.ops.irpe, "cpu_capability"):
+            name += f", {torch.ops.irpe.cpu_capability()}"
+    return f"{name}; {torch.get_num_threads()} thread(s); torch {torch.__version__}; Python {platform.python_version()}"
+
+
+def write_csv(folder: Path, kind: str, device: torch.device, fields: list[str], rows: list[list]) -> Path:
+    """``<kind>_<hardware>_<date>.csv``, the conditions in its first line."""
+    hardware = re.sub(r"\W+", "-", torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name())
+    path = folder / f"{kind}_{hardware.lower()}_{datetime.date.today():%Y-%m-%d}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# {describe(device)}\n")
+        writer = csv.writer(file)
+        writer.writerow(fields)
+        writer.writerows(rows)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds")
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="two rounds: does it run?")
+    parser.add_argument("--output", type=Path, help="folder to write a CSV into")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    bench = Bench(device, 2 if args.quick else args.rounds)
+    print(describe(device))
+    shapes = [shape for shape in SHAPES if args.only in shape]
+    if not shapes:
+        sys.exit(f"--only {args.only!r} matches no shape; there are: {', '.join(SHAPES)}")
+    for shape in shapes:
+        benchmark_lookup(bench, shape, args.dtype)
+        benchmark_attention(bench, shape, args.dtype)
+    if args.output:
+        print(write_csv(args.output, f"ops_{args.dtype}", device, FIELDS, bench.rows))
+
+
+if __name__ == "__main__":
+    main()
