@@ -3,7 +3,7 @@
 Everything comes with scikit-learn: its 1,797 handwritten digits (8 x 8) and its two photographs (``china.jpg``,
 ``flower.jpg``). Digits and parts of the photographs that are seen in training never occur in validation.
 
-``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 4 digits of 24 to 44 pixels an image, images of
+``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 3 digits of 32 to 52 pixels an image, images of
 80 pixels by 80 to 96. ``digits_on_photos/`` has single digits on photographs in the ImageNet layout: on it a backbone
 learns to classify before it learns to detect, as the published DETR's did on ImageNet.
 """
@@ -18,11 +18,11 @@ from pycocotools import mask as rle
 
 CATEGORY_IDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)  # of the digits 0 to 9: neither from 0 on nor without gaps
 HEIGHT, WIDTHS = 80, (80, 96)  # pixels
-DIGIT_SIDE = (24, 44)  # pixels; the ink of a digit is smaller than the square it is written in
-MOST_DIGITS = 4
+DIGIT_SIDE = (32, 52)  # pixels; the ink of a digit is smaller than the square it is written in
+MOST_DIGITS = 3
 CLASSIFIED_SIDE = 54  # pixels of an image with one digit
-IMAGES = {"train2017": 2000, "val2017": 300}
-CLASSIFIED_IMAGES = {"train": 6000, "val": 500}
+IMAGES = {"train2017": 6000, "val2017": 300}
+CLASSIFIED_IMAGES = {"train": 9000, "val": 500}
 SEED = 0
 
 
