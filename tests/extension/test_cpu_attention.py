@@ -111,6 +111,15 @@ def test_every_mask(capability, weights, mask):
     case.check()
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 20, 23, 33])
+def test_each_image_has_its_own_padding_at_every_length(capability, weights, length):
+    case = Case("rpe-1.9-product-ctx-1-k", 1, length, batch=3)
+    padding = torch.rand(3, length, generator=torch.Generator().manual_seed(length)) < 0.5
+    padding[:, 0] = False
+    case.options["key_padding_mask"] = padding
+    case.check()
+
+
 @pytest.mark.parametrize("spec", ["rpe-1.9-product-ctx-1-qkv", "rpe-2.0-cross-bias-1-qk"])
 def test_autocast_takes_bf16_and_computes_in_fp32(weights, spec):
     case = Case(spec, 5, 9)

@@ -212,7 +212,7 @@ static float finish_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
     for (int64_t j = 0; j < length; ++j) row[j] += mask[j * a.mask_stride[3]];
   }
   if (a.key_mask) {
-    const float* mask = a.key_mask + batch * rounded_up(length);
+    const float* mask = a.key_mask + batch * a.padded;
     for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(mask + j));
   }
   if (a.on_k.parts)
