@@ -37,7 +37,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     path = find.parse_known_args(argv)[0].config
     written = flags_of(parser, read_yaml(path), path) if path else []
     args = parser.parse_args(written + argv)
-    if args.config != path:  # argparse takes --conf for it
+    if getattr(args, "config", path) != path:  # argparse takes --conf for it; some commands have no --config
         raise ConfigError(f"--config {args.config}: write --config in full, so that it is read before the other flags")
     if getattr(args, "print_config", False):
         print(_as_yaml(parser, args), end="")
