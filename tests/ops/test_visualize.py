@@ -136,10 +136,11 @@ class Tiny(torch.nn.Module):
     def __init__(self, spec):
         super().__init__()
         self.rpe_q, self.rpe_k, _ = build_rpe(parse_rpe_spec(spec), 3, 1)
+        self.attn_backend = "auto"
 
     def forward(self, images):
         x = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(2).transpose(1, 2)[:, None]
-        return rpe_attention(x, x, x, self.rpe_q, self.rpe_k)
+        return rpe_attention(x, x, x, self.rpe_q, self.rpe_k, backend=self.attn_backend)
 
 def build(args):
     return Tiny(args.rpe)
