@@ -17,6 +17,7 @@ DATA=${DATA:-demo_data}
 OUT=${OUT:-outputs/demo}
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait stall a machine with other work
 
 # train_and_evaluate MODULE CONFIG DATA_FLAG DATA OUTPUT [FLAG...]
 train_and_evaluate() {
