@@ -60,6 +60,7 @@ class Ablation:
     def __init__(self, grid: Grid, folder: Path):
         self.grid, self.folder = grid, folder
         self.folders = {(run, seed): folder / f"{run}_seed{seed}" for run in grid.runs for seed in grid.seeds}
+        self._kept = folder / "facts.json"  # building a model to count it takes seconds: once is enough
         self.facts: dict[str, dict] = {}
 
     def command(self, run: str, seed: int, processes: int = 1) -> list[str]:
@@ -73,9 +74,16 @@ class Ablation:
         """Parameters, MACs and buckets of a run's model, from the package itself (``python -m PACKAGE.facts``)."""
         if run not in self.facts:
             classes = ["--num_classes", str(self.grid.classes)] if self.grid.classes else []
-            command = [sys.executable, "-m", f"{self.grid.package}.facts", *self.grid.flags(run), *classes]
-            told = subprocess.run(command, capture_output=True, text=True)
-            self.facts[run] = json.loads(told.stdout.splitlines()[-1]) if told.returncode == 0 else {}
+            command = ["-m", f"{self.grid.package}.facts", *self.grid.flags(run), *classes]
+            kept = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+            if shlex.join(command) not in kept:
+                told = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+                if told.returncode:
+                    return {}
+                kept[shlex.join(command)] = json.loads(told.stdout.splitlines()[-1])
+                self._kept.parent.mkdir(parents=True, exist_ok=True)
+                self._kept.write_text(json.dumps(kept, indent=1) + "\n")
+            self.facts[run] = kept[shlex.join(command)]
         return self.facts[run]
 
     def rows(self) -> list[Row]:

@@ -1,0 +1,28 @@
+"""The committed tables are those of the committed logs."""
+
+from pathlib import Path
+
+from irpe_train import report
+
+ROOT = Path(__file__).resolve().parents[2]
+AGAIN = "stale: python -m irpe_train.report logs -o docs/results.md --readme README.md"
+
+
+def test_readme_is_not_stale():
+    text = (ROOT / "README.md").read_text()
+    assert {"results", "demo"} <= {found["name"] for found in report.MARKER.finditer(text)}
+    assert report.Report(ROOT / "logs", ROOT / "README.md").fill(text) == text, AGAIN
+    for row in ("73.7", "82.8", "0.422"):
+        assert row in text
+
+
+def test_the_page_of_results_is_not_stale():
+    assert report.main([str(ROOT / "logs"), "-o", str(ROOT / "docs" / "results.md"), "--check"]) == 0, AGAIN
+
+
+def test_links_of_the_page_lead_somewhere():
+    page = ROOT / "docs" / "results.md"
+    targets = [part.partition(")")[0] for part in page.read_text().split("](")[1:]]
+    assert len(targets) > 30
+    for target in targets:
+        assert (page.parent / target).is_file(), target
