@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch._dynamo  # noqa: F401  (an optimizer imports it: better once here than in every child)
 
 from irpe_train.launch import launch
+from irpe_train.preemption import SIGNALS
 
 
 @dataclass
@@ -66,6 +68,8 @@ def run_ranks(main, parser, argv: list[str], folder: Path, *, world_size: int = 
 
 def _child(main, parser, argv, output, rank, world_size, port):
     os.setpgrp()
+    for number in SIGNALS:  # a library that an earlier test imported may have left a handler in this process
+        signal.signal(number, signal.SIG_DFL)
     stream = open(output, "w", buffering=1)  # noqa: SIM115
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)

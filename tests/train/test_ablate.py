@@ -163,10 +163,10 @@ def test_killed_and_started_again(place, how):
     for name in names:
         lines = (place / "out" / f"{name}_seed0" / "log.txt").read_text().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == [0, 1]  # none missing, none twice
-    expected = [f"start {name} 0 0" for name in names]
-    if how != signal.SIGKILL:  # the interrupted one went on with its second epoch
-        expected.insert(2, "start rpe-1.9-product-ctx-1-k 0 1")
-    assert starts(place) == expected
+    once = [f"start {name} 0 0" for name in names]
+    went_on = [*once[:2], "start rpe-1.9-product-ctx-1-k 0 1", once[2]]
+    # Stopped by its runner, a run goes on with its second epoch, unless it was done before the signal came.
+    assert starts(place) in ([once] if how == signal.SIGKILL else [once, went_on])
 
 
 def test_a_folder_of_another_command(place):
