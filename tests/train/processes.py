@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch._dynamo  # noqa: F401  (an optimizer imports it: better once here than in every child)
 
 from irpe_train.launch import launch
@@ -68,6 +69,8 @@ def run_ranks(main, parser, argv: list[str], folder: Path, *, world_size: int = 
 
 def _child(main, parser, argv, output, rank, world_size, port):
     os.setpgrp()
+    # PyTorch renews its thread pool at the first call after a fork, and that call must not come from two threads at once.
+    torch.set_num_threads(1)
     for number in SIGNALS:  # a library that an earlier test imported may have left a handler in this process
         signal.signal(number, signal.SIG_DFL)
     stream = open(output, "w", buffering=1)  # noqa: SIM115
