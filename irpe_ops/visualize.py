@@ -141,8 +141,8 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
         for handle in handles:
             handle.remove()
     if not found:
-        raise ValueError("no relative position encoding on queries or keys was called; a model of your own must keep its "
-                         "backend as attn_backend, or call rpe_attention(..., backend='eager')")
+        raise ValueError("no relative position encoding on queries or keys was called; a model of your own must keep "
+                         "its backend as attn_backend, or call rpe_attention(..., backend='eager')")
     return found
 
 

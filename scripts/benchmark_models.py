@@ -9,15 +9,19 @@ logits, which is checked first. Rounds and clock are those of benchmark_ops.py.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_ops import DTYPES, FIELDS, Bench, check, describe, write_csv
 
 import deit_irpe
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from benchmark_ops import DTYPES, FIELDS, Bench, check, describe, write_csv  # noqa: E402
 
 
 def encoded_copy(plain: torch.nn.Module, name: str, rpe_on: str) -> torch.nn.Module:

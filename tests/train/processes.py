@@ -69,7 +69,7 @@ def run_ranks(main, parser, argv: list[str], folder: Path, *, world_size: int = 
 
 def _child(main, parser, argv, output, rank, world_size, port):
     os.setpgrp()
-    # PyTorch renews its thread pool at the first call after a fork, and that call must not come from two threads at once.
+    # PyTorch renews its thread pool at the first call after a fork; that call must not come from two threads at once.
     torch.set_num_threads(1)
     for number in SIGNALS:  # a library that an earlier test imported may have left a handler in this process
         signal.signal(number, signal.SIG_DFL)
