@@ -101,6 +101,9 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         raise ValueError(f"model {name!r}: {error} (--model-kwargs)") from error
     if base.startswith("deit_") and not pretrained:
         trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
+        if size and model.pos_embed is not None:
+            # DeiT's 0.02 is lost beside the patch embedding, and a demo has hundreds of steps to mend that.
+            trunc_normal_(model.pos_embed, std=0.5)
     return model
 
 
