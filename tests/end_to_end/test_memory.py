@@ -18,11 +18,14 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), re
 
 
 def memory_of_all() -> float:
-    """MiB of this process and its workers together; pages they share count once (the kernel's Pss)."""
+    """MiB of this process and its workers together; pages they share count once (the kernel's Pss).
+
+    Without files: a library's pages are shared with whatever else runs on the machine, and weigh more when that ends.
+    """
     total = 0
     for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total / 1024
 
 
@@ -44,7 +47,7 @@ def crowd_of_images(root: Path, images: int, objects: int) -> None:
 
 
 @pytest.mark.parametrize(("workers", "epochs", "images"), [
-    (2, 3, 100), pytest.param(4, 10, 2000, marks=pytest.mark.slow)], ids=["short", "long"])
+    (2, 3, 100), pytest.param(4, 10, 300, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_memory_does_not_grow(tmp_path, workers, epochs, images):
     crowd_of_images(tmp_path, images, objects=40)
     dataset = CocoDetection(tmp_path, "train2017", train_transforms(48))
