@@ -22,7 +22,4 @@ say "style"
 
 say "tests"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-if ! "$VENV/bin/python" -m pytest --numprocesses=auto "${selection[@]}" "$@"; then
-    say "what failed, once more and one at a time: tests that start processes can fail on a crowded machine"
-    "$VENV/bin/python" -m pytest -p no:xdist --last-failed --last-failed-no-failures=none "${selection[@]}" "$@"
-fi
+"$VENV/bin/python" -m pytest --numprocesses=auto "${selection[@]}" "$@"

@@ -12,11 +12,12 @@ QUICK = ["--device", "cpu", "--num_workers", "0", "--no-tensorboard", "--batch-s
 PLAIN = ["--aa", "none", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--hflip", "0", "--no-repeated-aug"]
 
 
-def deit(data: Path, output_dir: Path, *flags, world_size: int = 1, model=MODEL, timeout: float = 120) -> list[Ended]:
-    """``python -m deit_irpe`` in forked processes; how each ended, with what it printed."""
+def deit(data: Path, output_dir: Path, *flags, world_size: int = 1, model=MODEL, main=main,
+         timeout: float = 120) -> list[Ended]:
+    """``python -m deit_irpe`` in fresh processes; how each ended, with what it printed."""
     argv = ["--data-path", str(data), "--output_dir", str(output_dir), *QUICK, *model, *map(str, flags)]
     outputs = output_dir.parent / "outputs"
-    return run_ranks(main, get_args_parser(), argv, outputs, world_size=world_size, timeout=timeout)
+    return run_ranks(main, get_args_parser, argv, outputs, world_size=world_size, timeout=timeout)
 
 
 def deit_ok(data: Path, output_dir: Path, *flags, **options) -> str:

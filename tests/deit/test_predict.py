@@ -31,7 +31,7 @@ def checkpoint(tmp_path):
 
 
 def predict(tmp_path, *flags):
-    return run_ranks(main, get_parser(), [*map(str, flags), "--device", "cpu", "--out", str(tmp_path / "out")],
+    return run_ranks(main, get_parser, [*map(str, flags), "--device", "cpu", "--out", str(tmp_path / "out")],
                      tmp_path / "outputs")[0]
 
 

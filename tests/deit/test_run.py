@@ -5,18 +5,19 @@ import json
 import os
 import pathlib
 import shutil
-import signal
+from functools import partial
 
 import pytest
 import torch
 
 from deit_irpe import create_model
+from deit_irpe.train import main
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
-from irpe_train.precision import Precision
 from tests.deit.conftest import write_images
 from tests.deit.runs import MODEL, PLAIN, deit, deit_ok
 from tests.deit.test_data import pack
+from tests.train.sabotage import be_stopped, change_a_loss
 
 
 def log_of(folder):
@@ -151,19 +152,6 @@ def assert_same_run(one, other):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-def stopped_after(monkeypatch, steps):
-    """The process gets SIGTERM in its ``steps``-th training step."""
-    step, seen = Precision.step, []
-
-    def counted(self, *args, **kwargs):
-        seen.append(1)
-        if len(seen) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Precision, "step", counted)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(colours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -171,11 +159,9 @@ def uninterrupted(colours, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("steps", [6, 9], ids=["at the end of an epoch", "in mid-epoch"])
-def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, colours, tmp_path, monkeypatch, steps):
-    with monkeypatch.context() as patch:
-        stopped_after(patch, steps)
-        ended, = deit(colours, tmp_path / "run", *RESUMABLE)
+@pytest.mark.parametrize("step", [5, 8], ids=["at the end of an epoch", "in mid-epoch"])
+def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, colours, tmp_path, step):
+    ended, = deit(colours, tmp_path / "run", *RESUMABLE, main=partial(change_a_loss, main, step, 0, be_stopped))
     assert ended.code == Preempted.EXIT_CODE, ended.text
     deit_ok(colours, tmp_path / "run", *RESUMABLE, "--resume", "auto", "--num_workers", "1")
     assert_same_run(tmp_path / "run", uninterrupted)

@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
-
-from detr_irpe import engine
 from detr_irpe.args import get_args_parser
 from detr_irpe.train import main
 from tests.train.processes import Ended, run_ranks
@@ -17,10 +14,10 @@ QUICK = ["--device", "cpu", "--num_workers", "0", "--no-tensorboard"]
 
 
 def detr(data: Path, output_dir: Path, *flags, world_size: int = 1, main=main, timeout: float = 120) -> list[Ended]:
-    """``python -m detr_irpe`` in forked processes; how each ended, with what it printed."""
+    """``python -m detr_irpe`` in fresh processes; how each ended, with what it printed."""
     argv = ["--coco_path", str(data), "--output_dir", str(output_dir), *QUICK, *TINY, *map(str, flags)]
     outputs = output_dir.parent / "outputs"
-    return run_ranks(main, get_args_parser(), argv, outputs, world_size=world_size, timeout=timeout)
+    return run_ranks(main, get_args_parser, argv, outputs, world_size=world_size, timeout=timeout)
 
 
 def detr_ok(data: Path, output_dir: Path, *flags, **options) -> str:
@@ -33,22 +30,3 @@ def detr_ok(data: Path, output_dir: Path, *flags, **options) -> str:
 
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def with_hook(hook):
-    """A ``main`` in which ``hook(step, loss, weighted)`` sees, and may replace, the loss of every training step."""
-
-    def hooked(args):
-        weigh, step = engine.weigh, [0]
-
-        def weigh_and_tell(losses, weights):
-            loss, weighted = weigh(losses, weights)
-            if torch.is_grad_enabled():
-                step[0] += 1
-                loss = hook(step[0] - 1, loss, weighted)
-            return loss, weighted
-
-        engine.weigh = weigh_and_tell
-        main(args)
-
-    return hooked

@@ -1,19 +1,20 @@
 """Runs from the command line: what they write and print, evaluation, resuming, several processes, mistakes."""
 
 import json
-import os
-import signal
+from functools import partial
 
 import pytest
 import torch
 
-from detr_irpe import build_model, train
+from detr_irpe import build_model, engine, train
 from detr_irpe.args import get_args_parser
+from detr_irpe.train import main
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.distributed import rank
 from irpe_train.errors import Preempted
-from tests.detr.runs import TINY, detr, detr_ok, log_of, with_hook
+from tests.detr.runs import TINY, detr, detr_ok, log_of
 from tests.detr.tiny_coco import edit_annotations, write_tiny_coco
+from tests.train.sabotage import be_stopped, change_a_loss
 
 
 @pytest.fixture(scope="module")
@@ -177,19 +178,12 @@ def assert_same_run(ours, other):
     assert_same(a, b)
 
 
-def stop_at(number):
-    def hook(step, loss, weighted):
-        if step == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss
-    return with_hook(hook)
-
-
 def test_a_stopped_run_resumes_to_the_same_bits(data, tmp_path):
     flags = ["--deterministic", "--dropout", "0.1", "--lr_drop", 1]
     detr_ok(data, tmp_path / "whole", *flags)
     for number in (1, 2, 1):  # of four steps an epoch: in mid-epoch, at the last step, in the second epoch
-        ended, = detr(data, tmp_path / "cut", *flags, "--resume", "auto", main=stop_at(number))
+        ended, = detr(data, tmp_path / "cut", *flags, "--resume", "auto",
+                      main=partial(change_a_loss, main, number, 0, be_stopped))
         assert ended.code == Preempted.EXIT_CODE, ended.text
     detr_ok(data, tmp_path / "cut", *flags, "--resume", "auto", "--num_workers", 2)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
@@ -205,15 +199,23 @@ def test_a_run_continued_for_more_epochs_equals_a_longer_one(data, tmp_path):
     assert_same_run(tmp_path / "short", tmp_path / "long")
 
 
+def spoil_one_loss(args):
+    """``main`` in which one loss of rank 1 is NaN in the third training step."""
+    weigh, step = engine.weigh, [-1]
+
+    def weigh_and_spoil(losses, weights):
+        step[0] += 1
+        if step[0] == 2 and rank() == 1:
+            losses["loss_giou"] = losses["loss_giou"] * torch.nan
+        return weigh(losses, weights)
+
+    engine.weigh = weigh_and_spoil
+    main(args)
+
+
 @pytest.mark.distributed
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(data, tmp_path):
-    def spoil(step, loss, weighted):
-        if step == 2 and rank() == 1:
-            weighted["loss_giou"] = weighted["loss_giou"] * torch.nan
-            return sum(weighted.values())
-        return loss
-
-    ended = detr(data, tmp_path / "run", "--save-interval", 1, "--batch_size", 1, world_size=2, main=with_hook(spoil))
+    ended = detr(data, tmp_path / "run", "--save-interval", 1, "--batch_size", 1, world_size=2, main=spoil_one_loss)
     for one in ended:
         assert one.code == 1 and "NonFiniteLoss: loss is not finite on rank 1 at epoch 0, step 2" in one.text
     report, = json.loads((tmp_path / "run/nonfinite_loss.json").read_text())

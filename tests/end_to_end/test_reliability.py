@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-import os
-import signal
+from functools import partial
 
 import pytest
 import torch
@@ -14,16 +13,15 @@ import deit_irpe.args
 import deit_irpe.train
 import detr_irpe.args
 import detr_irpe.train
-from irpe_train import distributed
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
 from irpe_train.launch import launch
-from irpe_train.precision import Precision
 from tests.deit import runs as deit_runs
 from tests.deit.conftest import write_images
 from tests.detr import runs as detr_runs
 from tests.detr.tiny_coco import write_tiny_coco
 from tests.train.processes import run_ranks
+from tests.train.sabotage import be_stopped, change_a_loss, make_infinite
 
 TREES = {"deit": deit_irpe, "detr": detr_irpe}
 
@@ -38,37 +36,15 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(tree, data, output_dir, *flags, around=lambda main: main, **options):
-    """The tree's command in forked processes; ``around`` may wrap its ``main``."""
+def run(tree, data, output_dir, *flags, at_step=(), **options):
+    """The tree's command in fresh processes; ``at_step``: see `change_a_loss`."""
     base = {"deit": ["--data-path", str(data / "deit"), *deit_runs.QUICK, *deit_runs.MODEL, "--dist-eval", "--epochs",
                      "2", "--batch-size", "4"],
             "detr": ["--coco_path", str(data / "detr"), *detr_runs.QUICK, *detr_runs.TINY, "--batch_size", "1"]}[tree]
-    return run_ranks(around(TREES[tree].train.main), TREES[tree].args.get_args_parser(),
+    main = TREES[tree].train.main
+    return run_ranks(partial(change_a_loss, main, *at_step) if at_step else main, TREES[tree].args.get_args_parser,
                      [*base, "--output_dir", str(output_dir), *map(str, flags)], output_dir.parent / "outputs",
                      timeout=120, **options)
-
-
-def at_step(number, rank, do):
-    """Wraps a ``main`` so that ``do(loss)`` replaces the loss of one rank's step, counted from 0 over the run."""
-    def around(main):
-        def hooked(args):
-            step, seen = Precision.step, []
-
-            def counted(self, loss, *rest, **options):
-                seen.append(1)
-                if len(seen) == number + 1 and distributed.rank() == rank:
-                    loss = do(loss)
-                return step(self, loss, *rest, **options)
-
-            Precision.step = counted
-            main(args)
-        return hooked
-    return around
-
-
-def be_stopped(loss):
-    os.kill(os.getpid(), signal.SIGUSR1)
-    return loss
 
 
 def leaves(folder):
@@ -89,7 +65,7 @@ def assert_same_run(one, other):
 def test_stopped_in_mid_epoch_equals_uninterrupted_on_two_ranks(tree, data, tmp_path):
     for ended in run(tree, data, tmp_path / "whole", "--deterministic", world_size=2):
         assert ended.code == 0, ended.text
-    for ended in run(tree, data, tmp_path / "cut", "--deterministic", world_size=2, around=at_step(2, 1, be_stopped)):
+    for ended in run(tree, data, tmp_path / "cut", "--deterministic", world_size=2, at_step=(2, 1, be_stopped)):
         assert ended.code == Preempted.EXIT_CODE, ended.text
     for ended in run(tree, data, tmp_path / "cut", "--deterministic", "--resume", "auto", world_size=2):
         assert ended.code == 0, ended.text
@@ -100,7 +76,7 @@ def test_stopped_in_mid_epoch_equals_uninterrupted_on_two_ranks(tree, data, tmp_
 @pytest.mark.parametrize("tree", TREES)
 def test_loss_not_finite_on_one_rank_stops_both_before_the_update(tree, data, tmp_path):
     results = run(tree, data, tmp_path / "run", "--save-interval", "1", world_size=2,
-                  around=at_step(2, 1, lambda loss: loss * torch.inf))
+                  at_step=(2, 1, make_infinite))
     for ended in results:
         assert ended.code == 1, ended.text
         assert "NonFiniteLoss: loss is not finite on rank 1 at epoch 0, step 2: loss inf" in ended.text
@@ -126,9 +102,8 @@ def test_figures_are_the_same_for_one_two_and_three_ranks(tree, data, tmp_path):
 @pytest.mark.parametrize("tree", TREES)
 def test_written_config_repeats_the_run(tree, data, tmp_path):
     assert run(tree, data, tmp_path / "one", "--epochs", "1", "--lr", "0.01")[0].code == 0
-    parser = TREES[tree].args.get_args_parser()
     argv = ["--config", str(tmp_path / "one" / "config.yaml"), "--output_dir", str(tmp_path / "two")]
-    ended, = run_ranks(TREES[tree].train.main, parser, argv, tmp_path / "outputs")
+    ended, = run_ranks(TREES[tree].train.main, TREES[tree].args.get_args_parser, argv, tmp_path / "outputs")
     assert ended.code == 0, ended.text
     assert (tmp_path / "two" / "log.txt").read_text() == (tmp_path / "one" / "log.txt").read_text()
 

@@ -1,8 +1,11 @@
-"""Run a ``main(args)`` in forked processes, one or several ranks; forking spares each the import of torch."""
+"""Run a ``main(args)`` in fresh processes, one or several ranks.
+
+They are forked from a server that has imported PyTorch and done nothing since: neither threads, nor handlers, nor a GPU
+that an earlier test has touched reach them, and none has to import PyTorch again.
+"""
 
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -10,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._dynamo  # noqa: F401  (an optimizer imports it: better once here than in every child)
 
 from irpe_train.launch import launch
-from irpe_train.preemption import SIGNALS
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "deit_irpe.train", "detr_irpe.train"])
 
 
 @dataclass
@@ -28,21 +32,20 @@ class Ranks:
     """``world_size`` processes of one run, started at once.
 
     Args:
-        main, parser: as ``launch`` takes them.
+        main, get_parser: what ``launch`` runs; functions of a module, as pickle sends them.
         argv: the flags, the same on each rank.
         missing: ranks that are not started.
     """
 
-    def __init__(self, main, parser, argv: list[str], folder: Path, *, world_size: int = 1,
+    def __init__(self, main, get_parser, argv: list[str], folder: Path, *, world_size: int = 1,
                  missing: tuple[int, ...] = ()):
         folder.mkdir(parents=True, exist_ok=True)
-        fork = multiprocessing.get_context("fork")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.outputs = [folder / f"output_{time.monotonic_ns()}_{r}.txt" for r in range(world_size) if r not in missing]
         self.processes = [
-            fork.Process(target=_child, args=(main, parser, argv, output, r, world_size, port))
+            SERVER.Process(target=_child, args=(main, get_parser, argv, output, r, world_size, port, dict(os.environ)))
             for r, output in zip([r for r in range(world_size) if r not in missing], self.outputs, strict=True)]
         for process, output in zip(self.processes, self.outputs, strict=True):
             output.touch()
@@ -61,18 +64,18 @@ class Ranks:
                 for process, output, stuck in zip(self.processes, self.outputs, hung, strict=True)]
 
 
-def run_ranks(main, parser, argv: list[str], folder: Path, *, world_size: int = 1, timeout: float = 60,
+def run_ranks(main, get_parser, argv: list[str], folder: Path, *, world_size: int = 1, timeout: float = 60,
               missing: tuple[int, ...] = ()) -> list[Ended]:
     """Start the ranks and wait for them."""
-    return Ranks(main, parser, argv, folder, world_size=world_size, missing=missing).wait(timeout)
+    return Ranks(main, get_parser, argv, folder, world_size=world_size, missing=missing).wait(timeout)
 
 
-def _child(main, parser, argv, output, rank, world_size, port):
+def _child(main, get_parser, argv, output, rank, world_size, port, environment):
     os.setpgrp()
-    # PyTorch renews its thread pool at the first call after a fork; that call must not come from two threads at once.
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    for number in SIGNALS:  # a library that an earlier test imported may have left a handler in this process
-        signal.signal(number, signal.SIG_DFL)
+    multiprocessing.set_start_method("fork", force=True)  # of data loading workers: not another server for each process
     stream = open(output, "w", buffering=1)  # noqa: SIM115
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -80,4 +83,4 @@ def _child(main, parser, argv, output, rank, world_size, port):
     if world_size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-    launch(main, parser, argv)
+    launch(main, get_parser(), argv)

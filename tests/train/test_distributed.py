@@ -16,7 +16,7 @@ QUIET = ["--device", "cpu", "--no-tensorboard"]
 
 
 def tiny(folder, *flags, **options):
-    return run_ranks(tiny_run.main, tiny_run.get_parser(), [*QUIET, "--output_dir", str(folder), *flags],
+    return run_ranks(tiny_run.main, tiny_run.get_parser, [*QUIET, "--output_dir", str(folder), *flags],
                      folder.parent / "outputs", **options)
 
 
@@ -54,16 +54,18 @@ def test_a_rank_that_never_comes_ends_the_other_with_a_message(tmp_path):
     assert "MASTER_ADDR" in waiting.text
 
 
+def rank_1_is_silent(args):
+    distributed.start(device="cpu", timeout=args.dist_timeout)
+    if distributed.rank() == 1:
+        time.sleep(6)
+    else:
+        distributed.gather("here")
+
+
 @pytest.mark.distributed
 def test_a_rank_that_falls_silent_ends_the_other_with_a_message(tmp_path):
-    def main(args):
-        distributed.start(device="cpu", timeout=args.dist_timeout)
-        if distributed.rank() == 1:
-            time.sleep(6)
-        else:
-            distributed.gather("here")
-
-    results = run_ranks(main, tiny_run.get_parser(), ["--dist_timeout", "2"], tmp_path, world_size=2, timeout=30)
+    results = run_ranks(rank_1_is_silent, tiny_run.get_parser, ["--dist_timeout", "2"], tmp_path, world_size=2,
+                        timeout=30)
     assert results[0].code == 1 and "in gather" in results[0].text, results[0].text
 
 
@@ -104,7 +106,7 @@ def gather_and_reduce(args):
 
 @pytest.mark.distributed
 def test_ranks_tell_each_other(tmp_path):
-    for ended in run_ranks(gather_and_reduce, tiny_run.get_parser(), [], tmp_path, world_size=2):
+    for ended in run_ranks(gather_and_reduce, tiny_run.get_parser, [], tmp_path, world_size=2):
         assert ended.code == 0, ended.text
 
 

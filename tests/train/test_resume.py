@@ -17,8 +17,8 @@ from tests.train.processes import Ranks, run_ranks
 QUIET = ["--device", "cpu", "--no-tensorboard"]
 
 
-def tiny(folder, *flags, **options):
-    return run_ranks(tiny_run.main, tiny_run.get_parser(), [*QUIET, "--output_dir", str(folder), *flags],
+def tiny(folder, *flags, main=tiny_run.main, **options):
+    return run_ranks(main, tiny_run.get_parser, [*QUIET, "--output_dir", str(folder), *flags],
                      folder.parent / "outputs", **options)
 
 
@@ -85,19 +85,22 @@ def test_number_of_workers_changes_nothing(tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "none")
 
 
-def test_stop_during_evaluation_leaves_at_once_and_resumes_there(tmp_path, monkeypatch):
+def main_stopped_while_evaluating(args):
     evaluate = tiny_run.evaluate
-    tiny(tmp_path / "whole")
 
-    def evaluate_and_be_stopped(*args):
+    def evaluate_and_be_stopped(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return evaluate(*args)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(tiny_run, "evaluate", evaluate_and_be_stopped)
-    ended, = tiny(tmp_path / "cut")
+    tiny_run.evaluate = evaluate_and_be_stopped
+    tiny_run.main(args)
+
+
+def test_stop_during_evaluation_leaves_at_once_and_resumes_there(tmp_path):
+    tiny(tmp_path / "whole")
+    ended, = tiny(tmp_path / "cut", main=main_stopped_while_evaluating)
     assert ended.code == Preempted.EXIT_CODE and "SIGUSR1" in ended.text
     assert not (tmp_path / "cut" / "log.txt").exists()
-    monkeypatch.undo()
     ended, = tiny(tmp_path / "cut", "--resume", "auto")
     assert "epoch 0, step 12, to be evaluated" in ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
@@ -105,7 +108,7 @@ def test_stop_during_evaluation_leaves_at_once_and_resumes_there(tmp_path, monke
 
 def test_a_whole_process_group_is_told_to_stop(tmp_path):
     """torchrun and SLURM signal the data loading workers too; the step is finished all the same."""
-    ranks = Ranks(tiny_run.main, tiny_run.get_parser(),
+    ranks = Ranks(tiny_run.main, tiny_run.get_parser,
                   [*QUIET, "--output_dir", str(tmp_path / "run"), "--num_workers", "2", "--step-time", "0.05",
                    "--epochs", "50"], tmp_path / "outputs")
     wait_for(lambda: "Epoch: [1]" in ranks.outputs[0].read_text())
@@ -126,7 +129,7 @@ def kill_and_restart(folder, kills, flags):
     """SIGKILL at random moments; each restart finds a checkpoint at most one save interval old. Returns the kills."""
     generator, newest, killed = random.Random(0), (0, 0), 0
     while killed < kills:
-        ranks = Ranks(tiny_run.main, tiny_run.get_parser(),
+        ranks = Ranks(tiny_run.main, tiny_run.get_parser,
                       [*QUIET, "--output_dir", str(folder), "--resume", "auto", *flags], folder.parent / "outputs")
         wait_for(lambda: "Epoch: [" in ranks.outputs[0].read_text() or not ranks.processes[0].is_alive())  # noqa: B023
         time.sleep(generator.uniform(0, 0.1))
