@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.modules import IRPE, IRPECross, resolve_grid
 
-Encoding = IRPE | IRPECross
-
-# What `auto` tries first; each is a file attention_<name>.py with missing(), why_not(...) and attention(...).
+# What `auto` tries first; each is a file attention_<name>.py with missing(), why_not(call) and attention(call).
 FAST_BACKENDS = {"cpu": "compiled", "cuda": "triton"}
 BACKENDS = ("auto", "eager", *FAST_BACKENDS.values())
 
@@ -58,45 +57,25 @@ def rpe_attention(
         raise ValueError(f"rpe_attention: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     height, width = _resolve_encodings(q.shape, height, width, rpe_q, rpe_k, rpe_v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    encodings = (rpe_q, rpe_k, rpe_v)
-    options = {
-        "height": height,
-        "width": width,
-        "key_padding_mask": key_padding_mask,
-        "attn_mask": attn_mask,
-        "dropout_p": dropout_p,
-    }
+    call = AttentionCall(
+        q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale
+    )  # fmt: skip
     if backend == "auto":
         name = "eager" if torch.compiler.is_exporting() else FAST_BACKENDS.get(q.device.type, "eager")
         fast = None if name == "eager" or missing_backend(name) else _module_of(name)
-        if fast is None or fast.why_not(q, k, v, *encodings, **options):
-            return eager_attention(q, k, v, *encodings, **options, scale=scale)
-        return fast.attention(q, k, v, *encodings, **options, scale=scale)
+        return eager_attention(call) if fast is None or fast.why_not(call) else fast.attention(call)
     if backend == "eager":
-        return eager_attention(q, k, v, *encodings, **options, scale=scale)
+        return eager_attention(call)
     if reason := missing_backend(backend):
         raise ImportError(f"backend={backend!r} does not exist here: {reason} (python -m irpe_ops.info says more)")
-    if reason := _module_of(backend).why_not(q, k, v, *encodings, **options):
+    if reason := _module_of(backend).why_not(call):
         raise ValueError(f"backend={backend!r} cannot run this call: {reason} (backend='auto' picks one that can)")
-    return _module_of(backend).attention(q, k, v, *encodings, **options, scale=scale)
+    return _module_of(backend).attention(call)
 
 
-def eager_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: Encoding | None,
-    rpe_k: Encoding | None,
-    rpe_v: Encoding | None,
-    *,
-    height: int | None,
-    width: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
+def eager_attention(call: AttentionCall) -> Tensor:
     """What `rpe_attention` means; every other backend is measured against it."""
+    q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
     q = q * scale
     scores = q @ k.transpose(2, 3)  # (B, H, L, L)
     if rpe_k is not None:

@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from irpe_ops.modules import IRPE, IRPECross
+from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.rpe_index import extension_error, under_function_transform
-
-Encoding = IRPE | IRPECross
 
 # Attention weights of up to so many bytes are kept for backward; more are computed again, which then is cheaper than
 # fresh memory: the C library returns larger blocks to the system, and each step would fault its pages in anew.
@@ -23,21 +21,9 @@ def missing() -> str | None:
     return None
 
 
-def why_not(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: Encoding | None,
-    rpe_k: Encoding | None,
-    rpe_v: Encoding | None,
-    *,
-    height: int | None,
-    width: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-) -> str | None:
+def why_not(call: AttentionCall) -> str | None:
     """None if this call can run here, else the reason and what to do."""
+    q, attn_mask = call.q, call.attn_mask
     if q.device.type != "cpu":
         return f"it runs on CPU tensors, and q is on {q.device}; use backend='triton'"
     if q.dtype not in _DTYPES:
@@ -46,29 +32,16 @@ def why_not(
         return "torch.func and forward-mode differentiation need plain PyTorch; use backend='eager'"
     if attn_mask is not None and attn_mask.requires_grad:
         return "it has no gradient for attn_mask; use backend='eager'"
-    for rpe in (rpe_q, rpe_k, rpe_v):
-        for part in rpe.parts if rpe is not None else ():
+    for rpe in call.encodings:
+        for part in rpe.parts:
             if part.table.dtype == torch.float64:
                 return "it computes in float32, and a table is float64; use backend='eager'"
     return None
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: Encoding | None,
-    rpe_k: Encoding | None,
-    rpe_v: Encoding | None,
-    *,
-    height: int | None,
-    width: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
+def attention(call: AttentionCall) -> Tensor:
     """`rpe_attention` for arguments it has checked and `why_not` has nothing against. Returns ``(B, H, L, D)``."""
+    q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
     batch, heads, length, _ = q.shape
     tables, maps = [], []
     for rpe in (rpe_q, rpe_k, rpe_v):

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.buckets import count_buckets, offset_ids, piecewise_index
-from irpe_ops.modules import IRPE, IRPECross
 from irpe_ops.rpe_index import under_function_transform
-
-Encoding = IRPE | IRPECross
 
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,21 +43,9 @@ def missing() -> str | None:
     return _MISSING
 
 
-def why_not(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: Encoding | None,
-    rpe_k: Encoding | None,
-    rpe_v: Encoding | None,
-    *,
-    height: int | None,
-    width: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-) -> str | None:
+def why_not(call: AttentionCall) -> str | None:
     """Why these arguments of `rpe_attention` cannot run here, with the remedy; None where they can."""
+    q, attn_mask, encodings = call.q, call.attn_mask, call.encodings
     if q.device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA tensors, q is on {q.device}"
     if under_function_transform():
@@ -70,7 +56,6 @@ def why_not(
         return f"it holds heads of up to {MAX_HEAD_DIM} dimensions, got D={q.shape[-1]}"
     if attn_mask is not None and attn_mask.requires_grad:
         return "it has no gradient for attn_mask; detach the mask or use backend='eager'"
-    encodings = [rpe for rpe in (rpe_q, rpe_k, rpe_v) if rpe is not None]
     if any(_map_of(rpe) != _map_of(encodings[0]) for rpe in encodings):
         return "rpe_q, rpe_k and rpe_v must share method, ratio and skip; build them from one config"
     for part in encodings[0].parts if encodings else ():
@@ -85,30 +70,16 @@ def why_not(
     return None
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_q: Encoding | None,
-    rpe_k: Encoding | None,
-    rpe_v: Encoding | None,
-    *,
-    height: int | None,
-    width: int | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
+def attention(call: AttentionCall) -> Tensor:
     """`rpe_attention` for arguments that it has checked and `why_not` has let pass; ``(B, H, L, D)``.
 
     Lookups, sums by bucket and their gradients have the dtype of q; everything between them is fp32.
     """
-    encoding = rpe_q or rpe_k or rpe_v
-    if encoding is None:
-        name, skip, height, width = "", 0, 1, q.shape[2]
+    q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
+    if call.encodings:
+        name, skip = _map_of(call.encodings[0])
     else:
-        name, skip = _map_of(encoding)
+        name, skip, height, width = "", 0, 1, q.shape[2]
     with torch.autocast(q.device.type, enabled=False):
         lookup_k = None if rpe_k is None else _lookup(q, rpe_k, scale)
         lookup_q = None if rpe_q is None else _lookup(k, rpe_q, scale)
