@@ -50,7 +50,7 @@ def get_bucket_ids_2d(
     method = check_map(method)
     _check_coefficients(alpha, beta, gamma)
     for name, value, least in (("height", height, 1), ("width", width, 1), ("skip", skip, 0)):
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"get_bucket_ids_2d: {name} must be an integer of at least {least}, not {value!r}")
     bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     # A map first made while evaluating must still serve training, which inference tensors cannot.

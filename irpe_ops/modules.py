@@ -151,7 +151,7 @@ def build_rpe(
 def resolve_grid(length: int, height: int | None, width: int | None, skip: int, name: str) -> tuple[int, int]:
     """The grid of a sequence: ``(height, width)`` as given, or the square of ``length - skip`` tokens.
 
-    Raises: ValueError: for one side without the other, or tokens that are not ``height * width + skip``.
+    Raises: ValueError: for one side without the other, no integers, or tokens that are not ``height * width + skip``.
     """
     if (height is None) != (width is None):
         raise ValueError(f"{name}: got height={height} and width={width}; give both, or neither for a square grid")
@@ -163,6 +163,9 @@ def resolve_grid(length: int, height: int | None, width: int | None, skip: int, 
                 "pass height and width, or build the encoding with the right skip"
             )
         return side, side
+    for side, value in (("height", height), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise ValueError(f"{name}: {side} is the number of patches on that side, an integer, not {value!r}")
     if height < 1 or width < 1 or height * width + skip != length:
         raise ValueError(
             f"{name}: height={height}, width={width} gives {height * width} tokens and the table expects skip={skip} "

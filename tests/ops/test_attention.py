@@ -327,8 +327,8 @@ def fake_backend(monkeypatch):
     module = types.ModuleType("irpe_ops.attention_compiled")
     module.answers = {"missing": None, "why_not": None}
     module.missing = lambda: module.answers["missing"]
-    module.why_not = lambda *a, **k: module.answers["why_not"]
-    module.attention = lambda q, *a, **k: torch.full_like(q, 7.0)
+    module.why_not = lambda call: module.answers["why_not"]
+    module.attention = lambda call: torch.full_like(call.q, 7.0)
     monkeypatch.setitem(sys.modules, "irpe_ops.attention_compiled", module)
     monkeypatch.setattr(sys.modules["irpe_ops"], "attention_compiled", module, raising=False)
     return module.answers
