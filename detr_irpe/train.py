@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     # --- optimizer
     rest, backbone = trainable_parameters(model)
     groups = [{"params": rest}, {"params": backbone, "lr": args.lr_backbone}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
