@@ -3,6 +3,7 @@
 FORCE_CUDA=1   fail instead of leaving the CUDA code out (and build it where no GPU is present)
 FORCE_CUDA=0   leave the CUDA code out
 CUDA_HOME      the toolkit; /usr/local/cuda is found by itself
+IRPE_CXXFLAGS  more flags for the C++ compiler, after ours: "-O1 -g -fsanitize=address"
 TORCH_CUDA_ARCH_LIST   default: the GPUs present, "8.0;9.0" where there is none
 """
 import os
@@ -66,7 +67,8 @@ def extension() -> setuptools.Extension:
 
     # -fopenmp: at::parallel_for is a header template and would run on one thread without it.
     # -ffp-contract=fast: a * b + c is one fused instruction where the machine has one.
-    cxx = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
+    cxx = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0",
+           *os.environ.get("IRPE_CXXFLAGS", "").split()]
     if reason:
         return cpp_extension.CppExtension("rpe_ops_cuda._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
                                           include_dirs=[str(ROOT / "csrc")],
