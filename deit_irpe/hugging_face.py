@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deit_irpe.data import LabelledImages
+from deit_irpe.images import LabelledImages
 
 SPLITS = {True: ("train",), False: ("validation", "val", "test")}  # the first that is there
 

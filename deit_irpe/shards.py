@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_irpe.data import LabelledImages
+from deit_irpe.images import LabelledImages
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions of the image of a sample, as WebDataset has them
 SPLITS = {True: "*train*.tar", False: "*val*.tar"}

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -27,31 +26,8 @@ from .detail_log import images_per_second
 from .errors import RunError
 from .grid import Grid, read_grid
 from .plots import curve, read_log
+from .tables import Row
 from .zoo import ROOT, read_zoo
-
-
-@dataclass
-class Row:
-    """One run of the grid over all its seeds, as far as it has come."""
-
-    run: str
-    flags: str
-    figures: list[float]  # of the seeds that finished
-    states: list[str]  # of all seeds: waiting, running, done, failed
-    epochs: int  # logged so far, by all seeds
-    reason: str | None  # why the first failed seed failed
-    images_per_second: float | None
-    facts: dict  # n_parameters, macs_M, buckets, where the package can tell
-    published: float | None
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self.figures) if self.figures else None
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds (n - 1); None for fewer than two."""
-        return statistics.stdev(self.figures) if len(self.figures) > 1 else None
 
 
 class Ablation:

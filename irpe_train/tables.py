@@ -2,20 +2,42 @@
 
 import csv
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .ablate import Row
 
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 NOT_PUBLISHED = "not published here"
 COLUMNS = ("run", "buckets", "parameters", "MACs (M)", "img/s", "{figure}", "seeds", "published")
 
 
-def cells(row: "Row", figure: str) -> dict[str, str]:
+@dataclass
+class Row:
+    """One run of the grid over all its seeds, as far as it has come."""
+
+    run: str
+    flags: str
+    figures: list[float]  # of the seeds that finished
+    states: list[str]  # of all seeds: waiting, running, done, failed
+    epochs: int  # logged so far, by all seeds
+    reason: str | None  # why the first failed seed failed
+    images_per_second: float | None
+    facts: dict  # n_parameters, macs_M, buckets, where the package can tell
+    published: float | None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.figures) if self.figures else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds (n - 1); None for fewer than two."""
+        return statistics.stdev(self.figures) if len(self.figures) > 1 else None
+
+
+def cells(row: Row, figure: str) -> dict[str, str]:
     """One row as text, by column; a failed or unfinished run says so where its figure would be."""
     failed, done = row.states.count("failed"), row.states.count("done")
     shown = number(row.mean) + (f" ± {number(row.spread, like=row.mean)}" if row.spread is not None else "")
@@ -68,7 +90,7 @@ def _escape(text: str) -> str:
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))
 
 
-def write(rows: "Sequence[Row]", folder: Path, *, title: str, figure: str) -> list[Path]:
+def write(rows: Sequence[Row], folder: Path, *, title: str, figure: str) -> list[Path]:
     """``table.csv`` (full precision, every seed), ``table.md``, ``table.tex`` and ``table.png`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{kind}" for kind in ("csv", "md", "tex", "png")]
@@ -88,7 +110,7 @@ def write(rows: "Sequence[Row]", folder: Path, *, title: str, figure: str) -> li
     return paths
 
 
-def plot(rows: "Sequence[Row]", path: Path, *, title: str, figure: str) -> None:
+def plot(rows: Sequence[Row], path: Path, *, title: str, figure: str) -> None:
     """One line a run: its mean with the spread over seeds, every seed, and the published figure where there is one."""
     from matplotlib.figure import Figure
 
@@ -117,7 +139,7 @@ class Display:
         self.figure, self._drawn, self._seen = figure, 0, {}
         self._terminal = sys.stdout.isatty()
 
-    def show(self, rows: "Sequence[Row]") -> None:
+    def show(self, rows: Sequence[Row]) -> None:
         width, height = shutil.get_terminal_size()
         in_place = self._terminal and len(rows) < height
         longest = max(len(row.run) for row in rows)
@@ -132,7 +154,7 @@ class Display:
                 self._seen[row.run] = row.states
                 print(lines[row.run], flush=True)
 
-    def _line(self, row: "Row", longest: int, width: int | None) -> str:
+    def _line(self, row: Row, longest: int, width: int | None) -> str:
         states = ", ".join(f"{row.states.count(state)} {state}" for state in ("done", "running", "waiting", "failed")
                            if state in row.states)
         text = f"{row.run:{longest}}  {states}  {row.epochs} epochs  {cells(row, self.figure)[self.figure]}"[:width]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from deit_irpe import data
+from deit_irpe import data, images
 from tests.deit.conftest import write_images
 
 
@@ -34,8 +34,8 @@ def pack(folder, tar_file, nested=False):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_tar_is_the_same_data_set_as_its_folder(colours, tmp_path, nested):
-    folder = data.FolderImages(colours / "val")
-    tar = data.TarImages(pack(colours / "val", tmp_path / "val.tar", nested))
+    folder = images.FolderImages(colours / "val")
+    tar = images.TarImages(pack(colours / "val", tmp_path / "val.tar", nested))
     assert tar.classes == folder.classes == ["ant", "bee", "cat", "dog"]
     assert tar.labels.tolist() == folder.labels.tolist() and len(tar) == 22
     for index in (0, 7, 21):
@@ -45,7 +45,7 @@ def test_a_tar_is_the_same_data_set_as_its_folder(colours, tmp_path, nested):
 def test_grey_images_become_rgb_and_nested_folders_count(tmp_path):
     (tmp_path / "a" / "deep").mkdir(parents=True)
     Image.new("L", (5, 4), 7).save(tmp_path / "a" / "deep" / "x.PNG")
-    image, label = data.FolderImages(tmp_path)[0]
+    image, label = images.FolderImages(tmp_path)[0]
     assert (image.mode, image.size, label) == ("RGB", (5, 4), 0)
 
 
@@ -105,8 +105,8 @@ def test_a_damaged_image_is_named(tmp_path, content):
     write_images(tmp_path, {"a": 1})
     file = tmp_path / "a" / "0.png"
     file.write_bytes(file.read_bytes()[:200] if content is None else content)
-    with pytest.raises(data.UnreadableImage, match=r"a/0.png: this image cannot be read"):
-        data.FolderImages(tmp_path)[0]
+    with pytest.raises(images.UnreadableImage, match=r"a/0.png: this image cannot be read"):
+        images.FolderImages(tmp_path)[0]
 
 
 def test_inaturalist_numbers_classes_by_first_appearance_in_training(tmp_path):
@@ -165,7 +165,7 @@ def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(colours):
         raise ValueError("bits")
 
     with pytest.raises(RuntimeError, match="the augmentation failed on this image"):
-        data.FolderImages(colours / "val", broken)[0]
+        images.FolderImages(colours / "val", broken)[0]
 
 
 def test_small_images_are_shifted_and_not_scaled():
@@ -187,15 +187,15 @@ def published_order(count, world_size, rank, epoch):
 
 @pytest.mark.parametrize(("count", "world_size"), [(256, 1), (700, 1), (700, 4), (1000, 8), (515, 2)])
 def test_repeated_augmentation_visits_images_in_the_published_order(count, world_size):
-    images = data.LabelledImages(["a"], [""] * count, [0] * count)
+    dataset = images.LabelledImages(["a"], [""] * count, [0] * count)
     for rank in range(world_size):
-        sampler = data.repeated_augmentation_sampler(images, world_size, rank)
+        sampler = data.repeated_augmentation_sampler(dataset, world_size, rank)
         sampler.set_epoch(3)
         assert list(sampler) == published_order(count, world_size, rank, 3)
         assert len(sampler) == count // 256 * 256 // world_size
 
 
 def test_fewer_than_256_images_are_still_visited():
-    images = data.LabelledImages(["a"], [""] * 100, [0] * 100)
-    sampler = data.repeated_augmentation_sampler(images, 2, 0)
+    dataset = images.LabelledImages(["a"], [""] * 100, [0] * 100)
+    sampler = data.repeated_augmentation_sampler(dataset, 2, 0)
     assert len(sampler) == len(list(sampler)) == 50

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deit_irpe import data
+from deit_irpe import images
 from tests.deit.runs import deit_ok
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def digits(tmp_path_factory):
 
 
 def test_the_split_is_stratified_and_fixed(digits):
-    train, val = (data.FolderImages(digits / split) for split in ("train", "val"))
+    train, val = (images.FolderImages(digits / split) for split in ("train", "val"))
     assert train.classes == val.classes == [str(digit) for digit in range(10)]
     counts = np.bincount(train.labels), np.bincount(val.labels)
     assert np.all(np.abs(counts[0] / (counts[0] + counts[1]) - 0.6) < 0.005)
@@ -36,7 +36,7 @@ def test_the_split_is_stratified_and_fixed(digits):
 
 def test_the_tar_files_hold_the_same_images(digits):
     for split in ("train", "val"):
-        folder, tar = data.FolderImages(digits / split), data.TarImages(digits / f"{split}.tar")
+        folder, tar = images.FolderImages(digits / split), images.TarImages(digits / f"{split}.tar")
         assert tar.classes == folder.classes and tar.labels.tolist() == folder.labels.tolist()
         assert all(tar.read(i) == folder.read(i) for i in range(len(folder)))
 

@@ -192,8 +192,8 @@ def test_gpus_are_shared_out(monkeypatch):
 
 
 def test_the_live_table(monkeypatch, capsys):
-    good = ablate.Row("good", "", [90.0], ["done", "running"], 3, None, None, {}, None)
-    bad = ablate.Row("bad", "", [], ["failed"], 0, "it broke", None, {}, None)
+    good = tables.Row("good", "", [90.0], ["done", "running"], 3, None, None, {}, None)
+    bad = tables.Row("bad", "", [], ["failed"], 0, "it broke", None, {}, None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "10")
