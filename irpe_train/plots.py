@@ -1,6 +1,7 @@
 """Curves of ``log.txt`` files, the published DeiT and DETR ones and ours: solid for training, dashed for test."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,38 +54,48 @@ def curve(epochs: list[dict], key: str | None) -> tuple[list[int], list[float]]:
 
 
 def plot_runs(runs: Sequence[str | Path], out: str | Path) -> list[str]:
-    """Draw the runs over each other into an image file, one colour a run.
+    """Draw the runs over each other into an image file, one colour a run; seeds of one run (``x_seed0``) share theirs.
 
     Returns: the titles of the panels drawn.
     """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     logs = {_label(run, runs): read_log(run) for run in runs}
     panels = [panel for panel in PANELS if any(curve(log, key)[0] for log in logs.values() for key in panel[1:])]
     if not panels:
         raise BadData(f"none of {', '.join(map(str, runs))} has a figure that can be drawn")
+    colours = {name: f"C{number}" if number < 10 else pyplot.get_cmap("tab20b")(number % 20)
+               for number, name in enumerate(dict.fromkeys(_without_seed(label) for label in logs))}
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False,
-                                   layout="constrained")
+    entries = min(3, len(colours))  # of the legend, side by side
+    height = 3.6 * rows + 0.25 * -(-(len(colours) + 2) // entries)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, height), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.remove()
     for axis, (title, train, test) in zip(axes.flat, panels, strict=False):
-        for number, (label, log) in enumerate(logs.items()):
+        for label, log in logs.items():
             for key, style in ((train, "-"), (test, "--")):
                 x, y = curve(log, key)
                 if x:
-                    axis.plot(x, y, style, color=f"C{number % 10}", marker="." if len(x) < 3 else None,
-                              label=f"{label} {'train' if key == train else 'test'}")
+                    axis.plot(x, y, style, color=colours[_without_seed(label)], marker="." if len(x) < 3 else None)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+    keys = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    keys += [Line2D([], [], color="black", linestyle="-", label="train"),
+             Line2D([], [], color="black", linestyle="--", label="test")]
+    figure.legend(handles=keys, loc="outside lower center", ncols=entries, fontsize="small")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
     return [title for title, _, _ in panels]
+
+
+def _without_seed(label: str) -> str:
+    return re.sub(r"_seed\d+$", "", label.removesuffix(".txt").removeprefix("log_"))
 
 
 def _label(run: str | Path, runs: Sequence[str | Path]) -> str:

@@ -43,13 +43,15 @@ def test_both_published_formats(tmp_path):
 
 def test_training_is_solid_and_test_dashed_in_one_colour_a_run(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, style, **kw: drawn.append((style, kw["color"], kw["label"])))
-    runs = [write(tmp_path / name / "log.txt", map(deit, range(3))) for name in ("none", "product")]
-    monkeypatch.setattr(Axes, "legend", lambda *a, **k: None)
+    from matplotlib.figure import Figure
+    drawn, named = [], []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, style, **kw: drawn.append((style, kw["color"])))
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, **kw: named.extend(h.get_label() for h in handles))
+    names = ("none_seed0", "none_seed1", "product")
+    runs = [write(tmp_path / f"log_{name}.txt", map(deit, range(3))) for name in names]
     plot_runs(runs, tmp_path / "x.png")
-    assert drawn[:4] == [("-", "C0", "none train"), ("--", "C0", "none test"), ("-", "C1", "product train"),
-                         ("--", "C1", "product test")]
+    assert drawn[:6] == [("-", "C0"), ("--", "C0"), ("-", "C0"), ("--", "C0"), ("-", "C1"), ("--", "C1")]
+    assert named == ["none", "product", "train", "test"]
 
 
 def test_curve_takes_ap_from_the_list():
