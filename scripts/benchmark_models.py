@@ -1,11 +1,12 @@
-"""Times whole training steps and inference of DeiT with each encoding against plain timm DeiT, side by side.
+"""Times whole training steps and inference with each encoding against the same model without one, side by side.
 
 Usage:
     python scripts/benchmark_models.py [--device cpu] [--dtype fp32] [--threads 1] [--batch-size 16] [--quick]
-                                       [--model deit_small_patch16_224] [--output docs/benchmarks]
+                                       [--model deit_small_patch16_224 | detr_resnet50] [--output docs/benchmarks]
 
-A step is forward, loss, backward and AdamW. At zero tables (a new model) the encoded model must give the plain model's
-logits, which is checked first. Rounds and clock are those of benchmark_ops.py.
+DeiT is timed against timm's own, DETR against ours without encoding. A step is forward, loss, backward and AdamW. At
+zero tables the encoded model must give the plain model's outputs, which is checked first. ``k deterministic`` is the
+step of ``k`` under --deterministic. Rounds and clock are those of benchmark_ops.py.
 """
 
 import argparse
@@ -16,31 +17,64 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import deit_irpe
+import detr_irpe
+from detr_irpe.args import get_args_parser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmark_ops import DTYPES, FIELDS, Bench, check, describe, write_csv  # noqa: E402
 
-
-def encoded_copy(plain: torch.nn.Module, name: str, rpe_on: str) -> torch.nn.Module:
-    """The same DeiT with product encoding on ``rpe_on``, its tables still zero."""
-    model = deit_irpe.create_model(name, rpe=f"rpe-1.9-product-ctx-1-{rpe_on}")
-    result = model.load_state_dict(plain.state_dict(), strict=False)
-    wrong = [key for key in result.missing_keys if "lookup_table" not in key] + result.unexpected_keys
-    if wrong:
-        raise SystemExit(f"{name}: timm's model and ours differ in {', '.join(wrong)}")
-    return model
+ENCODED = ("k", "qk", "qkv")
 
 
-def training_step(model: torch.nn.Module, images, labels, dtype: torch.dtype) -> Callable:
-    model.train()
+def deit(name: str, batch: int, device: torch.device) -> tuple[dict[str, nn.Module], Tensor, Callable, Callable]:
+    """Models by name, the plain one first; images; their outputs -> loss; their outputs -> what must agree."""
+    models = {"timm": timm.create_model(name)}
+    models |= {on: deit_irpe.create_model(name, rpe=f"rpe-1.9-product-ctx-1-{on}") for on in ENCODED}
+    labels = torch.randint(1000, (batch,), device=device)
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    return models, images, lambda logits: F.cross_entropy(logits, labels), lambda logits: logits
+
+
+def detr(name: str, batch: int, device: torch.device) -> tuple[dict[str, nn.Module], Tensor, Callable, Callable]:
+    """The same for DETR, at 800 x 1088 pixels: 25 x 34 tokens in the encoder; ten objects an image."""
+    flags = ["--backbone", name.removeprefix("detr_"), "--backbone_weights", "none"]
+    parser = get_args_parser()
+    plain, criterion, _ = detr_irpe.build_model(parser.parse_args(flags))
+    criterion.to(device)
+    models = {"none": plain}
+    for on in ENCODED:
+        models[on] = detr_irpe.build_model(parser.parse_args([*flags, "--enc_rpe2d", f"rpe-2.0-product-ctx-1-{on}"]))[0]
+    targets = [{"labels": torch.randint(1, 91, (10,), device=device),
+                "boxes": torch.rand(10, 4, device=device) * 0.4 + 0.1} for _ in range(batch)]
+
+    def loss_of(outputs: dict) -> Tensor:
+        losses = criterion(outputs, targets)
+        return sum(losses[term] * weight for term, weight in criterion.weight_dict.items() if term in losses)
+
+    images = torch.randn(batch, 3, 800, 1088, device=device)
+    return models, images, loss_of, lambda outputs: torch.cat([outputs["pred_logits"], outputs["pred_boxes"]], -1)
+
+
+def set_tables(model: nn.Module, std: float) -> None:
+    for name, parameter in model.named_parameters():
+        if "lookup_table" in name:
+            nn.init.normal_(parameter, std=std)
+
+
+def training_step(model: nn.Module, images: Tensor, loss_of: Callable, dtype: torch.dtype,
+                  deterministic: bool = False) -> Callable:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
+        torch.use_deterministic_algorithms(deterministic)
+        model.train()
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(images), labels)
+            outputs = model(images)
+        loss = loss_of(outputs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -48,8 +82,9 @@ def training_step(model: torch.nn.Module, images, labels, dtype: torch.dtype) ->
     return step
 
 
-def inference(model: torch.nn.Module, images, dtype: torch.dtype) -> Callable:
-    def run() -> torch.Tensor:
+def inference(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable:
+    def run():
+        torch.use_deterministic_algorithms(False)
         model.eval()
         with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return model(images)
@@ -63,7 +98,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of autocast; fp32: none")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--model", default="deit_small_patch16_224", help="any of timm's DeiT")
+    parser.add_argument("--model", default="deit_small_patch16_224", help="any of timm's DeiT, or detr_ and a ResNet")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
     parser.add_argument("--quick", action="store_true", help="batch of 2, two rounds: does it run?")
     parser.add_argument("--output", type=Path, help="folder to write a CSV into")
@@ -74,25 +109,28 @@ def main() -> None:
     batch = 2 if args.quick else args.batch_size
     bench = Bench(device, 2 if args.quick else args.rounds)
     print(describe(device))
-    plain = timm.create_model(args.model).to(device)
-    models = {"timm": plain}
-    for rpe_on in ("k", "qk", "qkv"):
-        models[rpe_on] = encoded_copy(plain, args.model, rpe_on).to(device)
-    images = torch.randn(batch, 3, 224, 224, device=device)
-    labels = torch.randint(1000, (batch,), device=device)
-    runs = {name: inference(model, images, dtype) for name, model in models.items()}
-    for name, run in runs.items():
-        check(f"{args.model} {name}", run(), runs["timm"](), 500 * torch.finfo(dtype).eps)
+    build = detr if args.model.startswith("detr_") else deit
+    models, images, loss_of, comparable = build(args.model, batch, device)
+    base, plain = next(iter(models.items()))
+    for name, model in models.items():
+        result = model.to(device).load_state_dict(plain.state_dict(), strict=False)
+        if wrong := [key for key in result.missing_keys if "lookup_table" not in key] + result.unexpected_keys:
+            raise SystemExit(f"{name}: the plain model and ours differ in {', '.join(wrong)}")
+        set_tables(model, std=0.0)
     shape = f"{args.model} B{batch}"
-    bench.compare("inference", shape, args.dtype, "timm", runs)
+    runs = {name: inference(model, images, dtype) for name, model in models.items()}
+    expected = comparable(runs[base]())
+    for name, run in runs.items():
+        check(f"{args.model} {name}", comparable(run()), expected, 500 * torch.finfo(dtype).eps)
+    bench.compare("inference", shape, args.dtype, base, runs)
     for model in models.values():  # tables that matter, as in training
-        for key, parameter in model.named_parameters():
-            if "lookup_table" in key:
-                torch.nn.init.normal_(parameter, std=0.02)
-    steps = {name: training_step(model, images, labels, dtype) for name, model in models.items()}
-    bench.compare("training step", shape, args.dtype, "timm", steps)
+        set_tables(model, std=0.02)
+    steps = {name: training_step(model, images, loss_of, dtype) for name, model in models.items()}
+    steps["k deterministic"] = training_step(models["k"], images, loss_of, dtype, deterministic=True)
+    bench.compare("training step", shape, args.dtype, base, steps)
     if args.output:
-        print(write_csv(args.output, f"models_{args.dtype}", device, FIELDS, bench.rows))
+        kind = "detr" if build is detr else "models"
+        print(write_csv(args.output, f"{kind}_{args.dtype}", device, FIELDS, bench.rows))
 
 
 if __name__ == "__main__":
