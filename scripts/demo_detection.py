@@ -3,9 +3,10 @@
 Everything comes with scikit-learn: its 1,797 handwritten digits (8 x 8) and its two photographs (``china.jpg``,
 ``flower.jpg``). Digits and parts of the photographs that are seen in training never occur in validation.
 
-``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 3 digits of 32 to 52 pixels an image, images of
-80 pixels by 80 to 96. ``digits_on_photos/`` has single digits on photographs in the ImageNet layout: on it a backbone
-learns to classify before it learns to detect, as the published DETR's did on ImageNet.
+``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 3 digits of 28 to 44 pixels an image, images of
+64 x 80 pixels, all of one size so that no figure depends on how a batch is padded. ``digits_on_photos/`` has single
+digits on photographs in the ImageNet layout: on it a backbone learns to classify before it learns to detect, as the
+published DETR's did on ImageNet.
 """
 
 import json
@@ -17,8 +18,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 CATEGORY_IDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)  # of the digits 0 to 9: neither from 0 on nor without gaps
-HEIGHT, WIDTHS = 80, (80, 96)  # pixels
-DIGIT_SIDE = (32, 52)  # pixels; the ink of a digit is smaller than the square it is written in
+HEIGHT, WIDTH = 64, 80  # pixels
+DIGIT_SIDE = (28, 44)  # pixels; the ink of a digit is smaller than the square it is written in
 MOST_DIGITS = 3
 CLASSIFIED_SIDE = 54  # pixels of an image with one digit
 IMAGES = {"train2017": 6000, "val2017": 300}
@@ -68,19 +69,18 @@ class Source:
         under[:] = np.round(under * (1 - opacity) + colour * opacity)
 
     def scene(self, digits: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-        """An image with up to ``digits`` digits that do not touch; label and mask (height, width) bool of each."""
-        height, width = HEIGHT, self.rng.randint(WIDTHS[0], WIDTHS[1] + 1)
-        image, objects = self.background(height, width), []
-        taken = np.zeros((height, width), dtype=bool)
+        """An image with up to ``digits`` digits that do not touch; label and mask (HEIGHT, WIDTH) bool of each."""
+        image, objects = self.background(HEIGHT, WIDTH), []
+        taken = np.zeros((HEIGHT, WIDTH), dtype=bool)
         for _ in range(digits):
             ink, label = self.digit()
             h, w = ink.shape
             for _ in range(20):  # tries to find a free place
-                top, left = self.rng.randint(height - h + 1), self.rng.randint(width - w + 1)
+                top, left = self.rng.randint(HEIGHT - h + 1), self.rng.randint(WIDTH - w + 1)
                 if not taken[top : top + h, left : left + w].any():
                     taken[top : top + h, left : left + w] = True
                     self.paint(image, ink, top, left)
-                    mask = np.zeros((height, width), dtype=bool)
+                    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
                     mask[top : top + h, left : left + w] = ink > 0
                     objects.append((label, mask))
                     break
