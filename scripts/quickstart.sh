@@ -16,7 +16,6 @@ PYTHON=$VENV/bin/python
 DATA=${DATA:-demo_data}
 OUT=${OUT:-outputs/demo}
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the models are small: one thread was measured faster than two
 
 # train_and_evaluate MODULE CONFIG DATA_FLAG DATA OUTPUT [FLAG...]
 train_and_evaluate() {
