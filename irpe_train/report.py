@@ -189,9 +189,11 @@ def to_html(text: str, read: Callable[[str], bytes]) -> str:
             blocks.append("<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>")
         else:
             blocks.append(f"<p>{_inline(' '.join(lines), read)}</p>")
-    style = ("body{font:15px sans-serif;max-width:75em;margin:2em auto}table{border-collapse:collapse}"
+    style = ("body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
+             "table{border-collapse:collapse;display:block;overflow-x:auto}"
              "td,th{border:1px solid #bbb;padding:.2em .5em;text-align:left}img{max-width:100%}")
-    return (f"<!doctype html><meta charset=utf-8><title>Results</title><style>{style}</style>\n"
+    return ("<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>Results</title><style>{style}</style>\n"
             + "\n".join(blocks) + "\n")
 
 
