@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+SMALL = 1 << 16  # bytes; masks may be larger, and stay in shared memory
 
 
 class NestedTensor:
@@ -50,7 +53,25 @@ class NestedTensor:
         return f"NestedTensor(tensors={tuple(self.tensors.shape)}, padding={self.mask.float().mean():.0%})"
 
 
-def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
+class Targets(list):
+    """The targets of a batch; their small tensors leave a worker process as values.
+
+    As shared memory, PyTorch's way, every one of them takes a file descriptor and a mapping: eight an image, more time
+    than reading the image where it is small, and soon "too many open files".
+    """
+
+    def __reduce__(self):
+        arrays = [{name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL else value
+                   for name, value in target.items()} for target in self]
+        return _targets_of, (arrays,)
+
+
+def _targets_of(arrays: list[dict]) -> Targets:
+    return Targets({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                    for name, value in target.items()} for target in arrays)
+
+
+def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, Targets]:
     """``[(image, target), ...]`` as a data set yields them -> ``(NestedTensor, [target, ...])``."""
     images, targets = zip(*batch, strict=True)
-    return NestedTensor.from_images(images), list(targets)
+    return NestedTensor.from_images(images), Targets(targets)

@@ -1,11 +1,13 @@
 import json
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
 import torch
 
 from detr_irpe import build_model, create_model
-from detr_irpe.nested_tensor import NestedTensor, collate
+from detr_irpe.nested_tensor import NestedTensor, Targets, collate
 from irpe_train.checkpoint import load_weights
 from tests.detr.tiny_detr import SPECS, published_flags, random_targets, tiny_model
 
@@ -149,6 +151,19 @@ def test_build_model_with_masks():
     assert trained == {"bbox_attention", "mask_head"}
     assert {name: w for name, w in criterion.weight_dict.items() if "_0" not in name} == {
         "loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_mask": 1, "loss_dice": 1}
+
+
+def test_targets_come_out_of_a_worker_as_they_went_in():
+    targets = Targets([{"boxes": torch.rand(3, 4), "labels": torch.tensor([1, 2, 3]), "name": "a.jpg",
+                        "masks": torch.rand(3, 200, 300) < 0.5}, {"boxes": torch.zeros(0, 4), "orig_size": 7}])
+    received = pickle.loads(ForkingPickler.dumps(targets))
+    assert type(received) is Targets and [list(t) for t in received] == [list(t) for t in targets]
+    for ours, theirs in zip(received, targets, strict=True):
+        for name, value in theirs.items():
+            same = torch.equal(ours[name], value) if torch.is_tensor(value) else ours[name] == value
+            assert same and type(ours[name]) is type(value)
+    small = Targets([{"boxes": torch.rand(3, 4)}])
+    assert b"rebuild_storage" not in bytes(ForkingPickler.dumps(small))  # by value
 
 
 def test_collate_pads_below_and_to_the_right():
