@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns: 0, or 1 if a run failed."""
     args = get_parser().parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are told to save
+    # So that the runs are told to save.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         grid = read_grid(args.grid, dict(args.settings), seeds=args.seeds, only=args.only)
         ablation = Ablation(grid, args.output or Path("outputs/ablation") / grid.name)
@@ -206,6 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit("irpe_train.ablate: stopped; the same command goes on")
     except (RunError, OSError, ImportError, ValueError) as error:
         sys.exit(f"irpe_train.ablate: {error}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 1 if any("failed" in row.states for row in ablation.rows()) else 0
 
 

@@ -176,12 +176,14 @@ def test_a_folder_of_another_command(place):
 
 
 def test_dry_run(place, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
     assert main(["grid.yaml", "-o", "out", "--dry-run", "--gpus-per-run", "4", "--set", "epochs=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and not (place / "out").exists()
     assert lines[1].endswith(
         "-m torch.distributed.run --standalone --nproc_per_node=4 -m deit_irpe --config "
         f"{ROOT}/configs/deit/small.yaml --rpe none --epochs 3 --seed 1 --output_dir out/none_seed1 --resume auto")
+    assert signal.getsignal(signal.SIGTERM) is handler  # a caller keeps its own
 
 
 def test_gpus_are_shared_out(monkeypatch):
