@@ -22,9 +22,8 @@ def tiny(folder, *flags, **options):
 
 @pytest.mark.distributed
 def test_loss_not_finite_on_one_rank_stops_both(tmp_path):
-    began = time.monotonic()
     results = tiny(tmp_path / "run", "--save-interval", "1", "--nan-at", "1", "1", "3", world_size=2)
-    assert time.monotonic() - began < 60
+    assert time.time() - (tmp_path / "run" / "nonfinite_loss.json").stat().st_mtime < 10  # since it was found
     for ended in results:
         assert ended.code == 1, ended.text
         assert "NonFiniteLoss: loss is not finite on rank 1 at epoch 1, step 3: loss nan" in ended.text
