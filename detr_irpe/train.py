@@ -81,7 +81,9 @@ def main(args: argparse.Namespace) -> None:
     # --- optimizer
     rest, backbone = trainable_parameters(model)
     groups = [{"params": rest}, {"params": backbone, "lr": args.lr_backbone}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    # fused: several times quicker on the CPU; on GPUs PyTorch's own choice, which loss scaling and old checkpoints fit.
+    fused = True if device.type == "cpu" else None
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
     lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
