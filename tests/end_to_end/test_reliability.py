@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from functools import partial
 
 import pytest
@@ -77,6 +78,7 @@ def test_stopped_in_mid_epoch_equals_uninterrupted_on_two_ranks(tree, data, tmp_
 def test_loss_not_finite_on_one_rank_stops_both_before_the_update(tree, data, tmp_path):
     results = run(tree, data, tmp_path / "run", "--save-interval", "1", world_size=2,
                   at_step=(2, 1, make_infinite))
+    assert time.time() - (tmp_path / "run" / "nonfinite_loss.json").stat().st_mtime < 10  # since it was found
     for ended in results:
         assert ended.code == 1, ended.text
         assert "NonFiniteLoss: loss is not finite on rank 1 at epoch 0, step 2: loss inf" in ended.text

@@ -47,18 +47,39 @@ def assert_same_run(ours, uninterrupted):
         assert_same(read_checkpoint(ours / name), read_checkpoint(uninterrupted / name), name)
 
 
+def cuts(seed, steps):
+    """Where a run of 3 epochs of ``steps`` is stopped: 3 drawn steps, the last of one epoch, the first of another."""
+    drawn = random.Random(seed).sample([(epoch, step) for epoch in range(3) for step in range(1, steps - 1)], 3)
+    return sorted({*drawn, (0, steps - 1), (2, 0)})
+
+
+def stop_at(output_dir, places, *flags, later, rank=0, world_size=1):
+    """Stop at each of ``places`` by a signal to one rank and go on; a stop comes at most ``later`` steps after that.
+
+    All ranks stop together, and never within the steps of one accumulated update.
+    """
+    reached = (0, 0)
+    for epoch, step in places:
+        if (epoch, step) < reached:  # the stop before this one came later than that
+            continue
+        for ended in tiny(output_dir, *flags, "--resume", "auto", "--term-at", str(rank), str(epoch), str(step),
+                          world_size=world_size):
+            assert ended.code == Preempted.EXIT_CODE, (epoch, step, ended.text)
+            assert "--resume auto goes on" in ended.text
+        progress = read_checkpoint(output_dir / "checkpoint.pth")["progress"]
+        reached = (progress["epoch"], progress["step"])
+        assert (epoch, step) < reached <= (epoch, 1 + step + later)
+
+
 @pytest.mark.parametrize(("workers", "flags"), [(0, ()), (2, ()), (2, ("--accumulate", "5")), (0, ("--amp", "bf16"))],
                          ids=["no-workers", "two-workers", "accumulate", "bf16"])
 def test_stopped_in_mid_epoch_equals_uninterrupted(tmp_path, workers, flags):
+    places = cuts(f"{workers} {flags}", 12)
     flags = [*flags, "--deterministic"]
     assert tiny(tmp_path / "whole", *flags)[0].code == 0
-    # 12 steps an epoch: in the middle, at the last step, at the first.
-    for epoch, step in ((0, 4), (1, 11), (2, 0)):
-        ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto", "--num_workers", str(workers),
-                      "--term-at", "0", str(epoch), str(step))
-        assert ended.code == Preempted.EXIT_CODE, ended.text
-        assert "--resume auto goes on" in ended.text
-    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto", "--num_workers", str(workers))
+    flags = [*flags, "--num_workers", str(workers)]
+    stop_at(tmp_path / "cut", places, *flags, later=4 if "--accumulate" in flags else 0)
+    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto")
     assert ended.code == 0, ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
@@ -69,11 +90,8 @@ def test_stopped_in_mid_epoch_equals_uninterrupted_on_several_ranks(tmp_path, wo
     flags = ["--deterministic", "--images", "60", "--num_workers", "0" if world_size == 3 else "1"]
     for ended in tiny(tmp_path / "whole", *flags, world_size=world_size):
         assert ended.code == 0, ended.text
-    # The signal reaches one rank alone: all stop after the same step.
-    for ended in tiny(tmp_path / "cut", *flags, "--term-at", "1", "1", "2", world_size=world_size):
-        assert ended.code == Preempted.EXIT_CODE, ended.text
-    progress = read_checkpoint(tmp_path / "cut" / "checkpoint.pth")["progress"]
-    assert progress["epoch"] == 1 and progress["step"] in (3, 4)
+    # The signal reaches one rank alone.
+    stop_at(tmp_path / "cut", cuts(world_size, 60 // (4 * world_size)), *flags, later=1, rank=1, world_size=world_size)
     for ended in tiny(tmp_path / "cut", *flags, "--resume", "auto", world_size=world_size):
         assert ended.code == 0, ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
