@@ -18,49 +18,18 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import ImageNetInfo
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from deit_irpe.args import get_args_parser, image_size
+from deit_irpe.args import image_size
 from deit_irpe.data import build_transform
-from deit_irpe.models import RPE_MODELS, create_model
-from deit_irpe.train import model_options
+from deit_irpe.models import RPE_MODELS
+from deit_irpe.trained import load_model
 from irpe_ops import parse_rpe_spec
 from irpe_ops.visualize import attention_bias, draw_maps, read_tables, table_maps
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint
 from irpe_train.distributed import choose_device, set_up_logging
 from irpe_train.launch import launch
 from irpe_train.loader import UNREADABLE
-
-
-def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, argparse.Namespace, list[str]]:
-    """The trained model of a checkpoint, in evaluation mode.
-
-    Args:
-        source: path or address; ema: its moving average.
-        flags: ``model``, ``rpe``, ``input_size``, ... that win over those in the checkpoint, unless None.
-    Returns: model, all flags, class names.
-    """
-    checkpoint = read_checkpoint(source)
-    weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
-    known = vars(checkpoint.get("args", argparse.Namespace()))
-    given = {name: value for name, value in flags.items() if value is not None}
-    if "model" not in known | given:
-        raise ValueError(f"{source}: keeps no flags; name the model with --model (and --rpe)")
-    args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | known | given)
-    num_classes = known.get("nb_classes") or len(weights.get("head.bias", torch.empty(1000)))
-    model = create_model(args.model, args.rpe, **model_options(args, image_size(args.input_size), num_classes))
-    load_weights(model, weights, source=source)
-    return model.eval(), args, checkpoint.get("classes") or class_names(num_classes)
-
-
-def class_names(count: int) -> list[str]:
-    """Names for classes that a checkpoint does not name: ImageNet's for 1000 of them, else numbers."""
-    if count != 1000:
-        return [f"class {number}" for number in range(count)]
-    imagenet = ImageNetInfo("imagenet-1k")
-    return [imagenet.index_to_description(number) for number in range(count)]
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:

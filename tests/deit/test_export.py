@@ -4,6 +4,7 @@ import onnx
 import pytest
 import torch
 
+from deit_irpe.args import get_args_parser as training_flags
 from deit_irpe.export import get_args_parser, main
 from deit_irpe.models import create_model
 from irpe_train.config import parse_args
@@ -12,17 +13,15 @@ SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    import deit_irpe.export as module
-
+def checkpoint(tmp_path):
     torch.manual_seed(0)
     model = create_model("deit_demo_patch4_32", "rpe-1.9-product-ctx-1-k", num_classes=3, **SMALL)
     torch.nn.init.normal_(model.blocks[0].attn.rpe_k.lookup_table_weight)
-    monkeypatch.setattr(module, "create_model", lambda *args, **kwargs: create_model(*args, **kwargs, **SMALL))
     path = tmp_path / "best.pth"
-    namespace = parse_args(__import__("deit_irpe.args", fromlist=["x"]).get_args_parser(),
-                           ["--model", "deit_demo_patch4_32", "--rpe", "rpe-1.9-product-ctx-1-k", "--input-size", "32"])
-    torch.save({"model": model.state_dict(), "args": namespace}, path)
+    flags = parse_args(training_flags(), ["--model", "deit_demo_patch4_32", "--rpe", "rpe-1.9-product-ctx-1-k",
+                                          "--input-size", "32", "--model-kwargs",
+                                          *(f"{name}={value}" for name, value in SMALL.items())])
+    torch.save({"model": model.state_dict(), "args": flags}, path)
     return path
 
 

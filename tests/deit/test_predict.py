@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from deit_irpe import create_model
-from deit_irpe.predict import attention_maps, get_parser, load_model, main
+from deit_irpe.predict import attention_maps, get_parser, main
+from deit_irpe.trained import load_model
 from tests.deit.conftest import write_images
 from tests.train.processes import run_ranks
 
@@ -85,7 +86,7 @@ def test_a_file_that_is_no_image_is_named(checkpoint, tmp_path):
 def test_weights_alone_need_the_model_named(checkpoint, tmp_path):
     weights = torch.load(checkpoint, weights_only=False)["model"]
     torch.save(weights, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="keeps no flags; name the model with --model"):
+    with pytest.raises(ValueError, match="does not say which model it is: add --model NAME"):
         load_model(str(tmp_path / "weights.pth"))
     model, _, classes = load_model(str(tmp_path / "weights.pth"), model="deit_tiny_patch16_224", rpe=SPEC,
                                    model_kwargs=KWARGS, input_size=32)
