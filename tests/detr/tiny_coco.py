@@ -12,7 +12,7 @@ COLOURS = {3: (255, 30, 30), 4: (30, 255, 30), 9: (30, 30, 255)}
 
 
 def write_tiny_coco(root: Path, *, train: int = 6, val: int = 5, size: tuple[int, int] = (40, 56), zips: bool = False,
-                    panoptic: bool = False, seed: int = 0) -> Path:
+                    panoptic: bool = False, seed: int = 0, first_id: int = 100) -> Path:
     """Both splits below ``root``; image ``i`` of a split has ``i % 3`` objects, the last of three a crowd beside it."""
     rng = np.random.default_rng(seed)
     (root / "annotations").mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def write_tiny_coco(root: Path, *, train: int = 6, val: int = 5, size: tuple[int
             height, width = size[0] + 4 * (index % 2), size[1]
             pixels = rng.integers(90, 130, (height, width, 3), dtype=np.uint8)
             segment_map = np.zeros((height, width, 3), dtype=np.uint8)
-            image_id, infos = 100 + index, []
+            image_id, infos = first_id + index, []
             content["images"].append(
                 {"id": image_id, "file_name": f"{image_id:012d}.jpg", "height": height, "width": width})
             for number in range(index % 3):

@@ -1,0 +1,188 @@
+"""The commands of README.md, docs/ and examples/ run as they stand, page by page, in a copy of the repository.
+
+The data sets and checkpoints they name are there, tiny and of the right layout; ``smaller/sitecustomize.py`` makes the
+runs small. Programs start in forked processes that have imported PyTorch already, scripts and ``torchrun`` as they are.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deit_irpe import create_model
+from irpe_train.zoo import cache_folder, read_zoo
+from tests.deit.conftest import write_images
+from tests.deit.runs import deit_ok
+from tests.deit.test_data_at_scale import write_parquet, write_shards
+from tests.detr.runs import detr_ok
+from tests.detr.tiny_coco import write_tiny_coco
+from tests.end_to_end.smaller.sitecustomize import TINY_VIT, smaller
+from tests.end_to_end.test_documented_commands import PAGES, PROJECT, documented_commands
+from tests.snippets import REPOSITORY
+from tests.train.processes import SERVER
+
+COPIED = ("configs", "deit_irpe", "detr_irpe", "docs", "examples", "irpe_ops", "irpe_train", "logs", "scripts")
+ELSEWHERE = {  # a command that is not run here, and who runs it
+    r"scripts/quickstart\.sh": "sets up an environment: the founders, in a fresh clone",
+    r"scripts/test\.sh": "is what runs this",
+    r"python -m pytest": "runs these tests",
+    r"pip install": "CI, and test_packaging.py",
+    r".*(slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_scripts.py imitate it",
+    r".*timm/validate\.py": "timm's package does not have it: a stand-in in test_timm.py",
+}
+# Eight processes become two, other machines this one.
+FEWER = [(r"(GPUS=|nproc_per_node=)8\b", r"\g<1>2"), (r"GPUS=4\b", "GPUS=2"), (r"\bhost0\b", "127.0.0.1"),
+         (r"(NNODES=2 .*GPUS=)2\b", r"\g<1>1")]
+SMALL_K = "deit_small_patch16_224_ctx_product_50_shared_k"
+COMPARED = "--expect"  # with the published row, which a tiny model does not reach
+
+
+@pytest.fixture(scope="session")
+def things(tmp_path_factory) -> Path:
+    """All that the pages take for granted: data sets, checkpoints, finished runs, pictures."""
+    root = tmp_path_factory.mktemp("things")
+    for split, count in (("train", 16), ("val", 4)):
+        write_images(root / "ImageNet" / split, {"ant": count, "bee": count})
+    write_shards(root / "ImageNet", root / "imagenet_shards")
+    write_parquet(root / "ImageNet", root / "imagenet_parquet")
+    for split in ("train", "val"):
+        subprocess.run(["tar", "-cf", root / "ImageNet" / f"{split}.tar", "-C", root / "ImageNet", split], check=True)
+    for name in ("coco_data", "my_data"):
+        write_tiny_coco(root / name, train=4, val=3, panoptic=name == "coco_data")
+    shutil.copytree(root / "coco_data", root / "coco_panoptic")
+    write_tiny_coco(root / "demo_data/coco_digits", train=4, val=3, first_id=1)  # the quickstart has made these
+    for name in ("digits", "digits_on_photos"):
+        shutil.copytree(root / "ImageNet", root / "demo_data" / name)
+    write_tiny_coco(root / "large", train=0, val=1, size=(120, 160))
+    picture, = (root / "large/val2017").iterdir()
+    for name in ("a", "b", "cat", "street"):
+        shutil.copy(picture, root / f"{name}.jpg")
+
+    for name, model in (("small_k", SMALL_K), ("small", "deit_small_patch16_224")):
+        deit_ok(root / "ImageNet", root / "outputs" / name, "--epochs", "1", model=["--model", model, *TINY_VIT])
+    detr_ok(root / "my_data", root / "outputs/mine", "--epochs", "1")
+    for name in ("a", "b"):
+        shutil.copytree(root / "outputs/small_k", root / "outputs" / name)
+    for name in ("detr", "boxes"):
+        shutil.copytree(root / "outputs/mine", root / "outputs" / name)
+    shutil.copy(root / "outputs/small_k/best.pth", root / "small_k.pth")
+    shutil.copy(root / "outputs/small/best.pth", root / "deit_small_patch16_224.pth")
+    for name in ("detr.pth", "detr-r50-e632da11.pth"):
+        shutil.copy(root / "outputs/mine/best.pth", root / name)
+    theirs = create_model("deit_tiny_patch16_224", rpe="rpe-1.9-product-ctx-1-k").state_dict()
+    torch.save({f"backbone.{key}": value for key, value in theirs.items()}, root / "theirs.pth")
+
+    hub = root / "torch" / cache_folder().relative_to(cache_folder().parents[1])
+    hub.mkdir(parents=True)
+    for name, weights in ((SMALL_K, "small_k.pth"), ("rpe-2.0-product-ctx-1-k", "detr.pth")):
+        shutil.copy(root / weights, hub / read_zoo().find(name).file)
+    return root
+
+
+@pytest.fixture
+def copy(things, tmp_path) -> Path:
+    """A copy of the repository with the ``things`` beside it."""
+    shutil.copytree(things, tmp_path, dirs_exist_ok=True)
+    for name in COPIED:
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def _child(words: list[str], folder: Path, environment: dict[str, str], output: Path) -> None:
+    """What ``python WORDS`` does, in a process that has imported PyTorch."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    stream = open(output, "w", buffering=1)  # noqa: SIM115
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    sys.stdout = sys.stderr = stream
+    sys.argv = [*(words[1:] if words[0] == "-m" else words), *smaller(words)]
+    sys.path.insert(0, str(folder))
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(folder / Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+class Command:
+    """A documented command that has been started in ``folder``."""
+
+    def __init__(self, text: str, folder: Path):
+        for pattern, replacement in FEWER:
+            text = re.sub(pattern, replacement, text)
+        self.output = folder / "output.txt"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA", "PYTEST"))}
+        environment["PYTHONPATH"] = f"{REPOSITORY / 'tests/end_to_end/smaller'}:{folder}"
+        environment |= {"OMP_NUM_THREADS": "1", "TORCH_HOME": str(folder / "torch"), "PYTHON": sys.executable,
+                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
+                        "HF_DATASETS_CACHE": str(folder / "hf"), "HF_DATASETS_OFFLINE": "1"}
+        words = shlex.split(text, comments=True)
+        while re.fullmatch(r"[A-Z_]+=.*", words[0]) and "python" in words:
+            key, _, value = words.pop(0).partition("=")
+            environment[key] = value
+        if words[0] in PROJECT["scripts"]:
+            words = ["python", "-m", PROJECT["scripts"][words[0]].partition(":")[0], *words[1:]]
+        if words[0].endswith(".py"):
+            words = ["python", *words]
+        if words[0] == "python":
+            self.process = SERVER.Process(target=_child, args=(words[1:], folder, environment, self.output))
+            self.process.start()
+        else:
+            ends = " --inspect" if words[0] == "tensorboard" else ""
+            with open(self.output, "w") as output:
+                self.process = subprocess.Popen(["bash", "-c", text.partition("  #")[0] + ends], cwd=folder,
+                                                env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def ended(self) -> tuple[int, str]:
+        """Exit status and what it printed."""
+        if isinstance(self.process, subprocess.Popen):
+            code = self.process.wait(timeout=180)
+        else:
+            self.process.join(timeout=180)
+            code = self.process.exitcode
+            self.process.kill()
+        return code, self.output.read_text()
+
+
+def run_page(page: Path, folder: Path) -> list[str]:
+    """Run a page's commands in order; what went wrong."""
+    wrong, first_node = [], None
+    for line, text in documented_commands(page):
+        if any(re.match(pattern, text) for pattern in ELSEWHERE):
+            continue
+        command = Command(text, folder)
+        if "NODE_RANK=0" in text:
+            first_node = command
+            continue
+        code, printed = command.ended()
+        if "NODE_RANK=1" in text:
+            code = code or first_node.ended()[0]
+        failed_honestly = code == 1 and COMPARED in text and re.search(r"^# .*: FAIL", printed, flags=re.MULTILINE)
+        if code and not failed_honestly:
+            wrong.append(f"{page.name}:{line}: {text}\n    ended with {code}: {printed[-1500:]}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if documented_commands(page)],
+                         ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_documented_command_runs(page, copy):
+    wrong = run_page(page, copy)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_command_that_fails_is_seen(copy):
+    page = copy / "page.md"
+    page.write_text("```bash\npython -m irpe_ops.visualize no-such-spec -o a.png\n"
+                    "DATA=none scripts/train_deit.sh small_k\n```\n")
+    wrong = run_page(page, copy)
+    assert len(wrong) == 2 and "no-such-spec" in wrong[0] and "no such folder" in wrong[1]
