@@ -56,7 +56,7 @@ def test_console_commands_lead_to_functions():
 
 
 def test_extras_are_those_that_messages_and_pages_name():
-    assert {"tensorboard", "submitit", "export", "fast-eval", "hugging-face", "demo", "dev"} <= \
+    assert {"tensorboard", "submitit", "export", "fast-eval", "hugging-face", "wandb", "demo", "dev"} <= \
         set(PROJECT["optional-dependencies"])
 
 
