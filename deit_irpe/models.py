@@ -14,11 +14,13 @@ from timm.models import (
     get_pretrained_cfg,
     is_model_in_modules,
     register_model,
+    register_notrace_module,
 )
 from timm.models._features import FeatureGetterNet  # what timm itself wraps a ViT with for features_only
 from torch import Tensor, nn
 
 from irpe_ops import equip
+from irpe_ops.equip import RPEAttention
 from irpe_train.checkpoint import model_weights, read_checkpoint
 from irpe_train.zoo import fetch, read_zoo
 
@@ -61,7 +63,8 @@ def create_model(name: str, rpe=None, *, attn_backend: str = "auto", pretrained:
         pretrained: start from the published checkpoint of that name; a head of other classes starts fresh.
         timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...; with
             ``features_only=True`` the feature maps of blocks ``out_indices`` (default: the last three), as timm has it.
-    Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit.
+    Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit; UnknownArgument: it is a TypeError
+        too: an argument that timm's model does not take.
     """
     base, named_rpe = RPE_MODELS.get(name, (name, None))
     from_zoo = pretrained and name in RPE_MODELS
@@ -83,6 +86,10 @@ def create_model(name: str, rpe=None, *, attn_backend: str = "auto", pretrained:
     return model if wanted_features is None else FeatureGetterNet(model, wanted_features)
 
 
+class UnknownArgument(ValueError, TypeError):
+    """A wrong value of --model-kwargs, and the TypeError that callers of ``timm.create_model`` expect."""
+
+
 def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     size = DEMO_SIZES.get(name, {})
     base = "deit_tiny_patch16_224" if size else name
@@ -98,7 +105,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     try:
         model = timm.create_model(base, pretrained=pretrained, **(size | timm_kwargs))
     except TypeError as error:
-        raise ValueError(f"model {name!r}: {error} (--model-kwargs)") from error
+        raise UnknownArgument(f"model {name!r}: {error} (--model-kwargs)") from error
     if base.startswith("deit_") and not pretrained:
         trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
         if size and model.pos_embed is not None:
@@ -134,6 +141,7 @@ def _entrypoint(name: str):
 
 for _name in [*RPE_MODELS, *DEMO_SIZES]:
     register_model(_entrypoint(_name))
+register_notrace_module(RPEAttention)  # one node of a torch.fx graph: its kernels take tensors, not proxies
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
-from irpe_ops.modules import IRPE, IRPECross, resolve_grid
+from irpe_ops.modules import IRPE, IRPECross, autocast_dtype, resolve_grid
 
 # What `auto` tries first; each is a file attention_<name>.py with missing(), why_not(call) and attention(call).
 FAST_BACKENDS = {"cpu": "compiled", "cuda": "triton"}
@@ -46,8 +46,8 @@ def rpe_attention(
     Raises: ValueError: for arguments that do not fit together, or a call the named backend cannot run;
         ImportError: for a named backend that does not exist on this machine.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_tensors(q, k, v)
     _check_masks(q, key_padding_mask, attn_mask)
@@ -82,7 +82,7 @@ def eager_attention(call: AttentionCall) -> Tensor:
         scores = scores + rpe_k(q, height, width)
     if rpe_q is not None:
         scores = scores + rpe_q(k * scale, height, width).transpose(2, 3)
-    if torch.is_autocast_enabled(q.device.type):
+    if autocast_dtype(q.device) is not None:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     masked = key_padding_mask is not None or attn_mask is not None
     if attn_mask is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.buckets import count_buckets, offset_ids, piecewise_index
+from irpe_ops.modules import autocast_dtype
 from irpe_ops.rpe_index import under_function_transform
 
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
@@ -65,7 +66,7 @@ def why_not(call: AttentionCall) -> str | None:
         for part in rpe.parts:
             if part.table.device != q.device:
                 return f"the encoding's table is on {part.table.device} and q on {q.device}; move one of them"
-            if part.table.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            if part.table.dtype != q.dtype and autocast_dtype(q.device) is None:
                 return f"the encoding's table is {part.table.dtype} and q {q.dtype}; cast one or use torch.autocast"
     return None
 

@@ -70,6 +70,8 @@ class TokenGrid:
 
     def after_patch_embed(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
         """Forward hook of ``patch_embed``."""
+        if isinstance(patches, torch.fx.Proxy):  # a traced graph is of one size: the one that is remembered
+            return
         self.varies = patches.dim() == 4  # dynamic_img_size: (B, height, width, C)
         if self.varies:
             self.remember(*patches.shape[1:3])

@@ -1,5 +1,6 @@
 """The encodings as modules: one learned table each, on queries, keys or values."""
 
+import contextlib
 import math
 
 import torch
@@ -8,6 +9,17 @@ from torch import Tensor, nn
 from irpe_ops.buckets import bucket_map, check_map, count_buckets, traced_bucket_map
 from irpe_ops.config import RPEConfig
 from irpe_ops.rpe_index import rpe_index, rpe_index_adjoint
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on ``device``; None where it is off (and on ``meta``, where there is none to ask)."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class IRPE(nn.Module):
@@ -79,7 +91,7 @@ class IRPE(nn.Module):
         ids = self.bucket_ids(length, height, width, x.device)
         if self.mode == "bias":
             return rpe_index(self.lookup_table_bias[None, :, None, :].expand(-1, -1, length, -1), ids)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             x = x.to(self.lookup_table_weight.dtype)
             if self.on_values:
                 sums = rpe_index_adjoint(x, ids, self.num_buckets)  # (B, H, L, N)
@@ -97,7 +109,7 @@ class IRPE(nn.Module):
             raise ValueError(f"{name}: built for {self.num_heads} heads, got {tuple(x.shape)} with H={x.shape[1]}")
         if x.device != table.device:
             raise ValueError(f"{name}: its table is on {table.device} and its input on {x.device}; move one of them")
-        if x.dtype != table.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != table.dtype and autocast_dtype(x.device) is None:
             raise ValueError(f"{name}: its table is {table.dtype}, its input {x.dtype}; cast one or use torch.autocast")
 
     def extra_repr(self) -> str:

@@ -12,10 +12,11 @@ import timm
 import torch
 from timm.data import Mixup, create_loader, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import get_pretrained_cfg, load_checkpoint
+from timm.models import get_notrace_functions, get_notrace_modules, get_pretrained_cfg, load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from deit_irpe import create_model
 from deit_irpe.data import build_dataset
@@ -70,6 +71,28 @@ def test_feature_maps_start_from_published_weights(monkeypatch, tmp_path):
     features = timm.create_model(NAME, pretrained=True, features_only=True, num_classes=5, out_indices=[3])
     ours = features.model.blocks[3].attn.rpe_k.lookup_table_weight
     assert torch.equal(ours, published.blocks[3].attn.rpe_k.lookup_table_weight)
+
+
+def test_a_traced_graph_gives_the_same_features_and_gradients():
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, img_size=32, depth=2).eval()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.rpe_k.lookup_table_weight)
+    graph = create_feature_extractor(model, {"blocks.1": "features", "head": "logits"}, tracer_kwargs={
+        "leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()})
+    images = torch.randn(2, 3, 32, 32)
+    traced, logits = graph(images), model(images)
+    torch.testing.assert_close(traced["logits"], logits, atol=0, rtol=0)
+    assert traced["features"].shape == (2, 5, 192)
+    table = model.blocks[0].attn.rpe_k.lookup_table_weight
+    ours, wanted = (torch.autograd.grad(output.square().sum(), table)[0] for output in (traced["logits"], logits))
+    torch.testing.assert_close(ours, wanted, atol=0, rtol=0)
+    assert wanted.any()
+
+
+def test_an_unknown_argument_is_the_error_that_timm_promises():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layer_count'"):
+        timm.create_model(NAME, layer_count=3)
 
 
 def test_timms_own_tools_train_validate_and_resume(colours, tmp_path):

@@ -360,3 +360,11 @@ def test_a_missing_backend_says_why(name):
         pytest.skip(f"{name} exists here")
     with pytest.raises(ImportError, match=re.escape(f"backend='{name}' does not exist here: {reason}")):
         rpe_attention(Q, Q, Q, backend=name)
+
+
+@pytest.mark.parametrize("spec", ["rpe-1.9-product-ctx-1-qkv", "rpe-1.9-cross-bias-0-k"])
+def test_shapes_can_be_had_without_memory(spec):
+    encodings = [None if rpe is None else rpe.to("meta") for rpe in build_rpe(parse_rpe_spec(spec, 1), 8, 2)]
+    q, k, v = torch.empty(3, 2, 2, 17, 8, device="meta", requires_grad=True)
+    out = rpe_attention(q, k, v, *encodings, height=4, width=4)
+    assert out.shape == (2, 2, 17, 8) and out.device.type == "meta"
