@@ -60,8 +60,7 @@ class Case:
     def check(self, dtype=torch.float32):
         ours, eager, exact = self.run("compiled", dtype), self.run("eager", dtype), self.run("eager", torch.float64)
         for result in zip(ours, eager, exact, strict=True):
-            # 3, not 2: of hundreds of comparisons plain PyTorch is exceptionally lucky in a few.
-            assert_as_accurate_as_torch(*result, slack=3.0)
+            assert_as_accurate_as_torch(*result)
 
 
 SPECS = [

@@ -70,7 +70,7 @@ def test_lookup_and_sums_of_anything(data):
         rpe_index_adjoint(grad, index, buckets),
         zeros.scatter_add(-1, wide, grad),
         zeros.double().scatter_add(-1, wide, grad.double()),
-        slack=3.0,
+        slack=3.0,  # not 2: in sums of a few numbers plain PyTorch is sometimes lucky
     )
 
 
