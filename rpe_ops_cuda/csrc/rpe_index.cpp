@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -68,6 +69,23 @@ at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
   return out;
 }
 
+// Bucket sums of halves, summed in fp32: one (L_query, L_key) at a time, so that no fp32 copy of `grad` is made.
+template <class T>
+void sum_halves(const PlanView& plan, const at::Tensor& grad, at::Tensor& out, int64_t buckets) {
+  const Kernels& isa = kernels();
+  const T* from = grad.const_data_ptr<T>();
+  T* into = out.data_ptr<T>();
+  const int64_t entries = plan.rows * plan.cols, results = plan.rows * buckets;
+  at::parallel_for(0, grad.numel() / entries, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> values(entries), sums(results);
+    for (int64_t m = begin; m < end; ++m) {
+      std::transform(from + m * entries, from + (m + 1) * entries, values.begin(), [](T x) { return static_cast<float>(x); });
+      isa.bucket_sums(plan, values.data(), sums.data(), 0, plan.rows, buckets);
+      std::transform(sums.begin(), sums.end(), into + m * results, [](float x) { return static_cast<T>(x); });
+    }
+  });
+}
+
 at::Tensor rpe_index_adjoint_cpu(const at::Tensor& grad_, const at::Tensor& index, int64_t buckets) {
   check_rpe_index_adjoint(grad_, index, buckets);
   const int64_t cols = index.size(1);
@@ -75,16 +93,21 @@ at::Tensor rpe_index_adjoint_cpu(const at::Tensor& grad_, const at::Tensor& inde
   if (index.numel() == 0) return at::zeros(sizes, grad_.options());
   const auto plan = plan_for(index, buckets, "rpe_index_adjoint");
   if (grad_.numel() == 0) return at::zeros(sizes, grad_.options());
-  const bool is_double = grad_.scalar_type() == at::kDouble;
-  const at::Tensor grad = grad_.to(is_double ? at::kDouble : at::kFloat).contiguous();  // halves are summed in fp32
+  const at::Tensor grad = grad_.contiguous();
   const int64_t rows = grad.numel() / cols;
-  const Kernels& isa = kernels();
-  if (!is_double) {
+  if (grad.scalar_type() != at::kDouble) {
     at::Tensor out = at::empty(sizes, grad.options());
-    at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
-      isa.bucket_sums(plan->view, grad.const_data_ptr<float>(), out.data_ptr<float>(), begin, end, buckets);
-    });
-    return out.to(grad_.scalar_type());
+    if (grad.scalar_type() == at::kFloat) {
+      const Kernels& isa = kernels();
+      at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+        isa.bucket_sums(plan->view, grad.const_data_ptr<float>(), out.data_ptr<float>(), begin, end, buckets);
+      });
+    } else if (grad.scalar_type() == at::kBFloat16) {
+      sum_halves<at::BFloat16>(plan->view, grad, out, buckets);
+    } else {
+      sum_halves<at::Half>(plan->view, grad, out, buckets);
+    }
+    return out;
   }
   at::Tensor out = at::zeros(sizes, grad.options());
   const double* from = grad.const_data_ptr<double>();

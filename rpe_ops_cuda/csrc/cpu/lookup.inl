@@ -204,17 +204,14 @@ static int64_t bucket_scratch(const PlanView& plan, int64_t buckets) {
 static void bucket_sums(const PlanView& plan, const float* grad, float* out, int64_t begin, int64_t end, int64_t buckets) {
   float* scratch = new float[bucket_scratch(plan, buckets)];
   float* sums = new float[buckets + 2 * LANES];
-  float* last = new float[plan.cols + LANES]();
+  float* x = new float[plan.cols + LANES]();
   for (int64_t row = begin; row < end; ++row) {
-    const float* x = grad + row * plan.cols;
-    if ((end - row - 1) * plan.cols < LANES) {  // reading past the last row might leave the tensor
-      __builtin_memcpy(last, x, plan.cols * sizeof(float));
-      x = last;
-    }
+    // A copy is read in the order of the memory, which is what the processor fetches ahead; the sums jump about in it.
+    __builtin_memcpy(x, grad + row * plan.cols, plan.cols * sizeof(float));
     bucket_sums_row(plan, row % plan.rows, x, sums, buckets, scratch);
     __builtin_memcpy(out + row * buckets, sums, buckets * sizeof(float));
   }
-  delete[] last;
+  delete[] x;
   delete[] sums;
   delete[] scratch;
 }
