@@ -22,9 +22,12 @@ class NestedTensor:
         self.mask = mask
 
     @classmethod
-    def from_images(cls, images: Sequence[Tensor]) -> "NestedTensor":
-        """Pad images ``(C, h, w)`` below and to the right, to the largest height and the largest width among them."""
-        if not images or any(image.ndim != 3 for image in images):
+    def from_images(cls, images: Sequence[Tensor] | Tensor) -> "NestedTensor":
+        """Pad images ``(C, h, w)`` below and to the right, to the largest height and the largest width among them.
+
+        Args: images: a list of them, or images of one size as ``(B, C, h, w)``.
+        """
+        if not len(images) or any(image.ndim != 3 for image in images):
             shapes = [tuple(image.shape) for image in images]
             raise ValueError(f"a batch is one or more images (C, h, w); got shapes {shapes}.")
         height = max(image.shape[1] for image in images)

@@ -58,19 +58,19 @@ class DETR(nn.Module):
     def num_queries(self) -> int:
         return self.query_embed.num_embeddings
 
-    def forward(self, samples: NestedTensor | Sequence[Tensor]) -> dict:
+    def forward(self, samples: NestedTensor | Sequence[Tensor] | Tensor) -> dict:
         """Detect.
 
         Args:
-            samples: a ``NestedTensor``, or images ``(3, h, w)``, normalised.
+            samples: a ``NestedTensor``; or images ``(3, h, w)``, normalised; or ``(B, 3, h, w)`` of one size.
         Returns: ``pred_logits`` ``(B, Q, C + 1)``; ``pred_boxes`` ``(B, Q, 4)``, centre and size, as fractions of the
             image without its padding; with ``aux_loss`` also ``aux_outputs``, the same of the decoder layers before.
         """
         outputs, *_ = self.detect(samples)
         return outputs
 
-    def detect(
-            self, samples: NestedTensor | Sequence[Tensor]) -> tuple[dict, list[NestedTensor], Tensor, Tensor, Tensor]:
+    def detect(self, samples: NestedTensor | Sequence[Tensor] | Tensor
+               ) -> tuple[dict, list[NestedTensor], Tensor, Tensor, Tensor]:
         """What ``forward`` returns, and what a mask head works from.
 
         Returns: the outputs; the backbone's maps; the last of them projected, ``(B, d_model, h, w)``; the last decoder

@@ -177,6 +177,16 @@ def test_collate_pads_below_and_to_the_right():
     assert torch.equal(moved.decompose()[0], batch.tensors) and torch.equal(moved.mask, batch.mask)
 
 
+def test_images_of_one_size_may_come_as_one_tensor():
+    images = torch.rand(2, 3, 40, 56)
+    batch = NestedTensor.from_images(images)
+    assert torch.equal(batch.tensors, images) and not batch.mask.any()
+    model = tiny_model()
+    with torch.no_grad():
+        for ours, wanted in zip(model(images).values(), model(list(images)).values(), strict=True):
+            assert isinstance(ours, list) or torch.equal(ours, wanted)
+
+
 def test_a_batch_is_images():
     with pytest.raises(ValueError, match=r"one or more images \(C, h, w\); got shapes \[\(2, 4\)\]"):
         NestedTensor.from_images([torch.ones(2, 4)])
