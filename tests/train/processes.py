@@ -4,8 +4,10 @@ They are forked from a server that has imported PyTorch and done nothing since: 
 that an earlier test has touched reach them, and none has to import PyTorch again.
 """
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -52,12 +54,15 @@ class Ranks:
             process.start()
 
     def wait(self, timeout: float = 60) -> list[Ended]:
-        """How each rank ended; one that hangs is killed and reported with ``code=None``."""
+        """How each rank ended; one that hangs is killed and reported with ``code=None`` and where it hung."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         hung = [process.is_alive() for process in self.processes]
-        for process in self.processes:
+        for process, stuck in zip(self.processes, hung, strict=True):
+            if stuck:
+                os.killpg(process.pid, signal.SIGABRT)  # faulthandler prints the stacks, of its workers too
+                process.join(5)
             process.kill()
             process.join()
         return [Ended(None if stuck else process.exitcode, output.read_text())
@@ -80,6 +85,7 @@ def _child(main, get_parser, argv, output, rank, world_size, port, environment):
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
+    faulthandler.enable(stream)
     if world_size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
