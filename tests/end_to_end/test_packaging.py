@@ -60,7 +60,6 @@ def test_extras_are_those_that_messages_and_pages_name():
         set(PROJECT["optional-dependencies"])
 
 
-@pytest.mark.slow
 def test_a_wheel_trains_two_steps_in_another_folder(tmp_path):
     source, home, work = tmp_path / "source", tmp_path / "home", tmp_path / "work"
     work.mkdir()
