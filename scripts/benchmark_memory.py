@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder to write a CSV into")
     args = parser.parse_args()
     device, length = torch.device(args.device), args.side**2
+    if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+        sys.exit("the peak of a process is measured by Linux's /proc; there is none here (--device cuda needs none)")
     torch.set_num_threads(1)
     matrix = args.heads * length * length * 4 / 2**20
     print(describe(device))

@@ -143,15 +143,18 @@ class Command:
                 self.process = subprocess.Popen(["bash", "-c", text.partition("  #")[0] + ends], cwd=folder,
                                                 env=environment, stdout=output, stderr=subprocess.STDOUT)
 
-    def ended(self) -> tuple[int, str]:
-        """Exit status and what it printed."""
+    def ended(self, timeout: float = 180) -> tuple[int, str]:
+        """Exit status and what it printed; a command that does not end is killed, and so fails."""
         if isinstance(self.process, subprocess.Popen):
-            code = self.process.wait(timeout=180)
-        else:
-            self.process.join(timeout=180)
-            code = self.process.exitcode
-            self.process.kill()
-        return code, self.output.read_text()
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+            return self.process.wait(), self.output.read_text()
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode, self.output.read_text()
 
 
 def run_page(page: Path, folder: Path) -> list[str]:
@@ -186,3 +189,10 @@ def test_a_command_that_fails_is_seen(copy):
                     "DATA=none scripts/train_deit.sh small_k\n```\n")
     wrong = run_page(page, copy)
     assert len(wrong) == 2 and "no-such-spec" in wrong[0] and "no such folder" in wrong[1]
+
+
+@pytest.mark.parametrize("text", ["sleep 60", "python sleep.py"])
+def test_a_command_that_does_not_end_has_failed(text, tmp_path):
+    (tmp_path / "sleep.py").write_text("import time\ntime.sleep(60)\n")
+    code, _ = Command(text, tmp_path).ended(timeout=2)
+    assert code == -9
