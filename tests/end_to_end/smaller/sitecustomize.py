@@ -20,10 +20,9 @@ def smaller(words: list[str]) -> list[str]:
     line = " ".join(flags)
     vit = [] if "demo_backbone" in line else TINY_VIT
     pretrained = [] if "--backbone_weights" in line else ["--backbone_weights", "none"]
-    frozen = [] if "--frozen_weights" in line else ["--enc_layers", "1"]
     return {
         "deit_irpe": DEIT + vit,
-        "detr_irpe": [*DETR, *TINY_DETR, *pretrained, *frozen],
+        "detr_irpe": [*DETR, *TINY_DETR, *pretrained],
         "irpe_train.ablate": ONE_RUN if "demo.yaml" in line else ["--dry-run"],  # the others want GPUs or SLURM
         "irpe_train.card": ["deit_tiny_patch16_224_ctx_product_50_shared_k"],
         "scripts/benchmark_ops.py": ["--quick", "--only", "DeiT-S B16"],
