@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "memory.h"
 #include "rpe_index.h"
 
 namespace irpe {
@@ -47,9 +48,12 @@ struct Prepared {
 };
 
 // Tables as they come: ctx on q and k (heads or 1, D, N), on v (heads or 1, N, D), bias (heads or 1, N).
-void prepare(Prepared& into, const char* name, const OptionalTensor& table, at::TensorList index, const at::Tensor& q,
-             bool on_values, float factor, bool backward) {
+enum class On { kQueries, kKeys, kValues };
+
+void prepare(Prepared& into, const char* name, On on, const OptionalTensor& table, at::TensorList index, const at::Tensor& q,
+             float factor, bool backward) {
   Encoding& e = into.encoding;
+  const bool on_values = on == On::kValues;
   if (!table.has_value()) return;
   const at::Tensor given = table->detach();
   const int64_t heads = q.size(1), length = q.size(2), head_dim = q.size(3), lanes = kernels().lanes;
@@ -68,7 +72,7 @@ void prepare(Prepared& into, const char* name, const OptionalTensor& table, at::
   for (int32_t p = 0; p < e.parts; ++p) {
     TORCH_CHECK_VALUE(index[p].dim() == 2 && index[p].size(0) == length && index[p].size(1) == length,
                       "irpe::attention: the index maps of ", name, " must be (L, L) with L=", length, ", got ", index[p].sizes());
-    into.plans.push_back(plan_for(index[p], e.buckets / e.parts, "irpe::attention"));
+    into.plans.push_back(plan_for(index[p], e.buckets / e.parts, "irpe::attention", on == On::kQueries ? LookUp::kByColumns : LookUp::kByRows));
     e.plan[p] = &into.plans.back()->view;
     e.offset[p] = p * (e.buckets / e.parts);
   }
@@ -84,17 +88,21 @@ void prepare(Prepared& into, const char* name, const OptionalTensor& table, at::
   const int64_t matrices = q.size(0) * heads;
   if (e.bias) {
     into.grad = at::zeros({matrices, e.padded}, q.options().dtype(at::kFloat));
+  } else if (on == On::kKeys) {
+    into.grad = at::zeros({matrices, head_dim, e.padded}, q.options().dtype(at::kFloat));
   } else {
-    into.grad = at::zeros({matrices, given.size(1), on_values ? d : e.padded}, q.options().dtype(at::kFloat));
+    into.grad = at::zeros({matrices, e.buckets, d}, q.options().dtype(at::kFloat));
   }
   e.grad = into.grad.data_ptr<float>();
 }
 
 // The table's gradient from those of all (b, h), summed in their order.
-at::Tensor reduced(const Prepared& p, const OptionalTensor& table, int64_t batch, int64_t heads, float factor) {
+at::Tensor reduced(const Prepared& p, On on, const OptionalTensor& table, int64_t batch, int64_t heads, float factor) {
   if (!table.has_value()) return at::empty({0});
-  const at::Tensor cut = p.grad.narrow(-1, 0, table->size(-1));
+  const bool transposed = on == On::kQueries && !p.encoding.bias;
+  const at::Tensor cut = p.grad.narrow(-1, 0, table->size(transposed ? -2 : -1));
   at::Tensor sum = p.encoding.shared ? cut.sum(0, /*keepdim=*/true) : cut.unflatten(0, {batch, heads}).sum(0);
+  if (transposed) sum = sum.transpose(1, 2).contiguous();
   if (!p.encoding.bias && factor != 1) sum = sum.mul(factor);
   return sum.to(table->scalar_type());
 }
@@ -138,9 +146,9 @@ void fill(Call& c, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   a.scale = static_cast<float>(scale);
   c.q = as_float_rows(q), c.k = as_float_rows(k), c.v = as_float_rows(v);
   a.q = rows_of(c.q), a.k = rows_of(c.k), a.v = rows_of(c.v);
-  prepare(c.on_q, "table_q", table_q, index_q, q, false, a.scale, backward);
-  prepare(c.on_k, "table_k", table_k, index_k, q, false, 1, backward);
-  prepare(c.on_v, "table_v", table_v, index_v, q, true, 1, backward);
+  prepare(c.on_q, "table_q", On::kQueries, table_q, index_q, q, a.scale, backward);
+  prepare(c.on_k, "table_k", On::kKeys, table_k, index_k, q, 1, backward);
+  prepare(c.on_v, "table_v", On::kValues, table_v, index_v, q, 1, backward);
   a.on_q = c.on_q.encoding, a.on_k = c.on_k.encoding, a.on_v = c.on_v.encoding;
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   const auto options = q.options().dtype(at::kFloat);
@@ -186,7 +194,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
   const auto options = q.options().dtype(at::kFloat);
   at::Tensor out = empty_like_output(q);
   at::Tensor stats = at::empty({keep ? matrices * a.length * 2 : 0}, options);
-  at::Tensor probs = at::empty({keep && keep_probs ? matrices * a.length * a.padded + 16 : 0}, options);
+  at::Tensor probs = empty_in_large_pages({keep && keep_probs ? matrices * a.length * a.padded + 16 : 0}, options);
   at::Tensor sums = at::empty({keep && a.on_v.parts ? matrices * a.length * a.on_v.padded : 0}, options);
   if (q.numel() > 0) {
     a.out = rows_of(out);
@@ -219,18 +227,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if (probs.numel() > 0) a.probs = probs.data_ptr<float>();
     if (a.on_v.parts) a.sums = sums.data_ptr<float>();
     a.tile = tile_rows(a.length, a.padded * 8, 192 << 10);
-    // The encoding on queries sums columns: few long pieces of them, or at least whole grid rows.
-    if (a.on_q.parts && a.length <= 256) {
-      a.tile = rounded_up(a.length, kernels().block_rows);
-    } else if (a.on_q.parts && a.on_q.plan[0]->separable) {
-      const int64_t width = a.on_q.plan[0]->width;
-      a.tile = rounded_up(a.tile, width);
-    }
     in_parallel(a, true, matrices, kernels().attention_backward);
   }
   const auto type = q.scalar_type();
-  return {grad_q.to(type), grad_k.to(type), grad_v.to(type), reduced(c.on_q, table_q, a.batch, a.heads, a.scale),
-          reduced(c.on_k, table_k, a.batch, a.heads, 1), reduced(c.on_v, table_v, a.batch, a.heads, 1)};
+  return {grad_q.to(type),
+          grad_k.to(type),
+          grad_v.to(type),
+          reduced(c.on_q, On::kQueries, table_q, a.batch, a.heads, a.scale),
+          reduced(c.on_k, On::kKeys, table_k, a.batch, a.heads, 1),
+          reduced(c.on_v, On::kValues, table_v, a.batch, a.heads, 1)};
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ struct Known {
   uint32_t version;  // counts in-place changes
   const void* data;
   int lanes;
+  LookUp direction;
   std::shared_ptr<const Plan> plan;
 };
 
@@ -24,7 +25,8 @@ constexpr size_t kKept = 32;
 std::mutex mutex;
 std::list<Known> known;  // most recently used first
 
-std::shared_ptr<const Plan> build(const at::Tensor& index, int lanes, int64_t buckets, const char* function) {
+std::shared_ptr<const Plan> build(const at::Tensor& index, int lanes, LookUp direction, int64_t buckets,
+                                  const char* function) {
   const auto [lowest, highest] = at::aminmax(index);
   const int64_t low = lowest.item().toLong(), high = highest.item().toLong();
   TORCH_CHECK_INDEX(low >= 0 && high < buckets, function, ": index holds ", low < 0 ? low : high, "; with ", buckets,
@@ -34,22 +36,22 @@ std::shared_ptr<const Plan> build(const at::Tensor& index, int lanes, int64_t bu
   const int32_t* from = ids.const_data_ptr<int32_t>();
   auto plan = std::make_shared<Plan>();
   plan->ids.assign(from, from + ids.numel());
-  make_plan(*plan, index.size(0), index.size(1), lanes);
+  (direction == LookUp::kByRows ? make_plan : make_column_plan)(*plan, index.size(0), index.size(1), lanes);
   return plan;
 }
 
 }  // namespace
 
-std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t buckets, const char* function) {
+std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t buckets, const char* function, LookUp direction) {
   const int lanes = kernels().lanes;
-  if (index.is_inference()) return build(index, lanes, buckets, function);  // has no version
+  if (index.is_inference()) return build(index, lanes, direction, buckets, function);  // has no version
   const uint32_t version = index._version();
   const std::lock_guard<std::mutex> lock(mutex);
   for (auto it = known.begin(); it != known.end();) {
     if (it->tensor.expired()) {
       it = known.erase(it);
     } else if (it->tensor._unsafe_get_target() == index.unsafeGetTensorImpl() && it->version == version &&
-               it->data == index.const_data_ptr() && it->lanes == lanes) {
+               it->data == index.const_data_ptr() && it->lanes == lanes && it->direction == direction) {
       known.splice(known.begin(), known, it);
       TORCH_CHECK_INDEX(it->plan->view.max_id < buckets, function, ": index holds ", it->plan->view.max_id, "; with ",
                         buckets, " buckets it must be in [0, ", buckets, ")");
@@ -58,9 +60,9 @@ std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t buckets, c
       ++it;
     }
   }
-  auto plan = build(index, lanes, buckets, function);
+  auto plan = build(index, lanes, direction, buckets, function);
   known.push_front({c10::weak_intrusive_ptr<c10::TensorImpl>(index.getIntrusivePtr()), version, index.const_data_ptr(),
-                    lanes, plan});
+                    lanes, direction, plan});
   if (known.size() > kKept) known.pop_back();
   return plan;
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "memory.h"
 
 namespace irpe {
 namespace {
@@ -43,7 +44,7 @@ int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64
 at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
   check_rpe_index(input_, index);
   const int64_t buckets = input_.size(3), cols = index.size(1);
-  at::Tensor out = at::empty({input_.size(0), input_.size(1), input_.size(2), cols}, input_.options());
+  at::Tensor out = empty_in_large_pages({input_.size(0), input_.size(1), input_.size(2), cols}, input_.options());
   if (index.numel() == 0) return out;
   const auto plan = plan_for(index, buckets, "rpe_index");
   if (out.numel() == 0) return out;

@@ -19,17 +19,18 @@ struct Buffers {
   float *k_rows, *v_rows;                // (L, D padded)
   float *q_tile, *out_tile, *grad_tile;  // (tile, D padded)
   float *scores, *grad_scores, *dropped; // (tile, padded)
-  float *lookup_k, *lookup_q, *lookup_v; // (tile, ..), (L, ..), (tile, ..)
+  float *lookup_k, *lookup_q, *lookup_v; // (tile, on_k.padded), (on_q.buckets, padded), (tile, on_v.padded)
   float *sums_k, *sums_q;                // gradients of lookup_k, lookup_q
   float *sums_v;                         // (tile, on_v.padded) attention weights in buckets
   float *grad_k, *grad_v;                // (L, D padded)
-  float *row, *spare;                    // lookups of one row
-  float *strip, *columns;                // LANES rows of a transposed tile: of lookups, of grad_scores
+  float *row, *spare;                    // one row of scores, or of their gradients, on its way
   float *factors;                        // (tile) 1 / sum of exp(score - greatest)
   float *bucket_scratch;
 };
 
 INLINE int64_t lookup_room(const Encoding& e, int64_t rows) { return e.parts ? rows * e.padded + 4 * LANES : 0; }
+
+INLINE int64_t column_room(const AttentionArgs& a) { return a.on_q.parts ? a.on_q.buckets * a.padded + LANES : 0; }
 
 static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
   Buffers b = {};
@@ -40,17 +41,15 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
   if (!backward) b.v_rows = s.floats(a.length * d);
   b.q_tile = s.floats(a.tile * d);
   b.out_tile = s.floats(a.tile * d);
-  if (a.probs == nullptr) b.scores = s.floats(a.tile * a.padded);
+  if (a.probs == nullptr) b.scores = s.floats(a.tile * a.padded + LANES);
   if (a.dropout_p > 0) b.dropped = s.floats(a.tile * a.padded);
-  if (recompute) b.lookup_k = s.floats(lookup_room(a.on_k, a.tile)), b.lookup_q = s.floats(lookup_room(a.on_q, a.length));
+  if (recompute) b.lookup_k = s.floats(lookup_room(a.on_k, a.tile)), b.lookup_q = s.floats(column_room(a));
   b.factors = s.floats(a.tile);
   b.row = s.floats(a.padded + LANES);
   b.spare = s.floats(a.padded + LANES);
-  if (a.on_q.parts) b.strip = s.floats(LANES * (a.tile + 4 * LANES));
-  if (a.on_q.parts && backward) b.columns = s.floats(LANES * (a.length + 4 * LANES));
   int64_t most = 0;
-  const Encoding* encodings[3] = {&a.on_q, &a.on_k, &a.on_v};
-  for (const Encoding* e : encodings)
+  const Encoding* by_rows[2] = {&a.on_k, &a.on_v};
+  for (const Encoding* e : by_rows)
     for (int32_t p = 0; p < e->parts; ++p) {
       const int64_t needed = bucket_scratch(*e->plan[p], e->buckets);
       most = needed > most ? needed : most;
@@ -62,7 +61,7 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
     b.grad_scores = s.floats(a.tile * a.padded + LANES);
     b.lookup_v = s.floats(lookup_room(a.on_v, a.tile));
     b.sums_k = s.floats(lookup_room(a.on_k, a.tile));
-    b.sums_q = s.floats(lookup_room(a.on_q, a.length));
+    b.sums_q = s.floats(column_room(a));
     b.grad_k = s.floats(a.length * d);
     b.grad_v = s.floats(a.length * d);
   }
@@ -114,67 +113,29 @@ INLINE const float* table_of(const Encoding& e, const float* tables, int64_t ent
   return tables + (e.shared ? 0 : head * entries);
 }
 
-// dest[j] = sum over the parts of lookup[id(i, j)], for every key j.
-static void lookup_parts(const Encoding& e, int64_t i, const float* lookup, float* dest, float* spare) {
-  lookup_row(*e.plan[0], all_keys(*e.plan[0]), i, lookup + e.offset[0], dest);
-  if (e.parts == 1) return;
-  lookup_row(*e.plan[1], all_keys(*e.plan[1]), i, lookup + e.offset[1], spare);
-  for (int64_t j = 0; j < e.plan[1]->cols; j += LANES) store(dest + j, load(dest + j) + load(spare + j));
+// x[j] + the lookups of every part, for every key j: in b.row or b.spare, whichever x is not.
+static float* plus_lookups(const Encoding& e, const Buffers& b, int64_t i, const float* lookup, float* x) {
+  for (int32_t p = 0; p < e.parts; ++p) {
+    float* dest = x == b.row ? b.spare : b.row;
+    add_lookup_row(*e.plan[p], i, lookup + e.offset[p], x, dest);
+    x = dest;
+  }
+  return x;
+}
+
+// The same for the encoding on queries, whose lookups (buckets, padded) belong to keys.
+static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t i, float* x) {
+  for (int32_t p = 0; p < a.on_q.parts; ++p) {
+    float* dest = x == b.row ? b.spare : b.row;
+    add_lookup_column(*a.on_q.plan[p], i, b.lookup_q + a.on_q.offset[p] * a.padded, a.padded, x, dest);
+    x = dest;
+  }
+  return x;
 }
 
 static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, float* sums, float* scratch) {
   for (int32_t p = 0; p < e.parts; ++p)
     bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], (p + 1 < e.parts ? e.offset[1] : e.buckets) - e.offset[p], scratch);
-}
-
-// The lookups of the encoding on queries belong to keys: row j holds those of key j for every query. They are looked up for
-// LANES keys at a time and transposed into scores (count, padded).
-static void add_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t first, int64_t count, float* scores) {
-  const Encoding& e = a.on_q;
-  const int64_t stride = a.tile + 3 * LANES;
-  for (int32_t part = 0; part < e.parts; ++part) {
-    const PlanView& plan = *e.plan[part];
-    const KeyRange queries = keys_between(plan, first, count);
-    const float* lookup = b.lookup_q + e.offset[part];
-    for (int64_t j = 0; j < a.length; j += LANES) {
-      for (int64_t r = 0; r < LANES && j + r < a.length; ++r)
-        lookup_row(plan, queries, j + r, e.bias ? lookup : lookup + (j + r) * e.padded, b.strip + r * stride + LANES);
-      for (int64_t i = 0; i < count; i += LANES) {
-        vf block[LANES];
-        for (int r = 0; r < LANES; ++r) block[r] = load(b.strip + r * stride + LANES + i);
-        transpose(block);
-        const int64_t rows = count - i < LANES ? count - i : LANES;
-        for (int64_t r = 0; r < rows; ++r) {
-          float* into = scores + (i + r) * a.padded + j;
-          store(into, load(into) + block[r]);
-        }
-      }
-    }
-  }
-}
-
-// sums_q[j] += bucket sums of column j of grad_scores (count, padded), whose rows are the queries from `first` on.
-static void add_column_sums(const AttentionArgs& a, const Buffers& b, int64_t first, int64_t count) {
-  const Encoding& e = a.on_q;
-  const int64_t stride = a.length + 2 * LANES;  // of a strip that holds every query, zero outside this tile
-  for (int64_t j = 0; j < a.length; j += LANES) {
-    for (int64_t i = 0; i < count; i += LANES) {
-      vf block[LANES];
-      for (int r = 0; r < LANES; ++r)
-        block[r] = i + r < count ? load(b.grad_scores + (i + r) * a.padded + j) : vf{};
-      transpose(block);
-      for (int r = 0; r < LANES; ++r) store(b.columns + r * stride + first + i, block[r]);
-    }
-    for (int64_t r = 0; r < LANES && j + r < a.length; ++r) {
-      float* into = b.sums_q + (j + r) * e.padded;
-      const float* x = b.columns + r * stride;
-      if (count == a.length)
-        bucket_sums_parts(e, j + r, x, into, b.bucket_scratch);
-      else
-        for (int32_t p = 0; p < e.parts; ++p) add_bucket_sums(*e.plan[p], j + r, x, first, count, into + e.offset[p]);
-    }
-  }
-  for (int r = 0; r < LANES; ++r) zero(b.columns + r * stride + first, count + LANES);
 }
 
 // What the whole head needs before its scores can be computed.
@@ -183,17 +144,20 @@ static void prepare_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
   pack_panels(k, a.k.row_stride, a.length, a.head_dim, b.k_panels);
   if (a.on_q.parts == 0) return;
   const int64_t n = a.on_q.padded;
-  if (a.on_q.bias)
-    __builtin_memcpy(b.lookup_q, table_of(a.on_q, a.on_q.table, n, head), n * sizeof(float));
-  else
-    matmul(a.length, rounded_up(a.on_q.buckets), a.head_dim, k, a.k.row_stride, table_of(a.on_q, a.on_q.table, a.head_dim * n, head), n, b.lookup_q, n);
+  if (a.on_q.bias) {
+    const float* table = table_of(a.on_q, a.on_q.table, n, head);
+    for (int64_t x = 0; x < a.on_q.buckets; ++x)
+      for (int64_t j = 0; j < a.length; ++j) b.lookup_q[x * a.padded + j] = table[x];
+  } else {
+    gemm<true>(a.on_q.buckets, rounded_up(a.length), a.head_dim, table_of(a.on_q, a.on_q.table, a.head_dim * n, head), n,
+               b.k_panels, kPanel, kPanel * a.head_dim, b.lookup_q, a.padded, false);
+  }
 }
 
-// scores (count, padded) of the queries from `first` on, but for what `finish_scores` adds. q_tile holds the scaled queries.
+// scores (count, padded) of the queries from `first` on, but for what `finished_scores` adds. q_tile holds the scaled queries.
 static void begin_scores(const AttentionArgs& a, const Buffers& b, int64_t head, int64_t first, int64_t count, float* scores) {
   const int64_t d = rounded_up(a.head_dim);
   gemm<false>(count, rounded_up(a.length), a.head_dim, b.q_tile, d, b.k_panels, kPanel, kPanel * a.head_dim, scores, a.padded, false);
-  if (a.on_q.parts) add_query_lookups(a, b, first, count, scores);
   if (a.on_k.parts == 0) return;
   const int64_t n = a.on_k.padded;
   if (a.on_k.bias)
@@ -202,11 +166,11 @@ static void begin_scores(const AttentionArgs& a, const Buffers& b, int64_t head,
     matmul(count, rounded_up(a.on_k.buckets), a.head_dim, b.q_tile, d, table_of(a.on_k, a.on_k.table, a.head_dim * n, head), n, b.lookup_k, n);
 }
 
-// Adds the encoding on keys and the masks to one row of scores, closes its padding, and returns its greatest entry.
-static float finish_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head, int64_t i, int64_t tile_row,
-                           float* row) {
+// One row of scores with the encodings on queries and keys and the masks, in `row` itself, b.row or b.spare; its padding up to
+// a whole register is -inf.
+static float* finished_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head, int64_t i, int64_t tile_row,
+                              float* row) {
   const int64_t length = a.length;
-  const float minus_infinity = -__builtin_inff();
   if (a.mask) {
     const float* mask = a.mask + batch * a.mask_stride[0] + head * a.mask_stride[1] + i * a.mask_stride[2];
     for (int64_t j = 0; j < length; ++j) row[j] += mask[j * a.mask_stride[3]];
@@ -215,17 +179,16 @@ static float finish_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
     const float* mask = a.key_mask + batch * a.padded;
     for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(mask + j));
   }
-  if (a.on_k.parts)
-    lookup_parts(a.on_k, i, a.on_k.bias ? b.lookup_k : b.lookup_k + tile_row * a.on_k.padded, b.row, b.spare);
-  vf greatest = splat(minus_infinity);
-  for (int64_t j = 0; j < length; j += LANES) {
-    vf x = load(row + j);
-    if (a.on_k.parts) x += load(b.row + j);
-    store(row + j, x);
-    if (j + LANES <= length) greatest = greater(x, greatest);
-  }
-  for (int64_t j = length; j < rounded_up(length); ++j) row[j] = minus_infinity;
-  return greatest_of_lanes(greater(load(row + rounded_up(length) - LANES), greatest));
+  row = plus_query_lookups(a, b, i, row);
+  row = plus_lookups(a.on_k, b, i, a.on_k.bias ? b.lookup_k : b.lookup_k + tile_row * a.on_k.padded, row);
+  for (int64_t j = length; j < rounded_up(length); ++j) row[j] = -__builtin_inff();
+  return row;
+}
+
+static float greatest_of_row(const float* row, int64_t length) {
+  vf most = load(row);
+  for (int64_t j = LANES; j < length; j += LANES) most = greater(load(row + j), most);
+  return greatest_of_lanes(most);
 }
 
 INLINE uint64_t mixed(uint64_t x) {  // splitmix64
@@ -259,7 +222,6 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
   Scratch scratch = {memory, 0};
   const Buffers b = carve(a, false, scratch);
   const int64_t d = rounded_up(a.head_dim), tiles = (a.length + a.tile - 1) / a.tile;
-  const bool late = a.stats == nullptr && a.dropout_p == 0;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t matrix = t / tiles, batch = matrix / a.heads, head = matrix % a.heads;
     const int64_t first = t % tiles * a.tile, count = a.length - first < a.tile ? a.length - first : a.tile;
@@ -273,20 +235,21 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
     begin_scores(a, b, head, first, count, scores);
     for (int64_t i = 0; i < count; ++i) {
       float* row = scores + i * a.padded;
-      float greatest = finish_scores(a, b, batch, head, first + i, i, row);
+      const float* finished = finished_scores(a, b, batch, head, first + i, i, row);
+      float greatest = greatest_of_row(finished, a.length);
       if (greatest == -__builtin_inff()) greatest = 0;  // every key is masked: all weights are zero
       vf total = {};
       for (int64_t j = 0; j < a.length; j += LANES) {
-        const vf e = exp_lanes(load(row + j) - greatest);
+        const vf e = exp_lanes(load(finished + j), greatest);
         total += e;
         store(row + j, e);
       }
       const float sum = sum_of_lanes(total);
-      const float factor = sum == 0 ? 0 : 1 / sum;
-      if (a.stats) a.stats[2 * (matrix * a.length + first + i)] = greatest, a.stats[2 * (matrix * a.length + first + i) + 1] = factor;
-      // Without backward or dropout the factor can wait for the output, which is shorter.
-      if (late) b.factors[i] = factor;
-      for (int64_t j = 0; !late && j < a.length; j += LANES) store(row + j, load(row + j) * factor);
+      b.factors[i] = sum == 0 ? 0 : 1 / sum;  // waits for the output, which is shorter
+      if (a.stats) {
+        float* stats = a.stats + 2 * (matrix * a.length + first + i);
+        stats[0] = greatest, stats[1] = b.factors[i];
+      }
       zero(row + rounded_up(a.length), a.padded - rounded_up(a.length));
     }
     const float* weights = scores;
@@ -309,11 +272,12 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
     }
     float* out = rows_of(a.out, batch, head) + first * a.out.row_stride;
     for (int64_t i = 0; i < count; ++i)
-      unpack_rows(b.out_tile + i * d, 1, a.head_dim, late ? b.factors[i] : 1, out + i * a.out.row_stride, a.out.row_stride);
+      unpack_rows(b.out_tile + i * d, 1, a.head_dim, b.factors[i], out + i * a.out.row_stride, a.out.row_stride);
   }
 }
 
 // Backward for the heads [begin, end): with P = softmax(scores) before dropout,
+// which is factor * weights, the factor being multiplied into grad_out:
 //   grad P      = dropout(grad_out v^T + lookup(grad_out table_v^T))
 //   grad scores = P (grad P - sum over keys of P grad P)
 static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t end, char* memory) {
@@ -329,10 +293,9 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
     pack_rows(k, a.k.row_stride, a.length, a.head_dim, 1, b.k_rows);
     zero(b.grad_k, a.length * d);
     zero(b.grad_v, a.length * d);
-    if (on_q.parts) zero(b.sums_q, lookup_room(on_q, a.length));
-    if (on_q.parts) zero(b.columns, LANES * (a.length + 4 * LANES));
+    zero(b.sums_q, column_room(a));
     float* grad_table_k = on_k.parts ? on_k.grad + matrix * on_k.padded * (on_k.bias ? 1 : a.head_dim) : nullptr;
-    float* grad_table_q = on_q.parts ? on_q.grad + matrix * on_q.padded * (on_q.bias ? 1 : a.head_dim) : nullptr;
+    float* grad_table_q = on_q.parts ? on_q.grad + matrix * (on_q.bias ? on_q.padded : on_q.buckets * d) : nullptr;
     float* grad_table_v = on_v.parts ? on_v.grad + matrix * on_v.buckets * d : nullptr;
 
     for (int64_t first = 0; first < a.length; first += a.tile) {
@@ -340,15 +303,15 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
       const int64_t top = matrix * a.length + first;
       pack_rows(rows_of(a.q, batch, head) + first * a.q.row_stride, a.q.row_stride, count, a.head_dim, a.scale, b.q_tile);
       const float* grad_out = rows_of(a.grad_out, batch, head) + first * a.grad_out.row_stride;
-      pack_rows(grad_out, a.grad_out.row_stride, count, a.head_dim, 1, b.grad_tile);
+      for (int64_t i = 0; i < count; ++i)
+        pack_rows(grad_out + i * a.grad_out.row_stride, 0, 1, a.head_dim, a.stats[2 * (top + i) + 1], b.grad_tile + i * d);
       float* probs = a.probs ? a.probs + top * a.padded : b.scores;
       if (a.probs == nullptr) {
         begin_scores(a, b, head, first, count, probs);
         for (int64_t i = 0; i < count; ++i) {
           float* row = probs + i * a.padded;
-          finish_scores(a, b, batch, head, first + i, i, row);
-          const float greatest = a.stats[2 * (top + i)], factor = a.stats[2 * (top + i) + 1];
-          for (int64_t j = 0; j < a.length; j += LANES) store(row + j, exp_lanes(load(row + j) - greatest) * factor);
+          const float* finished = finished_scores(a, b, batch, head, first + i, i, row);
+          for (int64_t j = 0; j < a.length; j += LANES) store(row + j, exp_lanes(load(finished + j), a.stats[2 * (top + i)]));
         }
       }
       gemm<false>(count, rounded_up(a.length), a.head_dim, b.grad_tile, d, b.v_panels, kPanel, kPanel * a.head_dim,
@@ -360,20 +323,19 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
       }
       for (int64_t i = 0; i < count; ++i) {
         float *row = b.grad_scores + i * a.padded, *p = probs + i * a.padded;
-        if (on_v.parts) {
-          lookup_parts(on_v, first + i, b.lookup_v + i * on_v.padded, b.row, b.spare);
-          for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(row + j) + load(b.row + j));
-          zero(row + a.length, rounded_up(a.length) - a.length);  // the padding of a row of lookups is undefined
-        }
+        float* grad = plus_lookups(on_v, b, first + i, b.lookup_v + i * on_v.padded, row);
+        if (on_v.parts) zero(grad + a.length, rounded_up(a.length) - a.length);  // what lookups wrote there
         if (a.dropout_p > 0) {
-          drop_row(a, top + i, row, row);
+          drop_row(a, top + i, grad, grad);
           drop_row(a, top + i, p, b.dropped + i * a.padded);
         }
         // The sum below equals grad_out . out, but cancels better where one key has nearly all the weight.
         vf products = {};
-        for (int64_t j = 0; j < a.length; j += LANES) products += load(p + j) * load(row + j);
-        const float mean = sum_of_lanes(products);
-        for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(p + j) * (load(row + j) - mean));
+        for (int64_t j = 0; j < a.length; j += LANES) products += load(p + j) * load(grad + j);
+        const float mean = sum_of_lanes(products) * a.stats[2 * (top + i) + 1];
+        for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(p + j) * (load(grad + j) - mean));
+        for (int32_t part = 0; part < on_q.parts; ++part)
+          add_to_column_buckets(*on_q.plan[part], first + i, row, b.sums_q + on_q.offset[part] * a.padded, a.padded);
       }
       add_transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.padded, b.grad_tile, d, b.grad_v, d);
       add_transposed_matmul(a.length, d, count, b.grad_scores, a.padded, b.q_tile, d, b.grad_k, d);
@@ -390,19 +352,17 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
           add_transposed_matmul(a.head_dim, rounded_up(on_k.buckets), count, b.q_tile, d, b.sums_k, n, grad_table_k, n);
         }
       }
-      if (on_q.parts) add_column_sums(a, b, first, count);
       unpack_rows(b.out_tile, count, a.head_dim, a.scale, rows_of(a.grad_q, batch, head) + first * a.grad_q.row_stride,
                   a.grad_q.row_stride);
     }
 
     if (on_q.parts) {
-      const int64_t n = on_q.padded;
       if (on_q.bias) {
-        for (int64_t j = 0; j < a.length; ++j)
-          for (int64_t x = 0; x < on_q.buckets; ++x) grad_table_q[x] += b.sums_q[j * n + x];
+        for (int64_t x = 0; x < on_q.buckets; ++x)
+          for (int64_t j = 0; j < a.length; ++j) grad_table_q[x] += b.sums_q[x * a.padded + j];
       } else {
-        matmul(a.length, d, on_q.buckets, b.sums_q, n, table_of(on_q, on_q.transposed, on_q.buckets * d, head), d, b.grad_k, d, true);
-        add_transposed_matmul(a.head_dim, rounded_up(on_q.buckets), a.length, b.k_rows, d, b.sums_q, n, grad_table_q, n);
+        add_transposed_matmul(a.length, d, on_q.buckets, b.sums_q, a.padded, table_of(on_q, on_q.transposed, on_q.buckets * d, head), d, b.grad_k, d);
+        matmul(on_q.buckets, d, a.length, b.sums_q, a.padded, b.k_rows, d, grad_table_q, d, true);
       }
     }
     unpack_rows(b.grad_k, a.length, a.head_dim, 1, rows_of(a.grad_k, batch, head), a.grad_k.row_stride);

@@ -7,14 +7,14 @@ namespace irpe {
 // One encoding: on queries, keys or values. `cross` has two parts, whose tables lie side by side.
 struct Encoding {
   int32_t parts;                // 0: absent
-  const PlanView* plan[2];
+  const PlanView* plan[2];      // on queries: by columns
   int64_t offset[2];            // first bucket of each part
   int64_t buckets, padded;      // of all parts; rounded up to a multiple of 16
   bool bias;
   const float* table;           // q, k: (heads or 1, D, padded); bias: (heads or 1, padded); v: (heads or 1, buckets, D padded)
   const float* transposed;      // q, k: (heads or 1, buckets, D padded); v: (heads or 1, D, padded); for backward
   bool shared;                  // one table for all heads
-  float* grad;                  // the shape of `table`, one for each (b, h)
+  float* grad;                  // one for each (b, h); q, v: (buckets, D padded), k: (D, padded), bias: (padded)
 };
 
 struct Rows {  // (B, H, L, D) with stride 1 in D
@@ -36,8 +36,8 @@ struct AttentionArgs {
   int64_t padded;               // row stride of scores and `probs`, a multiple of 16
   // Kept by forward for backward; null in inference.
   float* stats;                 // (B, H, L, 2) greatest score and 1 / sum of exp(score - greatest); 0, 0 where all is masked
-  float* probs;                 // (B, H, L, padded) the softmax; null: computed again
-  float* sums;                  // (B, H, L, on_v.padded) attention weights summed into buckets; null without on_v
+  float* probs;                 // (B, H, L, padded) exp(score - greatest); null: computed again
+  float* sums;                  // (B, H, L, on_v.padded) of these, after dropout, in buckets; null without on_v
   // Backward.
   Rows grad_out, grad_q, grad_k, grad_v;
 };

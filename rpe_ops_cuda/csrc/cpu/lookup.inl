@@ -2,152 +2,166 @@
 
 constexpr int64_t kMaxBuckets = 65536;  // ids are 16 bits wide
 
-// Keys [first, first + count) and the segments that hold them.
-struct KeyRange {
-  int64_t first, count, first_segment, last_segment;
-};
-
-static KeyRange keys_between(const PlanView& plan, int64_t first, int64_t count) {
-  KeyRange range = {first, count, 0, 0};
-  if (!plan.segmented) return range;
-  while (plan.seg_start[range.first_segment + 1] <= first) ++range.first_segment;
-  range.last_segment = range.first_segment;
-  while (range.last_segment < plan.num_segments && plan.seg_start[range.last_segment] < first + count) ++range.last_segment;
-  return range;
-}
-
-INLINE KeyRange all_keys(const PlanView& plan) { return {0, plan.cols, 0, plan.num_segments}; }
-
-// dest[j] = table[id(i, first + j)] for every key of the range. Writes up to LANES - 1 entries past the last key and, unless
-// the range begins with a segment, before the first one; reads LANES - 1 past the last bucket if there are fewer than LANES.
-INLINE void lookup_row(const PlanView& plan, const KeyRange& range, int64_t i, const uint32_t* table, uint32_t* dest) {
+// dest[j] = table[id(i, j)] for every key j. Writes up to LANES - 1 entries past the last key, and reads LANES - 1 past the last
+// bucket if there are fewer than LANES.
+INLINE void lookup_row(const PlanView& plan, int64_t i, const uint32_t* table, uint32_t* dest) {
   if (!plan.segmented) {
-    const uint16_t* ids = plan.ids + i * plan.cols + range.first;
-    for (int64_t j = 0; j < range.count; ++j) dest[j] = table[ids[j]];
+    const uint16_t* ids = plan.ids + i * plan.cols;
+    for (int64_t j = 0; j < plan.cols; ++j) dest[j] = table[ids[j]];
     return;
   }
-  const uint16_t* base = plan.base + i * plan.num_segments;
-  const uint32_t* perm = plan.perm + i * plan.num_segments * (LANES / 8);
+  const int64_t segments = plan.num_segments;
+  const int32_t* start = plan.seg_start;
+  const uint16_t* base = plan.base + i * segments;
+  const uint32_t* perm = plan.perm + i * segments * (LANES / 8);
   // A segment shorter than a register spills over, and the next one overwrites what it spilt.
-  for (int64_t s = range.first_segment; s < range.last_segment; ++s)
-    store(dest + (plan.seg_start[s] - range.first),
-          __builtin_shuffle(load(table + base[s]), offsets(perm + s * (LANES / 8))));
+  for (int64_t s = 0; s < segments; ++s)
+    store(dest + start[s], __builtin_shuffle(load(table + base[s]), offsets(perm + s * (LANES / 8))));
 }
 
-INLINE void lookup_row(const PlanView& plan, const KeyRange& range, int64_t i, const float* table, float* dest) {
-  lookup_row(plan, range, i, reinterpret_cast<const uint32_t*>(table), reinterpret_cast<uint32_t*>(dest));
+// dest[j] = x[j] + table[id(i, j)]. As above; also reads LANES - 1 entries past the last key of x, which is not dest.
+INLINE void add_lookup_row(const PlanView& plan, int64_t i, const float* table, const float* x, float* dest) {
+  if (!plan.segmented) {
+    const uint16_t* ids = plan.ids + i * plan.cols;
+    for (int64_t j = 0; j < plan.cols; ++j) dest[j] = x[j] + table[ids[j]];
+    return;
+  }
+  const int64_t segments = plan.num_segments;
+  const int32_t* start = plan.seg_start;
+  const uint16_t* base = plan.base + i * segments;
+  const uint32_t* perm = plan.perm + i * segments * (LANES / 8);
+  for (int64_t s = 0; s < segments; ++s)
+    store(dest + start[s], load(x + start[s]) + __builtin_shuffle(load(table + base[s]), offsets(perm + s * (LANES / 8))));
+}
+
+// dest[j] = x[j] + table[id(j, i)][j] for every key j; the rows of the table are `stride` apart. For a plan by columns. Reads
+// and writes up to LANES - 1 entries past the last key; x is not dest.
+INLINE void add_lookup_column(const PlanView& plan, int64_t i, const float* table, int64_t stride, const float* x, float* dest) {
+  const uint16_t* id = plan.piece_id + plan.piece_first[i];
+  const uint8_t* keys = plan.piece_keys + plan.piece_first[i];
+  const int64_t pieces = plan.piece_first[i + 1] - plan.piece_first[i];
+  for (int64_t p = 0, j = 0; p < pieces; j += keys[p++])
+    store(dest + j, load(x + j) + load(table + id[p] * stride + j));  // spills over, as above
+}
+
+// sums[id(j, i)][j] += x[j] for every key j. Reads up to LANES - 1 entries past the last key.
+INLINE void add_to_column_buckets(const PlanView& plan, int64_t i, const float* x, float* sums, int64_t stride) {
+  static const uint32_t kFirst[2 * LANES] = {
+#if LANES == 16
+      ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u,
+#endif
+      ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+  const uint16_t* id = plan.piece_id + plan.piece_first[i];
+  const uint8_t* keys = plan.piece_keys + plan.piece_first[i];
+  const int64_t pieces = plan.piece_first[i + 1] - plan.piece_first[i];
+  for (int64_t p = 0, j = 0; p < pieces; j += keys[p++]) {
+    float* into = sums + id[p] * stride + j;
+    const vu mine = reinterpret_cast<vu>(load(x + j)) & load(kFirst + LANES - keys[p]);
+    store(into, load(into) + reinterpret_cast<vf>(mine));
+  }
 }
 
 // sums[n] = sum of x[j] over the keys with id(i, j) == n, for n < buckets. Writes up to 2 * LANES - 1 entries past the last
 // bucket and reads LANES - 1 past the last key. `scratch` has bucket_scratch(plan, buckets) entries.
-static void bucket_sums_by_id(const uint16_t* ids, int64_t cols, const float* x, float* sums, int64_t buckets,
-                              float* scratch) {
+static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, float* sums, int64_t buckets, float* scratch) {
   // Neighbours often share a bucket, and an add must wait for the one before it: neighbours add to different copies.
   constexpr int kCopies = 8;
-  const int64_t stride = buckets + LANES;
+  const uint16_t* ids = plan.ids + i * plan.cols;
+  const int64_t cols = plan.cols, lowest = plan.min_id, used = plan.max_id + 1 - lowest, stride = used + LANES;
   for (int64_t n = 0; n < kCopies * stride; ++n) scratch[n] = 0;
+  float* copies = scratch - lowest;
   int64_t j = 0;
   for (; j + kCopies <= cols; j += kCopies)
-    for (int copy = 0; copy < kCopies; ++copy) scratch[copy * stride + ids[j + copy]] += x[j + copy];
-  for (; j < cols; ++j) scratch[ids[j]] += x[j];
-  for (int64_t n = 0; n < buckets; n += LANES) {
+    for (int copy = 0; copy < kCopies; ++copy) copies[copy * stride + ids[j + copy]] += x[j + copy];
+  for (; j < cols; ++j) copies[ids[j]] += x[j];
+  for (int64_t n = 0; n < buckets; n += LANES) store(sums + n, vf{});
+  for (int64_t n = 0; n < used; n += LANES) {
     vf total = load(scratch + n);
     for (int copy = 1; copy < kCopies; ++copy) total += load(scratch + copy * stride + n);
-    store(sums + n, total);
+    store(sums + lowest + n, total);
   }
 }
 
-// sums + slot_base: the columns of SLOTS slots (rows of `columns`) into their buckets, PARTS registers of column parts each.
-template <int SLOTS, int PARTS, bool ADD>
-INLINE void columns_into_buckets(const PlanView& plan, int64_t query_col, const int32_t* slots, const float* columns,
-                                 int64_t stride, float* sums) {
-  vf total[SLOTS][PARTS];
-  for (int s = 0; s < SLOTS; ++s)
-    for (int p = 0; p < PARTS; ++p) total[s][p] = ADD ? load(sums + plan.slot_base[slots[s]] + p * LANES) : vf{};
-  const uint32_t* mask = plan.col_mask + query_col * plan.width * plan.col_padded;
-  for (int64_t c = 0; c < plan.width; ++c, mask += plan.col_padded)
+// The grid rows of each slot, summed: `registers` (at most MOST) registers of their columns, into rows of `columns`.
+template <int MOST>
+INLINE void rows_into_slots(int64_t registers, const PlanView& plan, int64_t query_row, const float* grid, float* columns) {
+  if constexpr (MOST > 1)
+    if (registers < MOST) return rows_into_slots<MOST - 1>(registers, plan, query_row, grid, columns);
+  const int32_t* first = plan.slot_first + query_row * (plan.num_slots + 1);
+  const int32_t* key_rows = plan.slot_rows + query_row * plan.height;
+  for (int64_t slot = 0; slot < plan.num_slots; ++slot) {
+    vf total[MOST] = {};
+    for (int32_t r = first[slot]; r < first[slot + 1]; ++r)
+      for (int n = 0; n < MOST; ++n) total[n] += load(grid + key_rows[r] * plan.width + n * LANES);
+    for (int n = 0; n < MOST; ++n) store(columns + slot * rounded_up(plan.width) + n * LANES, total[n]);
+  }
+}
+
+// sums + slot_base: the columns of `slots` (at most MOST) slots into their buckets, PARTS registers of column parts each.
+// `not_finite` becomes NaN where a sum is not finite.
+template <int MOST, int PARTS>
+INLINE void columns_into_buckets(int64_t slots, const int32_t* slot_base, int64_t width, const float* one_hot,
+                                 const float* columns, float* sums, vf& not_finite) {
+  if constexpr (MOST > 1)
+    if (slots < MOST)
+      return columns_into_buckets<MOST - 1, PARTS>(slots, slot_base, width, one_hot, columns, sums, not_finite);
+  const int64_t stride = rounded_up(width);
+  vf total[MOST][PARTS] = {};
+  for (int64_t c = 0; c < width; ++c) {
+#pragma GCC unroll 2
     for (int p = 0; p < PARTS; ++p) {
-      const vu here = load(mask + p * LANES);
-      for (int s = 0; s < SLOTS; ++s)
-        // A mask rather than a product with 0 or 1: an infinite value stays in its own bucket.
-        total[s][p] += reinterpret_cast<vf>(reinterpret_cast<vu>(splat(columns[s * stride + c])) & here);
+      const vf here = load(one_hot + (c * PARTS + p) * LANES);
+#pragma GCC unroll 12
+      for (int s = 0; s < MOST; ++s) total[s][p] += splat(columns[s * stride + c]) * here;
     }
-  for (int s = 0; s < SLOTS; ++s)
-    for (int p = 0; p < PARTS; ++p) store(sums + plan.slot_base[slots[s]] + p * LANES, total[s][p]);
+  }
+#pragma GCC unroll 12
+  for (int s = 0; s < MOST; ++s)
+    for (int p = 0; p < PARTS; ++p) {
+      store(sums + slot_base[s] + p * LANES, total[s][p]);  // zeros past its last bucket: the next slot overwrites them
+      not_finite += total[s][p] * 0.0f;
+    }
 }
 
-template <int PARTS, bool ADD>
-static void slots_into_buckets(const PlanView& plan, int64_t query_col, const int32_t* slots, int64_t count,
-                               const float* columns, int64_t stride, float* sums) {
-  // When adding, two slots that touch must not be in flight together.
-  constexpr int kTogether = ADD ? 1 : 4 / PARTS;
-  int64_t s = 0;
-  for (; s + kTogether <= count; s += kTogether)
-    columns_into_buckets<kTogether, PARTS, ADD>(plan, query_col, slots + s, columns + s * stride, stride, sums);
-  for (; s < count; ++s)
-    columns_into_buckets<1, PARTS, ADD>(plan, query_col, slots + s, columns + s * stride, stride, sums);
+// False if a sum is not finite.
+template <int PARTS>
+static bool slots_into_buckets(const PlanView& plan, int64_t query_col, const float* columns, float* sums) {
+  constexpr int kMost = 12 / PARTS;  // what the registers of AVX2 hold
+  const float* one_hot = plan.one_hot + query_col * plan.width * plan.col_padded;
+  vf not_finite = {};
+  for (int64_t slot = 0, count; slot < plan.num_slots; slot += count) {
+    const int64_t left = plan.num_slots - slot;
+    count = left <= kMost ? left : left < 2 * kMost ? (left + 1) / 2 : kMost;
+    columns_into_buckets<kMost, PARTS>(count, plan.slot_base + slot, plan.width, one_hot, columns + slot * rounded_up(plan.width),
+                                       sums, not_finite);
+  }
+  return sum_of_lanes(not_finite) == 0;
 }
-
-INLINE int64_t column_stride(const PlanView& plan) { return rounded_up(plan.width) + LANES; }
 
 static void bucket_sums_row(const PlanView& plan, int64_t i, const float* x, float* sums, int64_t buckets, float* scratch) {
-  if (!plan.separable) return bucket_sums_by_id(plan.ids + i * plan.cols, plan.cols, x, sums, buckets, scratch);
+  if (!plan.separable) return bucket_sums_by_id(plan, i, x, sums, buckets, scratch);
   for (int64_t n = 0; n < buckets; n += LANES) store(sums + n, vf{});
   float leading = 0;
   const int64_t leading_keys = i < plan.skip ? plan.cols : plan.skip;
   for (int64_t j = 0; j < leading_keys; ++j) leading += x[j];
   if (i >= plan.skip) {
     const int64_t width = plan.width, query_row = (i - plan.skip) / width, query_col = (i - plan.skip) % width;
-    const int32_t* first = plan.slot_first + query_row * (plan.num_slots + 1);
-    const int32_t* key_rows = plan.slot_rows + query_row * plan.height;
     const float* grid = x + plan.skip;
-    const int64_t stride = column_stride(plan);
-    int32_t* slots = reinterpret_cast<int32_t*>(scratch + plan.num_slots * stride);
-    int64_t count = 0;
-    for (int32_t slot = 0; slot < plan.num_slots; ++slot) {
-      if (first[slot] == first[slot + 1]) continue;
-      float* columns = scratch + count * stride;
-      slots[count++] = slot;
-      for (int64_t c = 0; c < width; c += LANES) {
-        vf total = load(grid + key_rows[first[slot]] * width + c);
-        for (int32_t r = first[slot] + 1; r < first[slot + 1]; ++r) total += load(grid + key_rows[r] * width + c);
-        store(columns + c, total);
-      }
-    }
-    if (plan.col_mask == nullptr) {
+    constexpr int64_t kMost = 6 * LANES;
+    for (int64_t c = 0; c < width; c += kMost)
+      rows_into_slots<6>(rounded_up(width - c < kMost ? width - c : kMost) / LANES, plan, query_row, grid + c, scratch + c);
+    if (plan.one_hot == nullptr) {
       const int32_t* part = plan.col_part + query_col * width;
-      for (int64_t s = 0; s < count; ++s)
-        for (int64_t c = 0; c < width; ++c) sums[plan.slot_base[slots[s]] + part[c]] += scratch[s * stride + c];
-    } else if (plan.col_padded == LANES) {
-      slots_into_buckets<1, false>(plan, query_col, slots, count, scratch, stride, sums);
+      for (int64_t s = 0; s < plan.num_slots; ++s)
+        for (int64_t c = 0; c < width; ++c) sums[plan.slot_base[s] + part[c]] += scratch[s * rounded_up(width) + c];
     } else {
-      slots_into_buckets<2, false>(plan, query_col, slots, count, scratch, stride, sums);
+      const bool finite = plan.col_padded == LANES ? slots_into_buckets<1>(plan, query_col, scratch, sums)
+                                                   : slots_into_buckets<2>(plan, query_col, scratch, sums);
+      // An infinite value belongs to its own bucket alone, but times zero it is NaN in the others.
+      if (!finite) return bucket_sums_by_id(plan, i, x, sums, buckets, scratch);
     }
   }
   if (plan.skip > 0) sums[plan.skip_id] += leading;
-}
-
-// As bucket_sums_row, but for the keys [first, first + count) alone, and added to `sums`. x[j] belongs to key j, and the
-// grid rows that the keys touch are whole: what lies outside the keys is zero.
-static void add_bucket_sums(const PlanView& plan, int64_t i, const float* x, int64_t first, int64_t count, float* sums) {
-  if (!plan.separable || plan.col_mask == nullptr || i < plan.skip) {
-    const uint16_t* ids = plan.ids + i * plan.cols;
-    for (int64_t j = first; j < first + count; ++j) sums[ids[j]] += x[j];
-    return;
-  }
-  const int64_t width = plan.width, query_row = (i - plan.skip) / width, query_col = (i - plan.skip) % width;
-  int64_t begin = first;
-  for (; begin < plan.skip && begin < first + count; ++begin) sums[plan.skip_id] += x[begin];
-  if (begin == first + count) return;
-  const int64_t last_row = (first + count - 1 - plan.skip) / width;
-  for (int64_t row = (begin - plan.skip) / width; row <= last_row; ++row) {
-    const int32_t slot = plan.slot_of_row[query_row * plan.height + row];
-    const float* columns = x + plan.skip + row * width;
-    if (plan.col_padded == LANES)
-      slots_into_buckets<1, true>(plan, query_col, &slot, 1, columns, 0, sums);
-    else
-      slots_into_buckets<2, true>(plan, query_col, &slot, 1, columns, 0, sums);
-  }
 }
 
 static void lookup_32(const PlanView& plan, const uint32_t* in, uint32_t* out, int64_t begin, int64_t end, int64_t buckets) {
@@ -162,7 +176,7 @@ static void lookup_32(const PlanView& plan, const uint32_t* in, uint32_t* out, i
     // What a row writes past its end is overwritten by the next rows, but for the last rows of this thread.
     const bool room = (end - row - 1) * plan.cols >= LANES;
     uint32_t* dest = out + row * plan.cols;
-    lookup_row(plan, all_keys(plan), row % plan.rows, table, room ? dest : last);
+    lookup_row(plan, row % plan.rows, table, room ? dest : last);
     if (!room) __builtin_memcpy(dest, last, plan.cols * sizeof(uint32_t));
   }
   delete[] last;
@@ -197,21 +211,25 @@ static void lookup_16(const PlanView& plan, const uint16_t* in, uint16_t* out, i
 }
 
 static int64_t bucket_scratch(const PlanView& plan, int64_t buckets) {
-  const int64_t copies = 8 * (buckets + 2 * LANES), slots = plan.separable ? plan.num_slots * (column_stride(plan) + 1) : 0;
+  const int64_t copies = 8 * (buckets + 2 * LANES), slots = plan.separable ? plan.num_slots * rounded_up(plan.width) : 0;
   return copies > slots ? copies : slots;
 }
 
 static void bucket_sums(const PlanView& plan, const float* grad, float* out, int64_t begin, int64_t end, int64_t buckets) {
   float* scratch = new float[bucket_scratch(plan, buckets)];
   float* sums = new float[buckets + 2 * LANES];
-  float* x = new float[plan.cols + LANES]();
+  float* last = new float[plan.cols + LANES]();
   for (int64_t row = begin; row < end; ++row) {
-    // A copy is read in the order of the memory, which is what the processor fetches ahead; the sums jump about in it.
-    __builtin_memcpy(x, grad + row * plan.cols, plan.cols * sizeof(float));
+    // The sums jump about in a row, so the processor does not foresee what they read.
+    const int64_t later = row + 4 < end ? row + 4 : row;
+    for (int64_t j = 0; j < plan.cols; j += 16) __builtin_prefetch(grad + later * plan.cols + j);
+    const float* x = grad + row * plan.cols;
+    const bool room = (end - row - 1) * plan.cols >= LANES;  // to read past its end
+    if (!room) x = static_cast<float*>(__builtin_memcpy(last, x, plan.cols * sizeof(float)));
     bucket_sums_row(plan, row % plan.rows, x, sums, buckets, scratch);
     __builtin_memcpy(out + row * buckets, sums, buckets * sizeof(float));
   }
-  delete[] x;
+  delete[] last;
   delete[] sums;
   delete[] scratch;
 }

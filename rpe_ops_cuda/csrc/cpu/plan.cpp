@@ -6,7 +6,7 @@
 namespace irpe {
 namespace {
 
-constexpr int64_t kMaxColMask = 1 << 19;  // entries: 2 MB
+constexpr int64_t kMaxOneHot = 1 << 19;  // entries: 2 MB
 
 void cut_into_segments(Plan& plan) {
   const int64_t rows = plan.view.rows, cols = plan.view.cols;
@@ -120,10 +120,7 @@ void separate(Plan& plan) {
   view.num_slots = static_cast<int32_t>(slot_of.size());
   for (int64_t qr = 0; qr < height; ++qr) {
     std::vector<std::vector<int32_t>> of_slot(slot_of.size());
-    for (int64_t kr = 0; kr < height; ++kr) {
-      plan.slot_of_row.push_back(slot_of[at(qr, 0, kr, 0)]);
-      of_slot[plan.slot_of_row.back()].push_back(static_cast<int32_t>(kr));
-    }
+    for (int64_t kr = 0; kr < height; ++kr) of_slot[slot_of[at(qr, 0, kr, 0)]].push_back(static_cast<int32_t>(kr));
     for (const auto& key_rows : of_slot) {
       plan.slot_first.push_back(static_cast<int32_t>(plan.slot_rows.size() - qr * height));
       plan.slot_rows.insert(plan.slot_rows.end(), key_rows.begin(), key_rows.end());
@@ -132,37 +129,60 @@ void separate(Plan& plan) {
   }
   view.col_span = col_max - col_min + 1;
   view.col_padded = (view.col_span + view.lanes - 1) / view.lanes * view.lanes;
-  bool masks = width * width * view.col_padded <= kMaxColMask && view.col_padded <= 2 * view.lanes;
+  bool one_hot = width * width * view.col_padded <= kMaxOneHot && view.col_padded <= 2 * view.lanes;
   for (size_t slot = 1; slot < plan.slot_base.size(); ++slot)
-    masks = masks && plan.slot_base[slot] >= plan.slot_base[slot - 1] + view.col_span;
-  if (!masks && 4 * best_cost > 3 * tokens) return;
-  if (masks) plan.col_mask.assign(width * width * view.col_padded, 0);
+    one_hot = one_hot && plan.slot_base[slot] >= plan.slot_base[slot - 1] + view.col_span;
+  if (!one_hot && 4 * best_cost > 3 * tokens) return;
+  if (one_hot) plan.one_hot.assign(width * width * view.col_padded, 0.0f);
   for (int64_t qc = 0; qc < width; ++qc)
     for (int64_t kc = 0; kc < width; ++kc) {
       const int part = at(0, qc, 0, kc) - col_min;
       plan.col_part.push_back(part);
-      if (masks) plan.col_mask[(qc * width + kc) * view.col_padded + part] = ~0u;
+      if (one_hot) plan.one_hot[(qc * width + kc) * view.col_padded + part] = 1.0f;
     }
   view.separable = true;
   view.skip = skip, view.height = height, view.width = width, view.skip_id = skip ? plan.ids[0] : 0;
 }
 
+void begin(Plan& plan, int64_t rows, int64_t cols, int lanes) {
+  plan.view = PlanView{};
+  plan.view.rows = rows, plan.view.cols = cols, plan.view.lanes = lanes;
+  const auto [lowest, highest] = std::minmax_element(plan.ids.begin(), plan.ids.end());
+  plan.view.min_id = *lowest, plan.view.max_id = *highest;
+}
+
 }  // namespace
 
+void make_column_plan(Plan& plan, int64_t rows, int64_t cols, int lanes) {
+  begin(plan, rows, cols, lanes);
+  for (int64_t i = 0; i < cols; ++i) {
+    plan.piece_first.push_back(static_cast<int64_t>(plan.piece_id.size()));
+    for (int64_t j = 0; j < rows;) {
+      const uint16_t id = plan.ids[j * cols + i];
+      int keys = 1;
+      while (keys < lanes && j + keys < rows && plan.ids[(j + keys) * cols + i] == id) ++keys;
+      plan.piece_keys.push_back(static_cast<uint8_t>(keys));
+      plan.piece_id.push_back(id);
+      j += keys;
+    }
+  }
+  plan.piece_first.push_back(static_cast<int64_t>(plan.piece_id.size()));
+  plan.ids = {};
+  plan.view.piece_first = plan.piece_first.data();
+  plan.view.piece_keys = plan.piece_keys.data(), plan.view.piece_id = plan.piece_id.data();
+}
+
 void make_plan(Plan& plan, int64_t rows, int64_t cols, int lanes) {
+  begin(plan, rows, cols, lanes);
   PlanView& view = plan.view;
-  view = PlanView{};
-  view.rows = rows, view.cols = cols, view.lanes = lanes;
-  const auto [lowest, highest] = std::minmax_element(plan.ids.begin(), plan.ids.end());
-  view.min_id = *lowest, view.max_id = *highest;
   cut_into_segments(plan);
   separate(plan);
   view.ids = plan.ids.data();
   view.seg_start = plan.seg_start.data(), view.base = plan.base.data(), view.perm = plan.perm.data();
   view.slot_base = plan.slot_base.data(), view.slot_first = plan.slot_first.data();
-  view.slot_rows = plan.slot_rows.data(), view.slot_of_row = plan.slot_of_row.data();
+  view.slot_rows = plan.slot_rows.data();
   view.col_part = plan.col_part.data();
-  view.col_mask = plan.col_mask.empty() ? nullptr : plan.col_mask.data();
+  view.one_hot = plan.one_hot.empty() ? nullptr : plan.one_hot.data();
 }
 
 }  // namespace irpe

@@ -12,6 +12,10 @@ namespace irpe {
 //
 // Bucket sums. A map is separable if id = row_part(query row, key row) + column_part(query column, key column) but for the
 // leading tokens, which share one bucket. Then grid rows are summed into slots (vector adds), and only then columns into buckets.
+//
+// The encoding on queries looks its map up by columns: id(j, i) for a query i and every key j. Next to each other these are
+// ids of different rows, so nothing can be permuted; but neighbouring keys often share a bucket, and a piece of at most
+// `lanes` keys of one bucket is a plain load from, or add to, the row of a table that has buckets as rows and keys as columns.
 struct PlanView {
   int64_t rows, cols;       // queries, keys
   int32_t lanes;            // of the instruction set this plan was made for: 8 or 16
@@ -32,10 +36,14 @@ struct PlanView {
   const int32_t* slot_base;      // (num_slots) bucket of column part 0
   const int32_t* slot_first;     // (height, num_slots + 1) where the key rows of a slot begin in slot_rows
   const int32_t* slot_rows;      // (height, height) key rows ordered by slot
-  const int32_t* slot_of_row;    // (height, height)
   const int32_t* col_part;       // (width, width)
-  const uint32_t* col_mask;      // (width, width, col_padded) all ones where the key column has that column part;
+  const float* one_hot;          // (width, width, col_padded) 1 where the key column has that column part, else 0;
                                  // null where that would be large or slots share buckets: columns are then added one by one
+
+  // A plan made for columns has these, and of the above only rows, cols, lanes and the range of ids.
+  const int64_t* piece_first;     // (cols + 1) where the pieces of a column begin in the next two
+  const uint8_t* piece_keys;      // keys of a piece; those of a column follow each other and make up all its rows
+  const uint16_t* piece_id;
 };
 
 }  // namespace irpe

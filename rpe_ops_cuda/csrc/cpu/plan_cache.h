@@ -10,11 +10,17 @@ namespace irpe {
 struct Plan {
   PlanView view;
   std::vector<uint16_t> ids, base;
-  std::vector<uint32_t> perm, col_mask;
-  std::vector<int32_t> seg_start, slot_base, slot_first, slot_rows, slot_of_row, col_part;
+  std::vector<uint32_t> perm;
+  std::vector<float> one_hot;
+  std::vector<int32_t> seg_start, slot_base, slot_first, slot_rows, col_part;
+  std::vector<int64_t> piece_first;
+  std::vector<uint8_t> piece_keys;
+  std::vector<uint16_t> piece_id;
 };
 
 // Fills the rest of a plan whose `ids` (rows * cols, at least one) are set.
 void make_plan(Plan& plan, int64_t rows, int64_t cols, int lanes);
+// The same for lookups by columns; `ids` are dropped.
+void make_column_plan(Plan& plan, int64_t rows, int64_t cols, int lanes);
 
 }  // namespace irpe

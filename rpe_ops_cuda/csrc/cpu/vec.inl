@@ -44,7 +44,7 @@ INLINE vi offsets(const uint32_t* perm) {
 #endif
 
 INLINE vf add(vf a, vf b) { return a + b; }
-INLINE vf greater(vf a, vf b) { return a > b ? a : b; }  // b if either is NaN
+INLINE vf greater(vf a, vf b) { return a > b ? a : b; }  // b if either is NaN, as the instruction
 
 INLINE float sum_of_lanes(vf x) {
   COMBINE_LANES(x, add);
@@ -58,25 +58,21 @@ INLINE float greatest_of_lanes(vf x) {
 
 INLINE int64_t rounded_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// exp(x) for x up to about 80; 0 below -87, NaN for NaN. Within 2 ulp: powers of two by the exponent bits, the rest by the
-// polynomial of Cephes' expf on [-log(2) / 2, log(2) / 2].
-INLINE vf exp_lanes(vf x) {
-  const vf lowest = splat(-87.0f);
-  const vf clipped = x < lowest ? lowest : x;
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
-  const vf shifted = clipped * 1.44269504088896341f + magic;
-  const vf n = shifted - magic;
-  const vf r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const vf power = reinterpret_cast<vf>((reinterpret_cast<vi>(shifted) << 23) + 0x3f800000);
-  const vf result = p * power;
-  return x < lowest ? vf{} : result;
+// exp(x - greatest) for x <= greatest: 0 below exp(-87.7), NaN for NaN. Within 2 ulp of the exponential of the rounded
+// argument. It is 2^t with t = (x - greatest) / log(2) in one multiply-add; what that rounds of `greatest` is one factor for
+// a whole row, which its sum divides out. 2^t is 2^n, by the exponent bits, times a polynomial on [-1/2, 1/2], fitted to the
+// least relative error (2e-9). Sums of pairs rather than Horner's scheme: the chain of dependent steps is what takes time.
+INLINE vf exp_lanes(vf x, float greatest) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  const vf t = greater(splat(-127.0f), x * kLog2E - greatest * kLog2E);  // NaN stays; 2^-127 has no exponent bits and is 0
+  const vf shifted = t + 12583039.0f;  // 1.5 * 2^23 + 127: rounds to an integer, and n + 127 are the low bits
+  const vf r = t - (shifted - 12583039.0f);
+  const vf r2 = r * r;
+  const vf low = r * 0.24022647738f + 0.69314718246f;
+  const vf middle = r * 0.0096184369177f + 0.055503323674f;
+  const vf high = r * 0.00015353361960f + 0.0013398875017f;
+  const vf p = (low + r2 * (middle + r2 * high)) * r + 1.0f;
+  return p * reinterpret_cast<vf>(reinterpret_cast<vi>(shifted) << 23);
 }
 
 // rows[r][lane] -> rows[lane][r]
