@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "memory.h"
 #include "rpe_index.h"
 
 namespace irpe {
@@ -72,7 +71,8 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
   for (int32_t p = 0; p < e.parts; ++p) {
     TORCH_CHECK_VALUE(index[p].dim() == 2 && index[p].size(0) == length && index[p].size(1) == length,
                       "irpe::attention: the index maps of ", name, " must be (L, L) with L=", length, ", got ", index[p].sizes());
-    into.plans.push_back(plan_for(index[p], e.buckets / e.parts, "irpe::attention", on == On::kQueries ? LookUp::kByColumns : LookUp::kByRows));
+    const LookUp direction = on == On::kQueries ? LookUp::kByColumns : LookUp::kByRows;
+    into.plans.push_back(plan_for(index[p], e.buckets / e.parts, "irpe::attention", direction));
     e.plan[p] = &into.plans.back()->view;
     e.offset[p] = p * (e.buckets / e.parts);
   }
@@ -194,7 +194,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
   const auto options = q.options().dtype(at::kFloat);
   at::Tensor out = empty_like_output(q);
   at::Tensor stats = at::empty({keep ? matrices * a.length * 2 : 0}, options);
-  at::Tensor probs = empty_in_large_pages({keep && keep_probs ? matrices * a.length * a.padded + 16 : 0}, options);
+  at::Tensor probs = at::empty({keep && keep_probs ? matrices * a.length * a.padded + 16 : 0}, options);
   at::Tensor sums = at::empty({keep && a.on_v.parts ? matrices * a.length * a.on_v.padded : 0}, options);
   if (q.numel() > 0) {
     a.out = rows_of(out);

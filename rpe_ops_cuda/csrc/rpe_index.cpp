@@ -7,11 +7,15 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "memory.h"
 
 namespace irpe {
 namespace {
@@ -40,6 +44,21 @@ void check_common(const char* function, const char* name, const at::Tensor& valu
 
 // Rows a thread takes at least: about 64 KB of output, below which starting a thread costs more than it saves.
 int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
+
+// at::empty, in pages of 2 MB where the system grants them on request. The C library takes blocks of 32 MB and more from the
+// system anew each time, and faulting them in by pages of 4 KB costs several times what filling them does.
+at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor x = at::empty(sizes, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20, kLarge = 32 << 20;
+  if (x.nbytes() >= kLarge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr()), end = begin + x.nbytes();
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal changes nothing but the time
+  }
+#endif
+  return x;
+}
 
 at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
   check_rpe_index(input_, index);

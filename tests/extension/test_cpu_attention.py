@@ -141,6 +141,16 @@ def test_nan_stays_nan():
     assert out[0, 1, 7].isnan().all() and out.isnan().sum() == 8
 
 
+def test_scores_near_the_largest_float(capability):
+    """exp must not overflow on the way: two equal scores of 3e38 share the weight, whatever multiplies them inside."""
+    q, k = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8)
+    q[..., 0], k[..., 0] = 1e19, torch.tensor([3e19, 3e19, 1e19])
+    v = torch.randn(1, 1, 3, 8)
+    encoding = build_rpe(parse_rpe_spec("rpe-1.9-product-bias-1-k"), 8, 1)
+    out = rpe_attention(q, k, v, *encoding, height=1, width=3, scale=1.0, backend="compiled")
+    torch.testing.assert_close(out, v[..., :2, :].mean(-2, keepdim=True).expand_as(out))
+
+
 def test_any_strides():
     case = Case("rpe-1.9-product-ctx-1-qkv", 5, 9)
     expected = case.run("compiled")

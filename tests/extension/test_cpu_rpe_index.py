@@ -1,5 +1,8 @@
 """torch.ops.irpe.rpe_index and its adjoint on CPU: each instruction set that runs here, against plain PyTorch."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,7 +53,9 @@ MAPS = {
     "euc 14x14+1": lambda: grid("euc", 14, 14, 1, 20.0),
     "quant 6x7": lambda: grid("quant", 6, 7, 0, 33.0),
     "cross_rows 5x8": lambda: grid("cross_rows", 5, 8, 0, 20.0),
-    "cross_cols 5x40": lambda: grid("cross_cols", 5, 40, 0, 20.0),  # too many column parts for masks
+    "cross_cols 5x40": lambda: grid("cross_cols", 5, 40, 0, 20.0),  # too many column parts for one-hot columns
+    "product 3x60": lambda: grid("product", 3, 60, 0, 2.0),  # more columns than are summed at a time
+    "product 20x5": lambda: grid("product", 20, 5, 0, 3.5),  # more row parts than are summed at a time
     "random 7x13": lambda: arbitrary(7, 13, 5),
     "random 3x100": lambda: arbitrary(3, 100, 300),
     "one bucket": lambda: arbitrary(4, 6, 1),
@@ -86,6 +91,24 @@ def test_infinite_value_stays_in_its_bucket(capability):
     grad = torch.zeros(1, 1, 197, 197)
     grad[..., 60] = float("inf")
     assert torch.equal(ops.rpe_index_adjoint(grad, index, num_buckets), scatter(grad, index, num_buckets))
+
+
+def test_a_large_result_lies_in_large_pages():
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("no transparent huge pages in this system")
+    index, num_buckets = MAPS["product 14x14+1"]()
+    input = torch.randn(48, 6, 197, num_buckets)  # a result of 44 MB
+    out = ops.rpe_index(input, index)
+    assert torch.equal(out, gather(input, index))
+    inside, advised = out.data_ptr() + out.nbytes // 2, None
+    for line in smaps.read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            here = int(bounds[1], 16) <= inside < int(bounds[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            advised = "hg" in line.split()
+    assert advised
 
 
 def test_strided_and_expanded_tensors():

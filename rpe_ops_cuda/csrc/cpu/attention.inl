@@ -157,13 +157,15 @@ static void prepare_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
 // scores (count, padded) of the queries from `first` on, but for what `finished_scores` adds. q_tile holds the scaled queries.
 static void begin_scores(const AttentionArgs& a, const Buffers& b, int64_t head, int64_t first, int64_t count, float* scores) {
   const int64_t d = rounded_up(a.head_dim);
-  gemm<false>(count, rounded_up(a.length), a.head_dim, b.q_tile, d, b.k_panels, kPanel, kPanel * a.head_dim, scores, a.padded, false);
+  gemm<false>(count, rounded_up(a.length), a.head_dim, b.q_tile, d, b.k_panels, kPanel, kPanel * a.head_dim, scores, a.padded,
+              false);
   if (a.on_k.parts == 0) return;
   const int64_t n = a.on_k.padded;
+  const float* table = table_of(a.on_k, a.on_k.table, a.on_k.bias ? n : a.head_dim * n, head);
   if (a.on_k.bias)
-    __builtin_memcpy(b.lookup_k, table_of(a.on_k, a.on_k.table, n, head), n * sizeof(float));
+    __builtin_memcpy(b.lookup_k, table, n * sizeof(float));
   else
-    matmul(count, rounded_up(a.on_k.buckets), a.head_dim, b.q_tile, d, table_of(a.on_k, a.on_k.table, a.head_dim * n, head), n, b.lookup_k, n);
+    matmul(count, rounded_up(a.on_k.buckets), a.head_dim, b.q_tile, d, table, n, b.lookup_k, n);
 }
 
 // One row of scores with the encodings on queries and keys and the masks, in `row` itself, b.row or b.spare; its padding up to
@@ -263,7 +265,8 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
       const int64_t n = a.on_v.padded;
       for (int64_t i = 0; i < count; ++i)
         bucket_sums_parts(a.on_v, first + i, weights + i * a.padded, b.sums_v + i * n, b.bucket_scratch);
-      matmul(count, d, a.on_v.buckets, b.sums_v, n, table_of(a.on_v, a.on_v.table, a.on_v.buckets * d, head), d, b.out_tile, d, true);
+      const float* table = table_of(a.on_v, a.on_v.table, a.on_v.buckets * d, head);
+      matmul(count, d, a.on_v.buckets, b.sums_v, n, table, d, b.out_tile, d, true);
       for (int64_t i = 0; a.sums && i < count; ++i) {
         float* kept = a.sums + (matrix * a.length + first + i) * n;
         __builtin_memcpy(kept, b.sums_v + i * n, a.on_v.buckets * sizeof(float));
@@ -318,7 +321,8 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
                   b.grad_scores, a.padded, false);
       if (on_v.parts) {
         const int64_t n = on_v.padded;
-        matmul(count, rounded_up(on_v.buckets), a.head_dim, b.grad_tile, d, table_of(on_v, on_v.transposed, a.head_dim * n, head), n, b.lookup_v, n);
+        const float* transposed = table_of(on_v, on_v.transposed, a.head_dim * n, head);
+        matmul(count, rounded_up(on_v.buckets), a.head_dim, b.grad_tile, d, transposed, n, b.lookup_v, n);
         add_transposed_matmul(on_v.buckets, d, count, a.sums + top * n, n, b.grad_tile, d, grad_table_v, d);
       }
       for (int64_t i = 0; i < count; ++i) {
@@ -348,7 +352,8 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
           for (int64_t i = 0; i < count; ++i)
             for (int64_t x = 0; x < on_k.buckets; ++x) grad_table_k[x] += b.sums_k[i * n + x];
         } else {
-          matmul(count, d, on_k.buckets, b.sums_k, n, table_of(on_k, on_k.transposed, on_k.buckets * d, head), d, b.out_tile, d, true);
+          const float* transposed = table_of(on_k, on_k.transposed, on_k.buckets * d, head);
+          matmul(count, d, on_k.buckets, b.sums_k, n, transposed, d, b.out_tile, d, true);
           add_transposed_matmul(a.head_dim, rounded_up(on_k.buckets), count, b.q_tile, d, b.sums_k, n, grad_table_k, n);
         }
       }
@@ -361,7 +366,8 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         for (int64_t x = 0; x < on_q.buckets; ++x)
           for (int64_t j = 0; j < a.length; ++j) grad_table_q[x] += b.sums_q[x * a.padded + j];
       } else {
-        add_transposed_matmul(a.length, d, on_q.buckets, b.sums_q, a.padded, table_of(on_q, on_q.transposed, on_q.buckets * d, head), d, b.grad_k, d);
+        const float* transposed = table_of(on_q, on_q.transposed, on_q.buckets * d, head);
+        add_transposed_matmul(a.length, d, on_q.buckets, b.sums_q, a.padded, transposed, d, b.grad_k, d);
         matmul(on_q.buckets, d, a.length, b.sums_q, a.padded, b.k_rows, d, grad_table_q, d, true);
       }
     }

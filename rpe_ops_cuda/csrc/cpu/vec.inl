@@ -58,15 +58,14 @@ INLINE float greatest_of_lanes(vf x) {
 
 INLINE int64_t rounded_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// exp(x - greatest) for x <= greatest: 0 below exp(-87.7), NaN for NaN. Within 2 ulp of the exponential of the rounded
-// argument. It is 2^t with t = (x - greatest) / log(2) in one multiply-add; what that rounds of `greatest` is one factor for
-// a whole row, which its sum divides out. 2^t is 2^n, by the exponent bits, times a polynomial on [-1/2, 1/2], fitted to the
-// least relative error (2e-9). Sums of pairs rather than Horner's scheme: the chain of dependent steps is what takes time.
-INLINE vf exp_lanes(vf x, float greatest) {
+// exp(x - greatest) for x <= greatest: 0 below exp(-87.7), NaN for NaN. 2^t is 2^n, by the exponent bits, times a polynomial
+// in t - n on [-1/2, 1/2], fitted to the least relative error (2e-9). Sums of pairs rather than Horner's scheme: the chain of
+// dependent steps is what takes time.
+INLINE vf exp_lanes(vf x, float greatest_x) {
   constexpr float kLog2E = 1.44269504088896341f;
-  const vf t = greater(splat(-127.0f), x * kLog2E - greatest * kLog2E);  // NaN stays; 2^-127 has no exponent bits and is 0
-  const vf shifted = t + 12583039.0f;  // 1.5 * 2^23 + 127: rounds to an integer, and n + 127 are the low bits
-  const vf r = t - (shifted - 12583039.0f);
+  const vf d = greater(splat(-88.03f), x - greatest_x);  // NaN stays; 2^-127 has no exponent bits and is 0
+  const vf shifted = d * kLog2E + 12583039.0f;  // 1.5 * 2^23 + 127: rounds to an integer, and n + 127 are the low bits
+  const vf r = d * kLog2E - (shifted - 12583039.0f);
   const vf r2 = r * r;
   const vf low = r * 0.24022647738f + 0.69314718246f;
   const vf middle = r * 0.0096184369177f + 0.055503323674f;
