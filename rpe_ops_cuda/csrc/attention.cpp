@@ -42,6 +42,7 @@ at::Tensor empty_like_output(const at::Tensor& q) {
 // An Encoding with the tensors and plans it points to.
 struct Prepared {
   Encoding encoding = {};
+  int64_t bucket_dim = 0, first_bucket = 0;  // of the table as it came, and what is used of it
   at::Tensor table, transposed, grad;
   std::vector<std::shared_ptr<const Plan>> plans;
 };
@@ -64,20 +65,26 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
   TORCH_CHECK_VALUE(index.size() == 1 || index.size() == 2, "irpe::attention: ", name, " needs one or two index maps, got ",
                     index.size());
   e.parts = static_cast<int32_t>(index.size());
-  e.buckets = given.size(e.bias ? 1 : on_values ? 1 : 2);
-  e.padded = rounded_up(e.buckets, 16);
   e.shared = given.size(0) == 1;
-  TORCH_CHECK_VALUE(e.buckets % e.parts == 0, "irpe::attention: ", name, " ", given.sizes(), " is not of two equal parts");
+  into.bucket_dim = e.bias || on_values ? 1 : 2;
+  const int64_t buckets = given.size(into.bucket_dim), per_part = buckets / e.parts;
+  TORCH_CHECK_VALUE(buckets % e.parts == 0, "irpe::attention: ", name, " ", given.sizes(), " is not of two equal parts");
   for (int32_t p = 0; p < e.parts; ++p) {
     TORCH_CHECK_VALUE(index[p].dim() == 2 && index[p].size(0) == length && index[p].size(1) == length,
                       "irpe::attention: the index maps of ", name, " must be (L, L) with L=", length, ", got ", index[p].sizes());
     const LookUp direction = on == On::kQueries ? LookUp::kByColumns : LookUp::kByRows;
-    into.plans.push_back(plan_for(index[p], e.buckets / e.parts, "irpe::attention", direction));
+    into.plans.push_back(plan_for(index[p], per_part, "irpe::attention", direction));
     e.plan[p] = &into.plans.back()->view;
-    e.offset[p] = p * (e.buckets / e.parts);
   }
+  // A lookup loads a whole register, from as many buckets before the last id as that has lanes.
+  const PlanView &front = *e.plan[0], &back = *e.plan[e.parts - 1];
+  into.first_bucket = std::max<int64_t>(0, std::min<int64_t>(front.min_id, front.max_id + 1 - lanes));
+  e.buckets = (e.parts - 1) * per_part + back.max_id + 1 - into.first_bucket;
+  e.padded = rounded_up(e.buckets, 16);
+  for (int32_t p = 0; p < e.parts; ++p) e.offset[p] = p * per_part - into.first_bucket;
   const int64_t d = rounded_up(head_dim, lanes);
-  const at::Tensor scaled = e.bias || factor == 1 ? given : given.to(at::kFloat).mul(factor);
+  const at::Tensor used = given.narrow(into.bucket_dim, into.first_bucket, e.buckets);
+  const at::Tensor scaled = e.bias || factor == 1 ? used : used.to(at::kFloat).mul(factor);
   into.table = padded(scaled, on_values ? d : e.padded);
   e.table = into.table.data_ptr<float>();
   if (!backward) return;
@@ -100,11 +107,14 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
 at::Tensor reduced(const Prepared& p, On on, const OptionalTensor& table, int64_t batch, int64_t heads, float factor) {
   if (!table.has_value()) return at::empty({0});
   const bool transposed = on == On::kQueries && !p.encoding.bias;
-  const at::Tensor cut = p.grad.narrow(-1, 0, table->size(transposed ? -2 : -1));
+  const int64_t width = transposed ? table->size(1) : on == On::kValues ? table->size(2) : p.encoding.buckets;
+  const at::Tensor cut = p.grad.narrow(-1, 0, width);
   at::Tensor sum = p.encoding.shared ? cut.sum(0, /*keepdim=*/true) : cut.unflatten(0, {batch, heads}).sum(0);
-  if (transposed) sum = sum.transpose(1, 2).contiguous();
+  if (transposed) sum = sum.transpose(1, 2);
   if (!p.encoding.bias && factor != 1) sum = sum.mul(factor);
-  return sum.to(table->scalar_type());
+  at::Tensor grad = at::zeros(table->sizes(), table->options());
+  grad.narrow(p.bucket_dim, p.first_bucket, p.encoding.buckets).copy_(sum);
+  return grad;
 }
 
 // Everything the kernels read, kept alive.
@@ -195,7 +205,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
   at::Tensor out = empty_like_output(q);
   at::Tensor stats = at::empty({keep ? matrices * a.length * 2 : 0}, options);
   at::Tensor probs = at::empty({keep && keep_probs ? matrices * a.length * a.padded + 16 : 0}, options);
-  at::Tensor sums = at::empty({keep && a.on_v.parts ? matrices * a.length * a.on_v.padded : 0}, options);
+  // Room for every bucket, as its fake has it, which knows no ids.
+  const int64_t sums_width = keep && a.on_v.parts ? rounded_up(table_v->size(1), 16) : 0;
+  at::Tensor sums = at::empty({matrices * a.length * sums_width}, options);
+  if (a.on_v.padded < sums_width) sums.zero_();
   if (q.numel() > 0) {
     a.out = rows_of(out);
     if (keep) a.stats = stats.data_ptr<float>();

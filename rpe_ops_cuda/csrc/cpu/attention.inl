@@ -51,7 +51,7 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
   const Encoding* by_rows[2] = {&a.on_k, &a.on_v};
   for (const Encoding* e : by_rows)
     for (int32_t p = 0; p < e->parts; ++p) {
-      const int64_t needed = bucket_scratch(*e->plan[p], e->buckets);
+      const int64_t needed = bucket_scratch(*e->plan[p]);
       most = needed > most ? needed : most;
     }
   b.bucket_scratch = s.floats(most);
@@ -134,8 +134,8 @@ static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64
 }
 
 static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, float* sums, float* scratch) {
-  for (int32_t p = 0; p < e.parts; ++p)
-    bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], (p + 1 < e.parts ? e.offset[1] : e.buckets) - e.offset[p], scratch);
+  zero(sums, e.padded);
+  for (int32_t p = 0; p < e.parts; ++p) bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], scratch);
 }
 
 // What the whole head needs before its scores can be computed.

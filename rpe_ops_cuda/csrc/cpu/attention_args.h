@@ -4,11 +4,12 @@
 
 namespace irpe {
 
-// One encoding: on queries, keys or values. `cross` has two parts, whose tables lie side by side.
+// One encoding: on queries, keys or values. `cross` has two parts, whose tables lie side by side. Of the tables there are only
+// the buckets from the least id to the greatest: a distance is not negative, so `euc` and `quant` use half of theirs.
 struct Encoding {
   int32_t parts;                // 0: absent
   const PlanView* plan[2];      // on queries: by columns
-  int64_t offset[2];            // first bucket of each part
+  int64_t offset[2];            // where id 0 of each part is, which may be before the first bucket
   int64_t buckets, padded;      // of all parts; rounded up to a multiple of 16
   bool bias;
   const float* table;           // q, k: (heads or 1, D, padded); bias: (heads or 1, padded); v: (heads or 1, buckets, D padded)

@@ -61,9 +61,9 @@ INLINE void add_to_column_buckets(const PlanView& plan, int64_t i, const float* 
   }
 }
 
-// sums[n] = sum of x[j] over the keys with id(i, j) == n, for n < buckets. Writes up to 2 * LANES - 1 entries past the last
-// bucket and reads LANES - 1 past the last key. `scratch` has bucket_scratch(plan, buckets) entries.
-static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, float* sums, int64_t buckets, float* scratch) {
+// sums[n] = sum of x[j] over the keys with id(i, j) == n, for the ids of the plan; sums must be zero. Writes up to 2 * LANES - 1
+// zeros past the last id and reads LANES - 1 entries past the last key. `scratch` has bucket_scratch(plan) entries.
+static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, float* sums, float* scratch) {
   // Neighbours often share a bucket, and an add must wait for the one before it: neighbours add to different copies.
   constexpr int kCopies = 8;
   const uint16_t* ids = plan.ids + i * plan.cols;
@@ -74,7 +74,6 @@ static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, f
   for (; j + kCopies <= cols; j += kCopies)
     for (int copy = 0; copy < kCopies; ++copy) copies[copy * stride + ids[j + copy]] += x[j + copy];
   for (; j < cols; ++j) copies[ids[j]] += x[j];
-  for (int64_t n = 0; n < buckets; n += LANES) store(sums + n, vf{});
   for (int64_t n = 0; n < used; n += LANES) {
     vf total = load(scratch + n);
     for (int copy = 1; copy < kCopies; ++copy) total += load(scratch + copy * stride + n);
@@ -138,9 +137,8 @@ static bool slots_into_buckets(const PlanView& plan, int64_t query_col, const fl
   return sum_of_lanes(not_finite) == 0;
 }
 
-static void bucket_sums_row(const PlanView& plan, int64_t i, const float* x, float* sums, int64_t buckets, float* scratch) {
-  if (!plan.separable) return bucket_sums_by_id(plan, i, x, sums, buckets, scratch);
-  for (int64_t n = 0; n < buckets; n += LANES) store(sums + n, vf{});
+static void bucket_sums_row(const PlanView& plan, int64_t i, const float* x, float* sums, float* scratch) {
+  if (!plan.separable) return bucket_sums_by_id(plan, i, x, sums, scratch);
   float leading = 0;
   const int64_t leading_keys = i < plan.skip ? plan.cols : plan.skip;
   for (int64_t j = 0; j < leading_keys; ++j) leading += x[j];
@@ -158,7 +156,7 @@ static void bucket_sums_row(const PlanView& plan, int64_t i, const float* x, flo
       const bool finite = plan.col_padded == LANES ? slots_into_buckets<1>(plan, query_col, scratch, sums)
                                                    : slots_into_buckets<2>(plan, query_col, scratch, sums);
       // An infinite value belongs to its own bucket alone, but times zero it is NaN in the others.
-      if (!finite) return bucket_sums_by_id(plan, i, x, sums, buckets, scratch);
+      if (!finite) return bucket_sums_by_id(plan, i, x, sums, scratch);
     }
   }
   if (plan.skip > 0) sums[plan.skip_id] += leading;
@@ -210,13 +208,13 @@ static void lookup_16(const PlanView& plan, const uint16_t* in, uint16_t* out, i
   delete[] last;
 }
 
-static int64_t bucket_scratch(const PlanView& plan, int64_t buckets) {
-  const int64_t copies = 8 * (buckets + 2 * LANES), slots = plan.separable ? plan.num_slots * rounded_up(plan.width) : 0;
+static int64_t bucket_scratch(const PlanView& plan) {
+  const int64_t copies = 8 * (plan.max_id + 1 - plan.min_id + 2 * LANES), slots = plan.separable ? plan.num_slots * rounded_up(plan.width) : 0;
   return copies > slots ? copies : slots;
 }
 
 static void bucket_sums(const PlanView& plan, const float* grad, float* out, int64_t begin, int64_t end, int64_t buckets) {
-  float* scratch = new float[bucket_scratch(plan, buckets)];
+  float* scratch = new float[bucket_scratch(plan)];
   float* sums = new float[buckets + 2 * LANES];
   float* last = new float[plan.cols + LANES]();
   for (int64_t row = begin; row < end; ++row) {
@@ -226,7 +224,8 @@ static void bucket_sums(const PlanView& plan, const float* grad, float* out, int
     const float* x = grad + row * plan.cols;
     const bool room = (end - row - 1) * plan.cols >= LANES;  // to read past its end
     if (!room) x = static_cast<float*>(__builtin_memcpy(last, x, plan.cols * sizeof(float)));
-    bucket_sums_row(plan, row % plan.rows, x, sums, buckets, scratch);
+    for (int64_t n = 0; n < buckets; n += LANES) store(sums + n, vf{});
+    bucket_sums_row(plan, row % plan.rows, x, sums, scratch);
     __builtin_memcpy(out + row * buckets, sums, buckets * sizeof(float));
   }
   delete[] last;
