@@ -175,7 +175,10 @@ def describe(device: torch.device) -> str:
 
 def write_csv(folder: Path, kind: str, device: torch.device, fields: list[str], rows: list[list]) -> Path:
     """``<kind>_<hardware>_<date>.csv``, the conditions in its first line."""
-    hardware = re.sub(r"\W+", "-", torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        name += f" {torch.get_num_threads()} threads"
+    hardware = re.sub(r"\W+", "-", name)
     path = folder / f"{kind}_{hardware.lower()}_{datetime.date.today():%Y-%m-%d}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

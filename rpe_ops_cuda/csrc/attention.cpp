@@ -215,7 +215,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
     if (keep && keep_probs) a.probs = probs.data_ptr<float>();
     if (a.probs) std::fill_n(a.probs + probs.numel() - 16, 16, 0.0f);
     if (keep && a.on_v.parts) a.sums = sums.data_ptr<float>();
-    a.tile = tile_rows(a.length, a.padded * 4, 128 << 10);
+    a.tile = tile_rows(a.length, a.padded * 4, 64 << 10);
     in_parallel(a, false, matrices * ((a.length + a.tile - 1) / a.tile), kernels().attention_forward);
   }
   return {out.to(q.scalar_type()), stats, probs, sums};
