@@ -1,7 +1,5 @@
 // Lookups and bucket sums of one row: the two operations by which every encoding enters attention.
 
-constexpr int64_t kMaxBuckets = 65536;  // ids are 16 bits wide
-
 // dest[j] = table[id(i, j)] for every key j. Writes up to LANES - 1 entries past the last key, and reads LANES - 1 past the last
 // bucket if there are fewer than LANES.
 INLINE void lookup_row(const PlanView& plan, int64_t i, const uint32_t* table, uint32_t* dest) {
@@ -209,7 +207,8 @@ static void lookup_16(const PlanView& plan, const uint16_t* in, uint16_t* out, i
 }
 
 static int64_t bucket_scratch(const PlanView& plan) {
-  const int64_t copies = 8 * (plan.max_id + 1 - plan.min_id + 2 * LANES), slots = plan.separable ? plan.num_slots * rounded_up(plan.width) : 0;
+  const int64_t copies = 8 * (plan.max_id + 1 - plan.min_id + 2 * LANES);
+  const int64_t slots = plan.separable ? plan.num_slots * rounded_up(plan.width) : 0;
   return copies > slots ? copies : slots;
 }
 
