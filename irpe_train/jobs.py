@@ -80,7 +80,8 @@ def work(folder: Path) -> int:
         (folder / "done.json").unlink(missing_ok=True)
         command, began = json.loads((folder / "job.json").read_text())["command"], time.monotonic()
         with open(folder / "detail.log", "a") as console:
-            child = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=console,
+            # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
+            child = subprocess.Popen([sys.executable, "-u", *command], stdin=subprocess.DEVNULL, stdout=console,
                                      stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
             with _passing_on_sigterm(child) as stopped:
                 status = child.wait()
