@@ -47,9 +47,9 @@ struct Prepared {
   std::vector<std::shared_ptr<const Plan>> plans;
 };
 
-// Tables as they come: ctx on q and k (heads or 1, D, N), on v (heads or 1, N, D), bias (heads or 1, N).
 enum class On { kQueries, kKeys, kValues };
 
+// Tables as they come: ctx on q and k (heads or 1, D, N), on v (heads or 1, N, D), bias (heads or 1, N).
 void prepare(Prepared& into, const char* name, On on, const OptionalTensor& table, at::TensorList index, const at::Tensor& q,
              float factor, bool backward) {
   Encoding& e = into.encoding;
