@@ -10,8 +10,11 @@ from irpe_train.arguments import add_runtime_arguments, fraction, nonnegative_in
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``irpe_train.config.parse_args`` reads ``--config`` files with it."""
-    parser = argparse.ArgumentParser("deit_irpe", description="Train and evaluate DeiT with iRPE (ICCV 2021).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "deit_irpe",
+        description="Train and evaluate DeiT with iRPE (ICCV 2021).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="fp16")  # fp16 autocast on CUDA, as published
     _add_schedule(parser.add_argument_group("length and learning rate"))
     _add_model(parser.add_argument_group("model"))
@@ -26,8 +29,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that are fine alone and wrong together."""
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not args.eval:
-        raise ValueError(f"--batch-size {args.batch_size}: Mixup and CutMix pair the images of a batch, so it must be "
-                         "even (or use --mixup 0 --cutmix 0)")
+        raise ValueError(
+            f"--batch-size {args.batch_size}: Mixup and CutMix pair the images of a batch, so it must be "
+            "even (or use --mixup 0 --cutmix 0)"
+        )
     if args.distillation_type != "none" and not args.teacher_path:
         raise ValueError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE or URL")
     if args.eval_ema and not (args.model_ema or args.eval):
@@ -43,10 +48,20 @@ def _add_schedule(group) -> None:
     add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
     add("--epochs", default=300, type=positive_int, help="passes over the training set")
     add("--sched", default="cosine", choices=("cosine", "tanh", "step"), help="learning-rate schedule")
-    add("--lr", default=5e-4, type=positive_float,
-        help="for 512 images an update; scaled by batch size x processes x --accumulate / 512")
-    add("--lr-noise", default=None, type=fraction, nargs="+", metavar="FRACTION",
-        help="noise from here to here in the run")
+    add(
+        "--lr",
+        default=5e-4,
+        type=positive_float,
+        help="for 512 images an update; scaled by batch size x processes x --accumulate / 512",
+    )
+    add(
+        "--lr-noise",
+        default=None,
+        type=fraction,
+        nargs="+",
+        metavar="FRACTION",
+        help="noise from here to here in the run",
+    )
     add("--lr-noise-pct", default=0.67, type=float, metavar="FRACTION", help="limit of the noise")
     add("--lr-noise-std", default=1.0, type=float, metavar="STD", help="deviation of the noise")
     add("--warmup-lr", default=1e-6, type=float, help="where warm-up starts; not scaled")
@@ -60,11 +75,16 @@ def _add_schedule(group) -> None:
 
 def _add_model(group) -> None:
     add = group.add_argument
-    add("--model", default="deit_base_patch16_224", metavar="NAME",
-        help="a name of deit_irpe.models, or any timm model")
-    add("--rpe", default=None, metavar="SPEC",
+    add(
+        "--model", default="deit_base_patch16_224", metavar="NAME", help="a name of deit_irpe.models, or any timm model"
+    )
+    add(
+        "--rpe",
+        default=None,
+        metavar="SPEC",
         help="the encoding, instead of the one in the name: rpe-{ratio}-{method}-{mode}-{shared_head 0|1}-{rpe_on}, "
-             "or none")
+        "or none",
+    )
     add("--no-abs-pos", action="store_true", help="no absolute position embedding")
     add("--attn-backend", default="auto", choices=BACKENDS, help="who computes attention with an encoding")
     add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
@@ -77,8 +97,12 @@ def _add_model(group) -> None:
     add("--model-ema-force-cpu", action="store_true", help="keep it on the CPU")
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
     add("--pretrained", action="store_true", help="start from, or --eval, the published weights of --model")
-    add("--finetune", default="", metavar="PATH|URL",
-        help="start from these weights; positions are resampled, heads and tables of another size start fresh")
+    add(
+        "--finetune",
+        default="",
+        metavar="PATH|URL",
+        help="start from these weights; positions are resampled, heads and tables of another size start fresh",
+    )
 
 
 def _add_optimizer(group) -> None:
@@ -86,36 +110,52 @@ def _add_optimizer(group) -> None:
     add("--opt", default="adamw", help="any optimizer of timm")
     add("--opt-eps", default=1e-8, type=float, help="added to the divisor of AdamW")
     add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="None: the optimizer's own")
-    add("--clip-grad", default=None, type=positive_float, metavar="NORM",
-        help="largest norm of the gradient")
+    add("--clip-grad", default=None, type=positive_float, metavar="NORM", help="largest norm of the gradient")
     add("--momentum", default=0.9, type=float, help="of sgd")
     add("--weight-decay", default=0.05, type=float, help="not for vectors, biases, class token, absolute positions")
 
 
 def _add_data(group) -> None:
     add = group.add_argument
-    add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR",
-        help="holds train/<class>/ and val/<class>/, or what --data-set needs")
-    add("--data-set", default="IMNET", choices=("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS"),
+    add(
+        "--data-path",
+        default="/datasets01/imagenet_full_size/061417/",
+        metavar="DIR",
+        help="holds train/<class>/ and val/<class>/, or what --data-set needs",
+    )
+    add(
+        "--data-set",
+        default="IMNET",
+        choices=("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS"),
         help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
-             "datasets (docs/data.md)")
+        "datasets (docs/data.md)",
+    )
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
     add("--dist-eval", action="store_true", help="each process evaluates its share; else each evaluates everything")
     add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="page-locked batches")
     add("--no-pin-mem", dest="pin_mem", action="store_false", help="ordinary memory")
-    add("--repeated-aug", dest="repeated_aug", default=True, action="store_true",
-        help="three copies of an image in an update")
+    add(
+        "--repeated-aug",
+        dest="repeated_aug",
+        default=True,
+        action="store_true",
+        help="three copies of an image in an update",
+    )
     add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once an epoch")
-    add("--expect", nargs="?", const="auto", metavar="NAME",
-        help="with --eval: compare with the published row NAME, or the one found by the model's name")
+    add(
+        "--expect",
+        nargs="?",
+        const="auto",
+        metavar="NAME",
+        help="with --eval: compare with the published row NAME, or the one found by the model's name",
+    )
 
 
 def _add_augmentation(group) -> None:
     add = group.add_argument
     add("--color-jitter", default=0.4, type=float, help="used where --aa is off")
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY",
-        help="AutoAugment policy of timm; none for none")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm; none for none")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"), help="of crops")
     add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
@@ -129,14 +169,17 @@ def _add_augmentation(group) -> None:
     add("--cutmix-minmax", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="instead of alpha")
     add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
     add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"),
-        help="what shares one random draw")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one random draw")
 
 
 def _add_distillation(group) -> None:
     add = group.add_argument
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"),
-        help="learn from the teacher's probabilities, or from its decisions")
+    add(
+        "--distillation-type",
+        default="none",
+        choices=("none", "soft", "hard"),
+        help="learn from the teacher's probabilities, or from its decisions",
+    )
     add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
     add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
     add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")

@@ -19,8 +19,13 @@ from irpe_train.errors import BadCheckpoint
 from irpe_train.launch import launch
 
 
-def convert(weights: Mapping[str, Tensor], *, prefix: str = "", renames: Sequence[tuple[str, str]] = (),
-            drop_zero_tables: bool = False) -> dict[str, Tensor]:
+def convert(
+    weights: Mapping[str, Tensor],
+    *,
+    prefix: str = "",
+    renames: Sequence[tuple[str, str]] = (),
+    drop_zero_tables: bool = False,
+) -> dict[str, Tensor]:
     """Rename the entries of a state dict; those without ``prefix`` are left out.
 
     Args:
@@ -51,8 +56,12 @@ def convert(weights: Mapping[str, Tensor], *, prefix: str = "", renames: Sequenc
 def main(args: argparse.Namespace) -> None:
     """Convert a file and write it, with the flags that build its model."""
     checkpoint = read_checkpoint(args.source)
-    weights = convert(model_weights(checkpoint, source=args.source, key=args.key), prefix=args.prefix,
-                      renames=args.rename, drop_zero_tables=args.drop_zero_tables)
+    weights = convert(
+        model_weights(checkpoint, source=args.source, key=args.key),
+        prefix=args.prefix,
+        renames=args.rename,
+        drop_zero_tables=args.drop_zero_tables,
+    )
     num_classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=image_size(args.input_size))
     load_weights(model, weights, source=args.source)
@@ -71,8 +80,12 @@ def _rename(text: str) -> tuple[str, str]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m deit_irpe.convert", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m deit_irpe.convert",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("source", metavar="THEIRS.pth", help="a state dict, or a checkpoint that holds one")
     add("out", type=Path, metavar="OURS.pth")

@@ -12,10 +12,20 @@ from irpe_train.precision import Precision
 from irpe_train.steps import Steps
 
 
-def train_one_epoch(model: nn.Module, criterion: nn.Module, steps: Steps, optimizer: torch.optim.Optimizer,
-                    precision: Precision, *, meters: MetricLogger, mixup: Callable | None = None,
-                    max_norm: float | None = None, after_update: Callable[[], None] = lambda: None, header: str = "",
-                    images_per_step: int | None = None) -> dict[str, float]:
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    steps: Steps,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    *,
+    meters: MetricLogger,
+    mixup: Callable | None = None,
+    max_norm: float | None = None,
+    after_update: Callable[[], None] = lambda: None,
+    header: str = "",
+    images_per_step: int | None = None,
+) -> dict[str, float]:
     """Train until the epoch of ``steps`` ends.
 
     Args:
@@ -28,8 +38,9 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, steps: Steps, optimi
     Returns: means over the epoch's iterations: ``lr`` of the first parameter group, ``loss``.
     """
     model.train()  # when fine-tuning too: the published code then leaves dropout and stochastic depth off
-    for images, targets in meters.log_every(steps, every=10, header=header, start=steps.state.step,
-                                            images_per_step=images_per_step):
+    for images, targets in meters.log_every(
+        steps, every=10, header=header, start=steps.state.step, images_per_step=images_per_step
+    ):
         images = images.to(precision.device, non_blocking=True)
         targets = targets.to(precision.device, non_blocking=True)
         if mixup is not None:

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from deit_irpe.args import image_size
-from deit_irpe.trained import load_model
+from deit_irpe.load_model import load_model
 from irpe_train.export import add_export_arguments, export_model
 from irpe_train.launch import launch
 
@@ -16,11 +16,19 @@ def main(args: argparse.Namespace) -> None:
     height, width = (size, size) if isinstance(size, int) else size
 
     examples = [(torch.randn(batch, 3, height, width),) for batch in (2, 3)]
-    differences = export_model(model, examples, args.out, formats=args.formats, dynamic=[{0: "batch"}],
-                               input_names=["images"], output_names=["logits"])
+    differences = export_model(
+        model,
+        examples,
+        args.out,
+        formats=args.formats,
+        dynamic=[{0: "batch"}],
+        input_names=["images"],
+        output_names=["logits"],
+    )
     for format, difference in differences.items():
-        print(f"{format}: {height} x {width} pixels, any batch; "
-              f"largest difference {difference:.1e} of the largest logit")
+        print(
+            f"{format}: {height} x {width} pixels, any batch; largest difference {difference:.1e} of the largest logit"
+        )
 
 
 def get_args_parser() -> argparse.ArgumentParser:

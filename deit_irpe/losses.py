@@ -31,8 +31,14 @@ class DistillationLoss(nn.Module):
         teacher: frozen model, asked for logits ``(B, C)`` of the same images; ``None`` with ``none``.
     """
 
-    def __init__(self, base: nn.Module, teacher: nn.Module | None = None, kind: str = "none", alpha: float = 0.5,
-                 tau: float = 1.0):
+    def __init__(
+        self,
+        base: nn.Module,
+        teacher: nn.Module | None = None,
+        kind: str = "none",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+    ):
         super().__init__()
         if kind not in ("none", "soft", "hard"):
             raise ValueError(f"distillation type {kind!r}: expected none, soft or hard")
@@ -48,8 +54,10 @@ class DistillationLoss(nn.Module):
         if self.kind == "none":
             return base_loss
         if distilled is None:
-            raise ValueError("distillation needs a model with a distillation head, such as "
-                             "deit_small_distilled_patch16_224; this one returns a single tensor")
+            raise ValueError(
+                "distillation needs a model with a distillation head, such as "
+                "deit_small_distilled_patch16_224; this one returns a single tensor"
+            )
         with torch.no_grad():
             teacher_logits = self._teacher[0](images).float()
         distilled = distilled.float()

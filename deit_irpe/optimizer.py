@@ -25,25 +25,54 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def build_optimizer(model: nn.Module, *, name: str = "adamw", lr: float, weight_decay: float = 0.05,
-                    eps: float | None = 1e-8, betas: tuple[float, ...] | None = None,
-                    momentum: float = 0.9) -> optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str = "adamw",
+    lr: float,
+    weight_decay: float = 0.05,
+    eps: float | None = 1e-8,
+    betas: tuple[float, ...] | None = None,
+    momentum: float = 0.9,
+) -> optim.Optimizer:
     """timm's optimizer of that name over ``parameter_groups``; ``None`` leaves the optimizer's own default."""
     options = {key: value for key, value in (("eps", eps), ("betas", betas)) if value is not None}
-    return create_optimizer_v2(parameter_groups(model, weight_decay), opt=name, lr=lr, weight_decay=weight_decay,
-                               momentum=momentum, **options)
+    return create_optimizer_v2(
+        parameter_groups(model, weight_decay), opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options
+    )
 
 
-def build_scheduler(optimizer: optim.Optimizer, *, name: str = "cosine", epochs: int, warmup_epochs: int = 5,
-                    warmup_lr: float = 1e-6, min_lr: float = 1e-5, decay_epochs: float = 30, decay_rate: float = 0.1,
-                    noise: list[float] | None = None, noise_pct: float = 0.67, noise_std: float = 1.0,
-                    seed: int = 0) -> Scheduler:
+def build_scheduler(
+    optimizer: optim.Optimizer,
+    *,
+    name: str = "cosine",
+    epochs: int,
+    warmup_epochs: int = 5,
+    warmup_lr: float = 1e-6,
+    min_lr: float = 1e-5,
+    decay_epochs: float = 30,
+    decay_rate: float = 0.1,
+    noise: list[float] | None = None,
+    noise_pct: float = 0.67,
+    noise_std: float = 1.0,
+    seed: int = 0,
+) -> Scheduler:
     """Warm-up, then ``name``; to be stepped with the number of the epoch just finished.
 
     As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at ``warmup_lr``.
     """
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched=name, num_epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, min_lr=min_lr,
-        decay_epochs=decay_epochs, decay_rate=decay_rate, noise=noise, noise_pct=noise_pct, noise_std=noise_std,
-        noise_seed=seed)
+        optimizer,
+        sched=name,
+        num_epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=warmup_lr,
+        min_lr=min_lr,
+        decay_epochs=decay_epochs,
+        decay_rate=decay_rate,
+        noise=noise,
+        noise_pct=noise_pct,
+        noise_std=noise_std,
+        noise_seed=seed,
+    )
     return scheduler

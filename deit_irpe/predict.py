@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from deit_irpe.args import image_size
 from deit_irpe.data import build_transform
+from deit_irpe.load_model import load_model
 from deit_irpe.models import RPE_MODELS
-from deit_irpe.trained import load_model
 from irpe_ops import parse_rpe_spec
 from irpe_ops.visualize import attention_bias, draw_maps, read_tables, table_maps
 from irpe_train.distributed import choose_device, set_up_logging
@@ -77,8 +77,12 @@ def draw_tables(model: nn.Module, spec: str, path: Path) -> None:
     config = replace(parse_rpe_spec(spec), skip=0)
     height, width = (2 * side - 1 for side in model.patch_embed.grid_size)
     middle = (height // 2, width // 2)
-    rows = {f"{table.layer}.rpe_{table.role}" + (f".{table.part}" if table.part else ""):
-            table_maps(table, config, height, width, *middle) for table in read_tables(model.state_dict())}
+    rows = {
+        f"{table.layer}.rpe_{table.role}" + (f".{table.part}" if table.part else ""): table_maps(
+            table, config, height, width, *middle
+        )
+        for table in read_tables(model.state_dict())
+    }
     draw_maps(rows, path, mark=middle, title=f"{spec}: each offset, layer and head")
 
 
@@ -87,8 +91,9 @@ def main(args: argparse.Namespace) -> None:
     """The command line of the module's docstring."""
     set_up_logging(0)
     device = choose_device(args.device)
-    model, flags, classes = load_model(args.resume, ema=args.ema, model=args.model, rpe=args.rpe,
-                                       input_size=args.input_size)
+    model, flags, classes = load_model(
+        args.resume, ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size
+    )
     model.to(device)
     transform = build_transform(False, image_size(flags.input_size))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -108,9 +113,15 @@ def main(args: argparse.Namespace) -> None:
         shares, numbers = model(pixels).float().softmax(1)[0].topk(min(5, len(classes)))
         names = [classes[number] for number in numbers.tolist()]
         draw_top(image, names, shares.tolist(), args.out / f"{file.stem}.png")
-        predictions.append({"image": str(file), "top": [
-            {"class": name, "number": number, "probability": share}
-            for name, number, share in zip(names, numbers.tolist(), shares.tolist(), strict=True)]})
+        predictions.append(
+            {
+                "image": str(file),
+                "top": [
+                    {"class": name, "number": number, "probability": share}
+                    for name, number, share in zip(names, numbers.tolist(), shares.tolist(), strict=True)
+                ],
+            }
+        )
         print(f"{file}: " + ", ".join(f"{one['class']} {one['probability']:.1%}" for one in predictions[-1]["top"]))
         if args.attention is not None:
             draw_attention(model, pixels, args.attention, file.stem, args.out, encoded=spec not in (None, "none"))
@@ -118,20 +129,29 @@ def main(args: argparse.Namespace) -> None:
     print(f"pictures and predictions.json are in {args.out}")
 
 
-def draw_attention(model: VisionTransformer, pixels: Tensor, points: Sequence[tuple[int, int]], name: str, out: Path,
-                   *, encoded: bool) -> None:
+def draw_attention(
+    model: VisionTransformer, pixels: Tensor, points: Sequence[tuple[int, int]], name: str, out: Path, *, encoded: bool
+) -> None:
     """Save where each of ``points`` (the middle, if none) looks, and what its encodings add to the scores."""
     height, width = model.patch_embed.grid_size
     for row, col in points or [(height // 2, width // 2)]:
         if not (row < height and col < width):
             raise ValueError(f"--attention {row},{col}: outside the {height}x{width} patches (counted from 0,0)")
         at = f"{row}-{col}"
-        draw_maps({"last block": attention_maps(model, pixels, row, col).cpu()}, out / f"{name}_attention_{at}.png",
-                  mark=(row, col), title=f"{name}: where patch {row},{col} looks, by head")
+        draw_maps(
+            {"last block": attention_maps(model, pixels, row, col).cpu()},
+            out / f"{name}_attention_{at}.png",
+            mark=(row, col),
+            title=f"{name}: where patch {row},{col} looks, by head",
+        )
         if encoded and any(getattr(model.blocks[0].attn, role) is not None for role in ("rpe_q", "rpe_k")):
             added = attention_bias(model, pixels, height, width, row, col)
-            draw_maps({key: value.cpu() for key, value in added.items()}, out / f"{name}_encoding_{at}.png",
-                      mark=(row, col), title=f"{name}: added to the scores of patch {row},{col}, by layer and head")
+            draw_maps(
+                {key: value.cpu() for key, value in added.items()},
+                out / f"{name}_encoding_{at}.png",
+                mark=(row, col),
+                title=f"{name}: added to the scores of patch {row},{col}, by layer and head",
+            )
 
 
 def _point(text: str) -> tuple[int, int]:
@@ -142,8 +162,9 @@ def _point(text: str) -> tuple[int, int]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("deit_irpe.predict", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "deit_irpe.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMG")
     add("--resume", required=True, metavar="PATH|URL", help="checkpoint")

@@ -1,5 +1,5 @@
 """DETR with image relative position encoding in the encoder (Wu et al., ICCV 2021)."""
 
-from .models import build_model, create_model
+from detr_irpe.models import build_model, create_model
 
 __all__ = ["build_model", "create_model"]

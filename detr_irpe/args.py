@@ -8,29 +8,59 @@ from irpe_train.arguments import add_runtime_arguments, positive_int
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe``."""
     parser = argparse.ArgumentParser(
-        "python -m detr_irpe", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train and evaluate DETR with image relative position encoding.")
+        "python -m detr_irpe",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train and evaluate DETR with image relative position encoding.",
+    )
 
     data = parser.add_argument_group("data").add_argument
     data("--dataset_file", default="coco", choices=("coco", "coco_panoptic"), help="kind of annotations")
     data("--coco_path", metavar="DIR", help="holds annotations/ and train2017/, val2017/ (or .zip of each)")
     data("--coco_panoptic_path", metavar="DIR", help="holds annotations/panoptic_*.json and panoptic_*2017/ (or .zip)")
     data("--remove_difficult", action="store_true", help="kept from the published command, which does not use it")
-    data("--num_classes", default="auto", type=_auto_or_positive_int, metavar="N",
-         help="largest category id plus one; auto: from the annotations (91 for COCO, 250 for its panoptic set)")
-    data("--image_size", default=800, type=positive_int, metavar="PIXELS",
-         help="short side in evaluation, longest in training; all other sizes scale with it")
-    data("--augment", default="published", choices=("published", "none"),
-         help="of training images; none: as in evaluation (digits must not be mirrored)")
-    data("--eval_batch_size", default=1, type=positive_int, metavar="N",
-         help="images per process in evaluation; beyond 1, padding in the backbone changes scores a little")
+    data(
+        "--num_classes",
+        default="auto",
+        type=_auto_or_positive_int,
+        metavar="N",
+        help="largest category id plus one; auto: from the annotations (91 for COCO, 250 for its panoptic set)",
+    )
+    data(
+        "--image_size",
+        default=800,
+        type=positive_int,
+        metavar="PIXELS",
+        help="short side in evaluation, longest in training; all other sizes scale with it",
+    )
+    data(
+        "--augment",
+        default="published",
+        choices=("published", "none"),
+        help="of training images; none: as in evaluation (digits must not be mirrored)",
+    )
+    data(
+        "--eval_batch_size",
+        default=1,
+        type=positive_int,
+        metavar="N",
+        help="images per process in evaluation; beyond 1, padding in the backbone changes scores a little",
+    )
 
     model = parser.add_argument_group("model").add_argument
-    model("--enc_rpe2d", default="", metavar="SPEC",
-          help="encoding of the encoder: rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}; empty: none")
+    model(
+        "--enc_rpe2d",
+        default="",
+        metavar="SPEC",
+        help="encoding of the encoder: rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}; empty: none",
+    )
     model("--backbone", default="resnet50", help="a torchvision ResNet, or resnet_micro for the demo")
-    model("--backbone_weights", default="imagenet", metavar="imagenet|none|FILE",
-          help="where the backbone starts; not read when a checkpoint is loaded anyway")
+    model(
+        "--backbone_weights",
+        default="imagenet",
+        metavar="imagenet|none|FILE",
+        help="where the backbone starts; not read when a checkpoint is loaded anyway",
+    )
     model("--dilation", action="store_true", help="no stride in the backbone's last stage (DC5)")
     model("--position_embedding", default="sine", choices=("sine", "learned"), help="of image features")
     model("--enc_layers", default=6, type=int, help="encoder layers")
@@ -43,8 +73,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     model("--pre_norm", action="store_true", help="normalise before each block, not after")
     model("--masks", action="store_true", help="train the segmentation head")
     model("--frozen_weights", metavar="FILE", help="a trained detector: only the segmentation head is trained on it")
-    model("--finetune", default="", metavar="FILE",
-          help="start from these weights; a class head or queries of another size start anew, and are named")
+    model(
+        "--finetune",
+        default="",
+        metavar="FILE",
+        help="start from these weights; a class head or queries of another size start anew, and are named",
+    )
     model("--pretrained", default="", metavar="NAME", help="start from, or --eval, a published checkpoint of the zoo")
     model("--attn-backend", default="auto", help="of the encoder: auto, eager, compiled or triton")
 
@@ -69,8 +103,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     train("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 does not clip")
 
     run = add_runtime_arguments(parser, seed=42, num_workers=2, amp="none").add_argument
-    run("--expect", nargs="?", const="auto", metavar="NAME",
-        help="with --eval: compare with the published row (default: found by name)")
+    run(
+        "--expect",
+        nargs="?",
+        const="auto",
+        metavar="NAME",
+        help="with --eval: compare with the published row (default: found by name)",
+    )
     return parser
 
 

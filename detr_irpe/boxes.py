@@ -31,6 +31,7 @@ def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
     Returns: ``(n,)``, in ``[-1, 1]``.
     Source: Rezatofighi et al., CVPR 2019, Algorithm 1.
     """
+
     def area(low: Tensor, high: Tensor) -> Tensor:
         return (high - low).clamp(min=0).prod(-1)
 

@@ -11,12 +11,25 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 READABLE_SIDE = 480  # a smaller image is enlarged by a whole factor, so that the labels can be read
-COLOURS = ["#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe",
-           "#008080", "#e6beff"]
+COLOURS = [
+    "#e6194b",
+    "#3cb44b",
+    "#ffe119",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#46f0f0",
+    "#f032e6",
+    "#bcf60c",
+    "#fabebe",
+    "#008080",
+    "#e6beff",
+]
 
 
-def draw_objects(image: Image.Image, boxes: Tensor, category_ids: Sequence[int], labels: Sequence[str],
-                 masks: Tensor | None = None) -> Image.Image:
+def draw_objects(
+    image: Image.Image, boxes: Tensor, category_ids: Sequence[int], labels: Sequence[str], masks: Tensor | None = None
+) -> Image.Image:
     """An image with boxes and labels, each category in its colour.
 
     Args:
@@ -33,8 +46,15 @@ def draw_objects(image: Image.Image, boxes: Tensor, category_ids: Sequence[int],
     if masks is not None:
         enlarged_masks = F.interpolate(masks[:, None].float(), scale_factor=factor, mode="nearest")[:, 0] > 0
         canvas = draw_segmentation_masks(canvas, enlarged_masks, alpha=0.5, colors=colours)
-    canvas = draw_bounding_boxes(canvas, boxes.float().cpu() * factor, list(labels), colors=colours, width=2,
-                                 fill_labels=True, label_colors="black")
+    canvas = draw_bounding_boxes(
+        canvas,
+        boxes.float().cpu() * factor,
+        list(labels),
+        colors=colours,
+        width=2,
+        fill_labels=True,
+        label_colors="black",
+    )
     return to_pil_image(canvas)
 
 
@@ -49,8 +69,9 @@ def side_by_side(*pictures: Image.Image) -> Image.Image:
     return row
 
 
-def draw_attention(image: Image.Image, points: Sequence[tuple[float, float]], maps: Sequence[dict[str, Tensor]],
-                   title: str):
+def draw_attention(
+    image: Image.Image, points: Sequence[tuple[float, float]], maps: Sequence[dict[str, Tensor]], title: str
+):
     """A matplotlib figure: the image with the points, and beside it, for each point, its maps over the image.
 
     Args:

@@ -12,8 +12,16 @@ from irpe_train.steps import Steps
 
 
 def train_one_epoch(
-    model: nn.Module, criterion: nn.Module, steps: Steps, optimizer: torch.optim.Optimizer, precision: Precision, *,
-    meters: MetricLogger, max_norm: float = 0.0, header: str = "", images_per_step: int | None = None,
+    model: nn.Module,
+    criterion: nn.Module,
+    steps: Steps,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    *,
+    meters: MetricLogger,
+    max_norm: float = 0.0,
+    header: str = "",
+    images_per_step: int | None = None,
 ) -> dict[str, float]:
     """Train for the rest of the epoch that ``steps`` is in.
 
@@ -27,8 +35,9 @@ def train_one_epoch(
     """
     model.train()
     criterion.train()
-    for images, targets in meters.log_every(steps, every=10, header=header, start=steps.state.step,
-                                            images_per_step=images_per_step):
+    for images, targets in meters.log_every(
+        steps, every=10, header=header, start=steps.state.step, images_per_step=images_per_step
+    ):
         images, targets = to_device(images, targets, precision.device)
         with precision.autocast():
             outputs = model(images)
@@ -42,8 +51,13 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, criterion: nn.Module, postprocessors: dict[str, nn.Module], loader: EvalLoader,
-    evaluator: CocoEvaluator, panoptic: PanopticEvaluator | None, precision: Precision,
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    loader: EvalLoader,
+    evaluator: CocoEvaluator,
+    panoptic: PanopticEvaluator | None,
+    precision: Precision,
 ) -> dict[str, float]:
     """Run a set through the plain model: losses to the log, detections into the evaluators, for the caller to score.
 

@@ -31,8 +31,10 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.resume)
     trained = checkpoint.get("args")
     if trained is None:
-        raise ValueError(f"{args.resume} does not say how its model was built (no args in it); export a checkpoint "
-                         "that training wrote")
+        raise ValueError(
+            f"{args.resume} does not say how its model was built (no args in it); export a checkpoint "
+            "that training wrote"
+        )
     if trained.masks:
         raise ValueError(f"{args.resume} has a mask head, which is not exported; export the detector it was trained on")
     trained.resume, trained.aux_loss = args.resume, False  # nothing is downloaded; the last decoder layer alone
@@ -43,12 +45,19 @@ def main(args: argparse.Namespace) -> None:
     examples = []
     for batch, height, width in sizes:
         padding = torch.zeros(batch, height, width, dtype=torch.bool)
-        padding[-1, :, width - 16:] = True
+        padding[-1, :, width - 16 :] = True
         examples.append((torch.randn(batch, 3, height, width), padding))
     axes = {"batch": 0, "height": -2, "width": -1}
     dynamic = [{axis % rank: name for name, axis in axes.items()} for rank in (4, 3)]
-    differences = export_model(TensorsInOut(model), examples, args.out, formats=args.formats, dynamic=dynamic,
-                               input_names=["images", "padding"], output_names=["pred_logits", "pred_boxes"])
+    differences = export_model(
+        TensorsInOut(model),
+        examples,
+        args.out,
+        formats=args.formats,
+        dynamic=dynamic,
+        input_names=["images", "padding"],
+        output_names=["pred_logits", "pred_boxes"],
+    )
     for format, difference in differences.items():
         print(f"{format}: any batch and size; largest difference {difference:.1e} of the largest output")
 

@@ -64,14 +64,21 @@ class Targets(list):
     """
 
     def __reduce__(self):
-        arrays = [{name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL else value
-                   for name, value in target.items()} for target in self]
+        arrays = [
+            {
+                name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL else value
+                for name, value in target.items()
+            }
+            for target in self
+        ]
         return _targets_of, (arrays,)
 
 
 def _targets_of(arrays: list[dict]) -> Targets:
-    return Targets({name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                    for name, value in target.items()} for target in arrays)
+    return Targets(
+        {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in target.items()}
+        for target in arrays
+    )
 
 
 def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, Targets]:

@@ -46,8 +46,10 @@ class Detector:
         checkpoint = read_checkpoint(checkpoint_path)
         weights = model_weights(checkpoint, source=checkpoint_path)
         if "args" not in checkpoint:
-            raise BadCheckpoint(f"checkpoint {checkpoint_path} has no 'args': the flags it was trained with say how to "
-                                "build the model. Use one that a training run wrote.")
+            raise BadCheckpoint(
+                f"checkpoint {checkpoint_path} has no 'args': the flags it was trained with say how to "
+                "build the model. Use one that a training run wrote."
+            )
         flags = vars(get_args_parser().parse_args([])) | vars(checkpoint["args"])
         classes = next((len(value) - 1 for key, value in weights.items() if key.endswith("class_embed.bias")), None)
         flags |= {"eval": True, "num_classes": classes, "aux_loss": False}
@@ -90,8 +92,9 @@ def main(args: argparse.Namespace) -> None:
         found = detector(image)
         last_layer.handle.remove()
         found = {name: values[found["scores"] > args.threshold] for name, values in found.items()}
-        picture = draw_objects(image, found["boxes"], found["labels"].tolist(), labels_of(found, detector.names),
-                               found.get("masks"))
+        picture = draw_objects(
+            image, found["boxes"], found["labels"].tolist(), labels_of(found, detector.names), found.get("masks")
+        )
         if truth is not None:
             picture = side_by_side(draw_truth(image, truth, path, detector.names), picture)
         picture.save(args.out / f"{path.stem}.png")
@@ -130,16 +133,23 @@ def read_image(path: Path) -> Image.Image:
 
 def labels_of(found: dict[str, Tensor], names: dict[int, str]) -> list[str]:
     """``"cat 0.97"`` for each object."""
-    return [f"{names.get(label, label)} {score:.2f}"
-            for label, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)]
+    return [
+        f"{names.get(label, label)} {score:.2f}"
+        for label, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    ]
 
 
 def describe(path: Path, image: Image.Image, found: dict[str, Tensor], names: dict[int, str]) -> dict:
     """The detections of one image as plain data; masks as COCO's run-length encoding."""
     objects = [
-        {"category_id": label, "category": names.get(label, str(label)), "score": round(score, 4),
-         "box": [round(x, 2) for x in box]}
-        for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")), strict=True)]
+        {
+            "category_id": label,
+            "category": names.get(label, str(label)),
+            "score": round(score, 4),
+            "box": [round(x, 2) for x in box],
+        }
+        for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")), strict=True)
+    ]
     for entry, mask in zip(objects, found.get("masks", ()), strict=False):
         from pycocotools import mask as coco_mask
 
@@ -195,8 +205,10 @@ def _check_names(images: Sequence[Path]) -> None:
     stems = [path.stem for path in images]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
-        raise ValueError(f"more than one image is called {', '.join(twice)}, and one result would overwrite the other: "
-                         "predict them one folder at a time.")
+        raise ValueError(
+            f"more than one image is called {', '.join(twice)}, and one result would overwrite the other: "
+            "predict them one folder at a time."
+        )
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -206,8 +218,12 @@ def _point(text: str) -> tuple[float, float]:
 
 def get_predict_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe.predict``."""
-    parser = argparse.ArgumentParser("python -m detr_irpe.predict", allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m detr_irpe.predict",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMG", help="image files")
     add("--resume", required=True, metavar="X.pth", help="checkpoint of a training run, or a published one")
@@ -215,8 +231,13 @@ def get_predict_parser() -> argparse.ArgumentParser:
     add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
     add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")
     add("--attention", action="store_true", help="also draw encoder attention and the learned encodings")
-    add("--point", type=_point, action="append", metavar="X,Y",
-        help="pixel to look from, may be repeated (default: the centres of the best detections)")
+    add(
+        "--point",
+        type=_point,
+        action="append",
+        metavar="X,Y",
+        help="pixel to look from, may be repeated (default: the centres of the best detections)",
+    )
     add("--device", default="cuda", help="cuda falls back to the CPU (default cuda)")
     return parser
 

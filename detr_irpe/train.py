@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset, DistributedSampler
 
 from detr_irpe.args import check_args, get_args_parser
-from detr_irpe.check import quick_check
+from detr_irpe.check_data import quick_check
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
 from detr_irpe.data.panoptic import CocoPanoptic
@@ -23,13 +23,13 @@ from irpe_train import card, distributed, zoo
 from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.loader import EvalLoader, TrainLoader
-from irpe_train.metrics import SmoothedValue
+from irpe_train.metrics import SmoothedValue, count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import Preemption
-from irpe_train.randomness import seed_everything
 from irpe_train.run_log import RunLog, banner, changed_flags, record_start
+from irpe_train.seeding import seed_everything
+from irpe_train.state import Checkpoints, TrainState
 from irpe_train.steps import Steps
-from irpe_train.train_state import Checkpoints, TrainState
 
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "args")  # published, in this order
 
@@ -43,20 +43,46 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
     precision = Precision(args.amp, device)
-    differs = changed_flags(get_args_parser(), args, ignore=(
-        "config", "coco_path", "coco_panoptic_path", "output_dir", "device", "num_workers", "resume", "tensorboard"))
+    differs = changed_flags(
+        get_args_parser(),
+        args,
+        ignore=(
+            "config",
+            "coco_path",
+            "coco_panoptic_path",
+            "output_dir",
+            "device",
+            "num_workers",
+            "resume",
+            "tensorboard",
+        ),
+    )
 
     # --- data
     val_set = build_dataset(args, "val2017", eval_transforms(args.image_size))
-    val_loader = EvalLoader(val_set, batch_size=args.eval_batch_size, collate_fn=collate, num_workers=args.num_workers,
-                            pin_memory=device.type == "cuda", name_of=val_set.describe)
+    val_loader = EvalLoader(
+        val_set,
+        batch_size=args.eval_batch_size,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+        name_of=val_set.describe,
+    )
     sets = [val_set]
     if not args.eval:
         transforms = train_transforms if args.augment == "published" else eval_transforms
         train_set = build_dataset(args, "train2017", transforms(args.image_size))
         sampler = DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed)
-        loader = TrainLoader(train_set, sampler, batch_size=args.batch_size, seed=args.seed, collate_fn=collate,
-                             num_workers=args.num_workers, pin_memory=device.type == "cuda", name_of=train_set.describe)
+        loader = TrainLoader(
+            train_set,
+            sampler,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            collate_fn=collate,
+            num_workers=args.num_workers,
+            pin_memory=device.type == "cuda",
+            name_of=train_set.describe,
+        )
         sets.append(train_set)
     if args.num_classes == "auto":
         args.num_classes = number_of_classes(sets, args.dataset_file)
@@ -70,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     start_from(model, args)
     model.to(device)
     criterion.to(device)
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_parameters = count_parameters(model)
     logger.info(f"number of params: {n_parameters}")
 
     # --- evaluate only
@@ -88,28 +114,45 @@ def main(args: argparse.Namespace) -> None:
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
-    state = TrainState(model, optimizer, lr_scheduler, scaler=precision.scaler, epoch=args.start_epoch,
-                       extra={"categories": train_set.categories})
+    state = TrainState(
+        model,
+        optimizer,
+        lr_scheduler,
+        scaler=precision.scaler,
+        epoch=args.start_epoch,
+        extra={"categories": train_set.categories},
+    )
     checkpoints = Checkpoints(args.output_dir, args, CHECKPOINT_KEYS)
     resumed = checkpoints.resume(state, args.resume)
 
     # --- loop
     images_per_step = args.batch_size * distributed.world_size()
     record_start(get_args_parser(), typed)
-    banner("run", {
-        "data": f"{len(train_set)} training and {len(val_set)} validation images, "
-                f"{len(train_set.categories)} categories",
-        "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {args.num_classes} class ids, "
-                 f"{args.amp} asked for and {precision.amp} used",
-        "effective batch": f"{images_per_step * args.accumulate} images an update: {args.batch_size} x "
-                           f"{distributed.world_size()} process(es) x {args.accumulate} accumulated (published: 16)",
-        "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
-        "an epoch": f"{len(loader)} steps, {len(loader) * images_per_step} samples",
-        "not as published": differs})
-    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard,
-                 wandb=args.wandb)
-    steps = Steps(loader, state, checkpoints, seed=args.seed, accumulate=args.accumulate,
-                  save_interval=args.save_interval, max_bad=args.max_bad, preemption=Preemption().install())
+    banner(
+        "run",
+        {
+            "data": f"{len(train_set)} training and {len(val_set)} validation images, "
+            f"{len(train_set.categories)} categories",
+            "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {args.num_classes} class ids, "
+            f"{args.amp} asked for and {precision.amp} used",
+            "effective batch": f"{images_per_step * args.accumulate} images an update: {args.batch_size} x "
+            f"{distributed.world_size()} process(es) x {args.accumulate} accumulated (published: 16)",
+            "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
+            "an epoch": f"{len(loader)} steps, {len(loader) * images_per_step} samples",
+            "not as published": differs,
+        },
+    )
+    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
+    steps = Steps(
+        loader,
+        state,
+        checkpoints,
+        seed=args.seed,
+        accumulate=args.accumulate,
+        save_interval=args.save_interval,
+        max_bad=args.max_bad,
+        preemption=Preemption().install(),
+    )
     state.meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     state.meters.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     began = time.monotonic()
@@ -117,25 +160,45 @@ def main(args: argparse.Namespace) -> None:
         epoch = state.epoch
         if state.train_stats is None:  # else this epoch was stopped between its training and its evaluation
             train_stats = train_one_epoch(
-                wrapped, criterion, steps, optimizer, precision, meters=state.meters, max_norm=args.clip_max_norm,
-                header=f"Epoch: [{epoch}]", images_per_step=images_per_step)
+                wrapped,
+                criterion,
+                steps,
+                optimizer,
+                precision,
+                meters=state.meters,
+                max_norm=args.clip_max_norm,
+                header=f"Epoch: [{epoch}]",
+                images_per_step=images_per_step,
+            )
             lr_scheduler.step()
             kept = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
             steps.finish_training(train_stats, also=(f"checkpoint{epoch:04}.pth",) if kept else ())
         test_stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
         improved = state.best is None or test_stats["coco_eval_bbox"][0] > state.best
         state.best = test_stats["coco_eval_bbox"][0] if improved else state.best
-        log.write({**{f"train_{name}": value for name, value in state.train_stats.items()},
-                   **{f"test_{name}": value for name, value in test_stats.items()},
-                   "epoch": epoch, "n_parameters": n_parameters})
+        log.write(
+            {
+                **{f"train_{name}": value for name, value in state.train_stats.items()},
+                **{f"test_{name}": value for name, value in test_stats.items()},
+                "epoch": epoch,
+                "n_parameters": n_parameters,
+            }
+        )
         write_eval(args.output_dir, curves, ("eval/latest.pth", f"eval/{epoch:03}.pth")[: 1 + (epoch % 50 == 0)])
         state.next_epoch()
         checkpoints.save(state, also=("best.pth",) if improved else ())
     logger.info(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.monotonic() - began))}")
 
 
-def evaluate_only(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, postprocessors: dict,
-                  val_loader: EvalLoader, precision: Precision, n_parameters: int) -> None:
+def evaluate_only(
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: dict,
+    val_loader: EvalLoader,
+    precision: Precision,
+    n_parameters: int,
+) -> None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     source = str(Path(args.output_dir) / Checkpoints.NAME) if args.resume == "auto" else args.resume
     if source:
@@ -153,13 +216,25 @@ def evaluate_only(args: argparse.Namespace, model: nn.Module, criterion: nn.Modu
         names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
         measured = dict(zip(names, stats["coco_eval_bbox"], strict=False)) | {"n_parameters": n_parameters}
         data = [Path(args.coco_path) / "annotations" / "instances_val2017.json"]
-        if not card.expect(args.expect, [args.pretrained, Path(source).stem, args.enc_rpe2d], measured,
-                           checkpoint=source or args.finetune or None, data=data, output_dir=args.output_dir):
+        if not card.expect(
+            args.expect,
+            [args.pretrained, Path(source).stem, args.enc_rpe2d],
+            measured,
+            checkpoint=source or args.finetune or None,
+            data=data,
+            output_dir=args.output_dir,
+        ):
             raise SystemExit(1)
 
 
-def score(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, postprocessors: dict,
-          val_loader: EvalLoader, precision: Precision) -> tuple[dict, dict | None]:
+def score(
+    args: argparse.Namespace,
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: dict,
+    val_loader: EvalLoader,
+    precision: Precision,
+) -> tuple[dict, dict | None]:
     """Evaluate, score and print; returns what ``log.txt`` has after ``test_``, and what ``eval.pth`` holds."""
     annotations = Path(args.coco_path) / "annotations" / "instances_val2017.json"
     evaluator = CocoEvaluator(annotations, [kind for kind in ("bbox", "segm") if kind in postprocessors])

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.train import main
+from irpe_lab.plots import plot_runs
 from irpe_train.config import parse_args
-from irpe_train.plots import plot_runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SPEC = "rpe-1.9-product-ctx-1-k"
@@ -23,9 +23,23 @@ SPEC = "rpe-1.9-product-ctx-1-k"
 
 def deit(data: Path, output_dir: Path, *flags: str) -> None:
     """``python -m deit_irpe`` with the demo's config, in this process."""
-    main(parse_args(get_args_parser(), [
-        "--config", str(REPOSITORY / "configs/deit/demo.yaml"), "--data-path", str(data), "--output_dir",
-        str(output_dir), "--num_workers", "0", "--no-tensorboard", *flags]))
+    main(
+        parse_args(
+            get_args_parser(),
+            [
+                "--config",
+                str(REPOSITORY / "configs/deit/demo.yaml"),
+                "--data-path",
+                str(data),
+                "--output_dir",
+                str(output_dir),
+                "--num_workers",
+                "0",
+                "--no-tensorboard",
+                *flags,
+            ],
+        )
+    )
 
 
 def accuracy(output_dir: Path) -> float:
@@ -39,8 +53,17 @@ parser.add_argument("--epochs", type=int, default=6, help="of each training")
 args = parser.parse_args()
 
 if not args.data.is_dir():
-    subprocess.run([sys.executable, REPOSITORY / "scripts/make_demo_data.py", "--out", args.data.parent, "--task",
-                    "classification"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            REPOSITORY / "scripts/make_demo_data.py",
+            "--out",
+            args.data.parent,
+            "--task",
+            "classification",
+        ],
+        check=True,
+    )
 
 length = ["--epochs", str(args.epochs)]
 deit(args.data, args.out / "plain", "--rpe", "none", *length)
@@ -53,5 +76,7 @@ print(f"(the plain model ended with {accuracy(args.out / 'plain'):.3f})\n")
 deit(args.data, args.out / "with_irpe", "--rpe", SPEC, *start, *length)
 deit(args.data, args.out / "without", "--rpe", "none", *start, *length)
 plot_runs([args.out / "with_irpe", args.out / "without"], args.out / "finetune.png")
-print(f"fine-tuned for {args.epochs} epochs: {accuracy(args.out / 'with_irpe'):.1f}% with the encoding, "
-      f"{accuracy(args.out / 'without'):.1f}% without; curves: {args.out / 'finetune.png'}")
+print(
+    f"fine-tuned for {args.epochs} epochs: {accuracy(args.out / 'with_irpe'):.1f}% with the encoding, "
+    f"{accuracy(args.out / 'without'):.1f}% without; curves: {args.out / 'finetune.png'}"
+)

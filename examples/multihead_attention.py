@@ -22,17 +22,37 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         # nn.TransformerEncoderLayer reads this before it hands our weights to a kernel that knows no encoding.
         self._qkv_same_embed_dim = False
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = False, attn_mask: Tensor | None = None, **_ignored) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        **_ignored,
+    ) -> tuple[Tensor, None]:
         """``(B, L, C)``; query, key and value are the same tokens. Float padding masks, as the encoder makes them,
         are taken as bool."""
         if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
             key_padding_mask = key_padding_mask == -torch.inf
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, D)
-                   for x, weight, bias in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, D)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
         height, width = self.grid or (None, None)
-        out = rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, height=height, width=width,
-                            key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-                            dropout_p=self.dropout if self.training else 0.0)
+        out = rpe_attention(
+            q,
+            k,
+            v,
+            self.rpe_q,
+            self.rpe_k,
+            self.rpe_v,
+            height=height,
+            width=width,
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         return self.out_proj(out.transpose(1, 2).flatten(2)), None

@@ -1,6 +1,6 @@
 """A timm ViT with a class token and four register tokens gains iRPE; the tokens that are no patches share one bucket.
 
-    python examples/timm_registers.py [--pretrained]      # DINOv2's weights, downloaded
+python examples/timm_registers.py [--pretrained]      # DINOv2's weights, downloaded
 """
 
 import argparse
@@ -15,8 +15,13 @@ parser.add_argument("--pretrained", action="store_true")
 args = parser.parse_args()
 
 torch.manual_seed(0)
-model = timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=args.pretrained, img_size=112, depth=12
-                          if args.pretrained else 2, dynamic_img_size=True).eval()
+model = timm.create_model(
+    "vit_small_patch14_reg4_dinov2",
+    pretrained=args.pretrained,
+    img_size=112,
+    depth=12 if args.pretrained else 2,
+    dynamic_img_size=True,
+).eval()
 images = torch.randn(2, 3, 112, 112)
 before = model(images)
 

@@ -1,6 +1,6 @@
 """torchvision's ViT gains iRPE: its blocks are built on nn.MultiheadAttention.
 
-    python examples/torchvision_vit.py
+python examples/torchvision_vit.py
 """
 
 import torch

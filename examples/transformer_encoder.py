@@ -1,6 +1,6 @@
 """nn.TransformerEncoder over feature maps of different sizes, padded to one: the encoding follows the grid.
 
-    python examples/transformer_encoder.py
+python examples/transformer_encoder.py
 """
 
 import torch

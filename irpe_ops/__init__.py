@@ -7,12 +7,4 @@ from irpe_ops.equip import equip
 from irpe_ops.modules import build_rpe
 from irpe_ops.rpe_index import rpe_index
 
-__all__ = [
-    "build_rpe",
-    "equip",
-    "get_bucket_ids_2d",
-    "get_rpe_config",
-    "parse_rpe_spec",
-    "rpe_attention",
-    "rpe_index",
-]
+__all__ = ["build_rpe", "equip", "get_bucket_ids_2d", "get_rpe_config", "parse_rpe_spec", "rpe_attention", "rpe_index"]

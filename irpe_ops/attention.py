@@ -9,7 +9,7 @@ from torch import Tensor
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.modules import IRPE, IRPECross, autocast_dtype, resolve_grid
 
-# What `auto` tries first; each is a file attention_<name>.py with missing(), why_not(call) and attention(call).
+# What `auto` tries first; each is a file backends/<name>.py with missing(), why_not(call) and attention(call).
 FAST_BACKENDS = {"cpu": "compiled", "cuda": "triton"}
 BACKENDS = ("auto", "eager", *FAST_BACKENDS.values())
 
@@ -112,9 +112,9 @@ def missing_backend(name: str) -> str | None:
 def _module_of(name: str):
     # Import statements, not importlib: torch.compile can follow these.
     if name == "compiled":
-        from irpe_ops import attention_compiled as module
+        from irpe_ops.backends import compiled as module
     else:
-        from irpe_ops import attention_triton as module
+        from irpe_ops.backends import triton as module
     return module
 
 

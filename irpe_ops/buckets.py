@@ -157,9 +157,7 @@ def _pair_ids(
     return F.pad(ids, (skip, 0, skip, 0), value=count_buckets(method, centre, skip=0)) if skip else ids
 
 
-def offset_ids(
-    method: str, drow: Tensor, dcol: Tensor, centre: int, bucket_of: Callable[[Tensor], Tensor]
-) -> Tensor:
+def offset_ids(method: str, drow: Tensor, dcol: Tensor, centre: int, bucket_of: Callable[[Tensor], Tensor]) -> Tensor:
     """The bucket of offsets ``(drow, dcol)``, query minus key, int64, that broadcast against each other."""
     if method == "product":
         return (bucket_of(drow) + centre) * (2 * centre + 1) + bucket_of(dcol) + centre

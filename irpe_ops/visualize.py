@@ -3,12 +3,13 @@
     python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --grid 14x14 --query 7,7       buckets around a patch
     python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --checkpoint X.pth             the table of each layer and head
     python -m irpe_ops.visualize rpe-1.9-product-bias-0-k --checkpoint X.pth --query 7,7    what each key is given
-    python -m irpe_ops.visualize --checkpoint X.pth --query 7,7 --image I.png --build deit_irpe.facts:build_model
+    python -m irpe_ops.visualize --checkpoint X.pth --query 7,7 --image I.png --build deit_irpe.model_stats:build_model
 
 A bias is the table itself. A contextual encoding is a product of the table with the patch's own vector: without an
 image its table is drawn as the length of each bucket's vector, and the last form runs the model that PACKAGE:FUNCTION
 makes of the checkpoint's flags (an argparse.Namespace). The figures of Wu et al., ICCV 2021 are such. Needs matplotlib.
 """
+
 import argparse
 import importlib
 import pathlib
@@ -87,8 +88,10 @@ def read_tables(weights: Mapping[str, Tensor]) -> list[Table]:
         if match := TABLE_KEY.fullmatch(key):
             tables.append(Table(match["layer"], match["role"], match["part"], value.float()))
     if not tables:
-        raise ValueError("no relative position encoding in these weights: "
-                         "expected keys like 'blocks.0.attn.rpe_k.lookup_table_weight'")
+        raise ValueError(
+            "no relative position encoding in these weights: "
+            "expected keys like 'blocks.0.attn.rpe_k.lookup_table_weight'"
+        )
     return tables
 
 
@@ -102,8 +105,10 @@ def table_maps(table: Table, config: RPEConfig, height: int, width: int, row: in
     strength = table.strength
     buckets, expected = strength.shape[1], count_buckets(name, 2 * config.ratio, 0)
     if name not in maps or buckets not in (expected, expected + 1):
-        raise ValueError(f"{table.layer}.rpe_{table.role}: a table of {buckets} buckets is not {config.spec} "
-                         f"({expected}, or {expected + 1} with a class token)")
+        raise ValueError(
+            f"{table.layer}.rpe_{table.role}: a table of {buckets} buckets is not {config.spec} "
+            f"({expected}, or {expected + 1} with a class token)"
+        )
     return strength[:, maps[name]]
 
 
@@ -128,9 +133,13 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name, module.role)) for name, module in model.named_modules()
-               if isinstance(module, (IRPE, IRPECross)) and not module.on_values
-               and not name.endswith((".rp_rows", ".rp_cols"))]
+    handles = [
+        module.register_forward_hook(keep(name, module.role))
+        for name, module in model.named_modules()
+        if isinstance(module, (IRPE, IRPECross))
+        and not module.on_values
+        and not name.endswith((".rp_rows", ".rp_cols"))
+    ]
     training = model.training
     try:
         with _eager(model), torch.no_grad():
@@ -141,8 +150,10 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
         for handle in handles:
             handle.remove()
     if not found:
-        raise ValueError("no relative position encoding on queries or keys was called; a model of your own must keep "
-                         "its backend as attn_backend, or call rpe_attention(..., backend='eager')")
+        raise ValueError(
+            "no relative position encoding on queries or keys was called; a model of your own must keep "
+            "its backend as attn_backend, or call rpe_attention(..., backend='eager')"
+        )
     return found
 
 
@@ -160,8 +171,14 @@ def _eager(model: nn.Module):
             layer.attn_backend = backend
 
 
-def draw_maps(rows: Mapping[str, Tensor], path: str | Path, *, title: str, mark: tuple[int, int] | None = None,
-              numbers: bool = False) -> None:
+def draw_maps(
+    rows: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    title: str,
+    mark: tuple[int, int] | None = None,
+    numbers: bool = False,
+) -> None:
     """Save a picture of maps: one row a name, with one scale of colours, and one column a head.
 
     Args:
@@ -205,8 +222,9 @@ def _cells(values: Tensor):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of the module's docstring."""
-    parser = argparse.ArgumentParser("python -m irpe_ops.visualize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m irpe_ops.visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("spec", nargs="?", help="which encoding; default: what the checkpoint's flags say")
     parser.add_argument("--grid", type=_pair("x"), default=(14, 14), metavar="HxW", help="patches (default 14x14)")
     parser.add_argument("--query", type=_pair(","), metavar="ROW,COL", help="the patch that looks (default: middle)")
@@ -230,8 +248,13 @@ def draw(args: argparse.Namespace) -> None:
         if args.spec is None:
             raise ValueError("nothing to draw: give a spec such as rpe-1.9-product-ctx-1-k, or --checkpoint FILE")
         maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
-        draw_maps({name: ids[None] for name, ids in maps.items()}, args.output, mark=query, numbers=True,
-                  title=f"{args.spec}: buckets around patch {row},{col} of {height}x{width}")
+        draw_maps(
+            {name: ids[None] for name, ids in maps.items()},
+            args.output,
+            mark=query,
+            numbers=True,
+            title=f"{args.spec}: buckets around patch {row},{col} of {height}x{width}",
+        )
         return
     weights, flags = read_checkpoint(args.checkpoint)
     if args.image is not None:
@@ -249,8 +272,12 @@ def draw(args: argparse.Namespace) -> None:
     if args.query is None:  # every offset of the grid, around the query in the middle
         height, width = 2 * height - 1, 2 * width - 1
         row, col = height // 2, width // 2
-    rows = {f"{table.layer}.rpe_{table.role}" + (f".{table.part}" if table.part else ""):
-            table_maps(table, replace(config, skip=0), height, width, row, col) for table in tables}
+    rows = {
+        f"{table.layer}.rpe_{table.role}" + (f".{table.part}" if table.part else ""): table_maps(
+            table, replace(config, skip=0), height, width, row, col
+        )
+        for table in tables
+    }
     what = "bias" if config.mode == "bias" else "length of the vector"
     draw_maps(rows, args.output, mark=(row, col), title=f"{spec}: {what} of each offset, layer and head")
 

@@ -2,13 +2,14 @@
 
 import argparse
 
-from .config import add_config_argument
-from .precision import DTYPES
-from .steps import parse_save_interval
+from irpe_train.config import add_config_argument
+from irpe_train.precision import DTYPES
+from irpe_train.steps import parse_save_interval
 
 
-def add_runtime_arguments(parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str,
-                          output_dir: str = "") -> argparse._ArgumentGroup:
+def add_runtime_arguments(
+    parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str, output_dir: str = ""
+) -> argparse._ArgumentGroup:
     """Add the group "run" to ``parser``: where and how to run, resume and log. No word on what is trained.
 
     Args:
@@ -22,26 +23,54 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, *, seed: int, num_wor
     add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
     add("--seed", default=seed, type=int, help=f"of everything random; published default {seed}")
     add("--deterministic", action="store_true", help="the same bits from the same command, at some cost in speed")
-    add("--resume", default="", metavar="auto|PATH|URL",
-        help="go on from a checkpoint; auto: the newest good one in --output_dir, or a new run if there is none")
+    add(
+        "--resume",
+        default="",
+        metavar="auto|PATH|URL",
+        help="go on from a checkpoint; auto: the newest good one in --output_dir, or a new run if there is none",
+    )
     add("--start_epoch", default=0, type=int, metavar="N", help="first epoch of a new run")
     add("--eval", action="store_true", help="evaluate only")
-    add("--num_workers", default=num_workers, type=nonnegative_int, metavar="N",
-        help="data loading processes per process; 0: none")
+    add(
+        "--num_workers",
+        default=num_workers,
+        type=nonnegative_int,
+        metavar="N",
+        help="data loading processes per process; 0: none",
+    )
     add("--amp", default=amp, choices=tuple(DTYPES), help="number format of the model's forward and backward pass")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--accumulate", default=1, type=positive_int, metavar="K", help="batches per update")
-    add("--save-interval", default=None, type=save_interval, metavar="N|Nm",
-        help="also save within an epoch, every N steps or every N minutes (10m)")
-    add("--max-bad", default=0.001, type=fraction, metavar="FRACTION",
-        help="unreadable training images are skipped; more than this fraction of the set stops the run")
-    add("--tensorboard", default=True, action=argparse.BooleanOptionalAction,
-        help="write TensorBoard files too, if it is installed")
+    add(
+        "--save-interval",
+        default=None,
+        type=save_interval,
+        metavar="N|Nm",
+        help="also save within an epoch, every N steps or every N minutes (10m)",
+    )
+    add(
+        "--max-bad",
+        default=0.001,
+        type=fraction,
+        metavar="FRACTION",
+        help="unreadable training images are skipped; more than this fraction of the set stops the run",
+    )
+    add(
+        "--tensorboard",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="write TensorBoard files too, if it is installed",
+    )
     add("--wandb", default="", metavar="PROJECT", help="send the figures to this project of Weights & Biases too")
     add("--world_size", default=1, type=int, help="set by torchrun or SLURM; kept from the published command")
     add("--dist_url", default="env://", help="where the processes meet")
-    add("--dist_timeout", default=600.0, type=positive_float, metavar="SECONDS",
-        help="a process that is missing or silent for so long ends the others")
+    add(
+        "--dist_timeout",
+        default=600.0,
+        type=positive_float,
+        metavar="SECONDS",
+        help="a process that is missing or silent for so long ends the others",
+    )
     return group
 
 

@@ -5,6 +5,7 @@ within the tolerance that ``configs/model_zoo.yaml`` states, the hashes of check
 
     python -m irpe_train.card [NAME ...] [-o logs/cards]     the columns that need no data: parameters, MACs, buckets
 """
+
 import argparse
 import hashlib
 import json
@@ -18,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from .distributed import logger
-from .errors import RunError
-from .run_log import PACKAGES, surroundings
-from .zoo import ROOT, Entry, Zoo, read_zoo, sha256
+from irpe_train.distributed import logger
+from irpe_train.errors import RunError
+from irpe_train.run_log import PACKAGES, surroundings
+from irpe_train.zoo import ROOT, Entry, Zoo, read_zoo, sha256
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,20 @@ def choose(wanted: str, candidates: Iterable[str], zoo: Zoo | None = None) -> st
     for name in candidates:
         if name in zoo.models:
             return name
-    raise ValueError(f"--expect: nothing published is called {' or '.join(candidates) or '(no name)'}; "
-                     f"name the row: --expect NAME, one of {', '.join(zoo.models)}.")
+    raise ValueError(
+        f"--expect: nothing published is called {' or '.join(candidates) or '(no name)'}; "
+        f"name the row: --expect NAME, one of {', '.join(zoo.models)}."
+    )
 
 
 def expect(
-    wanted: str, candidates: Iterable[str], measured: Mapping[str, float], *,
-    checkpoint: str | Path | None = None, data: Iterable[str | Path] = (), output_dir: str | Path | None = None,
+    wanted: str,
+    candidates: Iterable[str],
+    measured: Mapping[str, float],
+    *,
+    checkpoint: str | Path | None = None,
+    data: Iterable[str | Path] = (),
+    output_dir: str | Path | None = None,
 ) -> bool:
     """Print the card of this evaluation, save it as ``card.json`` and ``card.md`` in ``output_dir``, tell if it passed.
 
@@ -107,8 +115,12 @@ def expect(
 
 
 def make_card(
-    name: str, measured: Mapping[str, float], *, checkpoint: str | Path | None = None,
-    data: Iterable[str | Path] = (), zoo: Zoo | None = None,
+    name: str,
+    measured: Mapping[str, float],
+    *,
+    checkpoint: str | Path | None = None,
+    data: Iterable[str | Path] = (),
+    zoo: Zoo | None = None,
 ) -> dict:
     """The card as plain data. See `expect` for the arguments."""
     zoo = zoo or read_zoo()
@@ -131,15 +143,20 @@ def to_markdown(card: Mapping) -> str:
     """The card as Markdown, to print and to keep."""
     rows = ["| figure | here | published | difference | tolerance | |", "|---|---|---|---|---|---|"]
     for line in card["figures"]:
-        here, gap = (("not run", "") if line["here"] is None
-                     else (_number(line["here"]), f"{_rounded(line['difference']):+g}"))
-        rows.append(f"| {line['figure']} | {here} | {_number(line['published'])} | {gap} | {line['tolerance']:g} "
-                    f"| {line['verdict']} |")
+        here, gap = (
+            ("not run", "") if line["here"] is None else (_number(line["here"]), f"{_rounded(line['difference']):+g}")
+        )
+        rows.append(
+            f"| {line['figure']} | {here} | {_number(line['published'])} | {gap} | {line['tolerance']:g} "
+            f"| {line['verdict']} |"
+        )
     facts = [f"* published: {card['source']}; config: `{card['config']}`"]
     checkpoint = card["checkpoint"]
     facts.append("* checkpoint: " + (f"{checkpoint['file']}, sha256 {checkpoint['sha256']}" if checkpoint else "none"))
-    facts += [f"* data: {item['path']}, {item['files']} files, {item['bytes']} bytes, {item['of']} {item['sha256']}"
-              for item in card["data"]]
+    facts += [
+        f"* data: {item['path']}, {item['files']} files, {item['bytes']} bytes, {item['of']} {item['sha256']}"
+        for item in card["data"]
+    ]
     facts.append("* versions: " + ", ".join(f"{name} {version}" for name, version in card["versions"].items()))
     facts.append(f"* hardware: {card['hardware']}")
     missing = sum(line["here"] is None for line in card["figures"])
@@ -170,8 +187,13 @@ def fingerprint(path: Path) -> dict:
             size = os.path.getsize(os.path.join(folder, file))
             digest.update(f"{Path(folder, file).relative_to(path).as_posix()} {size}\n".encode())
             count, total = count + 1, total + size
-    return {"path": path.name, "files": count, "bytes": total, "of": "sha256 of names and sizes",
-            "sha256": digest.hexdigest()}
+    return {
+        "path": path.name,
+        "files": count,
+        "bytes": total,
+        "of": "sha256 of names and sizes",
+        "sha256": digest.hexdigest(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -205,7 +227,7 @@ def count_without_data(entry: Entry) -> dict[str, float]:
 
     Raises: RunError: the package could not build it.
     """
-    command = [sys.executable, "-m", f"{entry.package}.facts", "--config", str(ROOT / entry.config)]
+    command = [sys.executable, "-m", f"{entry.package}.model_stats", "--json", "--config", str(ROOT / entry.config)]
     told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if told.returncode:
         raise RunError(f"{entry.name}: {' '.join(command[1:])} failed: {told.stderr.strip().splitlines()[-1]}")
@@ -215,8 +237,9 @@ def count_without_data(entry: Entry) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Make the cards that need no data. Returns: 1 if one fails."""
-    parser = argparse.ArgumentParser("python -m irpe_train.card", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m irpe_train.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows of configs/model_zoo.yaml (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("logs/cards"), help="folder (default logs/cards)")
     args = parser.parse_args(argv)

@@ -12,14 +12,20 @@ from pathlib import Path
 
 import torch
 
-from .errors import BadCheckpoint, RunError
+from irpe_train.errors import BadCheckpoint, RunError
 
 # The published checkpoints hold a Namespace, and a path in it where submitit ran. Python 3.13 moved the paths' module.
 # All of them become pure paths: data that cannot touch a disk, and that exist on every system.
 SAFE_GLOBALS = [argparse.Namespace] + [
-    (pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
-    for name, pure in (("PosixPath", pathlib.PurePosixPath), ("PurePosixPath", pathlib.PurePosixPath),
-                       ("WindowsPath", pathlib.PureWindowsPath), ("PureWindowsPath", pathlib.PureWindowsPath))]
+    (pure, f"{module}.{name}")
+    for module in ("pathlib", "pathlib._local")
+    for name, pure in (
+        ("PosixPath", pathlib.PurePosixPath),
+        ("PurePosixPath", pathlib.PurePosixPath),
+        ("WindowsPath", pathlib.PureWindowsPath),
+        ("PureWindowsPath", pathlib.PureWindowsPath),
+    )
+]
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -47,7 +53,8 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:
         raise BadCheckpoint(
             f"checkpoint {path}: damaged or truncated ({type(error).__name__}: {_first_line(error)}); "
-            "copy it again or use an earlier one") from error
+            "copy it again or use an earlier one"
+        ) from error
     if not isinstance(contents, dict):
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
     return contents
@@ -77,11 +84,14 @@ def _refuse_bombs(path: Path, size: int) -> None:
 
 
 def _why_refused(error: BaseException) -> str:
-    found = re.search(r"Unsupported (?:global|class|operand)[^\n]*?((?:\w+\.)+\w+)", str(error)) \
-        or re.search(r"GLOBAL ((?:\w+\.)+\w+)", str(error))
+    found = re.search(r"Unsupported (?:global|class|operand)[^\n]*?((?:\w+\.)+\w+)", str(error)) or re.search(
+        r"GLOBAL ((?:\w+\.)+\w+)", str(error)
+    )
     if found:
-        return (f"refused: it holds a reference to {found.group(1)}, which could run code. Nothing was run. "
-                "Only tensors, numbers, text and argparse.Namespace are read.")
+        return (
+            f"refused: it holds a reference to {found.group(1)}, which could run code. Nothing was run. "
+            "Only tensors, numbers, text and argparse.Namespace are read."
+        )
     return f"damaged, or not a checkpoint ({_first_line(error)}); nothing was run"
 
 
@@ -100,8 +110,9 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BadCheckpoint(f"checkpoint {source}: {name} has values that are NaN or infinite; "
-                                "use an earlier checkpoint")
+            raise BadCheckpoint(
+                f"checkpoint {source}: {name} has values that are NaN or infinite; use an earlier checkpoint"
+            )
     return weights
 
 
@@ -115,13 +126,21 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, so
     # Counters of batch norm: published backbones freeze it and have none, checkpoints from elsewhere may.
     weights = {key: value for key, value in weights.items() if key in own or not key.endswith("num_batches_tracked")}
     unexpected = [key for key in weights if key not in own]
-    shapes = [f"{key} {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
-              for key in own if key in weights and own[key].shape != weights[key].shape]
-    problems = [f"{title}: {_some(keys)}" for title, keys in
-                (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)) if keys]
+    shapes = [
+        f"{key} {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and own[key].shape != weights[key].shape
+    ]
+    problems = [
+        f"{title}: {_some(keys)}"
+        for title, keys in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes))
+        if keys
+    ]
     if problems:
-        raise BadCheckpoint(f"checkpoint {source} is of another model than {type(model).__name__} here; "
-                            f"{'; '.join(problems)}. Build the model with the flags it was trained with.")
+        raise BadCheckpoint(
+            f"checkpoint {source} is of another model than {type(model).__name__} here; "
+            f"{'; '.join(problems)}. Build the model with the flags it was trained with."
+        )
     model.load_state_dict(weights)
 
 
@@ -154,8 +173,10 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
         with contextlib.suppress(OSError):
             temporary.unlink()
         kept = previous if previous is not None and not path.exists() else path
-        raise RunError(f"cannot write {path}: {_first_line(error)}. Free some space or choose another --output_dir; "
-                       f"the last good checkpoint is kept: {kept if kept.exists() else 'there was none'}") from error
+        raise RunError(
+            f"cannot write {path}: {_first_line(error)}. Free some space or choose another --output_dir; "
+            f"the last good checkpoint is kept: {kept if kept.exists() else 'there was none'}"
+        ) from error
 
 
 def _link(path: Path, copy: Path) -> None:

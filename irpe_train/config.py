@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import RunError
+from irpe_train.errors import RunError
 
 
 class ConfigError(RunError, ValueError):
@@ -19,8 +19,12 @@ class ConfigError(RunError, ValueError):
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default=None, metavar="FILE.yaml",
-                        help="flags written down, one 'name: value' a line; typed flags win")
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE.yaml",
+        help="flags written down, one 'name: value' a line; typed flags win",
+    )
     parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and end")
 
 
@@ -54,8 +58,10 @@ def read_yaml(path: str | Path) -> dict:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if getattr(event, "tag", None):
-                raise ConfigError(f"--config {path}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "
-                                  "refused: a config is plain names and values")
+                raise ConfigError(
+                    f"--config {path}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "
+                    "refused: a config is plain names and values"
+                )
             if isinstance(event, yaml.AliasEvent):
                 raise ConfigError(f"--config {path}: line {event.start_mark.line + 1}: aliases (*name) are refused")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -116,8 +122,11 @@ def _flags(parser, action, spelling: str, key: str, value, path) -> list[str]:
         positive = [option for option in action.option_strings if not option.startswith("--no-")]
         negative = [option for option in action.option_strings if option.startswith("--no-")]
         # `no-x: true` says what `--no-x` says.
-        return [(negative if spelling in negative else positive)[0]] if value else \
-            [(positive if spelling in negative else negative)[0]]
+        return (
+            [(negative if spelling in negative else positive)[0]]
+            if value
+            else [(positive if spelling in negative else negative)[0]]
+        )
     if action.nargs == 0:
         if not isinstance(value, bool):
             refuse("this is a switch: expected true or false")

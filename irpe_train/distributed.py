@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from .errors import RankLost, RunError
+from irpe_train.errors import RankLost, RunError
 
 logger = logging.getLogger("irpe")
 
@@ -52,13 +52,18 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
         logger.info(f"process {my_rank} of {world}, {backend} at {dist_url}")
         try:
             dist.init_process_group(
-                backend, init_method=dist_url, rank=my_rank, world_size=world,
-                timeout=datetime.timedelta(seconds=timeout))
+                backend,
+                init_method=dist_url,
+                rank=my_rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=timeout),
+            )
             dist.barrier()
         except RuntimeError as error:
             raise RankLost(
                 f"rank {my_rank} of {world}: the others did not come within {timeout:g} s ({_first_line(error)}). "
-                "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE.") from error
+                "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE."
+            ) from error
     return chosen
 
 
@@ -101,12 +106,19 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank} of this machine wants GPU {local_rank}, and there are {torch.cuda.device_count()}: "
-            "start fewer processes (--nproc_per_node), or add --device cpu")
+            "start fewer processes (--nproc_per_node), or add --device cpu"
+        )
     return torch.device("cuda", local_rank)
 
 
-def wrap(model: torch.nn.Module, device: torch.device, *, compile: bool = False, deterministic: bool = False,
-         find_unused_parameters: bool = False) -> torch.nn.Module:
+def wrap(
+    model: torch.nn.Module,
+    device: torch.device,
+    *,
+    compile: bool = False,
+    deterministic: bool = False,
+    find_unused_parameters: bool = False,
+) -> torch.nn.Module:
     """``model`` made ready for training: compiled if asked, in DistributedDataParallel if there are several processes.
 
     The caller keeps ``model`` itself for evaluation, the moving average and checkpoints.
@@ -118,8 +130,10 @@ def wrap(model: torch.nn.Module, device: torch.device, *, compile: bool = False,
     # DistributedDataParallel orders its buckets anew after the first step, unless it looks for unused parameters; a
     # resumed run would sum its first step in another order than the uninterrupted one, and differ in the last bit.
     return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=find_unused_parameters or deterministic)
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters or deterministic,
+    )
 
 
 def gather(value) -> list:
@@ -177,8 +191,17 @@ class lost_ranks_named:
 def speaks_of_a_lost_rank(error: BaseException) -> bool:
     """Whether an error of gloo, nccl or the store is about a peer, and not about this process's own call."""
     text = str(error).lower()
-    signs = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout",
-             "socket", "nccl", "connect() failed")
+    signs = (
+        "connection closed",
+        "connection reset",
+        "connection refused",
+        "broken pipe",
+        "timed out",
+        "timeout",
+        "socket",
+        "nccl",
+        "connect() failed",
+    )
     return world_size() > 1 and any(sign in text for sign in signs)
 
 

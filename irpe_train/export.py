@@ -17,14 +17,25 @@ TOLERANCE = 1e-4
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that both ``deit_irpe.export`` and ``detr_irpe.export`` have."""
     parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint to export")
-    parser.add_argument("--out", required=True, metavar="FILE",
-                        help="where to write; each format puts its own suffix: " + ", ".join(SUFFIX.values()))
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="where to write; each format puts its own suffix: " + ", ".join(SUFFIX.values()),
+    )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="which (default: onnx)")
 
 
-def export_model(model: nn.Module, examples: Sequence[tuple[Tensor, ...]], out: str | Path, *,
-                 formats: Sequence[str], dynamic: Sequence[dict[int, str]], input_names: Sequence[str],
-                 output_names: Sequence[str]) -> dict[str, float]:
+def export_model(
+    model: nn.Module,
+    examples: Sequence[tuple[Tensor, ...]],
+    out: str | Path,
+    *,
+    formats: Sequence[str],
+    dynamic: Sequence[dict[int, str]],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> dict[str, float]:
     """Write ``model`` in each format and run what was written.
 
     Args:
@@ -52,8 +63,13 @@ def export_model(model: nn.Module, examples: Sequence[tuple[Tensor, ...]], out: 
             path.parent.mkdir(parents=True, exist_ok=True)
             if format == "onnx":
                 names = {name: axes for name, axes in zip(input_names, dynamic, strict=True)}
-                torch.onnx.export(program, input_names=list(input_names), output_names=list(output_names),
-                                  dynamic_shapes=names, verbose=False).save(path, external_data=False)
+                torch.onnx.export(
+                    program,
+                    input_names=list(input_names),
+                    output_names=list(output_names),
+                    dynamic_shapes=names,
+                    verbose=False,
+                ).save(path, external_data=False)
                 outputs = _run_onnx(path, input_names, examples)
             elif format == "pt2":
                 torch.export.save(program, path)
@@ -63,8 +79,10 @@ def export_model(model: nn.Module, examples: Sequence[tuple[Tensor, ...]], out: 
                 outputs = [_as_tuple(_reload_safetensors(model, path)(*example)) for example in examples]
             differences[format] = _largest_difference(outputs, expected)
             if not differences[format] <= TOLERANCE:
-                raise ValueError(f"{path}: its outputs differ from the model's by {differences[format]:.1e} of the "
-                                 f"largest; at most {TOLERANCE:g} was expected. Do not use this file.")
+                raise ValueError(
+                    f"{path}: its outputs differ from the model's by {differences[format]:.1e} of the "
+                    f"largest; at most {TOLERANCE:g} was expected. Do not use this file."
+                )
     return differences
 
 
@@ -73,8 +91,10 @@ def _need_packages(format: str) -> None:
 
     missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"--formats {format} needs {', '.join(missing)}: pip install {' '.join(missing)} "
-                          "(or install this project with [export])")
+        raise ImportError(
+            f"--formats {format} needs {', '.join(missing)}: pip install {' '.join(missing)} "
+            "(or install this project with [export])"
+        )
 
 
 def _run_onnx(path: Path, names: Sequence[str], examples: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -104,5 +124,8 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _largest_difference(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> float:
-    return max(((a - b).abs().max() / b.abs().max()).item()
-               for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True))
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item()
+        for one, other in zip(found, expected, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .config import parse_args
-from .distributed import lost_ranks_named
-from .errors import RunError
+from irpe_train.config import parse_args
+from irpe_train.distributed import lost_ranks_named
+from irpe_train.errors import RunError
 
 
-def launch(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
-           argv: list[str] | None = None) -> None:
+def launch(
+    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> None:
     """Parse the flags and run ``main``; what the user can mend ends in one message and exit status 1.
 
     ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
@@ -40,25 +41,32 @@ class SlurmJob:
 
     def __call__(self) -> None:
         import submitit
+
         job = submitit.JobEnvironment()
         # What torchrun would have said; MASTER_ADDR is the first host, the port any that the job id fixes.
-        os.environ.update(RANK=str(job.global_rank), WORLD_SIZE=str(job.num_tasks), LOCAL_RANK=str(job.local_rank),
-                          MASTER_ADDR=job.hostnames[0],
-                          MASTER_PORT=str(20000 + sum(map(ord, job.job_id)) * 37 % 40000))
+        os.environ.update(
+            RANK=str(job.global_rank),
+            WORLD_SIZE=str(job.num_tasks),
+            LOCAL_RANK=str(job.local_rank),
+            MASTER_ADDR=job.hostnames[0],
+            MASTER_PORT=str(20000 + sum(map(ord, job.job_id)) * 37 % 40000),
+        )
         self.args.output_dir = str(self.args.output_dir).replace("%j", str(job.job_id))
         self.main(self.args)
 
     def checkpoint(self, *unused_args, **unused_kwargs):
         """submitit calls this on preemption or timeout, when our own handler has saved: the job to queue again."""
         import submitit
+
         self.args.resume = "auto"
         return submitit.helpers.DelayedSubmission(type(self)(self.main, self.args))
 
     __submitit_checkpoint__ = checkpoint
 
 
-def submit(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
-           argv: list[str] | None = None) -> None:
+def submit(
+    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> None:
     """Queue ``main`` on SLURM with the published flags; the training flags follow on the same line.
 
     Raises: ImportError: submitit is not installed.
@@ -79,8 +87,14 @@ def submit(main: Callable[[argparse.Namespace], None], parser: argparse.Argument
     executor = submitit.AutoExecutor(folder=job_dir, cluster=args.executor, slurm_max_num_timeout=30)
     options = {"slurm_partition": args.partition} if args.partition else {}
     executor.update_parameters(
-        name=parser.prog, nodes=args.nodes, tasks_per_node=args.ngpus, gpus_per_node=args.ngpus if
-        args.device.startswith("cuda") else 0, cpus_per_task=10, timeout_min=args.timeout, **options)
+        name=parser.prog,
+        nodes=args.nodes,
+        tasks_per_node=args.ngpus,
+        gpus_per_node=args.ngpus if args.device.startswith("cuda") else 0,
+        cpus_per_task=10,
+        timeout_min=args.timeout,
+        **options,
+    )
     args.output_dir = args.output_dir or str(job_dir)
     job = executor.submit(SlurmJob(main, args))
     print(f"submitted job {job.job_id}; output in {job_dir}")

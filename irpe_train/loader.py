@@ -12,14 +12,22 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .distributed import logger, rank, world_size
-from .errors import BadData
-from .preemption import obey_parent_alone
-from .randomness import sample_randomness
+from irpe_train.distributed import logger, rank, world_size
+from irpe_train.errors import BadData
+from irpe_train.preemption import obey_parent_alone
+from irpe_train.seeding import sample_randomness
 
 # What decoders raise on damaged files. PIL raises SyntaxError on a broken PNG.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile,
-              tarfile.TarError)
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
 
 
 class TrainLoader:
@@ -35,9 +43,19 @@ class TrainLoader:
         name_of: index to file name, for messages; default: ``dataset.samples[index][0]`` or the index.
     """
 
-    def __init__(self, dataset: Dataset, sampler: Sampler, *, batch_size: int, seed: int, drop_last: bool = True,
-                 collate_fn: Callable = default_collate, num_workers: int = 0, pin_memory: bool = False,
-                 name_of: Callable[[int], str] | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        *,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = True,
+        collate_fn: Callable = default_collate,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        name_of: Callable[[int], str] | None = None,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: expected 1 or more images per process")
         self.dataset, self.sampler, self.batch_size, self.seed = dataset, sampler, batch_size, seed
@@ -45,12 +63,20 @@ class TrainLoader:
         self.bad: dict[str, str] = {}
         self._order = _Order(sampler, batch_size, seed, drop_last)
         if len(self._order) == 0:
-            raise ValueError(f"{len(sampler)} training samples per process and epoch do not fill one batch of "
-                             f"{batch_size}: lower the batch size or add images")
+            raise ValueError(
+                f"{len(sampler)} training samples per process and epoch do not fill one batch of "
+                f"{batch_size}: lower the batch size or add images"
+            )
         self._loader = DataLoader(
-            _SeededDataset(dataset, seed, rank(), world_size(), self.name_of), batch_sampler=self._order,
-            collate_fn=_CollateAndReport(collate_fn), num_workers=num_workers, pin_memory=pin_memory,
-            persistent_workers=num_workers > 0, worker_init_fn=obey_parent_alone, generator=torch.Generator())
+            _SeededDataset(dataset, seed, rank(), world_size(), self.name_of),
+            batch_sampler=self._order,
+            collate_fn=_CollateAndReport(collate_fn),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=obey_parent_alone,
+            generator=torch.Generator(),
+        )
 
     def __len__(self) -> int:
         """Steps in a whole epoch."""
@@ -68,8 +94,10 @@ class TrainLoader:
                     logger.warning(f"unreadable training image, its neighbour was taken: {name} ({reason})")
                 self.bad[name] = reason
             if batch is None:
-                raise BadData(f"{len(bad)} training images in a row are unreadable, the last: {bad[-1][0]} "
-                              f"({bad[-1][1]}). Mend or remove them.")
+                raise BadData(
+                    f"{len(bad)} training images in a row are unreadable, the last: {bad[-1][0]} "
+                    f"({bad[-1][1]}). Mend or remove them."
+                )
             yield batch
 
     def samples(self, step: int) -> list[str]:
@@ -88,18 +116,32 @@ class EvalLoader:
     Raises: BadData: on an unreadable image, with its name.
     """
 
-    def __init__(self, dataset: Dataset, *, batch_size: int, collate_fn: Callable = default_collate,
-                 num_workers: int = 0, pin_memory: bool = False, shard: bool = True,
-                 name_of: Callable[[int], str] | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        collate_fn: Callable = default_collate,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        shard: bool = True,
+        name_of: Callable[[int], str] | None = None,
+    ):
         if batch_size < 1:
             raise ValueError(f"evaluation batch size {batch_size}: expected 1 or more images")
         self.dataset, self.batch_size = dataset, batch_size
         first, stride = (rank(), world_size()) if shard else (0, 1)
         self.indices = list(range(first, len(dataset), stride))
         self._loader = DataLoader(
-            _NamedDataset(dataset, name_of or _namer(dataset)), batch_size=batch_size, sampler=self.indices,
-            collate_fn=_CollateAndReport(collate_fn), num_workers=num_workers, pin_memory=pin_memory,
-            worker_init_fn=obey_parent_alone, generator=torch.Generator())
+            _NamedDataset(dataset, name_of or _namer(dataset)),
+            batch_size=batch_size,
+            sampler=self.indices,
+            collate_fn=_CollateAndReport(collate_fn),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=obey_parent_alone,
+            generator=torch.Generator(),
+        )
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -108,8 +150,10 @@ class EvalLoader:
         for batch, bad in self._loader:
             if bad:
                 name, reason = bad[0]
-                raise BadData(f"evaluation cannot read {name} ({reason}). Every image counts, so none is skipped: "
-                              "mend or remove this file.")
+                raise BadData(
+                    f"evaluation cannot read {name} ({reason}). Every image counts, so none is skipped: "
+                    "mend or remove this file."
+                )
             yield batch
 
 
@@ -134,7 +178,7 @@ class _Order(Sampler):
 
     def batch(self, step: int) -> list[tuple[int, int, int]]:
         first = step * self.batch_size
-        return [(self.epoch, first + k, i) for k, i in enumerate(self.indices[first:first + self.batch_size])]
+        return [(self.epoch, first + k, i) for k, i in enumerate(self.indices[first : first + self.batch_size])]
 
     def __iter__(self):
         for step in range(self.start, len(self)):

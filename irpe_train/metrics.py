@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .distributed import gather, is_main, logger
+from irpe_train.distributed import gather, is_main, logger
 
 
 class SmoothedValue:
@@ -56,8 +56,9 @@ class SmoothedValue:
         self.total, self.count = 0.0, 0
 
     def __str__(self) -> str:
-        return self.fmt.format(median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max,
-                               value=self.value)
+        return self.fmt.format(
+            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
+        )
 
 
 class MetricLogger:
@@ -113,8 +114,16 @@ class MetricLogger:
             meter.reset()
 
     def state_dict(self) -> dict:
-        return {name: {"total": meter.total, "count": meter.count, "window": list(meter.window),
-                       "window_size": meter.window.maxlen, "fmt": meter.fmt} for name, meter in self.meters.items()}
+        return {
+            name: {
+                "total": meter.total,
+                "count": meter.count,
+                "window": list(meter.window),
+                "window_size": meter.window.maxlen,
+                "fmt": meter.fmt,
+            }
+            for name, meter in self.meters.items()
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self._pending.clear()
@@ -127,8 +136,15 @@ class MetricLogger:
     def __str__(self) -> str:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items() if meter.count)
 
-    def log_every(self, iterable: Iterable, *, every: int = 10, header: str = "", start: int = 0,
-                  images_per_step: int | None = None) -> Iterator:
+    def log_every(
+        self,
+        iterable: Iterable,
+        *,
+        every: int = 10,
+        header: str = "",
+        start: int = 0,
+        images_per_step: int | None = None,
+    ) -> Iterator:
         """Yield from ``iterable`` and report: a moving bar on a terminal, else a line every ``every`` steps.
 
         Args:
@@ -163,15 +179,25 @@ class MetricLogger:
         images = f"{speed:.0f} img/s" if speed else ""
         if bar:
             filled = 20 * (step + 1) // total
-            few = "  ".join(f"{name} {meter.avg:.4g}" for name, meter in self.meters.items()
-                            if meter.count and name in ("loss", "lr", "class_error", "acc1"))
+            few = "  ".join(
+                f"{name} {meter.avg:.4g}"
+                for name, meter in self.meters.items()
+                if meter.count and name in ("loss", "lr", "class_error", "acc1")
+            )
             text = f"{header} [{'#' * filled}{'.' * (20 - filled)}] {step + 1}/{total}  {few}  {images}  eta {eta}"
             sys.stdout.write(f"\r\x1b[2K{text}")
             sys.stdout.flush()
             return
         width = len(str(total))
-        parts = [f"{header} [{step:{width}d}/{total}]", f"eta: {eta}", str(self), images, f"time: {step_time}",
-                 f"data: {data_time}", f"max mem: {_memory_mb():.0f}"]
+        parts = [
+            f"{header} [{step:{width}d}/{total}]",
+            f"eta: {eta}",
+            str(self),
+            images,
+            f"time: {step_time}",
+            f"data: {data_time}",
+            f"max mem: {_memory_mb():.0f}",
+        ]
         logger.info("  ".join(part for part in parts if part))
 
 
@@ -185,3 +211,8 @@ def _memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Trainable parameters, as ``log.txt`` has them."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

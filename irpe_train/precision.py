@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from .distributed import logger
-from .steps import Steps
+from irpe_train.distributed import logger
+from irpe_train.steps import Steps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
@@ -32,8 +32,16 @@ class Precision:
         """The context for the model's forward pass; losses that must stay in fp32 leave it again."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.amp], enabled=self.amp != "none")
 
-    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], *,
-             steps: Steps, terms: dict | None = None, clip: float | None = None) -> bool:
+    def step(
+        self,
+        loss: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[torch.nn.Parameter],
+        *,
+        steps: Steps,
+        terms: dict | None = None,
+        clip: float | None = None,
+    ) -> bool:
         """Backward, and at the end of an accumulation group the update.
 
         Args:

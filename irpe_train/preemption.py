@@ -10,8 +10,8 @@ import signal
 import threading
 import time
 
-from .distributed import logger
-from .errors import Preempted
+from irpe_train.distributed import logger
+from irpe_train.errors import Preempted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
@@ -54,8 +54,10 @@ class Preemption:
             before(self.signal, None)  # rank 0 leaves here under submitit, once the job is queued again
             time.sleep(20)  # the others must not be the first to leave: SLURM may then kill rank 0 in mid-request
         with contextlib.suppress(RuntimeError):  # a handler that interrupts a print cannot print
-            logger.warning(f"stopped by {signal.Signals(self.signal or signal.SIGTERM).name}; the same command with "
-                           "--resume auto goes on")
+            logger.warning(
+                f"stopped by {signal.Signals(self.signal or signal.SIGTERM).name}; the same command with "
+                "--resume auto goes on"
+            )
         raise Preempted
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .config import write_config
-from .distributed import is_main, logger, world_size
+from irpe_train.config import write_config
+from irpe_train.distributed import is_main, logger, world_size
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
 
@@ -33,8 +33,7 @@ class RunLog:
     Raises: ImportError: ``wandb`` is asked for and not installed.
     """
 
-    def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True,
-                 wandb: str = ""):
+    def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True, wandb: str = ""):
         self.path = Path(output_dir) / "log.txt" if str(output_dir) and is_main() else None
         self._board = self._wandb = None
         if self.path is None:
@@ -137,9 +136,17 @@ def surroundings() -> dict:
             versions[package] = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(), "command": sys.argv,
-        "world_size": world_size(), "python": platform.python_version(), **versions, "cuda": torch.version.cuda,
-        "gpus": gpus, "cpus": os.cpu_count(), "platform": platform.platform(), "git": git_state(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "world_size": world_size(),
+        "python": platform.python_version(),
+        **versions,
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "git": git_state(),
     }
 
 
@@ -147,9 +154,12 @@ def git_state() -> str:
     """The checked-out commit of this source tree and whether files differ from it; ``unknown`` outside of git."""
     folder = Path(__file__).resolve().parent
     try:
+
         def git(*words):
-            return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True,
-                                  timeout=10).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+
         return git("rev-parse", "HEAD") + (" with local changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -163,7 +173,9 @@ def banner(title: str, rows: dict) -> None:
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, ignore: tuple[str, ...] = ()) -> str:
     """``name=value (published: default)`` of each flag that is not at its default, for the banner."""
-    changed = [f"{action.dest}={getattr(args, action.dest)} (published: {action.default})" for action in parser._actions
-               if action.dest not in ignore and hasattr(args, action.dest)
-               and getattr(args, action.dest) != action.default]
+    changed = [
+        f"{action.dest}={getattr(args, action.dest)} (published: {action.default})"
+        for action in parser._actions
+        if action.dest not in ignore and hasattr(args, action.dest) and getattr(args, action.dest) != action.default
+    ]
     return ", ".join(dict.fromkeys(changed)) or "nothing"

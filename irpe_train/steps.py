@@ -9,12 +9,12 @@ import time
 import torch
 import torch.distributed as dist
 
-from .distributed import gather, is_main, lost_ranks_named, rank, world_size
-from .errors import BadData, NonFiniteLoss
-from .loader import TrainLoader
-from .preemption import Preemption
-from .randomness import mix, seed_step
-from .train_state import Checkpoints, TrainState
+from irpe_train.distributed import gather, is_main, lost_ranks_named, rank, world_size
+from irpe_train.errors import BadData, NonFiniteLoss
+from irpe_train.loader import TrainLoader
+from irpe_train.preemption import Preemption
+from irpe_train.seeding import mix, seed_step
+from irpe_train.state import Checkpoints, TrainState
 
 # What the ranks tell each other at every step, in one all-reduce (sum) of four numbers.
 NOT_FINITE, STOP, SAVE, BAD_SAMPLES = range(4)
@@ -45,9 +45,18 @@ class Steps:
         preemption: installed signal handlers; None to be deaf to signals.
     """
 
-    def __init__(self, loader: TrainLoader, state: TrainState, checkpoints: Checkpoints, *, seed: int,
-                 accumulate: int = 1, save_interval: str | None = None, max_bad: float = 0.001,
-                 preemption: Preemption | None = None):
+    def __init__(
+        self,
+        loader: TrainLoader,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        *,
+        seed: int,
+        accumulate: int = 1,
+        save_interval: str | None = None,
+        max_bad: float = 0.001,
+        preemption: Preemption | None = None,
+    ):
         if accumulate < 1:
             raise ValueError(f"--accumulate {accumulate}: expected 1 or more batches per update")
         self.loader, self.state, self.checkpoints = loader, state, checkpoints
@@ -95,8 +104,9 @@ class Steps:
         """
         self._loss, self._lr = loss.detach(), lr
         self._terms = {name: torch.as_tensor(value).detach() for name, value in terms.items()}
-        message = torch.tensor([0.0, self.preemption.signal is not None, self._save_is_due(), len(self.loader.bad)],
-                               dtype=torch.float32).to(loss.device, non_blocking=True)
+        message = torch.tensor(
+            [0.0, self.preemption.signal is not None, self._save_is_due(), len(self.loader.bad)], dtype=torch.float32
+        ).to(loss.device, non_blocking=True)
         message[NOT_FINITE] = (~self._loss.isfinite().all()).float()
         with lost_ranks_named("step"):
             work = dist.all_reduce(message, async_op=True) if world_size() > 1 else None
@@ -169,7 +179,10 @@ class Steps:
     def _stop_for_nonfinite_loss(self) -> None:
         state = self.state
         report = {
-            "epoch": state.epoch, "step": state.step, "rank": rank(), "lr": self._lr,
+            "epoch": state.epoch,
+            "step": state.step,
+            "rank": rank(),
+            "lr": self._lr,
             "finite": bool(self._loss.isfinite().all()),
             "terms": {name: float(value) for name, value in self._terms.items()},
             "samples": self.loader.samples(state.step),
@@ -185,7 +198,8 @@ class Steps:
         raise NonFiniteLoss(
             f"loss is not finite on rank {', '.join(str(r['rank']) for r in guilty)} at epoch {state.epoch}, step "
             f"{state.step}: {_terms(guilty[0]['terms'])}, lr {self._lr:g}. The weights were not changed ({where}). "
-            "Try a lower --lr, gradient clipping, or --amp none; --resume auto goes on from the last checkpoint.")
+            "Try a lower --lr, gradient clipping, or --amp none; --resume auto goes on from the last checkpoint."
+        )
 
     def _stop_if_too_many_are_bad(self) -> None:
         self._bad_looked_at = self._agreed[BAD_SAMPLES]
@@ -193,8 +207,10 @@ class Steps:
         allowed = self.max_bad * len(self.loader.dataset)
         if len(bad) > allowed:
             some = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:5])
-            raise BadData(f"{len(bad)} of {len(self.loader.dataset)} training images are unreadable, and --max-bad "
-                          f"{self.max_bad:g} allows {int(allowed)}: {some}. Mend or remove them, or raise --max-bad.")
+            raise BadData(
+                f"{len(bad)} of {len(self.loader.dataset)} training images are unreadable, and --max-bad "
+                f"{self.max_bad:g} allows {int(allowed)}: {some}. Mend or remove them, or raise --max-bad."
+            )
 
 
 def _terms(terms: dict) -> str:

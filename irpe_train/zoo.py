@@ -5,6 +5,7 @@
     python -m irpe_train.zoo                    list the zoo and what is already here
     python -m irpe_train.zoo NAME|all           fetch into the torch hub cache, print the paths
 """
+
 import argparse
 import fcntl
 import hashlib
@@ -69,8 +70,10 @@ class Zoo:
         for entry in self.models.values():
             if Path(name).resolve() == ROOT / entry.config:
                 return entry
-        raise ValueError(f"model zoo: no published checkpoint {name!r}; expected one of {', '.join(self.models)}, "
-                         "or the config of one.")
+        raise ValueError(
+            f"model zoo: no published checkpoint {name!r}; expected one of {', '.join(self.models)}, "
+            "or the config of one."
+        )
 
 
 def read_zoo(path: Path = ZOO_FILE) -> Zoo:
@@ -137,7 +140,7 @@ def verify(path: Path, entry: Entry) -> None:
         raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. Delete it, fetch again.")
     if entry.sha256 is not None and (found := sha256(path)) != entry.sha256:
         raise ValueError(f"{path}: sha256 {found}, expected {entry.sha256} for {entry.name}. Delete it, fetch again.")
-    from .checkpoint import model_weights, read_checkpoint
+    from irpe_train.checkpoint import model_weights, read_checkpoint
 
     weights = model_weights(read_checkpoint(path), source=path)
     if len(weights) != entry.entries:
@@ -203,8 +206,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         entries = [zoo.find(name) for name in names]  # every name before the first byte
         for entry in entries:
-            print((args.folder or cache_folder()) / entry.file if args.where else
-                  fetch(entry.name, folder=args.folder, zoo=zoo))
+            print(
+                (args.folder or cache_folder()) / entry.file
+                if args.where
+                else fetch(entry.name, folder=args.folder, zoo=zoo)
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -4,6 +4,7 @@ pip builds in an isolated environment, where the installed torch is out of sight
 ``build-system.requires`` would fetch another one, gigabytes of it, and a library built against it may not load into the
 installed one. So this backend puts the site-packages of the running interpreter back at the *end* of the search path.
 """
+
 import importlib.util
 import os
 import site

@@ -6,6 +6,7 @@ CUDA_HOME      the toolkit; /usr/local/cuda is found by itself
 IRPE_CXXFLAGS  more flags for the C++ compiler, after ours: "-O1 -g -fsanitize=address"
 TORCH_CUDA_ARCH_LIST   default: the GPUs present, "8.0;9.0" where there is none
 """
+
 import os
 import sys
 from pathlib import Path
@@ -59,29 +60,48 @@ def extension() -> setuptools.Extension:
     reason = why_no_cuda()
     if reason and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"rpe_ops_cuda: FORCE_CUDA=1, but the CUDA code cannot be built: {reason}")
-    print(f"rpe_ops_cuda: building for CPU only ({reason})" if reason else
-          f"rpe_ops_cuda: building for CPU and CUDA ({cuda_home()})", file=sys.stderr)
+    print(
+        f"rpe_ops_cuda: building for CPU only ({reason})"
+        if reason
+        else f"rpe_ops_cuda: building for CPU and CUDA ({cuda_home()})",
+        file=sys.stderr,
+    )
     if not reason:  # before the import below, which looks for the toolkit once
         os.environ["CUDA_HOME"] = str(cuda_home())
     from torch.utils import cpp_extension
 
     # -fopenmp: at::parallel_for is a header template and would run on one thread without it.
     # -ffp-contract=fast: a * b + c is one fused instruction where the machine has one.
-    cxx = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0",
-           *os.environ.get("IRPE_CXXFLAGS", "").split()]
+    cxx = [
+        "-O3",
+        "-fopenmp",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wno-psabi",
+        "-g0",
+        *os.environ.get("IRPE_CXXFLAGS", "").split(),
+    ]
     if reason:
-        return cpp_extension.CppExtension("rpe_ops_cuda._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
-                                          include_dirs=[str(ROOT / "csrc")],
-                                          extra_compile_args={"cxx": cxx}, extra_link_args=["-fopenmp"])
+        return cpp_extension.CppExtension(
+            "rpe_ops_cuda._C",
+            sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=["-fopenmp"],
+        )
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
-    return cpp_extension.CUDAExtension("rpe_ops_cuda._C",
-                                       sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
-                                       include_dirs=[str(ROOT / "csrc")],
-                                       define_macros=[("IRPE_WITH_CUDA", None)],
-                                       extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]}, extra_link_args=["-fopenmp"])
+    return cpp_extension.CUDAExtension(
+        "rpe_ops_cuda._C",
+        sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("IRPE_WITH_CUDA", None)],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+        extra_link_args=["-fopenmp"],
+    )
 
 
 def build_ext():

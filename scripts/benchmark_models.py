@@ -48,8 +48,10 @@ def detr(name: str, batch: int, device: torch.device) -> tuple[dict[str, nn.Modu
     models = {"none": plain}
     for on in ENCODED:
         models[on] = detr_irpe.build_model(parser.parse_args([*flags, "--enc_rpe2d", f"rpe-2.0-product-ctx-1-{on}"]))[0]
-    targets = [{"labels": torch.randint(1, 91, (10,), device=device),
-                "boxes": torch.rand(10, 4, device=device) * 0.4 + 0.1} for _ in range(batch)]
+    targets = [
+        {"labels": torch.randint(1, 91, (10,), device=device), "boxes": torch.rand(10, 4, device=device) * 0.4 + 0.1}
+        for _ in range(batch)
+    ]
 
     def loss_of(outputs: dict) -> Tensor:
         losses = criterion(outputs, targets)
@@ -65,8 +67,9 @@ def set_tables(model: nn.Module, std: float) -> None:
             nn.init.normal_(parameter, std=std)
 
 
-def training_step(model: nn.Module, images: Tensor, loss_of: Callable, dtype: torch.dtype,
-                  deterministic: bool = False) -> Callable:
+def training_step(
+    model: nn.Module, images: Tensor, loss_of: Callable, dtype: torch.dtype, deterministic: bool = False
+) -> Callable:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:

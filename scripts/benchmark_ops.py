@@ -91,13 +91,27 @@ def benchmark_lookup(bench: Bench, shape: str, dtype_name: str) -> None:
     sums = torch.zeros_like(input, dtype=torch.float64).scatter_add_(-1, expanded, output.double())
     check("rpe_index_adjoint", rpe_index_adjoint(output, ids, buckets), sums, 32 * torch.finfo(dtype).eps)
     with torch.no_grad():
-        bench.compare("lookup forward", shape, dtype_name, "clone", {
-            "ours": lambda: rpe_index(input, ids), "clone": output.clone, "gather": lambda: input.gather(-1, expanded),
-        })
-        bench.compare("lookup backward", shape, dtype_name, "scatter_add", {
-            "ours": lambda: rpe_index_adjoint(output, ids, buckets),
-            "scatter_add": lambda: torch.zeros_like(input).scatter_add(-1, expanded, output),
-        })
+        bench.compare(
+            "lookup forward",
+            shape,
+            dtype_name,
+            "clone",
+            {
+                "ours": lambda: rpe_index(input, ids),
+                "clone": output.clone,
+                "gather": lambda: input.gather(-1, expanded),
+            },
+        )
+        bench.compare(
+            "lookup backward",
+            shape,
+            dtype_name,
+            "scatter_add",
+            {
+                "ours": lambda: rpe_index_adjoint(output, ids, buckets),
+                "scatter_add": lambda: torch.zeros_like(input).scatter_add(-1, expanded, output),
+            },
+        )
 
 
 def benchmark_attention(bench: Bench, shape: str, dtype_name: str) -> None:

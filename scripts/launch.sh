@@ -135,6 +135,6 @@ ablate() {
     esac
     shift 2
     [[ -n "${DATA:-}" ]] || fail "where is the data? DATA=DIR $(basename "$0") $which ..."
-    exec "$PYTHON" -m irpe_train.ablate "$ROOT/configs/ablation/${which}_$kind.yaml" --set "$flag=$DATA" \
+    exec "$PYTHON" -m irpe_lab.ablate "$ROOT/configs/ablation/${which}_$kind.yaml" --set "$flag=$DATA" \
         ${DRY_RUN:+--dry-run} "$@"
 }

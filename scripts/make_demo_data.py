@@ -27,8 +27,9 @@ def write_digits(folder: Path) -> dict[str, int]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise SystemExit("make_demo_data.py needs scikit-learn, which carries the images: "
-                         "pip install scikit-learn") from None
+        raise SystemExit(
+            "make_demo_data.py needs scikit-learn, which carries the images: pip install scikit-learn"
+        ) from None
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from irpe_lab.plots import plot_runs  # noqa: E402
 from irpe_train.errors import RunError  # noqa: E402
-from irpe_train.plots import plot_runs  # noqa: E402
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

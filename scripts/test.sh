@@ -19,6 +19,7 @@ say "which backends are here"
 
 say "style"
 "$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
 
 say "tests"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -13,6 +13,7 @@ ALLOWED = {
     "irpe_train": set(),
     "deit_irpe": {"irpe_ops", "irpe_train"},
     "detr_irpe": {"irpe_ops", "irpe_train"},
+    "irpe_lab": {"irpe_ops", "irpe_train", "deit_irpe", "detr_irpe"},
 }
 
 
@@ -40,7 +41,7 @@ def test_imports_point_down(package):
 def test_the_torch_only_package_imports_nothing_else():
     """``irpe_ops`` can be lifted out: torch alone at import time; triton in one file of kernels, imported when used."""
     top_level = set()
-    for path in set((REPO / "irpe_ops").rglob("*.py")) - {REPO / "irpe_ops" / "triton_kernels.py"}:
+    for path in set((REPO / "irpe_ops").rglob("*.py")) - {REPO / "irpe_ops" / "backends" / "triton_kernels.py"}:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):
                 top_level.update(alias.name.split(".")[0] for alias in node.names)

@@ -8,15 +8,7 @@ from torch import Tensor, nn
 import deit_irpe
 import detr_irpe
 from deit_irpe.convert import convert
-from irpe_ops import (
-    build_rpe,
-    equip,
-    get_bucket_ids_2d,
-    get_rpe_config,
-    parse_rpe_spec,
-    rpe_attention,
-    rpe_index,
-)
+from irpe_ops import build_rpe, equip, get_bucket_ids_2d, get_rpe_config, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_train.checkpoint import model_weights, read_checkpoint
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detr_irpe.data.packed import Packed
+from detr_irpe.data.packed_strings import PackedStrings
 
 
 def read_json(path: Path) -> dict:
@@ -53,7 +53,7 @@ class Annotations:
             raise ValueError(f"{path}: no 'categories'; without them the classes have neither ids nor names")
 
         self.image_ids = _shared([image["id"] for image in images], np.int64, path, "image id")
-        self.names = Packed(str(_field(image, "file_name", "image", path)).encode() for image in images)
+        self.names = PackedStrings(str(_field(image, "file_name", "image", path)).encode() for image in images)
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in images]
         self.sizes = _shared(sizes, np.int64, path, "image height and width", columns=2)
 
@@ -76,7 +76,7 @@ class Annotations:
         self.area = _shared(area, np.float32, path, "area")
         self._segmentations = None
         if with_masks:
-            self._segmentations = Packed(
+            self._segmentations = PackedStrings(
                 json.dumps(_field(o, "segmentation", "annotation", path), separators=(",", ":")).encode()
                 for o in objects
             )

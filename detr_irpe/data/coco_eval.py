@@ -58,8 +58,11 @@ class CocoEvaluator:
         for image_id, found in predictions.items():
             corners = found["boxes"].float().cpu()
             boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-            packed = {"boxes": boxes.numpy(), "scores": found["scores"].float().cpu().numpy(),
-                      "labels": found["labels"].cpu().numpy()}
+            packed = {
+                "boxes": boxes.numpy(),
+                "scores": found["scores"].float().cpu().numpy(),
+                "labels": found["labels"].cpu().numpy(),
+            }
             if "segm" in self.iou_types:
                 packed["masks"] = encode_masks(found["masks"][:, 0])
             self._detections[image_id] = packed
@@ -123,12 +126,14 @@ def _scoring_library(name: str) -> tuple[type, type]:
     if name != "pycocotools":
         try:
             from faster_coco_eval import COCO, COCOeval_faster
+
             return COCO, COCOeval_faster
         except ImportError as error:
             if name != "auto":
                 raise ImportError("COCO scoring by faster-coco-eval: pip install faster-coco-eval") from error
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
     return COCO, COCOeval
 
 

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from detr_irpe.data.packed import Packed
-from irpe_train.archives import check_archive
+from detr_irpe.data.archives import check_archive
+from detr_irpe.data.packed_strings import PackedStrings
 from irpe_train.errors import BadData
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
@@ -26,7 +26,7 @@ class FolderImages:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
-        self._names = Packed(os.fsencode(_checked_name(name, folder)) for name in names)
+        self._names = PackedStrings(os.fsencode(_checked_name(name, folder)) for name in names)
         present = {entry.name for entry in os.scandir(folder)}
         self.missing = [
             name for name in names if name not in present and ("/" not in name or not (folder / name).is_file())
@@ -54,7 +54,7 @@ class ZipImages:
 
     def __init__(self, archive: Path, names: Sequence[str]) -> None:
         self.path = archive
-        self._names = Packed(_checked_name(name, archive).encode() for name in names)
+        self._names = PackedStrings(_checked_name(name, archive).encode() for name in names)
         members = _members(archive)
         self.missing = [name for name in names if name not in members]
         places = [members.get(name, (-1, 0, 0, 0, 0)) for name in names]

@@ -14,7 +14,7 @@ from torchvision.ops import masks_to_boxes
 from detr_irpe.data.annotations import read_json
 from detr_irpe.data.coco import raise_if_missing, read_image
 from detr_irpe.data.image_files import open_images
-from detr_irpe.data.packed import Packed
+from detr_irpe.data.packed_strings import PackedStrings
 from detr_irpe.data.transforms import drop_empty_boxes
 from detr_irpe.models.postprocess import decode_ids
 
@@ -47,7 +47,7 @@ class CocoPanoptic(Dataset):
             of_images = [annotations[image["id"]] for image in images]
             self.categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
             self.things = {int(c["id"]) for c in content["categories"] if c["isthing"]}
-            self._segments = Packed(json.dumps(entry["segments_info"]).encode() for entry in of_images)
+            self._segments = PackedStrings(json.dumps(entry["segments_info"]).encode() for entry in of_images)
             names = [str(image["file_name"]) for image in images], [str(entry["file_name"]) for entry in of_images]
         except KeyError as error:
             raise ValueError(f"{path}: not a panoptic annotation file ({error} is missing)") from error

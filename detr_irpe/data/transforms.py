@@ -29,11 +29,13 @@ def train_transforms(image_size: int = 800) -> nn.Module:
     """
     scaled = [round(short * image_size / 800) for short in range(480, 801, 32)]
     to_random_size = RandomShortSide(scaled, max_size=_max_size(image_size))
-    cropped = v2.Compose([
-        RandomShortSide([round(short * image_size / 800) for short in (400, 500, 600)]),
-        RandomSizeCrop(round(384 * image_size / 800), round(600 * image_size / 800)),
-        to_random_size,
-    ])
+    cropped = v2.Compose(
+        [
+            RandomShortSide([round(short * image_size / 800) for short in (400, 500, 600)]),
+            RandomSizeCrop(round(384 * image_size / 800), round(600 * image_size / 800)),
+            to_random_size,
+        ]
+    )
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([to_random_size, cropped]), ToModelInput()])
 
 

@@ -1,5 +1,5 @@
 """DETR: the network, its losses, and what turns its outputs into detections."""
 
-from .detr import build_model, create_model
+from detr_irpe.models.detr import build_model, create_model
 
 __all__ = ["build_model", "create_model"]

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
+from detr_irpe.nested_tensor import NestedTensor
 from irpe_train.checkpoint import model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint
-
-from ..nested_tensor import NestedTensor
 
 # Small enough for the demo on a laptop: 0.3 M parameters. As a classifier, the same weights are
 # timm.create_model("resnet10t", stem_width=8, channels=(16, 32, 64, 128)).
@@ -26,17 +25,23 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
     """
     if name == "resnet_micro":
         if pretrained:
-            raise ValueError("resnet_micro has no ImageNet weights. Give --backbone_weights FILE (train it as a "
-                             "classifier first) or --backbone_weights none.")
-        return timm.create_model("resnet10t", norm_layer=_frozen_norm, zero_init_last=False,
-                                 output_stride=16 if dilation else 32, **MICRO)
+            raise ValueError(
+                "resnet_micro has no ImageNet weights. Give --backbone_weights FILE (train it as a "
+                "classifier first) or --backbone_weights none."
+            )
+        return timm.create_model(
+            "resnet10t", norm_layer=_frozen_norm, zero_init_last=False, output_stride=16 if dilation else 32, **MICRO
+        )
     if name not in resnet_names():
         raise ValueError(f"--backbone {name!r}: expected resnet_micro or one of {', '.join(resnet_names())}.")
     if dilation and name in ("resnet18", "resnet34"):
         raise ValueError(f"--dilation: torchvision's {name} has no dilated form; take resnet50 or a larger one.")
     return torchvision.models.get_model(
-        name, weights="IMAGENET1K_V1" if pretrained else None, norm_layer=FrozenBatchNorm2d,
-        replace_stride_with_dilation=[False, False, dilation])
+        name,
+        weights="IMAGENET1K_V1" if pretrained else None,
+        norm_layer=FrozenBatchNorm2d,
+        replace_stride_with_dilation=[False, False, dilation],
+    )
 
 
 def resnet_names() -> list[str]:
@@ -57,8 +62,10 @@ def load_backbone_weights(resnet: nn.Module, path: str) -> None:
     wrong = [key for key, value in wanted.items() if key not in weights or weights[key].shape != value.shape]
     wrong += [key for key in weights if key not in wanted and not key.startswith("fc.")]
     if wrong:
-        raise BadCheckpoint(f"--backbone_weights {path}: {len(wrong)} of {len(wanted)} entries do not fit, "
-                            f"the first: {', '.join(wrong[:5])}. Is --backbone the network this file was trained for?")
+        raise BadCheckpoint(
+            f"--backbone_weights {path}: {len(wrong)} of {len(wanted)} entries do not fit, "
+            f"the first: {', '.join(wrong[:5])}. Is --backbone the network this file was trained for?"
+        )
     resnet.load_state_dict({key: weights[key] for key in wanted}, strict=False)
 
 

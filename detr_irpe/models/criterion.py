@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from detr_irpe.boxes import cxcywh_to_xyxy, paired_giou
+from detr_irpe.models.matcher import HungarianMatcher
 from irpe_train.distributed import reduce_mean
-
-from ..boxes import cxcywh_to_xyxy, paired_giou
-from .matcher import HungarianMatcher
 
 Losses = dict[str, Tensor]
 
@@ -37,8 +36,14 @@ class SetCriterion(nn.Module):
         masks: also the two mask losses (of the last layer).
     """
 
-    def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_dict: dict[str, float],
-                 eos_coef: float = 0.1, masks: bool = False):
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: HungarianMatcher,
+        weight_dict: dict[str, float],
+        eos_coef: float = 0.1,
+        masks: bool = False,
+    ):
         super().__init__()
         self.num_classes = num_classes
         self.matcher = matcher
@@ -125,10 +130,18 @@ class SetCriterion(nn.Module):
         starts = [0]
         for target in targets:
             starts.append(starts[-1] + len(target["labels"]))
-        pairs = torch.stack([torch.cat([
-            torch.stack([torch.full_like(queries, image), queries, objects + starts[image]])
-            for image, (queries, objects) in enumerate(matches)], dim=1)
-            for matches in self.matcher.match_layers(layers, targets)])  # (layers, 3, n)
+        pairs = torch.stack(
+            [
+                torch.cat(
+                    [
+                        torch.stack([torch.full_like(queries, image), queries, objects + starts[image]])
+                        for image, (queries, objects) in enumerate(matches)
+                    ],
+                    dim=1,
+                )
+                for matches in self.matcher.match_layers(layers, targets)
+            ]
+        )  # (layers, 3, n)
         return [Matched(*layer) for layer in pairs.to(layers[0]["pred_logits"].device, non_blocking=True)]
 
 

@@ -9,16 +9,15 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_irpe.models.backbone import Backbone, Joiner, build_resnet, load_backbone_weights
+from detr_irpe.models.criterion import SetCriterion
+from detr_irpe.models.matcher import HungarianMatcher
+from detr_irpe.models.position_encoding import build_position_encoding
+from detr_irpe.models.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
+from detr_irpe.models.segmentation import DETRsegm
+from detr_irpe.models.transformer import Transformer
+from detr_irpe.nested_tensor import NestedTensor
 from irpe_train.distributed import is_main
-
-from ..nested_tensor import NestedTensor
-from .backbone import Backbone, Joiner, build_resnet, load_backbone_weights
-from .criterion import SetCriterion
-from .matcher import HungarianMatcher
-from .position_encoding import build_position_encoding
-from .postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
-from .segmentation import DETRsegm
-from .transformer import Transformer
 
 # Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
@@ -42,8 +41,9 @@ class MLP(nn.Module):
 class DETR(nn.Module):
     """Objects of an image as a set of queries, each with a class (or "no object", the last one) and a box."""
 
-    def __init__(self, backbone: Joiner, transformer: Transformer, num_classes: int, num_queries: int,
-                 aux_loss: bool = True):
+    def __init__(
+        self, backbone: Joiner, transformer: Transformer, num_classes: int, num_queries: int, aux_loss: bool = True
+    ):
         super().__init__()
         hidden_dim = transformer.d_model
         self.transformer = transformer
@@ -69,8 +69,9 @@ class DETR(nn.Module):
         outputs, *_ = self.detect(samples)
         return outputs
 
-    def detect(self, samples: NestedTensor | Sequence[Tensor] | Tensor
-               ) -> tuple[dict, list[NestedTensor], Tensor, Tensor, Tensor]:
+    def detect(
+        self, samples: NestedTensor | Sequence[Tensor] | Tensor
+    ) -> tuple[dict, list[NestedTensor], Tensor, Tensor, Tensor]:
         """What ``forward`` returns, and what a mask head works from.
 
         Returns: the outputs; the backbone's maps; the last of them projected, ``(B, d_model, h, w)``; the last decoder
@@ -84,17 +85,34 @@ class DETR(nn.Module):
         logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()
         outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if self.aux_loss:
-            outputs["aux_outputs"] = [{"pred_logits": c, "pred_boxes": b}
-                                      for c, b in zip(logits[:-1], boxes[:-1], strict=True)]
+            outputs["aux_outputs"] = [
+                {"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1], strict=True)
+            ]
         return outputs, features, projected, hs[-1], memory
 
 
-def create_model(backbone: str = "resnet50", enc_rpe2d: str = "", num_classes: int = 91, num_queries: int = 100,
-                 pretrained_backbone: bool | str = False, *, hidden_dim: int = 256, nheads: int = 8,
-                 enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048, dropout: float = 0.1,
-                 pre_norm: bool = False, position_embedding: str = "sine", dilation: bool = False,
-                 train_backbone: bool = True, aux_loss: bool = True, masks: bool = False, freeze_detr: bool = False,
-                 attn_backend: str = "auto") -> nn.Module:
+def create_model(
+    backbone: str = "resnet50",
+    enc_rpe2d: str = "",
+    num_classes: int = 91,
+    num_queries: int = 100,
+    pretrained_backbone: bool | str = False,
+    *,
+    hidden_dim: int = 256,
+    nheads: int = 8,
+    enc_layers: int = 6,
+    dec_layers: int = 6,
+    dim_feedforward: int = 2048,
+    dropout: float = 0.1,
+    pre_norm: bool = False,
+    position_embedding: str = "sine",
+    dilation: bool = False,
+    train_backbone: bool = True,
+    aux_loss: bool = True,
+    masks: bool = False,
+    freeze_detr: bool = False,
+    attn_backend: str = "auto",
+) -> nn.Module:
     """DETR with or without iRPE in its encoder; the defaults are the published model.
 
     Args:
@@ -110,10 +128,13 @@ def create_model(backbone: str = "resnet50", enc_rpe2d: str = "", num_classes: i
     resnet = build_resnet(backbone, dilation=dilation, pretrained=pretrained_backbone is True)
     if isinstance(pretrained_backbone, str):
         load_backbone_weights(resnet, pretrained_backbone)
-    joiner = Joiner(Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks),
-                    build_position_encoding(position_embedding, hidden_dim))
-    transformer = Transformer(hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, enc_rpe2d,
-                              attn_backend)
+    joiner = Joiner(
+        Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks),
+        build_position_encoding(position_embedding, hidden_dim),
+    )
+    transformer = Transformer(
+        hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, enc_rpe2d, attn_backend
+    )
     model = DETR(joiner, transformer, num_classes, num_queries, aux_loss)
     return DETRsegm(model, freeze_detr=freeze_detr) if masks else model
 
@@ -122,12 +143,26 @@ def build_model(args: Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.
     """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
     num_classes = number_of_classes(args)
     model = create_model(
-        args.backbone, args.enc_rpe2d, num_classes, args.num_queries, _pretrained_backbone(args),
-        hidden_dim=args.hidden_dim, nheads=args.nheads, enc_layers=args.enc_layers, dec_layers=args.dec_layers,
-        dim_feedforward=args.dim_feedforward, dropout=args.dropout, pre_norm=args.pre_norm,
-        position_embedding=args.position_embedding, dilation=args.dilation, train_backbone=args.lr_backbone > 0,
-        aux_loss=args.aux_loss, masks=args.masks, freeze_detr=bool(getattr(args, "frozen_weights", None)),
-        attn_backend=getattr(args, "attn_backend", "auto"))
+        args.backbone,
+        args.enc_rpe2d,
+        num_classes,
+        args.num_queries,
+        _pretrained_backbone(args),
+        hidden_dim=args.hidden_dim,
+        nheads=args.nheads,
+        enc_layers=args.enc_layers,
+        dec_layers=args.dec_layers,
+        dim_feedforward=args.dim_feedforward,
+        dropout=args.dropout,
+        pre_norm=args.pre_norm,
+        position_embedding=args.position_embedding,
+        dilation=args.dilation,
+        train_backbone=args.lr_backbone > 0,
+        aux_loss=args.aux_loss,
+        masks=args.masks,
+        freeze_detr=bool(getattr(args, "frozen_weights", None)),
+        attn_backend=getattr(args, "attn_backend", "auto"),
+    )
 
     weights = {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     if args.masks:

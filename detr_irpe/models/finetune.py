@@ -45,9 +45,11 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source:
             there = "nothing" if given is None else tuple(given.shape)
             wrong.append(f"{key}: {tuple(value.shape)} here, {there} there")
     if wrong:
-        raise BadCheckpoint(f"{source}: {len(wrong)} entries of the checkpoint do not fit, the first: "
-                            f"{'; '.join(wrong[:5])}. Only classes and queries may differ: give the flags it was "
-                            "trained with (--backbone, --hidden_dim, --enc_rpe2d, ...).")
+        raise BadCheckpoint(
+            f"{source}: {len(wrong)} entries of the checkpoint do not fit, the first: "
+            f"{'; '.join(wrong[:5])}. Only classes and queries may differ: give the flags it was "
+            "trained with (--backbone, --hidden_dim, --enc_rpe2d, ...)."
+        )
     report += [f"{key}: in the checkpoint only, left out" for key in weights if not key.endswith("num_batches_tracked")]
     model.load_state_dict(own | filled)
     return [f"{len(filled)} of {len(own)} entries taken from {source}", *report]

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import generalized_box_iou
 
-from ..boxes import cxcywh_to_xyxy
+from detr_irpe.boxes import cxcywh_to_xyxy
 
 WORST = 1e9  # stands for a cost that is not finite: the loss will say so, the assignment must not fail before it
 
@@ -47,8 +47,13 @@ class HungarianMatcher:
         blocks = self.costs(logits, boxes, targets).split(counts, dim=-1)
         own = torch.cat([block[:, image].flatten(1) for image, block in enumerate(blocks)], dim=1).cpu()
         num_queries = logits.shape[2]
-        return [[_assign(cost.view(num_queries, n)) for cost, n in zip(
-            layer.split([num_queries * n for n in counts]), counts, strict=True)] for layer in own]
+        return [
+            [
+                _assign(cost.view(num_queries, n))
+                for cost, n in zip(layer.split([num_queries * n for n in counts]), counts, strict=True)
+            ]
+            for layer in own
+        ]
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[dict]) -> Tensor:
         """Cost of every query for every object of the batch: ``(layers, B, Q, sum of n)``, fp32, finite."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..nested_tensor import NestedTensor
+from detr_irpe.nested_tensor import NestedTensor
 
 
 class PositionEmbeddingSine(nn.Module):
@@ -24,8 +24,10 @@ class PositionEmbeddingSine(nn.Module):
         """``num_pos_feats``: channels for each of the two axes, even."""
         super().__init__()
         if num_pos_feats % 2:
-            raise ValueError(f"sine positions need an even number of channels an axis; got {num_pos_feats}. "
-                             "Take a hidden_dim that divides by 4.")
+            raise ValueError(
+                f"sine positions need an even number of channels an axis; got {num_pos_feats}. "
+                "Take a hidden_dim that divides by 4."
+            )
         self.num_pos_feats = num_pos_feats
 
     def forward(self, features: NestedTensor) -> Tensor:
@@ -58,8 +60,10 @@ class PositionEmbeddingLearned(nn.Module):
         batch, height, width = features.mask.shape
         limit = self.row_embed.num_embeddings
         if height > limit or width > limit:
-            raise ValueError(f"learned positions reach {limit} rows and columns; the map is {height} x {width}. "
-                             "Take --position_embedding sine or smaller images.")
+            raise ValueError(
+                f"learned positions reach {limit} rows and columns; the map is {height} x {width}. "
+                "Take --position_embedding sine or smaller images."
+            )
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
@@ -67,8 +71,12 @@ class PositionEmbeddingLearned(nn.Module):
 
 def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
     """``"sine"`` or ``"learned"`` (``"v2"`` and ``"v3"`` in the published code) for ``hidden_dim`` channels."""
-    kinds = {"sine": PositionEmbeddingSine, "v2": PositionEmbeddingSine,
-             "learned": PositionEmbeddingLearned, "v3": PositionEmbeddingLearned}
+    kinds = {
+        "sine": PositionEmbeddingSine,
+        "v2": PositionEmbeddingSine,
+        "learned": PositionEmbeddingLearned,
+        "v3": PositionEmbeddingLearned,
+    }
     if name not in kinds:
         raise ValueError(f"--position_embedding {name!r}: expected one of {', '.join(kinds)}.")
     return kinds[name](hidden_dim // 2)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..boxes import cxcywh_to_xyxy, scale_to_pixels
+from detr_irpe.boxes import cxcywh_to_xyxy, scale_to_pixels
 
 
 class PostProcess(nn.Module):
@@ -27,8 +27,10 @@ class PostProcess(nn.Module):
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if len(logits) != len(target_sizes) or target_sizes.shape[1:] != (2,):
-            raise ValueError(f"target_sizes holds (height, width) of each of {len(logits)} images; "
-                             f"got shape {tuple(target_sizes.shape)}.")
+            raise ValueError(
+                f"target_sizes holds (height, width) of each of {len(logits)} images; "
+                f"got shape {tuple(target_sizes.shape)}."
+            )
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         boxes = scale_to_pixels(cxcywh_to_xyxy(boxes), target_sizes)
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
@@ -42,8 +44,9 @@ class PostProcessSegm(nn.Module):
         self.threshold = threshold
 
     @torch.no_grad()
-    def forward(self, results: list[dict], outputs: dict, orig_target_sizes: Tensor,
-                max_target_sizes: Tensor) -> list[dict]:
+    def forward(
+        self, results: list[dict], outputs: dict, orig_target_sizes: Tensor, max_target_sizes: Tensor
+    ) -> list[dict]:
         """Masks at the size of the original images.
 
         Args:
@@ -89,11 +92,15 @@ class PostProcessPanoptic(nn.Module):
         """
         target_sizes = processed_sizes if target_sizes is None else target_sizes
         if not len(processed_sizes) == len(target_sizes) == len(outputs["pred_logits"]):
-            raise ValueError(f"a size for each of {len(outputs['pred_logits'])} images is wanted; got "
-                             f"{len(processed_sizes)} processed_sizes and {len(target_sizes)} target_sizes.")
+            raise ValueError(
+                f"a size for each of {len(outputs['pred_logits'])} images is wanted; got "
+                f"{len(processed_sizes)} processed_sizes and {len(target_sizes)} target_sizes."
+            )
         images = zip(outputs["pred_logits"], outputs["pred_masks"], processed_sizes, target_sizes, strict=True)
-        return [self.segment(logits.float(), masks.float(), _pair(seen), _pair(wanted))
-                for logits, masks, seen, wanted in images]
+        return [
+            self.segment(logits.float(), masks.float(), _pair(seen), _pair(wanted))
+            for logits, masks, seen, wanted in images
+        ]
 
     def segment(self, logits: Tensor, masks: Tensor, seen: tuple[int, int], wanted: tuple[int, int]) -> dict:
         """One image: ``logits`` ``(Q, C + 1)``, ``masks`` ``(Q, h, w)``, two sizes."""
@@ -109,8 +116,10 @@ class PostProcessPanoptic(nn.Module):
             # As published, merged stuff has lost its other members (their area was 0), so nothing is merged here.
             ids = self._share_out(masks, wanted)
             areas = _areas(ids, len(classes))
-        segments = [{"id": k, "isthing": self.is_thing_map[c], "category_id": c, "area": area}
-                    for k, (c, area) in enumerate(zip(classes, areas, strict=True))]
+        segments = [
+            {"id": k, "isthing": self.is_thing_map[c], "category_id": c, "area": area}
+            for k, (c, area) in enumerate(zip(classes, areas, strict=True))
+        ]
         return {"png_string": encode_ids(ids), "segments_info": segments}
 
     def _first_of_its_stuff(self, classes: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nested_tensor import NestedTensor
+from detr_irpe.nested_tensor import NestedTensor
 
 
 class MHAttentionMap(nn.Module):

@@ -35,8 +35,12 @@ class MultiheadAttention(nn.Module):
             q, k = F.linear(query, weight_qk, bias_qk).chunk(2, dim=-1)
             v = F.linear(value, weight_v, bias_v)
         else:
-            q, k, v = (F.linear(x, weight, bias) for x, weight, bias in zip(
-                (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True))
+            q, k, v = (
+                F.linear(x, weight, bias)
+                for x, weight, bias in zip(
+                    (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
+                )
+            )
         return tuple(x.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for x in (q, k, v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
@@ -65,7 +69,8 @@ class RPESelfAttention(MultiheadAttention):
         super().__init__(d_model, nhead, dropout)
         self.has_rpe = bool(enc_rpe2d)
         self.rpe_q, self.rpe_k, self.rpe_v = (
-            build_rpe(parse_rpe_spec(enc_rpe2d), d_model // nhead, nhead) if enc_rpe2d else (None, None, None))
+            build_rpe(parse_rpe_spec(enc_rpe2d), d_model // nhead, nhead) if enc_rpe2d else (None, None, None)
+        )
         self.attn_backend = attn_backend
 
     def weights(self, query_key: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
@@ -84,9 +89,21 @@ class RPESelfAttention(MultiheadAttention):
         q, k, v = self.project(query_key, query_key, value)
         if not self.has_rpe:
             return self.merge(self.attend(q, k, v, key_padding_mask))
-        return self.merge(rpe_attention(
-            q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, height=height, width=width, key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0, backend=self.attn_backend))
+        return self.merge(
+            rpe_attention(
+                q,
+                k,
+                v,
+                self.rpe_q,
+                self.rpe_k,
+                self.rpe_v,
+                height=height,
+                width=width,
+                key_padding_mask=key_padding_mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                backend=self.attn_backend,
+            )
+        )
 
 
 class TransformerLayer(nn.Module):
@@ -109,8 +126,16 @@ class TransformerLayer(nn.Module):
 class TransformerEncoderLayer(TransformerLayer):
     """Self-attention with iRPE, then two linear maps."""
 
-    def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, pre_norm: bool, enc_rpe2d: str,
-                 attn_backend: str):
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int,
+        dropout: float,
+        pre_norm: bool,
+        enc_rpe2d: str,
+        attn_backend: str,
+    ):
         super().__init__(dropout, pre_norm)
         self.self_attn = RPESelfAttention(d_model, nhead, dropout, enc_rpe2d, attn_backend)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
@@ -142,8 +167,7 @@ class TransformerDecoderLayer(TransformerLayer):
 
     def forward(self, tgt: Tensor, query_pos: Tensor, memory_key: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
         tgt = self.residual(tgt, self.norm1, lambda x: self.self_attention(x, query_pos))
-        tgt = self.residual(tgt, self.norm2,
-                            lambda x: self.multihead_attn(x + query_pos, memory_key, memory, padding))
+        tgt = self.residual(tgt, self.norm2, lambda x: self.multihead_attn(x + query_pos, memory_key, memory, padding))
         return self.residual(tgt, self.norm3, self.feed_forward)
 
 
@@ -189,16 +213,27 @@ class Transformer(nn.Module):
         attn_backend: of ``irpe_ops.rpe_attention``, in the encoder.
     """
 
-    def __init__(self, d_model: int = 256, nhead: int = 8, num_encoder_layers: int = 6, num_decoder_layers: int = 6,
-                 dim_feedforward: int = 2048, dropout: float = 0.1, pre_norm: bool = False, enc_rpe2d: str = "",
-                 attn_backend: str = "auto"):
+    def __init__(
+        self,
+        d_model: int = 256,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        pre_norm: bool = False,
+        enc_rpe2d: str = "",
+        attn_backend: str = "auto",
+    ):
         super().__init__()
         shape = (d_model, nhead, dim_feedforward, dropout, pre_norm)
         self.encoder = TransformerEncoder(
             [TransformerEncoderLayer(*shape, enc_rpe2d, attn_backend) for _ in range(num_encoder_layers)],
-            nn.LayerNorm(d_model) if pre_norm else None)
+            nn.LayerNorm(d_model) if pre_norm else None,
+        )
         self.decoder = TransformerDecoder(
-            [TransformerDecoderLayer(*shape) for _ in range(num_decoder_layers)], nn.LayerNorm(d_model))
+            [TransformerDecoderLayer(*shape) for _ in range(num_decoder_layers)], nn.LayerNorm(d_model)
+        )
         self.d_model = d_model
         self.nhead = nhead
         for parameter in self.parameters():  # the lookup tables among them, as published: they do not start at zero

@@ -72,8 +72,18 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(BadCheckpoint, match="missing: blocks.0"):
         run(path, tmp_path / "ours.pth", "--model", NAME, "--prefix", "backbone.")
     with pytest.raises(BadCheckpoint, match=r"lookup_table_weight \(1, 64, 50\), not \(1, 64, 82\)"):
-        run(path, tmp_path / "ours.pth", "--model", TINY, "--rpe", "rpe-2.0-product-ctx-1-k", "--prefix", "backbone.",
-            "--rename", "layers.=blocks.")
+        run(
+            path,
+            tmp_path / "ours.pth",
+            "--model",
+            TINY,
+            "--rpe",
+            "rpe-2.0-product-ctx-1-k",
+            "--prefix",
+            "backbone.",
+            "--rename",
+            "layers.=blocks.",
+        )
     with pytest.raises(BadCheckpoint, match="no entry begins with 'encoder.'"):
         run(path, tmp_path / "ours.pth", "--model", NAME, "--prefix", "encoder.")
     assert not (tmp_path / "ours.pth").exists()

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from deit_irpe import data, images
-from tests.deit.conftest import write_images
+from deit_irpe import data
+from deit_irpe.data import images
+from deit_irpe.data.transforms import _posterize
+from tests.helpers.tiny_images import write_images
 
 
 def pack(folder, tar_file, nested=False):
@@ -54,12 +57,19 @@ def test_number_of_classes_comes_from_the_data_for_tar_too(colours, tmp_path):
     assert len(data.build_dataset(tmp_path, True, load_tar=True).classes) == 4
 
 
-@pytest.mark.parametrize(("damage", "error", "words"), [
-    (lambda root: None, FileNotFoundError, "--data-path .*nowhere: no such folder"),
-    (lambda root: root.mkdir(), FileNotFoundError, "val: no such folder"),
-    (lambda root: write_images(root / "val", {"a": 1, "b": 0}), ValueError, r"val/b: no images in this class folder"),
-    (lambda root: write_images(root, {"val": 2}), ValueError, "no class folders.*the images here lie flat"),
-])
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (lambda root: None, FileNotFoundError, "--data-path .*nowhere: no such folder"),
+        (lambda root: root.mkdir(), FileNotFoundError, "val: no such folder"),
+        (
+            lambda root: write_images(root / "val", {"a": 1, "b": 0}),
+            ValueError,
+            r"val/b: no images in this class folder",
+        ),
+        (lambda root: write_images(root, {"val": 2}), ValueError, "no class folders.*the images here lie flat"),
+    ],
+)
 def test_a_wrong_folder_is_named(tmp_path, damage, error, words):
     root = tmp_path / "nowhere"
     damage(root)
@@ -113,8 +123,9 @@ def test_inaturalist_numbers_classes_by_first_appearance_in_training(tmp_path):
     ranks = [{"name": f"species{i}", "genus": "g1" if i < 2 else "g0"} for i in range(3)]
     image = lambda i: {"file_name": f"train_val2018/Birds/{i}/x{i}.jpg"}  # noqa: E731
     (tmp_path / "categories.json").write_text(json.dumps(ranks))
-    (tmp_path / "train2018.json").write_text(json.dumps(
-        {"annotations": [{"category_id": i} for i in (2, 0, 1)], "images": [image(i) for i in (2, 0, 1)]}))
+    (tmp_path / "train2018.json").write_text(
+        json.dumps({"annotations": [{"category_id": i} for i in (2, 0, 1)], "images": [image(i) for i in (2, 0, 1)]})
+    )
     (tmp_path / "val2018.json").write_text(json.dumps({"annotations": [], "images": [image(0)]}))
     (tmp_path / "train_val2018" / "0").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "train_val2018" / "0" / "x0.jpg")
@@ -142,8 +153,14 @@ def test_evaluation_transform_is_the_published_one():
 
 def test_training_transform_is_the_published_one():
     names = [type(step).__name__ for step in data.build_transform(True, 224).transforms]
-    assert names == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor",
-                     "Normalize", "RandomErasing"]
+    assert names == [
+        "RandomResizedCropAndInterpolation",
+        "RandomHorizontalFlip",
+        "RandAugment",
+        "MaybeToTensor",
+        "Normalize",
+        "RandomErasing",
+    ]
     crop = data.build_transform(True, 224).transforms[0]
     assert (tuple(crop.size), tuple(crop.scale)) == ((224, 224), (0.08, 1.0))
     assert data.build_transform(True, (96, 160))(Image.new("RGB", (300, 500))).shape == (3, 96, 160)
@@ -157,7 +174,7 @@ def test_every_augmentation_works_at_its_extreme(policy):
     random.seed(0)
     for _ in range(30):
         assert transform(image).shape == (3, 32, 32)
-    assert data._posterize(image, 0).getextrema() == ((0, 0),) * 3
+    assert _posterize(image, 0).getextrema() == ((0, 0),) * 3
 
 
 def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(colours):
@@ -172,7 +189,7 @@ def test_small_images_are_shifted_and_not_scaled():
     _, shift, *_ = data.build_transform(True, 32).transforms
     assert isinstance(shift, transforms.RandomCrop) and (shift.size, shift.padding) == ((32, 32), 4)
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_DEFAULT_MEAN, data.IMAGENET_DEFAULT_STD))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     evaluated = data.build_transform(False, 32)(image) * std + mean
     assert torch.allclose(evaluated, transforms.functional.to_tensor(image), atol=1e-6)
 
@@ -181,8 +198,8 @@ def published_order(count, world_size, rank, epoch):
     """Repeated augmentation by the book: shuffle, three of each, pad, every world_size-th, cut to a multiple of 256."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
     order = [index for index in order for _ in range(3)]
-    order += order[:-len(order) % world_size]
-    return order[rank::world_size][:count // 256 * 256 // world_size]
+    order += order[: -len(order) % world_size]
+    return order[rank::world_size][: count // 256 * 256 // world_size]
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(256, 1), (700, 1), (700, 4), (1000, 8), (515, 2)])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deit_irpe.data import build_dataset
-from deit_irpe.shards import ShardImages
-from tests.deit.runs import deit_ok
+from deit_irpe.data.shards import ShardImages
+from tests.helpers.deit_runs import deit_ok
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -39,8 +39,10 @@ def write_parquet(folder: Path, out: Path) -> Path:
     for split, name in (("train", "train"), ("val", "validation")):
         data = build_dataset(folder, split == "train")
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=data.classes)})
-        rows = {"image": [{"bytes": data.read(i), "path": None} for i in range(len(data))],
-                "label": data.labels.tolist()}
+        rows = {
+            "image": [{"bytes": data.read(i), "path": None} for i in range(len(data))],
+            "label": data.labels.tolist(),
+        }
         (out / "data").mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(out / "data" / f"{name}-00000-of-00001.parquet")
     return out
@@ -74,8 +76,9 @@ def test_training_is_the_same_to_the_bit(packed, colours, tmp_path):
     flags = ("--epochs", "1", "--batch-size", "24", "--no-model-ema")
     deit_ok(colours, tmp_path / "folder", *flags)
     deit_ok(root, tmp_path / "packed", *flags, "--data-set", kind)
-    one, other = (torch.load(tmp_path / run / "checkpoint.pth", weights_only=False)["model"]
-                  for run in ("folder", "packed"))
+    one, other = (
+        torch.load(tmp_path / run / "checkpoint.pth", weights_only=False)["model"] for run in ("folder", "packed")
+    )
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -86,13 +89,16 @@ def write_shard(root: Path, *members: tuple[str, bytes]) -> Path:
     return root
 
 
-@pytest.mark.parametrize("members, message", [
-    ([("a/1.jpg", b"x"), ("a/1.json", b"{}")], "sample 'a/1' has jpg, json; expected cls and one of jpg"),
-    ([("1.cls", b"0")], "sample '1' has cls; expected cls and one of"),
-    ([("1.jpg", b"x"), ("1.cls", b"cat")], "1.cls holds 'cat'; expected a class number"),
-    ([("1.jpg", b"x"), ("1.cls", b"7")], "class numbers from 7 to 7; expected 0 to 1, as .*classes.txt lists"),
-    ([], "no samples"),
-])
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([("a/1.jpg", b"x"), ("a/1.json", b"{}")], "sample 'a/1' has jpg, json; expected cls and one of jpg"),
+        ([("1.cls", b"0")], "sample '1' has cls; expected cls and one of"),
+        ([("1.jpg", b"x"), ("1.cls", b"cat")], "1.cls holds 'cat'; expected a class number"),
+        ([("1.jpg", b"x"), ("1.cls", b"7")], "class numbers from 7 to 7; expected 0 to 1, as .*classes.txt lists"),
+        ([], "no samples"),
+    ],
+)
 def test_a_shard_that_is_no_data_set_is_named(tmp_path, members, message):
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(ValueError, match=message):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deit_irpe import images
-from tests.deit.runs import deit_ok
+from deit_irpe.data import images
+from tests.helpers.deit_runs import deit_ok
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,5 +43,5 @@ def test_the_tar_files_hold_the_same_images(digits):
 
 def test_the_smoke_run(digits, tmp_path):
     deit_ok(digits, tmp_path / "run", "--config", str(ROOT / "configs/deit/smoke.yaml"), "--epochs", "1", model=[])
-    line, = (json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines())
+    (line,) = (json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines())
     assert line["n_parameters"] < 100_000 and 0 < line["test_acc1"] <= 100

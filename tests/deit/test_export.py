@@ -18,9 +18,19 @@ def checkpoint(tmp_path):
     model = create_model("deit_demo_patch4_32", "rpe-1.9-product-ctx-1-k", num_classes=3, **SMALL)
     torch.nn.init.normal_(model.blocks[0].attn.rpe_k.lookup_table_weight)
     path = tmp_path / "best.pth"
-    flags = parse_args(training_flags(), ["--model", "deit_demo_patch4_32", "--rpe", "rpe-1.9-product-ctx-1-k",
-                                          "--input-size", "32", "--model-kwargs",
-                                          *(f"{name}={value}" for name, value in SMALL.items())])
+    flags = parse_args(
+        training_flags(),
+        [
+            "--model",
+            "deit_demo_patch4_32",
+            "--rpe",
+            "rpe-1.9-product-ctx-1-k",
+            "--input-size",
+            "32",
+            "--model-kwargs",
+            *(f"{name}={value}" for name, value in SMALL.items()),
+        ],
+    )
     torch.save({"model": model.state_dict(), "args": flags}, path)
     return path
 

@@ -8,9 +8,15 @@ from torch import nn
 from deit_irpe.losses import DistillationLoss, classification_loss
 
 
-@pytest.mark.parametrize(("mixes", "smoothing", "expected"), [
-    (True, 0.1, SoftTargetCrossEntropy), (True, 0.0, SoftTargetCrossEntropy),
-    (False, 0.1, LabelSmoothingCrossEntropy), (False, 0.0, nn.CrossEntropyLoss)])
+@pytest.mark.parametrize(
+    ("mixes", "smoothing", "expected"),
+    [
+        (True, 0.1, SoftTargetCrossEntropy),
+        (True, 0.0, SoftTargetCrossEntropy),
+        (False, 0.1, LabelSmoothingCrossEntropy),
+        (False, 0.0, nn.CrossEntropyLoss),
+    ],
+)
 def test_the_loss_fits_the_targets(mixes, smoothing, expected):
     assert type(classification_loss(mixes=mixes, smoothing=smoothing)) is expected
 
@@ -55,7 +61,8 @@ def test_distillation_says_what_it_needs():
         DistillationLoss(nn.CrossEntropyLoss(), None, "warm")
     with pytest.raises(ValueError, match="needs a model with a distillation head"):
         DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "soft")(
-            torch.zeros(1), torch.zeros(1, 2), torch.zeros(1).long())
+            torch.zeros(1), torch.zeros(1, 2), torch.zeros(1).long()
+        )
 
 
 def test_losses_are_computed_in_fp32_for_bf16_outputs():

@@ -4,12 +4,12 @@ import pytest
 
 from deit_irpe.args import get_args_parser, image_size, keywords
 from irpe_train.config import ConfigError, parse_args
-from tests.deit.conftest import write_images
-from tests.deit.runs import deit
+from tests.helpers.deit_runs import deit
+from tests.helpers.tiny_images import write_images
 
 
 def explained(data, tmp_path, words, *flags, code=1, **options):
-    ended, = deit(data, tmp_path / "out", "--epochs", "1", *flags, **options)
+    (ended,) = deit(data, tmp_path / "out", "--epochs", "1", *flags, **options)
     assert ended.code == code and words in ended.text, ended.text
     assert "Traceback" not in ended.text and not (tmp_path / "out" / "checkpoint.pth").exists()
     return ended.text
@@ -51,34 +51,40 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
     broken.write_bytes(broken.read_bytes()[:300])
     text = explained(tmp_path, tmp_path, "--max-bad 0.001 allows 0", "--no-repeated-aug")
     assert str(broken) in text
-    ended, = deit(tmp_path, tmp_path / "fine", "--epochs", "1", "--no-repeated-aug", "--max-bad", "0.1")
+    (ended,) = deit(tmp_path, tmp_path / "fine", "--epochs", "1", "--no-repeated-aug", "--max-bad", "0.1")
     assert ended.code == 0 and f"its neighbour was taken: {broken}" in ended.text, ended.text
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--rpe", "rpe-1.9-prodct-ctx-1-k"), "unknown method 'prodct'"),
-    (("--model", "deit_huge"), "model 'deit_huge': unknown; expected one of"),
-    (("--model-kwargs", "size=3"), "model 'deit_tiny_patch16_224'"),
-    (("--batch-size", "7"), "it must be even"),
-    (("--distillation-type", "soft"), "needs --teacher-path FILE or URL"),
-    (("--eval-ema", "--no-model-ema"), "--no-model-ema switches it off"),
-    (("--resume", "absent.pth"), "absent.pth: no such file"),
-    (("--finetune", "absent.pth"), "absent.pth: no such file"),
-    (("--pretrained", "--finetune", "x.pth"), "give one"),
-    (("--opt", "adamm"), "adamm"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--rpe", "rpe-1.9-prodct-ctx-1-k"), "unknown method 'prodct'"),
+        (("--model", "deit_huge"), "model 'deit_huge': unknown; expected one of"),
+        (("--model-kwargs", "size=3"), "model 'deit_tiny_patch16_224'"),
+        (("--batch-size", "7"), "it must be even"),
+        (("--distillation-type", "soft"), "needs --teacher-path FILE or URL"),
+        (("--eval-ema", "--no-model-ema"), "--no-model-ema switches it off"),
+        (("--resume", "absent.pth"), "absent.pth: no such file"),
+        (("--finetune", "absent.pth"), "absent.pth: no such file"),
+        (("--pretrained", "--finetune", "x.pth"), "give one"),
+        (("--opt", "adamm"), "adamm"),
+    ],
+)
 def test_wrong_flags(colours, tmp_path, flags, words):
     explained(colours, tmp_path, words, *flags)
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--batch-size", "-4"], "argument --batch-size: expected 1 or more, got -4"),
-    (["--input-size", "224x"], "argument --input-size: expected pixels, 224 or HEIGHTxWIDTH"),
-    (["--drop-path", "2"], "argument --drop-path: expected a fraction from 0 to 1"),
-    (["--model-kwargs", "depth"], "expected KEY=VALUE, got 'depth'"),
-    (["--data-set", "COCO"], "invalid choice: 'COCO'"),
-    (["--btach-size", "4"], "unrecognized arguments"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-size", "-4"], "argument --batch-size: expected 1 or more, got -4"),
+        (["--input-size", "224x"], "argument --input-size: expected pixels, 224 or HEIGHTxWIDTH"),
+        (["--drop-path", "2"], "argument --drop-path: expected a fraction from 0 to 1"),
+        (["--model-kwargs", "depth"], "expected KEY=VALUE, got 'depth'"),
+        (["--data-set", "COCO"], "invalid choice: 'COCO'"),
+        (["--btach-size", "4"], "unrecognized arguments"),
+    ],
+)
 def test_flags_that_no_run_could_take(capsys, flags, words):
     with pytest.raises(SystemExit) as ended:
         parse_args(get_args_parser(), flags)
@@ -92,8 +98,10 @@ def test_an_unknown_flag_in_a_config(tmp_path):
 
 
 def test_a_config_is_a_command_line(tmp_path):
-    (tmp_path / "c.yaml").write_text("batch-size: 4\nmodel_ema: false\nrepeated-aug: false\ninput-size: 32x48\n"
-                                     "model-kwargs: [depth=2, act_layer=gelu]\nload-tar: true\n")
+    (tmp_path / "c.yaml").write_text(
+        "batch-size: 4\nmodel_ema: false\nrepeated-aug: false\ninput-size: 32x48\n"
+        "model-kwargs: [depth=2, act_layer=gelu]\nload-tar: true\n"
+    )
     args = parse_args(get_args_parser(), ["--config", str(tmp_path / "c.yaml"), "--batch-size", "6"])
     assert (args.batch_size, args.model_ema, args.repeated_aug, args.load_tar) == (6, False, False, True)
     assert image_size(args.input_size) == (32, 48)
@@ -101,17 +109,70 @@ def test_a_config_is_a_command_line(tmp_path):
 
 
 PUBLISHED_DEFAULTS = dict(
-    batch_size=64, epochs=300, model="deit_base_patch16_224", input_size=224, drop=0.0, drop_path=0.1, model_ema=True,
-    model_ema_decay=0.99996, model_ema_force_cpu=False, opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None,
-    momentum=0.9, weight_decay=0.05, sched="cosine", lr=5e-4, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0,
-    warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30, warmup_epochs=5, cooldown_epochs=10, patience_epochs=10,
-    decay_rate=0.1, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", smoothing=0.1, train_interpolation="bicubic",
+    batch_size=64,
+    epochs=300,
+    model="deit_base_patch16_224",
+    input_size=224,
+    drop=0.0,
+    drop_path=0.1,
+    model_ema=True,
+    model_ema_decay=0.99996,
+    model_ema_force_cpu=False,
+    opt="adamw",
+    opt_eps=1e-8,
+    opt_betas=None,
+    clip_grad=None,
+    momentum=0.9,
+    weight_decay=0.05,
+    sched="cosine",
+    lr=5e-4,
+    lr_noise=None,
+    lr_noise_pct=0.67,
+    lr_noise_std=1.0,
+    warmup_lr=1e-6,
+    min_lr=1e-5,
+    decay_epochs=30,
+    warmup_epochs=5,
+    cooldown_epochs=10,
+    patience_epochs=10,
+    decay_rate=0.1,
+    color_jitter=0.4,
+    aa="rand-m9-mstd0.5-inc1",
+    smoothing=0.1,
+    train_interpolation="bicubic",
     repeated_aug=True,
-    reprob=0.25, remode="pixel", recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0,
-    mixup_switch_prob=0.5, mixup_mode="batch", teacher_model="regnety_160", teacher_path="", distillation_type="none",
-    distillation_alpha=0.5, distillation_tau=1.0, finetune="", data_path="/datasets01/imagenet_full_size/061417/",
-    data_set="IMNET", inat_category="name", output_dir="", device="cuda", seed=0, resume="", start_epoch=0, eval=False,
-    dist_eval=False, num_workers=10, pin_mem=True, world_size=1, dist_url="env://", load_tar=False)
+    reprob=0.25,
+    remode="pixel",
+    recount=1,
+    resplit=False,
+    mixup=0.8,
+    cutmix=1.0,
+    cutmix_minmax=None,
+    mixup_prob=1.0,
+    mixup_switch_prob=0.5,
+    mixup_mode="batch",
+    teacher_model="regnety_160",
+    teacher_path="",
+    distillation_type="none",
+    distillation_alpha=0.5,
+    distillation_tau=1.0,
+    finetune="",
+    data_path="/datasets01/imagenet_full_size/061417/",
+    data_set="IMNET",
+    inat_category="name",
+    output_dir="",
+    device="cuda",
+    seed=0,
+    resume="",
+    start_epoch=0,
+    eval=False,
+    dist_eval=False,
+    num_workers=10,
+    pin_mem=True,
+    world_size=1,
+    dist_url="env://",
+    load_tar=False,
+)
 
 
 def test_published_flags_keep_their_defaults():

@@ -31,16 +31,18 @@ def on_meta(name, **kwargs):
 @pytest.mark.parametrize("name", PUBLISHED["models"])
 def test_keys_shapes_dtypes_and_parameters_are_the_published_ones(name):
     model = on_meta(name)
-    ours = {key: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            for key, value in model.state_dict().items()}
+    ours = {
+        key: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in model.state_dict().items()
+    }
     published = {key: (shape, dtype) for key, shape, dtype in published_entries(name)}
     assert ours == published
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == PUBLISHED["models"][name]["n_parameters"]
     assert list(ours) == list(published)  # optimizer states go by order
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224_ctx_product_50_shared_k",
-                                  "deit_small_patch16_224_ctx_cross_56_shared_k"])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_small_patch16_224_ctx_cross_56_shared_k"]
+)
 def test_a_checkpoint_with_the_published_keys_loads_strictly(name):
     state = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, shape, dtype in published_entries(name)}
     create_model(name).load_state_dict(state, strict=True)
@@ -94,11 +96,14 @@ def test_the_class_token_starts_as_published():
     assert 0.01 < tiny(embed_dim=256).cls_token.std() < 0.03
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("deit_huge", None), "model 'deit_huge': unknown; expected one of deit_tiny_patch16_224_ctx"),
-    (("resnet10t", "rpe-1.9-product-ctx-1-k"), "'resnet10t' is a ResNet; iRPE needs a Vision Transformer"),
-    (("deit_tiny_patch16_224", "rpe-1.9-prodct-ctx-1-k"), "unknown method 'prodct'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("deit_huge", None), "model 'deit_huge': unknown; expected one of deit_tiny_patch16_224_ctx"),
+        (("resnet10t", "rpe-1.9-product-ctx-1-k"), "'resnet10t' is a ResNet; iRPE needs a Vision Transformer"),
+        (("deit_tiny_patch16_224", "rpe-1.9-prodct-ctx-1-k"), "unknown method 'prodct'"),
+    ],
+)
 def test_a_wrong_model_or_spec_is_explained(arguments, words):
     with pytest.raises(ValueError, match=words):
         create_model(*arguments)
@@ -144,9 +149,11 @@ def test_fine_tuning_carries_over_what_fits_and_says_what_does_not():
     notes = load_pretrained_weights(new, old.state_dict(), old_grid=(4, 6))
     assert torch.equal(new.blocks[0].attn.rpe_k.lookup_table_weight, old.blocks[0].attn.rpe_k.lookup_table_weight)
     assert torch.equal(new.pos_embed, resize_pos_embed(old.pos_embed, (4, 6), (6, 8)))
-    assert notes == ["pos_embed resampled from 4x6 to 6x8 patches",
-                     "head.weight starts fresh: (4, 32) there, (9, 32) here",
-                     "head.bias starts fresh: (4,) there, (9,) here"]
+    assert notes == [
+        "pos_embed resampled from 4x6 to 6x8 patches",
+        "head.weight starts fresh: (4, 32) there, (9, 32) here",
+        "head.bias starts fresh: (4,) there, (9,) here",
+    ]
 
 
 def test_tables_of_another_size_and_new_tables_start_at_zero():
@@ -155,9 +162,12 @@ def test_tables_of_another_size_and_new_tables_start_at_zero():
     notes = load_pretrained_weights(new, old.state_dict())
     assert not new.blocks[0].attn.rpe_k.lookup_table_weight.any()
     assert notes == [
-        *(f"blocks.{i}.attn.rpe_k.lookup_table_weight starts fresh: (1, 16, 50) there, (1, 16, 82) here"
-          for i in (0, 1)),
-        *(f"blocks.{i}.attn.rpe_q.lookup_table_weight starts fresh: not in the weights" for i in (0, 1))]
+        *(
+            f"blocks.{i}.attn.rpe_k.lookup_table_weight starts fresh: (1, 16, 50) there, (1, 16, 82) here"
+            for i in (0, 1)
+        ),
+        *(f"blocks.{i}.attn.rpe_q.lookup_table_weight starts fresh: not in the weights" for i in (0, 1)),
+    ]
 
 
 def test_weights_of_another_model_are_refused_with_their_keys():

@@ -57,10 +57,19 @@ def test_tables_and_dist_token_are_decayed_and_vectors_are_not():
     model = Tokens()
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     spared, decayed = parameter_groups(model, 0.05)
-    assert [name_of[id(p)] for p in spared["params"]] == ["cls_token", "pos_embed", "linear.bias", "norm.weight",
-                                                          "norm.bias"]
-    assert [name_of[id(p)] for p in decayed["params"]] == ["dist_token", "lookup_table_weight", "lookup_table_bias",
-                                                          "linear.weight"]
+    assert [name_of[id(p)] for p in spared["params"]] == [
+        "cls_token",
+        "pos_embed",
+        "linear.bias",
+        "norm.weight",
+        "norm.bias",
+    ]
+    assert [name_of[id(p)] for p in decayed["params"]] == [
+        "dist_token",
+        "lookup_table_weight",
+        "lookup_table_bias",
+        "linear.weight",
+    ]
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
 
 
@@ -68,5 +77,7 @@ def test_the_default_optimizer_is_adamw_as_published():
     optimizer = build_optimizer(nn.Linear(2, 2), lr=1e-3)
     assert type(optimizer) is torch.optim.AdamW
     assert [(g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
-        (1e-3, 0.0, (0.9, 0.999), 1e-8), (1e-3, 0.05, (0.9, 0.999), 1e-8)]
+        (1e-3, 0.0, (0.9, 0.999), 1e-8),
+        (1e-3, 0.05, (0.9, 0.999), 1e-8),
+    ]
     assert type(build_optimizer(nn.Linear(2, 2), name="sgd", lr=0.1, eps=None)) is torch.optim.SGD

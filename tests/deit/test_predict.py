@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deit_irpe import create_model
+from deit_irpe.load_model import load_model
 from deit_irpe.predict import attention_maps, get_parser, main
-from deit_irpe.trained import load_model
-from tests.deit.conftest import write_images
-from tests.train.processes import run_ranks
+from tests.helpers.processes import run_ranks
+from tests.helpers.tiny_images import write_images
 
 KWARGS = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
 SPEC = "rpe-1.9-product-ctx-1-qkv"
@@ -20,8 +20,9 @@ SPEC = "rpe-1.9-product-ctx-1-qkv"
 def checkpoint(tmp_path):
     """A checkpoint whose class token prefers the third of four classes by far."""
     torch.manual_seed(0)
-    model = create_model("deit_tiny_patch16_224", SPEC, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
-                         num_classes=4)
+    model = create_model(
+        "deit_tiny_patch16_224", SPEC, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4
+    )
     for name, parameter in model.named_parameters():
         if "lookup" in name:
             torch.nn.init.normal_(parameter)
@@ -32,8 +33,9 @@ def checkpoint(tmp_path):
 
 
 def predict(tmp_path, *flags):
-    return run_ranks(main, get_parser, [*map(str, flags), "--device", "cpu", "--out", str(tmp_path / "out")],
-                     tmp_path / "outputs")[0]
+    return run_ranks(
+        main, get_parser, [*map(str, flags), "--device", "cpu", "--out", str(tmp_path / "out")], tmp_path / "outputs"
+    )[0]
 
 
 def test_pictures_and_json(checkpoint, tmp_path):
@@ -67,10 +69,10 @@ def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint):
     assert (on_patches > 0).all() and (on_patches < 1).all()  # the rest is on the class token
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--attention", "9,9"), "outside the 4x4 patches"),
-    (("--rpe", "none"), "is of another model"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(("--attention", "9,9"), "outside the 4x4 patches"), (("--rpe", "none"), "is of another model")],
+)
 def test_mistakes_are_explained(checkpoint, tmp_path, flags, words):
     write_images(tmp_path, {"images": 1})
     ended = predict(tmp_path, tmp_path / "images" / "0.png", "--resume", checkpoint, *flags)
@@ -88,6 +90,7 @@ def test_weights_alone_need_the_model_named(checkpoint, tmp_path):
     torch.save(weights, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="does not say which model it is: add --model NAME"):
         load_model(str(tmp_path / "weights.pth"))
-    model, _, classes = load_model(str(tmp_path / "weights.pth"), model="deit_tiny_patch16_224", rpe=SPEC,
-                                   model_kwargs=KWARGS, input_size=32)
+    model, _, classes = load_model(
+        str(tmp_path / "weights.pth"), model="deit_tiny_patch16_224", rpe=SPEC, model_kwargs=KWARGS, input_size=32
+    )
     assert classes == ["class 0", "class 1", "class 2", "class 3"] and not model.training

@@ -14,10 +14,10 @@ from deit_irpe import create_model
 from deit_irpe.train import main
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
-from tests.deit.conftest import write_images
-from tests.deit.runs import MODEL, PLAIN, deit, deit_ok
 from tests.deit.test_data import pack
-from tests.train.sabotage import be_stopped, change_a_loss
+from tests.helpers.deit_runs import MODEL, PLAIN, deit, deit_ok
+from tests.helpers.sabotage import be_stopped, change_a_loss
+from tests.helpers.tiny_images import write_images
 
 
 def log_of(folder):
@@ -35,8 +35,9 @@ def trained(colours, tmp_path_factory):
 def test_a_run_learns_and_writes_the_published_log(trained):
     folder, _ = trained
     lines = log_of(folder)
-    assert [list(line) for line in lines] == [["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch",
-                                               "n_parameters"]] * 6
+    assert [list(line) for line in lines] == [
+        ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
+    ] * 6
     assert [line["epoch"] for line in lines] == list(range(6))
     assert lines[-1]["test_acc1"] > 90 and lines[-1]["test_acc5"] == 100
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
@@ -54,9 +55,14 @@ def test_the_console_has_the_published_lines(trained):
 
 def test_the_start_says_what_will_happen(trained):
     _, text = trained
-    for words in ("48 training and 22 validation images of 4 classes", "8 images an update: 8 x 1 process(es) x 1",
-                  "0.0046875 at the peak", "6 steps, 48 samples", "batch_size=8 (published: 64)",
-                  "mixup=0.0 (published: 0.8)"):
+    for words in (
+        "48 training and 22 validation images of 4 classes",
+        "8 images an update: 8 x 1 process(es) x 1",
+        "0.0046875 at the peak",
+        "6 steps, 48 samples",
+        "batch_size=8 (published: 64)",
+        "mixup=0.0 (published: 0.8)",
+    ):
         assert words in text
 
 
@@ -122,13 +128,13 @@ def test_a_checkpoint_that_would_run_code_is_refused(colours, tmp_path):
             return os.mkdir, (str(tmp_path / "it ran"),)
 
     torch.save({"model": Hostile()}, tmp_path / "hostile.pth")
-    ended, = deit(colours, tmp_path / "out", "--eval", "--resume", tmp_path / "hostile.pth")
+    (ended,) = deit(colours, tmp_path / "out", "--eval", "--resume", tmp_path / "hostile.pth")
     assert ended.code not in (0, None) and "refused" in ended.text and not (tmp_path / "it ran").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, colours, tmp_path):
     folder, _ = trained
-    ended, = deit(colours, tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth", "--rpe", "none")
+    (ended,) = deit(colours, tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth", "--rpe", "none")
     assert ended.code == 1 and "unexpected: blocks.0.attn.rpe_q.lookup_table_weight" in ended.text
     assert "Traceback" not in ended.text
 
@@ -136,7 +142,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_keys(trained, colours
 def test_a_checkpoint_of_other_classes_is_refused(trained, tmp_path):
     folder, _ = trained
     write_images(tmp_path / "data" / "val", dict.fromkeys(["ant", "bee", "cat", "fox"], 1))
-    ended, = deit(tmp_path / "data", tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth")
+    (ended,) = deit(tmp_path / "data", tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth")
     assert ended.code == 1 and "only in the checkpoint: dog; only in the validation data: fox" in ended.text
 
 
@@ -161,7 +167,7 @@ def uninterrupted(colours, tmp_path_factory):
 
 @pytest.mark.parametrize("step", [5, 8], ids=["at the end of an epoch", "in mid-epoch"])
 def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, colours, tmp_path, step):
-    ended, = deit(colours, tmp_path / "run", *RESUMABLE, main=partial(change_a_loss, main, step, 0, be_stopped))
+    (ended,) = deit(colours, tmp_path / "run", *RESUMABLE, main=partial(change_a_loss, main, step, 0, be_stopped))
     assert ended.code == Preempted.EXIT_CODE, ended.text
     deit_ok(colours, tmp_path / "run", *RESUMABLE, "--resume", "auto", "--num_workers", "1")
     assert_same_run(tmp_path / "run", uninterrupted)
@@ -171,8 +177,9 @@ def test_a_finished_run_resumed_has_each_epoch_once_and_its_best_figure(uninterr
     shutil.copytree(uninterrupted, tmp_path / "run")
     deit_ok(colours, tmp_path / "run", *RESUMABLE, "--resume", "auto")
     assert_same_run(tmp_path / "run", uninterrupted)
-    assert read_checkpoint(uninterrupted / "checkpoint.pth")["progress"]["best"] == \
-        max(line["test_acc1"] for line in log_of(uninterrupted))
+    assert read_checkpoint(uninterrupted / "checkpoint.pth")["progress"]["best"] == max(
+        line["test_acc1"] for line in log_of(uninterrupted)
+    )
 
 
 @pytest.mark.distributed
@@ -193,18 +200,21 @@ def test_two_processes_train_and_evaluate_each_image_once(trained, colours, tmp_
         assert "Acc@1" not in other.text
     for ended in deit(colours, tmp_path / "train", "--epochs", "1", "--dist-eval", world_size=2):
         assert ended.code == 0, ended.text
-    line, = log_of(tmp_path / "train")
+    (line,) = log_of(tmp_path / "train")
     assert line["test_acc1"] * 22 / 100 == pytest.approx(round(line["test_acc1"] * 22 / 100))
     checkpoint = read_checkpoint(tmp_path / "train" / "checkpoint.pth")
     assert checkpoint["args"].distributed is True and checkpoint["args"].lr == 5e-4 * 8 * 2 / 512
 
 
-@pytest.mark.parametrize("flags", [
-    ("--mixup", "0"),  # CutMix alone: soft targets
-    ("--mixup", "0", "--cutmix", "0", "--no-aug"),
-    ("--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "1", "--no-model-ema", "--accumulate", "2"),
-    ("--amp", "bf16", "--input-size", "48x32", "--no-abs-pos", "--eval-ema", "--sched", "step", "--opt", "sgd"),
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mixup", "0"),  # CutMix alone: soft targets
+        ("--mixup", "0", "--cutmix", "0", "--no-aug"),
+        ("--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "1", "--no-model-ema", "--accumulate", "2"),
+        ("--amp", "bf16", "--input-size", "48x32", "--no-abs-pos", "--eval-ema", "--sched", "step", "--opt", "sgd"),
+    ],
+)
 def test_other_recipes_train(colours, tmp_path, flags):
     deit_ok(colours, tmp_path / "run", "--epochs", "1", *flags)
     assert 0 < log_of(tmp_path / "run")[0]["train_loss"] < 10
@@ -231,13 +241,19 @@ def test_fewer_images_than_a_batch_still_train(tmp_path):
 def test_distillation_from_a_teacher(trained, colours, tmp_path, kind):
     folder, _ = trained
     torch.save({"model": create_model("deit_demo_patch4_32", num_classes=4).state_dict()}, tmp_path / "t.pth")
-    teacher = ["--distillation-type", kind, "--teacher-model", "deit_demo_patch4_32", "--teacher-path",
-               tmp_path / "t.pth"]
+    teacher = [
+        "--distillation-type",
+        kind,
+        "--teacher-model",
+        "deit_demo_patch4_32",
+        "--teacher-path",
+        tmp_path / "t.pth",
+    ]
     student = ["deit_small_distilled_patch16_224" if flag == "deit_tiny_patch16_224" else flag for flag in MODEL]
     deit_ok(colours, tmp_path / "run", *PLAIN, *teacher, "--epochs", "1", "--lr", "0.05", model=student)
     weights = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["model"]
     assert weights["head_dist.weight"].shape == (4, 32) and weights["pos_embed"].shape == (1, 2 + 16, 32)
-    ended, = deit(colours, tmp_path / "plain", *PLAIN, *teacher, "--epochs", "1")
+    (ended,) = deit(colours, tmp_path / "plain", *PLAIN, *teacher, "--epochs", "1")
     assert ended.code == 1 and "needs a model with a distillation head" in ended.text
 
 

@@ -21,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from deit_irpe import create_model
 from deit_irpe.data import build_dataset
 from deit_irpe.models import RPE_MODELS
-from tests.snippets import REPOSITORY
+from tests.helpers.snippets import REPOSITORY
 
 NAME = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
@@ -38,7 +38,7 @@ def test_the_config_is_the_published_preprocessing():
     assert config.input_size == (3, 224, 224)
     assert config.url.endswith(f"{NAME}.pth") and config.hf_hub_id is None
     data = resolve_model_data_config(timm.create_model(NAME, depth=1))
-    assert (data["interpolation"], data["crop_pct"], data["mean"]) == ("bicubic", .875, (0.485, 0.456, 0.406))
+    assert (data["interpolation"], data["crop_pct"], data["mean"]) == ("bicubic", 0.875, (0.485, 0.456, 0.406))
 
 
 def test_feature_maps_have_the_shape_of_the_image_and_those_of_the_whole_model():
@@ -52,8 +52,9 @@ def test_feature_maps_have_the_shape_of_the_image_and_those_of_the_whole_model()
     maps = features(images)
     assert [tuple(one.shape) for one in maps] == [(2, 192, 2, 4)] * 2
     assert features.feature_info.channels() == [192, 192] and features.feature_info.reduction() == [16, 16]
-    for ours, wanted in zip(maps, model.forward_intermediates(images, indices=[0, 2], intermediates_only=True),
-                            strict=True):
+    for ours, wanted in zip(
+        maps, model.forward_intermediates(images, indices=[0, 2], intermediates_only=True), strict=True
+    ):
         torch.testing.assert_close(ours, wanted)
 
 
@@ -78,8 +79,11 @@ def test_a_traced_graph_gives_the_same_features_and_gradients():
     model = timm.create_model(NAME, img_size=32, depth=2).eval()
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.rpe_k.lookup_table_weight)
-    graph = create_feature_extractor(model, {"blocks.1": "features", "head": "logits"}, tracer_kwargs={
-        "leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()})
+    graph = create_feature_extractor(
+        model,
+        {"blocks.1": "features", "head": "logits"},
+        tracer_kwargs={"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()},
+    )
     images = torch.randn(2, 3, 32, 32)
     traced, logits = graph(images), model(images)
     torch.testing.assert_close(traced["logits"], logits, atol=0, rtol=0)
@@ -99,9 +103,19 @@ def test_timms_own_tools_train_validate_and_resume(colours, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=4, img_size=32, depth=1, drop_rate=0.0, drop_path_rate=0.1, in_chans=3)
     config = resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
-    loaders = [create_loader(build_dataset(colours, train), batch_size=16, is_training=train, num_workers=0,
-                             device=torch.device("cpu"), use_prefetcher=False, persistent_workers=False,
-                             **config) for train in (True, False)]
+    loaders = [
+        create_loader(
+            build_dataset(colours, train),
+            batch_size=16,
+            is_training=train,
+            num_workers=0,
+            device=torch.device("cpu"),
+            use_prefetcher=False,
+            persistent_workers=False,
+            **config,
+        )
+        for train in (True, False)
+    ]
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, layer_decay=0.9)
     scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=2, warmup_epochs=0)
     mixup, loss_of = Mixup(mixup_alpha=0.1, num_classes=4), SoftTargetCrossEntropy()

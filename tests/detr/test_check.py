@@ -5,11 +5,11 @@ import re
 import pytest
 from PIL import Image
 
-from detr_irpe.check import annotation_problems, main, quick_check
+from detr_irpe.check_data import annotation_problems, main, quick_check
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.transforms import eval_transforms
-from tests.detr.tiny_coco import edit_annotations, write_tiny_coco
+from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 
 def check(root, capsys, *flags):
@@ -20,7 +20,8 @@ def check(root, capsys, *flags):
 def add(box, category=3, image=102, **more):
     """A change of the annotations: one more object."""
     return lambda c: c["annotations"].append(
-        {"id": 900, "image_id": image, "category_id": category, "bbox": box, "area": 1, "iscrowd": 0} | more)
+        {"id": 900, "image_id": image, "category_id": category, "bbox": box, "area": 1, "iscrowd": 0} | more
+    )
 
 
 @pytest.mark.parametrize("zips", [False, True])
@@ -30,23 +31,33 @@ def test_a_good_set_passes(tmp_path, capsys, zips):
     assert "train2017: 6 images (2 without objects), 6 objects, 3 categories, largest id 9" in text
 
 
-@pytest.mark.parametrize("change, words", [
-    (add([5, 5, -3, 4]), r"boxes with a negative side: 1 \(annotation 900 of image 102: bbox \[5.0, 5.0, -3.0, 4.0\]"),
-    (add([5, 5, 0, 4]), "empty boxes: 1"),
-    (add([50, 5, 20, 4]), "boxes that reach outside their image: 1"),
-    (add([float("nan"), 5, 20, 4]), "boxes that are not finite: 1"),
-    (add([5, 5, 9, 9], category=8), "category ids that 'categories' does not list: 1"),
-    (add([5, 5, 9, 9], category=-1), "category ids out of range"),
-    (add([5, 5, 9, 9], image=555), "annotations of images that the file does not list: 1"),
-    (lambda c: add(c["annotations"][0]["bbox"], c["annotations"][0]["category_id"], c["annotations"][0]["image_id"])(c),
-     "duplicate objects .*: 1"),
-    (add([5, 5, 9, 9], id=1), r"duplicate annotation ids: 1 \(1\)"),
-    (lambda c: c["images"].append(c["images"][0]), r"duplicate image ids: 1 \(100\)"),
-    (lambda c: c["images"][1].update(file_name=c["images"][0]["file_name"]), "duplicate file names: 1"),
-    (lambda c: c["images"][1].update(height=30), "another size than annotated: 1 .*44 x 56, annotated 30 x 56"),
-    (lambda c: c["images"][1].update(file_name="nowhere.jpg"), r"missing images: 1 \(nowhere.jpg\)"),
-    (lambda c: c["annotations"][0].pop("bbox"), "annotations lacks 'bbox'"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            add([5, 5, -3, 4]),
+            r"boxes with a negative side: 1 \(annotation 900 of image 102: bbox \[5.0, 5.0, -3.0, 4.0\]",
+        ),
+        (add([5, 5, 0, 4]), "empty boxes: 1"),
+        (add([50, 5, 20, 4]), "boxes that reach outside their image: 1"),
+        (add([float("nan"), 5, 20, 4]), "boxes that are not finite: 1"),
+        (add([5, 5, 9, 9], category=8), "category ids that 'categories' does not list: 1"),
+        (add([5, 5, 9, 9], category=-1), "category ids out of range"),
+        (add([5, 5, 9, 9], image=555), "annotations of images that the file does not list: 1"),
+        (
+            lambda c: add(
+                c["annotations"][0]["bbox"], c["annotations"][0]["category_id"], c["annotations"][0]["image_id"]
+            )(c),
+            "duplicate objects .*: 1",
+        ),
+        (add([5, 5, 9, 9], id=1), r"duplicate annotation ids: 1 \(1\)"),
+        (lambda c: c["images"].append(c["images"][0]), r"duplicate image ids: 1 \(100\)"),
+        (lambda c: c["images"][1].update(file_name=c["images"][0]["file_name"]), "duplicate file names: 1"),
+        (lambda c: c["images"][1].update(height=30), "another size than annotated: 1 .*44 x 56, annotated 30 x 56"),
+        (lambda c: c["images"][1].update(file_name="nowhere.jpg"), r"missing images: 1 \(nowhere.jpg\)"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotations lacks 'bbox'"),
+    ],
+)
 def test_what_is_wrong_is_said(tmp_path, capsys, change, words):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", change)
@@ -92,7 +103,8 @@ def test_few_bad_boxes_in_a_large_set_are_a_warning(tmp_path, capsys):
         content["images"][0].update(width=2000, height=1000)
         content["annotations"] = [
             {"id": i + 1, "image_id": 100, "category_id": 3, "bbox": [i % 1900, i // 1900, 5, 5 if i else 0]}
-            for i in range(1500)]
+            for i in range(1500)
+        ]
 
     edit_annotations(root, "train2017", many)
     status, text = check(root, capsys)

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection, decode_masks
 from detr_irpe.data.image_files import ZipImages
-from detr_irpe.data.packed import Packed
+from detr_irpe.data.packed_strings import PackedStrings
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.nested_tensor import collate
 from irpe_train.errors import BadData
-from tests.detr.tiny_coco import edit_annotations, write_tiny_coco
+from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 PLAIN = eval_transforms(40)
 
@@ -32,18 +32,30 @@ def assert_same_items(ours, theirs):
 
 def test_packed_gives_back_what_it_was_given():
     items = [b"", b"abc", b"\0\xff", "größe.jpg".encode(), b""]
-    packed = pickle.loads(pickle.dumps(Packed(items)))
+    packed = pickle.loads(pickle.dumps(PackedStrings(items)))
     assert [packed[i] for i in range(len(packed))] == items
-    assert list(Packed([])) == []
+    assert list(PackedStrings([])) == []
     with pytest.raises(IndexError):
         packed[5]
 
 
 def test_targets_are_those_of_the_file(tmp_path):
     root = write_tiny_coco(tmp_path)
-    edit_annotations(root, "train2017", lambda c: c["annotations"].append(
-        {"id": 90, "image_id": 102, "category_id": 3, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 1,
-         "segmentation": {"size": [40, 56], "counts": [0, 100, 2140]}}))
+    edit_annotations(
+        root,
+        "train2017",
+        lambda c: c["annotations"].append(
+            {
+                "id": 90,
+                "image_id": 102,
+                "category_id": 3,
+                "bbox": [0, 0, 9, 9],
+                "area": 81,
+                "iscrowd": 1,
+                "segmentation": {"size": [40, 56], "counts": [0, 100, 2140]},
+            }
+        ),
+    )
     dataset = CocoDetection(root, "train2017", PLAIN, return_masks=True)
     content = json.loads((root / "annotations/instances_train2017.json").read_text())
     assert len(dataset) == 6 and dataset.categories == {3: "red", 4: "green", 9: "blue"}
@@ -78,8 +90,13 @@ def test_images_come_in_the_order_of_their_ids_and_objects_in_that_of_the_file(t
 def test_boxes_are_clipped_and_empty_ones_dropped(tmp_path):
     root = write_tiny_coco(tmp_path, train=1)
     boxes = [[-5, -5, 10, 10], [50, 30, 100, 100], [10, 10, 0, 5], [10, 10, -3, 5], [60, 5, 4, 4]]
-    edit_annotations(root, "train2017", lambda c: c["annotations"].extend(
-        {"id": i, "image_id": 100, "category_id": 3, "bbox": box, "area": 1} for i, box in enumerate(boxes, 1)))
+    edit_annotations(
+        root,
+        "train2017",
+        lambda c: c["annotations"].extend(
+            {"id": i, "image_id": 100, "category_id": 3, "bbox": box, "area": 1} for i, box in enumerate(boxes, 1)
+        ),
+    )
     _, target = CocoDetection(root, "train2017", PLAIN)[0]
     pixels = target["boxes"] * torch.tensor([56.0, 40, 56, 40])
     torch.testing.assert_close(pixels, torch.tensor([[2.5, 2.5, 5, 5], [53, 35, 6, 10]]))
@@ -92,6 +109,7 @@ def test_segmentations_in_all_three_forms():
     assert masks[1].sum() == 0
     assert masks[2, :, 0].all() and masks[2].sum() == 5
     from pycocotools import mask as rle
+
     packed = rle.encode(np.asfortranarray(masks[0].numpy()))
     assert torch.equal(decode_masks([packed], 5, 8)[0], masks[0])
 
@@ -155,16 +173,19 @@ def test_training_augmentation_is_reproducible_and_stays_consistent(tmp_path):
     assert len(sizes) > 10
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: c.pop("images"), "no list 'images'"),
-    (lambda c: c["images"][0].pop("file_name"), "images lacks 'file_name'"),
-    (lambda c: c["annotations"][0].pop("bbox"), "annotations lacks 'bbox'"),
-    (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox"),
-    (lambda c: c["annotations"][0].update(category_id="cat"), "category_id"),
-    (lambda c: c.pop("categories"), "no 'categories'"),
-    (lambda c: c["images"][0].update(file_name="../secret.jpg"), "unsafe file name"),
-    (lambda c: c["images"][0].update(file_name="/etc/passwd"), "unsafe file name"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c.pop("images"), "no list 'images'"),
+        (lambda c: c["images"][0].pop("file_name"), "images lacks 'file_name'"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotations lacks 'bbox'"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox"),
+        (lambda c: c["annotations"][0].update(category_id="cat"), "category_id"),
+        (lambda c: c.pop("categories"), "no 'categories'"),
+        (lambda c: c["images"][0].update(file_name="../secret.jpg"), "unsafe file name"),
+        (lambda c: c["images"][0].update(file_name="/etc/passwd"), "unsafe file name"),
+    ],
+)
 def test_bad_annotations_are_refused(tmp_path, change, words):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", change)

@@ -10,7 +10,7 @@ from detr_irpe.data.coco import CocoDetection, decode_masks
 from detr_irpe.data.coco_eval import CocoEvaluator, encode_masks, format_figures
 from detr_irpe.data.transforms import eval_transforms
 from irpe_train.checkpoint import read_checkpoint, write_checkpoint
-from tests.detr.tiny_coco import edit_annotations, write_tiny_coco
+from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 BACKENDS = ("pycocotools", "faster-coco-eval")
 
@@ -27,8 +27,10 @@ def truth(root):
         x, y, w, h = a["bbox"]
         found[a["image_id"]][0].append([x, y, x + w, y + h])
         found[a["image_id"]][1].append(a["category_id"])
-    return {i: (torch.tensor(b, dtype=torch.float32).reshape(-1, 4), torch.tensor(c, dtype=torch.int64))
-            for i, (b, c) in found.items()}
+    return {
+        i: (torch.tensor(b, dtype=torch.float32).reshape(-1, 4), torch.tensor(c, dtype=torch.int64))
+        for i, (b, c) in found.items()
+    }
 
 
 def noisy_predictions(root, seed=0, queries=8):
@@ -43,7 +45,10 @@ def noisy_predictions(root, seed=0, queries=8):
         scores = torch.rand(queries, generator=generator)
         scores[: len(boxes)] += 0.3
         predictions[image_id] = {
-            "boxes": torch.cat([shifted, noise]), "labels": torch.cat([labels, other]), "scores": scores}
+            "boxes": torch.cat([shifted, noise]),
+            "labels": torch.cat([labels, other]),
+            "scores": scores,
+        }
     return predictions
 
 
@@ -70,12 +75,15 @@ def test_average_precision_of_a_case_worked_by_hand(tmp_path):
     def one_category(content):
         content["annotations"] = [
             {"id": i + 1, "image_id": 100 + i, "category_id": 3, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0}
-            for i in range(2)]
+            for i in range(2)
+        ]
 
     edit_annotations(root, "val2017", one_category)
     box, score_of = torch.tensor([[0.0, 0, 10, 10]]), lambda s: torch.tensor([s])
-    found = {100 + i: {"boxes": box + shift, "labels": torch.tensor([3]), "scores": score_of(s)}
-             for i, (shift, s) in enumerate(((0, 0.5), (30, 0.8), (30, 0.9)))}
+    found = {
+        100 + i: {"boxes": box + shift, "labels": torch.tensor([3]), "scores": score_of(s)}
+        for i, (shift, s) in enumerate(((0, 0.5), (30, 0.8), (30, 0.9)))
+    }
     # Best first: wrong, wrong, right. At recall up to 1/2, 51 of 101 points, the precision is 1/3; beyond, 0.
     stats = score(root, found)["bbox"].stats
     assert stats[0] == pytest.approx(51 / 101 / 3) and stats[1] == pytest.approx(stats[0])
@@ -105,8 +113,12 @@ def test_both_libraries_give_the_same_twelve_figures(tmp_path, seed):
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_nothing_detected_scores_zero(tmp_path, backend, iou_type):
     root = write_tiny_coco(tmp_path)
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0),
-               "masks": torch.zeros(0, 1, 40, 56)}
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "scores": torch.zeros(0),
+        "masks": torch.zeros(0, 1, 40, 56),
+    }
     stats = score(root, {i: nothing for i in truth(root)}, (iou_type,), backend)[iou_type].stats
     assert [stats[i] for i in (0, 1, 2, 3, 6, 7, 8, 9)] == [0] * 8
 

@@ -3,7 +3,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from detr_irpe.nested_tensor import NestedTensor
-from tests.detr.tiny_detr import tiny_model
+from tests.helpers.tiny_detr import tiny_model
 
 
 def test_the_whole_model_compiles_twice_at_most_whatever_the_image_sizes():

@@ -9,7 +9,7 @@ from detr_irpe.boxes import cxcywh_to_xyxy
 from detr_irpe.models.criterion import SetCriterion
 from detr_irpe.models.matcher import HungarianMatcher
 from tests.detr.test_matcher import random_outputs
-from tests.detr.tiny_detr import random_targets
+from tests.helpers.tiny_detr import random_targets
 
 CLASSES, EOS = 7, 0.1
 
@@ -42,11 +42,17 @@ def slow_losses(outputs: dict, targets: list[dict]) -> dict[str, float]:
         distance += (box - target).abs().sum().item()
         giou += 1 - generalized_box_iou(cxcywh_to_xyxy(box)[None], cxcywh_to_xyxy(target)[None]).item()
     right = sum(logits[key].argmax().item() == label for key, label in wanted.items())
-    count_errors = [abs(sum(row.argmax().item() != CLASSES for row in logits[image]) - len(target["labels"]))
-                    for image, target in enumerate(targets)]
-    return {"loss_ce": entropy / weights, "class_error": 100 - 100 * right / max(len(pairs), 1),
-            "loss_bbox": distance / num_boxes, "loss_giou": giou / num_boxes,
-            "cardinality_error": sum(count_errors) / len(targets)}
+    count_errors = [
+        abs(sum(row.argmax().item() != CLASSES for row in logits[image]) - len(target["labels"]))
+        for image, target in enumerate(targets)
+    ]
+    return {
+        "loss_ce": entropy / weights,
+        "class_error": 100 - 100 * right / max(len(pairs), 1),
+        "loss_bbox": distance / num_boxes,
+        "loss_giou": giou / num_boxes,
+        "cardinality_error": sum(count_errors) / len(targets),
+    }
 
 
 @pytest.mark.parametrize("counts", [[3, 2], [0, 4], [0, 0], [8, 1]])
@@ -72,10 +78,11 @@ def test_mask_losses_against_loops():
     for image, match in enumerate(HungarianMatcher()(outputs, targets)):
         for q, i in zip(*map(torch.Tensor.tolist, match), strict=True):
             mask = torch.nn.functional.interpolate(  # the masks of the batch are padded to 6 x 6
-                outputs["pred_masks"][image, q].double()[None, None], size=(6, 6), mode="bilinear")[0, 0]
+                outputs["pred_masks"][image, q].double()[None, None], size=(6, 6), mode="bilinear"
+            )[0, 0]
             wanted = torch.zeros(6, 6, dtype=torch.float64)
             given = targets[image]["masks"][i]
-            wanted[:given.shape[0], :given.shape[1]] = given
+            wanted[: given.shape[0], : given.shape[1]] = given
             p = mask.sigmoid()
             for pixel, truth in zip(p.flatten().tolist(), wanted.flatten().tolist(), strict=True):
                 agreed = pixel if truth else 1 - pixel
@@ -118,8 +125,8 @@ def losses_of_one_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for number, counts in enumerate(COUNTS):
         outputs, targets = batch_of_two(counts)
-        own = {key: value[rank:rank + 1] for key, value in outputs.items()}
-        torch.save(criterion()(own, targets[rank:rank + 1]), f"{folder}/{number}-{rank}.pt")
+        own = {key: value[rank : rank + 1] for key, value in outputs.items()}
+        torch.save(criterion()(own, targets[rank : rank + 1]), f"{folder}/{number}-{rank}.pt")
     if rank == 0:  # an evaluation waits for nobody
         torch.save(criterion().eval()(*batch_of_two([3, 2])), f"{folder}/evaluated.pt")
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_irpe.check import check_split
+from detr_irpe.check_data import check_split
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.transforms import eval_transforms
 

@@ -8,9 +8,28 @@ from detr_irpe.export import get_args_parser, main
 from detr_irpe.models import build_model
 from irpe_train.config import parse_args
 
-SMALL = ["--coco_path", "x", "--backbone", "resnet_micro", "--backbone_weights", "none", "--hidden_dim", "16",
-         "--nheads", "2", "--enc_layers", "1", "--dec_layers", "1", "--dim_feedforward", "16", "--num_queries", "3",
-         "--enc_rpe2d", "rpe-2.0-product-ctx-1-k"]
+SMALL = [
+    "--coco_path",
+    "x",
+    "--backbone",
+    "resnet_micro",
+    "--backbone_weights",
+    "none",
+    "--hidden_dim",
+    "16",
+    "--nheads",
+    "2",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "1",
+    "--dim_feedforward",
+    "16",
+    "--num_queries",
+    "3",
+    "--enc_rpe2d",
+    "rpe-2.0-product-ctx-1-k",
+]
 
 
 def write_checkpoint(path, *flags):

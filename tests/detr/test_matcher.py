@@ -6,12 +6,14 @@ from torchvision.ops import generalized_box_iou
 
 from detr_irpe.boxes import cxcywh_to_xyxy
 from detr_irpe.models.matcher import HungarianMatcher
-from tests.detr.tiny_detr import random_targets
+from tests.helpers.tiny_detr import random_targets
 
 
 def random_outputs(batch: int, queries: int, classes: int = 7) -> dict:
-    return {"pred_logits": torch.randn(batch, queries, classes + 1) * 2,
-            "pred_boxes": torch.rand(batch, queries, 4) * 0.4 + 0.3}
+    return {
+        "pred_logits": torch.randn(batch, queries, classes + 1) * 2,
+        "pred_boxes": torch.rand(batch, queries, 4) * 0.4 + 0.3,
+    }
 
 
 def slow_cost(outputs: dict, target: dict, image: int, query: int, number: int) -> float:
@@ -34,7 +36,7 @@ def test_against_all_assignments():
 
 
 def test_more_objects_than_queries():
-    (queries, objects), = HungarianMatcher()(random_outputs(1, 2), random_targets([5]))
+    ((queries, objects),) = HungarianMatcher()(random_outputs(1, 2), random_targets([5]))
     assert queries.tolist() == [0, 1] and len(set(objects.tolist())) == 2
 
 
@@ -75,7 +77,7 @@ def test_predictions_that_are_not_finite_are_still_matched(value):
     outputs = random_outputs(1, 4)
     outputs["pred_boxes"][0, 1] = value
     outputs["pred_logits"][0, 2] = value
-    (queries, objects), = HungarianMatcher()(outputs, random_targets([4]))
+    ((queries, objects),) = HungarianMatcher()(outputs, random_targets([4]))
     assert sorted(queries.tolist()) == sorted(objects.tolist()) == [0, 1, 2, 3]
 
 

@@ -9,7 +9,7 @@ import torch
 from detr_irpe import build_model, create_model
 from detr_irpe.nested_tensor import NestedTensor, Targets, collate
 from irpe_train.checkpoint import load_weights
-from tests.detr.tiny_detr import SPECS, published_flags, random_targets, tiny_model
+from tests.helpers.tiny_detr import SPECS, published_flags, random_targets, tiny_model
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_state_dict.json").read_text())
 
@@ -95,7 +95,7 @@ def test_a_batch_equals_its_rows(enc_rpe2d):
     batch = NestedTensor.from_images([torch.rand(3, h, w, dtype=torch.float64) for h, w in sizes])
     together = model(batch)
     for row in range(3):
-        alone = model(NestedTensor(batch.tensors[row:row + 1], batch.mask[row:row + 1]))
+        alone = model(NestedTensor(batch.tensors[row : row + 1], batch.mask[row : row + 1]))
         for key in ("pred_logits", "pred_boxes"):
             torch.testing.assert_close(together[key][row], alone[key][0], rtol=1e-9, atol=1e-9)
 
@@ -144,18 +144,33 @@ def test_number_of_classes_of_a_published_namespace(dataset_file, classes):
 
 
 def test_build_model_with_masks():
-    model, criterion, postprocessors = build_model(published_flags(
-        masks=True, dataset_file="coco_panoptic", frozen_weights="detr.pth"))
+    model, criterion, postprocessors = build_model(
+        published_flags(masks=True, dataset_file="coco_panoptic", frozen_weights="detr.pth")
+    )
     assert set(postprocessors) == {"bbox", "segm", "panoptic"}
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"bbox_attention", "mask_head"}
     assert {name: w for name, w in criterion.weight_dict.items() if "_0" not in name} == {
-        "loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_mask": 1, "loss_dice": 1}
+        "loss_ce": 1,
+        "loss_bbox": 5,
+        "loss_giou": 2,
+        "loss_mask": 1,
+        "loss_dice": 1,
+    }
 
 
 def test_targets_come_out_of_a_worker_as_they_went_in():
-    targets = Targets([{"boxes": torch.rand(3, 4), "labels": torch.tensor([1, 2, 3]), "name": "a.jpg",
-                        "masks": torch.rand(3, 200, 300) < 0.5}, {"boxes": torch.zeros(0, 4), "orig_size": 7}])
+    targets = Targets(
+        [
+            {
+                "boxes": torch.rand(3, 4),
+                "labels": torch.tensor([1, 2, 3]),
+                "name": "a.jpg",
+                "masks": torch.rand(3, 200, 300) < 0.5,
+            },
+            {"boxes": torch.zeros(0, 4), "orig_size": 7},
+        ]
+    )
     received = pickle.loads(ForkingPickler.dumps(targets))
     assert type(received) is Targets and [list(t) for t in received] == [list(t) for t in targets]
     for ours, theirs in zip(received, targets, strict=True):

@@ -7,7 +7,7 @@ from detr_irpe import build_model, create_model
 from detr_irpe.models import backbone as backbones
 from detr_irpe.models.backbone import MICRO, Backbone, build_resnet
 from detr_irpe.nested_tensor import NestedTensor
-from tests.detr.tiny_detr import published_flags, tiny_model
+from tests.helpers.tiny_detr import published_flags, tiny_model
 
 
 def trained_classifier() -> torch.nn.Module:
@@ -48,14 +48,16 @@ def test_frozen_batch_norm_is_the_formula():
     for buffer in norm.buffers():
         buffer.uniform_(0.5, 2)
     x = torch.randn(2, norm.weight.numel(), 3, 3)
-    mean, var, scale, shift = (b[None, :, None, None] for b in (
-        norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    mean, var, scale, shift = (
+        b[None, :, None, None] for b in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
     torch.testing.assert_close(backbone.train().body.bn1(x), (x - mean) / (var + 1e-5).sqrt() * scale + shift)
 
 
 def test_stem_and_first_stage_stay_frozen():
-    trained = {name.split(".")[0] for name, p in Backbone(build_resnet("resnet18")).body.named_parameters()
-               if p.requires_grad}
+    trained = {
+        name.split(".")[0] for name, p in Backbone(build_resnet("resnet18")).body.named_parameters() if p.requires_grad
+    }
     assert trained == {"layer2", "layer3", "layer4"}
 
 
@@ -76,6 +78,7 @@ class AskedForWeights(Exception):
 @pytest.fixture
 def no_downloads(monkeypatch):
     """Whoever asks torchvision for weights gets an exception in place of a download."""
+
     def get_model(name, weights=None, **options):
         if weights is not None:
             raise AskedForWeights(weights)
@@ -94,8 +97,17 @@ def test_imagenet_weights_are_the_default_of_a_training_run(no_downloads):
         create_model("resnet18", pretrained_backbone=True)
 
 
-@pytest.mark.parametrize("change", [{"eval": True}, {"resume": "x.pth"}, {"pretrained": "x"}, {"finetune": "x.pth"},
-                                    {"frozen_weights": "x.pth", "masks": True}, {"backbone_weights": "none"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eval": True},
+        {"resume": "x.pth"},
+        {"pretrained": "x"},
+        {"finetune": "x.pth"},
+        {"frozen_weights": "x.pth", "masks": True},
+        {"backbone_weights": "none"},
+    ],
+)
 def test_nothing_is_downloaded_when_a_checkpoint_will_fill_the_model(no_downloads, change):
     build_model(published_flags(**{"backbone": "resnet18", "backbone_weights": "imagenet"} | change))
 

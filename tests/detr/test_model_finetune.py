@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from detr_irpe.models.finetune import load_for_finetuning
-from tests.detr.tiny_detr import tiny_model
+from tests.helpers.tiny_detr import tiny_model
 
 
 def taken(model, key: str, weights: dict) -> bool:

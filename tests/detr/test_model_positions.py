@@ -3,11 +3,7 @@ import math
 import pytest
 import torch
 
-from detr_irpe.models.position_encoding import (
-    PositionEmbeddingLearned,
-    PositionEmbeddingSine,
-    build_position_encoding,
-)
+from detr_irpe.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine, build_position_encoding
 from detr_irpe.nested_tensor import NestedTensor
 
 

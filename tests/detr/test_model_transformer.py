@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from detr_irpe.models.transformer import MultiheadAttention, Transformer, TransformerDecoderLayer
 from tests import oracles
-from tests.detr.tiny_detr import SPECS, tiny_transformer
+from tests.helpers.tiny_detr import SPECS, tiny_transformer
 
 HEIGHT, WIDTH = 2, 3
 
@@ -24,11 +24,14 @@ def random_map(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 def exact_attention(attention: nn.Module, query_key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
     """Encoder attention by the loops of tests/oracles.py."""
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(x, w, b).unflatten(-1, (attention.nhead, -1)).transpose(1, 2)
-               for x, w, b in zip((query_key, query_key, value), weights, biases, strict=True))
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (attention.nhead, -1)).transpose(1, 2)
+        for x, w, b in zip((query_key, query_key, value), weights, biases, strict=True)
+    )
     excluded = padding[:, None, None].expand(-1, attention.nhead, padding.shape[1], -1)
-    heads = oracles.attention(q, k, v, attention.rpe_q, attention.rpe_k, attention.rpe_v, HEIGHT, WIDTH,
-                              excluded=excluded)
+    heads = oracles.attention(
+        q, k, v, attention.rpe_q, attention.rpe_k, attention.rpe_v, HEIGHT, WIDTH, excluded=excluded
+    )
     return attention.out_proj(heads.transpose(1, 2).flatten(2))
 
 
@@ -56,8 +59,11 @@ def test_encoder_layer_is_the_formula(enc_rpe2d, pre_norm):
 def test_without_encoding_the_encoder_is_torch_own(pre_norm):
     transformer = tiny_transformer(pre_norm=pre_norm)
     theirs = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, norm_first=pre_norm, dtype=torch.float64), 2,
-        norm=nn.LayerNorm(16, dtype=torch.float64) if pre_norm else None, enable_nested_tensor=False).eval()
+        nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, norm_first=pre_norm, dtype=torch.float64),
+        2,
+        norm=nn.LayerNorm(16, dtype=torch.float64) if pre_norm else None,
+        enable_nested_tensor=False,
+    ).eval()
     theirs.load_state_dict(transformer.encoder.state_dict())
     src, _, padding = random_map()
     ours = transformer.encoder(src, torch.zeros_like(src), padding, HEIGHT, WIDTH)
@@ -73,8 +79,12 @@ def test_without_positions_the_decoder_layer_is_torch_own(pre_norm):
     theirs.load_state_dict(ours.state_dict())
     memory, _, padding = random_map()
     tgt = torch.randn(2, 5, 16, dtype=torch.float64)
-    torch.testing.assert_close(ours(tgt, torch.zeros_like(tgt), memory, memory, padding),
-                               theirs(tgt, memory, memory_key_padding_mask=padding), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        ours(tgt, torch.zeros_like(tgt), memory, memory, padding),
+        theirs(tgt, memory, memory_key_padding_mask=padding),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def test_attention_with_positions_is_torch_own():
@@ -120,15 +130,22 @@ def test_zero_tables_change_nothing():
         if "lookup_table" in name:
             nn.init.zeros_(parameter)
     src, pos, padding = random_map()
-    torch.testing.assert_close(encoded.encoder(src, pos, padding, HEIGHT, WIDTH),
-                               plain.encoder(src, pos, padding, HEIGHT, WIDTH), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        encoded.encoder(src, pos, padding, HEIGHT, WIDTH),
+        plain.encoder(src, pos, padding, HEIGHT, WIDTH),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_tables_start_by_xavier_as_published():
     """The bound of 33 * 81 fans is sqrt(6 / (33 * 81)) = 0.0474, and the largest entry is just under it."""
     torch.manual_seed(0)
-    table = Transformer(enc_rpe2d="rpe-2.0-product-ctx-1-k", num_encoder_layers=1, num_decoder_layers=0,
-                        dim_feedforward=8).encoder.layers[0].self_attn.rpe_k.lookup_table_weight
+    table = (
+        Transformer(enc_rpe2d="rpe-2.0-product-ctx-1-k", num_encoder_layers=1, num_decoder_layers=0, dim_feedforward=8)
+        .encoder.layers[0]
+        .self_attn.rpe_k.lookup_table_weight
+    )
     assert table.shape == (1, 32, 81)
     bound = math.sqrt(6 / (33 * 81))
     assert round(bound, 4) == 0.0474 and 0.98 * bound < table.abs().max() <= bound

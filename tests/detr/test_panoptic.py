@@ -8,7 +8,7 @@ from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality, match_segments, panoptic_quality
 from detr_irpe.data.transforms import eval_transforms
 from detr_irpe.models.postprocess import encode_ids
-from tests.detr.tiny_coco import write_tiny_coco, zip_split
+from tests.helpers.tiny_coco import write_tiny_coco, zip_split
 
 
 def tiny_panoptic(root, split="val2017"):
@@ -73,8 +73,9 @@ def test_matching_by_hand():
     result = match_segments(truth, true_segments, found, segments((7, 3, 0), (8, 3, 0), (9, 9, 0)))
     assert result.matched == [(3, pytest.approx(0.8)), (3, pytest.approx(10 / 12))]
     assert result.missed == [4] and result.false_alarms == [9]  # overlap with another category is none
-    half = match_segments(columns((1, 10), (2, 10)), segments((1, 3, 0), (2, 4, 0)),
-                          columns((7, 20)), segments((7, 3, 0)))
+    half = match_segments(
+        columns((1, 10), (2, 10)), segments((1, 3, 0), (2, 4, 0)), columns((7, 20)), segments((7, 3, 0))
+    )
     assert half.matched == [] and half.missed == [3, 4] and half.false_alarms == [3]  # exactly half is not enough
 
 
@@ -98,8 +99,12 @@ def test_sizes_must_agree():
 
 def test_quality_by_hand():
     images = [
-        match_segments(columns((1, 10), (2, 10)), segments((1, 3, 0), (2, 3, 0)),
-                       columns((7, 8), (8, 12)), segments((7, 3, 0), (8, 4, 0))),
+        match_segments(
+            columns((1, 10), (2, 10)),
+            segments((1, 3, 0), (2, 3, 0)),
+            columns((7, 8), (8, 12)),
+            segments((7, 3, 0), (8, 4, 0)),
+        ),
         match_segments(columns((1, 10)), segments((1, 9, 0)), columns((7, 10)), segments((7, 9, 0))),
     ]
     # Category 3: one match of IoU 0.8, one miss. 4: one false alarm. 9: perfect. 5 does not occur.

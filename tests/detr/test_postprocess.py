@@ -31,15 +31,16 @@ def test_masks_lose_the_padding_and_take_the_original_size():
     masks = torch.full((2, 1, 4, 4), -5.0)
     masks[0, 0, :2] = 5.0  # the upper half of the padded batch, which the first image fills
     masks[1, 0, :, :2] = 5.0  # the left half: all of the second image, which is half as wide
-    results = PostProcessSegm()([{}, {}], {"pred_masks": masks}, torch.tensor([[20, 10], [30, 30]]),
-                                torch.tensor([[8, 8], [8, 4]]))
+    results = PostProcessSegm()(
+        [{}, {}], {"pred_masks": masks}, torch.tensor([[20, 10], [30, 30]]), torch.tensor([[8, 8], [8, 4]])
+    )
     assert results[0]["masks"].shape == (1, 1, 20, 10) and results[0]["masks"].dtype == torch.uint8
     assert (results[0]["masks"][..., :10, :] == 1).all() and (results[0]["masks"][..., 10:, :] == 0).all()
     assert (results[1]["masks"][..., :22] == 1).all()
 
 
 def test_ids_survive_their_colours():
-    ids = np.array([[0, 1, 255], [256, 65536, 2 ** 24 - 1]])
+    ids = np.array([[0, 1, 255], [256, 65536, 2**24 - 1]])
     assert np.array_equal(decode_ids(encode_ids(ids)), ids)
 
 
@@ -57,7 +58,8 @@ def test_panoptic_shares_the_pixels_out():
     assert result["segments_info"] == [
         {"id": 0, "isthing": True, "category_id": 0, "area": 64},
         {"id": 1, "isthing": True, "category_id": 0, "area": 32},
-        {"id": 2, "isthing": False, "category_id": 1, "area": 32}]
+        {"id": 2, "isthing": False, "category_id": 1, "area": 32},
+    ]
 
 
 def test_panoptic_merges_stuff_and_drops_specks():

@@ -9,7 +9,7 @@ from detr_irpe import build_model
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from detr_irpe.predict import Detector, get_predict_parser, main
 from irpe_train.launch import launch
-from tests.detr.tiny_detr import published_flags, tiny_transformer
+from tests.helpers.tiny_detr import published_flags, tiny_transformer
 
 NAMES = {1: "seven", 4: "three"}
 
@@ -68,8 +68,10 @@ def test_masks(tmp_path, photo):
 
 
 def test_ground_truth_stands_on_the_left(tmp_path, photo):
-    annotations = {"images": [{"id": 9, "file_name": "photo.jpg"}],
-                   "annotations": [{"image_id": 9, "category_id": 1, "bbox": [10, 10, 20, 20]}]}
+    annotations = {
+        "images": [{"id": 9, "file_name": "photo.jpg"}],
+        "annotations": [{"image_id": 9, "category_id": 1, "bbox": [10, 10, 20, 20]}],
+    }
     (tmp_path / "instances.json").write_text(json.dumps(annotations))
     resume = write_checkpoint(tmp_path / "x.pth")
     annotated = ["--resume", resume, "--out", tmp_path, "--annotations", tmp_path / "instances.json"]

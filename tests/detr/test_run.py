@@ -12,9 +12,9 @@ from detr_irpe.train import main
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.distributed import rank
 from irpe_train.errors import Preempted
-from tests.detr.runs import TINY, detr, detr_ok, log_of
-from tests.detr.tiny_coco import edit_annotations, write_tiny_coco
-from tests.train.sabotage import be_stopped, change_a_loss
+from tests.helpers.detr_runs import TINY, detr, detr_ok, log_of
+from tests.helpers.sabotage import be_stopped, change_a_loss
+from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,9 @@ def keys_of_log(layers, *, masks=False):
     weighted += [f"{name}_{i}" for i in range(layers - 1) for name in ("loss_ce", "loss_bbox", "loss_giou")]
     unscaled = ["loss_ce", "class_error", "loss_bbox", "loss_giou", "cardinality_error"]
     unscaled += ["loss_mask", "loss_dice"] * masks
-    unscaled += [f"{name}_{i}" for i in range(layers - 1)
-                 for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")]
+    unscaled += [
+        f"{name}_{i}" for i in range(layers - 1) for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")
+    ]
     both = ["class_error", "loss", *weighted, *(f"{name}_unscaled" for name in unscaled)]
     return ["train_lr", *(f"train_{k}" for k in both), *(f"test_{k}" for k in both), "test_coco_eval_bbox"]
 
@@ -50,8 +51,7 @@ def test_the_log_has_the_published_keys_in_their_order(trained):
         assert len(line["test_coco_eval_bbox"]) == 12
         numbers = [v for k, v in line.items() if k not in ("test_coco_eval_bbox", "epoch", "n_parameters")]
         assert all(isinstance(v, float) for v in numbers)
-        weighted = sum(v for k, v in line.items()
-                       if k.startswith("train_loss_") and "unscaled" not in k)
+        weighted = sum(v for k, v in line.items() if k.startswith("train_loss_") and "unscaled" not in k)
         assert line["train_loss"] == pytest.approx(weighted, rel=1e-5)
         assert line["train_loss_bbox"] == pytest.approx(5 * line["train_loss_bbox_unscaled"], rel=1e-5)
     assert [line["train_lr"] for line in lines] == pytest.approx([1e-3, 1e-4])  # lr_drop after one epoch
@@ -65,8 +65,13 @@ def test_a_run_writes_the_published_files(trained):
     assert names == published | {"eval/latest.pth"} | ours
     assert read_checkpoint(folder / "checkpoint0000.pth")["epoch"] == 0
     assert read_checkpoint(folder / "eval/latest.pth")["precision"].shape == (10, 101, 3, 4, 3)
-    for words in ("8 training and 5 validation images, 3 categories", "2 images an update: 2 x 1 process(es)",
-                  "4 steps, 8 samples", "hidden_dim=16 (published: 256)", "Average Precision  (AP) @[ IoU=0.50:0.95"):
+    for words in (
+        "8 training and 5 validation images, 3 categories",
+        "2 images an update: 2 x 1 process(es)",
+        "4 steps, 8 samples",
+        "hidden_dim=16 (published: 256)",
+        "Average Precision  (AP) @[ IoU=0.50:0.95",
+    ):
         assert words in text
     assert f"number of params: {log_of(folder)[0]['n_parameters']}\n" in text
 
@@ -92,15 +97,50 @@ def test_the_published_optimizer_has_199_and_42_tensors():
 
 def test_every_published_flag_keeps_its_default():
     published = {
-        "lr": 1e-4, "lr_backbone": 1e-5, "batch_size": 2, "weight_decay": 1e-4, "epochs": 300, "lr_drop": 200,
-        "clip_max_norm": 0.1, "frozen_weights": None, "backbone": "resnet50", "dilation": False,
-        "position_embedding": "sine", "enc_layers": 6, "dec_layers": 6, "dim_feedforward": 2048, "hidden_dim": 256,
-        "dropout": 0.1, "nheads": 8, "num_queries": 100, "pre_norm": False, "masks": False, "aux_loss": True,
-        "set_cost_class": 1, "set_cost_bbox": 5, "set_cost_giou": 2, "mask_loss_coef": 1, "dice_loss_coef": 1,
-        "bbox_loss_coef": 5, "giou_loss_coef": 2, "eos_coef": 0.1, "dataset_file": "coco", "coco_path": None,
-        "coco_panoptic_path": None, "remove_difficult": False, "output_dir": "", "device": "cuda", "seed": 42,
-        "resume": "", "start_epoch": 0, "eval": False, "num_workers": 2, "world_size": 1, "dist_url": "env://",
-        "enc_rpe2d": ""}
+        "lr": 1e-4,
+        "lr_backbone": 1e-5,
+        "batch_size": 2,
+        "weight_decay": 1e-4,
+        "epochs": 300,
+        "lr_drop": 200,
+        "clip_max_norm": 0.1,
+        "frozen_weights": None,
+        "backbone": "resnet50",
+        "dilation": False,
+        "position_embedding": "sine",
+        "enc_layers": 6,
+        "dec_layers": 6,
+        "dim_feedforward": 2048,
+        "hidden_dim": 256,
+        "dropout": 0.1,
+        "nheads": 8,
+        "num_queries": 100,
+        "pre_norm": False,
+        "masks": False,
+        "aux_loss": True,
+        "set_cost_class": 1,
+        "set_cost_bbox": 5,
+        "set_cost_giou": 2,
+        "mask_loss_coef": 1,
+        "dice_loss_coef": 1,
+        "bbox_loss_coef": 5,
+        "giou_loss_coef": 2,
+        "eos_coef": 0.1,
+        "dataset_file": "coco",
+        "coco_path": None,
+        "coco_panoptic_path": None,
+        "remove_difficult": False,
+        "output_dir": "",
+        "device": "cuda",
+        "seed": 42,
+        "resume": "",
+        "start_epoch": 0,
+        "eval": False,
+        "num_workers": 2,
+        "world_size": 1,
+        "dist_url": "env://",
+        "enc_rpe2d": "",
+    }
     flags = vars(get_args_parser().parse_args([]))
     assert {name: flags[name] for name in published} == published
     assert not get_args_parser().parse_args(["--no_aux_loss"]).aux_loss
@@ -143,9 +183,22 @@ def test_average_precision_is_the_same_in_any_number_of_processes(trained, data,
 
 
 def test_masks_and_panoptic(trained, data, tmp_path):
-    detr_ok(data, tmp_path / "run", "--dec_layers", 6, "--masks", "--epochs", 1, "--frozen_weights",
-            trained[0] / "checkpoint.pth", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", data)
-    line, = log_of(tmp_path / "run")
+    detr_ok(
+        data,
+        tmp_path / "run",
+        "--dec_layers",
+        6,
+        "--masks",
+        "--epochs",
+        1,
+        "--frozen_weights",
+        trained[0] / "checkpoint.pth",
+        "--dataset_file",
+        "coco_panoptic",
+        "--coco_panoptic_path",
+        data,
+    )
+    (line,) = log_of(tmp_path / "run")
     wanted = [*keys_of_log(6, masks=True), "test_coco_eval_masks", "test_PQ_all", "test_PQ_th", "test_PQ_st"]
     assert list(line) == [*wanted, "epoch", "n_parameters"]
     assert list(line["test_PQ_all"]) == ["pq", "sq", "rq", "n"]
@@ -182,8 +235,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(data, tmp_path):
     flags = ["--deterministic", "--dropout", "0.1", "--lr_drop", 1]
     detr_ok(data, tmp_path / "whole", *flags)
     for number in (1, 2, 1):  # of four steps an epoch: in mid-epoch, at the last step, in the second epoch
-        ended, = detr(data, tmp_path / "cut", *flags, "--resume", "auto",
-                      main=partial(change_a_loss, main, number, 0, be_stopped))
+        (ended,) = detr(
+            data, tmp_path / "cut", *flags, "--resume", "auto", main=partial(change_a_loss, main, number, 0, be_stopped)
+        )
         assert ended.code == Preempted.EXIT_CODE, ended.text
     detr_ok(data, tmp_path / "cut", *flags, "--resume", "auto", "--num_workers", 2)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
@@ -218,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(data, tmp_p
     ended = detr(data, tmp_path / "run", "--save-interval", 1, "--batch_size", 1, world_size=2, main=spoil_one_loss)
     for one in ended:
         assert one.code == 1 and "NonFiniteLoss: loss is not finite on rank 1 at epoch 0, step 2" in one.text
-    report, = json.loads((tmp_path / "run/nonfinite_loss.json").read_text())
+    (report,) = json.loads((tmp_path / "run/nonfinite_loss.json").read_text())
     assert report["rank"] == 1 and report["lr"] == 1e-3 and report["step"] == 2
     assert report["terms"]["loss_giou"] != report["terms"]["loss_giou"]  # NaN
     assert report["terms"]["loss_ce"] > 0
@@ -242,11 +296,20 @@ def test_images_without_objects_neither_hang_nor_give_nan(tmp_path):
         assert line["test_coco_eval_bbox"] == [-1.0] * 12
 
 
-@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--accumulate", 3], ["--position_embedding", "learned"],
-                                   ["--pre_norm", "--no_aux_loss"], ["--lr_backbone", 0], ["--augment", "none"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp", "bf16"],
+        ["--accumulate", 3],
+        ["--position_embedding", "learned"],
+        ["--pre_norm", "--no_aux_loss"],
+        ["--lr_backbone", 0],
+        ["--augment", "none"],
+    ],
+)
 def test_other_ways_to_train(data, tmp_path, flags):
     detr_ok(data, tmp_path / "run", "--epochs", 1, *flags)
-    line, = log_of(tmp_path / "run")
+    (line,) = log_of(tmp_path / "run")
     assert 0 < line["train_loss"] < 50 and 0 < line["test_loss"] < 50
     assert ("train_loss_ce_0" in line) == ("--no_aux_loss" not in flags)
 
@@ -279,19 +342,22 @@ def test_published_class_counts():
     assert train.number_of_classes([Of(7), Of(12)], "coco") == train.number_of_classes([Of(12)], "coco_panoptic") == 13
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--coco_path", ""], "--coco_path is needed"),
-    (["--coco_path", "/nowhere"], "no annotation file /nowhere/annotations/instances_val2017.json"),
-    (["--dataset_file", "coco_panoptic"], "needs --coco_panoptic_path"),
-    (["--frozen_weights", "x.pth"], "add --masks"),
-    (["--pretrained", "x", "--finetune", "y"], "give one"),
-    (["--expect"], "add --eval"),
-    (["--num_classes", "9"], r"category ids out of range \(0 to 8\)"),
-    (["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"], "unknown method 'prodct'"),
-    (["--backbone_weights", "nowhere.pth"], "nowhere.pth"),
-    (["--batch_size", "100"], "8 training samples per process and epoch do not fill one batch of 100"),
-    (["--resume", "nowhere.pth"], "nowhere.pth: no such file"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--coco_path", ""], "--coco_path is needed"),
+        (["--coco_path", "/nowhere"], "no annotation file /nowhere/annotations/instances_val2017.json"),
+        (["--dataset_file", "coco_panoptic"], "needs --coco_panoptic_path"),
+        (["--frozen_weights", "x.pth"], "add --masks"),
+        (["--pretrained", "x", "--finetune", "y"], "give one"),
+        (["--expect"], "add --eval"),
+        (["--num_classes", "9"], r"category ids out of range \(0 to 8\)"),
+        (["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"], "unknown method 'prodct'"),
+        (["--backbone_weights", "nowhere.pth"], "nowhere.pth"),
+        (["--batch_size", "100"], "8 training samples per process and epoch do not fill one batch of 100"),
+        (["--resume", "nowhere.pth"], "nowhere.pth: no such file"),
+    ],
+)
 def test_mistakes_end_in_one_message_before_training(data, tmp_path, flags, words):
     quick = ["--device", "cpu", "--num_workers", "0", "--output_dir", str(tmp_path)]
     args = get_args_parser().parse_args(["--coco_path", str(data), *TINY, *quick, *flags])
@@ -304,8 +370,8 @@ def test_unreadable_images(trained, tmp_path):
     (root / "train2017/000000000103.jpg").write_bytes(b"damaged")
     text = detr_ok(root, tmp_path / "run", "--max-bad", 0.2, "--epochs", 1)
     assert "unreadable training image" in text and "000000000103.jpg" in text
-    ended, = detr(root, tmp_path / "run2", "--epochs", 1)
+    (ended,) = detr(root, tmp_path / "run2", "--epochs", 1)
     assert ended.code == 1 and "BadData" in ended.text and "000000000103.jpg" in ended.text
     (root / "val2017/000000000104.jpg").write_bytes(b"damaged")
-    ended, = detr(root, tmp_path / "run3", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
+    (ended,) = detr(root, tmp_path / "run3", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
     assert ended.code == 1 and "evaluation cannot read" in ended.text and "000000000104.jpg" in ended.text

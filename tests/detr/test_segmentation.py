@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from detr_irpe.models.segmentation import MaskHeadSmallConv, MHAttentionMap
-from tests.detr.tiny_detr import tiny_model
+from tests.helpers.tiny_detr import tiny_model
 
 
 def test_masks_have_the_size_of_the_first_map():
@@ -11,8 +11,9 @@ def test_masks_have_the_size_of_the_first_map():
     outputs = model([torch.rand(3, 64, 96), torch.rand(3, 70, 33)])
     assert outputs["pred_masks"].shape == (2, 5, 18, 24)  # 70 x 96 at stride 4
     without = tiny_model(dilation=False)
-    without.load_state_dict({key.removeprefix("detr."): value for key, value in model.state_dict().items()
-                             if key.startswith("detr.")})
+    without.load_state_dict(
+        {key.removeprefix("detr."): value for key, value in model.state_dict().items() if key.startswith("detr.")}
+    )
     images = [torch.rand(3, 64, 96)]
     torch.testing.assert_close(model(images)["pred_boxes"], without(images)["pred_boxes"])
 
@@ -33,7 +34,7 @@ def test_attention_map_is_the_formula():
         for head in range(2):
             for row, column in ((0, 0), (0, 1), (1, 0)):
                 part = slice(4 * head, 4 * head + 4)
-                scores[head, row, column] = (q[0, query, part] * 4 ** -0.5 * k[0, row, column, part]).sum().exp()
+                scores[head, row, column] = (q[0, query, part] * 4**-0.5 * k[0, row, column, part]).sum().exp()
         for (head, row, column), score in scores.items():
             torch.testing.assert_close(maps[0, query, head, row, column], score / sum(scores.values()))
 
@@ -48,9 +49,11 @@ def test_mask_head_is_the_published_stack_for_each_query():
     x = torch.cat([projected[1:], attention[1:, 2]], dim=1)
     x = F.relu(F.group_norm(head.lay1(x), 8, head.gn1.weight, head.gn1.bias))
     x = F.relu(F.group_norm(head.lay2(x), 8, head.gn2.weight, head.gn2.bias))
-    for adapter, layer, norm, finer in ((head.adapter1, head.lay3, head.gn3, maps[0]),
-                                        (head.adapter2, head.lay4, head.gn4, maps[1]),
-                                        (head.adapter3, head.lay5, head.gn5, maps[2])):
+    for adapter, layer, norm, finer in (
+        (head.adapter1, head.lay3, head.gn3, maps[0]),
+        (head.adapter2, head.lay4, head.gn4, maps[1]),
+        (head.adapter3, head.lay5, head.gn5, maps[2]),
+    ):
         x = adapter(finer[1:]) + F.interpolate(x, size=finer.shape[-2:], mode="nearest")
         x = F.relu(F.group_norm(layer(x), 8, norm.weight, norm.bias))
     torch.testing.assert_close(masks[1, 2], head.out_lay(x)[0, 0])

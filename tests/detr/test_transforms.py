@@ -29,15 +29,18 @@ def sample(height=60, width=90, boxes=((10.0, 20.0, 40.0, 50.0),)):
     }
 
 
-@pytest.mark.parametrize("size, short, longest, wanted", [
-    ((480, 640), 800, 1333, (800, 1066)),  # 1066.67 is cut, not rounded
-    ((640, 480), 800, 1333, (1066, 800)),
-    ((427, 640), 800, 1333, (800, 1199)),
-    ((333, 500), 800, 1333, (800, 1201)),
-    ((300, 640), 800, 1333, (625, 1333)),  # 624.84 is rounded, since the long side would be 1706
-    ((612, 612), 800, 1333, (800, 800)),
-    ((375, 500), 480, None, (480, 640)),
-])
+@pytest.mark.parametrize(
+    "size, short, longest, wanted",
+    [
+        ((480, 640), 800, 1333, (800, 1066)),  # 1066.67 is cut, not rounded
+        ((640, 480), 800, 1333, (1066, 800)),
+        ((427, 640), 800, 1333, (800, 1199)),
+        ((333, 500), 800, 1333, (800, 1201)),
+        ((300, 640), 800, 1333, (625, 1333)),  # 624.84 is rounded, since the long side would be 1706
+        ((612, 612), 800, 1333, (800, 800)),
+        ((375, 500), 480, None, (480, 640)),
+    ],
+)
 def test_sizes_follow_the_published_rounding(size, short, longest, wanted):
     assert resized_size(*size, short, longest) == wanted
 

@@ -13,22 +13,27 @@ import torch
 import yaml
 from PIL import Image
 
-import deit_irpe.facts
-import detr_irpe.facts
+import deit_irpe.model_stats
+import detr_irpe.model_stats
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
+from irpe_lab.grid import read_grid
 from irpe_ops import parse_rpe_spec
 from irpe_train import card
 from irpe_train.config import parse_args
-from irpe_train.grid import read_grid
 from irpe_train.zoo import read_zoo
-from tests.deit.runs import deit_ok
-from tests.detr.runs import TINY, detr_ok
-from tests.detr.tiny_coco import write_tiny_coco
+from tests.helpers.deit_runs import deit_ok
+from tests.helpers.detr_runs import TINY, detr_ok
+from tests.helpers.tiny_coco import write_tiny_coco
 
 ROOT = Path(__file__).resolve().parents[2]
-DEIT = sorted([*ROOT.glob("configs/deit/*.yaml"), ROOT / "configs/detr/demo_backbone.yaml",
-               ROOT / "configs/ablation/demo_run.yaml"])
+DEIT = sorted(
+    [
+        *ROOT.glob("configs/deit/*.yaml"),
+        ROOT / "configs/detr/demo_backbone.yaml",
+        ROOT / "configs/ablation/demo_run.yaml",
+    ]
+)
 DETR = sorted(set(ROOT.glob("configs/detr/*.yaml")) - {ROOT / "configs/detr/demo_backbone.yaml"})
 GRIDS = sorted(set(ROOT.glob("configs/ablation/*.yaml")) - set(DEIT))
 TRAINS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser}
@@ -58,7 +63,9 @@ def test_every_published_row_and_baseline_has_a_config():
     names = {name_of(path) for path in [*DEIT, *DETR]}
     sizes = ("tiny", "small", "base")
     plain = {f"deit/{size}{kind}" for size in sizes for kind in ("", "_distilled")} | {
-        "detr/r50_150epochs", "detr/r50_300epochs"}
+        "detr/r50_150epochs",
+        "detr/r50_300epochs",
+    }
     assert plain <= names
     assert len(GRIDS) == 5
 
@@ -66,7 +73,7 @@ def test_every_published_row_and_baseline_has_a_config():
 @pytest.mark.parametrize("path", [*DEIT, *DETR], ids=name_of)
 def test_config_parses_builds_and_opens_with_its_command(path):
     header = path.read_text().partition("\n\n")[0]
-    module = detr_irpe.facts if path in DETR else deit_irpe.facts
+    module = detr_irpe.model_stats if path in DETR else deit_irpe.model_stats
     args = parse_args(detr_parser() if path in DETR else deit_parser(), flags_of(path))
     assert re.search(r"scripts/train_de\w+\.sh|python -m de\w+_irpe|demo\.yaml", header)
     built = facts(module, *flags_of(path))
@@ -79,7 +86,7 @@ def test_config_parses_builds_and_opens_with_its_command(path):
 @pytest.mark.parametrize("entry", ZOO.models.values(), ids=lambda entry: entry.name)
 def test_published_rows(entry):
     """The columns that need no data are reproduced; the config's first lines quote the published figures."""
-    module = deit_irpe.facts if entry.package == "deit_irpe" else detr_irpe.facts
+    module = deit_irpe.model_stats if entry.package == "deit_irpe" else detr_irpe.model_stats
     told = facts(module, "--config", str(ROOT / entry.config))
     lines = card.compare(entry.name, {key: value for key, value in told.items() if key in entry.expect}, ZOO)
     verdicts = {line.figure: line.verdict for line in lines}
@@ -112,7 +119,7 @@ def test_grid(path):
     for run, row in grid.published.items():
         entry = ZOO.find(row)
         config = yaml.safe_load((ROOT / entry.config).read_text())
-        module = deit_irpe.facts if grid.package == "deit_irpe" else detr_irpe.facts
+        module = deit_irpe.model_stats if grid.package == "deit_irpe" else detr_irpe.model_stats
         assert facts(module, *grid.flags(run)) == facts(module, "--config", str(ROOT / entry.config))
         assert config["epochs"] == parse_args(TRAINS[grid.package](), grid.flags(run)).epochs
 
@@ -122,9 +129,14 @@ def test_the_ablations_cover_the_product_of_the_paper():
         modes = [flags[key] for flags in read_grid(ROOT / f"configs/ablation/{name}_modes.yaml").runs.values()]
         configs = [parse_rpe_spec(spec) for spec in modes if spec not in ("none", "")]
         seen = {(config.method, config.mode, config.shared_head, config.rpe_on) for config in configs}
-        wanted = {(method, mode, shared, on) for method in ("euc", "quant", "cross", "product")
-                  for mode in ("ctx", "bias") for shared in (True, False)
-                  for on in ("q", "k", "v", "qk", "qv", "kv", "qkv") if mode == "ctx" or "v" not in on}
+        wanted = {
+            (method, mode, shared, on)
+            for method in ("euc", "quant", "cross", "product")
+            for mode in ("ctx", "bias")
+            for shared in (True, False)
+            for on in ("q", "k", "v", "qk", "qv", "kv", "qkv")
+            if mode == "ctx" or "v" not in on
+        }
         assert seen == wanted and len(modes) == len(wanted) + 1
         ratios = {}
         for flags in read_grid(ROOT / f"configs/ablation/{name}_buckets.yaml").runs.values():
@@ -166,18 +178,20 @@ def test_deit_config_trains_two_steps(path, digits, teacher, tmp_path):
     shrunk = ["--epochs", "1", "--batch-size", "4", "--input-size", "32", "--no-model-ema"]
     if path.stem != "demo_backbone":
         shrunk += ["--model-kwargs", "patch_size=16", "embed_dim=32", "depth=1", "num_heads=2"]
-    text = deit_ok(digits, tmp_path / "out", "--config", path, *shrunk, *(teacher if "distilled" in path.stem else []),
-                   model=[])
+    text = deit_ok(
+        digits, tmp_path / "out", "--config", path, *shrunk, *(teacher if "distilled" in path.stem else []), model=[]
+    )
     assert "[1/2]" in text and "* Acc@1" in text
-    entry, = (json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines())
+    (entry,) = (json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines())
     assert np.isfinite(entry["train_loss"])
 
 
 @pytest.mark.parametrize("path", DETR, ids=name_of)
 def test_detr_config_trains_two_steps(path, coco, tmp_path):
     encoding = yaml.safe_load(path.read_text()).get("enc_rpe2d", "")
-    text = detr_ok(coco, tmp_path / "out", "--config", path, *TINY, "--enc_rpe2d", encoding, "--epochs", "1",
-                   "--batch_size", "2")
+    text = detr_ok(
+        coco, tmp_path / "out", "--config", path, *TINY, "--enc_rpe2d", encoding, "--epochs", "1", "--batch_size", "2"
+    )
     assert "[1/2]" in text
-    entry, = (json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines())
+    (entry,) = (json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines())
     assert np.isfinite(entry["train_loss"]) and len(entry["test_coco_eval_bbox"]) == 12

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from tests.snippets import REPOSITORY, python_blocks, run_python_blocks
+from tests.helpers.snippets import REPOSITORY, python_blocks, run_python_blocks
 
 try:
     import tomllib
@@ -151,8 +151,11 @@ def test_every_documented_command_parses(page, monkeypatch):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page) and page.stem != "equip"],
-                         ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if python_blocks(page) and page.stem != "equip"],
+    ids=lambda page: str(page.relative_to(REPOSITORY)),
+)
 def test_every_snippet_runs(page):
     run_python_blocks(page)
 
@@ -167,14 +170,17 @@ def test_every_link_between_pages_leads_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
 
 
-@pytest.mark.parametrize("command, message", [
-    ("python -m deit_irpe --modle x", "ends with 2"),
-    ("torchrun --nproc_per_node=8 -m detr_irpe --backbone", "ends with 2"),
-    ("python -m deit_irpe --config configs/deit/none.yaml", "configs/deit/none.yaml"),
-    ("DATA=x scripts/train_deit.sh no_such_config", "no config no_such_config"),
-    ("pip install .[no-such-extra]", "no-such-extra"),
-    ("frobnicate --all", "nobody checks"),
-])
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("python -m deit_irpe --modle x", "ends with 2"),
+        ("torchrun --nproc_per_node=8 -m detr_irpe --backbone", "ends with 2"),
+        ("python -m deit_irpe --config configs/deit/none.yaml", "configs/deit/none.yaml"),
+        ("DATA=x scripts/train_deit.sh no_such_config", "no config no_such_config"),
+        ("pip install .[no-such-extra]", "no-such-extra"),
+        ("frobnicate --all", "nobody checks"),
+    ],
+)
 def test_a_wrong_command_is_seen(command, message, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(AssertionError, match=re.escape(message)):

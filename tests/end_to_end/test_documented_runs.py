@@ -18,15 +18,15 @@ import torch
 
 from deit_irpe import create_model
 from irpe_train.zoo import cache_folder, read_zoo
-from tests.deit.conftest import write_images
-from tests.deit.runs import deit_ok
 from tests.deit.test_data_at_scale import write_parquet, write_shards
-from tests.detr.runs import detr_ok
-from tests.detr.tiny_coco import write_tiny_coco
 from tests.end_to_end.smaller.sitecustomize import TINY_VIT, smaller
 from tests.end_to_end.test_documented_commands import PAGES, PROJECT, documented_commands
-from tests.snippets import REPOSITORY
-from tests.train.processes import SERVER
+from tests.helpers.deit_runs import deit_ok
+from tests.helpers.detr_runs import detr_ok
+from tests.helpers.processes import SERVER
+from tests.helpers.snippets import REPOSITORY
+from tests.helpers.tiny_coco import write_tiny_coco
+from tests.helpers.tiny_images import write_images
 
 COPIED = ("configs", "deit_irpe", "detr_irpe", "docs", "examples", "irpe_ops", "irpe_train", "logs", "scripts")
 ELSEWHERE = {  # a command that is not run here, and who runs it
@@ -38,8 +38,12 @@ ELSEWHERE = {  # a command that is not run here, and who runs it
     r".*timm/validate\.py": "timm's package does not have it: a stand-in in test_timm.py",
 }
 # Eight processes become two, other machines this one.
-FEWER = [(r"(GPUS=|nproc_per_node=)8\b", r"\g<1>2"), (r"GPUS=4\b", "GPUS=2"), (r"\bhost0\b", "127.0.0.1"),
-         (r"(NNODES=2 .*GPUS=)2\b", r"\g<1>1")]
+FEWER = [
+    (r"(GPUS=|nproc_per_node=)8\b", r"\g<1>2"),
+    (r"GPUS=4\b", "GPUS=2"),
+    (r"\bhost0\b", "127.0.0.1"),
+    (r"(NNODES=2 .*GPUS=)2\b", r"\g<1>1"),
+]
 SMALL_K = "deit_small_patch16_224_ctx_product_50_shared_k"
 COMPARED = "--expect"  # with the published row, which a tiny model does not reach
 
@@ -61,7 +65,7 @@ def things(tmp_path_factory) -> Path:
     for name in ("digits", "digits_on_photos"):
         shutil.copytree(root / "ImageNet", root / "demo_data" / name)
     write_tiny_coco(root / "large", train=0, val=1, size=(120, 160))
-    picture, = (root / "large/val2017").iterdir()
+    (picture,) = (root / "large/val2017").iterdir()
     for name in ("a", "b", "cat", "street"):
         shutil.copy(picture, root / f"{name}.jpg")
 
@@ -123,9 +127,15 @@ class Command:
         self.output = folder / "output.txt"
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA", "PYTEST"))}
         environment["PYTHONPATH"] = f"{REPOSITORY / 'tests/end_to_end/smaller'}:{folder}"
-        environment |= {"OMP_NUM_THREADS": "1", "TORCH_HOME": str(folder / "torch"), "PYTHON": sys.executable,
-                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
-                        "HF_DATASETS_CACHE": str(folder / "hf"), "HF_DATASETS_OFFLINE": "1"}
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "TORCH_HOME": str(folder / "torch"),
+            "PYTHON": sys.executable,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_DATASETS_CACHE": str(folder / "hf"),
+            "HF_DATASETS_OFFLINE": "1",
+        }
         words = shlex.split(text, comments=True)
         while re.fullmatch(r"[A-Z_]+=.*", words[0]) and "python" in words:
             key, _, value = words.pop(0).partition("=")
@@ -140,8 +150,13 @@ class Command:
         else:
             ends = " --inspect" if words[0] == "tensorboard" else ""
             with open(self.output, "w") as output:
-                self.process = subprocess.Popen(["bash", "-c", text.partition("  #")[0] + ends], cwd=folder,
-                                                env=environment, stdout=output, stderr=subprocess.STDOUT)
+                self.process = subprocess.Popen(
+                    ["bash", "-c", text.partition("  #")[0] + ends],
+                    cwd=folder,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
 
     def ended(self, timeout: float = 180) -> tuple[int, str]:
         """Exit status and what it printed; a command that does not end is killed, and so fails."""
@@ -176,8 +191,9 @@ def run_page(page: Path, folder: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if documented_commands(page)],
-                         ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if documented_commands(page)], ids=lambda page: str(page.relative_to(REPOSITORY))
+)
 def test_every_documented_command_runs(page, copy):
     wrong = run_page(page, copy)
     assert not wrong, "\n".join(wrong)
@@ -185,8 +201,9 @@ def test_every_documented_command_runs(page, copy):
 
 def test_a_command_that_fails_is_seen(copy):
     page = copy / "page.md"
-    page.write_text("```bash\npython -m irpe_ops.visualize no-such-spec -o a.png\n"
-                    "DATA=none scripts/train_deit.sh small_k\n```\n")
+    page.write_text(
+        "```bash\npython -m irpe_ops.visualize no-such-spec -o a.png\nDATA=none scripts/train_deit.sh small_k\n```\n"
+    )
     wrong = run_page(page, copy)
     assert len(wrong) == 2 and "no-such-spec" in wrong[0] and "no such folder" in wrong[1]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.deit.conftest import write_images
-from tests.snippets import REPOSITORY
+from tests.helpers.snippets import REPOSITORY
+from tests.helpers.tiny_images import write_images
 
 EXAMPLES = REPOSITORY / "examples"
 CLAIMS = {

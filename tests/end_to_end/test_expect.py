@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tests.deit.conftest import write_images
-from tests.deit.runs import MODEL, deit
-from tests.detr.runs import detr
-from tests.detr.tiny_coco import write_tiny_coco
+from tests.helpers.deit_runs import MODEL, deit
+from tests.helpers.detr_runs import detr
+from tests.helpers.tiny_coco import write_tiny_coco
+from tests.helpers.tiny_images import write_images
 
 
 @pytest.fixture
@@ -26,23 +26,23 @@ def card_of(folder, name):
 
 def test_deit(images, tmp_path):
     out, name = tmp_path / "out", "deit_tiny_patch16_224_ctx_product_50_shared_k"
-    trained, = deit(images, out, "--epochs", "1", model=MODEL)
+    (trained,) = deit(images, out, "--epochs", "1", model=MODEL)
     assert trained.code == 0, trained.text
-    ended, = deit(images, out, "--eval", "--resume", "auto", "--expect", name, model=MODEL)
+    (ended,) = deit(images, out, "--eval", "--resume", "auto", "--expect", name, model=MODEL)
     assert ended.code == 1 and f"# {name}: FAIL" in ended.text
     card, figures = card_of(out, name)
     assert 0 <= figures["acc1"] <= 100 and figures["macs_M"] is None
     assert card["checkpoint"]["file"] == "checkpoint.pth" and card["data"][0]["files"] == 8
-    ended, = deit(images, out, "--eval", "--resume", "auto", "--expect", model=MODEL)
+    (ended,) = deit(images, out, "--eval", "--resume", "auto", "--expect", model=MODEL)
     assert ended.code == 1 and "name the row: --expect NAME" in ended.text
 
 
 def test_detr(tmp_path):
     data = write_tiny_coco(tmp_path / "coco", train=2, val=2)
     out, name = tmp_path / "out", "rpe-2.0-product-ctx-1-k"
-    trained, = detr(data, out, "--epochs", "1")
+    (trained,) = detr(data, out, "--epochs", "1")
     assert trained.code == 0, trained.text
-    ended, = detr(data, out, "--eval", "--resume", "auto", "--expect")
+    (ended,) = detr(data, out, "--eval", "--resume", "auto", "--expect")
     assert ended.code == 1 and f"# {name}: FAIL" in ended.text  # found by its encoding
     card, figures = card_of(out, name)
     assert -1 <= figures["AP"] < 0.4 and card["data"][0]["path"] == "instances_val2017.json"

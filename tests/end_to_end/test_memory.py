@@ -12,7 +12,7 @@ from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.transforms import train_transforms
 from detr_irpe.nested_tensor import collate
 from irpe_train.loader import TrainLoader
-from tests.detr.tiny_coco import write_tiny_coco
+from tests.helpers.tiny_coco import write_tiny_coco
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
 
@@ -40,19 +40,32 @@ def crowd_of_images(root: Path, images: int, objects: int) -> None:
     for image in content["images"]:
         os.link(source, source.with_name(image["file_name"]))
     content["annotations"] = [
-        {"id": 1 + i * objects + k, "image_id": i, "category_id": 3, "bbox": [k % 20, k % 10, 10, 12], "area": 120,
-         "iscrowd": 0, "segmentation": [[k % 20, k % 10, 30, 10, 30, 22, k % 20, 22]]}
-        for i in range(images) for k in range(objects)]
+        {
+            "id": 1 + i * objects + k,
+            "image_id": i,
+            "category_id": 3,
+            "bbox": [k % 20, k % 10, 10, 12],
+            "area": 120,
+            "iscrowd": 0,
+            "segmentation": [[k % 20, k % 10, 30, 10, 30, 22, k % 20, 22]],
+        }
+        for i in range(images)
+        for k in range(objects)
+    ]
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("workers", "epochs", "images"), [
-    (2, 3, 100), pytest.param(4, 10, 300, marks=pytest.mark.slow)], ids=["short", "long"])
+@pytest.mark.parametrize(
+    ("workers", "epochs", "images"),
+    [(2, 3, 100), pytest.param(4, 10, 300, marks=pytest.mark.slow)],
+    ids=["short", "long"],
+)
 def test_memory_does_not_grow(tmp_path, workers, epochs, images):
     crowd_of_images(tmp_path, images, objects=40)
     dataset = CocoDetection(tmp_path, "train2017", train_transforms(48))
-    loader = TrainLoader(dataset, DistributedSampler(dataset, 1, 0), batch_size=4, seed=0, collate_fn=collate,
-                         num_workers=workers)
+    loader = TrainLoader(
+        dataset, DistributedSampler(dataset, 1, 0), batch_size=4, seed=0, collate_fn=collate, num_workers=workers
+    )
     taken = []
     for epoch in range(epochs):
         for _ in loader.batches(epoch):

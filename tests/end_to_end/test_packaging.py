@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deit.conftest import write_images
 from tests.end_to_end.test_documented_commands import PROJECT
-from tests.snippets import REPOSITORY
+from tests.helpers.snippets import REPOSITORY
+from tests.helpers.tiny_images import write_images
 
 PACKAGES = ("irpe_ops", "irpe_train", "deit_irpe", "detr_irpe")
 OTHERS = ("torch", "torchvision", "timm", "numpy", "PIL", "scipy", "triton", "matplotlib", "pycocotools")
@@ -27,21 +27,33 @@ def ran(*command, **options) -> str:
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy: pip install mypy")
 def test_a_type_checker_accepts_what_users_write_and_refuses_mistakes(tmp_path):
     config = tmp_path / "mypy.ini"  # our signatures alone: reading those of torch takes minutes
-    config.write_text(f"[mypy]\nfollow_imports = silent\ncache_dir = {tmp_path}\n"
-                      f"[mypy-{','.join(f'{name}.*' for name in OTHERS)}]\nfollow_imports = skip\n"
-                      "ignore_missing_imports = True\n")
+    config.write_text(
+        f"[mypy]\nfollow_imports = silent\ncache_dir = {tmp_path}\n"
+        f"[mypy-{','.join(f'{name}.*' for name in OTHERS)}]\nfollow_imports = skip\n"
+        "ignore_missing_imports = True\n"
+    )
     good = REPOSITORY / "tests" / "typed_user.py"
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("from irpe_ops import get_rpe_config, equip\n"
-                     "get_rpe_config(ratio='1.9')\n"
-                     "equip()\n"
-                     "from deit_irpe import no_such_name\n")
-    checked = subprocess.run([sys.executable, "-m", "mypy", "--config-file", config, good, wrong],
-                             capture_output=True, text=True, cwd=REPOSITORY)
+    wrong.write_text(
+        "from irpe_ops import get_rpe_config, equip\n"
+        "get_rpe_config(ratio='1.9')\n"
+        "equip()\n"
+        "from deit_irpe import no_such_name\n"
+    )
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", config, good, wrong],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
     errors = [line.partition("error: ")[2] for line in checked.stdout.splitlines() if "error:" in line]
     assert "typed_user.py" not in checked.stdout, checked.stdout
-    assert len(errors) == 3 and 'Argument "ratio"' in errors[0] and "Missing positional arguments" in errors[1] \
-        and "no_such_name" in errors[2], checked.stdout + checked.stderr
+    assert (
+        len(errors) == 3
+        and 'Argument "ratio"' in errors[0]
+        and "Missing positional arguments" in errors[1]
+        and "no_such_name" in errors[2]
+    ), checked.stdout + checked.stderr
 
 
 def test_every_package_says_that_it_is_typed():
@@ -56,8 +68,9 @@ def test_console_commands_lead_to_functions():
 
 
 def test_extras_are_those_that_messages_and_pages_name():
-    assert {"tensorboard", "submitit", "export", "fast-eval", "hugging-face", "wandb", "demo", "dev"} <= \
-        set(PROJECT["optional-dependencies"])
+    assert {"tensorboard", "submitit", "export", "fast-eval", "hugging-face", "wandb", "demo", "dev"} <= set(
+        PROJECT["optional-dependencies"]
+    )
 
 
 def test_a_wheel_trains_two_steps_in_another_folder(tmp_path):
@@ -69,22 +82,45 @@ def test_a_wheel_trains_two_steps_in_another_folder(tmp_path):
         shutil.copy(REPOSITORY / name, source)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     ran(*pip, "wheel", source, "--no-deps", "--no-build-isolation", "-w", tmp_path)
-    wheel, = tmp_path.glob("*.whl")
+    (wheel,) = tmp_path.glob("*.whl")
     ran(*pip, "install", "--no-deps", "--no-index", "--target", home, wheel)
 
     env = {**os.environ, "PYTHONPATH": str(home)}
     code = f"import {', '.join(PACKAGES)}; print({', '.join(f'{name}.__file__' for name in PACKAGES)})"
     files = ran(sys.executable, "-c", code, cwd=work, env=env).split()
     assert all(Path(file).is_relative_to(home) and Path(file).with_name("py.typed").is_file() for file in files)
-    assert "deit_small_patch16_224_ctx_product_50_shared_k" in ran(sys.executable, "-m", "irpe_train.zoo", cwd=work,
-                                                                     env=env)
+    assert "deit_small_patch16_224_ctx_product_50_shared_k" in ran(
+        sys.executable, "-m", "irpe_train.zoo", cwd=work, env=env
+    )
     for split in ("train", "val"):
         write_images(work / "data" / split, {"ant": 8, "bee": 8})
     printed = ran(
-        sys.executable, home / "bin" / "deit-irpe", "--data-path", "data", "--output_dir", "out", "--device", "cpu",
-        "--model", "deit_demo_patch4_32", "--rpe", "rpe-1.9-product-ctx-1-k", "--model-kwargs", "depth=1",
-        "--input-size", "32", "--batch-size", "8", "--epochs", "1", "--no-repeated-aug", "--num_workers", "0",
-        cwd=work, env=env)
+        sys.executable,
+        home / "bin" / "deit-irpe",
+        "--data-path",
+        "data",
+        "--output_dir",
+        "out",
+        "--device",
+        "cpu",
+        "--model",
+        "deit_demo_patch4_32",
+        "--rpe",
+        "rpe-1.9-product-ctx-1-k",
+        "--model-kwargs",
+        "depth=1",
+        "--input-size",
+        "32",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--no-repeated-aug",
+        "--num_workers",
+        "0",
+        cwd=work,
+        env=env,
+    )
     assert "an epoch" in printed and "2 steps" in printed and "* Acc@1" in printed
     assert (work / "out" / "checkpoint.pth").is_file()
     assert "plain PyTorch" in ran(sys.executable, home / "bin" / "irpe-info", cwd=work, env=env)

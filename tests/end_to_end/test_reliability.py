@@ -17,12 +17,11 @@ import detr_irpe.train
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
 from irpe_train.launch import launch
-from tests.deit import runs as deit_runs
-from tests.deit.conftest import write_images
-from tests.detr import runs as detr_runs
-from tests.detr.tiny_coco import write_tiny_coco
-from tests.train.processes import run_ranks
-from tests.train.sabotage import be_stopped, change_a_loss, make_infinite
+from tests.helpers import deit_runs, detr_runs
+from tests.helpers.processes import run_ranks
+from tests.helpers.sabotage import be_stopped, change_a_loss, make_infinite
+from tests.helpers.tiny_coco import write_tiny_coco
+from tests.helpers.tiny_images import write_images
 
 TREES = {"deit": deit_irpe, "detr": detr_irpe}
 
@@ -39,13 +38,29 @@ def data(tmp_path_factory):
 
 def run(tree, data, output_dir, *flags, at_step=(), **options):
     """The tree's command in fresh processes; ``at_step``: see `change_a_loss`."""
-    base = {"deit": ["--data-path", str(data / "deit"), *deit_runs.QUICK, *deit_runs.MODEL, "--dist-eval", "--epochs",
-                     "2", "--batch-size", "4"],
-            "detr": ["--coco_path", str(data / "detr"), *detr_runs.QUICK, *detr_runs.TINY, "--batch_size", "1"]}[tree]
+    base = {
+        "deit": [
+            "--data-path",
+            str(data / "deit"),
+            *deit_runs.QUICK,
+            *deit_runs.MODEL,
+            "--dist-eval",
+            "--epochs",
+            "2",
+            "--batch-size",
+            "4",
+        ],
+        "detr": ["--coco_path", str(data / "detr"), *detr_runs.QUICK, *detr_runs.TINY, "--batch_size", "1"],
+    }[tree]
     main = TREES[tree].train.main
-    return run_ranks(partial(change_a_loss, main, *at_step) if at_step else main, TREES[tree].args.get_args_parser,
-                     [*base, "--output_dir", str(output_dir), *map(str, flags)], output_dir.parent / "outputs",
-                     timeout=120, **options)
+    return run_ranks(
+        partial(change_a_loss, main, *at_step) if at_step else main,
+        TREES[tree].args.get_args_parser,
+        [*base, "--output_dir", str(output_dir), *map(str, flags)],
+        output_dir.parent / "outputs",
+        timeout=120,
+        **options,
+    )
 
 
 def leaves(folder):
@@ -76,13 +91,12 @@ def test_stopped_in_mid_epoch_equals_uninterrupted_on_two_ranks(tree, data, tmp_
 @pytest.mark.distributed
 @pytest.mark.parametrize("tree", TREES)
 def test_loss_not_finite_on_one_rank_stops_both_before_the_update(tree, data, tmp_path):
-    results = run(tree, data, tmp_path / "run", "--save-interval", "1", world_size=2,
-                  at_step=(2, 1, make_infinite))
+    results = run(tree, data, tmp_path / "run", "--save-interval", "1", world_size=2, at_step=(2, 1, make_infinite))
     assert time.time() - (tmp_path / "run" / "nonfinite_loss.json").stat().st_mtime < 10  # since it was found
     for ended in results:
         assert ended.code == 1, ended.text
         assert "NonFiniteLoss: loss is not finite on rank 1 at epoch 0, step 2: loss inf" in ended.text
-    report, = json.loads((tmp_path / "run" / "nonfinite_loss.json").read_text())
+    (report,) = json.loads((tmp_path / "run" / "nonfinite_loss.json").read_text())
     assert report["rank"] == 1 and report["samples"] and all("train" in name for name in report["samples"])
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["step"] == 2
 
@@ -93,8 +107,15 @@ def test_figures_are_the_same_for_one_two_and_three_ranks(tree, data, tmp_path):
     run(tree, data, tmp_path / "run", "--epochs", "1")
     figures = []
     for world_size in (1, 2, 3):
-        results = run(tree, data, tmp_path / "eval", "--eval", "--resume", tmp_path / "run" / "checkpoint.pth",
-                      world_size=world_size)
+        results = run(
+            tree,
+            data,
+            tmp_path / "eval",
+            "--eval",
+            "--resume",
+            tmp_path / "run" / "checkpoint.pth",
+            world_size=world_size,
+        )
         assert all(ended.code == 0 for ended in results), results
         text = results[0].text
         figures.append([line.partition(" loss ")[0] for line in text.splitlines() if "Acc@1" in line or "AP" in line])
@@ -105,7 +126,7 @@ def test_figures_are_the_same_for_one_two_and_three_ranks(tree, data, tmp_path):
 def test_written_config_repeats_the_run(tree, data, tmp_path):
     assert run(tree, data, tmp_path / "one", "--epochs", "1", "--lr", "0.01")[0].code == 0
     argv = ["--config", str(tmp_path / "one" / "config.yaml"), "--output_dir", str(tmp_path / "two")]
-    ended, = run_ranks(TREES[tree].train.main, TREES[tree].args.get_args_parser, argv, tmp_path / "outputs")
+    (ended,) = run_ranks(TREES[tree].train.main, TREES[tree].args.get_args_parser, argv, tmp_path / "outputs")
     assert ended.code == 0, ended.text
     assert (tmp_path / "two" / "log.txt").read_text() == (tmp_path / "one" / "log.txt").read_text()
 
@@ -119,16 +140,21 @@ VALUE = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled
 def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys):
     """Data never exists here: whatever else is asked for, a run ends before training, by its own words."""
     left_out = ("help", "output_dir", "config", "print_config")
-    flags = [(action.option_strings[-1], action.nargs != 0) for action in
-             TREES[tree].args.get_args_parser()._actions if action.dest not in left_out]
+    flags = [
+        (action.option_strings[-1], action.nargs != 0)
+        for action in TREES[tree].args.get_args_parser()._actions
+        if action.dest not in left_out
+    ]
 
     @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(st.tuples(st.sampled_from(flags), VALUE), max_size=4))
     def fuzz(chosen):
         argv = [word for (flag, takes), value in chosen for word in ([f"{flag}={value}"] if takes else [flag])]
         where = ["--data-path" if tree == "deit" else "--coco_path", str(tmp_path / "none"), "--device", "cpu"]
-        with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext(), \
-                pytest.raises(SystemExit) as end:
+        with (
+            contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext(),
+            pytest.raises(SystemExit) as end,
+        ):
             launch(TREES[tree].train.main, TREES[tree].args.get_args_parser(), [*where, *argv])
         assert end.value.code in (1, 2)
         error = capsys.readouterr().err

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from irpe_train import report
+from irpe_lab import report
 
 ROOT = Path(__file__).resolve().parents[2]
-AGAIN = "stale: python -m irpe_train.report logs -o docs/results.md --readme README.md"
+AGAIN = "stale: python -m irpe_lab.report logs -o docs/results.md --readme README.md"
 
 
 def test_readme_is_not_stale():

@@ -11,20 +11,28 @@ import pytest
 
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
-from irpe_train.ablate import get_parser as ablate_parser
+from irpe_lab.ablate import get_parser as ablate_parser
 from irpe_train.config import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
-PARSERS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser, "irpe_train.ablate": ablate_parser}
+PARSERS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser, "irpe_lab.ablate": ablate_parser}
 
 
 def run(folder, script, *arguments, ok=True, **environment):
     """A script, started in ``folder``; what it printed."""
-    clean = {key: value for key, value in os.environ.items()
-             if key not in ("GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "DATA", "CUDA_VISIBLE_DEVICES", "PYTHON")
-             and not key.startswith("SLURM")}
-    done = subprocess.run([str(ROOT / "scripts" / script), *arguments], cwd=folder, capture_output=True, text=True,
-                          env={**clean, "PYTHON": sys.executable, "DRY_RUN": "1", **environment})
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "DATA", "CUDA_VISIBLE_DEVICES", "PYTHON")
+        and not key.startswith("SLURM")
+    }
+    done = subprocess.run(
+        [str(ROOT / "scripts" / script), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**clean, "PYTHON": sys.executable, "DRY_RUN": "1", **environment},
+    )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout if ok else done.stderr
 
@@ -34,12 +42,18 @@ def parsed(line):
     words = shlex.split(line)
     module = next(word for word in words if word in PARSERS)
     at = words.index(module)
-    return words[:at], module, parse_args(PARSERS[module](), words[at + 1:])
+    return words[:at], module, parse_args(PARSERS[module](), words[at + 1 :])
 
 
-@pytest.mark.parametrize("script, config, module", [
-    ("train_deit.sh", "small_k", "deit_irpe"), ("train_detr.sh", "r50_150epochs", "detr_irpe"),
-    ("eval_deit.sh", "base_qkv", "deit_irpe"), ("eval_detr.sh", "rpe-2.0-product-ctx-1-k_300epochs", "detr_irpe")])
+@pytest.mark.parametrize(
+    "script, config, module",
+    [
+        ("train_deit.sh", "small_k", "deit_irpe"),
+        ("train_detr.sh", "r50_150epochs", "detr_irpe"),
+        ("eval_deit.sh", "base_qkv", "deit_irpe"),
+        ("eval_detr.sh", "rpe-2.0-product-ctx-1-k_300epochs", "detr_irpe"),
+    ],
+)
 def test_train_and_eval(tmp_path, script, config, module):
     out = run(tmp_path, script, config, "--seed", "7", DATA="my data", CUDA_VISIBLE_DEVICES="0,1,2")
     launcher, found, args = parsed(out)
@@ -70,18 +84,41 @@ def test_one_process_without_gpus(tmp_path):
 
 
 def test_several_nodes(tmp_path):
-    launcher = parsed(run(tmp_path, "train_deit.sh", "small", DATA="x", NNODES="2", NODE_RANK="1", GPUS="8",
-                          MASTER_ADDR="node0"))[0]
-    assert launcher[2:] == ["torch.distributed.run", "--nnodes=2", "--node_rank=1", "--nproc_per_node=8",
-                            "--master_addr=node0", "--master_port=29500", "-m"]
+    launcher = parsed(
+        run(tmp_path, "train_deit.sh", "small", DATA="x", NNODES="2", NODE_RANK="1", GPUS="8", MASTER_ADDR="node0")
+    )[0]
+    assert launcher[2:] == [
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--node_rank=1",
+        "--nproc_per_node=8",
+        "--master_addr=node0",
+        "--master_port=29500",
+        "-m",
+    ]
     launcher = parsed(run(tmp_path, "train_detr.sh", "r50_150epochs", DATA="x", NNODES="4", GPUS="2", RDZV="h:1"))[0]
-    assert launcher[3:] == ["--nnodes=4", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=h:1",
-                            "--rdzv_id=irpe", "-m"]
+    assert launcher[3:] == [
+        "--nnodes=4",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=h:1",
+        "--rdzv_id=irpe",
+        "-m",
+    ]
 
 
 def test_slurm(tmp_path):
-    submit, inner = run(tmp_path, "slurm.sh", "train_detr", "r50_150epochs", "--amp", "bf16", DATA="x", NNODES="2",
-                        SBATCH="--partition=gpu --time=9").splitlines()
+    submit, inner = run(
+        tmp_path,
+        "slurm.sh",
+        "train_detr",
+        "r50_150epochs",
+        "--amp",
+        "bf16",
+        DATA="x",
+        NNODES="2",
+        SBATCH="--partition=gpu --time=9",
+    ).splitlines()
     words = shlex.split(submit)
     assert words[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--partition=gpu", "--time=9"} <= set(words)
     task = shlex.split(words[words.index("--wrap") + 1])
@@ -107,20 +144,24 @@ def test_download(tmp_path):
     assert len(listed.splitlines()) == 9 and "iRPE-model-zoo" in listed
 
 
-@pytest.mark.parametrize("script, arguments, environment, message", [
-    ("train_deit.sh", [], {}, "usage: DATA=DIR scripts/train_deit.sh CONFIG"),
-    ("train_detr.sh", ["nope"], {"DATA": "x"}, "no config nope. Known: .*r50_150epochs"),
-    ("train_deit.sh", ["small"], {}, "where is the data. DATA=DIR train_deit.sh"),
-    ("train_deit.sh", ["small"], {"DATA": "nowhere", "DRY_RUN": ""}, "DATA=nowhere: no such folder"),
-    ("train_deit.sh", ["small"], {"DATA": "x", "NNODES": "2"}, "NNODES=2 needs NODE_RANK=0..1 and MASTER_ADDR"),
-    ("train_deit.sh", ["small"], {"DATA": "x", "NNODES": "two"}, "NNODES=two is not a number"),
-    ("train_deit.sh", ["small"], {"DATA": "x", "GPUS": "all"}, "GPUS=all is not a number"),
-    ("eval_deit.sh", ["small"], {"DATA": "x"}, "no published checkpoint .*configs/deit/small.yaml"),
-    ("eval_deit.sh", ["small", "no.pth"], {"DATA": str(ROOT), "DRY_RUN": ""}, "no checkpoint no.pth"),
-    ("slurm.sh", ["train", "small"], {"DATA": "x"}, "train: expected train_deit, train_detr"),
-    ("ablate_modes.sh", ["deit"], {}, "where is the data"),
-    ("ablate_modes.sh", ["vit"], {"DATA": "x"}, "usage: DATA=DIR scripts/ablate_modes.sh"),
-    ("download_zoo.sh", ["nope"], {"DRY_RUN": ""}, "no published checkpoint 'nope'")])
+@pytest.mark.parametrize(
+    "script, arguments, environment, message",
+    [
+        ("train_deit.sh", [], {}, "usage: DATA=DIR scripts/train_deit.sh CONFIG"),
+        ("train_detr.sh", ["nope"], {"DATA": "x"}, "no config nope. Known: .*r50_150epochs"),
+        ("train_deit.sh", ["small"], {}, "where is the data. DATA=DIR train_deit.sh"),
+        ("train_deit.sh", ["small"], {"DATA": "nowhere", "DRY_RUN": ""}, "DATA=nowhere: no such folder"),
+        ("train_deit.sh", ["small"], {"DATA": "x", "NNODES": "2"}, "NNODES=2 needs NODE_RANK=0..1 and MASTER_ADDR"),
+        ("train_deit.sh", ["small"], {"DATA": "x", "NNODES": "two"}, "NNODES=two is not a number"),
+        ("train_deit.sh", ["small"], {"DATA": "x", "GPUS": "all"}, "GPUS=all is not a number"),
+        ("eval_deit.sh", ["small"], {"DATA": "x"}, "no published checkpoint .*configs/deit/small.yaml"),
+        ("eval_deit.sh", ["small", "no.pth"], {"DATA": str(ROOT), "DRY_RUN": ""}, "no checkpoint no.pth"),
+        ("slurm.sh", ["train", "small"], {"DATA": "x"}, "train: expected train_deit, train_detr"),
+        ("ablate_modes.sh", ["deit"], {}, "where is the data"),
+        ("ablate_modes.sh", ["vit"], {"DATA": "x"}, "usage: DATA=DIR scripts/ablate_modes.sh"),
+        ("download_zoo.sh", ["nope"], {"DRY_RUN": ""}, "no published checkpoint 'nope'"),
+    ],
+)
 def test_mistakes(tmp_path, script, arguments, environment, message):
     assert re.search(message, run(tmp_path, script, *arguments, ok=False, **environment))
 
@@ -132,8 +173,16 @@ def test_every_script_opens_with_its_usage():
             assert "usage:" in lines[1], path.name
             sourced = "usage: source" in lines[1]
             assert sourced or "set -euo pipefail" in lines, path.name
-    for name in ("train_deit", "train_detr", "eval_deit", "eval_detr", "ablate_buckets", "ablate_modes", "download_zoo",
-                 "slurm"):
+    for name in (
+        "train_deit",
+        "train_detr",
+        "eval_deit",
+        "eval_detr",
+        "ablate_buckets",
+        "ablate_modes",
+        "download_zoo",
+        "slurm",
+    ):
         assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
 
 
@@ -144,7 +193,8 @@ def test_training_is_written_as_the_zoo_names_it(tmp_path):
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(
         "import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
-        "(out / 'log.txt').write_text('{\"epoch\": 0}\\n')\nprint('said')\nsys.exit(5)\n")
+        "(out / 'log.txt').write_text('{\"epoch\": 0}\\n')\nprint('said')\nsys.exit(5)\n"
+    )
     (tmp_path / "own.yaml").write_text("data-path: here\n")
     run(tmp_path, "train_deit.sh", "own.yaml", ok=False, DRY_RUN="", CUDA_VISIBLE_DEVICES="")
     assert (tmp_path / "logs" / "log_own.txt").read_text() == '{"epoch": 0}\n'

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import irpe_ops.attention_compiled as backend
+import irpe_ops.backends.compiled as backend
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from tests.oracles import assert_as_accurate_as_torch, fill_tables
 

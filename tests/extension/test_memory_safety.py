@@ -20,7 +20,7 @@ def run(*arguments, **environment):
 GUARDED = """
 import ctypes, math, mmap, sys
 import torch
-import irpe_ops.attention_compiled as compiled
+import irpe_ops.backends.compiled as compiled
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_ops.rpe_index import rpe_index_adjoint
 from tests.oracles import fill_tables

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from irpe_ops import attention_triton  # noqa: E402
+from irpe_ops.backends import triton as triton_backend  # noqa: E402
 
 POINTERS = {"offset_table": "*u8", "padding": "*u8", "seed": "*i64", "log_sums": "*fp32",
             "deltas": "*fp32"}  # fmt: skip
@@ -22,10 +22,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def compile_kernel(name: str, head_dim: int, buckets: int, **flags):
-    from irpe_ops import triton_kernels
+    from irpe_ops.backends import triton_kernels
 
     kernel = getattr(triton_kernels, name)
-    constants = attention_triton.constants(torch.bfloat16, head_dim, buckets)
+    constants = triton_backend.constants(torch.bfloat16, head_dim, buckets)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
     constants |= {"ON_K": True, "ON_Q": False, "ON_V": False, "PADDING": False, "MASK": "none", "DROPOUT": False,
                   "LEADING": True, "PARTS": 1} | flags  # fmt: skip

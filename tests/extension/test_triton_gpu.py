@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from irpe_ops import attention_triton, build_rpe, parse_rpe_spec, rpe_attention
+from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
+from irpe_ops.backends import triton as triton_backend
 from tests import oracles
 
 pytestmark = pytest.mark.gpu
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = Path(__file__).parents[1] / "helpers" / "triton_cases.py"
 SHAPES = {  # spec, batch, heads, grid, skip, head_dim
     "deit": ("rpe-1.9-product-ctx-1-{}", 4, 6, (14, 14), 1, 64),
     "detr": ("rpe-2.0-product-ctx-1-{}", 2, 8, (25, 34), 0, 32),
@@ -70,8 +71,8 @@ def test_two_runs_give_the_same_bits(dtype):
 
 def test_auto_takes_triton(monkeypatch):
     called = []
-    real = attention_triton.attention
-    monkeypatch.setattr(attention_triton, "attention", lambda *a, **k: called.append(1) or real(*a, **k))
+    real = triton_backend.attention
+    monkeypatch.setattr(triton_backend, "attention", lambda *a, **k: called.append(1) or real(*a, **k))
     run(*example("deit", "k", torch.bfloat16), "auto")
     assert called
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = Path(__file__).parents[1] / "helpers" / "triton_cases.py"
 
 
 def test_all_cases_pass_in_the_interpreter():

@@ -324,13 +324,13 @@ def test_wrong_arguments_say_what_is_wrong(case):
 @pytest.fixture
 def fake_backend(monkeypatch):
     """A compiled backend whose answers the test sets: ``missing``, ``why_not``; ``attention`` returns sevens."""
-    module = types.ModuleType("irpe_ops.attention_compiled")
+    module = types.ModuleType("irpe_ops.backends.compiled")
     module.answers = {"missing": None, "why_not": None}
     module.missing = lambda: module.answers["missing"]
     module.why_not = lambda call: module.answers["why_not"]
     module.attention = lambda call: torch.full_like(call.q, 7.0)
-    monkeypatch.setitem(sys.modules, "irpe_ops.attention_compiled", module)
-    monkeypatch.setattr(sys.modules["irpe_ops"], "attention_compiled", module, raising=False)
+    monkeypatch.setitem(sys.modules, "irpe_ops.backends.compiled", module)
+    monkeypatch.setattr(sys.modules["irpe_ops.backends"], "compiled", module, raising=False)
     return module.answers
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.snippets import REPOSITORY, python_blocks, run_python_blocks
+from tests.helpers.snippets import REPOSITORY, python_blocks, run_python_blocks
 
 EQUIP = REPOSITORY / "docs" / "equip.md"
 

@@ -20,11 +20,7 @@ from tests import oracles
         # Squared distances 0, 1, 2: 2 is past alpha, 1 + log8(2) = 1.33 rounds to 1. The root of 2 rounds to 1.
         ("quant", 0, [[2, 3, 3, 3], [3, 2, 3, 3], [3, 3, 2, 3], [3, 3, 3, 2]]),
         ("euc", 0, [[2, 3, 3, 3], [3, 2, 3, 3], [3, 3, 2, 3], [3, 3, 3, 2]]),
-        (
-            "cross_rows",
-            1,
-            [[5, 5, 5, 5, 5], [5, 2, 2, 1, 1], [5, 2, 2, 1, 1], [5, 3, 3, 2, 2], [5, 3, 3, 2, 2]],
-        ),
+        ("cross_rows", 1, [[5, 5, 5, 5, 5], [5, 2, 2, 1, 1], [5, 2, 2, 1, 1], [5, 3, 3, 2, 2], [5, 3, 3, 2, 2]]),
     ],
 )
 def test_bucket_ids_by_hand(method, skip, expected):

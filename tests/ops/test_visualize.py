@@ -117,18 +117,27 @@ def test_the_command_line_draws(tmp_path):
     layers = nn.ModuleDict({"layers": nn.ModuleList([Layer(spec), Layer(spec)])})
     torch.save({"model": layers.state_dict(), "args": argparse.Namespace(rpe=spec)}, tmp_path / "x.pth")
     table = ["--checkpoint", str(tmp_path / "x.pth")]
-    for number, arguments in enumerate(([spec, "--grid", "5x7"], ["rpe-20-cross-ctx-1-k", "--query", "2,3"],
-                                        [*table, "--grid", "4x4"], [spec, *table, "--grid", "4x6", "--query", "1,5"])):
+    for number, arguments in enumerate(
+        (
+            [spec, "--grid", "5x7"],
+            ["rpe-20-cross-ctx-1-k", "--query", "2,3"],
+            [*table, "--grid", "4x4"],
+            [spec, *table, "--grid", "4x6", "--query", "1,5"],
+        )
+    ):
         picture = tmp_path / f"{number}.png"
         visualize.main([*arguments, "-o", str(picture)])
         assert is_png(picture)
-    for arguments, message in (([], "nothing to draw"), (["rpe-1-prodct-ctx-1-k"], "unknown method"),
-                               ([*table, "--image", "x.png"], "--image needs --build")):
+    for arguments, message in (
+        ([], "nothing to draw"),
+        (["rpe-1-prodct-ctx-1-k"], "unknown method"),
+        ([*table, "--image", "x.png"], "--image needs --build"),
+    ):
         with pytest.raises(SystemExit, match=message):
             visualize.main(arguments)
 
 
-SEEN = '''
+SEEN = """
 import torch
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 
@@ -144,7 +153,7 @@ class Tiny(torch.nn.Module):
 
 def build(args):
     return Tiny(args.rpe)
-'''
+"""
 
 
 def test_the_bias_of_a_patch_of_an_image(tmp_path, monkeypatch):
@@ -156,14 +165,30 @@ def test_the_bias_of_a_patch_of_an_image(tmp_path, monkeypatch):
     flags = argparse.Namespace(rpe="rpe-1.9-product-ctx-1-k", input_size=8)
     torch.save({"model": seen.build(flags).state_dict(), "args": flags}, tmp_path / "x.pth")
     image.imsave(tmp_path / "in.png", torch.rand(12, 10, 3).numpy())
-    visualize.main(["--checkpoint", str(tmp_path / "x.pth"), "--image", str(tmp_path / "in.png"), "--grid", "4x4",
-                    "--query", "1,2", "--build", "seen:build", "-o", str(tmp_path / "out.png")])
+    visualize.main(
+        [
+            "--checkpoint",
+            str(tmp_path / "x.pth"),
+            "--image",
+            str(tmp_path / "in.png"),
+            "--grid",
+            "4x4",
+            "--query",
+            "1,2",
+            "--build",
+            "seen:build",
+            "-o",
+            str(tmp_path / "out.png"),
+        ]
+    )
     assert is_png(tmp_path / "out.png")
 
 
 def test_matplotlib_is_only_needed_to_draw():
-    code = ("import sys; sys.modules['matplotlib'] = None\n"
-            "from irpe_ops import visualize\n"
-            "visualize.main(['rpe-1.9-product-ctx-1-k'])")
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from irpe_ops import visualize\n"
+        "visualize.main(['rpe-1.9-product-ctx-1-k'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install matplotlib" in done.stderr and "Traceback" not in done.stderr

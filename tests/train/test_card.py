@@ -7,9 +7,21 @@ import pytest
 from irpe_train import card
 from irpe_train.zoo import Entry, Zoo
 
-ZOO = Zoo({"net": Entry("net", "deit_irpe", "configs/x.yaml", "net.pth", "http://x/net.pth", 2,
-                        {"acc1": 73.7, "params_M": 5.76, "n_parameters": 5755816})},
-          {"acc1": 0.15, "params_M": 0.005, "n_parameters": 0}, "a test")
+ZOO = Zoo(
+    {
+        "net": Entry(
+            "net",
+            "deit_irpe",
+            "configs/x.yaml",
+            "net.pth",
+            "http://x/net.pth",
+            2,
+            {"acc1": 73.7, "params_M": 5.76, "n_parameters": 5755816},
+        )
+    },
+    {"acc1": 0.15, "params_M": 0.005, "n_parameters": 0},
+    "a test",
+)
 
 
 def verdicts(**measured):

@@ -12,7 +12,7 @@ import torch
 
 from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint, RunError
-from irpe_train.train_state import Checkpoints, TrainState, plain
+from irpe_train.state import Checkpoints, TrainState, plain
 
 DEIT = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")
 DETR = ("model", "optimizer", "lr_scheduler", "epoch", "args")
@@ -81,14 +81,19 @@ def test_bare_pickle_with_code_is_refused_and_not_run(tmp_path):
 def test_truncated_file_is_named(tmp_path, fraction):
     write_checkpoint({"model": torch.nn.Linear(100, 100).state_dict(), "epoch": 1}, tmp_path / "a.pth")
     whole = (tmp_path / "a.pth").read_bytes()
-    (tmp_path / "a.pth").write_bytes(whole[:int(len(whole) * fraction)])
+    (tmp_path / "a.pth").write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.raises(BadCheckpoint, match=r"a.pth: damaged"):
         read_checkpoint(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize(("contents", "words"), [
-    (b"", "the file is empty"), (b"hello, I am a text file\n" * 9, "damaged"),
-    (b"PK\x03\x04" + b"\0" * 100, "damaged")])
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, I am a text file\n" * 9, "damaged"),
+        (b"PK\x03\x04" + b"\0" * 100, "damaged"),
+    ],
+)
 def test_other_files_are_named(tmp_path, contents, words):
     (tmp_path / "a.pth").write_bytes(contents)
     with pytest.raises(BadCheckpoint, match=f"a.pth: {words}"):
@@ -129,10 +134,17 @@ def test_weights_that_are_not_finite_are_named(bad):
 def test_another_model_is_refused_with_keys_named_and_nothing_changed():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights = {"0.weight": torch.zeros(4, 3), "0.bias": torch.zeros(2), "1.weight": torch.zeros(2, 2),
-               "head.bias": torch.zeros(1)}
-    with pytest.raises(BadCheckpoint, match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
-                                            r"not \(2, 3\)"):
+    weights = {
+        "0.weight": torch.zeros(4, 3),
+        "0.bias": torch.zeros(2),
+        "1.weight": torch.zeros(2, 2),
+        "head.bias": torch.zeros(1),
+    }
+    with pytest.raises(
+        BadCheckpoint,
+        match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
+        r"not \(2, 3\)",
+    ):
         load_weights(model, weights, source="a.pth")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -144,7 +156,7 @@ def test_published_keys_come_first_in_the_published_order(tmp_path, keys):
     args = argparse.Namespace(lr=0.1, path=pathlib.Path("x"), device=torch.device("cpu"))
     Checkpoints(tmp_path, args, keys).save(state)
     contents = read_checkpoint(tmp_path / "checkpoint.pth")
-    assert tuple(contents)[:len(keys)] == keys
+    assert tuple(contents)[: len(keys)] == keys
     assert set(contents) == {*DEIT, "progress", "names"} and contents["names"] == {1: "one"}
     assert vars(contents["args"]) == {"lr": 0.1, "path": "x", "device": "cpu"}
     assert contents["epoch"] == -1  # none is finished yet
@@ -222,6 +234,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
 
 def test_plain_keeps_what_can_be_read_back():
     import numpy as np
+
     value = plain({"a": np.float64(1.5), "b": [np.int64(2), (True, None)], "c": pathlib.Path("x"), 3: torch.ones(1)})
     assert value == {"a": 1.5, "b": [2, (True, None)], "c": "x", 3: torch.ones(1)}
     assert type(value["a"]) is float and type(value["b"][0]) is int

@@ -39,34 +39,50 @@ def test_file_becomes_flags_and_typed_flags_win(tmp_path):
     assert (args.batch_size, args.lr, args.opt_betas, args.model) == (8, 2.0, [0.9, 0.95], "base")
 
 
-@pytest.mark.parametrize(("text", "name", "value"), [
-    ("load-tar: true", "load_tar", True), ("load_tar: false", "load_tar", False),
-    ("no_aux_loss: true", "aux_loss", False), ("aux_loss: false", "aux_loss", False),
-    ("aux_loss: true", "aux_loss", True), ("repeated-aug: false", "repeated_aug", False),
-    ("no-repeated-aug: true", "repeated_aug", False), ("no-repeated-aug: false", "repeated_aug", True),
-    ("tensorboard: false", "tensorboard", False), ("no-tensorboard: true", "tensorboard", False),
-    ("no-tensorboard: false", "tensorboard", True), ("drop_block: null", "drop_block", None),
-    ("lr: -1", "lr", -1.0), ("output_dir: -x", "output_dir", "-x"), ("opt-betas: 0.9", "opt_betas", [0.9])])
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("load-tar: true", "load_tar", True),
+        ("load_tar: false", "load_tar", False),
+        ("no_aux_loss: true", "aux_loss", False),
+        ("aux_loss: false", "aux_loss", False),
+        ("aux_loss: true", "aux_loss", True),
+        ("repeated-aug: false", "repeated_aug", False),
+        ("no-repeated-aug: true", "repeated_aug", False),
+        ("no-repeated-aug: false", "repeated_aug", True),
+        ("tensorboard: false", "tensorboard", False),
+        ("no-tensorboard: true", "tensorboard", False),
+        ("no-tensorboard: false", "tensorboard", True),
+        ("drop_block: null", "drop_block", None),
+        ("lr: -1", "lr", -1.0),
+        ("output_dir: -x", "output_dir", "-x"),
+        ("opt-betas: 0.9", "opt_betas", [0.9]),
+    ],
+)
 def test_values_reach_their_flags(tmp_path, text, name, value):
     assert getattr(parse(tmp_path, text), name) == value
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("batchsize: 8", "unknown name 'batchsize'; did you mean .*batch-size"),
-    ("zzzzqqq: 1", "unknown name 'zzzzqqq'; see --help"),
-    ("config: other.yaml", "unknown name 'config'"),
-    ("load-tar: 'no'", "load-tar: 'no': this is a switch: expected true or false"),
-    ("batch-size: true", "batch-size: True: expected a value"),
-    ("batch-size: [1, 2]", "expected one value, got a list"),
-    ("batch-size: null", "leave the line out for the default, 64"),
-    ("batch-size: {a: 1}", "expected one value or a list, got nested names"),
-    ("lr: !!float 3", "line 1: the tag 'tag:yaml.org,2002:float' is refused"),
-    ("a: &x 1\nlr: *x", r"line 2: aliases \(\*name\) are refused"),
-    ("lr: 1\nlr: 2", "lr is there 2 times"),
-    ("- lr", "expected lines 'flag: value', got a list"),
-    ("lr: [", "not valid YAML"),
-    ("[" * 1100, "not valid YAML"),
-    ("lr: 2001-02-30", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batchsize: 8", "unknown name 'batchsize'; did you mean .*batch-size"),
+        ("zzzzqqq: 1", "unknown name 'zzzzqqq'; see --help"),
+        ("config: other.yaml", "unknown name 'config'"),
+        ("load-tar: 'no'", "load-tar: 'no': this is a switch: expected true or false"),
+        ("batch-size: true", "batch-size: True: expected a value"),
+        ("batch-size: [1, 2]", "expected one value, got a list"),
+        ("batch-size: null", "leave the line out for the default, 64"),
+        ("batch-size: {a: 1}", "expected one value or a list, got nested names"),
+        ("lr: !!float 3", "line 1: the tag 'tag:yaml.org,2002:float' is refused"),
+        ("a: &x 1\nlr: *x", r"line 2: aliases \(\*name\) are refused"),
+        ("lr: 1\nlr: 2", "lr is there 2 times"),
+        ("- lr", "expected lines 'flag: value', got a list"),
+        ("lr: [", "not valid YAML"),
+        ("[" * 1100, "not valid YAML"),
+        ("lr: 2001-02-30", "not valid YAML"),
+    ],
+)
 def test_what_is_no_flag_is_refused(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         parse(tmp_path, text)
@@ -90,16 +106,30 @@ def test_missing_file_is_named():
         parse_args(get_parser(), ["--config", "none.yaml"])
 
 
-@pytest.mark.parametrize("text", ["model: huge", "batch-size: 1.5", "max-bad: 2", "accumulate: 0",
-                                  "save-interval: often"])
+@pytest.mark.parametrize(
+    "text", ["model: huge", "batch-size: 1.5", "max-bad: 2", "accumulate: 0", "save-interval: often"]
+)
 def test_argparse_checks_the_file_as_it_checks_typed_flags(tmp_path, text):
     with pytest.raises(argparse.ArgumentError, match=r"invalid|expected"):
         parse(tmp_path, text)
 
 
 def test_written_config_gives_the_same_flags_again(tmp_path):
-    argv = ["--lr", "1e-7", "--opt-betas", "0.9", "0.99", "--no-repeated-aug", "--no_aux_loss", "--load-tar",
-            "--output_dir", "a: b # c", "--no-tensorboard", "--save-interval", "10m"]
+    argv = [
+        "--lr",
+        "1e-7",
+        "--opt-betas",
+        "0.9",
+        "0.99",
+        "--no-repeated-aug",
+        "--no_aux_loss",
+        "--load-tar",
+        "--output_dir",
+        "a: b # c",
+        "--no-tensorboard",
+        "--save-interval",
+        "10m",
+    ]
     args = parse_args(get_parser(), argv)
     write_config(get_parser(), args, tmp_path / "config.yaml")
     again = parse_args(get_parser(), ["--config", str(tmp_path / "config.yaml")])
@@ -107,8 +137,16 @@ def test_written_config_gives_the_same_flags_again(tmp_path):
 
 
 NAMES = st.sampled_from(["batch-size", "lr", "load-tar", "opt-betas", "model", "aux_loss", "tensorboard", "seed"])
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.dates(),
-                   st.lists(st.one_of(st.integers(), st.text()), max_size=3), st.dictionaries(st.text(), st.integers()))
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.dates(),
+    st.lists(st.one_of(st.integers(), st.text()), max_size=3),
+    st.dictionaries(st.text(), st.integers()),
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

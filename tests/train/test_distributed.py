@@ -9,15 +9,20 @@ import torch
 
 from irpe_train import distributed
 from irpe_train.checkpoint import read_checkpoint
-from tests.train import tiny_run
-from tests.train.processes import run_ranks
+from tests.helpers import tiny_run
+from tests.helpers.processes import run_ranks
 
 QUIET = ["--device", "cpu", "--no-tensorboard"]
 
 
 def tiny(folder, *flags, **options):
-    return run_ranks(tiny_run.main, tiny_run.get_parser, [*QUIET, "--output_dir", str(folder), *flags],
-                     folder.parent / "outputs", **options)
+    return run_ranks(
+        tiny_run.main,
+        tiny_run.get_parser,
+        [*QUIET, "--output_dir", str(folder), *flags],
+        folder.parent / "outputs",
+        **options,
+    )
 
 
 @pytest.mark.distributed
@@ -28,7 +33,7 @@ def test_loss_not_finite_on_one_rank_stops_both(tmp_path):
         assert ended.code == 1, ended.text
         assert "NonFiniteLoss: loss is not finite on rank 1 at epoch 1, step 3: loss nan" in ended.text
         assert "Traceback" not in ended.text
-    report, = json.loads((tmp_path / "run" / "nonfinite_loss.json").read_text())
+    (report,) = json.loads((tmp_path / "run" / "nonfinite_loss.json").read_text())
     assert report["rank"] == 1 and len(report["samples"]) == 4 and report["samples"][0].startswith("images/")
     # The checkpoint is the one before the bad step, and goes on from there.
     progress = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]
@@ -46,7 +51,7 @@ def test_a_rank_that_dies_ends_the_other_with_a_message(tmp_path):
 @pytest.mark.distributed
 def test_a_rank_that_never_comes_ends_the_other_with_a_message(tmp_path):
     began = time.monotonic()
-    waiting, = tiny(tmp_path / "run", "--dist_timeout", "3", world_size=2, missing=(1,), timeout=50)
+    (waiting,) = tiny(tmp_path / "run", "--dist_timeout", "3", world_size=2, missing=(1,), timeout=50)
     assert time.monotonic() - began < 40
     assert waiting.code == 1, waiting.text
     assert "RankLost: rank 0 of 2: the others did not come within 3 s" in waiting.text
@@ -63,8 +68,9 @@ def rank_1_is_silent(args):
 
 @pytest.mark.distributed
 def test_a_rank_that_falls_silent_ends_the_other_with_a_message(tmp_path):
-    results = run_ranks(rank_1_is_silent, tiny_run.get_parser, ["--dist_timeout", "2"], tmp_path, world_size=2,
-                        timeout=30)
+    results = run_ranks(
+        rank_1_is_silent, tiny_run.get_parser, ["--dist_timeout", "2"], tmp_path, world_size=2, timeout=30
+    )
     assert results[0].code == 1 and "in gather" in results[0].text, results[0].text
 
 
@@ -95,6 +101,7 @@ def gather_and_reduce(args):
     value = torch.tensor([1.0, 2.0]) * (me + 1)
     assert distributed.reduce_mean(value).tolist() == [1.5, 3.0] and value.tolist() == [me + 1, 2 * (me + 1)]
     from irpe_train.metrics import MetricLogger
+
     meters = MetricLogger()
     if me == 1:  # rank 0 saw nothing
         meters.update(acc1=80.0, n=5)
@@ -139,8 +146,13 @@ def test_place_under_slurm(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script's own shell: one process
     assert distributed._place_in_the_world() == (0, 1, 0)
-    for name, value in (("STEP_NUM_TASKS", "8"), ("PROCID", "5"), ("LOCALID", "1"), ("JOB_ID", "123456"),
-                        ("STEP_NODELIST", "n[3-4]")):
+    for name, value in (
+        ("STEP_NUM_TASKS", "8"),
+        ("PROCID", "5"),
+        ("LOCALID", "1"),
+        ("JOB_ID", "123456"),
+        ("STEP_NODELIST", "n[3-4]"),
+    ):
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert distributed._place_in_the_world() == (5, 8, 1)
     assert os.environ["MASTER_ADDR"] == "n3" and 20000 <= int(os.environ["MASTER_PORT"]) < 60000

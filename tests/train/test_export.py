@@ -27,8 +27,15 @@ class Traced(nn.Module):
 
 
 def export(model, out, formats):
-    return export_model(model, [(torch.randn(2, 4),), (torch.randn(5, 4),)], out, formats=formats,
-                        dynamic=[{0: "batch"}], input_names=["x"], output_names=["y"])
+    return export_model(
+        model,
+        [(torch.randn(2, 4),), (torch.randn(5, 4),)],
+        out,
+        formats=formats,
+        dynamic=[{0: "batch"}],
+        input_names=["x"],
+        output_names=["y"],
+    )
 
 
 def test_all_formats_agree_with_the_model(tmp_path):

@@ -9,17 +9,20 @@ import pytest
 from irpe_train.errors import BadData, Preempted
 from irpe_train.launch import SlurmJob, launch, submit
 from irpe_train.preemption import Preemption
-from tests.train import tiny_run
+from tests.helpers import tiny_run
 
 
 def raising(error):
     def main(args):
         raise error
+
     return main
 
 
-@pytest.mark.parametrize("error", [BadData("the file x is broken"), ValueError("the file x is broken"),
-                                   FileNotFoundError("the file x is broken")])
+@pytest.mark.parametrize(
+    "error",
+    [BadData("the file x is broken"), ValueError("the file x is broken"), FileNotFoundError("the file x is broken")],
+)
 def test_a_users_mistake_is_one_line(error, capsys):
     with pytest.raises(SystemExit) as end:
         launch(raising(error), tiny_run.get_parser(), [])
@@ -38,10 +41,21 @@ def test_the_unforeseen_keeps_its_traceback():
         launch(raising(ZeroDivisionError()), tiny_run.get_parser(), [])
 
 
-@pytest.mark.parametrize("argv", [
-    ["--config", "none.yaml"], ["--batch-sise", "3"], ["--seed", "x"], ["--resume", "none.pth"], ["--batch-size", "-3"],
-    ["--eval", "--resume", "auto"], ["--accumulate", "0"], ["--device", "banana"], ["--save-interval", "0"],
-    ["--images", "2"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--config", "none.yaml"],
+        ["--batch-sise", "3"],
+        ["--seed", "x"],
+        ["--resume", "none.pth"],
+        ["--batch-size", "-3"],
+        ["--eval", "--resume", "auto"],
+        ["--accumulate", "0"],
+        ["--device", "banana"],
+        ["--save-interval", "0"],
+        ["--images", "2"],
+    ],
+)
 def test_bad_flags_end_in_a_message(argv, capsys):
     with pytest.raises(SystemExit) as end:
         launch(tiny_run.main, tiny_run.get_parser(), ["--device", "cpu", *argv])
@@ -108,6 +122,7 @@ def test_slurm_job_runs_and_comes_back_resuming(tmp_path, monkeypatch, capsys):
     job()
     assert capsys.readouterr().out == "ran with lr 0.1 into out/77\n"
     import os
+
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("1", "2", "first")
     again = job.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission) and again.function.args.resume == "auto"
@@ -117,11 +132,30 @@ def test_slurm_job_runs_and_comes_back_resuming(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_submit_runs_a_job_on_this_machine(tmp_path, capsys):
     pytest.importorskip("submitit")
-    submit(tiny_run.main, tiny_run.get_parser(), [
-        "--executor", "local", "--nodes", "1", "--ngpus", "2", "--timeout", "5", "--job_dir", str(tmp_path / "%j"),
-        "--device", "cpu", "--no-tensorboard", "--epochs", "1"])
+    submit(
+        tiny_run.main,
+        tiny_run.get_parser(),
+        [
+            "--executor",
+            "local",
+            "--nodes",
+            "1",
+            "--ngpus",
+            "2",
+            "--timeout",
+            "5",
+            "--job_dir",
+            str(tmp_path / "%j"),
+            "--device",
+            "cpu",
+            "--no-tensorboard",
+            "--epochs",
+            "1",
+        ],
+    )
     assert "submitted job" in capsys.readouterr().out
     import time
+
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/log.txt")):
         assert time.monotonic() < deadline, [p.read_text() for p in tmp_path.glob("*/*log.*")]

@@ -10,7 +10,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from irpe_train import loader as loader_module
 from irpe_train.errors import BadData
 from irpe_train.loader import EvalLoader, TrainLoader
-from irpe_train.randomness import mix, sample_randomness, seed_step
+from irpe_train.seeding import mix, sample_randomness, seed_step
 
 
 class Draws:
@@ -71,7 +71,7 @@ def test_every_position_has_its_own_randomness_even_for_one_image():
     """Repeated augmentation asks for one image several times in an epoch."""
     data = Draws(1)
     loader = TrainLoader(data, [0, 0, 0, 0], batch_size=4, seed=0)
-    (_, a, b, c), = batches(loader, 0)
+    ((_, a, b, c),) = batches(loader, 0)
     assert len(set(a)) == len(set(b)) == len(set(c)) == 4
 
 
@@ -85,6 +85,7 @@ def test_last_batch(drop_last, steps):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_training_image_is_replaced_counted_and_named(workers, capsys):
     from irpe_train.distributed import set_up_logging
+
     set_up_logging(0)
     data = Draws(12, unreadable=(5, 6))
     loader = TrainLoader(data, SequentialSampler(data), batch_size=4, seed=0, num_workers=workers)
@@ -111,8 +112,11 @@ def test_a_mistake_in_the_data_set_is_no_unreadable_image():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_names_an_unreadable_image_and_stops(workers):
     loader = EvalLoader(Draws(5, unreadable=(3,)), batch_size=2, num_workers=workers)
-    with pytest.raises(BadData, match=r"^evaluation cannot read a/3.png \(OSError: image file is truncated .*none is "
-                                      "skipped"):
+    with pytest.raises(
+        BadData,
+        match=r"^evaluation cannot read a/3.png \(OSError: image file is truncated .*none is "
+        "skipped",
+    ):
         list(loader)
 
 

@@ -75,8 +75,9 @@ def test_lines_without_a_terminal(capsys):
         meters.update(loss=float(step))
     lines = capsys.readouterr().out.splitlines()
     assert [re.match(r"Epoch: \[3\] \[ ?(\d+)/25\]", line).group(1) for line in lines[:-1]] == ["0", "10", "20", "24"]
-    assert re.search(r"eta: 0:00:0\d  loss: 0.0000 \(0.0000\)  \d+ img/s  time: \d\.\d+  data: \d\.\d+  max mem: \d+",
-                     lines[0])
+    assert re.search(
+        r"eta: 0:00:0\d  loss: 0.0000 \(0.0000\)  \d+ img/s  time: \d\.\d+  data: \d\.\d+  max mem: \d+", lines[0]
+    )
     assert "Total time: 0:00:00" in lines[-1]
 
 
@@ -115,6 +116,7 @@ def test_empty_loader(capsys):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_other_ranks_print_warnings_alone_with_their_rank(rank, capsys):
     from irpe_train.distributed import logger
+
     set_up_logging(rank)
     logger.info("* Acc@1 73.700")
     logger.warning("look")

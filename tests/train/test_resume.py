@@ -11,15 +11,16 @@ import torch
 
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
-from tests.train import tiny_run
-from tests.train.processes import Ranks, run_ranks
+from tests.helpers import tiny_run
+from tests.helpers.processes import Ranks, run_ranks
 
 QUIET = ["--device", "cpu", "--no-tensorboard"]
 
 
 def tiny(folder, *flags, main=tiny_run.main, **options):
-    return run_ranks(main, tiny_run.get_parser, [*QUIET, "--output_dir", str(folder), *flags],
-                     folder.parent / "outputs", **options)
+    return run_ranks(
+        main, tiny_run.get_parser, [*QUIET, "--output_dir", str(folder), *flags], folder.parent / "outputs", **options
+    )
 
 
 def assert_same(a, b, where=""):
@@ -62,8 +63,9 @@ def stop_at(output_dir, places, *flags, later, rank=0, world_size=1):
     for epoch, step in places:
         if (epoch, step) < reached:  # the stop before this one came later than that
             continue
-        for ended in tiny(output_dir, *flags, "--resume", "auto", "--term-at", str(rank), str(epoch), str(step),
-                          world_size=world_size):
+        for ended in tiny(
+            output_dir, *flags, "--resume", "auto", "--term-at", str(rank), str(epoch), str(step), world_size=world_size
+        ):
             assert ended.code == Preempted.EXIT_CODE, (epoch, step, ended.text)
             assert "--resume auto goes on" in ended.text
         progress = read_checkpoint(output_dir / "checkpoint.pth")["progress"]
@@ -71,15 +73,18 @@ def stop_at(output_dir, places, *flags, later, rank=0, world_size=1):
         assert (epoch, step) < reached <= (epoch, 1 + step + later)
 
 
-@pytest.mark.parametrize(("workers", "flags"), [(0, ()), (2, ()), (2, ("--accumulate", "5")), (0, ("--amp", "bf16"))],
-                         ids=["no-workers", "two-workers", "accumulate", "bf16"])
+@pytest.mark.parametrize(
+    ("workers", "flags"),
+    [(0, ()), (2, ()), (2, ("--accumulate", "5")), (0, ("--amp", "bf16"))],
+    ids=["no-workers", "two-workers", "accumulate", "bf16"],
+)
 def test_stopped_in_mid_epoch_equals_uninterrupted(tmp_path, workers, flags):
     places = cuts(f"{workers} {flags}", 12)
     flags = [*flags, "--deterministic"]
     assert tiny(tmp_path / "whole", *flags)[0].code == 0
     flags = [*flags, "--num_workers", str(workers)]
     stop_at(tmp_path / "cut", places, *flags, later=4 if "--accumulate" in flags else 0)
-    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto")
+    (ended,) = tiny(tmp_path / "cut", *flags, "--resume", "auto")
     assert ended.code == 0, ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
@@ -116,22 +121,25 @@ def main_stopped_while_evaluating(args):
 
 def test_stop_during_evaluation_leaves_at_once_and_resumes_there(tmp_path):
     tiny(tmp_path / "whole")
-    ended, = tiny(tmp_path / "cut", main=main_stopped_while_evaluating)
+    (ended,) = tiny(tmp_path / "cut", main=main_stopped_while_evaluating)
     assert ended.code == Preempted.EXIT_CODE and "SIGUSR1" in ended.text
     assert not (tmp_path / "cut" / "log.txt").exists()
-    ended, = tiny(tmp_path / "cut", "--resume", "auto")
+    (ended,) = tiny(tmp_path / "cut", "--resume", "auto")
     assert "epoch 0, step 12, to be evaluated" in ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_a_whole_process_group_is_told_to_stop(tmp_path):
     """torchrun and SLURM signal the data loading workers too; the step is finished all the same."""
-    ranks = Ranks(tiny_run.main, tiny_run.get_parser,
-                  [*QUIET, "--output_dir", str(tmp_path / "run"), "--num_workers", "2", "--step-time", "0.05",
-                   "--epochs", "50"], tmp_path / "outputs")
+    ranks = Ranks(
+        tiny_run.main,
+        tiny_run.get_parser,
+        [*QUIET, "--output_dir", str(tmp_path / "run"), "--num_workers", "2", "--step-time", "0.05", "--epochs", "50"],
+        tmp_path / "outputs",
+    )
     wait_for(lambda: "Epoch: [1]" in ranks.outputs[0].read_text())
     os.killpg(ranks.processes[0].pid, signal.SIGTERM)
-    ended, = ranks.wait(30)
+    (ended,) = ranks.wait(30)
     assert ended.code == Preempted.EXIT_CODE, ended.text
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["epoch"] >= 1
 
@@ -147,12 +155,16 @@ def kill_and_restart(folder, kills, flags):
     """SIGKILL at random moments; each restart finds a checkpoint at most one save interval old. Returns the kills."""
     generator, newest, killed = random.Random(0), (0, 0), 0
     while killed < kills:
-        ranks = Ranks(tiny_run.main, tiny_run.get_parser,
-                      [*QUIET, "--output_dir", str(folder), "--resume", "auto", *flags], folder.parent / "outputs")
+        ranks = Ranks(
+            tiny_run.main,
+            tiny_run.get_parser,
+            [*QUIET, "--output_dir", str(folder), "--resume", "auto", *flags],
+            folder.parent / "outputs",
+        )
         wait_for(lambda: "Epoch: [" in ranks.outputs[0].read_text() or not ranks.processes[0].is_alive())  # noqa: B023
         time.sleep(generator.uniform(0, 0.1))
         ranks.processes[0].kill()
-        ended, = ranks.wait(30)
+        (ended,) = ranks.wait(30)
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL, ended.text
@@ -171,7 +183,7 @@ def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
     flags = ["--images", "200", "--epochs", "4"]
     tiny(tmp_path / "whole", *flags)
     assert kill_and_restart(tmp_path / "cut", 6, [*flags, "--save-interval", "1"]) >= 3
-    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto")
+    (ended,) = tiny(tmp_path / "cut", *flags, "--resume", "auto")
     assert ended.code == 0, ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
@@ -181,33 +193,33 @@ def test_killed_a_hundred_times_equals_uninterrupted(tmp_path):
     flags = ["--images", "1200", "--epochs", "10"]
     tiny(tmp_path / "whole", *flags, timeout=600)
     assert kill_and_restart(tmp_path / "cut", 100, [*flags, "--save-interval", "1"]) == 100
-    ended, = tiny(tmp_path / "cut", *flags, "--resume", "auto", timeout=600)
+    (ended,) = tiny(tmp_path / "cut", *flags, "--resume", "auto", timeout=600)
     assert ended.code == 0, ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_a_kill_between_saves_loses_at_most_one_interval(tmp_path):
-    ended, = tiny(tmp_path / "run", "--save-interval", "5", "--die-at", "0", "1", "9")
+    (ended,) = tiny(tmp_path / "run", "--save-interval", "5", "--die-at", "0", "1", "9")
     assert ended.code == 9
     progress = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 5)
 
 
 def test_auto_starts_anew_goes_on_and_knows_when_it_is_finished(tmp_path):
-    ended, = tiny(tmp_path / "run", "--resume", "auto")
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto")
     assert "no checkpoint" in ended.text and ended.code == 0
     log = (tmp_path / "run" / "log.txt").read_text()
-    ended, = tiny(tmp_path / "run", "--resume", "auto")
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto")
     assert "epoch 3, step 0" in ended.text and "Epoch: [" not in ended.text
     assert (tmp_path / "run" / "log.txt").read_text() == log
-    ended, = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "4")
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "4")
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert epochs == [0, 1, 2, 3]
 
 
 def test_another_batch_size_restarts_the_epoch(tmp_path):
     tiny(tmp_path / "run", "--term-at", "0", "1", "3")
-    ended, = tiny(tmp_path / "run", "--resume", "auto", "--batch-size", "8")
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto", "--batch-size", "8")
     assert ended.code == 0 and "this epoch starts again" in ended.text
     assert [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()] == [0, 1, 2]
 
@@ -217,7 +229,7 @@ def test_auto_falls_back_to_the_checkpoint_before(tmp_path):
     tiny(tmp_path / "cut", "--term-at", "0", "2", "3")
     newest = tmp_path / "cut" / "checkpoint.pth"
     newest.write_bytes(newest.read_bytes()[:4000])
-    ended, = tiny(tmp_path / "cut", "--resume", "auto")
+    (ended,) = tiny(tmp_path / "cut", "--resume", "auto")
     assert ended.code == 0
     assert f"checkpoint {newest}: damaged or truncated" in ended.text and "Falling back to" in ended.text
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
@@ -227,7 +239,7 @@ def test_auto_does_not_start_anew_over_two_bad_checkpoints(tmp_path):
     tiny(tmp_path / "run", "--epochs", "1")
     for name in ("checkpoint.pth", "checkpoint_previous.pth"):
         (tmp_path / "run" / name).write_bytes(b"")
-    ended, = tiny(tmp_path / "run", "--resume", "auto")
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto")
     assert ended.code == 1 and "no usable checkpoint" in ended.text and "the file is empty" in ended.text
 
 

@@ -10,7 +10,7 @@ import pytest
 from irpe_train.config import parse_args
 from irpe_train.distributed import set_up_logging
 from irpe_train.run_log import RunLog, banner, changed_flags, git_state, record_start
-from tests.train import tiny_run
+from tests.helpers import tiny_run
 
 
 def epochs(folder):
@@ -21,8 +21,10 @@ def test_a_line_an_epoch_with_keys_in_their_order(tmp_path):
     log = RunLog(tmp_path / "new", epoch=0, resumed=False, tensorboard=False)
     log.write({"train_lr": 1e-6, "train_loss": 0.1, "test_coco_eval_bbox": [0.5] * 12, "epoch": 0, "n_parameters": 7})
     assert (tmp_path / "new" / "log.txt").read_text() == (
-        '{"train_lr": 1e-06, "train_loss": 0.1, "test_coco_eval_bbox": ' + str([0.5] * 12)
-        + ', "epoch": 0, "n_parameters": 7}\n')
+        '{"train_lr": 1e-06, "train_loss": 0.1, "test_coco_eval_bbox": '
+        + str([0.5] * 12)
+        + ', "epoch": 0, "n_parameters": 7}\n'
+    )
 
 
 def test_each_epoch_once_after_a_resume(tmp_path):
@@ -56,7 +58,7 @@ def test_tensorboard_if_installed(tmp_path):
     pytest.importorskip("tensorboard")
     log = RunLog(tmp_path, epoch=0, resumed=False)
     log.write({"train_loss": 1.0, "test_coco_eval_bbox": [0.5] * 12, "epoch": 0})
-    events, = (tmp_path / "tensorboard").iterdir()
+    (events,) = (tmp_path / "tensorboard").iterdir()
     contents = events.read_bytes()
     assert b"train_loss" in contents and b"test_coco_eval_bbox_AP" in contents
 

@@ -10,8 +10,8 @@ from torch.utils.data import SequentialSampler
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.precision import Precision
+from irpe_train.state import Checkpoints, TrainState
 from irpe_train.steps import Steps, parse_save_interval
-from irpe_train.train_state import Checkpoints, TrainState
 
 CPU = torch.device("cpu")
 
@@ -52,8 +52,9 @@ def loss_of(model, rows):
 def train(state, steps, precision, clip=None):
     updates = 0
     for rows in steps:
-        updates += precision.step(loss_of(state.model, rows), state.optimizer, state.model.parameters(), steps=steps,
-                                  clip=clip)
+        updates += precision.step(
+            loss_of(state.model, rows), state.optimizer, state.model.parameters(), steps=steps, clip=clip
+        )
     return updates
 
 
@@ -96,10 +97,11 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, bad):
     before = [p.detach().clone() for p in state.model.parameters()]
     words = r"not finite on rank 0 at epoch 4, step 1: loss (nan|inf), loss_giou 3, lr 0.1. The weights were not"
     with pytest.raises(NonFiniteLoss, match=words):
-        precision.step(loss, state.optimizer, state.model.parameters(), steps=steps,
-                       terms={"loss_giou": torch.tensor(3.0)})
+        precision.step(
+            loss, state.optimizer, state.model.parameters(), steps=steps, terms={"loss_giou": torch.tensor(3.0)}
+        )
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
-    report, = json.loads((tmp_path / "nonfinite_loss.json").read_text())
+    (report,) = json.loads((tmp_path / "nonfinite_loss.json").read_text())
     assert report["samples"] == ["row2.png", "row3.png"]
     assert (report["epoch"], report["step"], report["lr"], report["terms"]["loss_giou"]) == (4, 1, 0.1, 3.0)
 
@@ -110,8 +112,11 @@ def test_too_many_unreadable_images_stop_the_run(unreadable, max_bad, stops):
     if not stops:
         assert train(state, steps, precision) == 4
         return
-    with pytest.raises(BadData, match=rf"{len(unreadable)} of 8 training images are unreadable, and --max-bad "
-                                      rf"{max_bad:g} allows \d: row3.png \(OSError: truncated\)"):
+    with pytest.raises(
+        BadData,
+        match=rf"{len(unreadable)} of 8 training images are unreadable, and --max-bad "
+        rf"{max_bad:g} allows \d: row3.png \(OSError: truncated\)",
+    ):
         train(state, steps, precision)
 
 
@@ -125,6 +130,7 @@ def test_saves_within_the_epoch_fall_on_updates(tmp_path, monkeypatch):
 
 def test_saves_by_the_clock(tmp_path, monkeypatch):
     from irpe_train import steps as steps_module
+
     now = iter(range(0, 10_000, 50))  # each look at the clock finds it 50 s later
     monkeypatch.setattr(steps_module.time, "monotonic", lambda: next(now))
     state, steps, precision = set_up(tmp_path, count=16, save_interval="2m")

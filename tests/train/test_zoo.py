@@ -29,7 +29,7 @@ def server():
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(whole) - start))
             self.end_headers()
-            self.wfile.write(whole[start:server.cut])
+            self.wfile.write(whole[start : server.cut])
 
         def log_message(self, *_):
             pass
@@ -47,9 +47,20 @@ def server():
 def zoo(server, tmp_path):
     torch.save({"model": {"a": torch.ones(3), "b": torch.ones(2)}}, tmp_path / "net.pth")
     server.files["net.pth"] = (tmp_path / "net.pth").read_bytes()
-    content = {"prefix": f"http://127.0.0.1:{server.server_port}/", "source": "a test", "tolerance": {"acc1": 0.1},
-               "models": {"net": {"package": "deit_irpe", "config": "configs/deit/tiny_k.yaml", "file": "net.pth",
-                                  "entries": 2, "expect": {"acc1": 70.0}}}}
+    content = {
+        "prefix": f"http://127.0.0.1:{server.server_port}/",
+        "source": "a test",
+        "tolerance": {"acc1": 0.1},
+        "models": {
+            "net": {
+                "package": "deit_irpe",
+                "config": "configs/deit/tiny_k.yaml",
+                "file": "net.pth",
+                "entries": 2,
+                "expect": {"acc1": 70.0},
+            }
+        },
+    }
     (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(content))
     return read_zoo(tmp_path / "zoo.yaml")
 
@@ -107,9 +118,14 @@ def test_a_part_that_is_whole_already(server, zoo, tmp_path):
     assert fetch("net", folder=tmp_path / "hub", zoo=zoo).is_file()
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"sha256": "0" * 64}, "sha256 .* expected 0000"), ({"size": 7}, "bytes, 7 expected"),
-    ({"entries": 3}, "2 tensors in 'model', 3 expected")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sha256": "0" * 64}, "sha256 .* expected 0000"),
+        ({"size": 7}, "bytes, 7 expected"),
+        ({"entries": 3}, "2 tensors in 'model', 3 expected"),
+    ],
+)
 def test_a_wrong_file_is_not_kept(zoo, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         fetch("net", folder=tmp_path / "hub", zoo=with_entry(zoo, **changes))
@@ -131,8 +147,11 @@ def test_something_else_arrives(server, zoo, tmp_path):
 
 def test_without_a_network_the_message_says_what_to_put_where(zoo, tmp_path):
     lost = with_entry(zoo, url="http://127.0.0.1:9/net.pth")
-    with pytest.raises(ConnectionError, match="cannot fetch http://127.0.0.1:9/net.pth.*Download net.pth on a machine "
-                                              f"with a network and put it here: {tmp_path}/hub/net.pth"):
+    with pytest.raises(
+        ConnectionError,
+        match="cannot fetch http://127.0.0.1:9/net.pth.*Download net.pth on a machine "
+        f"with a network and put it here: {tmp_path}/hub/net.pth",
+    ):
         fetch("net", folder=tmp_path / "hub", zoo=lost)
 
 

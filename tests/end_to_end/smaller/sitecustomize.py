@@ -9,8 +9,25 @@ import sys
 DEIT = ["--device", "cpu", "--num_workers", "0", "--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0"]
 TINY_VIT = ["--input-size", "32", "--model-kwargs", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
 DETR = ["--device", "cpu", "--num_workers", "0", "--epochs", "1", "--batch_size", "2"]
-TINY_DETR = ["--backbone", "resnet_micro", "--dilation", "--hidden_dim", "16", "--nheads", "2", "--enc_layers", "1",
-             "--dec_layers", "2", "--dim_feedforward", "24", "--num_queries", "5", "--image_size", "40"]
+TINY_DETR = [
+    "--backbone",
+    "resnet_micro",
+    "--dilation",
+    "--hidden_dim",
+    "16",
+    "--nheads",
+    "2",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "2",
+    "--dim_feedforward",
+    "24",
+    "--num_queries",
+    "5",
+    "--image_size",
+    "40",
+]
 ONE_RUN = ["--only", "rpe-1.9-euc-ctx-1-k", "--seeds", "0", "--gpus-per-run", "1"]
 
 
@@ -23,7 +40,7 @@ def smaller(words: list[str]) -> list[str]:
     return {
         "deit_irpe": DEIT + vit,
         "detr_irpe": [*DETR, *TINY_DETR, *pretrained],
-        "irpe_train.ablate": ONE_RUN if "demo.yaml" in line else ["--dry-run"],  # the others want GPUs or SLURM
+        "irpe_lab.ablate": ONE_RUN if "demo.yaml" in line else ["--dry-run"],  # the others want GPUs or SLURM
         "irpe_train.card": ["deit_tiny_patch16_224_ctx_product_50_shared_k"],
         "scripts/benchmark_ops.py": ["--quick", "--only", "DeiT-S B16"],
         "scripts/benchmark_models.py": ["--quick", "--model", "deit_tiny_patch16_224"],

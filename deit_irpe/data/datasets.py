@@ -1,0 +1,79 @@
+"""The data sets of DeiT by name, and repeated augmentation."""
+
+from pathlib import Path
+
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import Dataset, Sampler
+from torchvision import datasets
+
+from deit_irpe.data.hugging_face import HuggingFaceImages
+from deit_irpe.data.images import FolderImages, INatImages, TarImages
+from deit_irpe.data.shards import ShardImages
+
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+def _cifar100(root: Path, train: bool, transform=None) -> Dataset:
+    try:
+        return datasets.CIFAR100(root, train=train, transform=transform)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{root}: no cifar-100-python/ there ({error}). Unpack cifar-100-python.tar.gz there"
+        ) from error
+
+
+def build_dataset(
+    data_path: str | Path,
+    train: bool,
+    *,
+    data_set: str = "IMNET",
+    load_tar: bool = False,
+    inat_category: str = "name",
+    transform=None,
+) -> Dataset:
+    """The training or validation set, with ``classes`` (their names, in order).
+
+    Raises: FileNotFoundError, ValueError: something is missing or empty; the message says what was looked for.
+        ImportError: ``HFDS`` without Hugging Face ``datasets``.
+    """
+    root, split = Path(data_path), "train" if train else "val"
+    if not root.is_dir():
+        raise FileNotFoundError(f'--data-path {data_path}: no such folder. See README, "Data"')
+    if data_set == "CIFAR":
+        return _cifar100(root, train, transform)
+    if data_set in ("INAT", "INAT19"):
+        return INatImages(root, train, 2018 if data_set == "INAT" else 2019, inat_category, transform)
+    if data_set == "WDS":
+        return ShardImages(root, train, transform)
+    if data_set == "HFDS":
+        return HuggingFaceImages(root, train, transform)
+    if load_tar:
+        return TarImages(root / f"{split}.tar", transform)
+    return FolderImages(root / split, transform)
+
+
+def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] = ("train", "val")) -> None:
+    """Raises ValueError, naming the classes, unless both lists (of the two data sets ``names``) have the same ones."""
+    only = []
+    for name, missing in ((names[0], set(one) - set(other)), (names[1], set(other) - set(one))):
+        if missing:
+            some = ", ".join(sorted(missing)[:5]) + (f", ... ({len(missing)} in all)" if len(missing) > 5 else "")
+            only.append(f"only in {name}: {some}")
+    if only:
+        raise ValueError(f"{names[0]} and {names[1]} have different classes; {'; '.join(only)}")
+
+
+def repeated_augmentation_sampler(dataset: Dataset, world_size: int, rank: int) -> Sampler:
+    """Three differently augmented copies of an image in one global batch; an epoch is as long as without them.
+
+    As published, the length is cut to a multiple of 256 images; sets smaller than that, which this would leave empty,
+    are used whole. Source: Hoffer et al., "Augment your batch"; Berman et al., "MultiGrain".
+    """
+    return RepeatAugSampler(
+        dataset,
+        num_replicas=world_size,
+        rank=rank,
+        shuffle=True,
+        num_repeats=3,
+        selected_round=256 if len(dataset) >= 256 else 0,
+    )

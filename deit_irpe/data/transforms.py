@@ -1,0 +1,70 @@
+"""The transforms of DeiT: its augmentation in training, resize and centre crop in evaluation."""
+
+import itertools
+
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from torchvision import transforms
+
+
+def build_transform(
+    train: bool,
+    input_size: int | tuple[int, int] = 224,
+    *,
+    color_jitter: float = 0.4,
+    aa: str | None = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
+    hflip: float = 0.5,
+) -> transforms.Compose:
+    """The augmentation of DeiT, or its evaluation transform.
+
+    Images of up to 32 pixels are shifted in training, neither cropped nor scaled, as published.
+
+    Args:
+        input_size: pixels, one number or (height, width). Evaluation resizes the short side to 256/224 of it (of its
+            longer side when it is not square), then cuts the centre.
+    """
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    small = max(size) <= 32
+    to_size = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # leaves images of that very size alone
+    if train:
+        steps = create_transform(
+            size,
+            is_training=True,
+            color_jitter=color_jitter,
+            auto_augment=aa or None,
+            interpolation=interpolation,
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
+            hflip=hflip,
+        ).transforms
+        for step in steps:
+            _let_posterize_keep_no_bits(step)
+        return transforms.Compose([to_size, transforms.RandomCrop(size, padding=4), *steps[1:]] if small else steps)
+    cut = [
+        transforms.Resize(int(256 / 224 * max(size)), transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size),
+    ]
+    return transforms.Compose(
+        [
+            *([to_size] if small else cut),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+
+
+def _let_posterize_keep_no_bits(policy) -> None:
+    """timm's policies ask for 0 bits at magnitude 10, which blackened the image until Pillow began to refuse it."""
+    subpolicies = getattr(policy, "policy", [getattr(policy, "ops", [])])
+    for op in itertools.chain.from_iterable(subpolicies):
+        if getattr(op, "aug_fn", None) is auto_augment.posterize:
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    return image.point(lambda _: 0) if bits_to_keep < 1 else auto_augment.posterize(image, bits_to_keep)

@@ -1,0 +1,7 @@
+"""DeiT with any encoding: the table of names, timm registration, and weights of other runs."""
+
+from deit_irpe.models.finetune import load_pretrained_weights, resize_pos_embed
+from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
+from deit_irpe.models.registration import create_model
+
+__all__ = ["DEMO_SIZES", "RPE_MODELS", "create_model", "load_pretrained_weights", "resize_pos_embed"]

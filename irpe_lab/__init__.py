@@ -1,0 +1,1 @@
+"""What stands above many runs: ablation grids, tables, reports and plots."""

@@ -1,0 +1,248 @@
+"""The ablation runner: a grid file in, trained runs and one table out.
+
+    python -m irpe_lab.ablate configs/ablation/demo.yaml [-o outputs/ablation/demo] [--seeds 0,1,2]
+
+Each run is ``python -m deit_irpe`` or ``python -m detr_irpe`` with its own folder. Kill it whenever you like and start
+it again: finished runs are not repeated, interrupted ones go on from their checkpoint, failed ones are tried once more.
+A failed run is a red row with its reason. Beside the runs: table.csv, table.md, table.tex, table.png.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from irpe_lab import jobs, tables
+from irpe_lab.console_log import images_per_second
+from irpe_lab.grid import Grid, read_grid
+from irpe_lab.plots import curve, read_log
+from irpe_lab.tables import Row
+from irpe_train.errors import RunError
+from irpe_train.zoo import ROOT, read_zoo
+
+
+class Ablation:
+    """A grid and the folder it is worked out in."""
+
+    def __init__(self, grid: Grid, folder: Path):
+        self.grid, self.folder = grid, folder
+        self.folders = {(run, seed): folder / f"{run}_seed{seed}" for run in grid.runs for seed in grid.seeds}
+        self._kept = folder / "facts.json"  # building a model to count it takes seconds: once is enough
+        self.facts: dict[str, dict] = {}
+
+    def command(self, run: str, seed: int, processes: int = 1) -> list[str]:
+        """What to start for a run, after the interpreter."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher = torchrun if processes > 1 else []
+        return [
+            *launcher,
+            "-m",
+            self.grid.package,
+            *self.grid.flags(run),
+            "--seed",
+            str(seed),
+            "--output_dir",
+            str(self.folders[run, seed]),
+            "--resume",
+            "auto",
+        ]
+
+    def count(self, run: str) -> dict:
+        """Parameters, MACs and buckets of a run's model, told by ``python -m PACKAGE.model_stats --json``."""
+        if run not in self.facts:
+            classes = ["--num_classes", str(self.grid.classes)] if self.grid.classes else []
+            command = ["-m", f"{self.grid.package}.model_stats", "--json", *self.grid.flags(run), *classes]
+            kept = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+            if shlex.join(command) not in kept:
+                told = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+                if told.returncode:
+                    return {}
+                kept[shlex.join(command)] = json.loads(told.stdout.splitlines()[-1])
+                self._kept.parent.mkdir(parents=True, exist_ok=True)
+                self._kept.write_text(json.dumps(kept, indent=1) + "\n")
+            self.facts[run] = kept[shlex.join(command)]
+        return self.facts[run]
+
+    def rows(self) -> list[Row]:
+        """The table as it stands on disk."""
+        return [self._row(run) for run in self.grid.runs]
+
+    def _row(self, run: str) -> Row:
+        figures, states, reason, speeds, epochs = [], [], None, [], 0
+        for seed in self.grid.seeds:
+            folder = self.folders[run, seed]
+            outcome = jobs.done(folder)
+            log = read_log(folder) if (folder / "log.txt").is_file() and (folder / "log.txt").stat().st_size else []
+            epochs += len(log)
+            values = curve(log, self.grid.figure[0])[1]
+            if outcome and outcome["rc"] == 0 and not values:
+                outcome = {"rc": 1, "reason": f"its log has no {self.grid.figure[0]}"}
+            if outcome is None:
+                states.append("running" if folder.is_dir() and jobs.busy(folder) else "waiting")
+            elif outcome["rc"] == 0:
+                states.append("done")
+                figures.append(values[-1])
+                speeds.append(images_per_second(folder / "detail.log"))
+            else:
+                states.append("failed")
+                reason = reason or outcome["reason"]
+        speeds = [speed for speed in speeds if speed]
+        name = self.grid.published.get(run)
+        figure = {"deit_irpe": "acc1", "detr_irpe": "AP"}[self.grid.package]
+        return Row(
+            run,
+            shlex.join(self.grid.flags(run)),
+            figures,
+            states,
+            epochs,
+            reason,
+            statistics.median(speeds) if speeds else None,
+            self.facts.get(run, {}),
+            read_zoo().find(name).expect[figure] if name else None,
+        )
+
+    def work(self, pool: jobs.LocalPool | jobs.SlurmPool, *, processes: int = 1) -> None:
+        """Do what is not yet done. Returns when every run has an outcome or was stopped."""
+        for (run, seed), folder in self.folders.items():
+            jobs.prepare(folder, self.command(run, seed, processes))
+        waiting = [folder for folder in self.folders.values() if not jobs.finished(folder)]
+        started: set[Path] = set()
+        display = tables.Display(self.grid.figure[1])
+        try:
+            while True:
+                working = pool.working()
+                # A run that someone else is at, because its runner was killed, is waited for like our own.
+                waiting += [folder for folder in started - working if not jobs.done(folder) and jobs.busy(folder)]
+                started -= set(waiting)
+                others = {folder for folder in waiting if folder not in working and jobs.busy(folder)}
+                waiting = [folder for folder in waiting if not jobs.finished(folder)]
+                for folder in [folder for folder in waiting if folder not in others]:
+                    if not pool.free():
+                        break
+                    waiting.remove(folder)
+                    started.add(folder)
+                    pool.start(folder)
+                display.show(self.rows())
+                if not waiting and not pool.working():
+                    break
+                time.sleep(pool.poll_seconds)
+        finally:
+            pool.stop()
+
+    def write(self) -> list[Path]:
+        """Write the tables and the plot; returns their paths."""
+        for run in self.grid.runs:
+            self.count(run)
+        return tables.write(self.rows(), self.folder, title=self.grid.name, figure=self.grid.figure[1])
+
+    def publish(self, logs: Path) -> None:
+        """Copy tables, logs and flags of the finished runs to ``logs``, called as in the published zoo."""
+        logs.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("table.*"):
+            shutil.copyfile(path, logs / path.name)
+        names = {"log.txt": "log_{}.txt", "detail.log": "detail_{}.log", "config.yaml": "{}.yaml"}
+        for (run, seed), folder in self.folders.items():
+            if jobs.finished(folder):
+                for here, there in names.items():
+                    if (folder / here).is_file():
+                        shutil.copyfile(folder / here, logs / there.format(f"{run}_seed{seed}"))
+
+
+def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:
+    """Which GPUs each concurrent run sees; without GPUs, ``jobs_at_once`` runs share the CPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        visible = ",".join(str(i) for i in range(torch.cuda.device_count()))
+    gpus = [gpu for gpu in visible.split(",") if gpu]
+    groups = [",".join(gpus[i : i + gpus_per_run]) for i in range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)]
+    return [{"CUDA_VISIBLE_DEVICES": group} for group in groups] or [{} for _ in range(jobs_at_once)]
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return key, yaml.safe_load(value)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m irpe_lab.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("grid", type=Path, metavar="GRID.yaml", help="see irpe_lab/grid.py")
+    add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
+    add("--only", metavar="GLOB", help="those runs alone whose name fits, e.g. '*-product-*'")
+    add("--seeds", help="instead of the file's, e.g. 0,1,2")
+    add(
+        "--set",
+        dest="settings",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="FLAG=VALUE",
+        help="a flag for all runs, e.g. data-path=DIR; may be repeated",
+    )
+    add("--jobs", type=int, default=1, help="runs at once on a machine without GPUs")
+    add("--gpus-per-run", type=int, default=1, metavar="N", help="processes and GPUs of one run")
+    add("--slurm", action="store_true", help="submit each run as a SLURM job")
+    add(
+        "--slurm-option",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for submitit, e.g. slurm_partition=gpu, timeout_min=600",
+    )
+    add("--dry-run", action="store_true", help="print the command of each run, start nothing")
+    add("--logs", type=Path, metavar="DIR", help="also copy tables, logs and flags here, e.g. logs/ablation_demo")
+    add("--table", action="store_true", help="write the tables of what is there, start nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns: 0, or 1 if a run failed."""
+    args = get_parser().parse_args(argv)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # So that the runs are told to save.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        grid = read_grid(args.grid, dict(args.settings), seeds=args.seeds, only=args.only)
+        ablation = Ablation(grid, args.output or Path("outputs/ablation") / grid.name)
+        if args.dry_run:
+            for run, seed in ablation.folders:
+                print(shlex.join([sys.executable, *ablation.command(run, seed, args.gpus_per_run)]))
+            return 0
+        if not args.table:
+            if args.slurm:
+                options = {"gpus_per_node": args.gpus_per_run, **dict(args.slurm_option)}
+                pool = jobs.SlurmPool(ablation.folder / "slurm", **options)
+            else:
+                pool = jobs.LocalPool(gpu_slots(args.jobs, args.gpus_per_run))
+            ablation.work(pool, processes=args.gpus_per_run)
+        for path in ablation.write():
+            print(path)
+        if args.logs:
+            ablation.publish(args.logs)
+    except KeyboardInterrupt:
+        sys.exit("irpe_lab.ablate: stopped; the same command goes on")
+    except (RunError, OSError, ImportError, ValueError) as error:
+        sys.exit(f"irpe_lab.ablate: {error}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 1 if any("failed" in row.states for row in ablation.rows()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

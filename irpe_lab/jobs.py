@@ -1,0 +1,204 @@
+"""One run of an ablation: a folder with its command, its console and its outcome; and who works through many.
+
+    FOLDER/job.json      the command, written before anything starts
+    FOLDER/detail.log    what it printed
+    FOLDER/done.json     how it ended, written once it has
+    FOLDER/log.txt, ...  what the run itself writes
+
+A folder is worked on by a process of its own that holds ``FOLDER/lock``, as the run itself does, so that killing the
+ablation runner neither loses a run nor starts it twice: the next runner sees the lock, waits, and reads the outcome.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from irpe_lab.console_log import last_words
+from irpe_train.errors import Preempted, RunError
+
+BUSY = 3  # exit status of a worker that found another one at work
+
+
+def prepare(folder: Path, command: list[str]) -> None:
+    """Write ``job.json``. Raises: RunError: the folder has results of another command, which would be mixed up."""
+    file = folder / "job.json"
+    old = json.loads(file.read_text())["command"] if file.is_file() else command
+    if old != command and (done(folder) or (folder / "log.txt").exists()):
+        raise RunError(
+            f"{folder} holds the results of another command ({' '.join(old)}). "
+            "Choose another folder (-o), or delete this one."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, {"command": command})
+
+
+def done(folder: Path) -> dict | None:
+    """The outcome: ``rc``, ``seconds``, ``reason`` (None after a success); None while there is none."""
+    file = folder / "done.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def finished(folder: Path) -> bool:
+    outcome = done(folder)
+    return outcome is not None and outcome["rc"] == 0
+
+
+def busy(folder: Path) -> bool:
+    """Whether a worker, of this runner or of one that was killed, is at it."""
+    with locked(folder) as lock:
+        return lock is None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[TextIO | None]:
+    """Try to hold ``folder/lock``; yields the file, None if others have it. It is free when all who opened it ended."""
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield lock
+
+
+def work(folder: Path) -> int:
+    """Run the command of ``folder/job.json`` unless it has finished; SIGTERM reaches it, so that it can save.
+
+    Returns: its exit status; ``BUSY`` if another process is at it. A stopped run has no outcome yet: it goes on later.
+    """
+    folder = Path(folder)
+    with locked(folder) as lock:
+        if lock is None:
+            return BUSY
+        if finished(folder):
+            return 0
+        (folder / "done.json").unlink(missing_ok=True)
+        command, began = json.loads((folder / "job.json").read_text())["command"], time.monotonic()
+        with open(folder / "detail.log", "a") as console:
+            # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
+            child = subprocess.Popen(
+                [sys.executable, "-u", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock.fileno(),),
+            )
+            with _passing_on_sigterm(child) as stopped:
+                status = child.wait()
+        if status == Preempted.EXIT_CODE or stopped:
+            return status or Preempted.EXIT_CODE
+        reason = None if status == 0 else last_words(folder / "detail.log")
+        _write(folder / "done.json", {"rc": status, "seconds": time.monotonic() - began, "reason": reason})
+        return status
+
+
+@contextlib.contextmanager
+def _passing_on_sigterm(child: subprocess.Popen) -> Iterator[list]:
+    """Yields a list that is no longer empty once a SIGTERM was passed on."""
+    stopped: list[int] = []
+
+    def pass_on(number: int, frame) -> None:
+        stopped.append(number)
+        child.terminate()
+
+    try:
+        before = signal.signal(signal.SIGTERM, pass_on)
+    except ValueError:  # not in the main thread (submitit's own tests run jobs in one)
+        yield stopped
+        return
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class LocalPool:
+    """Processes on this machine: each slot takes one run at a time.
+
+    Args:
+        slots: what each slot adds to the environment, e.g. ``{"CUDA_VISIBLE_DEVICES": "3"}``.
+    """
+
+    poll_seconds = 1.0
+
+    def __init__(self, slots: list[dict[str, str]]):
+        self.slots = slots
+        self._workers: dict[int, tuple[subprocess.Popen, Path]] = {}
+
+    def free(self) -> bool:
+        return len(self.working()) < len(self.slots)
+
+    def start(self, folder: Path) -> None:
+        slot = next(number for number in range(len(self.slots)) if number not in self._workers)
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "irpe_lab.jobs", str(folder)],
+            start_new_session=True,
+            env={**os.environ, **self.slots[slot]},
+        )
+        self._workers[slot] = worker, folder
+
+    def working(self) -> set[Path]:
+        """The folders being worked on."""
+        self._workers = {slot: entry for slot, entry in self._workers.items() if entry[0].poll() is None}
+        return {folder for _, folder in self._workers.values()}
+
+    def stop(self) -> None:
+        """Ask all to save and end, and wait for them."""
+        for worker, _ in self._workers.values():
+            worker.terminate()
+        for worker, _ in self._workers.values():
+            worker.wait()
+
+
+class SlurmPool:
+    """SLURM jobs through submitit, one a run; they go on when this runner ends, and are found again by their number."""
+
+    poll_seconds = 20.0
+
+    def __init__(self, folder: Path, *, cluster: str = "slurm", **parameters):
+        try:
+            import submitit
+        except ImportError as error:
+            raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
+        self._submitit, self._folder = submitit, folder
+        self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        self._executor.update_parameters(**parameters)
+        self._jobs: dict[Path, object] = {}
+
+    def free(self) -> bool:
+        return True
+
+    def start(self, folder: Path) -> None:
+        ticket = folder / "slurm.json"
+        if ticket.is_file() and self._executor.cluster == "slurm":
+            job = self._submitit.SlurmJob(folder=self._folder, job_id=json.loads(ticket.read_text())["job_id"])
+            if not job.done():
+                self._jobs[folder] = job
+                return
+        self._jobs[folder] = self._executor.submit(work, folder)
+        _write(ticket, {"job_id": self._jobs[folder].job_id})
+
+    def working(self) -> set[Path]:
+        self._jobs = {folder: job for folder, job in self._jobs.items() if not job.done()}
+        return set(self._jobs)
+
+    def stop(self) -> None:
+        """Nothing: the jobs belong to the queue."""
+
+
+def _write(path: Path, content: dict) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(work(Path(sys.argv[1])))

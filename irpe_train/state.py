@@ -1,0 +1,251 @@
+"""All that a run must remember, and the one place that saves and restores it."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.distributed import from_main, gather, is_main, logger, rank, world_size
+from irpe_train.errors import BadCheckpoint
+from irpe_train.metrics import MetricLogger
+
+FORMAT = 1  # of our own keys; raised when an older program could not resume from them
+
+
+class TrainState:
+    """What is trained, and how far it is.
+
+    Args:
+        model: the plain module: neither wrapped nor compiled.
+        optimizer, lr_scheduler: anything with ``state_dict``.
+        ema: the moving average, an object with ``.module`` (timm's); None without.
+        scaler: ``Precision.scaler``.
+        epoch: where a new run starts.
+        extra: plain values that users of the checkpoint need (class names and the like), kept as top-level keys.
+
+    Attributes:
+        epoch, step: the next step to do. best: the best figure so far, None before the first.
+        train_stats: this epoch's training statistics once its training is over, None before.
+        meters: the averages of the running epoch.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer=None,
+        lr_scheduler=None,
+        *,
+        ema=None,
+        scaler=None,
+        epoch: int = 0,
+        extra: dict | None = None,
+    ):
+        self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
+        self.ema, self.scaler, self.extra = ema, scaler, extra or {}
+        self.epoch, self.step = epoch, 0
+        self.best: float | None = None
+        self.train_stats: dict | None = None
+        self.meters = MetricLogger()
+        self._fits: list | None = None
+
+    def next_epoch(self) -> None:
+        """The running epoch is over, its evaluation included."""
+        self.epoch += 1
+        self.start_of_epoch()
+
+    def start_of_epoch(self) -> None:
+        self.step, self.train_stats = 0, None
+        self.meters.reset()
+
+    def fit_to(self, steps: int, recipe: int) -> None:
+        """Go back to the epoch's start if a restored position counts other steps than this run's.
+
+        Args:
+            steps: in an epoch. recipe: a number that differs where the same step has other samples.
+        """
+        here = [steps, world_size(), recipe]
+        if self.step and self.train_stats is None and self._fits != here:
+            logger.warning(
+                f"the checkpoint's step {self.step} of epoch {self.epoch} was counted with another number "
+                "of images, processes, batch size or seed: this epoch starts again, with those weights"
+            )
+            self.start_of_epoch()
+        self._fits = here
+
+    def to_dict(self, args: argparse.Namespace, keys: tuple[str, ...]) -> dict:
+        """The checkpoint: ``keys`` first, in this order (published), then ours. Call it on every rank."""
+        everything = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            # Published: the epoch that is finished. In mid-epoch it is the one before.
+            "epoch": self.epoch if self.train_stats is not None else self.epoch - 1,
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "args": argparse.Namespace(**{name: plain(value) for name, value in vars(args).items()}),
+        }
+        chosen = {key: everything.pop(key) for key in keys}
+        progress = plain(
+            {
+                "format": FORMAT,
+                "epoch": self.epoch,
+                "step": self.step,
+                "fits": self._fits,
+                "best": self.best,
+                "train_stats": self.train_stats,
+                "meters": gather(self.meters.state_dict()),
+            }
+        )
+        whole = chosen | everything | {"progress": progress} | plain(self.extra)
+        return {key: value for key, value in whole.items() if value is not None}
+
+    def load_dict(self, checkpoint: dict, *, source: str | Path) -> bool:
+        """Restore from a checkpoint, ours or a published one.
+
+        Returns: whether it had a position too, and not weights alone.
+        Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
+        """
+        progress = checkpoint.get("progress", {})
+        if progress.get("format", FORMAT) > FORMAT:
+            raise BadCheckpoint(
+                f"checkpoint {source}: written by a newer version of this program (format "
+                f"{progress['format']}, known is {FORMAT}); update it"
+            )
+        weights = model_weights(checkpoint, source=source)
+        average = (
+            model_weights(checkpoint, source=source, key="model_ema")
+            if self.ema is not None and checkpoint.get("model_ema")
+            else None
+        )
+        load_weights(self.model, weights, source=source)
+        if self.ema is not None:
+            if average is None:
+                logger.warning(f"checkpoint {source} has no moving average: it starts from the weights")
+            load_weights(self.ema.module, average or weights, source=source)
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            logger.warning(f"checkpoint {source} has weights only: training starts at epoch {self.epoch}")
+            return False
+        for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", self.scaler)):
+            if part is not None and checkpoint.get(name):
+                try:
+                    part.load_state_dict(checkpoint[name])
+                except (ValueError, KeyError, RuntimeError, TypeError) as error:
+                    raise BadCheckpoint(
+                        f"checkpoint {source}: its {name} does not fit this run ({error}); "
+                        "use the flags it was trained with, or --finetune for the weights"
+                    ) from error
+        self.start_of_epoch()
+        self.epoch = progress.get("epoch", checkpoint["epoch"] + 1)
+        self.step = progress.get("step", 0)
+        self.best = progress.get("best")
+        self.train_stats = progress.get("train_stats")
+        self._fits = progress.get("fits")
+        meters = progress.get("meters", [])
+        if len(meters) == world_size():
+            self.meters.load_state_dict(meters[rank()])
+        return True
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder: ``checkpoint.pth`` and, as ``checkpoint_previous.pth``, the one before.
+
+    Args:
+        output_dir: "" for a run that writes nothing.
+        args: kept in each checkpoint, as published.
+        keys: the published keys, in the published order.
+    """
+
+    NAME, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+
+    def __init__(self, output_dir: str | Path, args: argparse.Namespace, keys: tuple[str, ...]):
+        self.folder = Path(output_dir) if str(output_dir) else None
+        self.args, self.keys = args, keys
+
+    def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
+        """Write the state; call it on every rank, the main one writes.
+
+        Args:
+            also: further names in the same folder, for instance ``best.pth``.
+        """
+        if self.folder is None:
+            return
+        contents = state.to_dict(self.args, self.keys)
+        if is_main():
+            write_checkpoint(
+                contents,
+                self.folder / self.NAME,
+                previous=self.folder / self.PREVIOUS,
+                also=tuple(self.folder / name for name in also),
+            )
+
+    def resume(self, state: TrainState, where: str) -> bool:
+        """Restore ``state``; call it on every rank.
+
+        Args:
+            where: a path or address; ``auto`` for this folder's newest good checkpoint, which may be none (a new
+                run); "" for nothing.
+        Returns: whether the run goes on from a position; False for a new run, with given weights or without.
+        Raises: BadCheckpoint: it cannot be used; for ``auto``, neither can the one before.
+        """
+        if not where:
+            return False
+        path, contents, problem = None, None, None
+        if is_main():  # one rank chooses, so that all take the same file
+            try:
+                path, contents = self._newest_good() if where == "auto" else (where, _checked(where))
+            except BadCheckpoint as error:
+                problem = str(error)
+        path, problem = from_main((path, problem))
+        if problem:
+            raise BadCheckpoint(problem)
+        if path is None:
+            logger.info(f"--resume auto: no checkpoint in {self.folder}, a new run")
+            return False
+        if not state.load_dict(contents if contents is not None else read_checkpoint(path), source=path):
+            return False
+        logger.info(
+            f"resumed from {path}: epoch {state.epoch}, step {state.step}"
+            + (", to be evaluated" if state.train_stats is not None else "")
+        )
+        return True
+
+    def _newest_good(self) -> tuple[str | None, dict | None]:
+        if self.folder is None:
+            raise BadCheckpoint("--resume auto looks into --output_dir: give one")
+        problems = []
+        for path in (self.folder / self.NAME, self.folder / self.PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                contents = _checked(path)
+            except BadCheckpoint as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                logger.warning(f"{problem}. Falling back to {path}")
+            return str(path), contents
+        if problems:
+            raise BadCheckpoint("--resume auto: no usable checkpoint. " + " ".join(problems))
+        return None, None
+
+
+def _checked(path: str | Path) -> dict:
+    """A checkpoint whose weights are there and finite."""
+    contents = read_checkpoint(path)
+    model_weights(contents, source=path)
+    return contents
+
+
+def plain(value):
+    """``value`` from types that ``weights_only=True`` reads back: paths and unknown objects become text."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.Tensor)) and not isinstance(value, np.generic):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value] if isinstance(value, list) else tuple(plain(item) for item in value)
+    return str(value)

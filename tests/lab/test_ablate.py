@@ -1,0 +1,267 @@
+"""The ablation runner, with a package that trains nothing: grids, resuming after a kill, failures, tables."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from irpe_lab import ablate, jobs, tables
+from irpe_lab.ablate import main
+from irpe_lab.grid import GridError, as_flags, expand, read_grid, slug
+from irpe_train.errors import RunError
+from irpe_train.zoo import ROOT
+
+# Stands in for deit_irpe: two "epochs" to log.txt, resuming; every start and every epoch is noted in trace.txt.
+PACKAGE = """
+import argparse, json, os, pathlib, sys, time
+parser = argparse.ArgumentParser()
+for flag in ("config", "rpe", "seed", "output_dir", "resume", "epochs"):
+    parser.add_argument("--" + flag)
+args = parser.parse_args()
+out = pathlib.Path(args.output_dir)
+out.mkdir(parents=True, exist_ok=True)
+if args.rpe == "boom":
+    print("first words")
+    sys.exit("ValueError: no such encoding 'boom'")
+log = out / "log.txt"
+begin = len(log.read_text().splitlines()) if log.exists() else 0
+with open("trace.txt", "a") as trace:
+    trace.write(f"start {args.rpe} {args.seed} {begin}\\n")
+for epoch in range(begin, 2):
+    if epoch == 1 and "ctx" in args.rpe:
+        time.sleep(float(os.environ.get("SLOW", 0)))
+    print(f"Epoch: [{epoch}] [0/1]  loss: 1.0  {100 + epoch} img/s", flush=True)
+    with open(log, "a") as file:
+        file.write(json.dumps({"test_acc1": 80.0 + int(args.seed) + epoch, "epoch": epoch, "n_parameters": 7}) + "\\n")
+"""
+FACTS = """
+import json
+print(json.dumps({"n_parameters": 7, "macs_M": 1.5, "buckets": 50}))
+"""
+GRID = """
+package: deit_irpe
+config: configs/deit/small.yaml
+grid: {rpe: [none, "rpe-1.9-product-{ctx,bias}-1-k"]}
+seeds: [0, 1]
+published: {rpe-1.9-product-ctx-1-k: deit_small_patch16_224_ctx_product_50_shared_k}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with the stand-in package and a grid; commands run from there."""
+    (tmp_path / "deit_irpe").mkdir()
+    (tmp_path / "deit_irpe" / "__init__.py").touch()
+    (tmp_path / "deit_irpe" / "__main__.py").write_text(PACKAGE)
+    (tmp_path / "deit_irpe" / "facts.py").write_text(FACTS)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def starts(place):
+    return [line for line in (place / "trace.txt").read_text().splitlines() if line.startswith("start")]
+
+
+def table(folder):
+    with open(folder / "table.csv", newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def test_braces_multiply():
+    assert expand("a-{b,c}-{0,1}") == ["a-b-0", "a-b-1", "a-c-0", "a-c-1"]
+    assert expand("none") == ["none"] and expand("") == [""]
+
+
+def test_flags():
+    values = {"epochs": 3, "no-abs-pos": True, "load-tar": False, "opt": None, "opt-betas": [0.9, 0.99], "x": ""}
+    assert as_flags(values) == ["--epochs", "3", "--no-abs-pos", "--opt-betas", "0.9", "0.99", "--x", ""]
+    assert slug("a b/c") == "a_b_c"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("package: deit\n", "package: 'deit'; expected one of deit_irpe, detr_irpe"),
+        ("pakage: deit_irpe\n", "unknown key pakage; expected package, config"),
+        ("- a\n", "expected keys package"),
+        ("package: [\n", "cannot be read"),
+        ("package: deit_irpe\nconfig: nope.yaml\n", "config: no file .*nope.yaml"),
+        ("package: deit_irpe\nconfig: configs/deit/small.yaml\n", "neither 'grid' nor 'runs'"),
+        (GRID + "runs: {none: {}}\n", "two runs are called none"),
+        (GRID.replace("{rpe-1.9", "{rpe-2.9"), "published: no run is called 'rpe-2.9-product-ctx-1-k'"),
+        (GRID.replace("[0, 1]", "[a]"), "seeds: expected whole numbers"),
+    ],
+)
+def test_bad_grids(tmp_path, text, message):
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(GridError, match=message):
+        read_grid(tmp_path / "grid.yaml")
+
+
+def test_only(place):
+    assert list(read_grid("grid.yaml", only="*-ctx-*").runs) == ["rpe-1.9-product-ctx-1-k"]
+    with pytest.raises(GridError, match="no run is called like 'x'; there are none, rpe-1.9-product-ctx-1-k"):
+        read_grid("grid.yaml", only="x")
+
+
+def test_a_table_from_a_grid(place, capsys):
+    (place / "grid.yaml").write_text(GRID + "runs: {a bad one: {rpe: boom}, other: {rpe: x}}\n")
+    assert main(["grid.yaml", "-o", "out", "--jobs", "2"]) == 1
+    rows = table(place / "out")
+    assert list(rows) == ["none", "rpe-1.9-product-ctx-1-k", "rpe-1.9-product-bias-1-k", "a_bad_one", "other"]
+    product = rows["rpe-1.9-product-ctx-1-k"]
+    assert product["figures"] == "81.0 82.0" and product["mean"] == "81.5" and product["published"] == "80.9"
+    assert float(product["spread"]) == pytest.approx(0.5**0.5)
+    assert (product["buckets"], product["n_parameters"], product["macs_M"]) == ("50", "7", "1.5")
+    assert product["images_per_second"] == "100.5"
+    bad = rows["a_bad_one"]
+    assert bad["states"] == "failed failed" and bad["reason"] == "ValueError: no such encoding 'boom'"
+    text = (place / "out" / "table.md").read_text()
+    assert "| rpe-1.9-product-ctx-1-k | 50 | 7 | 1.5 | 100 | 81.50 ± 0.71 | 2/2 | 80.90 |" in text
+    failed = "failed: ValueError: no such encoding 'boom'"
+    assert f"| a_bad_one | 50 | 7 | 1.5 | - | {failed} | 0/2 | not published here |" in text
+    assert "\\textcolor{red}{a\\_bad\\_one}" in (place / "out" / "table.tex").read_text()
+    assert (place / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert "a_bad_one" in capsys.readouterr().out
+    # Again: only what failed is tried once more. What finished is published under the zoo's names.
+    before = starts(place)
+    assert main(["grid.yaml", "-o", "out", "--logs", "logs/mini"]) == 1
+    assert starts(place) == before
+    published = {path.name for path in (place / "logs" / "mini").iterdir()}
+    assert {"table.md", "table.png", "log_none_seed1.txt", "detail_none_seed1.log"} <= published
+    assert "log_a_bad_one_seed0.txt" not in published
+
+
+def run_in_background(place, *more):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "4"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "irpe_lab.ablate", "grid.yaml", "-o", "out", *more],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        cwd=place,
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_started_again(place, how):
+    """The second run of three is killed in its second epoch; a kill -9 leaves it running, the others stop it."""
+    log = place / "out" / "rpe-1.9-product-ctx-1-k_seed0" / "log.txt"
+    runner = run_in_background(place, "--seeds", "0")
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) == 1)
+    runner.send_signal(how)
+    runner.wait()
+    assert main(["grid.yaml", "-o", "out", "--seeds", "0"]) == 0
+    names = ["none", "rpe-1.9-product-ctx-1-k", "rpe-1.9-product-bias-1-k"]
+    assert all(row["figures"] == "81.0" for row in table(place / "out").values())
+    for name in names:
+        lines = (place / "out" / f"{name}_seed0" / "log.txt").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [0, 1]  # none missing, none twice
+    once = [f"start {name} 0 0" for name in names]
+    went_on = [*once[:2], "start rpe-1.9-product-ctx-1-k 0 1", once[2]]
+    # Stopped by its runner, a run goes on with its second epoch, unless it was done before the signal came.
+    assert starts(place) in ([once] if how == signal.SIGKILL else [once, went_on])
+
+
+def test_a_folder_of_another_command(place):
+    main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0"])
+    with pytest.raises(SystemExit, match="none_seed0 holds the results of another command .*Choose another folder"):
+        main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0", "--set", "epochs=9"])
+
+
+def test_dry_run(place, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main(["grid.yaml", "-o", "out", "--dry-run", "--gpus-per-run", "4", "--set", "epochs=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and not (place / "out").exists()
+    assert lines[1].endswith(
+        "-m torch.distributed.run --standalone --nproc_per_node=4 -m deit_irpe --config "
+        f"{ROOT}/configs/deit/small.yaml --rpe none --epochs 3 --seed 1 --output_dir out/none_seed1 --resume auto"
+    )
+    assert signal.getsignal(signal.SIGTERM) is handler  # a caller keeps its own
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
+    assert ablate.gpu_slots(1, 2) == [{"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "5,7"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert ablate.gpu_slots(2, 1) == [{}, {}]
+
+
+def test_the_live_table(monkeypatch, capsys):
+    good = tables.Row("good", "", [90.0], ["done", "running"], 3, None, None, {}, None)
+    bad = tables.Row("bad", "", [], ["failed"], 0, "it broke", None, {}, None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "10")
+    display = tables.Display("top-1 (%)")
+    display.show([good, bad])
+    assert capsys.readouterr().out == (
+        "good  1 done, 1 running  3 epochs  90.00\n\x1b[31mbad   1 failed  0 epochs  failed: it broke\x1b[0m\n"
+    )
+    display.show([good, bad])
+    assert capsys.readouterr().out.startswith("\x1b[2F\x1b[J")
+    monkeypatch.setenv("LINES", "2")  # too low: a line when something changes
+    display.show([good, bad])
+    display.show([good, bad])
+    assert capsys.readouterr().out.count("good") == 1
+
+
+def test_a_worker_leaves_a_busy_run_alone(tmp_path):
+    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit('should not start')"])
+    with jobs.locked(tmp_path / "run") as lock:
+        assert lock and jobs.busy(tmp_path / "run")
+        assert jobs.work(tmp_path / "run") == jobs.BUSY
+    assert not jobs.busy(tmp_path / "run") and jobs.done(tmp_path / "run") is None
+    assert jobs.work(tmp_path / "run") == 1
+    assert jobs.done(tmp_path / "run")["reason"] == "should not start"
+
+
+def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
+    jobs.prepare(tmp_path / "run", ["-c", "import time; print('here', flush=True); time.sleep(2)"])
+    worker = subprocess.Popen([sys.executable, "-m", "irpe_lab.jobs", str(tmp_path / "run")], cwd=ROOT)
+    console = tmp_path / "run" / "detail.log"
+    wait_for(lambda: console.exists() and console.read_text() == "here\n")
+    worker.kill()
+    worker.wait()
+    assert jobs.busy(tmp_path / "run") and jobs.work(tmp_path / "run") == jobs.BUSY
+    wait_for(lambda: not jobs.busy(tmp_path / "run"))
+
+
+def test_a_preempted_run_has_no_outcome_yet(tmp_path):
+    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit(75)"])
+    assert jobs.work(tmp_path / "run") == 75 and jobs.done(tmp_path / "run") is None
+
+
+def test_slurm_jobs_go_through_submitit(place, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    grid = read_grid("grid.yaml", seeds="0", only="none")
+    ablation = ablate.Ablation(grid, Path("out").absolute())
+    pool = jobs.SlurmPool(place / "slurm", cluster="local", timeout_min=5)
+    pool.poll_seconds = 0.2
+    ablation.work(pool)
+    assert [row.figures for row in ablation.rows()] == [[81.0]]
+    assert json.loads((place / "out" / "none_seed0" / "slurm.json").read_text())["job_id"]
+
+
+def test_other_results_are_refused_early(tmp_path):
+    jobs.prepare(tmp_path, ["a"])
+    jobs.prepare(tmp_path, ["b"])  # nothing had been run yet
+    (tmp_path / "log.txt").write_text("{}\n")
+    with pytest.raises(RunError, match="holds the results of another command .b."):
+        jobs.prepare(tmp_path, ["c"])

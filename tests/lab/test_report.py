@@ -1,0 +1,174 @@
+"""Tables from logs, published and ours, and the plot of one over the other."""
+
+import base64
+import json
+import subprocess
+import sys
+
+import pytest
+
+from irpe_lab import console_log, report
+from irpe_lab.tables import markdown
+from irpe_train.errors import BadData
+from irpe_train.zoo import ROOT
+
+MODEL = "deit_small_patch16_224_ctx_product_50_shared_k"
+DETR = "rpe-2.0-product-ctx-1-k_300epochs"
+
+
+def deit_line(epoch, acc1):
+    """One line of log.txt with the published keys in the published order."""
+    return json.dumps(
+        {
+            "train_lr": 1e-6,
+            "train_loss": 6.9,
+            "test_loss": 1.2,
+            "test_acc1": acc1,
+            "test_acc5": 95.0,
+            "epoch": epoch,
+            "n_parameters": 22089064,
+        }
+    )
+
+
+def detr_line(epoch, ap):
+    """One line of a published DETR log, unscaled and auxiliary losses included."""
+    losses = [
+        f"loss_{kind}{layer}{scaled}"
+        for scaled in ("", "_unscaled")
+        for layer in ("", "_0", "_1", "_2", "_3", "_4")
+        for kind in ("ce", "bbox", "giou")
+    ]
+    keys = ["class_error", "loss", *losses, "class_error_unscaled", "cardinality_error_unscaled"]
+    line = {"train_lr": 1e-4, **{f"train_{key}": 1.5 for key in keys}, **{f"test_{key}": 1.7 for key in keys}}
+    return json.dumps(line | {"test_coco_eval_bbox": [ap] + [0.5] * 11, "epoch": epoch, "n_parameters": 41317920})
+
+
+@pytest.fixture
+def logs(tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / f"log_{MODEL}.txt").write_text(deit_line(0, 10.0) + "\n" + deit_line(1, 80.93) + "\n")
+    (folder / f"log_{DETR}.txt").write_text(detr_line(0, 0.1) + "\n" + detr_line(1, 0.4213) + "\n")
+    (folder / "log_demo.txt").write_text(deit_line(0, 97.2) + "\n")
+    (folder / "demo.yaml").write_text("epochs: 1\n")
+    (folder / "detail_other.log").write_text(
+        "number of params: 5755816\nEpoch: [0]  [ 0/10]  eta: 0:00:01  lr: 0.000001  loss: 6.9 (6.9)\n"
+        "* Acc@1 70.000 Acc@5 90.000 loss 1.300\nEpoch: [1] Total time: 0:00:10 (0.1 s / it)\n"
+        "* Acc@1 73.700 Acc@5 92.000 loss 1.234\nMax accuracy: 73.70%\n"
+    )
+    (folder / "mini").mkdir()
+    (folder / "mini" / "table.md").write_text(markdown(["run", "top-1 (%)"], [["a|b", "90.00"]]))
+    (folder / "mini" / "README.md").write_text("Small-scale evidence.\n")
+    (folder / "mini" / "log_none_seed0.txt").write_text(deit_line(0, 50.0) + "\n" + deit_line(1, 90.0) + "\n")
+    return folder
+
+
+def test_detail_logs(logs):
+    assert console_log.read_detail(logs / "detail_other.log") == [
+        {"test_acc1": 70.0, "test_acc5": 90.0, "test_loss": 1.3, "epoch": 0, "n_parameters": 5755816},
+        {"test_acc1": 73.7, "test_acc5": 92.0, "test_loss": 1.234, "epoch": 1, "n_parameters": 5755816},
+    ]
+    assert console_log.images_per_second(logs / "detail_other.log") is None
+    detr = logs / "detail_detr.log"
+    detr.write_text(
+        "Epoch: [3]  [0/7]  120 img/s\n"
+        " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0.422\n"
+        " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.623\n\n"
+    )
+    assert console_log.read_detail(detr) == [{"test_coco_eval_bbox": [0.422], "epoch": 3}]
+    assert console_log.images_per_second(detr) == 120
+    assert console_log.last_words(detr).startswith("Average Precision")
+    assert console_log.last_words(logs / "no") == "it printed nothing"
+
+
+def test_published_and_here_side_by_side(logs, tmp_path):
+    made = report.Report(logs, tmp_path / "docs" / "results.md")
+    rows = {line.split("]")[0][3:]: line for line in made.block("imagenet").splitlines()}
+    assert f"80.9 / [80.93](../logs/log_{MODEL}.txt)" in rows[MODEL]
+    assert "95.4 / [95](../logs" in rows[MODEL] and "4,659 / not run" in rows[MODEL]
+    assert "73.7 / not run" in rows[MODEL.replace("small", "tiny")]
+    coco = made.block("coco")
+    assert f"0.422 / [0.4213](../logs/log_{DETR}.txt)" in coco and "0.409 / not run" in coco
+    other = made.other_runs()
+    assert "| demo | [flags](../logs/demo.yaml) | 1 | 22,089,064 | [97.20 top-1](../logs/log_demo.txt) |" in other
+    assert "| other | - | 2 | 5,755,816 | [73.70 top-1](../logs/detail_other.log) |" in other and MODEL not in other
+    assert made.block("demo").startswith("Small-scale evidence.\n\n| run |") and other in made.block("demo")
+    assert made.block("imagenet") in made.block("results") and coco in made.block("results")
+    with pytest.raises(report.RunError, match="nothing to put at nope:begin; expected results, imagenet, coco or demo"):
+        made.block("nope")
+
+
+def test_cards_fill_what_needs_no_data(logs, tmp_path):
+    (logs / "cards").mkdir()
+    figures = [
+        {"figure": "macs_M", "here": 4658.82, "verdict": "PASS"},
+        {"figure": "buckets", "here": 51, "verdict": "FAIL"},
+        {"figure": "acc1", "here": None, "verdict": "not run"},
+    ]
+    (logs / "cards" / f"{MODEL}.json").write_text(json.dumps({"figures": figures}))
+    table = report.Report(logs, tmp_path / "README.md").block("imagenet")
+    assert f"4,659 / [4658.82 PASS](logs/cards/{MODEL}.md) | 50 / [51 FAIL](logs/cards/{MODEL}.md)" in table
+
+
+def test_the_page_its_picture_and_its_html(logs, tmp_path, capsys):
+    page = tmp_path / "docs" / "results.md"
+    assert report.main([str(logs), "-o", str(page)]) == 0
+    text = page.read_text()
+    assert "Small-scale evidence." in text and "![curves](results.png)" in text and "a\\|b" in text
+    assert "![mini](results_mini.png)" in text and (page.parent / "results_mini.png").is_file()
+    picture = page.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    offline = page.with_suffix(".html").read_text()
+    assert base64.b64encode(picture).decode() in offline and "<td>a|b</td>" in offline
+    assert '<a href="../logs/log_demo.txt">97.20 top-1</a>' in offline and "http" not in offline
+    assert report.main([str(logs), "-o", str(page), "--check"]) == 0
+    (logs / "log_demo.txt").write_text(deit_line(0, 98.0) + "\n")
+    assert report.main([str(logs), "-o", str(page), "--check"]) == 1
+    assert "results.md is stale" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no run 'nope'"):
+        report.main([str(logs), "-o", str(page), "--curves", "nope"])
+
+
+def test_tables_between_markers(logs, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "before\n<!-- coco:begin -->\nold\n<!-- coco:end -->\nafter\n<!-- demo:begin -->\n<!-- demo:end -->\n"
+    )
+    check = [str(logs), "--readme", str(readme), "--check"]
+    assert report.main(check) == 1
+    assert report.main(check[:-1]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- coco:begin -->\n| model") and "old" not in text and "90.00" in text
+    assert "0.422 / [0.4213](logs/log_" in text and text.endswith("<!-- demo:end -->\n")
+    assert report.main(check) == 0
+    readme.write_text("<!-- nope:begin -->\n<!-- nope:end -->\n")
+    with pytest.raises(SystemExit, match="nothing to put at nope:begin"):
+        report.main(check)
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(SystemExit, match="no folder .*nowhere"):
+        report.main([str(tmp_path / "nowhere"), "-o", str(tmp_path / "x.md")])
+    (tmp_path / "log_x.txt").write_text("{}\n")
+    with pytest.raises(BadData, match="log_x.txt: line 1 is not a JSON object with 'epoch'"):
+        report.find_runs(tmp_path)
+
+
+def test_plot_logs_overlays_ours_and_a_published_one(logs, tmp_path):
+    ours, published = logs / "log_demo.txt", logs / f"log_{DETR}.txt"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "plot_logs.py"),
+            str(ours),
+            str(published),
+            "-o",
+            str(tmp_path / "x.png"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "top-1 accuracy" in done.stdout and "box AP" in done.stdout
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
