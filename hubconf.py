@@ -27,11 +27,11 @@ def detr_resnet50(pretrained=False, enc_rpe2d="rpe-2.0-product-ctx-1-k", **kwarg
     that is named like ``enc_rpe2d``.
     """
     from detr_irpe import create_model
-    from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint
+    from irpe_train.checkpoint import load_matching, read_weights
     from irpe_train.zoo import fetch
 
     model = create_model("resnet50", enc_rpe2d, **kwargs)
     if pretrained:
         path = fetch(enc_rpe2d if pretrained is True else pretrained)
-        load_weights(model, model_weights(read_checkpoint(path), source=path), source=path)
+        load_matching(model, read_weights(path), source=path)
     return model

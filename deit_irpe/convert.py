@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deit_irpe.args import image_size, image_size_text
 from deit_irpe.models import create_model
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint
 from irpe_train.launch import launch
 
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     )
     num_classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=image_size(args.input_size))
-    load_weights(model, weights, source=args.source)
+    load_matching(model, weights, source=args.source)
     flags = argparse.Namespace(model=args.model, rpe=args.rpe, input_size=args.input_size, nb_classes=num_classes)
     write_checkpoint({"model": weights, "args": flags}, args.out)
     tables = sum(".lookup_table_" in name for name in weights)

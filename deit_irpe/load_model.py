@@ -9,7 +9,7 @@ from torch import nn
 from deit_irpe.args import get_args_parser, image_size
 from deit_irpe.models import create_model
 from deit_irpe.train import model_options
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 
 
 def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, argparse.Namespace, list[str]]:
@@ -30,7 +30,7 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | known | given)
     num_classes = known.get("nb_classes") or len(weights.get("head.bias", torch.empty(1000)))
     model = create_model(args.model, args.rpe, **model_options(args, image_size(args.input_size), num_classes))
-    load_weights(model, weights, source=source)
+    load_matching(model, weights, source=source)
     return model.eval(), args, checkpoint.get("classes") or class_names(num_classes)
 
 

@@ -17,7 +17,7 @@ from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.models import create_model, load_pretrained_weights
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_train import card, distributed
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, read_weights
 from irpe_train.distributed import logger
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import SmoothedValue, count_parameters
@@ -230,7 +230,7 @@ def evaluate_only(
         checkpoint = read_checkpoint(source)
         if "classes" in checkpoint:
             check_same_classes(checkpoint["classes"], val_set.classes, ("the checkpoint", "the validation data"))
-        load_weights(
+        load_matching(
             model,
             model_weights(checkpoint, source=source, key="model_ema" if args.eval_ema else "model"),
             source=source,
@@ -276,12 +276,9 @@ def start_from(model: nn.Module, source: str) -> None:
         sides, patch = image_size(trained_at), model.patch_embed.patch_size
         sides = (sides, sides) if isinstance(sides, int) else sides
         old_grid = (sides[0] // patch[0], sides[1] // patch[1])
-    try:
-        notes = load_pretrained_weights(model, model_weights(checkpoint, source=source), old_grid)
-    except ValueError as error:
-        raise ValueError(f"--finetune {source}: {error}") from error
-    for note in notes:
-        logger.info(f"--finetune: {note}")
+    weights = model_weights(checkpoint, source=source)
+    for key, what in load_pretrained_weights(model, weights, old_grid, source=source).items():
+        logger.info(f"--finetune: {key} {what}")
 
 
 def train_loader(args: argparse.Namespace, train_set, *, even: bool, pin_memory: bool) -> TrainLoader:
@@ -310,7 +307,5 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
     if args.distillation_type == "none":
         return None
     teacher = create_model(args.teacher_model, num_classes=num_classes)
-    load_weights(
-        teacher, model_weights(read_checkpoint(args.teacher_path), source=args.teacher_path), source=args.teacher_path
-    )
+    load_matching(teacher, read_weights(args.teacher_path), source=args.teacher_path)
     return teacher.to(device).eval().requires_grad_(False)

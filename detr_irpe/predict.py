@@ -27,7 +27,7 @@ from detr_irpe.models import build_model
 from irpe_ops import parse_rpe_spec
 from irpe_ops.visualize import draw_maps, read_tables, table_maps
 from irpe_train.arguments import fraction
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadCheckpoint
 from irpe_train.launch import launch
@@ -55,7 +55,7 @@ class Detector:
         flags |= {"eval": True, "num_classes": classes, "aux_loss": False}
         self.flags = argparse.Namespace(**flags)
         self.model, _, self.postprocessors = build_model(self.flags)
-        load_weights(self.model, weights, source=checkpoint_path)
+        load_matching(self.model, weights, source=checkpoint_path)
         self.model.eval().to(device)
         self.device = device
         self.names = checkpoint.get("categories") or _coco_names(classes)

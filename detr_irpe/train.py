@@ -20,7 +20,7 @@ from detr_irpe.models import build_model
 from detr_irpe.models.finetune import load_for_finetuning
 from detr_irpe.nested_tensor import collate
 from irpe_train import card, distributed, zoo
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import SmoothedValue, count_parameters
@@ -203,7 +203,7 @@ def evaluate_only(
     source = str(Path(args.output_dir) / Checkpoints.NAME) if args.resume == "auto" else args.resume
     if source:
         checkpoint = read_checkpoint(source)
-        load_weights(model, model_weights(checkpoint, source=source), source=source)
+        load_matching(model, model_weights(checkpoint, source=source), source=source)
         here = val_loader.dataset.categories
         trained_on = checkpoint.get("categories", here)
         if any(trained_on.get(i) != name for i, name in here.items()):
@@ -288,12 +288,10 @@ def start_from(model: nn.Module, args: argparse.Namespace) -> None:
     if args.pretrained:
         args.finetune = str(zoo.fetch(args.pretrained))
     if args.finetune:
-        weights = model_weights(read_checkpoint(args.finetune), source=args.finetune)
-        for note in load_for_finetuning(model, weights):
-            logger.info(f"--finetune: {note}")
+        for key, what in load_for_finetuning(model, read_weights(args.finetune), source=args.finetune).items():
+            logger.info(f"--finetune: {key} {what}")
     if args.frozen_weights:
-        weights = model_weights(read_checkpoint(args.frozen_weights), source=args.frozen_weights)
-        load_weights(model.detr, weights, source=args.frozen_weights)
+        load_matching(model.detr, read_weights(args.frozen_weights), source=args.frozen_weights)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

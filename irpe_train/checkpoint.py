@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -116,32 +117,57 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
     return weights
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source: str | Path) -> None:
-    """Put ``weights`` into ``model``, all of them and nothing else.
+def read_weights(path: str | Path, *, key: str = "model") -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint file; see ``read_checkpoint`` and ``model_weights``."""
+    return model_weights(read_checkpoint(path), source=path, key=key)
 
-    Raises: BadCheckpoint: keys or shapes differ; it names them and changes nothing.
+
+def load_matching(
+    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    *,
+    source: str | Path,
+    may_start_fresh: Callable[[str], bool] = lambda key: False,
+) -> dict[str, str]:
+    """Put ``weights`` into ``model``, and account for every key of both.
+
+    Args:
+        weights: a state dict; unchanged.
+        source: where it is from, for messages.
+        may_start_fresh: whether a key may be missing, left over or of another shape; the model keeps its own value.
+    Returns: what became of each key that was not copied, as ``{"head.bias": "starts fresh: (4,) there, (9,) here"}``.
+    Raises: BadCheckpoint: any other key does not fit; it names them, and nothing is loaded.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in weights]
     # Counters of batch norm: published backbones freeze it and have none, checkpoints from elsewhere may.
     weights = {key: value for key, value in weights.items() if key in own or not key.endswith("num_batches_tracked")}
+    missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own]
-    shapes = [
-        f"{key} {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+    shapes = {
+        key: (tuple(weights[key].shape), tuple(own[key].shape))
         for key in own
         if key in weights and own[key].shape != weights[key].shape
-    ]
+    }
     problems = [
-        f"{title}: {_some(keys)}"
-        for title, keys in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes))
-        if keys
+        f"{title}: {_some(wrong)}"
+        for title, keys in (
+            ("missing", {key: key for key in missing}),
+            ("unexpected", {key: key for key in unexpected}),
+            ("other shapes", {key: f"{key} {there}, not {here}" for key, (there, here) in shapes.items()}),
+        )
+        if (wrong := [text for key, text in keys.items() if not may_start_fresh(key)])
     ]
     if problems:
         raise BadCheckpoint(
             f"checkpoint {source} is of another model than {type(model).__name__} here; "
             f"{'; '.join(problems)}. Build the model with the flags it was trained with."
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(own | {key: weights[key] for key in own if key in weights and key not in shapes})
+    return (
+        {key: f"starts fresh: {there} there, {here} here" for key, (there, here) in shapes.items()}
+        | dict.fromkeys(missing, "starts fresh: not in the checkpoint")
+        | dict.fromkeys(unexpected, "is not used")
+    )
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.distributed import from_main, gather, is_main, logger, rank, world_size
 from irpe_train.errors import BadCheckpoint
 from irpe_train.metrics import MetricLogger
@@ -119,11 +119,11 @@ class TrainState:
             if self.ema is not None and checkpoint.get("model_ema")
             else None
         )
-        load_weights(self.model, weights, source=source)
+        load_matching(self.model, weights, source=source)
         if self.ema is not None:
             if average is None:
                 logger.warning(f"checkpoint {source} has no moving average: it starts from the weights")
-            load_weights(self.ema.module, average or weights, source=source)
+            load_matching(self.ema.module, average or weights, source=source)
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             logger.warning(f"checkpoint {source} has weights only: training starts at epoch {self.epoch}")
             return False

@@ -140,9 +140,9 @@ def verify(path: Path, entry: Entry) -> None:
         raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. Delete it, fetch again.")
     if entry.sha256 is not None and (found := sha256(path)) != entry.sha256:
         raise ValueError(f"{path}: sha256 {found}, expected {entry.sha256} for {entry.name}. Delete it, fetch again.")
-    from irpe_train.checkpoint import model_weights, read_checkpoint
+    from irpe_train.checkpoint import read_weights
 
-    weights = model_weights(read_checkpoint(path), source=path)
+    weights = read_weights(path)
     if len(weights) != entry.entries:
         raise ValueError(f"{path}: {len(weights)} tensors in 'model', {entry.entries} expected for {entry.name}.")
 

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor
+
+from irpe_train.checkpoint import load_matching
+from irpe_train.errors import BadCheckpoint
 
 HEADS = ("head.", "head_dist.")
 
@@ -29,8 +33,12 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
 
 
 def load_pretrained_weights(
-    model: VisionTransformer, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None
-) -> list[str]:
+    model: VisionTransformer,
+    weights: Mapping[str, Tensor],
+    old_grid: tuple[int, int] | None = None,
+    *,
+    source: str | Path,
+) -> dict[str, str]:
     """Start ``model`` from the weights of another run: other resolution, other classes, other encoding.
 
     The position embedding is resampled; a head with other classes and encodings with other tables start fresh.
@@ -38,44 +46,28 @@ def load_pretrained_weights(
     Args:
         weights: a state dict; unchanged.
         old_grid: patch grid (height, width) the weights were trained on; ``None`` for a square one.
-    Returns: one line for each thing that did not carry over as it was.
-    Raises: ValueError: anything else is missing, left over or of another shape; the keys are named.
+        source: where they are from, for messages.
+    Returns: what became of each key that was not copied as it was; see ``load_matching``.
+    Raises: BadCheckpoint: anything else is missing, left over or of another shape; the keys are named.
     """
     own = model.state_dict()
     weights = dict(weights)
-    notes = []
+    notes = {}
     if "pos_embed" in weights and "pos_embed" in own:
         new_grid = tuple(model.patch_embed.grid_size)
         tokens = weights["pos_embed"].shape[1] - model.num_prefix_tokens
         if old_grid is None or math.prod(old_grid) != tokens:
             old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
         if math.prod(old_grid) != tokens:
-            raise ValueError(
-                f"pos_embed has {weights['pos_embed'].shape[1]} tokens: with {model.num_prefix_tokens} "
-                "leading token(s) that is no square grid; was it trained as another model?"
+            raise BadCheckpoint(
+                f"checkpoint {source}: pos_embed has {weights['pos_embed'].shape[1]} tokens: with "
+                f"{model.num_prefix_tokens} leading token(s) that is no square grid; was it trained as another model?"
             )
         if old_grid != new_grid:
-            notes.append(f"pos_embed resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches")
+            notes["pos_embed"] = f"resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches"
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], old_grid, new_grid)
-    other_shape = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    for key in filter(_may_start_fresh, other_shape):
-        notes.append(f"{key} starts fresh: {tuple(weights.pop(key).shape)} there, {tuple(own[key].shape)} here")
-
-    missing = [key for key in own if key not in weights]
-    left_over = [key for key in weights if key not in own]
-    wrong = [key for key in other_shape + missing + left_over if not _may_start_fresh(key)]
-    if wrong:
-        shown = ", ".join(wrong[:6]) + (f", ... ({len(wrong)} in all)" if len(wrong) > 6 else "")
-        raise ValueError(f"these weights belong to another model; keys that differ: {shown}")
-    notes += [f"{key} starts fresh: not in the weights" for key in missing if not _noted(key, notes)]
-    notes += [f"{key} is not used" for key in left_over]
-    model.load_state_dict({key: weights.get(key, own[key]) for key in own})
-    return notes
+    return notes | load_matching(model, weights, source=source, may_start_fresh=_may_start_fresh)
 
 
 def _may_start_fresh(key: str) -> bool:
     return key.startswith(HEADS) or ".lookup_table_" in key
-
-
-def _noted(key: str, notes: list[str]) -> bool:
-    return any(note.startswith(f"{key} ") for note in notes)

@@ -19,7 +19,7 @@ from deit_irpe.models.finetune import load_pretrained_weights
 from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from irpe_ops import equip
 from irpe_ops.equip import RPEAttention
-from irpe_train.checkpoint import model_weights, read_checkpoint
+from irpe_train.checkpoint import read_weights
 from irpe_train.zoo import fetch, read_zoo
 
 
@@ -57,7 +57,7 @@ def create_model(
         model = equip(model, spec, backend=attn_backend)
     if from_zoo:
         path = fetch(name)
-        load_pretrained_weights(model, model_weights(read_checkpoint(path), source=path))
+        load_pretrained_weights(model, read_weights(path), source=path)
     return model if wanted_features is None else FeatureGetterNet(model, wanted_features)
 
 

@@ -8,8 +8,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from detr_irpe.nested_tensor import NestedTensor
-from irpe_train.checkpoint import model_weights, read_checkpoint
-from irpe_train.errors import BadCheckpoint
+from irpe_train.checkpoint import load_matching, read_weights
 
 # Small enough for the demo on a laptop: 0.3 M parameters. As a classifier, the same weights are
 # timm.create_model("resnet10t", stem_width=8, channels=(16, 32, 64, 128)).
@@ -56,17 +55,7 @@ def load_backbone_weights(resnet: nn.Module, path: str) -> None:
 
     Raises: BadCheckpoint: naming the keys that are missing, left over, or of another shape.
     """
-    weights = model_weights(read_checkpoint(path), source=path)
-    weights = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
-    wanted = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
-    wrong = [key for key, value in wanted.items() if key not in weights or weights[key].shape != value.shape]
-    wrong += [key for key in weights if key not in wanted and not key.startswith("fc.")]
-    if wrong:
-        raise BadCheckpoint(
-            f"--backbone_weights {path}: {len(wrong)} of {len(wanted)} entries do not fit, "
-            f"the first: {', '.join(wrong[:5])}. Is --backbone the network this file was trained for?"
-        )
-    resnet.load_state_dict({key: weights[key] for key in wanted}, strict=False)
+    load_matching(resnet, read_weights(path), source=path, may_start_fresh=lambda key: key.startswith("fc."))
 
 
 class Backbone(nn.Module):

@@ -1,15 +1,17 @@
 """Start a DETR from a checkpoint of another data set: all but the class head, and the queries as far as they go."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
-from irpe_train.errors import BadCheckpoint
+from irpe_train.checkpoint import load_matching
 
-CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 QUERIES = "query_embed.weight"
+MAY_START_FRESH = ("class_embed.", "bbox_attention.", "mask_head.")
 
 
-def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source: str = "--finetune") -> list[str]:
+def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source: str | Path) -> dict[str, str]:
     """Fill ``model`` with what of ``weights`` fits it, and say what became of the rest.
 
     * The class head starts fresh when the number of classes differs.
@@ -19,37 +21,24 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source:
 
     Args:
         weights: state dict of a DETR.
-    Returns: one line for each key that was not simply copied, and one that counts those that were.
-    Raises: BadCheckpoint: any other key is missing or has another shape; nothing is loaded then.
+        source: where it is from, for messages.
+    Returns: what became of each key that was not simply copied; see ``load_matching``.
+    Raises: BadCheckpoint: any other key does not fit; nothing is loaded then.
     """
     own = model.state_dict()
-    weights = {key.removeprefix("detr."): value for key, value in weights.items()}
-    filled, report, wrong = {}, [], []
+    ours = {key.removeprefix("detr."): key for key in own}
+    weights = {ours.get(bare := key.removeprefix("detr."), bare): value for key, value in weights.items()}
+    report = {}
+    queries = ours[QUERIES]
+    given, here = weights.get(queries), own[queries]
+    if given is not None and given.shape != here.shape and given.shape[1:] == here.shape[1:]:
+        kept = min(len(given), len(here))
+        weights[queries] = torch.cat([given[:kept].to(here), here[kept:]])
+        report[queries] = f"has the first {kept} of {len(given)} queries there, {len(here)} here"
     for key, value in own.items():
-        name = key.removeprefix("detr.")
-        given = weights.pop(name, None)
-        if given is not None and given.shape == value.shape:
-            filled[key] = given
-        elif given is not None and name in CLASS_HEAD:
-            report.append(f"{key}: starts fresh, {value.shape[0]} outputs here and {given.shape[0]} in the checkpoint")
-        elif given is not None and name == QUERIES and given.shape[1] == value.shape[1]:
-            kept = min(len(given), len(value))
-            filled[key] = torch.cat([given[:kept].to(value), value[kept:]])
-            report.append(f"{key}: the first {kept} of {len(given)} queries in the checkpoint, {len(value)} here")
-        elif given is None and "lookup_table" in name:
-            filled[key] = torch.zeros_like(value)
-            report.append(f"{key}: not in the checkpoint, starts at zero")
-        elif given is None and name.startswith(("bbox_attention.", "mask_head.")):
-            report.append(f"{key}: not in the checkpoint, starts fresh")
-        else:
-            there = "nothing" if given is None else tuple(given.shape)
-            wrong.append(f"{key}: {tuple(value.shape)} here, {there} there")
-    if wrong:
-        raise BadCheckpoint(
-            f"{source}: {len(wrong)} entries of the checkpoint do not fit, the first: "
-            f"{'; '.join(wrong[:5])}. Only classes and queries may differ: give the flags it was "
-            "trained with (--backbone, --hidden_dim, --enc_rpe2d, ...)."
-        )
-    report += [f"{key}: in the checkpoint only, left out" for key in weights if not key.endswith("num_batches_tracked")]
-    model.load_state_dict(own | filled)
-    return [f"{len(filled)} of {len(own)} entries taken from {source}", *report]
+        if "lookup_table" in key and key not in weights:
+            weights[key] = torch.zeros_like(value)
+            report[key] = "starts at zero: not in the checkpoint"
+    return report | load_matching(
+        model, weights, source=source, may_start_fresh=lambda key: key.removeprefix("detr.").startswith(MAY_START_FRESH)
+    )

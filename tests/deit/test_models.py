@@ -146,32 +146,33 @@ def test_fine_tuning_carries_over_what_fits_and_says_what_does_not():
     old = tiny(rpe=spec, img_size=(16, 24))
     torch.nn.init.normal_(old.blocks[0].attn.rpe_k.lookup_table_weight)
     new = tiny(rpe=spec, img_size=(24, 32), num_classes=9)
-    notes = load_pretrained_weights(new, old.state_dict(), old_grid=(4, 6))
+    notes = load_pretrained_weights(new, old.state_dict(), (4, 6), source="a.pth")
     assert torch.equal(new.blocks[0].attn.rpe_k.lookup_table_weight, old.blocks[0].attn.rpe_k.lookup_table_weight)
     assert torch.equal(new.pos_embed, resize_pos_embed(old.pos_embed, (4, 6), (6, 8)))
-    assert notes == [
-        "pos_embed resampled from 4x6 to 6x8 patches",
-        "head.weight starts fresh: (4, 32) there, (9, 32) here",
-        "head.bias starts fresh: (4,) there, (9,) here",
-    ]
+    assert notes == {
+        "pos_embed": "resampled from 4x6 to 6x8 patches",
+        "head.weight": "starts fresh: (4, 32) there, (9, 32) here",
+        "head.bias": "starts fresh: (4,) there, (9,) here",
+    }
 
 
 def test_tables_of_another_size_and_new_tables_start_at_zero():
     old, new = tiny(rpe="rpe-1.9-product-ctx-1-k"), tiny(rpe="rpe-2.0-product-ctx-1-qk")
     torch.nn.init.normal_(old.blocks[0].attn.rpe_k.lookup_table_weight)
-    notes = load_pretrained_weights(new, old.state_dict())
+    notes = load_pretrained_weights(new, old.state_dict(), source="a.pth")
     assert not new.blocks[0].attn.rpe_k.lookup_table_weight.any()
-    assert notes == [
-        *(
-            f"blocks.{i}.attn.rpe_k.lookup_table_weight starts fresh: (1, 16, 50) there, (1, 16, 82) here"
-            for i in (0, 1)
-        ),
-        *(f"blocks.{i}.attn.rpe_q.lookup_table_weight starts fresh: not in the weights" for i in (0, 1)),
-    ]
+    assert notes == {
+        f"blocks.{i}.attn.rpe_{name}.lookup_table_weight": what
+        for name, what in (
+            ("k", "starts fresh: (1, 16, 50) there, (1, 16, 82) here"),
+            ("q", "starts fresh: not in the checkpoint"),
+        )
+        for i in (0, 1)
+    }
 
 
 def test_weights_of_another_model_are_refused_with_their_keys():
-    with pytest.raises(ValueError, match=r"another model; keys that differ: blocks.2.norm1.weight.*\(12 in all\)"):
-        load_pretrained_weights(tiny(), tiny(depth=3).state_dict())
-    with pytest.raises(ValueError, match="pos_embed has 12 tokens: with 1 leading"):
-        load_pretrained_weights(tiny(), tiny().state_dict() | {"pos_embed": torch.zeros(1, 12, 32)})
+    with pytest.raises(ValueError, match=r"a.pth is of another .*unexpected: blocks.2.norm1.weight.* and 4 more"):
+        load_pretrained_weights(tiny(), tiny(depth=3).state_dict(), source="a.pth")
+    with pytest.raises(ValueError, match="a.pth: pos_embed has 12 tokens: with 1 leading"):
+        load_pretrained_weights(tiny(), tiny().state_dict() | {"pos_embed": torch.zeros(1, 12, 32)}, source="a.pth")

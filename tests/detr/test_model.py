@@ -8,7 +8,7 @@ import torch
 
 from detr_irpe import build_model, create_model
 from detr_irpe.nested_tensor import NestedTensor, Targets, collate
-from irpe_train.checkpoint import load_weights
+from irpe_train.checkpoint import load_matching
 from tests.helpers.tiny_detr import SPECS, published_flags, random_targets, tiny_model
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_state_dict.json").read_text())
@@ -58,10 +58,10 @@ def test_a_published_checkpoint_loads_strictly_and_detects():
 
 def test_counters_of_batch_norm_are_dropped():
     model, weights = tiny_model(), tiny_model(seed=1).state_dict()
-    load_weights(model, weights | {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(1)}, source="x.pth")
+    load_matching(model, weights | {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(1)}, source="x.pth")
     assert torch.equal(model.class_embed.weight, weights["class_embed.weight"])
     with pytest.raises(ValueError, match="x.pth is of another model than DETR here; unexpected: .*fc.bias"):
-        load_weights(model, weights | {"backbone.0.body.fc.bias": torch.tensor(1)}, source="x.pth")
+        load_matching(model, weights | {"backbone.0.body.fc.bias": torch.tensor(1)}, source="x.pth")
 
 
 def test_dc5_doubles_the_last_map_and_keeps_the_keys():

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 
-from irpe_train.checkpoint import load_weights, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.state import Checkpoints, TrainState, plain
 
@@ -43,7 +43,7 @@ def test_published_checkpoint_is_read(tmp_path):
     contents = read_checkpoint(tmp_path / "a.pth")
     assert contents["epoch"] == 299 and contents["args"].lr == 1e-3 and str(contents["args"].output_dir) == "/out"
     model = torch.nn.Linear(3, 2)
-    load_weights(model, model_weights(contents, source="a.pth"), source="a.pth")
+    load_matching(model, model_weights(contents, source="a.pth"), source="a.pth")
     assert torch.equal(model.weight, weights["weight"])
 
 
@@ -145,8 +145,27 @@ def test_another_model_is_refused_with_keys_named_and_nothing_changed():
         match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
         r"not \(2, 3\)",
     ):
-        load_weights(model, weights, source="a.pth")
+        load_matching(model, weights, source="a.pth")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5), torch.nn.Linear(1, 1))
+    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
+    weights = other.state_dict() | {"1.more": torch.ones(2), "0.num_batches_tracked": torch.ones(1)}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key[0] in "12")
+    assert report == {
+        "1.weight": "starts fresh: (4, 2) there, (5, 2) here",
+        "1.bias": "starts fresh: (4,) there, (5,) here",
+        "2.weight": "starts fresh: not in the checkpoint",
+        "2.bias": "starts fresh: not in the checkpoint",
+        "1.more": "is not used",
+    }
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (weights if name[0] == "0" else before)[name])
+    with pytest.raises(BadCheckpoint, match=r"missing: 2.weight, 2.bias; unexpected: 1.more. Build"):
+        load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key in ("1.weight", "1.bias"))
 
 
 @pytest.mark.parametrize("keys", [DEIT, DETR], ids=["deit", "detr"])
