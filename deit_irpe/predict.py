@@ -29,7 +29,7 @@ from irpe_ops import parse_rpe_spec
 from irpe_ops.visualize import attention_bias, draw_maps, read_tables, table_maps
 from irpe_train.distributed import choose_device, set_up_logging
 from irpe_train.launch import launch
-from irpe_train.loader import UNREADABLE
+from irpe_train.pixels import read_image
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
@@ -105,10 +105,7 @@ def main(args: argparse.Namespace) -> None:
             draw_tables(model, spec, args.out / "tables.png")
     predictions = []
     for file in args.images:
-        try:
-            image = Image.open(file).convert("RGB")
-        except UNREADABLE as error:
-            raise ValueError(f"{file}: not an image that can be read ({error})") from error
+        image = read_image(file)
         pixels = transform(image)[None].to(device)
         shares, numbers = model(pixels).float().softmax(1)[0].topk(min(5, len(classes)))
         names = [classes[number] for number in numbers.tolist()]

@@ -1,19 +1,15 @@
 """Labelled images where they lie: in class folders, in a tar file, or listed by iNaturalist's annotations."""
 
-import io
 import json
 import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-
-class UnreadableImage(OSError):
-    """An image file that is damaged, empty or no image at all; the message names it."""
+from irpe_train.pixels import decode_image
 
 
 class LabelledImages(Dataset):
@@ -38,10 +34,7 @@ class LabelledImages(Dataset):
         return Path(self.name(index)).read_bytes()
 
     def __getitem__(self, index: int):
-        try:
-            image = Image.open(io.BytesIO(self.read(index))).convert("RGB")
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            raise UnreadableImage(f"{self.name(index)}: this image cannot be read ({error})") from error
+        image = decode_image(self.read(index), self.name(index))
         try:
             return image if self.transform is None else self.transform(image), int(self.labels[index])
         except Exception as error:  # not the image's fault: it must not be skipped as an unreadable one

@@ -15,6 +15,7 @@ from torchvision import transforms
 from deit_irpe import data
 from deit_irpe.data import images
 from deit_irpe.data.transforms import _posterize
+from irpe_train.pixels import UnreadableImage
 from tests.helpers.tiny_images import write_images
 
 
@@ -115,7 +116,7 @@ def test_a_damaged_image_is_named(tmp_path, content):
     write_images(tmp_path, {"a": 1})
     file = tmp_path / "a" / "0.png"
     file.write_bytes(file.read_bytes()[:200] if content is None else content)
-    with pytest.raises(images.UnreadableImage, match=r"a/0.png: this image cannot be read"):
+    with pytest.raises(UnreadableImage, match=r"a/0.png: this image cannot be read"):
         images.FolderImages(tmp_path)[0]
 
 

@@ -1,0 +1,62 @@
+"""Image files become RGB pixels here, for training, evaluation and prediction alike."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
+
+
+class UnreadableImage(OSError):
+    """An image file that is missing, damaged, empty, too large or no image at all; the message names it."""
+
+
+def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:
+    """The image file ``path`` in RGB; see ``decode_image``. A pipe or a device is refused, not waited for."""
+    path = Path(path)
+    if not path.is_file():
+        raise UnreadableImage(f"{path}: " + ("not a plain file" if path.exists() else "no such file"))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{path}: cannot be read ({error.strerror or error})") from error
+    return decode_image(data, path, upright=upright)
+
+
+def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Image.Image:
+    """An encoded image in RGB.
+
+    8-bit images are what ``Image.convert("RGB")`` makes of them, as in the published code: transparency is dropped,
+    CMYK converted, the first frame of an animation taken. 16-bit grey is scaled to 8 bits. Floating-point and 32-bit
+    pixels are refused: no file says what is black and white in them.
+
+    Args:
+        data: the bytes of the file.
+        name: what messages call it.
+        upright: turn the image as its EXIF orientation says. Default: as stored.
+    Raises: UnreadableImage: with ``name`` and the reason.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            rgb = _to_rgb(image)
+            return ImageOps.exif_transpose(rgb) if upright else rgb
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{name}: too many pixels to be a photograph ({error}); scale it down") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = "it is no image" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UnreadableImage(f"{name}: this image cannot be read ({reason})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS):
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257  # 65535 / 255 = 257
+        rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        rgb.info = dict(image.info)  # where the orientation is
+        return rgb
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"{kind} pixels, whose black and white are not known; save it with 8 or 16 bits")
+    return image.convert("RGB")

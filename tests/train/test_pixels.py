@@ -1,0 +1,132 @@
+"""The one decoder: bit-equal to Pillow for what the published data hold, a stated rule or a refusal for the rest."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from irpe_train.pixels import UnreadableImage, decode_image, read_image
+
+NOISE = np.random.RandomState(0).randint(0, 256, (6, 9, 4), dtype=np.uint8)
+RAMP = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(6, 9)
+
+
+def encoded(image: Image.Image, suffix: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, suffix, **options)
+    return file.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return exif
+
+
+ORDINARY = {
+    "grey JPEG": (Image.fromarray(NOISE[..., 0]), "JPEG"),
+    "colour JPEG": (Image.fromarray(NOISE[..., :3]), "JPEG"),
+    "CMYK JPEG": (Image.fromarray(NOISE, "CMYK"), "JPEG"),
+    "transparent PNG": (Image.fromarray(NOISE), "PNG"),
+    "grey and alpha PNG": (Image.fromarray(NOISE[..., :2], "LA"), "PNG"),
+    "palette PNG": (Image.fromarray(NOISE[..., :3]).quantize(16), "PNG"),
+    "black and white PNG": (Image.fromarray(NOISE[..., 0]).convert("1"), "PNG"),
+    "GIF": (Image.fromarray(NOISE[..., :3]).quantize(16), "GIF"),
+    "BMP": (Image.fromarray(NOISE[..., :3]), "BMP"),
+    "WebP": (Image.fromarray(NOISE[..., :3]), "WEBP"),
+}
+
+
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_ordinary_images_are_what_pillow_makes_of_them(kind):
+    data = encoded(*ORDINARY[kind])
+    image = decode_image(data, "x")
+    assert image.mode == "RGB"
+    assert np.array_equal(image, Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bit_grey_is_scaled(suffix):
+    seen = np.asarray(decode_image(encoded(Image.fromarray(RAMP), suffix), "x"))
+    assert np.array_equal(seen, np.repeat((RAMP / 257).round().astype(np.uint8)[..., None], 3, 2))
+    assert seen.min() == 0 and seen.max() == 255
+
+
+def test_sixteen_bit_tiff_of_the_other_byte_order_is_the_same_picture():
+    big = Image.frombytes("I;16B", (9, 6), RAMP.astype(">u2").tobytes())
+    assert np.array_equal(
+        decode_image(encoded(big, "TIFF"), "x"), decode_image(encoded(Image.fromarray(RAMP), "PNG"), "x")
+    )
+
+
+def png_of_sixteen_bit_colour(pixels: np.ndarray) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_sixteen_bit_colour_is_scaled_too():
+    wide = np.stack([RAMP, RAMP.T.reshape(6, 9), RAMP[::-1]], 2)
+    seen = np.asarray(decode_image(png_of_sixteen_bit_colour(wide), "x")).astype(int)
+    assert abs(seen - (wide / 257).round()).max() <= 1
+
+
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.float32) / 65535, RAMP.astype(np.int32)], ids=["float", "32 bits"])
+def test_pixels_without_a_known_range_are_refused_by_name(pixels):
+    with pytest.raises(
+        UnreadableImage, match=r"scan\.tif: .*whose black and white are not known; save it with 8 or 16"
+    ):
+        decode_image(encoded(Image.fromarray(pixels), "TIFF"), "scan.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_obeyed_when_asked_for_only(orientation):
+    data = encoded(Image.fromarray(NOISE[..., :3]), "PNG", exif=turned(orientation))
+    assert np.array_equal(decode_image(data, "x"), NOISE[..., :3])  # as stored
+    corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}[
+        orientation
+    ]
+    upright = np.asarray(decode_image(data, "x", upright=True))
+    assert upright.shape[:2] == ((6, 9) if orientation < 5 else (9, 6))
+    assert np.array_equal(upright[0, 0], NOISE[corner][:3])  # which stored corner is at the top left
+
+
+def test_sixteen_bits_and_an_orientation_go_together():
+    data = encoded(Image.fromarray(RAMP), "PNG", exif=turned(6))
+    assert decode_image(data, "x").size == (9, 6) and decode_image(data, "x", upright=True).size == (6, 9)
+
+
+def test_a_bomb_is_refused_in_one_line():
+    with pytest.raises(UnreadableImage, match=r"^big\.png: too many pixels .*; scale it down$"):
+        decode_image(encoded(Image.new("1", (14000, 14000)), "PNG"), "big.png")
+
+
+PHOTO = encoded(Image.fromarray(NOISE[..., :3]), "PNG")
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", PHOTO[:40], PHOTO[:60] + b"???" + PHOTO[63:]])
+def test_a_damaged_file_is_named(data):
+    with pytest.raises(UnreadableImage, match=r"^x\.png: this image cannot be read \("):
+        decode_image(data, "x.png")
+
+
+def test_files_that_are_no_files_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in (
+        ("pipe.png", "not a plain file"),
+        ("folder.png", "not a plain file"),
+        ("x.png", "no such file"),
+    ):
+        with pytest.raises(UnreadableImage, match=rf"{name}: {reason}"):
+            read_image(tmp_path / name)
+    (tmp_path / "x.png").write_bytes(PHOTO)
+    assert np.array_equal(read_image(tmp_path / "x.png"), NOISE[..., :3])
