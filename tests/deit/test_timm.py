@@ -68,7 +68,7 @@ def test_feature_maps_start_from_published_weights(monkeypatch, tmp_path):
     published = create_model(NAME)
     torch.nn.init.normal_(published.blocks[3].attn.rpe_k.lookup_table_weight)
     torch.save({"model": published.state_dict()}, tmp_path / "published.pth")
-    monkeypatch.setattr("deit_irpe.models.fetch", lambda name: tmp_path / "published.pth")
+    monkeypatch.setattr("deit_irpe.models.registration.fetch", lambda name: tmp_path / "published.pth")
     features = timm.create_model(NAME, pretrained=True, features_only=True, num_classes=5, out_indices=[3])
     ours = features.model.blocks[3].attn.rpe_k.lookup_table_weight
     assert torch.equal(ours, published.blocks[3].attn.rpe_k.lookup_table_weight)

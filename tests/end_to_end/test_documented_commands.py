@@ -27,6 +27,7 @@ PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md"), 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # These make or need an environment of their own; scripts/test.sh and the quickstart are what CI runs anyway.
 STARTED_BY_CI = {"scripts/quickstart.sh": ("classification", "detection", "all"), "scripts/test.sh": ("--all",)}
+ROOMS = ("irpe_ops", "irpe_train", "irpe_lab", "deit_irpe", "detr_irpe", "pytest")
 KEPT_FOLDERS = ("configs/", "scripts/", "examples/", "docs/", "irpe_", "deit_irpe/", "detr_irpe/", "rpe_ops_cuda")
 
 # of runpy: a program that is a module which an earlier command imported
@@ -75,7 +76,9 @@ def check_python(words: list[str], monkeypatch) -> None:
     """What follows ``python``: ``-m MODULE``, ``-c CODE`` or a file."""
     if words[0] == "-m":
         module, argv = words[1], words[1:]
-        assert module.split(".")[0] in ("irpe_ops", "irpe_train", "deit_irpe", "detr_irpe", "pytest"), module
+        assert module.split(".")[0] in ("irpe_ops", "irpe_train", "irpe_lab", "deit_irpe", "detr_irpe", "pytest"), (
+            module
+        )
         if module != "pytest":
             parse_program(lambda: runpy.run_module(module, run_name="__main__", alter_sys=False), argv, monkeypatch)
     elif words[0] == "-c":

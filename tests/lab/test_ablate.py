@@ -59,7 +59,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "deit_irpe").mkdir()
     (tmp_path / "deit_irpe" / "__init__.py").touch()
     (tmp_path / "deit_irpe" / "__main__.py").write_text(PACKAGE)
-    (tmp_path / "deit_irpe" / "facts.py").write_text(FACTS)
+    (tmp_path / "deit_irpe" / "model_stats.py").write_text(FACTS)
     (tmp_path / "grid.yaml").write_text(GRID)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
