@@ -8,9 +8,8 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from detr_irpe.models import build_model
+from detr_irpe.load_model import load_model
 from detr_irpe.nested_tensor import NestedTensor
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.export import add_export_arguments, export_model
 from irpe_train.launch import launch
 
@@ -28,18 +27,9 @@ class TensorsInOut(nn.Module):
 
 
 def main(args: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(args.resume)
-    trained = checkpoint.get("args")
-    if trained is None:
-        raise ValueError(
-            f"{args.resume} does not say how its model was built (no args in it); export a checkpoint "
-            "that training wrote"
-        )
+    model, _, trained, _ = load_model(args.resume)
     if trained.masks:
         raise ValueError(f"{args.resume} has a mask head, which is not exported; export the detector it was trained on")
-    trained.resume, trained.aux_loss = args.resume, False  # nothing is downloaded; the last decoder layer alone
-    model, *_ = build_model(trained)
-    load_matching(model, model_weights(checkpoint, source=args.resume), source=args.resume)
 
     sizes = [(2, args.height, args.width), (3, args.height + 64, args.width - 32)]
     examples = []

@@ -17,19 +17,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from detr_irpe.args import get_args_parser
 from detr_irpe.boxes import xyxy_to_cxcywh
 from detr_irpe.data.transforms import prepare_image
 from detr_irpe.drawing import attention_maps, cell_of, draw_attention, draw_objects, side_by_side
-from detr_irpe.models import build_model
+from detr_irpe.load_model import load_model
 from irpe_ops import parse_rpe_spec
 from irpe_ops.visualize import draw_maps, read_tables, table_maps
 from irpe_train.arguments import fraction
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.distributed import choose_device, logger, set_up_logging
-from irpe_train.errors import BadCheckpoint
 from irpe_train.launch import launch
 
 MOST_POINTS = 3  # of attention, where none are given: the centres of the best detections
@@ -43,22 +39,9 @@ class Detector:
     """
 
     def __init__(self, checkpoint_path: str, device: torch.device):
-        checkpoint = read_checkpoint(checkpoint_path)
-        weights = model_weights(checkpoint, source=checkpoint_path)
-        if "args" not in checkpoint:
-            raise BadCheckpoint(
-                f"checkpoint {checkpoint_path} has no 'args': the flags it was trained with say how to "
-                "build the model. Use one that a training run wrote."
-            )
-        flags = vars(get_args_parser().parse_args([])) | vars(checkpoint["args"])
-        classes = next((len(value) - 1 for key, value in weights.items() if key.endswith("class_embed.bias")), None)
-        flags |= {"eval": True, "num_classes": classes, "aux_loss": False}
-        self.flags = argparse.Namespace(**flags)
-        self.model, _, self.postprocessors = build_model(self.flags)
-        load_matching(self.model, weights, source=checkpoint_path)
-        self.model.eval().to(device)
+        self.model, self.postprocessors, self.flags, self.names = load_model(checkpoint_path)
+        self.model.to(device)
         self.device = device
-        self.names = checkpoint.get("categories") or _coco_names(classes)
 
     @property
     def encoder(self) -> nn.Module:
@@ -193,12 +176,6 @@ def draw_encodings(detector: Detector, path: Path, reach: int = 7) -> None:
         part = f".{table.part}" if table.part else ""
         maps[f"{table.layer}.rpe_{table.role}{part}"] = table_maps(table, config, side, side, reach, reach)
     draw_maps(maps, path, mark=(reach, reach), title=f"{config.spec}\nof each offset")
-
-
-def _coco_names(classes: int | None) -> dict[int, str]:
-    """Category names where a checkpoint, as the published ones, has none: COCO's, if it has as many classes."""
-    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return dict(enumerate(names)) if classes == len(names) else {}
 
 
 def _check_names(images: Sequence[Path]) -> None:

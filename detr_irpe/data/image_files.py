@@ -16,7 +16,7 @@ from irpe_train.errors import BadData
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
 
 
-class FolderImages:
+class FilesInFolder:
     """The files ``names`` of one folder.
 
     Args:
@@ -40,7 +40,7 @@ class FolderImages:
         return Path(self.describe(index)).read_bytes()
 
 
-class ZipImages:
+class FilesInZip:
     """The members ``names`` of one zip archive, read in place by any number of processes.
 
     The archive's directory is read once; what is kept is where each image lies, in shared memory. Every process opens
@@ -95,16 +95,16 @@ class ZipImages:
         return self.__dict__ | {"_file": None, "_process": None}
 
 
-def open_images(root: Path, split: str, names: Sequence[str]) -> FolderImages | ZipImages:
+def open_images(root: Path, split: str, names: Sequence[str]) -> FilesInFolder | FilesInZip:
     """The images ``names`` of ``root/split/``, or of ``root/split.zip`` where there is no such folder.
 
     Raises: FileNotFoundError: neither is there, or a name is missing from it (the first ones are listed).
     """
     folder, archive = root / split, root / f"{split}.zip"
     if folder.is_dir():
-        images = FolderImages(folder, names)
+        images = FilesInFolder(folder, names)
     elif archive.is_file():
-        images = ZipImages(archive, names)
+        images = FilesInZip(archive, names)
     else:
         raise FileNotFoundError(f'--coco_path {root}: no {split}/ or {split}.zip there. See README, "Data".')
     return images

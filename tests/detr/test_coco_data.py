@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection, decode_masks
-from detr_irpe.data.image_files import ZipImages
+from detr_irpe.data.image_files import FilesInZip
 from detr_irpe.data.packed_strings import PackedStrings
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.nested_tensor import collate
@@ -227,7 +227,7 @@ def write_zip(path, members):
 def test_hostile_member_names_are_refused(tmp_path, name):
     write_zip(tmp_path / "train2017.zip", [("train2017/a.jpg", b"x"), (name, b"x")])
     with pytest.raises(BadData, match="points outside of the archive"):
-        ZipImages(tmp_path / "train2017.zip", ["a.jpg"])
+        FilesInZip(tmp_path / "train2017.zip", ["a.jpg"])
 
 
 def test_a_member_that_claims_to_be_huge_is_refused(tmp_path):
@@ -238,7 +238,7 @@ def test_a_member_that_claims_to_be_huge_is_refused(tmp_path):
     content[place : place + 4] = struct.pack("<I", 2**31)
     path.write_bytes(content)
     with pytest.raises(BadData, match="claims 2,147,483,648 bytes"):
-        ZipImages(path, ["a.jpg"])
+        FilesInZip(path, ["a.jpg"])
 
 
 def test_a_member_that_unfolds_beyond_its_claim_is_refused(tmp_path):
@@ -251,19 +251,19 @@ def test_a_member_that_unfolds_beyond_its_claim_is_refused(tmp_path):
     content[place - 8 : place - 4] = struct.pack("<I", zlib.crc32(content[:1000]))
     path.write_bytes(content)
     with pytest.raises(OSError, match="damaged"):
-        ZipImages(path, ["a.jpg"]).read(0)
+        FilesInZip(path, ["a.jpg"]).read(0)
 
 
 def test_damaged_archives_are_named(tmp_path):
     path = tmp_path / "train2017.zip"
     path.write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(BadData, match="train2017.zip: damaged, or not a .zip archive"):
-        ZipImages(path, ["a.jpg"])
+        FilesInZip(path, ["a.jpg"])
     write_zip(path, [("train2017/a.jpg", b"0123456789" * 10)])
     content = bytearray(path.read_bytes())
     content[60] ^= 255
     path.write_bytes(content)
     with pytest.raises(OSError, match="train2017.zip:a.jpg: the archive is damaged"):
-        ZipImages(path, ["a.jpg"]).read(0)
+        FilesInZip(path, ["a.jpg"]).read(0)
     with pytest.raises(FileNotFoundError, match="no such member"):
-        ZipImages(path, ["b.jpg"]).read(0)
+        FilesInZip(path, ["b.jpg"]).read(0)

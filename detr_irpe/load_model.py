@@ -1,0 +1,101 @@
+"""The detector of a checkpoint, built from the flags it was trained with."""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from detr_irpe.args import get_args_parser
+from detr_irpe.models import build_model
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.errors import BadCheckpoint
+
+# The flags in a checkpoint are data from whoever wrote it: these describe its network, and no others are read.
+MODEL_FLAGS = (
+    "backbone",
+    "dilation",
+    "position_embedding",
+    "enc_layers",
+    "dec_layers",
+    "dim_feedforward",
+    "hidden_dim",
+    "dropout",
+    "nheads",
+    "num_queries",
+    "pre_norm",
+    "masks",
+    "enc_rpe2d",
+    "dataset_file",
+    "image_size",
+)
+LARGEST_IMAGE_SIZE = 10_000  # pixels; beyond it a photo no longer fits in memory
+
+
+def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.Namespace, dict[int, str]]:
+    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing is downloaded for it.
+
+    Args:
+        source: path or address.
+    Returns: model (without auxiliary outputs), post-processors, the flags it was built from, and its categories.
+    Raises: BadCheckpoint: it does not say how its model was built, or its weights are of another model.
+    """
+    checkpoint = read_checkpoint(source)
+    weights = model_weights(checkpoint, source=source)
+    args = _flags(checkpoint, weights, source)
+    try:
+        with torch.device("meta"):  # allocates nothing: no flag may cost more memory than the stored weights do
+            shapes = build_model(args)[0]
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise BadCheckpoint(f"checkpoint {source}: its flags describe no DETR ({error})") from error
+    load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
+    model, _, postprocessors = build_model(args)
+    load_matching(model, weights, source=source)
+    return model.eval(), postprocessors, args, categories_of(checkpoint, weights, source=source)
+
+
+def number_of_classes(weights: dict[str, Tensor], *, source: str) -> int:
+    """Outputs of the class head in a DETR's weights, "no object" not counted."""
+    bias = next((value for key, value in weights.items() if key.endswith("class_embed.bias")), None)
+    if bias is None or bias.ndim != 1 or len(bias) < 2:
+        raise BadCheckpoint(f"checkpoint {source}: no class head (class_embed.bias) in it; it is not one of a DETR")
+    return len(bias) - 1
+
+
+def categories_of(checkpoint: dict, weights: dict[str, Tensor], *, source: str) -> dict[int, str]:
+    """Category id -> name of what a checkpoint was trained on: its own, or COCO's where it has as many classes.
+
+    The published checkpoints name none. Empty where nothing is known.
+    """
+    given = checkpoint.get("categories")
+    if given is not None:
+        if not isinstance(given, dict) or not all(isinstance(i, int) and isinstance(n, str) for i, n in given.items()):
+            raise BadCheckpoint(f"checkpoint {source}: its 'categories' are not names by category id")
+        return given
+    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return dict(enumerate(coco)) if number_of_classes(weights, source=source) == len(coco) else {}
+
+
+def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argparse.Namespace:
+    trained = checkpoint.get("args")
+    if not isinstance(trained, argparse.Namespace):
+        raise BadCheckpoint(
+            f"checkpoint {source} has no 'args': the flags it was trained with say how to build the model. "
+            "Use one that a training run wrote."
+        )
+    args = get_args_parser().parse_args([])
+    for name in MODEL_FLAGS:
+        default, value = getattr(args, name), getattr(trained, name, getattr(args, name))
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+            raise BadCheckpoint(
+                f"checkpoint {source}: its flag {name} is {value!r:.80}, not of type {type(default).__name__}"
+            )
+        setattr(args, name, value)
+    if not 0 < args.image_size <= LARGEST_IMAGE_SIZE:
+        raise BadCheckpoint(f"checkpoint {source}: its flag image_size is {args.image_size}, beyond all photographs")
+    if args.enc_layers + args.dec_layers > len(weights):
+        raise BadCheckpoint(f"checkpoint {source}: its flags name more layers than it has weights")
+    args.eval, args.aux_loss = True, False  # no backbone weights are fetched; the last decoder layer alone
+    args.num_classes = number_of_classes(weights, source=source)
+    return args
