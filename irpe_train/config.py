@@ -6,6 +6,7 @@ The file's entries become flags placed before the typed ones, so argparse checks
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,11 +32,14 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """``parser.parse_args`` with the flags of the ``--config`` file, if one is given, placed first.
 
-    ``--print-config`` ends here, with exit status 0.
+    The flags in the environment variable ``IRPE_EXTRA_FLAGS`` come last, for every command that takes ``--config``, so
+    they win. ``--print-config`` ends here, with exit status 0.
 
     Raises: ConfigError: no such file, no plain YAML mapping, an unknown name or a value no flag can carry.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if any(action.dest == "config" for action in parser._actions):
+        argv += shlex.split(os.environ.get("IRPE_EXTRA_FLAGS", ""))
     find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     find.add_argument("--config", default=None)
     path = find.parse_known_args(argv)[0].config

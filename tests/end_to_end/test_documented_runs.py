@@ -1,6 +1,6 @@
 """The commands of README.md, docs/ and examples/ run as they stand, page by page, in a copy of the repository.
 
-The data sets and checkpoints they name are there, tiny and of the right layout; ``smaller/sitecustomize.py`` makes the
+The data sets and checkpoints they name are there, tiny and of the right layout; ``tests/helpers/smaller.py`` makes the
 runs small. Programs start in forked processes that have imported PyTorch already, scripts and ``torchrun`` as they are.
 """
 
@@ -19,18 +19,29 @@ import torch
 from deit_irpe import create_model
 from irpe_train.zoo import cache_folder, read_zoo
 from tests.deit.test_data_at_scale import write_parquet, write_shards
-from tests.end_to_end.smaller.sitecustomize import TINY_VIT, smaller
 from tests.end_to_end.test_documented_commands import PAGES, PROJECT, documented_commands
 from tests.helpers.deit_runs import deit_ok
 from tests.helpers.detr_runs import detr_ok
 from tests.helpers.processes import SERVER
+from tests.helpers.smaller import TINY_VIT, extra_flags, smaller
 from tests.helpers.snippets import REPOSITORY
 from tests.helpers.tiny_coco import write_tiny_coco
 from tests.helpers.tiny_images import write_images
 
-COPIED = ("configs", "deit_irpe", "detr_irpe", "docs", "examples", "irpe_ops", "irpe_train", "logs", "scripts")
+COPIED = (
+    "configs",
+    "deit_irpe",
+    "detr_irpe",
+    "docs",
+    "examples",
+    "irpe_lab",
+    "irpe_ops",
+    "irpe_train",
+    "logs",
+    "scripts",
+)
 ELSEWHERE = {  # a command that is not run here, and who runs it
-    r"scripts/quickstart\.sh": "sets up an environment: the founders, in a fresh clone",
+    r"scripts/quickstart\.sh": "sets up an environment: by hand, in a fresh clone",
     r"scripts/test\.sh": "is what runs this",
     r"python -m pytest": "runs these tests",
     r"pip install": "CI, and test_packaging.py",
@@ -109,7 +120,7 @@ def _child(words: list[str], folder: Path, environment: dict[str, str], output: 
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
-    sys.argv = [*(words[1:] if words[0] == "-m" else words), *smaller(words)]
+    sys.argv = words[1:] if words[0] == "-m" else words
     sys.path.insert(0, str(folder))
     if words[0] == "-m":
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -124,10 +135,12 @@ class Command:
     def __init__(self, text: str, folder: Path):
         for pattern, replacement in FEWER:
             text = re.sub(pattern, replacement, text)
+        text = smaller(text)
         self.output = folder / "output.txt"
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA", "PYTEST"))}
-        environment["PYTHONPATH"] = f"{REPOSITORY / 'tests/end_to_end/smaller'}:{folder}"
         environment |= {
+            "PYTHONPATH": str(folder),
+            "IRPE_EXTRA_FLAGS": extra_flags(text),
             "OMP_NUM_THREADS": "1",
             "TORCH_HOME": str(folder / "torch"),
             "PYTHON": sys.executable,
@@ -151,11 +164,7 @@ class Command:
             ends = " --inspect" if words[0] == "tensorboard" else ""
             with open(self.output, "w") as output:
                 self.process = subprocess.Popen(
-                    ["bash", "-c", text.partition("  #")[0] + ends],
-                    cwd=folder,
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
+                    ["bash", "-c", text + ends], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
                 )
 
     def ended(self, timeout: float = 180) -> tuple[int, str]:

@@ -33,6 +33,16 @@ def parse(tmp_path, text, *argv):
     return parse_args(get_parser(), ["--config", str(tmp_path / "c.yaml"), *argv])
 
 
+def test_extra_flags_of_the_environment_win_over_file_and_typed_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("IRPE_EXTRA_FLAGS", "--lr 3 --opt-betas 0.9 0.95")
+    args = parse(tmp_path, "lr: 1\nbatch-size: 8\n", "--lr", "2")
+    assert (args.batch_size, args.lr, args.opt_betas) == (8, 3.0, [0.9, 0.95])
+    monkeypatch.setenv("IRPE_EXTRA_FLAGS", f"--config {tmp_path / 'c.yaml'}")
+    assert parse_args(get_parser(), []).batch_size == 8
+    other = argparse.ArgumentParser()  # takes no --config, so the variable is not for it
+    assert vars(parse_args(other, [])) == {}
+
+
 def test_file_becomes_flags_and_typed_flags_win(tmp_path):
     text = "batch-size: 8\nlr: 1e-3   # text to YAML\nopt_betas: [0.9, 0.95]\nmodel: base\n"
     args = parse(tmp_path, text, "--lr", "2")

@@ -95,6 +95,7 @@ def test_wandb_gets_the_same_figures_and_goes_on_after_a_resume(tmp_path, monkey
         log = RunLog(folder, epoch=run, resumed=resumed, tensorboard=False, wandb="irpe-test")
         log.write({"train_loss": 0.5 + run, "test_coco_eval_bbox": [0.4] * 12, "epoch": run})
         wandb.finish()
+    wandb.teardown()  # ends the process that writes the files, so they are whole
     one, other = ([*(tmp_path / name).glob("wandb/offline-run-*/run-*.wandb")] for name in ("one", "other"))
     names = [{file.name for file in files} for files in (one, other)]
     assert len(one) == 2 and len(names[0]) == 1 and names[0] != names[1]  # a resumed run is the same run there
