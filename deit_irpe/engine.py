@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 
 from irpe_train.distributed import gather, logger
@@ -22,7 +23,7 @@ def train_one_epoch(
     meters: MetricLogger,
     mixup: Callable | None = None,
     max_norm: float | None = None,
-    after_update: Callable[[], None] = lambda: None,
+    ema: ModelEmaV2 | None = None,
     header: str = "",
     images_per_step: int | None = None,
 ) -> dict[str, float]:
@@ -34,7 +35,7 @@ def train_one_epoch(
         meters: the epoch's averages so far, empty unless it was interrupted.
         mixup: (images, targets) to mixed images and soft targets ``(B, C)``.
         max_norm: gradients are clipped to this norm.
-        after_update: called whenever the weights have changed (the moving average).
+        ema: the moving average of the weights.
     Returns: means over the epoch's iterations: ``lr`` of the first parameter group, ``loss``.
     """
     model.train()  # when fine-tuning too: the published code then leaves dropout and stochastic depth off
@@ -48,8 +49,13 @@ def train_one_epoch(
         with precision.autocast():
             loss = criterion(images, model(images), targets)
         lr = optimizer.param_groups[0]["lr"]
-        if precision.step(loss, optimizer, model.parameters(), steps=steps, clip=max_norm):
-            after_update()
+        steps.watch(loss, lr=lr)
+        precision.backward(loss / steps.group_size)
+        steps.confirm()
+        if steps.group_ends:
+            precision.update(optimizer, model.parameters(), clip=max_norm)
+            if ema is not None:
+                ema.update(model)
         meters.update(lr=lr, loss=loss)
     return meters.averages()
 

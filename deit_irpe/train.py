@@ -197,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
                 meters=state.meters,
                 mixup=mixup,
                 max_norm=args.clip_grad,
-                after_update=lambda: ema and ema.update(model),
+                ema=ema,
                 header=f"Epoch: [{epoch}]",
                 images_per_step=images_per_step,
             )

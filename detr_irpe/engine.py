@@ -44,7 +44,11 @@ def train_one_epoch(
         losses = criterion(outputs, targets)
         loss, weighted = weigh(losses, criterion.weight_dict)
         lr = optimizer.param_groups[0]["lr"]
-        precision.step(loss, optimizer, model.parameters(), steps=steps, terms=weighted, clip=max_norm)
+        steps.watch(loss, lr=lr, terms=weighted)
+        precision.backward(loss / steps.group_size)
+        steps.confirm()
+        if steps.group_ends:
+            precision.update(optimizer, model.parameters(), clip=max_norm)
         meters.update(lr=lr, **named_for_log(loss, weighted, losses))
     return meters.averages()
 

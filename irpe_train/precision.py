@@ -1,11 +1,10 @@
-"""``--amp {bf16,fp16,none}``: autocast, loss scaling, gradient accumulation, clipping, and the update."""
+"""``--amp {bf16,fp16,none}``: autocast, loss scaling, clipping, and the update."""
 
 from collections.abc import Iterable
 
 import torch
 
 from irpe_train.distributed import logger
-from irpe_train.steps import Steps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
@@ -32,35 +31,21 @@ class Precision:
         """The context for the model's forward pass; losses that must stay in fp32 leave it again."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.amp], enabled=self.amp != "none")
 
-    def step(
-        self,
-        loss: torch.Tensor,
-        optimizer: torch.optim.Optimizer,
-        parameters: Iterable[torch.nn.Parameter],
-        *,
-        steps: Steps,
-        terms: dict | None = None,
-        clip: float | None = None,
-    ) -> bool:
-        """Backward, and at the end of an accumulation group the update.
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of ``loss``, a scalar, scaled under ``fp16``."""
+        self.scaler.scale(loss).backward()
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], *, clip: float | None = None
+    ) -> None:
+        """Change the weights by the gradients added so far, and forget these.
 
         Args:
-            loss: scalar, the mean over this rank's batch.
-            steps: where in the epoch this is; it knows the accumulation group and agrees with the other ranks.
-            terms: the parts of the loss (name to scalar tensor), for the report if it is not finite.
             clip: largest gradient norm; None or 0 for no clipping.
-        Returns: whether the weights were updated.
-        Raises: NonFiniteLoss: on every rank, if the loss of any is not finite; the weights are as before.
         """
-        steps.watch(loss, {"loss": loss, **(terms or {})}, lr=optimizer.param_groups[0]["lr"])
-        self.scaler.scale(loss / steps.group_size).backward()
-        steps.confirm()
-        if not steps.group_ends:
-            return False
         if clip:
             self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return True

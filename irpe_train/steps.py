@@ -1,23 +1,28 @@
 """From one step of an epoch to the next: seeds, agreement between ranks, saves, and orderly stops.
 
-An epoch's loop iterates over a ``Steps``; everything that must happen at the same step on every rank happens here.
+An epoch's loop iterates over a ``Steps``; everything that must happen at the same step on every rank happens here:
+
+    for batch in steps:
+        loss = ...
+        steps.watch(loss, lr=lr)
+        precision.backward(loss / steps.group_size)
+        steps.confirm()
+        if steps.group_ends:
+            precision.update(optimizer, parameters, clip=max_norm)
 """
 
 import json
 import time
 
 import torch
-import torch.distributed as dist
 
-from irpe_train.distributed import gather, is_main, lost_ranks_named, rank, world_size
+from irpe_train.agreement import Agreement, Votes
+from irpe_train.distributed import gather, is_main, rank
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.preemption import Preemption
 from irpe_train.seeding import mix, seed_step
 from irpe_train.state import Checkpoints, TrainState
-
-# What the ranks tell each other at every step, in one all-reduce (sum) of four numbers.
-NOT_FINITE, STOP, SAVE, BAD_SAMPLES = range(4)
 
 
 def parse_save_interval(text: str) -> tuple[int | None, float | None]:
@@ -64,9 +69,8 @@ class Steps:
         self.save_steps, self.save_seconds = parse_save_interval(save_interval) if save_interval else (None, None)
         self.preemption = preemption or Preemption()
         self._last_save = time.monotonic()
-        self._agreed = [0.0] * 4
+        self._agreement, self._agreed = Agreement(), Votes(0, 0, 0, 0)
         self._bad_looked_at = 0
-        self._side = self._host = None  # CUDA: a stream and a pinned buffer, made when first needed
         state.fit_to(len(loader), mix(loader.batch_size, accumulate, seed))
 
     def __len__(self) -> int:
@@ -96,55 +100,29 @@ class Steps:
         """Whether the weights are updated at this step."""
         return (self.state.step + 1) % self.accumulate == 0 or self.state.step + 1 == len(self)
 
-    def watch(self, loss: torch.Tensor, terms: dict, *, lr: float) -> None:
-        """Start asking every rank whether its loss is finite and whether it must stop or save.
+    def watch(self, loss: torch.Tensor, *, lr: float, terms: dict | None = None) -> None:
+        """Ask every rank whether its loss is finite and whether it must stop or save; ``confirm`` has the answer.
 
-        The answer is waited for in ``confirm``, after the backward pass has been handed to the device: the wait is for
-        the forward pass alone, so the device never idles.
+        Args:
+            loss: scalar, the mean over this rank's batch.
+            lr, terms: for the report if it is not finite; ``terms`` are the parts of the loss by name.
         """
-        self._loss, self._lr = loss.detach(), lr
-        self._terms = {name: torch.as_tensor(value).detach() for name, value in terms.items()}
-        message = torch.tensor(
-            [0.0, self.preemption.signal is not None, self._save_is_due(), len(self.loader.bad)], dtype=torch.float32
-        ).to(loss.device, non_blocking=True)
-        message[NOT_FINITE] = (~self._loss.isfinite().all()).float()
-        with lost_ranks_named("step"):
-            work = dist.all_reduce(message, async_op=True) if world_size() > 1 else None
-        self._message, self._work = message, work
-        if message.device.type == "cuda":
-            self._copy_beside_the_backward_pass()
-
-    def _copy_beside_the_backward_pass(self) -> None:
-        device = self._message.device
-        if self._side is None:
-            self._side = torch.cuda.Stream(device)
-            self._host = torch.zeros(4, pin_memory=True)
-        self._side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._side):
-            if self._work is not None:
-                self._work.wait()
-            self._host.copy_(self._message, non_blocking=True)
-            self._message.record_stream(self._side)
-            self._arrived = self._side.record_event()
+        self._lr = lr
+        self._terms = {name: torch.as_tensor(value).detach() for name, value in {"loss": loss, **(terms or {})}.items()}
+        stop = self.preemption.signal is not None
+        self._agreement.ask(loss, stop=stop, save=self._save_is_due(), bad_samples=len(self.loader.bad))
 
     def confirm(self) -> None:
-        """Wait for the ranks' answers.
+        """Wait for the ranks' answers, before the update.
 
         Raises:
             NonFiniteLoss: on every rank, if any rank's loss is not finite; a report is written first.
             BadData: on every rank, if too many training images of this epoch are unreadable.
         """
-        with lost_ranks_named("step"):
-            if self._message.device.type == "cuda":
-                self._arrived.synchronize()
-                self._agreed = self._host.tolist()
-            else:
-                if self._work is not None:
-                    self._work.wait()
-                self._agreed = self._message.tolist()
-        if self._agreed[NOT_FINITE]:
+        self._agreed = self._agreement.answer()
+        if self._agreed.not_finite:
             self._stop_for_nonfinite_loss()
-        if self._agreed[BAD_SAMPLES] > max(self.max_bad * len(self.loader.dataset), self._bad_looked_at):
+        if self._agreed.bad_samples > max(self.max_bad * len(self.loader.dataset), self._bad_looked_at):
             self._stop_if_too_many_are_bad()
 
     def finish_training(self, stats: dict, also: tuple[str, ...] = ()) -> None:
@@ -168,9 +146,9 @@ class Steps:
         return bool(self.save_seconds) and is_main() and time.monotonic() - self._last_save >= self.save_seconds
 
     def _save_or_stop(self) -> None:
-        stop = self._agreed[STOP] > 0
+        stop = self._agreed.stop > 0
         at_the_end = self.state.step == len(self)  # there finish_training saves in a moment
-        if (stop or self._agreed[SAVE]) and not at_the_end:
+        if (stop or self._agreed.save) and not at_the_end:
             self.checkpoints.save(self.state)
             self._last_save = time.monotonic()
         if stop and not at_the_end:
@@ -183,7 +161,7 @@ class Steps:
             "step": state.step,
             "rank": rank(),
             "lr": self._lr,
-            "finite": bool(self._loss.isfinite().all()),
+            "finite": bool(self._terms["loss"].isfinite().all()),
             "terms": {name: float(value) for name, value in self._terms.items()},
             "samples": self.loader.samples(state.step),
         }
@@ -202,7 +180,7 @@ class Steps:
         )
 
     def _stop_if_too_many_are_bad(self) -> None:
-        self._bad_looked_at = self._agreed[BAD_SAMPLES]
+        self._bad_looked_at = self._agreed.bad_samples
         bad = {name: reason for of_rank in gather(self.loader.bad) for name, reason in of_rank.items()}
         allowed = self.max_bad * len(self.loader.dataset)
         if len(bad) > allowed:

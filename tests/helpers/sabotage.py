@@ -4,20 +4,20 @@ import os
 import signal
 
 from irpe_train import distributed
-from irpe_train.precision import Precision
+from irpe_train.steps import Steps
 
 
 def change_a_loss(main, number, rank, do, args):
     """Run ``main(args)``; ``do(loss)`` replaces the loss of one rank's step, counted from 0 in this process."""
-    step, seen = Precision.step, []
+    watch, seen = Steps.watch, []
 
-    def counted(self, loss, *rest, **options):
+    def counted(self, loss, **options):
         seen.append(1)
         if len(seen) == number + 1 and distributed.rank() == rank:
             loss = do(loss)
-        return step(self, loss, *rest, **options)
+        return watch(self, loss, **options)
 
-    Precision.step = counted
+    Steps.watch = counted
     main(args)
 
 

@@ -95,8 +95,12 @@ def train_one_epoch(model, steps, state, precision, device, args):
             loss = torch.nn.functional.cross_entropy(model(points), labels)
         if args.nan_at == here:
             loss = loss * float("nan")
-        if precision.step(loss, state.optimizer, model.parameters(), steps=steps, clip=args.clip_grad):
-            state.ema.update(state.model)
+        steps.watch(loss, lr=state.optimizer.param_groups[0]["lr"])
+        precision.backward(loss / steps.group_size)
+        steps.confirm()
+        if steps.group_ends:
+            precision.update(state.optimizer, model.parameters(), clip=args.clip_grad)
+            state.ema.update(model)
         meters.update(loss=loss.detach(), lr=state.optimizer.param_groups[0]["lr"])
     return meters.averages()
 

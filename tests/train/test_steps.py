@@ -49,13 +49,18 @@ def loss_of(model, rows):
     return model(rows).square().mean()
 
 
+def one_step(state, steps, precision, loss, clip=None, terms=None):
+    """As the two engines do it; whether the weights were updated."""
+    steps.watch(loss, lr=state.optimizer.param_groups[0]["lr"], terms=terms)
+    precision.backward(loss / steps.group_size)
+    steps.confirm()
+    if steps.group_ends:
+        precision.update(state.optimizer, state.model.parameters(), clip=clip)
+    return steps.group_ends
+
+
 def train(state, steps, precision, clip=None):
-    updates = 0
-    for rows in steps:
-        updates += precision.step(
-            loss_of(state.model, rows), state.optimizer, state.model.parameters(), steps=steps, clip=clip
-        )
-    return updates
+    return sum(one_step(state, steps, precision, loss_of(state.model, rows), clip) for rows in steps)
 
 
 def test_accumulated_batches_equal_one_large_batch():
@@ -87,19 +92,41 @@ def test_clipping_bounds_the_update():
     assert torch.isclose((after - before).norm(), torch.tensor(0.1 * 1e-3), rtol=1e-2)
 
 
+def test_gradients_are_clipped_in_their_own_scale():
+    """Under fp16 the loss is scaled, by 65,536 at first; the norm that is clipped is the gradient's own."""
+    weights = []
+    for scale in (65536.0, 1.0):
+        state, steps, precision = set_up(count=4, batch_size=2)
+        precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        train(state, steps, precision, clip=0.1)
+        weights.append(state.model.weight.detach().clone())
+    start = set_up()[0].model.weight
+    assert (weights[0] - start).norm() > 1e-3  # a norm taken in the scaled gradients leaves 65,536 times less
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_weights_are_only_touched_at_the_end_of_a_group(accumulate):
+    state, steps, precision = set_up(count=8, batch_size=2, accumulate=accumulate)
+    changed = []
+    for rows in steps:
+        before = state.model.weight.detach().clone()
+        changed.append(one_step(state, steps, precision, loss_of(state.model, rows)))
+        assert changed[-1] != torch.equal(before, state.model.weight)
+    assert changed == [accumulate == 1, True] * 2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, bad):
     state, steps, precision = set_up(tmp_path)
     state.epoch = 4
     batches = iter(steps)
-    precision.step(loss_of(state.model, next(batches)), state.optimizer, state.model.parameters(), steps=steps)
+    one_step(state, steps, precision, loss_of(state.model, next(batches)))
     loss = loss_of(state.model, next(batches)) * bad
     before = [p.detach().clone() for p in state.model.parameters()]
     words = r"not finite on rank 0 at epoch 4, step 1: loss (nan|inf), loss_giou 3, lr 0.1. The weights were not"
     with pytest.raises(NonFiniteLoss, match=words):
-        precision.step(
-            loss, state.optimizer, state.model.parameters(), steps=steps, terms={"loss_giou": torch.tensor(3.0)}
-        )
+        one_step(state, steps, precision, loss, terms={"loss_giou": torch.tensor(3.0)})
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     (report,) = json.loads((tmp_path / "nonfinite_loss.json").read_text())
     assert report["samples"] == ["row2.png", "row3.png"]
@@ -175,6 +202,5 @@ def test_overflow_under_loss_scaling_skips_the_update_and_lowers_the_scale():
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
     before = state.model.weight.detach().clone()
     for rows in steps:
-        loss = 100 * loss_of(state.model, rows)
-        precision.step(loss, state.optimizer, state.model.parameters(), steps=steps, clip=1.0)
+        one_step(state, steps, precision, 100 * loss_of(state.model, rows), clip=1.0)
     assert torch.equal(state.model.weight, before) and precision.scaler.get_scale() < 3e38
