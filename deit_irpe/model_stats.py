@@ -29,7 +29,7 @@ from torch import nn
 from deit_irpe.args import get_args_parser, image_size
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, create_model
 from deit_irpe.train import model_options
-from irpe_ops.modules import IRPE, IRPECross
+from irpe_ops.modules import IRPE, IRPESum
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.metrics import count_parameters
@@ -62,9 +62,9 @@ def _encoding_macs(attn, name: str, tokens: int, values_by_bucket: bool) -> int:
     if encoding is None:
         return 0
     total = 0
-    for table in (encoding.rp_rows, encoding.rp_cols) if hasattr(encoding, "rp_rows") else (encoding,):
+    for table in encoding.parts:
         rows = attn.num_heads * tokens
-        if table.mode == "bias":
+        if not table.uses_tokens:
             continue  # a lookup and an addition
         if name != "rpe_v":
             total += rows * table.num_buckets * (attn.head_dim + 1)
@@ -92,7 +92,7 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
     stats = {"n_parameters": count_parameters(model)}
     if isinstance(model, VisionTransformer):  # the counting rule is for those
         stats["macs_M"] = macs(model) / 1e6
-    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPECross)]
+    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPESum)]
     return stats | {"buckets": sum(part.num_buckets for part in encodings[0].parts) if encodings else 0}
 
 

@@ -26,6 +26,8 @@ from deit_irpe.data import build_transform
 from deit_irpe.load_model import load_model
 from deit_irpe.models import RPE_MODELS
 from irpe_ops import parse_rpe_spec
+from irpe_ops.attention import attention_weights
+from irpe_ops.attention_call import AttentionCall
 from irpe_ops.visualize import attention_bias, draw_maps, read_tables, table_maps
 from irpe_train.distributed import choose_device, set_up_logging
 from irpe_train.launch import launch
@@ -47,15 +49,12 @@ def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int)
     finally:
         handle.remove()
     height, width = model.patch_embed.grid_size
-    q, k, _ = attn.qkv(seen[0]).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
-    q, k = attn.q_norm(q) * attn.scale, attn.k_norm(k)
-    scores = q @ k.transpose(2, 3)  # (B, H, L, L)
-    if getattr(attn, "rpe_k", None) is not None:
-        scores = scores + attn.rpe_k(q, height, width)
-    if getattr(attn, "rpe_q", None) is not None:
-        scores = scores + attn.rpe_q(k * attn.scale, height, width).transpose(2, 3)
+    q, k, v = attn.qkv(seen[0]).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
+    rpe_q, rpe_k = (getattr(attn, role, None) for role in ("rpe_q", "rpe_k"))
+    q, k, scale = attn.q_norm(q), attn.k_norm(k), attn.scale
+    call = AttentionCall(q, k, v, rpe_q, rpe_k, height=height, width=width, scale=scale)
     skip = model.num_prefix_tokens
-    return scores.softmax(-1)[0, :, skip + row * width + col, skip:].unflatten(-1, (height, width))
+    return attention_weights(call)[0, :, skip + row * width + col, skip:].unflatten(-1, (height, width))
 
 
 def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float], path: Path) -> None:

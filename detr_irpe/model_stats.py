@@ -13,7 +13,7 @@ import torch
 
 from detr_irpe.args import get_args_parser
 from detr_irpe.models import build_model
-from irpe_ops.modules import IRPE, IRPECross
+from irpe_ops.modules import IRPE, IRPESum
 from irpe_train.config import parse_args
 from irpe_train.metrics import count_parameters
 
@@ -24,7 +24,7 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, int]:
     args.backbone_weights = "none"
     with torch.device("meta"):  # shapes only: nothing is allocated
         model = build_model(args)[0]
-    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPECross)]
+    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPESum)]
     buckets = sum(part.num_buckets for part in encodings[0].parts) if encodings else 0
     return {"n_parameters": count_parameters(model), "buckets": buckets}
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
-from irpe_ops.modules import IRPE, IRPECross, autocast_dtype, resolve_grid
+from irpe_ops.modules import IRPE, IRPESum, autocast_dtype, resolve_grid
 
 # What `auto` tries first; each is a file backends/<name>.py with missing(), why_not(call) and attention(call).
 FAST_BACKENDS = {"cpu": "compiled", "cuda": "triton"}
@@ -75,7 +75,16 @@ def rpe_attention(
 
 def eager_attention(call: AttentionCall) -> Tensor:
     """What `rpe_attention` means; every other backend is measured against it."""
-    q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
+    weights, v = attention_weights(call), call.v
+    if call.dropout_p > 0:
+        weights = F.dropout(weights, call.dropout_p)
+    out = weights.to(v.dtype) @ v  # (B, H, L, D)
+    return out if call.rpe_v is None else out + call.rpe_v(weights, call.height, call.width).to(out.dtype)
+
+
+def attention_weights(call: AttentionCall) -> Tensor:
+    """How much each token attends to each, ``(B, H, L, L)``, before dropout: rows sum to one, or are zero."""
+    q, k, _, rpe_q, rpe_k, _, height, width, key_padding_mask, attn_mask, _, scale = call
     q = q * scale
     scores = q @ k.transpose(2, 3)  # (B, H, L, L)
     if rpe_k is not None:
@@ -84,7 +93,6 @@ def eager_attention(call: AttentionCall) -> Tensor:
         scores = scores + rpe_q(k * scale, height, width).transpose(2, 3)
     if autocast_dtype(q.device) is not None:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    masked = key_padding_mask is not None or attn_mask is not None
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(attn_mask, -math.inf)
@@ -92,16 +100,11 @@ def eager_attention(call: AttentionCall) -> Tensor:
             scores = scores + attn_mask.to(scores.dtype)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
-    if masked:
-        # The softmax of a row of minus infinities is NaN, and so is its gradient: take such rows out before and after.
-        empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1)
-        weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    else:
-        weights = scores.softmax(-1)
-    if dropout_p > 0:
-        weights = F.dropout(weights, dropout_p)
-    out = weights.to(v.dtype) @ v  # (B, H, L, D)
-    return out if rpe_v is None else out + rpe_v(weights, height, width).to(out.dtype)
+    if attn_mask is None and key_padding_mask is None:
+        return scores.softmax(-1)
+    # The softmax of a row of minus infinities is NaN, and so is its gradient: take such rows out before and after.
+    empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 def missing_backend(name: str) -> str | None:
@@ -126,12 +129,12 @@ def _resolve_encodings(
     for role, rpe in zip("qkv", encodings, strict=True):
         if rpe is None:
             continue
-        if not isinstance(rpe, (IRPE, IRPECross)):
+        if not isinstance(rpe, (IRPE, IRPESum)):
             raise ValueError(f"rpe_attention: rpe_{role} must come from build_rpe, got {type(rpe).__name__}")
         if rpe.on_values != (role == "v"):
             raise ValueError(f"rpe_attention: rpe_{role} was given an encoding built as rpe_{rpe.role}")
         for part in rpe.parts:
-            if part.mode == "ctx" and part.head_dim != head_dim:
+            if part.uses_tokens and part.head_dim != head_dim:
                 raise ValueError(f"rpe_{role}: built for head_dim={part.head_dim}, got D={head_dim} in {tuple(shape)}")
             if not part.shared_head and part.num_heads != heads:
                 raise ValueError(f"rpe_{role}: built for {part.num_heads} heads, got H={heads} in {tuple(shape)}")

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from irpe_ops.modules import IRPE, IRPECross
+from irpe_ops.modules import IRPE, IRPESum
 
-Encoding = IRPE | IRPECross
+Encoding = IRPE | IRPESum
 
 
 class AttentionCall(NamedTuple):
@@ -15,17 +15,17 @@ class AttentionCall(NamedTuple):
     q: Tensor  # (B, H, L, D), not yet scaled
     k: Tensor
     v: Tensor
-    rpe_q: Encoding | None
-    rpe_k: Encoding | None
-    rpe_v: Encoding | None
-    height: int | None
-    width: int | None
-    key_padding_mask: Tensor | None  # (B, L) bool
-    attn_mask: Tensor | None  # broadcasts to (B, H, L, L)
-    dropout_p: float
-    scale: float
+    rpe_q: Encoding | None = None
+    rpe_k: Encoding | None = None
+    rpe_v: Encoding | None = None
+    height: int | None = None
+    width: int | None = None
+    key_padding_mask: Tensor | None = None  # (B, L) bool
+    attn_mask: Tensor | None = None  # broadcasts to (B, H, L, L)
+    dropout_p: float = 0.0
+    scale: float = 1.0
 
     @property
     def encodings(self) -> list[Encoding]:
-        """Those that there are, in the order q, k, v."""
+        """The encodings of this call, in the order q, k, v."""
         return [rpe for rpe in (self.rpe_q, self.rpe_k, self.rpe_v) if rpe is not None]

@@ -4,8 +4,9 @@ import math
 import re
 from dataclasses import dataclass
 
-METHODS = ("euc", "quant", "cross", "product")
-MODES = ("ctx", "bias")
+from irpe_ops.methods import find_method
+from irpe_ops.modes import MODES
+
 RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
 SPEC_FORMAT = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
 
@@ -16,11 +17,11 @@ class RPEConfig:
 
     Attributes:
         ratio: ``alpha, beta, gamma = ratio * (1, 2, 8)``, in patches; at least 0.5, so that a neighbour has a bucket.
-        method: how two positions become a bucket: ``euc``, ``quant``, ``cross`` or ``product``.
+        method: how two positions become a bucket: ``euc``, ``quant``, ``cross``, ``product`` or a registered one.
         mode: ``ctx`` (the token's vector times the table; alias ``contextual``) or ``bias`` (the table alone).
         shared_head: one table for all heads, or one for each.
         skip: leading tokens without a position (class, distillation, registers).
-        rpe_on: on which of queries, keys and values: ``q k v qk qv kv qkv``.
+        rpe_on: on which of queries, keys and values: ``q k v qk qv kv qkv``, letters in any order.
     Raises: ValueError: naming the field, what was wanted and what came.
     Source: Wu et al., ICCV 2021.
     """
@@ -33,17 +34,16 @@ class RPEConfig:
     rpe_on: str = "k"
 
     def __post_init__(self) -> None:
-        method, mode, rpe_on = _lower(self.method), _lower(self.mode), _lower(self.rpe_on)
+        method, mode, rpe_on = find_method(self.method), _lower(self.mode), _lower(self.rpe_on)
+        rpe_on = "".join(sorted(rpe_on, key="qkv".find))  # kq is qk
         mode = "ctx" if mode == "contextual" else mode
-        if method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; expected one of {', '.join(METHODS)}")
         if mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; expected one of {', '.join(MODES)} (or contextual)")
         if rpe_on not in RPE_ON:
             raise ValueError(f"unknown rpe_on {self.rpe_on!r}; expected one of {', '.join(RPE_ON)}")
-        if mode == "bias" and "v" in rpe_on:
+        if "v" in rpe_on and not MODES[mode].on_values:
             raise ValueError(
-                f"mode 'bias' with rpe_on {rpe_on!r}: a bias is added to attention scores, and values have none; "
+                f"mode {mode!r} with rpe_on {rpe_on!r}: a bias is added to attention scores, and values have none; "
                 "use mode 'ctx', or leave v out of rpe_on"
             )
         if not (isinstance(self.shared_head, bool) or self.shared_head in (0, 1)):

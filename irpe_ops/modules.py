@@ -1,13 +1,17 @@
 """The encodings as modules: one learned table each, on queries, keys or values."""
 
 import contextlib
+import functools
 import math
+import operator
 
 import torch
 from torch import Tensor, nn
 
-from irpe_ops.buckets import bucket_map, check_map, count_buckets, traced_bucket_map
+from irpe_ops.buckets import bucket_map, count_buckets, traced_bucket_map
 from irpe_ops.config import RPEConfig
+from irpe_ops.methods import find_map, maps_of
+from irpe_ops.modes import MODES
 from irpe_ops.rpe_index import rpe_index, rpe_index_adjoint
 
 
@@ -26,10 +30,10 @@ class IRPE(nn.Module):
     """One relative position encoding with one table.
 
     Args:
-        config: method (for ``cross`` see ``method``), mode, ratio, shared_head, skip.
+        config: mode, ratio, shared_head, skip.
         head_dim, num_heads: ``D`` and ``H`` of the attention it belongs to.
         role: ``"q"``, ``"k"`` or ``"v"``: what it encodes.
-        method: the bucket map, when it is not the config's method: ``cross_rows`` or ``cross_cols``.
+        method: the bucket map, when it is not the config's method: a part of it, such as ``cross_rows``.
 
     The table starts at zero, so that a fresh encoding changes nothing: ``lookup_table_weight`` (``ctx``) is
     ``(H or 1, D, N)`` on q and k and ``(H or 1, N, D)`` on v; ``lookup_table_bias`` (``bias``) is ``(H or 1, N)``.
@@ -38,18 +42,16 @@ class IRPE(nn.Module):
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, role: str, method: str | None = None) -> None:
         super().__init__()
-        self.method = check_map(method or config.method)
+        self.method = find_map(method or config.method)
         self.mode, self.shared_head, self.skip, self.ratio = config.mode, config.shared_head, config.skip, config.ratio
         self.head_dim, self.num_heads, self.role = head_dim, num_heads, role
         self._coefficients = (repr(self.ratio), int(2 * self.ratio), math.ceil(8 * self.ratio))  # traced_bucket_map
         self.num_buckets = count_buckets(self.method, 2 * self.ratio, self.skip)
-        heads, buckets = 1 if self.shared_head else num_heads, self.num_buckets
-        if self.mode == "bias":
-            self.lookup_table_bias = nn.Parameter(torch.zeros(heads, buckets))
-        elif self.on_values:
-            self.lookup_table_weight = nn.Parameter(torch.zeros(heads, buckets, head_dim))
-        else:
-            self.lookup_table_weight = nn.Parameter(torch.zeros(heads, head_dim, buckets))
+        mode = MODES[self.mode]
+        shape = mode.shape(1 if self.shared_head else num_heads, head_dim, self.num_buckets)
+        if self.on_values:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        self.register_parameter(mode.parameter, nn.Parameter(torch.zeros(shape)))
 
     @property
     def on_values(self) -> bool:
@@ -59,7 +61,12 @@ class IRPE(nn.Module):
     @property
     def table(self) -> nn.Parameter:
         """The one parameter, whatever the mode calls it."""
-        return self.lookup_table_bias if self.mode == "bias" else self.lookup_table_weight
+        return getattr(self, MODES[self.mode].parameter)
+
+    @property
+    def uses_tokens(self) -> bool:
+        """Whether the tokens' own vectors matter, and not only where they are."""
+        return MODES[self.mode].uses_tokens
 
     @property
     def parts(self) -> tuple["IRPE", ...]:
@@ -76,6 +83,23 @@ class IRPE(nn.Module):
             return traced_bucket_map(self.method, *self._coefficients, height, width, self.skip, device)
         return bucket_map(self.method, self.ratio, height, width, self.skip, device)
 
+    def lookup(self, x: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """What every bucket would add to the scores of every token, for an encoding on queries or keys.
+
+        Args:
+            x: ``(B, H, L, D)``; for k the queries, for q the keys. scale: of ``x``, applied to the table.
+            dtype: of the product; None means the table's.
+        Returns: ``(B, H, L, N)``, or what broadcasts to it; column ``N - 1`` is for leading tokens, where there are.
+        """
+        mode = MODES[self.mode]
+        with _without_autocast(x.device):
+            table = self.table
+            if mode.uses_tokens:
+                table = table if scale == 1.0 else table * scale
+                table = table if dtype is None else table.to(dtype)
+                x = x.to(table.dtype)
+            return mode.lookup(x, table)
+
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """What to add to the scores (q, k) or to the output (v) of attention.
 
@@ -89,14 +113,11 @@ class IRPE(nn.Module):
         self._check(x)
         length = x.shape[2]
         ids = self.bucket_ids(length, height, width, x.device)
-        if self.mode == "bias":
-            return rpe_index(self.lookup_table_bias[None, :, None, :].expand(-1, -1, length, -1), ids)
+        if not self.on_values:
+            return rpe_index(self.lookup(x), ids)  # (B, H, L, L)
         with _without_autocast(x.device):
-            x = x.to(self.lookup_table_weight.dtype)
-            if self.on_values:
-                sums = rpe_index_adjoint(x, ids, self.num_buckets)  # (B, H, L, N)
-                return sums @ self.lookup_table_weight  # (B, H, L, D)
-            return rpe_index(x @ self.lookup_table_weight, ids)  # (B, H, L, L)
+            sums = rpe_index_adjoint(x.to(self.table.dtype), ids, self.num_buckets)  # (B, H, L, N)
+            return sums @ self.table  # (B, H, L, D)
 
     def _check(self, x: Tensor) -> None:
         name, table = f"rpe_{self.role}", self.table
@@ -118,14 +139,15 @@ class IRPE(nn.Module):
         return f"on {self.role}, {self.method}, {self.mode}, ratio={self.ratio:g}, {sizes}"
 
 
-class IRPECross(nn.Module):
-    """The ``cross`` method: the sum of an encoding by rows and one by columns, each with its own table."""
+class IRPESum(nn.Module):
+    """A method of several maps (``cross``): the sum of one encoding for each, ``rp_rows`` and ``rp_cols``."""
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, role: str) -> None:
         super().__init__()
         self.role = role
-        self.rp_rows = IRPE(config, head_dim, num_heads, role, "cross_rows")
-        self.rp_cols = IRPE(config, head_dim, num_heads, role, "cross_cols")
+        for name in maps_of(config.method):
+            part = name.removeprefix(f"{config.method}_")
+            self.add_module(f"rp_{part}", IRPE(config, head_dim, num_heads, role, name))
 
     @property
     def on_values(self) -> bool:
@@ -134,17 +156,17 @@ class IRPECross(nn.Module):
 
     @property
     def parts(self) -> tuple[IRPE, ...]:
-        """The encodings with one table that this one is the sum of: rows, then columns."""
-        return (self.rp_rows, self.rp_cols)
+        """The encodings with one table that this one is the sum of; for ``cross`` rows, then columns."""
+        return tuple(self.children())
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """As `IRPE.forward`."""
-        return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
+        return functools.reduce(operator.add, (part(x, height, width) for part in self.parts))
 
 
 def build_rpe(
     config: RPEConfig | None, head_dim: int, num_heads: int
-) -> tuple[IRPE | IRPECross | None, IRPE | IRPECross | None, IRPE | IRPECross | None]:
+) -> tuple[IRPE | IRPESum | None, IRPE | IRPESum | None, IRPE | IRPESum | None]:
     """The modules ``(rpe_q, rpe_k, rpe_v)`` that a config asks for, None where it asks for none.
 
     Raises: ValueError: for a head_dim or num_heads below 1; TypeError: for a config of another type.
@@ -156,7 +178,7 @@ def build_rpe(
     for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"build_rpe: {name} must be a positive integer, not {value!r}")
-    kind = IRPECross if config.method == "cross" else IRPE
+    kind = IRPE if len(maps_of(config.method)) == 1 else IRPESum
     return tuple(kind(config, head_dim, num_heads, role) if role in config.rpe_on else None for role in "qkv")
 
 

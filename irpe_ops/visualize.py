@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from irpe_ops.buckets import count_buckets, get_bucket_ids_2d
 from irpe_ops.config import RPEConfig, parse_rpe_spec
-from irpe_ops.modules import IRPE, IRPECross
+from irpe_ops.modules import IRPE, IRPESum
 
 TABLE_KEY = re.compile(
     r"(?:module\.)?(?P<layer>.*)\.rpe_(?P<role>[qkv])(?:\.rp_(?P<part>rows|cols))?\.lookup_table_(?:weight|bias)"
@@ -136,9 +136,7 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
     handles = [
         module.register_forward_hook(keep(name, module.role))
         for name, module in model.named_modules()
-        if isinstance(module, (IRPE, IRPECross))
-        and not module.on_values
-        and not name.endswith((".rp_rows", ".rp_cols"))
+        if isinstance(module, (IRPE, IRPESum)) and not module.on_values and not name.endswith((".rp_rows", ".rp_cols"))
     ]
     training = model.training
     try:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
+from irpe_ops.attention import attention_weights
+from irpe_ops.attention_call import AttentionCall
 
 
 class MultiheadAttention(nn.Module):
@@ -75,14 +77,10 @@ class RPESelfAttention(MultiheadAttention):
 
     def weights(self, query_key: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
         """The attention weights ``(B, nhead, L, L)`` that ``forward`` uses and does not keep; for pictures."""
-        q, k, _ = self.project(query_key, query_key, query_key)
+        q, k, v = self.project(query_key, query_key, query_key)
         scale = q.shape[-1] ** -0.5
-        scores = q * scale @ k.transpose(2, 3)
-        if self.rpe_k is not None:
-            scores = scores + self.rpe_k(q * scale, height, width)
-        if self.rpe_q is not None:
-            scores = scores + self.rpe_q(k * scale, height, width).transpose(2, 3)
-        return scores.masked_fill(key_padding_mask[:, None, None], torch.finfo(scores.dtype).min).softmax(-1)
+        call = AttentionCall(q, k, v, self.rpe_q, self.rpe_k, None, height, width, key_padding_mask, scale=scale)
+        return attention_weights(call)
 
     def forward(self, query_key: Tensor, value: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
         """``(B, height * width, d_model)`` twice and ``(B, height * width)`` -> ``(B, height * width, d_model)``."""

@@ -9,6 +9,7 @@ from irpe_ops.rpe_index import extension_error, under_function_transform
 # Attention weights of up to so many bytes are kept for backward; more are computed again, which then is cheaper than
 # fresh memory: the C library returns larger blocks to the system, and each step would fault its pages in anew.
 KEPT_BYTES = 30 << 20
+MODES = ("ctx", "bias")  # the kernels have their own lookups, inside their tiles
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,6 +35,8 @@ def why_not(call: AttentionCall) -> str | None:
         return "it has no gradient for attn_mask; use backend='eager'"
     for rpe in call.encodings:
         for part in rpe.parts:
+            if part.mode not in MODES:
+                return f"it knows the modes {' and '.join(MODES)}, not {part.mode!r}; use backend='eager'"
             if part.table.dtype == torch.float64:
                 return "it computes in float32, and a table is float64; use backend='eager'"
     return None
@@ -65,5 +68,4 @@ def _table_and_maps(
     maps = [part.bucket_ids(length, height, width, device) for part in rpe.parts]
     if len(rpe.parts) == 1:
         return rpe.parts[0].table, maps
-    buckets_dim = 1 if rpe.on_values or rpe.parts[0].mode == "bias" else 2
-    return torch.cat([part.table for part in rpe.parts], buckets_dim), maps
+    return torch.cat([part.table for part in rpe.parts], -2 if rpe.on_values else -1), maps

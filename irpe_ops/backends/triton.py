@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
-from irpe_ops.buckets import count_buckets, offset_ids, piecewise_index
+from irpe_ops.buckets import count_buckets
+from irpe_ops.methods import bucket_map_named, offset_ids
 from irpe_ops.modules import autocast_dtype
 from irpe_ops.rpe_index import under_function_transform
 
@@ -106,11 +107,9 @@ def _map_of(rpe: Encoding) -> tuple[str, int]:
 
 def _lookup(x: Tensor, rpe: Encoding, scale: float) -> Tensor:
     """What every bucket would add to the scores of every token, ``(B, H, L, N)``; ``cross``: rows, then columns."""
-    tables = torch.cat([part.table for part in rpe.parts], -1)
-    if rpe.parts[0].mode == "bias":
-        return tables[None, :, None, :].expand(*x.shape[:3], -1)
-    tables = (tables * scale).to(x.dtype)  # (H or 1, D, N)
-    return x @ (tables[0] if tables.shape[0] == 1 else tables)
+    lookups = [part.lookup(x, scale, x.dtype) for part in rpe.parts]
+    found = lookups[0] if len(lookups) == 1 else torch.cat(lookups, -1)
+    return found.expand(*x.shape[:3], -1)
 
 
 @torch.library.custom_op("irpe_triton::fused_attention", mutates_args=())
@@ -239,15 +238,12 @@ def _offset_table(name: str, height: int, width: int, skip: int, device: torch.d
     the largest one are for pairs with a leading token.
     """
     methods, ratio = name.split(":")[0].split(","), float(name.split(":")[1])
-    beta = int(2 * ratio)
-    bucket_of = functools.partial(piecewise_index, alpha=ratio, beta=2 * ratio, gamma=8 * ratio)
     # One row of offsets after the other. Between two rows `positions` jumps by their length, so none is left out.
-    drow, dcol = torch.arange(1 - height, height)[:, None], torch.arange(1 - width, width)[None, :]
     leading = 2 * ((height - 1) * (2 * width - 1) + width - 1) + 2
     table = []
     for method in methods:
-        ids = offset_ids(method, drow, dcol, beta, bucket_of).expand(2 * height - 1, 2 * width - 1)
-        table.append(F.pad(ids.flatten(), (0, leading), value=count_buckets(method, beta, skip=0)))
+        ids = offset_ids(bucket_map_named(method), ratio, height, width, f"method {method!r}")
+        table.append(F.pad(ids.flatten(), (0, leading), value=count_buckets(method, 2 * ratio, skip=0)))
     return torch.stack(table).to(torch.uint8).to(device)
 
 

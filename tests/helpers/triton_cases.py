@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from irpe_ops import attention as attention_module
-from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
+from irpe_ops import build_rpe, methods, modes, parse_rpe_spec, rpe_attention
 from irpe_ops.backends import triton as triton_backend
 from tests import oracles
 
@@ -60,6 +60,18 @@ def assert_right(packed, encodings, options):
 def test_forward_and_all_gradients(number):
     grid, skip = (((2, 3), 1), ((1, 5), 2), ((3, 2), 0))[number % 3]
     assert_right(*example(SPECS[number], grid, skip, batch=1))
+
+
+def test_a_registered_method():
+    methods.METHODS["reach"] = methods.BucketMap(
+        lambda drow, dcol, index, beta: index(torch.maximum(drow.abs(), dcol.abs())), lambda beta: beta + 1
+    )
+    assert_right(*example("rpe-1.0-reach-ctx-1-qkv", (2, 3), 1, batch=1))
+
+
+def test_a_registered_mode():
+    modes.MODES["half"] = modes.MODES["ctx"]._replace(lookup=lambda x, table: x @ table / 2)
+    assert_right(*example("rpe-1.0-product-half-1-qk", (2, 3), 1, batch=1))
 
 
 def test_several_tiles():

@@ -173,7 +173,7 @@ def test_a_map_made_for_fake_tensors_is_not_kept():
     [
         (("cross", 2, 2, 0, 1, 2, 8), "ask for cross_rows and cross_cols"),
         (("CROSS", 2, 2, 0, 1, 2, 8), "ask for cross_rows and cross_cols"),
-        (("rows", 2, 2, 0, 1, 2, 8), "unknown method 'rows'; expected one of euc, quant, product, cross_rows"),
+        (("rows", 2, 2, 0, 1, 2, 8), "unknown method 'rows'; expected one of euc, quant, cross_rows"),
         ((None, 2, 2, 0, 1, 2, 8), "unknown method None"),
         (("euc", 0, 2, 0, 1, 2, 8), "height must be an integer of at least 1, not 0"),
         (("euc", 2, 2.0, 0, 1, 2, 8), "width must be an integer of at least 1, not 2.0"),

@@ -31,6 +31,7 @@ def test_any_case_and_the_long_name_of_ctx():
     assert get_rpe_config(mode="BIAS").mode == "bias"
     assert get_rpe_config(mode="Contextual").mode == "ctx"
     assert get_rpe_config(method="EUC").method == "euc"
+    assert get_rpe_config(rpe_on="VKq").rpe_on == "qkv" and parse_rpe_spec("rpe-1-euc-ctx-1-kq").rpe_on == "qk"
 
 
 def test_config_is_frozen_and_hashable():
@@ -46,7 +47,7 @@ def test_config_is_frozen_and_hashable():
         ("rpe-2.0-prodct-ctx-1-k", "unknown method 'prodct'; expected one of euc, quant, cross, product"),
         ("rpe-2.0-product-context-1-k", "unknown mode 'context'; expected one of ctx, bias (or contextual)"),
         ("rpe-2.0-product-ctx-1-x", "unknown rpe_on 'x'; expected one of q, k, v, qk, qv, kv, qkv"),
-        ("rpe-2.0-product-ctx-1-kq", "unknown rpe_on 'kq'"),
+        ("rpe-2.0-product-ctx-1-kk", "unknown rpe_on 'kk'"),
         ("rpe-2.0-product-ctx-1-", "unknown rpe_on ''"),
         ("rpe-2.0-product-ctx-2-k", "shared_head is 0 or 1, not '2'"),
         ("rpe-two-product-ctx-1-k", "ratio is a positive number, not 'two'"),

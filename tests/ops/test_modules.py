@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from irpe_ops import build_rpe, get_rpe_config, parse_rpe_spec
-from irpe_ops.modules import IRPE, IRPECross
+from irpe_ops.modules import IRPE, IRPESum
 from tests import oracles
 
 METHODS, GRIDS = ("euc", "quant", "cross", "product"), [(2, 3, 0), (3, 2, 1), (1, 4, 2), (4, 1, 0)]
@@ -91,7 +91,7 @@ def test_attributes_that_others_read():
     assert [getattr(rpe_k, name) for name in names] == ["quant", "bias", False, 1, 2.0, 8, 4, 10, False]
     assert rpe_k.parts == (rpe_k,) and rpe_k.table is rpe_k.lookup_table_bias
     cross = build_rpe(get_rpe_config(method="cross"), 8, 4)[1]
-    assert isinstance(cross, IRPECross) and [part.method for part in cross.parts] == ["cross_rows", "cross_cols"]
+    assert isinstance(cross, IRPESum) and [part.method for part in cross.parts] == ["cross_rows", "cross_cols"]
     assert "product, ctx, ratio=1.9, buckets=49, heads=shared, skip=0" in repr(build_rpe(get_rpe_config(), 8, 4)[1])
 
 

@@ -1,0 +1,198 @@
+"""The piecewise index and the methods made of it: a method is one row of `METHODS`, yours included."""
+
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def piecewise_index(distance: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """Bucket a signed distance: exact up to ``alpha``, then logarithmic, then clipped at ``beta``.
+
+    Args:
+        distance: any shape, in patches (squared patches for ``quant``).
+        alpha, beta, gamma: where the exact part ends, the largest bucket, where it is reached; in patches.
+    Returns: int64, the shape of ``distance``, in ``[-int(beta), int(beta)]``.
+    Raises: ValueError: unless ``0 < alpha < beta < gamma``.
+    Source: Wu et al., ICCV 2021, Eq. (18).
+    """
+    check_coefficients(alpha, beta, gamma)
+    size = distance.abs().float()
+    # float32 and this order of operations decide exact ties (ratio 1.5 at distance 6), so they are part of the format.
+    far = alpha + torch.log(size / alpha) / math.log(gamma / alpha) * (beta - alpha)
+    # Clipped after rounding, at a bound that is no integer: ratio 1.9 clips 4 to 3.8, which truncates to bucket 3.
+    far = far.round().clamp(max=beta)
+    return (torch.where(size <= alpha, size.round(), far) * distance.sign()).long()
+
+
+def check_coefficients(alpha: float, beta: float, gamma: float) -> None:
+    """Raises: ValueError: unless ``0 < alpha < beta < gamma``."""
+    if not 0 < alpha < beta < gamma:
+        raise ValueError(
+            f"piecewise index: expected 0 < alpha < beta < gamma, got alpha={alpha}, beta={beta}, gamma={gamma}; "
+            "iRPE uses ratio * (1, 2, 8)"
+        )
+
+
+class BucketMap(NamedTuple):
+    """One map from the offset of two tokens to a bucket; its encoding has one table.
+
+    Attributes:
+        ids: ``(drow, dcol, index, beta) -> ids``. ``drow`` and ``dcol`` are int64, query minus key, in patches, and
+            broadcast against each other. ``index`` is `piecewise_index` for the encoding's ratio, from int64 distances
+            to int64 in ``[-beta, beta]``. Ids are int64 in ``[0, num_buckets(beta))``.
+        num_buckets: ``beta -> N``, leading tokens not counted; ``beta`` is ``int(2 * ratio)``.
+    """
+
+    ids: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], Tensor]
+    num_buckets: Callable[[int], int]
+
+
+def one_signed_axis(beta: int) -> int:
+    """The buckets of a signed distance."""
+    return 2 * beta + 1
+
+
+def _euclidean(drow, dcol, index, beta):
+    # No integer has a root ending in a half, so rounding is never in doubt.
+    return index((drow**2 + dcol**2).float().sqrt().round().long()) + beta
+
+
+def _squared(drow, dcol, index, beta):
+    return index(drow**2 + dcol**2) + beta
+
+
+def _rows(drow, dcol, index, beta):
+    return index(drow) + beta
+
+
+def _columns(drow, dcol, index, beta):
+    return index(dcol) + beta
+
+
+def _rows_by_columns(drow, dcol, index, beta):
+    return (index(drow) + beta) * (2 * beta + 1) + index(dcol) + beta
+
+
+# A method of several maps is the sum of as many encodings. Map "part" of method "name" is called "name_part".
+METHODS: dict[str, BucketMap | dict[str, BucketMap]] = {
+    "euc": BucketMap(_euclidean, one_signed_axis),
+    "quant": BucketMap(_squared, one_signed_axis),
+    "cross": {"rows": BucketMap(_rows, one_signed_axis), "cols": BucketMap(_columns, one_signed_axis)},
+    "product": BucketMap(_rows_by_columns, lambda beta: (2 * beta + 1) ** 2),
+}
+_PUBLISHED = tuple(METHODS)
+
+
+def register_bucket_method(
+    name: str,
+    ids: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], Tensor],
+    num_buckets: Callable[[int], int] = one_signed_axis,
+) -> None:
+    """Make ``name`` a method in spec strings, flags and grids.
+
+    Args:
+        name: lower-case letters, digits and underscores.
+        ids, num_buckets: see `BucketMap`. ``ids`` may use tensor operations only, so that it can be compiled.
+    Raises: ValueError: for a name that is malformed or taken, or ids that are not int64 in ``[0, num_buckets(beta))``.
+
+    A program that is not yours (``python -m deit_irpe``) imports the modules named in the environment variable
+    ``IRPE_PLUGINS`` (separated by commas) when it meets a method that it does not know.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"register_bucket_method: a name has a-z, 0-9 and _, and starts with a letter; got {name!r}")
+    taken = METHODS.get(name)
+    if name in _PUBLISHED or name in _map_names() and taken is None:
+        raise ValueError(f"register_bucket_method: {name!r} is a method of iRPE; choose another name")
+    if taken is not None and _origin(taken.ids) != _origin(ids):  # the same place again: a notebook's cell, run twice
+        raise ValueError(f"register_bucket_method: {name!r} is registered already, by {'.'.join(_origin(taken.ids))}")
+    row = BucketMap(ids, num_buckets)
+    for ratio in (0.5, 1.9, 20.0):
+        offset_ids(row, ratio, 4, 5, f"register_bucket_method: {name!r}")
+    METHODS[name] = row
+    from irpe_ops.buckets import forget_maps
+
+    forget_maps()
+
+
+def _origin(function: Callable) -> tuple[str, str]:
+    return getattr(function, "__module__", "") or "", getattr(function, "__qualname__", repr(function))
+
+
+def find_method(name: object) -> str:
+    """``name`` in lower case. Raises: ValueError: no such method, even after importing ``IRPE_PLUGINS``."""
+    method = name.lower() if isinstance(name, str) else name
+    if method not in METHODS:
+        _import_plugins()
+    if method not in METHODS:
+        raise ValueError(
+            f"unknown method {name!r}; expected one of {', '.join(METHODS)} "
+            "(or your own: IRPE_PLUGINS names the module that registers it)"
+        )
+    return method
+
+
+def maps_of(method: str) -> dict[str, BucketMap]:
+    """The maps of a known method by their names: one, or one for each part."""
+    row = METHODS[method]
+    return {method: row} if isinstance(row, BucketMap) else {f"{method}_{part}": one for part, one in row.items()}
+
+
+def find_map(name: object) -> str:
+    """``name`` in lower case. Raises: ValueError: unless it names one map."""
+    wanted = name.lower() if isinstance(name, str) else name
+    if wanted not in _map_names() and wanted not in METHODS:
+        _import_plugins()
+    if wanted in _map_names():
+        return wanted
+    if wanted in METHODS:
+        maps = " and ".join(maps_of(wanted))
+        raise ValueError(f"method {wanted!r} is {len(METHODS[wanted])} maps, each with its own table: ask for {maps}")
+    raise ValueError(f"unknown method {name!r}; expected one of {', '.join(_map_names())}")
+
+
+def bucket_map_named(name: str) -> BucketMap:
+    """The map that `find_map` has found."""
+    row = METHODS.get(name)
+    if isinstance(row, BucketMap):
+        return row
+    method, _, part = name.rpartition("_")
+    return METHODS[method][part]
+
+
+def _map_names() -> list[str]:
+    return [name for method in METHODS for name in maps_of(method)]
+
+
+def _import_plugins() -> None:
+    for module in filter(None, (part.strip() for part in os.environ.get("IRPE_PLUGINS", "").split(","))):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"IRPE_PLUGINS={module}: {error}; is its folder on PYTHONPATH?") from error
+
+
+def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str) -> Tensor:
+    """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)`` int64 on the CPU, the smallest one first.
+
+    Raises: ValueError: naming ``name``, for ids that are no int64 or no bucket.
+    """
+    beta = int(2 * ratio)
+    index = partial(piecewise_index, alpha=ratio, beta=2 * ratio, gamma=8 * ratio)
+    drow = torch.arange(1 - height, height, device="cpu")[:, None]
+    dcol = torch.arange(1 - width, width, device="cpu")[None, :]
+    ids, count = row.ids(drow, dcol, index, beta), row.num_buckets(beta)
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise ValueError(f"{name}: ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+    ids = ids.expand(2 * height - 1, 2 * width - 1)
+    if type(ids) is Tensor and not (int(ids.min()) >= 0 and int(ids.max()) < count):  # a fake tensor has no values
+        raise ValueError(
+            f"{name}: ids must lie in [0, {count}) for beta={beta}, got {int(ids.min())} to {int(ids.max())}"
+        )
+    return ids

@@ -1,0 +1,159 @@
+"""A method of the user's own: registered once, then good everywhere a published one is."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, register_bucket_method, rpe_attention
+from irpe_ops.attention import missing_backend
+from irpe_ops.methods import METHODS, maps_of
+
+PLUGIN = """
+import torch
+from irpe_ops import register_bucket_method
+
+def ring(drow, dcol, index, beta):
+    return index(torch.maximum(drow.abs(), dcol.abs()))
+
+register_bucket_method("ring", ring, lambda beta: beta + 1)
+"""
+
+
+def ring(drow, dcol, index, beta):
+    return index(torch.maximum(drow.abs(), dcol.abs()))
+
+
+def above(drow, dcol, index, beta):
+    return (drow > 0).long()  # says nothing about columns: to be broadcast
+
+
+@pytest.fixture
+def registered():
+    before = dict(METHODS)
+    register_bucket_method("ring", ring, lambda beta: beta + 1)
+    register_bucket_method("above", above, lambda beta: 2)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.mark.usefixtures("registered")
+def test_ids_of_a_method_of_ones_own():
+    ids, num_buckets = get_bucket_ids_2d("Ring", 2, 3, 1, 2.0, 4.0, 16.0)
+    assert num_buckets == 6  # 0 to 4, and the leading token
+    assert ids[1].tolist() == [5, 0, 1, 2, 1, 1, 2] and (ids[0] == 5).all()
+    ids, num_buckets = get_bucket_ids_2d("above", 2, 2, 0, 2.0, 4.0, 16.0)
+    assert num_buckets == 2 and ids.tolist() == [[0, 0, 0, 0]] * 2 + [[1, 1, 0, 0]] * 2
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("spec", ["rpe-1.9-ring-ctx-1-qkv", "rpe-2.0-above-bias-0-qk"])
+@pytest.mark.parametrize("backend", ["eager", "compiled", "torch.compile"])
+def test_every_backend_takes_it(spec, backend):
+    if backend == "compiled" and missing_backend("compiled"):
+        pytest.skip(missing_backend("compiled"))
+    config = parse_rpe_spec(spec, skip=1)
+    assert config.spec.split("-")[2] == config.method
+    encodings = build_rpe(config, 8, 2)
+    torch.manual_seed(0)
+    for rpe in filter(None, encodings):
+        nn.init.normal_(rpe.table)
+    q, k, v = torch.randn(3, 2, 2, 13, 8)
+    wanted = q * 8**-0.5 @ k.transpose(2, 3)
+    ids, _ = get_bucket_ids_2d(config.method, 3, 4, 1, config.ratio, 2 * config.ratio, 8 * config.ratio)
+    ids = ids.expand(2, 2, -1, -1)
+    for x, rpe in ((q, encodings[1]), (k, encodings[0])):
+        found = rpe.lookup(x * 8**-0.5).expand(2, 2, 13, -1).gather(-1, ids)
+        wanted = wanted + (found if rpe is encodings[1] else found.transpose(2, 3))
+    weights = wanted.softmax(-1)
+    wanted = weights @ v
+    if encodings[2] is not None:
+        wanted = wanted + torch.einsum("bhij,ijd->bhid", weights, encodings[2].table[0][ids[0, 0]])
+    function = torch.compile(rpe_attention, backend="eager", fullgraph=True) if "." in backend else rpe_attention
+    out = function(q, k, v, *encodings, height=3, width=4, backend="eager" if "." in backend else backend)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("registered")
+def test_it_can_be_exported():
+    _, rpe_k, _ = build_rpe(parse_rpe_spec("rpe-1.9-ring-ctx-1-k"), 8, 2)
+    nn.init.normal_(rpe_k.table)
+    x = torch.randn(1, 2, 12, 8)
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rpe = rpe_k
+
+        def forward(self, x):
+            return self.rpe(x, 3, 4)
+
+    torch.testing.assert_close(torch.export.export(Three(), (x,)).module()(x), rpe_k(x, 3, 4))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_cell_run_twice_replaces_and_another_function_does_not():
+    before, _ = get_bucket_ids_2d("above", 3, 1, 0, 1, 2, 8)
+    _, rpe_k, _ = build_rpe(parse_rpe_spec("rpe-1-above-bias-1-k"), 8, 1)
+    assert torch.equal(rpe_k.bucket_ids(3, 3, 1, torch.device("cpu")).long(), before)
+
+    def again(drow, dcol, index, beta):
+        return (drow < 0).long()
+
+    again.__qualname__ = "above"
+    register_bucket_method("above", again, lambda beta: 2)
+    assert torch.equal(rpe_k.bucket_ids(3, 3, 1, torch.device("cpu")).long(), before.T)
+    with pytest.raises(ValueError, match="'above' is registered already, by .*test_methods.above"):
+        register_bucket_method("above", ring)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("product", ring), "'product' is a method of iRPE"),
+        (("cross_rows", ring), "'cross_rows' is a method of iRPE"),
+        (("my-ring", ring), "a name has a-z, 0-9 and _, and starts with a letter; got 'my-ring'"),
+        ((None, ring), "got None"),
+        (
+            ("floats", lambda drow, dcol, index, beta: drow.float()),
+            "'floats': ids must be an int64 tensor, got torch.f",
+        ),
+        (("none", lambda drow, dcol, index, beta: None), "'none': ids must be an int64 tensor, got NoneType"),
+        (("signed", lambda drow, dcol, index, beta: index(drow)), "[0, 3) for beta=1, got -1 to 1"),
+        (("few", ring, lambda beta: 1), "'few': ids must lie in [0, 1) for beta=1, got 0 to 1"),
+    ],
+)
+def test_what_cannot_be_a_method(arguments, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        register_bucket_method(*arguments)
+    assert arguments[0] not in METHODS or arguments[0] == "product"
+
+
+def test_the_parts_of_cross_are_named_after_it():
+    assert list(maps_of("cross")) == ["cross_rows", "cross_cols"]
+    assert list(maps_of("euc")) == ["euc"]
+
+
+def run(code, folder, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=os.environ | environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_program_imports_the_modules_that_the_environment_names(tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    code = "import irpe_ops; print(irpe_ops.parse_rpe_spec('rpe-1.9-ring-ctx-1-k').spec)"
+    assert run(code, tmp_path, IRPE_PLUGINS=" mine,").stdout.strip() == "rpe-1.9-ring-ctx-1-k"
+    alone = run(code, tmp_path, IRPE_PLUGINS="")
+    assert (
+        "unknown method 'ring'; expected one of euc, quant, cross, product (or your own: IRPE_PLUGINS" in alone.stderr
+    )
+    wrong = run(code, tmp_path, IRPE_PLUGINS="yours")
+    assert "IRPE_PLUGINS=yours: No module named 'yours'; is its folder on PYTHONPATH?" in wrong.stderr
