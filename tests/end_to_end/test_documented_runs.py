@@ -44,6 +44,7 @@ ELSEWHERE = {  # a command that is not run here, and who runs it
     r"scripts/quickstart\.sh": "sets up an environment: by hand, in a fresh clone",
     r"scripts/test\.sh": "is what runs this",
     r"python -m pytest": "runs these tests",
+    r"python -m tests\.evidence": "test_same_numbers.py does what it does",
     r"git clone|pip install": "CI, and test_packaging.py",
     r".*(slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_scripts.py imitate it",
     r".*timm/validate\.py": "timm's package does not have it: a stand-in in test_timm.py",
