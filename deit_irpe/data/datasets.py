@@ -7,8 +7,9 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import datasets
 
 from deit_irpe.data.hugging_face import HuggingFaceImages
-from deit_irpe.data.images import FolderImages, INatImages, TarImages
+from deit_irpe.data.images import FolderImages, INatImages
 from deit_irpe.data.shards import ShardImages
+from deit_irpe.data.tar_files import TarImages
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 

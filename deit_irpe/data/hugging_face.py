@@ -1,8 +1,9 @@
 """Folders that Hugging Face ``datasets`` loads, through timm's reader: ``--data-set HFDS``."""
 
+import contextlib
 from pathlib import Path
 
-from deit_irpe.data.images import LabelledImages
+from deit_irpe.data.images import MOST_CLASSES, LabelledImages
 
 SPLITS = {True: ("train",), False: ("validation", "val", "test")}  # the first that is there
 
@@ -10,7 +11,10 @@ SPLITS = {True: ("train",), False: ("validation", "val", "test")}  # the first t
 class HuggingFaceImages(LabelledImages):
     """One split of a local folder: Parquet files, or images with metadata; columns ``image`` and ``label``.
 
-    Raises: ImportError: ``datasets`` is not installed. ValueError: no such split, or other columns.
+    A label is a class number, or the name of a class; classes without numbers are in alphabetical order, as those of an
+    image folder.
+
+    Raises: ImportError: ``datasets`` is not installed. ValueError: no such split, other columns, or a wrong label.
     """
 
     def __init__(self, root: Path, train: bool, transform=None):
@@ -20,18 +24,20 @@ class HuggingFaceImages(LabelledImages):
             raise ImportError("--data-set HFDS reads with Hugging Face datasets: pip install datasets") from error
         from timm.data.readers.reader_hfds import ReaderHfds
 
-        there = datasets.get_dataset_split_names(str(root))
-        self.split = next((name for name in SPLITS[train] if name in there), None)
+        with _explained(root):
+            there = datasets.get_dataset_split_names(str(root))
+        self.root, self.split = root, next((name for name in SPLITS[train] if name in there), None)
         if self.split is None:
             raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; there is {', '.join(there)}")
-        features = datasets.load_dataset(str(root), split=self.split).features
+        with _explained(root):
+            features = datasets.load_dataset(str(root), split=self.split).features
         if missing := {"image", "label"} - features.keys():
             raise ValueError(f"{root}: no column {' nor '.join(sorted(missing))}; there is {', '.join(features)}")
-        self.reader = ReaderHfds(str(root), split=self.split)
-        labels = self.reader.dataset.select_columns("label")[:]["label"]
-        classes = getattr(features["label"], "names", None) or [str(number) for number in range(max(labels) + 1)]
-        super().__init__(list(classes), [""] * len(labels), labels, transform)
-        self.root = root
+        with _explained(root):
+            self.reader = ReaderHfds(str(root), split=self.split)
+        labels = list(self.reader.dataset.select_columns("label")[:]["label"])
+        classes, labels = _numbered(labels, getattr(features["label"], "names", None), f"{root}: {self.split}")
+        super().__init__(classes, [""] * len(labels), labels, transform)
 
     def name(self, index: int) -> str:
         return f"{self.root}: {self.split}, image {index}"
@@ -40,3 +46,28 @@ class HuggingFaceImages(LabelledImages):
         file, _ = self.reader[index]
         with file:
             return file.read()
+
+
+@contextlib.contextmanager
+def _explained(root: Path):
+    try:
+        yield
+    except Exception as error:  # datasets and pyarrow have dozens, and most do not say which folder they mean
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{root}: Hugging Face datasets cannot load it ({type(error).__name__}: {reason})") from error
+
+
+def _numbered(labels: list, names: list[str] | None, where: str) -> tuple[list[str], list[int]]:
+    """The classes and the class numbers that the column ``label`` means."""
+    if not labels:
+        raise ValueError(f"{where}: no images")
+    if names is None and all(isinstance(label, str) for label in labels):
+        names = sorted(set(labels))
+        numbers = {name: number for number, name in enumerate(names)}
+        return names, [numbers[label] for label in labels]
+    most = len(names) if names else MOST_CLASSES
+    for number, label in enumerate(labels):
+        if type(label) is not int or not 0 <= label < most:
+            expected = f"0 to {most - 1}" if names else "0, 1, 2, ... or, for all images, the name of a class"
+            raise ValueError(f"{where}: image {number} has the label {label!r}; expected {expected}")
+    return list(names or map(str, range(max(labels) + 1))), labels

@@ -1,15 +1,18 @@
-"""Labelled images where they lie: in class folders, in a tar file, or listed by iNaturalist's annotations."""
+"""Labelled images where they lie: in class folders, or listed by iNaturalist's annotations."""
 
+import contextlib
 import json
 import os
-import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from irpe_train.pixels import decode_image
+from irpe_train.pixels import UnreadableImage, decode_image
+
+MOST_CLASSES = 100_000  # where they are numbers only; a larger number is a mistake, or an attack on the memory
 
 
 class LabelledImages(Dataset):
@@ -34,7 +37,11 @@ class LabelledImages(Dataset):
         return Path(self.name(index)).read_bytes()
 
     def __getitem__(self, index: int):
-        image = decode_image(self.read(index), self.name(index))
+        try:
+            data = self.read(index)
+        except Exception as error:
+            raise UnreadableImage(f"{self.name(index)}: cannot be read ({error})") from error
+        image = decode_image(data, self.name(index))
         try:
             return image if self.transform is None else self.transform(image), int(self.labels[index])
         except Exception as error:  # not the image's fault: it must not be skipped as an unreadable one
@@ -42,7 +49,11 @@ class LabelledImages(Dataset):
 
 
 class FolderImages(LabelledImages):
-    """``root/<class>/**/*.jpg``: one folder a class, numbered in alphabetical order."""
+    """``root/<class>/**/*.jpg``: one folder a class, numbered in alphabetical order. Links to folders are followed.
+
+    Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or what stands
+        where an image should be is none (a pipe, a link to nothing, a link back to a folder that was already read).
+    """
 
     def __init__(self, root: Path, transform=None):
         _need(
@@ -50,108 +61,107 @@ class FolderImages(LabelledImages):
             FileNotFoundError,
             f'{root}: no such folder. It should hold one folder for each class; see README, "Data"',
         )
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        folders, flat = _entries(root)
         _need(
-            classes,
+            folders,
             ValueError,
             f"{root}: no class folders in it. Images lie in one folder for each class "
-            f"({root}/<class>/x.jpg)" + ("; the images here lie flat" if _images_below(root) else ""),
+            f"({root}/<class>/x.jpg)" + ("; the images here lie flat" if flat else ""),
         )
         names, labels = [], []
-        for label, name in enumerate(classes):
-            files = _images_below(root / name)
+        for label, folder in enumerate(folders):
+            files = list(_images_below(folder, {_identity(root)}))
             _need(
                 files,
                 ValueError,
-                f"{root / name}: no images in this class folder (looked for "
+                f"{folder}: no images in this class folder (looked for "
                 f"{', '.join(IMG_EXTENSIONS)}); remove the folder or fill it",
             )
             names += files
             labels += [label] * len(files)
-        super().__init__(classes, names, labels, transform)
+        super().__init__([os.path.basename(folder) for folder in folders], names, labels, transform)
 
 
-def _images_below(folder: Path) -> list[str]:
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        found += [os.path.join(parent, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)]
-    return found
+def _images_below(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """The images in ``folder`` and the folders below it; ``seen`` are folders that must not come again."""
+    here = _identity(folder)
+    _need(here not in seen, ValueError, f"{folder}: a link to a folder that was already read; remove this link")
+    seen.add(here)
+    folders, images = _entries(folder)
+    yield from images
+    for below in folders:
+        yield from _images_below(below, seen)
 
 
-class TarImages(LabelledImages):
-    """An uncompressed tar file: ``<class>/x.jpg`` members, or (as ImageNet is handed out) one inner tar for each class.
-
-    Only offsets are kept, and bytes are read at their place: nothing is unpacked, and workers share one file safely.
-    Classes and images are in the order of ``FolderImages``, so a folder and its tar are the same data set.
-    """
-
-    def __init__(self, file: Path, transform=None):
-        _need(file.is_file(), FileNotFoundError, f"{file}: no such file (--load-tar reads train.tar and val.tar)")
-        try:
-            members = sorted(_tar_members(file))
-        except tarfile.TarError as error:
-            raise ValueError(f"{file}: not an uncompressed tar file ({error})") from error
-        _need(members, ValueError, f"{file}: no images in it (looked for {', '.join(IMG_EXTENSIONS)})")
-        flat = [name for label, name, _, _ in members if not label]
-        _need(not flat, ValueError, f"{file}: {', '.join(flat[:1])} lies in no class folder; expected <class>/x.jpg")
-        classes = sorted({label for label, *_ in members})
-        number = {label: index for index, label in enumerate(classes)}
-        super().__init__(
-            classes,
-            [f"{file}:{name}" for _, name, _, _ in members],
-            [number[label] for label, *_ in members],
-            transform,
-        )
-        self.file = file
-        self.places = np.array([place for *_, place, _ in members], dtype=np.int64)
-        self.sizes = np.array([size for *_, size in members], dtype=np.int64)
-
-    def read(self, index: int) -> bytes:
-        with open(self.file, "rb") as tar:
-            tar.seek(self.places[index])
-            return tar.read(self.sizes[index])
+def _entries(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The folders and the images in ``folder``, each in alphabetical order."""
+    folders, images = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                _need(entry.is_file(), ValueError, f"{entry.path}: neither a file nor a folder; remove it")
+                images.append(entry.path)
+            else:
+                _need(
+                    not entry.is_symlink() or os.path.exists(entry.path),
+                    ValueError,
+                    f"{entry.path}: a link to nothing; was it a folder of images?",
+                )
+    return sorted(folders), sorted(images)
 
 
-def _tar_members(file: Path):
-    """Yields (class, name, offset in the file, bytes) of every image."""
-    with tarfile.open(file, "r:") as tar:
-        for member in tar:
-            _need(
-                ".." not in Path(member.name).parts and not Path(member.name).is_absolute(),
-                ValueError,
-                f"{file}: refused: {member.name!r} points outside of the archive",
-            )
-            if not member.isreg() or member.issparse():
-                continue
-            if member.name.lower().endswith(".tar"):
-                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                    for image in inner:
-                        if image.isreg() and image.name.lower().endswith(IMG_EXTENSIONS):
-                            yield Path(member.name).stem, image.name, member.offset_data + image.offset_data, image.size
-            elif member.name.lower().endswith(IMG_EXTENSIONS):
-                yield Path(member.name).parent.name, member.name, member.offset_data, member.size
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 class INatImages(LabelledImages):
     """iNaturalist 2018 or 2019: labels of one taxonomic rank, numbered as they appear in the training annotations."""
 
     def __init__(self, root: Path, train: bool, year: int, category: str, transform=None):
-        ranks = _read_json(root / "categories.json")
+        ranks, trained = _read_json(root / "categories.json"), root / f"train{year}.json"
         numbers: dict[str, int] = {}
-        for annotation in _read_json(root / f"train{year}.json")["annotations"]:
-            numbers.setdefault(ranks[annotation["category_id"]][category], len(numbers))
-        names, labels = [], []
-        for image in _read_json(root / f"{'train' if train else 'val'}{year}.json")["images"]:
-            top, _, category_id, file = image["file_name"].split("/")  # train_val2018/Birds/1234/x.jpg
-            names.append(str(root / top / category_id / file))  # the published layout has no folder for Birds
-            labels.append(numbers[ranks[int(category_id)][category]])
+        for annotation in _listed(trained, "annotations"):
+            with _named(trained, annotation):
+                numbers.setdefault(ranks[_index(annotation["category_id"])][category], len(numbers))
+        names, labels, file = [], [], root / f"{'train' if train else 'val'}{year}.json"
+        for image in _listed(file, "images"):
+            with _named(file, image):
+                top, _, category_id, name = image["file_name"].split("/")  # train_val2018/Birds/1234/x.jpg
+                names.append(str(root / top / category_id / name))  # the published layout has no folder for Birds
+                labels.append(numbers[ranks[_index(category_id)][category]])
         super().__init__(list(numbers), names, labels, transform)
 
 
 def _read_json(file: Path):
     _need(file.is_file(), FileNotFoundError, f"{file}: no such file; the iNaturalist data sets bring it")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+
+
+def _listed(file: Path, key: str) -> list:
+    content = _read_json(file)
+    entries = content.get(key) if isinstance(content, dict) else None
+    _need(isinstance(entries, list) and entries, ValueError, f"{file}: no list {key!r}, or nothing in it")
+    return entries
+
+
+@contextlib.contextmanager
+def _named(file: Path, entry):
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {str(entry)[:200]}: not as iNaturalist has it ({error!r})") from error
+
+
+def _index(category_id: int | str) -> int:
+    number = int(category_id)
+    _need(number >= 0, IndexError, f"category {number}")  # a list would take -1 for its last
+    return number
 
 
 def _need(condition, error: type[Exception], message: str) -> None:

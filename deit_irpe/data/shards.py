@@ -1,16 +1,16 @@
 """WebDataset shards, read by index: ``--data-set WDS``."""
 
-import os
-import tarfile
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from deit_irpe.data.images import LabelledImages
+from deit_irpe.data.images import MOST_CLASSES, LabelledImages
+from deit_irpe.data.tar_files import tar_members
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions of the image of a sample, as WebDataset has them
-SPLITS = {True: "*train*.tar", False: "*val*.tar"}
+SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation")}  # words in the name of a shard
 
 
 class ShardImages(LabelledImages):
@@ -20,25 +20,32 @@ class ShardImages(LabelledImages):
     on with the very images that were next, which a stream of shards cannot do. The order is that of the shards' names.
 
     Args:
-        root: holds ``*train*.tar`` and ``*val*.tar``, and perhaps ``classes.txt``, the names of the classes in order.
-    Raises: FileNotFoundError, ValueError: no shards, or a sample in them that has no image or no class.
+        root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, ``train`` and ``val`` each a
+            word of its own, and perhaps ``classes.txt``, the names of the classes in order.
+    Raises: FileNotFoundError, ValueError: no shards, a damaged one, or a sample in them that has no image or no class.
     """
 
     def __init__(self, root: Path, train: bool, transform=None):
-        self.files = sorted(root.glob(SPLITS[train]))
+        self.files = [file for file in sorted(root.iterdir()) if _split_of(file) is train]
         if not self.files:
-            raise FileNotFoundError(f"{root}: no {SPLITS[train]} there (--data-set WDS reads uncompressed shards)")
+            word = SPLITS[train][0]
+            raise FileNotFoundError(
+                f"{root}: no *{word}*.tar there (--data-set WDS reads uncompressed shards, with {word} as a word of "
+                f"their names: imagenet-{word}-0000.tar)"
+            )
         samples = [(shard, *sample) for shard, file in enumerate(self.files) for sample in _samples(file)]
         if not samples:
-            raise ValueError(f"{root}: no samples in {SPLITS[train]} (looked for .cls with one of {', '.join(IMAGES)})")
+            raise ValueError(f"{root}: no samples in {self.files[0].name} and the like (looked for .cls and an image)")
         shards, names, places, sizes, labels = zip(*samples, strict=True)
-        listed = root / "classes.txt"
-        count = max(labels) + 1
-        classes = listed.read_text().splitlines() if listed.is_file() else [str(number) for number in range(count)]
-        if min(labels) < 0 or count > len(classes):
+        listed, count = root / "classes.txt", max(labels) + 1
+        classes = (
+            class_list(listed) if listed.is_file() else [str(number) for number in range(min(count, MOST_CLASSES))]
+        )
+        if count > len(classes):
             raise ValueError(
                 f"{root}: class numbers from {min(labels)} to {max(labels)}; expected 0 to "
-                f"{len(classes) - 1}" + (f", as {listed} lists" if listed.is_file() else "")
+                f"{len(classes) - 1}"
+                + (f", as {listed} lists" if listed.is_file() else "; or list them in classes.txt")
             )
         super().__init__(classes, list(names), list(labels), transform)
         self.shards, self.places, self.sizes = (np.array(values, dtype=np.int64) for values in (shards, places, sizes))
@@ -52,39 +59,74 @@ class ShardImages(LabelledImages):
             return tar.read(self.sizes[index])
 
 
+def class_list(file: Path) -> list[str]:
+    """The names of the classes, one a line, in order. Raises: ValueError: two are alike, or one is empty."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error})") from error
+    seen: set[str] = set()
+    for line, name in enumerate(names, 1):
+        if not name or name in seen:
+            raise ValueError(
+                f"{file}: line {line}: {f'{name!r} is there twice' if name else 'empty'}; one class a line"
+            )
+        seen.add(name)
+    return names
+
+
+def _split_of(file: Path) -> bool | None:
+    """True for a shard of training, False for one of validation, None for another file.
+
+    Raises: ValueError: the name says both, says it inside of a word (``retrieval``), or the shard is compressed.
+    """
+    name = file.name.lower()
+    if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or not file.is_file():
+        return None
+    words = set(re.split(r"[^a-z]+", name))
+    found = [train for train, of_split in SPLITS.items() if words & set(of_split)]
+    if len(found) > 1 or not found and ("train" in name or "val" in name) and "test" not in words:
+        raise ValueError(f"{file}: is it for training or for validation? Call it imagenet-train-0000.tar, or -val-")
+    if found and not name.endswith(".tar"):
+        raise ValueError(f"{file}: a compressed shard: unpack it to a plain .tar, which can be read at any place")
+    return found[0] if found else None
+
+
 def _samples(file: Path) -> Iterator[tuple[str, int, int, int]]:
     """Yields (name of the image, its offset, its bytes, class number) of each sample of a shard, in order."""
-    for key, members in _grouped(file):
-        images = [kind for kind in IMAGES if kind in members]
-        if len(images) != 1 or "cls" not in members:
-            raise ValueError(
-                f"{file}: sample {key!r} has {', '.join(members)}; expected cls and one of {', '.join(IMAGES)}"
-            )
-        image, (_, label) = members[images[0]][0], members["cls"]
-        if not label.isdigit():
-            raise ValueError(f"{file}: {key}.cls holds {label[:20]!r}; expected a class number")
-        yield image.name, image.offset_data, image.size, int(label)
+    with open(file, "rb") as shard:
+        for key, members in _grouped(file):
+            images = [kind for kind in IMAGES if kind in members]
+            if len(images) != 1 or "cls" not in members:
+                raise ValueError(
+                    f"{file}: sample {key!r} has {', '.join(members)}; expected cls and one of {', '.join(IMAGES)}"
+                )
+            place, size = members["cls"]
+            shard.seek(place)
+            label = shard.read(min(size, 20)).decode(errors="replace").strip()
+            if not (label.isascii() and label.isdigit()):
+                raise ValueError(f"{file}: {key}.cls holds {label!r}; expected a class number")
+            yield f"{key}.{images[0]}", *members[images[0]], int(label)
 
 
-def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[tarfile.TarInfo, str]]]]:
-    """Yields each key of a shard with {extension: (member, text of a .cls)}; members of a sample stand together."""
-    current: str = ""
-    members: dict[str, tuple[tarfile.TarInfo, str]] = {}
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                folder, base = os.path.split(member.name)
-                stem, _, extension = base.partition(".")
-                key, extension = os.path.join(folder, stem), extension.lower()
-                if key != current:
-                    if members:
-                        yield current, members
-                    current, members = key, {}
-                content = tar.extractfile(member) if extension == "cls" else None
-                members[extension] = member, content.read().decode(errors="replace").strip() if content else ""
-    except tarfile.TarError as error:
-        raise ValueError(f"{file}: not an uncompressed tar file ({error})") from error
+def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yields each key of a shard with {extension: (offset, bytes)}; members of a sample stand together.
+
+    As in WebDataset, the key ends at the first dot of the file name, and the folder belongs to it.
+    """
+    current, members = "", {}
+    for member in tar_members(file):
+        if not member.isreg():
+            continue
+        path = PurePosixPath(member.name)
+        stem, _, extension = path.name.partition(".")
+        key = str(path.with_name(stem)) if stem else str(path)
+        if key != current and members:
+            yield current, members
+            members = {}
+        current, extension = key, extension.lower()
+        if extension in members:
+            raise ValueError(f"{file}: sample {key!r} has two .{extension}; pack it again with one of each")
+        members[extension] = member.offset_data, member.size
     if members:
         yield current, members

@@ -14,6 +14,7 @@ from torchvision import transforms
 
 from deit_irpe import data
 from deit_irpe.data import images
+from deit_irpe.data.tar_files import TarImages
 from deit_irpe.data.transforms import _posterize
 from irpe_train.pixels import UnreadableImage
 from tests.helpers.tiny_images import write_images
@@ -39,7 +40,7 @@ def pack(folder, tar_file, nested=False):
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_tar_is_the_same_data_set_as_its_folder(colours, tmp_path, nested):
     folder = images.FolderImages(colours / "val")
-    tar = images.TarImages(pack(colours / "val", tmp_path / "val.tar", nested))
+    tar = TarImages(pack(colours / "val", tmp_path / "val.tar", nested))
     assert tar.classes == folder.classes == ["ant", "bee", "cat", "dog"]
     assert tar.labels.tolist() == folder.labels.tolist() and len(tar) == 22
     for index in (0, 7, 21):
@@ -91,7 +92,7 @@ def test_a_wrong_tar_is_named(tmp_path):
         data.build_dataset(tmp_path, False, load_tar=True)
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         tar.add(tmp_path / "x.png", "a/../../x.png")
-    with pytest.raises(ValueError, match="refused: 'a/../../x.png' points outside of the archive"):
+    with pytest.raises(ValueError, match="x.png. points outside of the archive"):
         data.build_dataset(tmp_path, False, load_tar=True)
     tarfile.open(tmp_path / "val.tar", "w").close()
     with pytest.raises(ValueError, match="no images in it"):

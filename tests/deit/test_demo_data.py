@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from deit_irpe.data import images
+from deit_irpe.data.tar_files import TarImages
 from tests.helpers.deit_runs import deit_ok
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_the_split_is_stratified_and_fixed(digits):
 
 def test_the_tar_files_hold_the_same_images(digits):
     for split in ("train", "val"):
-        folder, tar = images.FolderImages(digits / split), images.TarImages(digits / f"{split}.tar")
+        folder, tar = images.FolderImages(digits / split), TarImages(digits / f"{split}.tar")
         assert tar.classes == folder.classes and tar.labels.tolist() == folder.labels.tolist()
         assert all(tar.read(i) == folder.read(i) for i in range(len(folder)))
 

@@ -1,0 +1,149 @@
+"""Uncompressed tar files, read in place: every member is accounted for before the first one is used."""
+
+import contextlib
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from deit_irpe.data.images import LabelledImages
+
+BLOCK = 512  # bytes: a tar file is made of such blocks, and two of zeros are its end
+
+
+def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> Iterator[tarfile.TarInfo]:
+    """The plain files and folders of an uncompressed tar file, in order.
+
+    tarfile takes a damaged header, and a file that was cut between two members, for the end of the archive. Here the
+    end must be the end marker, with nothing but zeros behind it.
+
+    Args:
+        file: the tar file. inside: a tar that is a member of it, called ``name``.
+    Raises: ValueError: the archive is damaged, cut or compressed; a member is a link, a device or sparse; it points
+        outside of the archive; two members have one name. Archive and member are named.
+    """
+    where = f"{file}: {name}" if inside else str(file)
+    with (
+        _readable(where),
+        tarfile.open(file, "r:") if inside is None else tarfile.open(fileobj=inside, mode="r:") as tar,
+    ):
+        seen, last = set(), "at its start"
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # tarfile keeps them all
+            path = str(PurePosixPath(member.name))
+            if problem := _problem(member, path):
+                raise _Refused(f"{path!r} {problem}")
+            if path in seen:
+                raise _Refused(f"two members are called {path!r}; pack it again with one of each")
+            if member.isreg():
+                seen.add(path)
+            last = f"behind {path!r}"
+            yield member
+        tar.fileobj.seek(tar.offset)
+        if len(marker := tar.fileobj.read(BLOCK)) < BLOCK:
+            raise _Refused(f"it was cut {last}: the end marker of a tar file is missing; copy it again")
+        if any(marker):
+            raise _Refused(f"damaged {last}: neither the header of a member nor the end marker; copy it again")
+        while rest := tar.fileobj.read(2**20):
+            if any(rest):
+                raise _Refused(f"it goes on behind its end marker ({last}): pack everything in one archive")
+
+
+class _Refused(tarfile.TarError):
+    """What is wrong with an archive that tarfile would read."""
+
+
+@contextlib.contextmanager
+def _readable(where: str):
+    try:
+        yield
+    except _Refused as error:
+        raise ValueError(f"{where}: {error}") from error
+    except (tarfile.TarError, EOFError, OverflowError, RecursionError, UnicodeError) as error:
+        raise ValueError(f"{where}: not an uncompressed tar file, or damaged ({error})") from error
+
+
+def _problem(member: tarfile.TarInfo, path: str) -> str | None:
+    parts = PurePosixPath(path.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts:
+        return "points outside of the archive: refused"
+    if not (member.isreg() or member.isdir()) or member.issparse():
+        return "is a link, a device or sparse: pack plain files (GNU tar: -h --hard-dereference)"
+    return None
+
+
+class TarImages(LabelledImages):
+    """An uncompressed tar file: ``<class>/**/x.jpg``, or (as ImageNet is handed out) one inner tar for each class.
+
+    Only offsets are kept, and bytes are read at their place: nothing is unpacked, and workers share one file safely.
+    Classes and images are those of ``FolderImages`` in its order, so a folder and its tar are the same data set. A
+    single folder called like the tar (``train/`` in ``train.tar``) may lie around the classes.
+
+    Raises: FileNotFoundError; ValueError: see ``tar_members``; an image in no class folder, a class without images.
+    """
+
+    def __init__(self, file: Path, transform=None):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file (--load-tar reads train.tar and val.tar)")
+        images, folders = [], []
+        for path, place, size in _listing(file):
+            if size is None:
+                folders.append(path)
+            elif path[-1].lower().endswith(IMG_EXTENSIONS):
+                images.append((path, place, size))
+        if not images:
+            raise ValueError(f"{file}: no images in it (looked for {', '.join(IMG_EXTENSIONS)})")
+        below = [path[0] == file.stem and len(path) > 2 for path, *_ in images]
+        if any(below) and not all(below):
+            other = "/".join(images[below.index(False)][0])
+            raise ValueError(f"{file}: there are images below {file.stem}/ and {other}: which folders are the classes?")
+        cut = int(all(below))
+        if flat := next((path for path, *_ in images if len(path) < 2 + cut), None):
+            raise ValueError(f"{file}: {'/'.join(flat)} lies in no class folder; expected <class>/x.jpg")
+        by_class = defaultdict(list, {path[cut]: [] for path in folders if len(path) > cut})
+        for path, place, size in images:
+            by_class[path[cut]].append((path, place, size))
+        if empty := sorted(name for name, members in by_class.items() if not members):
+            raise ValueError(f"{file}: {empty[0]}: no images in this class folder; leave it out or fill it")
+        if len(by_class) == 1 and all(len(path) > 2 + cut for path, *_ in images):
+            (name,) = by_class
+            raise ValueError(f"{file}: everything lies below {name}/: is that the class? Pack <class>/x.jpg at the top")
+        classes = sorted(by_class)
+        members = [
+            (label, *one) for label, name in enumerate(classes) for one in sorted(by_class[name], key=_as_walked)
+        ]
+        labels, paths, places, sizes = zip(*members, strict=True)
+        super().__init__(classes, [f"{file}:{'/'.join(path)}" for path in paths], list(labels), transform)
+        self.file = file
+        self.places, self.sizes = np.array(places, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+    def read(self, index: int) -> bytes:
+        with open(self.file, "rb") as tar:
+            tar.seek(self.places[index])
+            return tar.read(self.sizes[index])
+
+
+def _listing(file: Path) -> Iterator[tuple[tuple[str, ...], int, int | None]]:
+    """Yields (path, offset in the file, bytes); no bytes for a folder. An inner tar is the folder of its name."""
+    for member in tar_members(file):
+        path = PurePosixPath(member.name).parts
+        if member.isdir():
+            yield path, 0, None
+        elif member.name.lower().endswith(".tar"):
+            yield (*path[:-1], path[-1][:-4]), 0, None
+            with tarfile.open(file, "r:") as outer:
+                for image in tar_members(file, outer.extractfile(member), member.name):
+                    inner = (*path[:-1], path[-1][:-4], *PurePosixPath(image.name).parts)
+                    yield inner, member.offset_data + image.offset_data, None if image.isdir() else image.size
+        else:
+            yield path, member.offset_data, member.size
+
+
+def _as_walked(member: tuple[tuple[str, ...], int, int]) -> tuple:
+    """Sorts paths as ``FolderImages`` lists them: in each folder first its files, then the folders in it."""
+    *folders, name = member[0]
+    return *((1, folder) for folder in folders), (0, name)
