@@ -24,6 +24,7 @@ except ImportError:  # Python 3.10; pytest brings this
     import tomli as tomllib
 
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md"), REPOSITORY / "examples" / "README.md"])
+RUN_BY_THEIR_OWN_TEST = ("equip", "extend")
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # These make or need an environment of their own; scripts/test.sh and the quickstart are what CI runs anyway.
 STARTED_BY_CI = {"scripts/quickstart.sh": ("classification", "detection", "all"), "scripts/test.sh": ("--all",)}
@@ -139,7 +140,11 @@ def check_pip(words: list[str]) -> None:
             assert (REPOSITORY / word / "pyproject.toml").is_file(), word
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.stem not in RUN_BY_THEIR_OWN_TEST],
+    ids=lambda page: str(page.relative_to(REPOSITORY)),
+)
 def test_every_documented_command_parses(page, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     generated = re.compile(r"--config (outputs|logs)/\S+")  # written by a run: its flags are tested where they are made
@@ -154,7 +159,7 @@ def test_every_documented_command_parses(page, monkeypatch):
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if python_blocks(page) and page.stem != "equip"],
+    [page for page in PAGES if python_blocks(page) and page.stem not in RUN_BY_THEIR_OWN_TEST],
     ids=lambda page: str(page.relative_to(REPOSITORY)),
 )
 def test_every_snippet_runs(page):
