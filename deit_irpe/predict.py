@@ -4,31 +4,29 @@
 
 The model is built from the flags kept in the checkpoint; ``--model`` and ``--rpe`` tell them where they are not. Writes
 ``DIR/<image>.png`` and ``DIR/predictions.json``; with ``--attention`` also where the chosen patches look
-(``<image>_attention.png``), what their encodings add to the scores (``<image>_encoding.png``), and, once, the learned
-tables (``tables.png``).
+(``<image>_attention.png``) and what their encodings add to the scores (``<image>_encoding.png``); with ``--tables``,
+which needs no image, and ``--attention`` the learned tables (``tables.png``).
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from deit_irpe.args import image_size
 from deit_irpe.data import build_transform
 from deit_irpe.load_model import load_model
-from deit_irpe.models import RPE_MODELS
-from irpe_ops import parse_rpe_spec
 from irpe_ops.attention import attention_weights
 from irpe_ops.attention_call import AttentionCall
-from irpe_ops.visualize import attention_bias, draw_maps, read_tables, table_maps
+from irpe_ops.modules import IRPE
+from irpe_ops.visualize import attention_bias, draw_maps, draw_tables, save
 from irpe_train.distributed import choose_device, set_up_logging
 from irpe_train.launch import launch
 from irpe_train.pixels import read_image
@@ -71,23 +69,11 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float], 
     figure.savefig(path, dpi=100)
 
 
-def draw_tables(model: nn.Module, spec: str, path: Path) -> None:
-    """Save the learned tables of all layers: the strength of each offset around a patch in the middle."""
-    config = replace(parse_rpe_spec(spec), skip=0)
-    height, width = (2 * side - 1 for side in model.patch_embed.grid_size)
-    middle = (height // 2, width // 2)
-    rows = {
-        f"{table.layer}.rpe_{table.role}" + (f".{table.part}" if table.part else ""): table_maps(
-            table, config, height, width, *middle
-        )
-        for table in read_tables(model.state_dict())
-    }
-    draw_maps(rows, path, mark=middle, title=f"{spec}: each offset, layer and head")
-
-
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     """The command line of the module's docstring."""
+    if not (args.images or args.tables):
+        raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
     device = choose_device(args.device)
     model, flags, classes = load_model(
@@ -96,12 +82,11 @@ def main(args: argparse.Namespace) -> None:
     model.to(device)
     transform = build_transform(False, image_size(flags.input_size))
     args.out.mkdir(parents=True, exist_ok=True)
-    spec = flags.rpe or RPE_MODELS.get(flags.model, (None, None))[1]
-    if args.attention is not None:
-        if not isinstance(model, VisionTransformer):
-            raise ValueError(f"--attention: {flags.model} has no attention between patches")
-        if spec not in (None, "none"):
-            draw_tables(model, spec, args.out / "tables.png")
+    encoded = any(isinstance(module, IRPE) for module in model.modules())
+    if args.attention is not None and not isinstance(model, VisionTransformer):
+        raise ValueError(f"--attention: {flags.model} has no attention between patches")
+    if args.tables or (encoded and args.attention is not None):
+        save(draw_tables(model, *model.patch_embed.grid_size), args.out / "tables.png")
     predictions = []
     for file in args.images:
         image = read_image(file)
@@ -120,13 +105,14 @@ def main(args: argparse.Namespace) -> None:
         )
         print(f"{file}: " + ", ".join(f"{one['class']} {one['probability']:.1%}" for one in predictions[-1]["top"]))
         if args.attention is not None:
-            draw_attention(model, pixels, args.attention, file.stem, args.out, encoded=spec not in (None, "none"))
-    (args.out / "predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
-    print(f"pictures and predictions.json are in {args.out}")
+            draw_attention(model, pixels, args.attention, file.stem, args.out)
+    if args.images:
+        (args.out / "predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
+    print(f"{'pictures and predictions.json are' if args.images else 'tables.png is'} in {args.out}")
 
 
 def draw_attention(
-    model: VisionTransformer, pixels: Tensor, points: Sequence[tuple[int, int]], name: str, out: Path, *, encoded: bool
+    model: VisionTransformer, pixels: Tensor, points: Sequence[tuple[int, int]], name: str, out: Path
 ) -> None:
     """Save where each of ``points`` (the middle, if none) looks, and what its encodings add to the scores."""
     height, width = model.patch_embed.grid_size
@@ -134,20 +120,13 @@ def draw_attention(
         if not (row < height and col < width):
             raise ValueError(f"--attention {row},{col}: outside the {height}x{width} patches (counted from 0,0)")
         at = f"{row}-{col}"
-        draw_maps(
-            {"last block": attention_maps(model, pixels, row, col).cpu()},
-            out / f"{name}_attention_{at}.png",
-            mark=(row, col),
-            title=f"{name}: where patch {row},{col} looks, by head",
-        )
-        if encoded and any(getattr(model.blocks[0].attn, role) is not None for role in ("rpe_q", "rpe_k")):
+        looks = {"last block": attention_maps(model, pixels, row, col)}
+        figure = draw_maps(looks, mark=(row, col), title=f"{name}: where patch {row},{col} looks, by head")
+        save(figure, out / f"{name}_attention_{at}.png")
+        if any(getattr(model.blocks[0].attn, role, None) is not None for role in ("rpe_q", "rpe_k")):
             added = attention_bias(model, pixels, height, width, row, col)
-            draw_maps(
-                {key: value.cpu() for key, value in added.items()},
-                out / f"{name}_encoding_{at}.png",
-                mark=(row, col),
-                title=f"{name}: added to the scores of patch {row},{col}, by layer and head",
-            )
+            title = f"{name}: added to the scores of patch {row},{col}, by layer and head"
+            save(draw_maps(added, mark=(row, col), signed=True, title=title), out / f"{name}_encoding_{at}.png")
 
 
 def _point(text: str) -> tuple[int, int]:
@@ -162,11 +141,12 @@ def get_parser() -> argparse.ArgumentParser:
         "deit_irpe.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMG")
+    add("images", nargs="*", type=Path, metavar="IMG")
     add("--resume", required=True, metavar="PATH|URL", help="checkpoint")
     add("--out", type=Path, default=Path("predictions"), metavar="DIR")
     add("--ema", action="store_true", help="its moving average")
     add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
+    add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
     add("--model", default=None, help="where the checkpoint does not say")
     add("--rpe", default=None, help="where the checkpoint does not say")
     add("--input-size", default=None, type=int, help="pixels, where the checkpoint does not say")

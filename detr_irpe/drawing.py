@@ -69,34 +69,6 @@ def side_by_side(*pictures: Image.Image) -> Image.Image:
     return row
 
 
-def draw_attention(
-    image: Image.Image, points: Sequence[tuple[float, float]], maps: Sequence[dict[str, Tensor]], title: str
-):
-    """A matplotlib figure: the image with the points, and beside it, for each point, its maps over the image.
-
-    Args:
-        points: ``(x, y)`` in pixels.
-        maps: for each point ``(h, w)`` maps by their titles, the same ones for all.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--attention draws with matplotlib: pip install matplotlib") from error
-    columns = 1 + len(maps[0])
-    figure = Figure(figsize=(3 * columns, 3 * len(points) * image.height / image.width + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    extent = (0, image.width, image.height, 0)
-    for line, (x, y), of_point in zip(figure.subplots(len(points), columns, squeeze=False), points, maps, strict=True):
-        for axis, (name, values) in zip(line, {f"{x:.0f}, {y:.0f}": None, **of_point}.items(), strict=True):
-            axis.imshow(image, extent=extent)
-            if values is not None:
-                axis.imshow(values.cpu().numpy(), extent=extent, alpha=0.75, cmap="inferno")
-            axis.plot(x, y, "o", color="cyan", markeredgecolor="black", markersize=5)
-            axis.set_title(name, fontsize=7)
-            axis.set_axis_off()
-    return figure
-
-
 def cell_of(point: tuple[float, float], size: tuple[int, int], height: int, width: int) -> int:
     """The token of a ``height x width`` map that covers a point of an image of ``size`` (width, height)."""
     x, y = point

@@ -4,8 +4,8 @@
 
 Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are ``[x0, y0, x1, y1]`` in pixels, categories have the ids
 and names of the data set the checkpoint was trained on. ``--annotations`` draws the ground truth beside the prediction.
-``--attention`` adds DIR/NAME_attention.png, where the last encoder layer looks from chosen points, and
-DIR/encodings.png, what the encodings learned for each offset.
+``--attention`` adds DIR/NAME_attention.png, where the last encoder layer looks from chosen points, and, as ``--tables``
+does without images, DIR/encodings.png, what the encodings learned for each offset.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from detr_irpe.boxes import xyxy_to_cxcywh
 from detr_irpe.data.transforms import prepare_image
-from detr_irpe.drawing import attention_maps, cell_of, draw_attention, draw_objects, side_by_side
+from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from detr_irpe.load_model import load_model
-from irpe_ops import parse_rpe_spec
-from irpe_ops.visualize import draw_maps, read_tables, table_maps
+from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.arguments import fraction
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.launch import launch
 
+REACH = 8  # rows and columns in the pictures of learned tables, the patch itself counted
 MOST_POINTS = 3  # of attention, where none are given: the centres of the best detections
 
 
@@ -64,6 +64,8 @@ class Detector:
 
 def main(args: argparse.Namespace) -> None:
     """Predict for every image of ``args.images``, one after the other."""
+    if not (args.images or args.tables):
+        raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
     _check_names(args.images)
     detector = Detector(args.resume, choose_device(args.device))
@@ -88,9 +90,9 @@ def main(args: argparse.Namespace) -> None:
             grid = last_layer.inputs[3:]
             maps = [attention_maps(last_layer.layer, last_layer.inputs, cell_of(p, image.size, *grid)) for p in points]
             title = f"{path.name}: the last encoder layer ({grid[0]} x {grid[1]}), looking from each point"
-            draw_attention(image, points, maps, title).savefig(args.out / f"{path.stem}_attention.png", dpi=110)
-    if args.attention and detector.flags.enc_rpe2d:
-        draw_encodings(detector, args.out / "encodings.png")
+            save(draw_over_image(image, points, maps, title), args.out / f"{path.stem}_attention.png")
+    if args.tables or (args.attention and detector.flags.enc_rpe2d):
+        save(draw_tables(detector.encoder, REACH, REACH), args.out / "encodings.png")
 
 
 class _Inputs:
@@ -168,16 +170,6 @@ def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
     return [tuple(point) for point in points] or [(image.width / 2, image.height / 2)]
 
 
-def draw_encodings(detector: Detector, path: Path, reach: int = 7) -> None:
-    """What each table holds for offsets of up to ``reach`` rows and columns, layer by layer."""
-    config, side = parse_rpe_spec(detector.flags.enc_rpe2d), 2 * reach + 1
-    maps = {}
-    for table in read_tables({name: value.cpu() for name, value in detector.encoder.state_dict().items()}):
-        part = f".{table.part}" if table.part else ""
-        maps[f"{table.layer}.rpe_{table.role}{part}"] = table_maps(table, config, side, side, reach, reach)
-    draw_maps(maps, path, mark=(reach, reach), title=f"{config.spec}\nof each offset")
-
-
 def _check_names(images: Sequence[Path]) -> None:
     stems = [path.stem for path in images]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
@@ -202,12 +194,13 @@ def get_predict_parser() -> argparse.ArgumentParser:
         description=__doc__,
     )
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMG", help="image files")
+    add("images", nargs="*", type=Path, metavar="IMG", help="image files")
     add("--resume", required=True, metavar="X.pth", help="checkpoint of a training run, or a published one")
     add("--out", required=True, type=Path, metavar="DIR", help="where pictures and JSON go")
     add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
     add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")
     add("--attention", action="store_true", help="also draw encoder attention and the learned encodings")
+    add("--tables", action="store_true", help="also draw the learned encodings (needs no image)")
     add(
         "--point",
         type=_point,

@@ -1,53 +1,30 @@
-"""See the encoding: bucket maps, learned tables, and the attention bias of one patch, as PNG.
+"""Draw encodings: buckets around a patch, learned tables, what a patch is given, and where it looks. Needs matplotlib.
 
-    python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --grid 14x14 --query 7,7       buckets around a patch
-    python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --checkpoint X.pth             the table of each layer and head
-    python -m irpe_ops.visualize rpe-1.9-product-bias-0-k --checkpoint X.pth --query 7,7    what each key is given
-    python -m irpe_ops.visualize --checkpoint X.pth --query 7,7 --image I.png --build deit_irpe.model_stats:build_model
+    python -m irpe_ops.visualize -o irpe.svg                                  the piecewise index, and all methods
+    python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --grid 14x14 --query 7,7 -o buckets.png
 
-A bias is the table itself. A contextual encoding is a product of the table with the patch's own vector: without an
-image its table is drawn as the length of each bucket's vector, and the last form runs the model that PACKAGE:FUNCTION
-makes of the checkpoint's flags (an argparse.Namespace). The figures of Wu et al., ICCV 2021 are such. Needs matplotlib.
+What a trained model has learned is drawn by ``python -m deit_irpe.predict`` and ``python -m detr_irpe.predict``
+(``--tables``, ``--attention``), which call the functions of this file. Each returns a matplotlib figure: save it as
+PNG, PDF or SVG, or let a notebook show it.
 """
 
 import argparse
-import importlib
-import pathlib
-import pickle
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from irpe_ops.buckets import count_buckets, get_bucket_ids_2d
+from irpe_ops.buckets import get_bucket_ids_2d
 from irpe_ops.config import RPEConfig, parse_rpe_spec
+from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
 from irpe_ops.modules import IRPE, IRPESum
 
-TABLE_KEY = re.compile(
-    r"(?:module\.)?(?P<layer>.*)\.rpe_(?P<role>[qkv])(?:\.rp_(?P<part>rows|cols))?\.lookup_table_(?:weight|bias)"
-)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One learned table: ``values`` is ``(H or 1, N)`` (bias), ``(H or 1, D, N)`` (q, k) or ``(H or 1, N, D)`` (v)."""
-
-    layer: str
-    role: str
-    part: str | None  # rows or cols, for cross
-    values: Tensor
-
-    @property
-    def strength(self) -> Tensor:
-        """``(H or 1, N)``: the bias itself, or the length of each bucket's vector."""
-        if self.values.dim() == 2:
-            return self.values
-        return self.values.norm(dim=2 if self.role == "v" else 1)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) -> dict[str, Tensor]:
@@ -58,58 +35,29 @@ def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) 
     """
     if not (0 <= row < height and 0 <= col < width):
         raise ValueError(f"query {row},{col}: outside the {height}x{width} grid (rows and columns count from 0)")
-    names = ("cross_rows", "cross_cols") if config.method == "cross" else (config.method,)
     maps = {}
-    for name in names:
+    for name in maps_of(config.method):
         ids, _ = get_bucket_ids_2d(name, height, width, 0, *(config.ratio * factor for factor in (1, 2, 8)))
         maps[name] = ids[row * width + col].view(height, width)
     return maps
 
 
-def read_checkpoint(path: str | Path) -> tuple[Mapping[str, Tensor], argparse.Namespace | None]:
-    """The weights of a checkpoint and the flags of the run, without executing anything the file contains.
+def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tensor]:
+    """What each table of a model holds for every offset on a grid: a bias itself, or the length of a bucket's vector.
 
-    Accepts ours, the published ones, and a bare state dict. Raises: ValueError: a file with other objects in it.
+    Returns: ``(H or 1, 2 height - 1, 2 width - 1)`` by module name, the query in the middle.
+    Raises: ValueError: the model has no encoding.
     """
-    paths = [(kind, f"pathlib.{kind.__name__}") for kind in (pathlib.PosixPath, pathlib.PurePosixPath)]
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath, *paths]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, ImportError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
-    weights = content.get("model", content)
-    return weights, content.get("args")
-
-
-def read_tables(weights: Mapping[str, Tensor]) -> list[Table]:
-    """All learned tables of a state dict, in its order. Raises: ValueError: there is none."""
-    tables = []
-    for key, value in weights.items():
-        if match := TABLE_KEY.fullmatch(key):
-            tables.append(Table(match["layer"], match["role"], match["part"], value.float()))
-    if not tables:
-        raise ValueError(
-            "no relative position encoding in these weights: "
-            "expected keys like 'blocks.0.attn.rpe_k.lookup_table_weight'"
-        )
-    return tables
-
-
-def table_maps(table: Table, config: RPEConfig, height: int, width: int, row: int, col: int) -> Tensor:
-    """What a table holds for each patch as the query at ``(row, col)`` sees it: ``(H or 1, height, width)``.
-
-    Raises: ValueError: for a table with another number of buckets than the config's method and ratio give.
-    """
-    maps = bucket_maps(config, height, width, row, col)
-    name = f"cross_{table.part}" if table.part else config.method
-    strength = table.strength
-    buckets, expected = strength.shape[1], count_buckets(name, 2 * config.ratio, 0)
-    if name not in maps or buckets not in (expected, expected + 1):
-        raise ValueError(
-            f"{table.layer}.rpe_{table.role}: a table of {buckets} buckets is not {config.spec} "
-            f"({expected}, or {expected + 1} with a class token)"
-        )
-    return strength[:, maps[name]]
+    maps = {}
+    for name, module in model.named_modules():
+        if isinstance(module, IRPE):
+            table = module.table.detach().float().cpu()
+            strength = table.norm(dim=2 if module.on_values else 1) if table.dim() == 3 else table  # (H or 1, N)
+            offsets = offset_ids(bucket_map_named(module.method), module.ratio, height, width, module.method)
+            maps[name] = strength[:, offsets.flip(0, 1)]  # an offset is query minus key; the picture shows keys
+    if not maps:
+        raise ValueError("this model has no relative position encoding")
+    return maps
 
 
 def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, row: int, col: int) -> dict[str, Tensor]:
@@ -133,10 +81,11 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
 
         return hook
 
+    wholes = {part for module in model.modules() if isinstance(module, IRPESum) for part in module.parts}
     handles = [
         module.register_forward_hook(keep(name, module.role))
         for name, module in model.named_modules()
-        if isinstance(module, (IRPE, IRPESum)) and not module.on_values and not name.endswith((".rp_rows", ".rp_cols"))
+        if isinstance(module, (IRPE, IRPESum)) and not module.on_values and module not in wholes
     ]
     training = model.training
     try:
@@ -171,51 +120,148 @@ def _eager(model: nn.Module):
 
 def draw_maps(
     rows: Mapping[str, Tensor],
-    path: str | Path,
     *,
     title: str,
     mark: tuple[int, int] | None = None,
+    signed: bool = False,
     numbers: bool = False,
-) -> None:
-    """Save a picture of maps: one row a name, with one scale of colours, and one column a head.
+) -> "Figure":
+    """A picture of maps: one row a name, with one scale of colours, and one column a head.
 
     Args:
-        rows: ``(heads, height, width)`` by name. mark: (row, col) of the query, outlined in every map.
-        numbers: write each value into its cell (bucket ids) where there is room.
+        rows: ``(heads, height, width)`` by name.
+        mark: (row, col) of the query, outlined in every map.
+        signed: values may be below zero: zero is white, blue is below and red above. Else zero is the darkest colour.
+        numbers: these are bucket ids, not heads: write each into its cell where there is room.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError as error:
-        raise ImportError("irpe_ops.visualize draws with matplotlib: pip install matplotlib") from error
     columns = max(values.shape[0] for values in rows.values())
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
-    figure = Figure(figsize=(max(cell * columns + 1.2, 5), cell * len(rows) + 0.6), layout="constrained")
+    figure = _figure(max(cell * columns + 1.2, 5), cell * len(rows) + 0.6)
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
+        values = values.detach().float().cpu()
+        most = float(values.abs().max()) or 1.0  # a table of zeros has the colour that zero has elsewhere
+        scale = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}
         for head, axis in enumerate(line):
-            axis.set_xticks([])
-            axis.set_yticks([])
             if head >= values.shape[0]:
                 axis.axis("off")
                 continue
-            image = axis.imshow(values[head].numpy(), cmap="viridis", vmin=values.min(), vmax=values.max())
+            image = axis.imshow(values[head].numpy(), vmax=most, **scale)
+            _frame(axis, mark)
             if head == 0:
                 axis.set_ylabel(name.replace(".", "\n"), fontsize=6)
-            if mark:
-                axis.add_patch(Rectangle((mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor="red"))
-            if numbers and max(values.shape[1:]) <= 20:
-                for (i, j), value in _cells(values[head]):
-                    colour = "black" if image.norm(value) > 0.6 else "white"
-                    axis.text(j, i, f"{value:g}", ha="center", va="center", fontsize=6, color=colour)
+            if not numbers:
+                axis.set_title(f"head {head}" if values.shape[0] > 1 else "all heads", fontsize=6)
+            elif max(values.shape[1:]) <= 20:
+                _write_numbers(axis, values[head], lambda value, image=image: image.norm(value) > 0.6)
         figure.colorbar(image, ax=line.tolist(), shrink=0.8).ax.tick_params(labelsize=5)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def _cells(values: Tensor):
-    return (((i, j), values[i, j].item()) for i in range(values.shape[0]) for j in range(values.shape[1]))
+def draw_tables(model: nn.Module, height: int, width: int) -> "Figure":
+    """A picture of `learned_tables`, one row a table and one column a head.
+
+    Raises: ValueError: the model has no encoding.
+    """
+    tables = learned_tables(model, height, width)
+    signed = not next(module for module in model.modules() if isinstance(module, IRPE)).uses_tokens
+    what = "bias" if signed else "length of the table's vector"
+    title = f"{what}, for each offset from the patch in the middle"
+    return draw_maps(tables, mark=(height - 1, width - 1), signed=signed, title=title)
+
+
+def draw_over_image(
+    image: Any, points: Sequence[tuple[float, float]], maps: Sequence[Mapping[str, Tensor]], title: str
+):
+    """A picture of an image with points, and beside it, for each point, its maps over the image.
+
+    Args:
+        image: a PIL image. points: ``(x, y)`` in its pixels.
+        maps: for each point ``(height, width)`` maps by their titles, the same ones for all.
+    """
+    columns = 1 + len(maps[0])
+    figure = _figure(3 * columns, 3 * len(points) * image.height / image.width + 0.5)
+    figure.suptitle(title, fontsize=9)
+    extent = (0, image.width, image.height, 0)
+    for line, (x, y), of_point in zip(figure.subplots(len(points), columns, squeeze=False), points, maps, strict=True):
+        most = max(float(values.max()) for values in of_point.values()) or 1.0
+        for axis, (name, values) in zip(line, {f"{x:.0f}, {y:.0f}": None, **of_point}.items(), strict=True):
+            axis.imshow(image, extent=extent)
+            if values is not None:
+                values = values.detach().float().cpu().numpy()
+                axis.imshow(values, extent=extent, alpha=0.75, cmap="inferno", vmin=0.0, vmax=most)
+            axis.plot(x, y, "o", color="cyan", markeredgecolor="black", markersize=5)
+            axis.set_title(name, fontsize=7)
+            axis.set_axis_off()
+    return figure
+
+
+def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
+    """The picture of iRPE: the piecewise index g(x), and the buckets of every published method around a patch."""
+    figure = _figure(9.6, 6.2)
+    curve, *axes = figure.subplots(2, 3).flatten()
+    distances = torch.arange(-20, 21)
+    curve.axhline(0, color="0.85", linewidth=0.8)
+    curve.plot(distances, distances, color="0.75", linestyle=":", label="no bucket shared")
+    for each, colour in ((ratio, "#0072b2"), (2 * ratio, "#d55e00")):
+        index = piecewise_index(distances, each, 2 * each, 8 * each)
+        curve.plot(distances, index, drawstyle="steps-mid", color=colour, label=f"ratio {each:g}")
+    curve.set(xlim=(-20, 20), ylim=(-9, 9), xlabel="offset x, in patches", ylabel="bucket g(x)")
+    curve.set_title("piecewise index: exact near, coarse far", fontsize=10)
+    curve.legend(fontsize=7, loc="upper left", frameon=False)
+    side = 2 * reach + 1
+    names = [name for method in ("product", "euc", "quant", "cross") for name in maps_of(method)]
+    for axis, name in zip(axes, names, strict=True):
+        ids, _ = get_bucket_ids_2d(name, side, side, 0, ratio, 2 * ratio, 8 * ratio)
+        ids = ids[side * side // 2].view(side, side)
+        values = ids.unique(return_inverse=True)[1]  # 0, 1, ...: neighbours differ in colour as in number
+        axis.pcolormesh(values.numpy(), cmap="viridis", edgecolors="face", linewidth=0.2)
+        rows, cols = (ids[1:] != ids[:-1]).nonzero().T
+        axis.hlines(rows + 1, cols, cols + 1, color="white", linewidth=1.2)
+        rows, cols = (ids[:, 1:] != ids[:, :-1]).nonzero().T
+        axis.vlines(cols + 1, rows, rows + 1, color="white", linewidth=1.2)
+        axis.invert_yaxis()
+        axis.set_aspect("equal")
+        axis.set(xticks=[], yticks=[])
+        axis.text(reach + 0.5, reach + 0.5, "×", ha="center", va="center", color="red", fontsize=14)
+        axis.set_title(f"{name}: {len(ids.unique())} buckets on {side} × {side}", fontsize=10)
+    return figure
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as its suffix says (PNG, PDF, SVG ...); the same figure gives the same file."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=150, metadata=undated)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """A figure that belongs to no window and no notebook's backend."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("irpe_ops.visualize draws with matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _frame(axis, mark: tuple[int, int] | None) -> None:
+    from matplotlib.patches import Rectangle
+
+    axis.set(xticks=[], yticks=[])
+    if mark:
+        axis.add_patch(Rectangle((mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor="red"))
+
+
+def _write_numbers(axis, values: Tensor, is_light) -> None:
+    for i, line in enumerate(values.tolist()):
+        for j, value in enumerate(line):
+            colour = "black" if is_light(value) else "white"
+            axis.text(j, i, f"{value:g}", ha="center", va="center", fontsize=6, color=colour)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -223,84 +269,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m irpe_ops.visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("spec", nargs="?", help="which encoding; default: what the checkpoint's flags say")
+    parser.add_argument("spec", nargs="?", help="draw its buckets; default: an overview of all methods")
     parser.add_argument("--grid", type=_pair("x"), default=(14, 14), metavar="HxW", help="patches (default 14x14)")
     parser.add_argument("--query", type=_pair(","), metavar="ROW,COL", help="the patch that looks (default: middle)")
-    parser.add_argument("--checkpoint", type=Path, help="draw its learned tables")
-    parser.add_argument("--image", type=Path, help="run the model on this image, resized to its flags' input_size")
-    parser.add_argument("--build", metavar="PACKAGE:FUNCTION", help="for --image: makes the model of the run's flags")
     parser.add_argument("-o", "--output", type=Path, default=Path("encoding.png"))
     args = parser.parse_args(argv)
     try:
-        draw(args)
+        if args.spec is None:
+            figure = draw_overview()
+        else:
+            height, width = args.grid
+            row, col = query = args.query or (height // 2, width // 2)
+            maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
+            figure = draw_maps(
+                {name: ids[None] for name, ids in maps.items()},
+                mark=query,
+                numbers=True,
+                title=f"{args.spec}: buckets around patch {row},{col} of {height}x{width}",
+            )
+        save(figure, args.output)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(args.output)
-
-
-def draw(args: argparse.Namespace) -> None:
-    """What ``main`` was asked for, into ``args.output``."""
-    height, width = args.grid
-    row, col = query = args.query or (height // 2, width // 2)
-    if args.checkpoint is None:
-        if args.spec is None:
-            raise ValueError("nothing to draw: give a spec such as rpe-1.9-product-ctx-1-k, or --checkpoint FILE")
-        maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
-        draw_maps(
-            {name: ids[None] for name, ids in maps.items()},
-            args.output,
-            mark=query,
-            numbers=True,
-            title=f"{args.spec}: buckets around patch {row},{col} of {height}x{width}",
-        )
-        return
-    weights, flags = read_checkpoint(args.checkpoint)
-    if args.image is not None:
-        if args.build is None:
-            raise ValueError("--image needs --build PACKAGE:FUNCTION, which makes the model of the run's flags")
-        model, image = _build(args.build, flags, weights), _read_image(args.image, flags)
-        biases = attention_bias(model, image, height, width, row, col)
-        draw_maps(biases, args.output, mark=query, title=f"{args.image.name}: added to the scores of patch {row},{col}")
-        return
-    spec = args.spec or getattr(flags, "rpe", None) or getattr(flags, "enc_rpe2d", None)
-    if not spec:
-        raise ValueError(f"{args.checkpoint}: its flags name no encoding; give the spec, e.g. rpe-1.9-product-ctx-1-k")
-    config = parse_rpe_spec(spec)
-    tables = read_tables(weights)
-    if args.query is None:  # every offset of the grid, around the query in the middle
-        height, width = 2 * height - 1, 2 * width - 1
-        row, col = height // 2, width // 2
-    rows = {
-        f"{table.layer}.rpe_{table.role}" + (f".{table.part}" if table.part else ""): table_maps(
-            table, replace(config, skip=0), height, width, row, col
-        )
-        for table in tables
-    }
-    what = "bias" if config.mode == "bias" else "length of the vector"
-    draw_maps(rows, args.output, mark=(row, col), title=f"{spec}: {what} of each offset, layer and head")
-
-
-def _build(name: str, flags: argparse.Namespace | None, weights: Mapping[str, Tensor]) -> nn.Module:
-    module, _, function = name.partition(":")
-    built = getattr(importlib.import_module(module), function)(flags)
-    model = built[0] if isinstance(built, tuple) else built
-    model.load_state_dict(weights)
-    return model
-
-
-def _read_image(path: Path, flags: argparse.Namespace | None) -> Tensor:
-    """``(1, 3, S, S)``, ImageNet mean and deviation, S of the run's ``input_size`` (224 without)."""
-    from matplotlib.image import imread
-
-    pixels = torch.from_numpy(imread(path).copy())
-    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-    if pixels.dim() == 2:
-        pixels = pixels[..., None].expand(-1, -1, 3)
-    side = getattr(flags, "input_size", 224)
-    image = pixels[None, ..., :3].permute(0, 3, 1, 2)
-    image = nn.functional.interpolate(image, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    return (image - mean) / deviation
 
 
 def _pair(separator: str):

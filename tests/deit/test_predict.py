@@ -51,6 +51,14 @@ def test_pictures_and_json(checkpoint, tmp_path):
     assert written == {"predictions.json", "tables.png", "0.png", "1.png", "0_attention_0-3.png", "0_encoding_0-3.png"}
 
 
+def test_tables_need_no_image(checkpoint, tmp_path):
+    ended = predict(tmp_path, "--tables", "--resume", checkpoint)
+    assert ended.code == 0 and "tables.png is in" in ended.text, ended.text
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tables.png"]
+    ended = predict(tmp_path, "--resume", checkpoint)
+    assert ended.code == 1 and "name images, or ask for --tables" in ended.text
+
+
 def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint):
     """Where only one token has a value, and that is 1, the block gives every other token its weight for that one."""
     model, _, _ = load_model(str(checkpoint))

@@ -61,6 +61,13 @@ def test_attention_and_encodings(tmp_path, photo):
         predict(photo, "--resume", resume, "--out", tmp_path, "--attention", "--point", "60,0")
 
 
+def test_tables_need_no_image(tmp_path):
+    predict("--tables", "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["encodings.png"]
+    with pytest.raises(ValueError, match="name images, or ask for --tables"):
+        predict("--resume", tmp_path / "x.pth", "--out", tmp_path / "out")
+
+
 def test_masks(tmp_path, photo):
     predict(photo, "--resume", write_checkpoint(tmp_path / "x.pth", masks=True), "--out", tmp_path)
     (first, *_) = json.loads((tmp_path / "photo.json").read_text())["objects"]

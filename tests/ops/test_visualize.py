@@ -1,15 +1,17 @@
 """The pictures of irpe_ops.visualize: the numbers behind them, and that a file comes out."""
 
-import argparse
-import pathlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from irpe_ops import build_rpe, get_bucket_ids_2d, get_rpe_config, parse_rpe_spec, rpe_attention, visualize
+from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, rpe_attention, visualize
+
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "irpe.svg"
 
 
 def test_bucket_map_is_the_querys_row_of_the_ids():
@@ -28,37 +30,26 @@ def test_query_outside_the_grid():
 
 @pytest.mark.parametrize("spec", ["rpe-1.9-product-bias-0-k", "rpe-2.0-cross-ctx-0-qkv", "rpe-2.0-euc-ctx-1-qk"])
 @pytest.mark.parametrize("skip", [0, 1])
-def test_tables_are_read_from_a_state_dict_and_laid_out_by_bucket(spec, skip):
+def test_learned_tables_are_laid_out_by_offset(spec, skip):
     config = parse_rpe_spec(spec, skip)
-    attn = nn.Module()
-    for name, rpe in zip(("rpe_q", "rpe_k", "rpe_v"), build_rpe(config, 8, 2), strict=True):
-        setattr(attn, name, rpe)
-    for parameter in attn.parameters():
+    encodings = nn.ModuleDict({role: rpe for role, rpe in zip("qkv", build_rpe(config, 8, 2), strict=True) if rpe})
+    for parameter in encodings.parameters():
         nn.init.normal_(parameter)
-    model = nn.ModuleDict({"attn": attn})
-    tables = visualize.read_tables({f"module.{key}": value for key, value in model.state_dict().items()})
-    assert {table.role for table in tables} == set(config.rpe_on)
-    for table in tables:
-        assert table.layer == "attn"
-        values = visualize.table_maps(table, config, 3, 4, 1, 2)
-        assert values.shape == (1 if config.shared_head else 2, 3, 4)
-        name = f"cross_{table.part}" if table.part else config.method
-        ids, _ = get_bucket_ids_2d(name, 3, 4, skip, config.ratio, 2 * config.ratio, 8 * config.ratio)
-        module = getattr(attn, f"rpe_{table.role}")
-        module = getattr(module, f"rp_{table.part}") if table.part else module
-        bucket = ids[skip + 1 * 4 + 2, skip + 2 * 4 + 0]
-        entry = module.table[:, bucket] if config.mode == "bias" or table.role == "v" else module.table[:, :, bucket]
+    tables = visualize.learned_tables(encodings, 3, 4)
+    assert {name.split(".")[0] for name in tables} == set(config.rpe_on)
+    for name, values in tables.items():
+        module = encodings.get_submodule(name)
+        assert values.shape == (1 if config.shared_head else 2, 5, 7)
+        ids, _ = get_bucket_ids_2d(module.method, 3, 4, skip, config.ratio, 2 * config.ratio, 8 * config.ratio)
+        bucket = ids[skip + 1 * 4 + 2, skip + 2 * 4 + 0]  # the key is one row below the query, two columns left of it
+        entry = module.table[:, bucket] if config.mode == "bias" or module.role == "v" else module.table[:, :, bucket]
         expected = entry if config.mode == "bias" else entry.norm(dim=-1)
-        torch.testing.assert_close(values[:, 2, 0], expected.detach())
+        torch.testing.assert_close(values[:, 2 + 1, 3 - 2], expected.detach())
 
 
-def test_table_of_another_spec_is_refused():
-    rpe = build_rpe(get_rpe_config(ratio=1.9), 8, 2)[1]
-    (table,) = visualize.read_tables({"blocks.0.attn.rpe_k." + key: value for key, value in rpe.state_dict().items()})
-    with pytest.raises(ValueError, match=r"a table of 49 buckets is not rpe-2-product-ctx-1-k \(81, or 82"):
-        visualize.table_maps(table, get_rpe_config(ratio=2.0), 3, 3, 1, 1)
-    with pytest.raises(ValueError, match="no relative position encoding in these weights"):
-        visualize.read_tables({"head.weight": torch.ones(2)})
+def test_a_model_without_encoding_has_no_tables():
+    with pytest.raises(ValueError, match="this model has no relative position encoding"):
+        visualize.draw_tables(nn.Linear(2, 2), 3, 4)
 
 
 class Layer(nn.Module):
@@ -89,99 +80,65 @@ def test_attention_bias_is_what_the_scores_get(spec):
         visualize.attention_bias(nn.Linear(4, 4), x, 2, 3, 0, 0)
 
 
-class Surprise:
-    def __reduce__(self):
-        return (print, ("this must not run",))
+def colours(figure):
+    """What each map of a figure shows, and its scale: (values, colour map, smallest, largest)."""
+    images = [axis.images[0] for axis in figure.axes if axis.images]
+    return [(image.get_array(), image.get_cmap().name, *image.get_clim()) for image in images]
 
 
-def test_checkpoints_are_read_without_running_them(tmp_path, capsys):
-    flags = argparse.Namespace(enc_rpe2d="rpe-2.0-product-ctx-1-k", output_dir=pathlib.PosixPath("out"))
-    torch.save({"model": {"a": torch.ones(1)}, "args": flags}, tmp_path / "good.pth")
-    weights, found = visualize.read_checkpoint(tmp_path / "good.pth")
-    assert list(weights) == ["a"] and found == flags
-    torch.save({"model": Surprise()}, tmp_path / "bad.pth")
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    for name in ("bad.pth", "text.pth"):
-        with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
-            visualize.read_checkpoint(tmp_path / name)
-    assert capsys.readouterr().out == ""
+def test_one_scale_a_row_and_zero_looks_alike():
+    pytest.importorskip("matplotlib")
+    first = torch.tensor([[[0.0, 1.0]], [[4.0, 2.0]]])
+    figure = visualize.draw_maps({"a.b": first, "c": torch.zeros(1, 1, 2)}, title="t", mark=(0, 1))
+    assert [entry[1:] for entry in colours(figure)] == [("viridis", 0, 4), ("viridis", 0, 4), ("viridis", 0, 1)]
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:3] == ["head 0", "head 1", "all heads"] and figure.axes[0].get_ylabel() == "a\nb"
+    figure = visualize.draw_maps({"a": first - 3, "c": torch.zeros(2, 1, 2)}, title="t", signed=True)
+    assert [entry[1:] for entry in colours(figure)] == [("RdBu_r", -3, 3)] * 2 + [("RdBu_r", -1, 1)] * 2
 
 
-def is_png(path):
-    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 1000
+def test_learned_biases_are_signed_and_lengths_are_not():
+    pytest.importorskip("matplotlib")
+    for spec, name in (("rpe-1.9-product-bias-0-k", "RdBu_r"), ("rpe-1.9-product-ctx-1-k", "viridis")):
+        assert {entry[1] for entry in colours(visualize.draw_tables(Layer(spec), 4, 6))} == {name}
+
+
+def test_maps_over_an_image():
+    image = pytest.importorskip("PIL.Image").new("RGB", (60, 40))
+    maps = [{"one": torch.ones(2, 3), "two": torch.rand(2, 3)}, {"one": torch.zeros(2, 3), "two": torch.zeros(2, 3)}]
+    figure = visualize.draw_over_image(image, [(5, 5), (59, 39)], maps, "title")
+    assert [axis.get_title() for axis in figure.axes] == ["5, 5", "one", "two", "59, 39", "one", "two"]
+    assert figure.axes[1].images[1].get_clim() == figure.axes[2].images[1].get_clim() == (0, 1)
+
+
+def test_a_notebooks_backend_stays():
+    code = (
+        "import matplotlib, sys; before = dict.get(matplotlib.rcParams, 'backend')\n"
+        "from irpe_ops import visualize\n"
+        "visualize.draw_overview()\n"
+        "assert dict.get(matplotlib.rcParams, 'backend') is before and 'matplotlib.pyplot' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_line_draws(tmp_path):
     pytest.importorskip("matplotlib")
-    spec = "rpe-1.9-product-bias-0-k"
-    layers = nn.ModuleDict({"layers": nn.ModuleList([Layer(spec), Layer(spec)])})
-    torch.save({"model": layers.state_dict(), "args": argparse.Namespace(rpe=spec)}, tmp_path / "x.pth")
-    table = ["--checkpoint", str(tmp_path / "x.pth")]
     for number, arguments in enumerate(
-        (
-            [spec, "--grid", "5x7"],
-            ["rpe-20-cross-ctx-1-k", "--query", "2,3"],
-            [*table, "--grid", "4x4"],
-            [spec, *table, "--grid", "4x6", "--query", "1,5"],
-        )
+        (["rpe-1.9-product-bias-0-k", "--grid", "5x7"], ["rpe-20-cross-ctx-1-k", "--query", "2,3"])
     ):
-        picture = tmp_path / f"{number}.png"
+        picture = tmp_path / "new" / f"{number}.png"
         visualize.main([*arguments, "-o", str(picture)])
-        assert is_png(picture)
-    for arguments, message in (
-        ([], "nothing to draw"),
-        (["rpe-1-prodct-ctx-1-k"], "unknown method"),
-        ([*table, "--image", "x.png"], "--image needs --build"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            visualize.main(arguments)
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 1000
+    with pytest.raises(SystemExit, match="unknown method"):
+        visualize.main(["rpe-1-prodct-ctx-1-k"])
 
 
-SEEN = """
-import torch
-from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
-
-class Tiny(torch.nn.Module):
-    def __init__(self, spec):
-        super().__init__()
-        self.rpe_q, self.rpe_k, _ = build_rpe(parse_rpe_spec(spec), 3, 1)
-        self.attn_backend = "auto"
-
-    def forward(self, images):
-        x = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(2).transpose(1, 2)[:, None]
-        return rpe_attention(x, x, x, self.rpe_q, self.rpe_k, backend=self.attn_backend)
-
-def build(args):
-    return Tiny(args.rpe)
-"""
-
-
-def test_the_bias_of_a_patch_of_an_image(tmp_path, monkeypatch):
-    image = pytest.importorskip("matplotlib.image")
-    (tmp_path / "seen.py").write_text(SEEN)
-    monkeypatch.syspath_prepend(tmp_path)
-    import seen
-
-    flags = argparse.Namespace(rpe="rpe-1.9-product-ctx-1-k", input_size=8)
-    torch.save({"model": seen.build(flags).state_dict(), "args": flags}, tmp_path / "x.pth")
-    image.imsave(tmp_path / "in.png", torch.rand(12, 10, 3).numpy())
-    visualize.main(
-        [
-            "--checkpoint",
-            str(tmp_path / "x.pth"),
-            "--image",
-            str(tmp_path / "in.png"),
-            "--grid",
-            "4x4",
-            "--query",
-            "1,2",
-            "--build",
-            "seen:build",
-            "-o",
-            str(tmp_path / "out.png"),
-        ]
-    )
-    assert is_png(tmp_path / "out.png")
+def test_the_picture_of_the_readme_is_current(tmp_path):
+    pytest.importorskip("matplotlib")
+    visualize.main(["-o", str(tmp_path / "irpe.svg")])
+    kept, drawn = (re.sub("Matplotlib v[^,]*,", "", path.read_text()) for path in (PICTURE, tmp_path / "irpe.svg"))
+    assert kept == drawn, "python -m irpe_ops.visualize -o docs/irpe.svg"
 
 
 def test_matplotlib_is_only_needed_to_draw():
