@@ -90,7 +90,7 @@ def test_mistakes_are_explained(checkpoint, tmp_path, flags, words):
 def test_a_file_that_is_no_image_is_named(checkpoint, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     ended = predict(tmp_path, tmp_path / "text.png", "--resume", checkpoint)
-    assert ended.code == 1 and f"{tmp_path / 'text.png'}: not an image" in ended.text
+    assert ended.code == 1 and f"{tmp_path / 'text.png'}: this image cannot be read" in ended.text
 
 
 def test_weights_alone_need_the_model_named(checkpoint, tmp_path):
