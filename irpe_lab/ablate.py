@@ -4,17 +4,15 @@
 
 Each run is ``python -m deit_irpe`` or ``python -m detr_irpe`` with its own folder. Kill it whenever you like and start
 it again: finished runs are not repeated, interrupted ones go on from their checkpoint, failed ones are tried once more.
-A failed run is a red row with its reason. Beside the runs: table.csv, table.md, table.tex, table.png.
+A failed run is a red row with its reason. Beside the runs: table.csv, table.md, table.tex, table.png, table.pdf.
 """
 
 import argparse
-import json
+import dataclasses
 import os
 import shlex
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,12 +20,11 @@ from pathlib import Path
 import yaml
 
 from irpe_lab import jobs, tables
-from irpe_lab.console_log import images_per_second
 from irpe_lab.grid import Grid, read_grid
-from irpe_lab.plots import curve, read_log
-from irpe_lab.tables import Row
+from irpe_lab.results import Outcome, Row, read_outcome
+from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError
-from irpe_train.zoo import ROOT, read_zoo
+from irpe_train.zoo import read_zoo
 
 
 class Ablation:
@@ -36,87 +33,57 @@ class Ablation:
     def __init__(self, grid: Grid, folder: Path):
         self.grid, self.folder = grid, folder
         self.folders = {(run, seed): folder / f"{run}_seed{seed}" for run in grid.runs for seed in grid.seeds}
-        self._kept = folder / "facts.json"  # building a model to count it takes seconds: once is enough
-        self.facts: dict[str, dict] = {}
+        self._finished: dict[Path, Outcome] = {}  # what does not change any more is read once
 
     def command(self, run: str, seed: int, processes: int = 1) -> list[str]:
         """What to start for a run, after the interpreter."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        launcher = torchrun if processes > 1 else []
+        folder = self.folders[run, seed]
         return [
-            *launcher,
-            "-m",
-            self.grid.package,
-            *self.grid.flags(run),
-            "--seed",
-            str(seed),
-            "--output_dir",
-            str(self.folders[run, seed]),
-            "--resume",
-            "auto",
+            *(torchrun if processes > 1 else []),
+            *("-m", self.grid.task.package, "--config", str(folder / "flags.yaml")),
+            *("--seed", str(seed), "--output_dir", str(folder), "--resume", "auto"),
         ]
 
-    def count(self, run: str) -> dict:
-        """Parameters, MACs and buckets of a run's model, told by ``python -m PACKAGE.model_stats --json``."""
-        if run not in self.facts:
-            classes = ["--num_classes", str(self.grid.classes)] if self.grid.classes else []
-            command = ["-m", f"{self.grid.package}.model_stats", "--json", *self.grid.flags(run), *classes]
-            kept = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
-            if shlex.join(command) not in kept:
-                told = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-                if told.returncode:
-                    return {}
-                kept[shlex.join(command)] = json.loads(told.stdout.splitlines()[-1])
-                self._kept.parent.mkdir(parents=True, exist_ok=True)
-                self._kept.write_text(json.dumps(kept, indent=1) + "\n")
-            self.facts[run] = kept[shlex.join(command)]
-        return self.facts[run]
+    def prepare(self, processes: int = 1) -> None:
+        """Write down every run. Raises: RunError: a folder has results of something else."""
+        for (run, seed), folder in self.folders.items():
+            flags = yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
+            jobs.prepare(folder, self.command(run, seed, processes), flags)
 
     def rows(self) -> list[Row]:
         """The table as it stands on disk."""
-        return [self._row(run) for run in self.grid.runs]
+        outcomes = {
+            run: {seed: self._outcome(self.folders[run, seed]) for seed in self.grid.seeds} for run in self.grid.runs
+        }
+        rows = {
+            run: Row(run, shlex.join(self.grid.flags(run)), outcomes[run], self._published(run))
+            for run in self.grid.runs
+        }
+        if self.grid.baseline is not None:
+            figures = rows[self.grid.baseline].figures
+            for run in rows.keys() - {self.grid.baseline}:
+                rows[run] = dataclasses.replace(rows[run], baseline=figures)
+        return list(rows.values())
 
-    def _row(self, run: str) -> Row:
-        figures, states, reason, speeds, epochs = [], [], None, [], 0
-        for seed in self.grid.seeds:
-            folder = self.folders[run, seed]
-            outcome = jobs.done(folder)
-            log = read_log(folder) if (folder / "log.txt").is_file() and (folder / "log.txt").stat().st_size else []
-            epochs += len(log)
-            values = curve(log, self.grid.figure[0])[1]
-            if outcome and outcome["rc"] == 0 and not values:
-                outcome = {"rc": 1, "reason": f"its log has no {self.grid.figure[0]}"}
-            if outcome is None:
-                states.append("running" if folder.is_dir() and jobs.busy(folder) else "waiting")
-            elif outcome["rc"] == 0:
-                states.append("done")
-                figures.append(values[-1])
-                speeds.append(images_per_second(folder / "detail.log"))
-            else:
-                states.append("failed")
-                reason = reason or outcome["reason"]
-        speeds = [speed for speed in speeds if speed]
+    def _outcome(self, folder: Path) -> Outcome:
+        if folder in self._finished:
+            return self._finished[folder]
+        outcome = read_outcome(folder, self.grid.task.figure)
+        if outcome.state == "done":
+            self._finished[folder] = outcome
+        return outcome
+
+    def _published(self, run: str) -> float | None:
         name = self.grid.published.get(run)
-        figure = {"deit_irpe": "acc1", "detr_irpe": "AP"}[self.grid.package]
-        return Row(
-            run,
-            shlex.join(self.grid.flags(run)),
-            figures,
-            states,
-            epochs,
-            reason,
-            statistics.median(speeds) if speeds else None,
-            self.facts.get(run, {}),
-            read_zoo().find(name).expect[figure] if name else None,
-        )
+        return read_zoo().find(name).expect[self.grid.task.main] if name else None
 
     def work(self, pool: jobs.LocalPool | jobs.SlurmPool, *, processes: int = 1) -> None:
         """Do what is not yet done. Returns when every run has an outcome or was stopped."""
-        for (run, seed), folder in self.folders.items():
-            jobs.prepare(folder, self.command(run, seed, processes))
+        self.prepare(processes)
         waiting = [folder for folder in self.folders.values() if not jobs.finished(folder)]
         started: set[Path] = set()
-        display = tables.Display(self.grid.figure[1])
+        display = tables.Display(self.grid.task.figure)
         try:
             while True:
                 working = pool.working()
@@ -140,9 +107,9 @@ class Ablation:
 
     def write(self) -> list[Path]:
         """Write the tables and the plot; returns their paths."""
-        for run in self.grid.runs:
-            self.count(run)
-        return tables.write(self.rows(), self.folder, title=self.grid.name, figure=self.grid.figure[1])
+        return tables.write(
+            self.rows(), self.folder, title=self.grid.name, figure=self.grid.task.figure, baseline=self.grid.baseline
+        )
 
     def publish(self, logs: Path) -> None:
         """Copy tables, logs and flags of the finished runs to ``logs``, called as in the published zoo."""
@@ -173,7 +140,10 @@ def _setting(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, parse_yaml(value, key)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -205,7 +175,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="for submitit, e.g. slurm_partition=gpu, timeout_min=600",
     )
-    add("--dry-run", action="store_true", help="print the command of each run, start nothing")
+    add("--dry-run", action="store_true", help="write each run's flags.yaml, print its command, start nothing")
     add("--logs", type=Path, metavar="DIR", help="also copy tables, logs and flags here, e.g. logs/ablation_demo")
     add("--table", action="store_true", help="write the tables of what is there, start nothing")
     return parser
@@ -221,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         grid = read_grid(args.grid, dict(args.settings), seeds=args.seeds, only=args.only)
         ablation = Ablation(grid, args.output or Path("outputs/ablation") / grid.name)
         if args.dry_run:
+            ablation.prepare(args.gpus_per_run)
             for run, seed in ablation.folders:
                 print(shlex.join([sys.executable, *ablation.command(run, seed, args.gpus_per_run)]))
             return 0

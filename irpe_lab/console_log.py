@@ -4,11 +4,12 @@ import re
 import statistics
 from pathlib import Path
 
-EPOCH = re.compile(r"Epoch: \[(\d+)\]")
-ACCURACY = re.compile(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+)(?: loss ([\d.]+))?")
-BOX_AP = re.compile(r"Average Precision +\(AP\) @\[ IoU=0\.50:0\.95 \| area= +all \| maxDets=100 \] = (-?[\d.]+)")
+from irpe_lab.figures import TASKS
+
+EPOCH = re.compile(r"Epoch: +\[(\d+)\]")
 PARAMETERS = re.compile(r"number of params(?:eters)?: *([\d,]+)")
 SPEED = re.compile(r"([\d.]+) img/s")
+MEMORY = re.compile(r"max mem: (\d+)")
 
 
 def read_detail(path: str | Path) -> list[dict]:
@@ -19,31 +20,39 @@ def read_detail(path: str | Path) -> list[dict]:
     """
     epochs: dict[int, dict] = {}
     epoch, parameters = 0, None
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _lines(path):
         if found := EPOCH.search(line):
             epoch = int(found[1])
         elif found := PARAMETERS.search(line):
             parameters = int(found[1].replace(",", ""))
-        elif found := ACCURACY.search(line):
-            entry = {"test_acc1": float(found[1]), "test_acc5": float(found[2])}
-            epochs[epoch] = entry | ({"test_loss": float(found[3])} if found[3] else {}) | {"epoch": epoch}
-        elif found := BOX_AP.search(line):
-            epochs[epoch] = {"test_coco_eval_bbox": [float(found[1])], "epoch": epoch}
-    return [entry | ({"n_parameters": parameters} if parameters else {}) for _, entry in sorted(epochs.items())]
+        else:
+            for task in TASKS.values():
+                if found := task.evaluation.search(line):
+                    values = {key: float(value) for key, value in found.groupdict().items() if value}
+                    in_list = task.figure.place is not None
+                    epochs[epoch] = {key: [value] if in_list else value for key, value in values.items()}
+    return [
+        entry | {"epoch": epoch} | ({"n_parameters": parameters} if parameters else {})
+        for epoch, entry in sorted(epochs.items())
+    ]
 
 
 def images_per_second(path: str | Path) -> float | None:
     """The median speed of training that the run printed; None where it printed none (the published logs)."""
-    speeds = [
-        float(found[1])
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-        if EPOCH.search(line) and (found := SPEED.search(line))
-    ]
+    speeds = [float(found[1]) for line in _lines(path) if EPOCH.search(line) and (found := SPEED.search(line))]
     return statistics.median(speeds) if speeds else None
+
+
+def peak_memory(path: str | Path) -> int | None:
+    """The most memory that the run printed, in MiB: of the GPU, or of the process on a CPU."""
+    return max((int(found[1]) for line in _lines(path) if (found := MEMORY.search(line))), default=None)
 
 
 def last_words(path: str | Path) -> str:
     """The last line that says something: why a run failed."""
+    return next((line.strip() for line in reversed(_lines(path)) if line.strip()), "it printed nothing")
+
+
+def _lines(path: str | Path) -> list[str]:
     path = Path(path)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -1,131 +1,186 @@
-"""A grid file of the ablation runner: a list or product of flags, seeds, and what to compare with.
+"""A grid file of the ablation runner: values that multiply, single runs, seeds, and what to compare with.
 
 package: deit_irpe                     # python -m deit_irpe
-config: configs/deit/small.yaml        # what all runs share; relative to the repository
+config: configs/deit/small.yaml        # what all runs share: beside the grid, in the working folder, or a shipped one
 flags: {epochs: 100}                   # and what this grid changes for all of them
 grid:                                  # a product; braces in a value multiply too
   rpe: [none, "rpe-1.9-product-{ctx,bias}-{0,1}-k"]
-runs:                                  # or (and) a list: a name and its flags
+  repeated-aug: [true, false]
+runs:                                  # or (and) single runs: a name and its flags
   small images: {input-size: 112, rpe: none}
 seeds: [0, 1, 2]
+baseline: none                         # the run that others are compared with, seed by seed; by default "none"
 published: {rpe-1.9-product-ctx-1-k: NAME OF THE MODEL ZOO}
+
+Names and values are those of a ``--config`` file; each run is written as one. All are parsed before any starts.
 """
 
+import argparse
+import contextlib
 import fnmatch
+import importlib
+import io
 import itertools
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
+from irpe_lab.figures import TASKS, Task
+from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, same_name
+from irpe_train.zoo import read_zoo
 
-from irpe_train.errors import RunError
-from irpe_train.zoo import ROOT
-
-KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "published", "classes")
-# What the packages log as their main figure: the key of log.txt, and what to call it.
-FIGURES = {"deit_irpe": ("test_acc1", "top-1 (%)"), "detr_irpe": ("test_coco_eval_bbox", "AP")}
-
-
-class GridError(RunError, ValueError):
-    """A grid file that makes no list of runs; the message names file and key."""
+KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published")
+RUNNERS_OWN = ("seed", "output_dir", "resume", "config", "print_config")  # said by the runner for each run
+MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid file says: ``runs`` maps each run's name to the flags it adds, in order."""
+    """What a grid file says: ``runs`` maps each run's name to all its flags, those of the config included, in order."""
 
     name: str
-    package: str
-    config: Path
+    task: Task
     runs: dict[str, dict]
     seeds: tuple[int, ...] = (0,)
     published: dict[str, str] = field(default_factory=dict)
-    classes: int | None = None  # of the data set, to count a classifier's parameters without it
-
-    @property
-    def figure(self) -> tuple[str, str]:
-        """The key of ``log.txt`` that is compared, and its title."""
-        return FIGURES[self.package]
+    baseline: str | None = None
 
     def flags(self, run: str) -> list[str]:
-        """The command line of a run, after the package and without seed and output folder."""
-        return ["--config", str(self.config), *as_flags(self.runs[run])]
+        """A run as a command line, without seed and folder. Raises: ConfigError: a name or value no flag can carry."""
+        return flags_of(self.parser(), self.runs[run], f"grid {self.name}: run {run}")
+
+    def parser(self) -> argparse.ArgumentParser:
+        """Of the package that the grid trains."""
+        return importlib.import_module(f"{self.task.package}.args").get_args_parser()
 
 
 def read_grid(
     path: str | Path, extra: dict | None = None, *, seeds: str | None = None, only: str | None = None
 ) -> Grid:
-    """Read a grid file.
+    """Read a grid file, looked for in the working folder and then among the shipped ones.
 
     Args:
         extra: flags for all runs, over those of the file.
         seeds: ``"0,1,2"``, instead of those of the file.
         only: a glob; keeps the runs whose name fits.
-    Raises: GridError: no such file, an unknown key, no runs, two runs of one name.
+    Raises: ConfigError: no such file, an unknown key, no runs, two runs of one name, a run that does not parse.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise GridError(f"grid {path}: cannot be read ({error})") from error
-    if not isinstance(raw, dict) or (unknown := raw.keys() - set(KEYS)):
-        raise GridError(
-            f"grid {path}: unknown key {', '.join(sorted(map(str, unknown)))}; expected {', '.join(KEYS)}"
-            if isinstance(raw, dict)
-            else f"grid {path}: expected keys {', '.join(KEYS)}"
-        )
-    if raw.get("package") not in FIGURES:
-        raise GridError(f"grid {path}: package: {raw.get('package')!r}; expected one of {', '.join(FIGURES)}")
-    config = ROOT / str(raw.get("config"))
-    if not config.is_file():
-        raise GridError(f"grid {path}: config: no file {config}")
-    common = raw.get("flags") or {}
-    runs = {}
-    for name, flags in [*_product(raw.get("grid") or {}), *(raw.get("runs") or {}).items()]:
-        name = slug(str(name))
-        if name in runs:
-            raise GridError(f"grid {path}: two runs are called {name}")
-        runs[name] = {**common, **(flags or {}), **(extra or {})}
-    if not runs:
-        raise GridError(f"grid {path}: neither 'grid' nor 'runs' names a run")
-    published = raw.get("published") or {}
-    if strange := [name for name in published if name not in runs]:
-        raise GridError(f"grid {path}: published: no run is called {strange[0]!r}; there are {', '.join(runs)}")
+    source = f"grid {path}"
+    path = find_config(path, source=source)
+    raw = read_yaml(path, source)
+    if unknown := [str(key) for key in raw if key not in KEYS]:
+        raise ConfigError(f"{source}: unknown key {', '.join(sorted(unknown))}; expected {', '.join(KEYS)}")
+    if raw.get("package") not in list(TASKS):
+        raise ConfigError(f"{source}: package: {raw.get('package')!r}; expected one of {', '.join(TASKS)}")
+    base = {}
+    if raw.get("config") is not None:
+        config = find_config(str(raw["config"]), path.parent, source=f"{source}: config")
+        base = read_yaml(config, f"{source}: config {raw['config']}")
+    runs = _runs(raw, base, extra or {}, source)
     kept = {name: flags for name, flags in runs.items() if only is None or fnmatch.fnmatchcase(name, only)}
     if not kept:
-        raise GridError(f"grid {path}: no run is called like {only!r}; there are {', '.join(runs)}")
-    published = {name: row for name, row in published.items() if name in kept}
+        raise ConfigError(f"{source}: no run is called like {only!r}; there are {', '.join(runs)}")
+    published = _mapping(raw, "published", source)
+    for name, row in published.items():
+        _known(name, runs, f"{source}: published")
+        try:
+            read_zoo().find(str(row))
+        except ValueError as error:
+            raise ConfigError(f"{source}: published: {error}") from error
+    baseline = raw.get("baseline", "none" if "none" in runs else None)
+    if baseline is not None:
+        _known(baseline, runs, f"{source}: baseline")
+    chosen = _seeds(seeds.split(",") if seeds else raw.get("seeds", [0]), source)
+    if len(kept) * len(chosen) > MOST_RUNS:
+        raise ConfigError(f"{source}: {len(kept)} runs of {len(chosen)} seeds; {MOST_RUNS} in all at most")
+    grid = Grid(
+        path.stem,
+        TASKS[raw["package"]],
+        kept,
+        chosen,
+        {name: row for name, row in published.items() if name in kept},
+        baseline if baseline in kept else None,
+    )
+    _parse_all(grid)
+    return grid
+
+
+def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
+    """All runs by name, each with the flags of the config, of the grid, its own, and those for all from outside."""
+    common = _mapping(raw, "flags", source)
+    singles = [(str(name), flags) for name, flags in _mapping(raw, "runs", source).items()]
+    runs = {}
+    for name, flags in [*_product(_mapping(raw, "grid", source), source), *singles]:
+        if not isinstance(flags, dict | None):
+            raise ConfigError(f"{source}: runs: {name}: expected its flags, {{epochs: 3}}; got {flags!r:.80}")
+        if not (name := slug(name)):
+            raise ConfigError(f"{source}: runs: a name without letters or digits; folders are called by it")
+        if name in runs:
+            raise ConfigError(f"{source}: two runs are called {name}")
+        for added in (common, flags or {}, extra):
+            if own := [key for key in added if same_name(str(key)) in RUNNERS_OWN]:
+                raise ConfigError(f"{source}: {name}: {own[0]} is said by the runner (see 'seeds' and --output)")
+        runs[name] = _merged(base, common, flags or {}, extra)
+    if not runs:
+        raise ConfigError(f"{source}: neither 'grid' nor 'runs' names a run")
+    return runs
+
+
+def _merged(*layers: dict) -> dict:
+    """Later layers win, and stand later: ``no-x: true`` over ``x: true`` is read last, as a typed flag would be."""
+    merged: dict[str, tuple] = {}
+    for key, value in (item for layer in layers for item in layer.items()):
+        merged.pop(same_name(str(key)), None)
+        merged[same_name(str(key))] = (key, value)
+    return dict(merged.values())
+
+
+def _parse_all(grid: Grid) -> None:
+    """Raise ConfigError for the first run whose flags the package would refuse."""
+    parser = grid.parser()
+    for run in grid.runs:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                parser.parse_args(flags_of(parser, grid.runs[run], f"grid {grid.name}: run {run}"))
+        except SystemExit as error:
+            reason = said.getvalue().strip().splitlines()[-1:] or ["refused"]
+            raise ConfigError(
+                f"grid {grid.name}: run {run}: {reason[0].partition('error: ')[2] or reason[0]}"
+            ) from error
+
+
+def _mapping(raw: dict, key: str, source: str) -> dict:
+    value = {} if raw.get(key) is None else raw[key]
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: {key}: expected lines 'name: value', got {value!r:.80}")
+    return value
+
+
+def _known(name: object, runs: dict, where: str) -> None:
+    if not isinstance(name, str) or name not in runs:
+        raise ConfigError(f"{where}: no run is called {name!r:.80}; there are {', '.join(runs)}")
+
+
+def _seeds(values: object, source: str) -> tuple[int, ...]:
     try:
-        chosen = tuple(int(seed) for seed in (seeds.split(",") if seeds else raw.get("seeds") or [0]))
+        seeds = tuple(int(seed) for seed in values if not isinstance(seed, bool | float))
     except (TypeError, ValueError) as error:
-        raise GridError(f"grid {path}: seeds: expected whole numbers such as 0,1,2 ({error})") from error
-    return Grid(path.stem, raw["package"], _short(config), kept, chosen, published, raw.get("classes"))
+        raise ConfigError(f"{source}: seeds: expected whole numbers such as 0,1,2 ({error})") from error
+    if not seeds or len(set(seeds)) < len(values) or min(seeds) < 0:
+        raise ConfigError(f"{source}: seeds: expected different whole numbers from 0 on, got {values!r:.80}")
+    return seeds
 
 
 def expand(text: str) -> list[str]:
-    """``"a-{b,c}-{0,1}"`` -> the four strings, the last brace fastest."""
-    parts = re.split(r"\{([^{}]*)\}", text)
-    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
-    return ["".join(choice) for choice in itertools.product(*choices)]
+    """``"a-{b,c}-{0,1}"`` -> the four strings, the last brace fastest. Braces without a comma stay."""
+    return ["".join(choice) for choice in itertools.product(*_choices(text))]
 
 
-def as_flags(values: dict) -> list[str]:
-    """``{"epochs": 3, "no-abs-pos": True}`` -> ``["--epochs", "3", "--no-abs-pos"]``; false and null drop a flag."""
-    argv = []
-    for key, value in values.items():
-        if value is True:
-            argv.append(f"--{key}")
-        elif isinstance(value, (list, tuple)):
-            argv += [f"--{key}", *map(str, value)]
-        elif value is not None and value is not False:
-            argv += [f"--{key}", str(value)]
-    return argv
-
-
-def _short(path: Path) -> Path:
-    """Relative where that is below the current folder: what a log quotes should not depend on whose machine it was."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _choices(text: str) -> list[list[str]]:
+    parts = re.split(r"\{([^{}]*,[^{}]*)\}", text)
+    return [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
 
 
 def slug(name: str) -> str:
@@ -133,16 +188,27 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", name).strip("_")
 
 
-def _product(grid: dict) -> list[tuple[str, dict]]:
-    """All combinations; a run is called by its values alone, as specs and model names speak for themselves."""
-    options = []
+def _product(grid: dict, source: str) -> list[tuple[str, dict]]:
+    """All combinations of values. A run is called by its words, and by ``key=value`` where a value is none."""
+    options, count = [], 1
     for key, values in grid.items():
         values = values if isinstance(values, list) else [values]
-        expanded = [one for value in values for one in (expand(value) if isinstance(value, str) else [value])]
-        options.append([(key, one) for one in expanded])
+        count *= sum(math.prod(map(len, _choices(v))) if isinstance(v, str) else 1 for v in values)
+        if not 0 < count <= MOST_RUNS:
+            raise ConfigError(f"{source}: grid: {key}: {count} runs up to here; expected 1 to {MOST_RUNS}")
+        options.append(
+            [(key, one) for value in values for one in (expand(value) if isinstance(value, str) else [value])]
+        )
     if not options:
         return []
     return [
-        ("_".join(str(value) or "none" for _, value in combination), dict(combination))
+        ("_".join(_called(key, value) for key, value in combination), dict(combination))
         for combination in itertools.product(*options)
     ]
+
+
+def _called(key: str, value: object) -> str:
+    if isinstance(value, str):
+        return value or "none"
+    shown = ",".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+    return f"{key}={shown}"

@@ -1,6 +1,7 @@
 """One run of an ablation: a folder with its command, its console and its outcome; and who works through many.
 
-    FOLDER/job.json      the command, written before anything starts
+    FOLDER/flags.yaml    its flags, a --config file
+    FOLDER/job.json      the command; after a try also the seconds that all tries took
     FOLDER/detail.log    what it printed
     FOLDER/done.json     how it ended, written once it has
     FOLDER/log.txt, ...  what the run itself writes
@@ -27,21 +28,22 @@ from irpe_train.errors import Preempted, RunError
 BUSY = 3  # exit status of a worker that found another one at work
 
 
-def prepare(folder: Path, command: list[str]) -> None:
-    """Write ``job.json``. Raises: RunError: the folder has results of another command, which would be mixed up."""
-    file = folder / "job.json"
-    old = json.loads(file.read_text())["command"] if file.is_file() else command
-    if old != command and (done(folder) or (folder / "log.txt").exists()):
-        raise RunError(
-            f"{folder} holds the results of another command ({' '.join(old)}). "
-            "Choose another folder (-o), or delete this one."
-        )
+def prepare(folder: Path, command: list[str], flags: str) -> None:
+    """Write ``flags.yaml`` and ``job.json``. Raises: RunError: the folder has results of something else."""
+    job, written = folder / "job.json", folder / "flags.yaml"
+    old = json.loads(job.read_text())["command"] if job.is_file() else None
+    if old == command and written.is_file() and written.read_text(encoding="utf-8") == flags:
+        return
+    if done(folder) or (folder / "log.txt").exists():
+        other = "other flags (see its flags.yaml)" if old == command else f"another command ({' '.join(old or [])})"
+        raise RunError(f"{folder} holds the results of {other}. Choose another folder (-o), or delete this one.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, {"command": command})
+    _write(written, flags)
+    _write(job, json.dumps({"command": command}, indent=1) + "\n")
 
 
 def done(folder: Path) -> dict | None:
-    """The outcome: ``rc``, ``seconds``, ``reason`` (None after a success); None while there is none."""
+    """The outcome: ``rc``, ``seconds`` of all tries, ``reason`` (None after a success); None while there is none."""
     file = folder / "done.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -81,11 +83,11 @@ def work(folder: Path) -> int:
         if finished(folder):
             return 0
         (folder / "done.json").unlink(missing_ok=True)
-        command, began = json.loads((folder / "job.json").read_text())["command"], time.monotonic()
+        job, began = json.loads((folder / "job.json").read_text()), time.monotonic()
         with open(folder / "detail.log", "a") as console:
             # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
             child = subprocess.Popen(
-                [sys.executable, "-u", *command],
+                [sys.executable, "-u", *job["command"]],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -93,10 +95,13 @@ def work(folder: Path) -> int:
             )
             with _passing_on_sigterm(child) as stopped:
                 status = child.wait()
+        job["seconds"] = job.get("seconds", 0) + time.monotonic() - began
+        _write(folder / "job.json", json.dumps(job, indent=1) + "\n")
         if status == Preempted.EXIT_CODE or stopped:
             return status or Preempted.EXIT_CODE
         reason = None if status == 0 else last_words(folder / "detail.log")
-        _write(folder / "done.json", {"rc": status, "seconds": time.monotonic() - began, "reason": reason})
+        outcome = {"rc": status, "seconds": job["seconds"], "reason": reason}
+        _write(folder / "done.json", json.dumps(outcome, indent=1) + "\n")
         return status
 
 
@@ -184,7 +189,7 @@ class SlurmPool:
                 self._jobs[folder] = job
                 return
         self._jobs[folder] = self._executor.submit(work, folder)
-        _write(ticket, {"job_id": self._jobs[folder].job_id})
+        _write(ticket, json.dumps({"job_id": self._jobs[folder].job_id}) + "\n")
 
     def working(self) -> set[Path]:
         self._jobs = {folder: job for folder, job in self._jobs.items() if not job.done()}
@@ -194,9 +199,9 @@ class SlurmPool:
         """Nothing: the jobs belong to the queue."""
 
 
-def _write(path: Path, content: dict) -> None:
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

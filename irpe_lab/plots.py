@@ -1,23 +1,27 @@
-"""Curves of ``log.txt`` files, the published DeiT and DETR ones and ours: solid for training, dashed for test."""
+"""Pictures of runs: the curves of ``log.txt`` files, published and ours, and the intervals of an ablation.
+
+Every function returns a ``matplotlib.figure.Figure`` of its own: a notebook's backend stays as it is.
+"""
 
 import json
 import re
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from irpe_lab.figures import PANELS, Figure
 from irpe_train.errors import BadData
 
-# Title of a panel, and the log keys that may fill it: training, test. A panel without data is left out.
-PANELS = (
-    ("loss", "train_loss", "test_loss"),
-    ("top-1 accuracy (%)", None, "test_acc1"),
-    ("box AP", None, "test_coco_eval_bbox"),
-    ("mask AP", None, "test_coco_eval_masks"),
-    ("class error (%)", "train_class_error", "test_class_error"),
-    ("box L1 loss", "train_loss_bbox", "test_loss_bbox"),
-    ("GIoU loss", "train_loss_giou", "test_loss_giou"),
-    ("learning rate", "train_lr", None),
-)
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+    from irpe_lab.results import Row
+
+# Okabe and Ito, Color Universal Design (2008): colour-blind readers tell them apart. Without yellow, faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("", "o", "s", "^", "D", "v", "x")  # with more runs than colours, lines of one colour differ by their marks
 
 
 def read_log(run: str | Path) -> list[dict]:
@@ -37,9 +41,11 @@ def read_log(run: str | Path) -> list[dict]:
             continue
         try:
             epoch = json.loads(line)
-            epoch["epoch"]
-        except (ValueError, KeyError, TypeError) as error:
+            whole = isinstance(epoch["epoch"], int) and abs(epoch["epoch"]) < 2**53
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadData(f"{path}: line {number} is not a JSON object with 'epoch'") from error
+        if not whole:
+            raise BadData(f"{path}: line {number}: 'epoch' is {epoch['epoch']!r:.80}, not a whole number")
         epochs.append(epoch)
     if not epochs:
         raise BadData(f"{path}: no epoch in it yet")
@@ -48,70 +54,142 @@ def read_log(run: str | Path) -> list[dict]:
 
 def curve(epochs: list[dict], key: str | None) -> tuple[list[int], list[float]]:
     """Epoch numbers and values of ``key``; the first figure (AP) where the value is a list."""
-    points = [
-        (e["epoch"], e[key][0] if isinstance(e[key], list) else e[key])
-        for e in epochs
-        if key and e.get(key) not in (None, [])
-    ]
+    figure = Figure("", "", key)
+    points = [(epoch["epoch"], value) for epoch in epochs if (value := figure.of(epoch)) is not None]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def plot_runs(runs: Sequence[str | Path], out: str | Path) -> list[str]:
-    """Draw the runs over each other into an image file, one colour a run; seeds of one run (``x_seed0``) share theirs.
+def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "matplotlib.figure.Figure":
+    """Draw runs over each other: solid training, dashed test. Seeds of a run (``x_seed0``, ``x_seed1``) are one line,
+    their mean, in a band from the lowest to the highest of them.
 
-    Returns: the titles of the panels drawn.
+    Args:
+        out: also save it here, in the format of the suffix (.png at 300 dpi, .pdf, .svg).
+    Returns: the figure; the titles of its axes are those of the panels that have data.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
 
-    logs = {_label(run, runs): read_log(run) for run in runs}
-    panels = [panel for panel in PANELS if any(curve(log, key)[0] for log in logs.values() for key in panel[1:])]
+    groups: dict[str, list[list[dict]]] = defaultdict(list)
+    for run, label in zip(runs, _labels(runs), strict=True):
+        groups[label].append(read_log(run))
+    panels = [
+        panel
+        for panel in PANELS
+        if any(curve(log, key)[0] for logs in groups.values() for log in logs for key in panel[1:])
+    ]
     if not panels:
         raise BadData(f"none of {', '.join(map(str, runs))} has a figure that can be drawn")
-    colours = {
-        name: f"C{number}" if number < 10 else pyplot.get_cmap("tab20b")(number % 20)
-        for number, name in enumerate(dict.fromkeys(_without_seed(label) for label in logs))
+    styles = {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)] or None}
+        for i, name in enumerate(groups)
     }
     columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    entries = min(3, len(colours))  # of the legend, side by side
-    height = 3.6 * rows + 0.25 * -(-(len(colours) + 2) // entries)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, height), squeeze=False, layout="constrained")
+    rows, entries = -(-len(panels) // columns), min(3, len(groups))
+    height = 3.6 * rows + 0.25 * -(-(len(groups) + 2) // entries)
+    canvas = Canvas(figsize=(5 * columns, height), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, train, test) in zip(axes.flat, panels, strict=False):
-        for label, log in logs.items():
-            for key, style in ((train, "-"), (test, "--")):
-                x, y = curve(log, key)
-                if x:
-                    axis.plot(x, y, style, color=colours[_without_seed(label)], marker="." if len(x) < 3 else None)
+        for name, logs in groups.items():
+            for key, dashes in ((train, "-"), (test, "--")):
+                _draw_seeds(axis, [curve(log, key) for log in logs], dashes, styles[name])
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-    keys = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    keys += [
-        Line2D([], [], color="black", linestyle="-", label="train"),
-        Line2D([], [], color="black", linestyle="--", label="test"),
+    legend = [Line2D([], [], label=_plain(name), **style) for name, style in styles.items()]
+    legend += [
+        Line2D([], [], color="black", linestyle=dashes, label=of) for dashes, of in (("-", "train"), ("--", "test"))
     ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=entries, fontsize="small")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
-    return [title for title, _, _ in panels]
+    canvas.legend(handles=legend, loc="outside lower center", ncols=entries, fontsize="small")
+    if out is not None:
+        save(canvas, out)
+    return canvas
 
 
-def _without_seed(label: str) -> str:
-    return re.sub(r"_seed\d+$", "", label.removesuffix(".txt").removeprefix("log_"))
+def _draw_seeds(axis, curves: list[tuple[list[int], list[float]]], dashes: str, style: dict) -> None:
+    """The mean line and band of the seeds that have come to each epoch."""
+    at: dict[int, list[float]] = defaultdict(list)
+    for x, y in curves:
+        for epoch, value in zip(x, y, strict=True):
+            at[epoch].append(value)
+    if not at:
+        return
+    x = sorted(at)
+    marker = style["marker"] or ("." if len(x) < 3 else None)
+    axis.plot(x, [statistics.fmean(at[e]) for e in x], dashes, color=style["color"], marker=marker, markevery=0.1)
+    if len(curves) > 1:
+        low, high = [min(at[e]) for e in x], [max(at[e]) for e in x]
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _label(run: str | Path, runs: Sequence[str | Path]) -> str:
-    """The shortest end of the path that tells the runs apart."""
-    path = Path(run)
-    parts = (path if path.name != "log.txt" else path.parent).resolve().parts
-    ends = [(Path(r) if Path(r).name != "log.txt" else Path(r).parent).resolve().parts for r in runs]
-    for length in range(1, len(parts) + 1):
-        if sum(end[-length:] == parts[-length:] for end in ends) == 1:
-            return "/".join(parts[-length:])
-    return "/".join(parts)
+def plot_intervals(
+    rows: Sequence["Row"], *, title: str, figure: Figure, baseline: str | None = None
+) -> "matplotlib.figure.Figure":
+    """One line a run: every seed, mean and standard deviation, and the published figure where there is one.
+
+    With a ``baseline`` a second panel has each run minus the baseline, seed by seed, and the 95% bootstrap interval of
+    the mean.
+    """
+    from matplotlib.figure import Figure as Canvas
+
+    from irpe_lab.results import bootstrap_interval, spread
+
+    canvas = Canvas(figsize=(8 if baseline is None else 11, 1.2 + 0.34 * len(rows)), layout="constrained")
+    left, *right = canvas.subplots(1, 1 if baseline is None else 2, sharey=True, squeeze=False)[0]
+    for y, row in enumerate(rows):
+        values = list(row.figures.values())
+        left.plot(values, [y] * len(values), ".", color=COLOURS[0], alpha=0.4)
+        if values:
+            left.errorbar(statistics.fmean(values), y, xerr=spread(values), fmt="o", color=COLOURS[0], capsize=3)
+        if row.published is not None:
+            left.plot(row.published, y, "D", color=COLOURS[1], fillstyle="none")
+        if right and (differences := row.differences):
+            mean, interval = statistics.fmean(differences), bootstrap_interval(differences)
+            error = [[mean - interval[0]], [interval[1] - mean]] if interval else None
+            right[0].plot(differences, [y] * len(differences), ".", color=COLOURS[2], alpha=0.4)
+            right[0].errorbar(mean, y, xerr=error, fmt="o", color=COLOURS[2], capsize=3)
+    names = [_plain(f"{row.run} (failed)" if "failed" in row.states else row.run) for row in rows]
+    left.set_yticks(range(len(rows)), names, fontsize="small")
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    published = "; diamond: published" if any(row.published is not None for row in rows) else ""
+    left.set(xlabel=f"{figure.title}: mean, standard deviation, seeds{published}")
+    if right:
+        right[0].axvline(0, color="black", linewidth=0.8)
+        right[0].set(xlabel=_plain(f"minus {baseline}, seed by seed: mean, 95% interval"))
+    canvas.suptitle(_plain(title))
+    for axis in (left, *right):
+        axis.grid(axis="x", alpha=0.3)
+    return canvas
+
+
+def save(canvas: "matplotlib.figure.Figure", path: str | Path) -> None:
+    """Write a figure in the format of the suffix, 300 dpi where it has pixels. Raises: BadData: an unknown suffix."""
+    path = Path(path)
+    known = canvas.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise BadData(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the date, so that the same figures give the same file.
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    canvas.savefig(path, dpi=300, metadata=undated.get(path.suffix.lower()))
+
+
+def _plain(text: str) -> str:
+    """``text`` as it stands: matplotlib reads what is between two dollar signs as a formula, and wants UTF-8."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def _labels(runs: Sequence[str | Path]) -> list[str]:
+    """What to call each run: the shortest end of its path that tells it from the others; seeds of one run share it."""
+    paths = [path.parent if path.name == "log.txt" else path for path in (Path(run).resolve() for run in runs)]
+    parts = [(*path.parts[:-1], _without_seed(path.name)) for path in paths]
+    labels = []
+    for own in parts:
+        length = next((n for n in range(1, len(own)) if all(own == p or own[-n:] != p[-n:] for p in parts)), len(own))
+        labels.append("/".join(own[-length:]))
+    return labels
+
+
+def _without_seed(name: str) -> str:
+    return re.sub(r"_seed\d+$", "", name.removesuffix(".txt").removeprefix("log_"))

@@ -15,38 +15,25 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from irpe_lab.console_log import read_detail
-from irpe_lab.plots import curve, plot_runs, read_log
+from irpe_lab.figures import TASKS, Figure, Task
+from irpe_lab.plots import plot_runs, read_log
 from irpe_lab.tables import markdown
-from irpe_train.errors import RunError
-from irpe_train.zoo import ROOT, Zoo, read_zoo
+from irpe_train.config import ROOT
+from irpe_train.errors import BadData, RunError
+from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
 MARKER = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
-# The figures of each table: name in the zoo and on cards, title, key of log.txt, place in its list.
-COLUMNS = {
-    "deit_irpe": (
-        ("params_M", "parameters (M)", None, 0),
-        ("macs_M", "MACs (M)", None, 0),
-        ("buckets", "buckets", None, 0),
-        ("acc1", "top-1", "test_acc1", 0),
-        ("acc5", "top-5", "test_acc5", 0),
-    ),
-    "detr_irpe": (
-        ("buckets", "buckets", None, 0),
-        ("n_parameters", "parameters", None, 0),
-        *(
-            (name, name.replace("_", " "), "test_coco_eval_bbox", i)
-            for i, name in enumerate(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
-        ),
-    ),
-}
-TITLES = {"deit_irpe": "ImageNet-1K, 224 x 224, 300 epochs", "detr_irpe": "COCO 2017 val, boxes"}
-NAMES = {"imagenet": "deit_irpe", "coco": "detr_irpe"}
+MARKERS = {task.marker: task for task in TASKS.values()}
+PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Results</title>
+<style>body{{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
+table{{border-collapse:collapse;display:block;overflow-x:auto}}td,th{{border:1px solid #bbb;padding:.2em .5em}}</style>
+{body}"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +46,10 @@ class Run:
 
     def figure(self) -> str:
         """Its last figure, in words."""
-        for key, title in (("test_acc1", "top-1"), ("test_coco_eval_bbox", "AP")):
-            if values := curve(self.epochs, key)[1]:
-                return f"{values[-1]:.2f} {title}" if key == "test_acc1" else f"{values[-1]:.3f} {title}"
+        for task in TASKS.values():
+            values = [value for epoch in self.epochs if (value := task.figure.of(epoch)) is not None]
+            if values:
+                return f"{task.figure.text(values[-1])} {task.figure.title}"
         return "-"
 
 
@@ -76,7 +64,7 @@ def find_runs(folder: Path) -> dict[str, Run]:
         runs[name] = Run(name, path, read_log(path))
     for path in sorted(folder.glob("detail_*.log")):
         name = path.stem.removeprefix("detail_")
-        if name not in runs:
+        if name not in runs and path.is_file():
             runs[name] = Run(name, path, read_detail(path))
     return runs
 
@@ -92,52 +80,53 @@ class Report:
 
     def block(self, name: str) -> str:
         """The Markdown between one pair of markers. Raises: RunError: an unknown name."""
-        if name in NAMES:
-            return self.published_and_here(NAMES[name])
+        if name in MARKERS:
+            return self.published_and_here(MARKERS[name])
         if name == "results":
-            return "\n".join(f"**{TITLES[package]}**\n\n{self.published_and_here(package)}" for package in TITLES)
+            return "\n".join(f"**{task.title}**\n\n{self.published_and_here(task)}" for task in TASKS.values())
         if name == "demo":
             return "\n".join(part for folder in self.ablations() for part in self._ablation(folder)) + self.other_runs()
-        raise RunError(f"report: nothing to put at {name}:begin; expected results, {', '.join(NAMES)} or demo")
+        raise RunError(f"report: nothing to put at {name}:begin; expected results, {', '.join(MARKERS)} or demo")
 
     def _ablation(self, folder: Path) -> list[str]:
-        about = folder / "README.md"
-        return [*([about.read_text()] if about.is_file() else []), (folder / "table.md").read_text()]
+        texts = [folder / name for name in ("README.md", "table.md")]
+        return [path.read_text(encoding="utf-8", errors="replace") for path in texts if self.inside(path)]
 
     def ablations(self) -> list[Path]:
         """Folders of logs that an ablation left its table in."""
-        return sorted(path.parent for path in self.logs.glob("*/table.md"))
+        return sorted(path.parent for path in self.logs.glob("*/table.md") if self.inside(path))
+
+    def inside(self, path: Path) -> bool:
+        """Whether it is a file of the logs folder, and no link to somewhere else: logs may be another person's."""
+        return path.is_file() and path.resolve().is_relative_to(self.logs.resolve())
 
     def curves_of(self, folder: Path) -> Path:
         """Where the curves of an ablation's runs are drawn."""
         return self.page.with_name(f"{self.page.stem}_{folder.name}.png")
 
-    def published_and_here(self, package: str) -> str:
-        """One row a published model; each figure "published / here", a measured one linked to where it comes from."""
-        columns = COLUMNS[package]
+    def published_and_here(self, task: Task) -> str:
+        """One row a published model with its weights; each figure in two columns, "published" and "here"."""
+        titles = ["model (links to its config)", "weights"]
+        titles += [f"{figure.title}, {whose}" for figure in task.figures for whose in ("published", "here")]
         body = []
         for entry in self.zoo.models.values():
-            if entry.package != package:
-                continue
-            figures = [
-                f"{entry.expect[name]:,} / {self._here(entry.name, name, key, place)}"
-                for name, _, key, place in columns
-            ]
-            body.append([self._link(entry.name, ROOT / entry.config), *figures])
-        titles = ["model (links to its config)", *(f"{title}: published / here" for _, title, *_ in columns)]
+            if entry.package == task.package:
+                row = [self._link(entry.name, ROOT / entry.config), f"[{entry.file.rpartition('.')[2]}]({entry.url})"]
+                for figure in task.figures:
+                    row += [f"{entry.expect[figure.name]:,}", self._here(entry, figure)]
+                body.append(row)
         return markdown(titles, body)
 
-    def _here(self, model: str, figure: str, key: str | None, place: int) -> str:
-        run = self.runs.get(model) or self.runs.get(Path(self.zoo.models[model].config).stem)
-        if run is not None and key is not None and run.epochs and run.epochs[-1].get(key) is not None:
-            value = run.epochs[-1][key]
-            return self._link(f"{value[place] if isinstance(value, list) else value:.4g}", run.log)
-        card = self.logs / "cards" / f"{model}.json"
-        if card.is_file():
-            for line in json.loads(card.read_text())["figures"]:
-                if line["figure"] == figure and line["here"] is not None:
-                    shown = f"{line['here']:,}" if isinstance(line["here"], int) else f"{line['here']:.2f}"
-                    return self._link(f"{shown} {line['verdict']}", card.with_suffix(".md"))
+    def _here(self, entry: Entry, figure: Figure) -> str:
+        """What was measured here, linked to its log or card."""
+        run = self.runs.get(entry.name) or self.runs.get(Path(entry.config).stem)
+        if run is not None and run.epochs and (value := figure.of(run.epochs[-1])) is not None:
+            return self._link(f"{value:.4g}", run.log)
+        card = self.logs / "cards" / f"{entry.name}.json"
+        for line in _card(card)["figures"] if self.inside(card) else ():
+            if line["figure"] == figure.name and line["here"] is not None:
+                shown = f"{line['here']:,}" if isinstance(line["here"], int) else f"{line['here']:.2f}"
+                return self._link(f"{shown} {line['verdict']}", card.with_suffix(".md"))
         return NOT_RUN
 
     def other_runs(self) -> str:
@@ -148,10 +137,10 @@ class Report:
             if run.name in known:
                 continue
             config = self.logs / f"{run.name}.yaml"
-            parameters = next((epoch["n_parameters"] for epoch in run.epochs if "n_parameters" in epoch), None)
+            parameters = next((n for epoch in run.epochs if isinstance(n := epoch.get("n_parameters"), int)), None)
             body.append(
                 [
-                    run.name,
+                    as_text(run.name),
                     self._link("flags", config) if config.is_file() else "-",
                     len(run.epochs),
                     f"{parameters:,}" if parameters else "-",
@@ -168,70 +157,68 @@ class Report:
             f'authors printed ({self.zoo.source}); "here" was measured by this repository, and links to its '
             "log or reproduction card. The two are never mixed.\n",
         ]
-        for package in TITLES:
-            parts += [f"## {TITLES[package]}\n", self.published_and_here(package)]
+        for task in TASKS.values():
+            parts += [f"## {task.title}\n", self.published_and_here(task)]
         for folder in self.ablations():
-            parts += [f"## {folder.name.replace('_', ' ')}, measured here\n", *self._ablation(folder)]
-            pictures = (folder / "table.png", self.curves_of(folder))
-            parts += [f"![{folder.name}]({self._path(picture)})\n" for picture in pictures if picture.is_file()]
+            parts += [f"## {as_text(folder.name.replace('_', ' '))}, measured here\n", *self._ablation(folder)]
+            pictures = [path for path in (folder / "table.png",) if self.inside(path)]
+            pictures += [path for path in (self.curves_of(folder),) if path.is_file()]
+            parts += [f"!{self._link(folder.name, picture)}\n" for picture in pictures]
         if others := self.other_runs():
             parts += ["## Other runs, measured here\n", others]
         if curves is not None:
-            parts += [f"![curves]({self._path(curves)})\n"]
+            parts += [f"!{self._link('curves', curves)}\n"]
         return "\n".join(parts)
 
     def fill(self, text: str) -> str:
         """``text`` with what is between its markers made anew."""
         return MARKER.sub(lambda found: found[1] + self.block(found["name"]) + found[3], text)
 
-    def _path(self, target: Path) -> str:
-        return Path(os.path.relpath(target.resolve(), self.page.resolve().parent)).as_posix()
-
     def _link(self, text: str, target: Path) -> str:
-        return f"[{text}]({self._path(target)})"
+        return f"[{as_text(text)}]({self.address(target)})"
+
+    def address(self, target: Path) -> str:
+        """Of a file, in a link of the page."""
+        return quote(os.fsencode(Path(os.path.relpath(target.resolve(), self.page.resolve().parent)).as_posix()))
 
 
-def to_html(text: str, read: Callable[[str], bytes]) -> str:
-    """Our own Markdown (headings, tables, links, images, code) as one HTML page that needs nothing else.
+def as_text(text: str) -> str:
+    """``text`` in Markdown, standing for itself: names of files and runs may hold anything."""
+    text = text.encode("utf-8", "replace").decode()
+    return re.sub(r"([\\`*{}\[\]<>&])", r"\\\1", text)
+
+
+def _card(path: Path) -> dict:
+    """A reproduction card. Raises: BadData: a file that is none."""
+    try:
+        card = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        for line in card["figures"]:
+            number = isinstance(line["here"], int | float | None)
+            if not (number and line["verdict"] in ("PASS", "FAIL", NOT_RUN) and isinstance(line["figure"], str)):
+                raise ValueError(f"figure {line!r:.80}")
+        return card
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadData(f"{path}: not a reproduction card ({error!r:.120})") from error
+
+
+def to_html(text: str, pictures: dict[str, Path]) -> str:
+    """Markdown as one HTML page that needs nothing else. HTML in it is shown as text; unsafe links are.
 
     Args:
-        read: the bytes of an image that the page names.
+        pictures: the files that may be shown, by the address the text gives them; any other is left out.
     """
-    blocks = []
-    for block in re.split(r"\n\s*\n", text.strip()):
-        lines = block.split("\n")
-        if lines[0].startswith("#"):
-            level = len(lines[0]) - len(lines[0].lstrip("#"))
-            blocks.append(f"<h{level}>{_inline(lines[0].lstrip('# '), read)}</h{level}>")
-        elif lines[0].startswith("|"):
-            rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-            cells = [
-                ["".join(f"<{tag}>{_inline(cell, read)}</{tag}>" for cell in row)]
-                for tag, row in [("th", rows[0]), *(("td", row) for row in rows[2:])]
-            ]
-            blocks.append("<table>" + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>")
-        else:
-            blocks.append(f"<p>{_inline(' '.join(lines), read)}</p>")
-    style = (
-        "body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse;display:block;overflow-x:auto}"
-        "td,th{border:1px solid #bbb;padding:.2em .5em;text-align:left}img{max-width:100%}"
-    )
-    return (
-        "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Results</title><style>{style}</style>\n" + "\n".join(blocks) + "\n"
-    )
+    from markdown_it import MarkdownIt
 
+    def image(tokens, index, options, env):
+        alt, address = html.escape(tokens[index].content), tokens[index].attrs["src"]
+        if address not in pictures:
+            return f"[{alt}]"
+        data = base64.b64encode(pictures[address].read_bytes()).decode()
+        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
-def _inline(text: str, read: Callable[[str], bytes]) -> str:
-    def image(found: re.Match) -> str:
-        data = base64.b64encode(read(html.unescape(found[2]))).decode()
-        return f'<img alt="{found[1]}" src="data:image/png;base64,{data}">'
-
-    text = html.escape(text.replace("\\|", "|"), quote=False)
-    text = re.sub(r"!\[([^]]*)\]\(([^)]*)\)", image, text)
-    text = re.sub(r"\[([^]]*)\]\(([^)]*)\)", r'<a href="\2">\1</a>', text)
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    reader.renderer.rules["image"] = image
+    return PAGE.format(body=reader.render(text))
 
 
 def write_page(report: Report, curves: list[str]) -> list[Path]:
@@ -243,13 +230,15 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
     if drawn:
         plot_runs(drawn, picture)
     pictures = [picture] if drawn else []
-    for folder in report.ablations():  # the first seed alone: a dozen lines can be told apart, three dozen cannot
-        if runs := sorted(folder.glob("log_*_seed0.txt")):
+    for folder in report.ablations():
+        if runs := sorted(folder.glob("log_*_seed*.txt")):
             plot_runs(runs, report.curves_of(folder))
             pictures.append(report.curves_of(folder))
     text = report.markdown(picture if drawn else None)
-    page.write_text(text)
-    page.with_suffix(".html").write_text(to_html(text, lambda name: (page.parent / name).read_bytes()))
+    page.write_text(text, encoding="utf-8")
+    pictures += [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
+    shown = {report.address(path): path for path in pictures}
+    page.with_suffix(".html").write_text(to_html(text, shown), encoding="utf-8")
     return [page, page.with_suffix(".html"), *pictures]
 
 

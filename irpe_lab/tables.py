@@ -5,64 +5,62 @@ import shutil
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from irpe_lab.figures import Figure
+from irpe_lab.plots import plot_intervals, save
+from irpe_lab.results import Row, bootstrap_interval, spread
 
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 NOT_PUBLISHED = "not published here"
-COLUMNS = ("run", "buckets", "parameters", "MACs (M)", "img/s", "{figure}", "seeds", "published")
 
 
-@dataclass
-class Row:
-    """One run of the grid over all its seeds, as far as it has come."""
-
-    run: str
-    flags: str
-    figures: list[float]  # of the seeds that finished
-    states: list[str]  # of all seeds: waiting, running, done, failed
-    epochs: int  # logged so far, by all seeds
-    reason: str | None  # why the first failed seed failed
-    images_per_second: float | None
-    facts: dict  # n_parameters, macs_M, buckets, where the package can tell
-    published: float | None
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self.figures) if self.figures else None
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds (n - 1); None for fewer than two."""
-        return statistics.stdev(self.figures) if len(self.figures) > 1 else None
-
-
-def cells(row: Row, figure: str) -> dict[str, str]:
+def cells(row: Row, figure: Figure, baseline: str | None) -> dict[str, str]:
     """One row as text, by column; a failed or unfinished run says so where its figure would be."""
-    failed, done = row.states.count("failed"), row.states.count("done")
-    shown = number(row.mean) + (f" ± {number(row.spread, like=row.mean)}" if row.spread is not None else "")
-    if failed:
-        shown = f"{shown + ', ' if done else ''}failed: {row.reason}"
-    elif not done:
-        shown = "not run"
-    facts = row.facts
-    return {
+    model, speed, memory, seconds = row.model, *map(row.median, ("images_per_second", "memory", "seconds"))
+    shown = {
         "run": row.run,
-        "buckets": str(facts.get("buckets", "-")),
-        "parameters": f"{facts['n_parameters']:,}" if "n_parameters" in facts else "-",
-        "MACs (M)": f"{facts['macs_M']:.1f}" if facts.get("macs_M") else "-",
-        "img/s": f"{row.images_per_second:.0f}" if row.images_per_second else "-",
-        figure: shown,
-        "seeds": f"{done}/{len(row.states)}",
-        "published": NOT_PUBLISHED if row.published is None else number(row.published),
+        "buckets": str(model.get("buckets", "-")),
+        "parameters": f"{model['n_parameters']:,}" if "n_parameters" in model else "-",
+        "MACs (M)": f"{model['macs_M']:.1f}" if model.get("macs_M") else "-",
+        "img/s": "-" if speed is None else f"{speed:.0f}",
+        "memory (MiB)": "-" if memory is None else f"{memory:.0f}",
+        "time": "-" if seconds is None else duration(seconds),
+        f"{figure.title}, last epoch": result(row, figure),
+        "best epoch": figure.text(statistics.fmean(row.best)) if row.best else "-",
     }
+    if baseline is not None:
+        shown[f"minus {baseline} [95%]"] = difference(row, figure)
+    shown["seeds"] = f"{row.states.count('done')}/{len(row.states)}"
+    shown["published"] = NOT_PUBLISHED if row.published is None else figure.text(row.published)
+    return shown
 
 
-def number(value: float | None, like: float | None = None) -> str:
-    """Percent with two decimals, fractions with three; ``like`` is the figure that a spread belongs to."""
-    if value is None:
+def result(row: Row, figure: Figure) -> str:
+    """Mean and standard deviation over seeds, after the last epoch; or what became of the runs."""
+    values = list(row.figures.values())
+    shown = figure.text(statistics.fmean(values)) if values else "not run"
+    if (deviation := spread(values)) is not None:
+        shown += f" ± {figure.text(deviation)}"
+    if "failed" not in row.states:
+        return shown
+    return f"{shown + ', ' if values else ''}failed: {row.reason}"
+
+
+def difference(row: Row, figure: Figure) -> str:
+    """The mean over seeds of run minus baseline, and its bootstrap interval."""
+    if not (values := row.differences):
         return "-"
-    return f"{value:.2f}" if abs(value if like is None else like) > 1 else f"{value:.3f}"
+    interval = bootstrap_interval(values)
+    told = [statistics.fmean(values), *(interval or ())]
+    signed = [f"{'-' if value < 0 else '+'}{figure.text(abs(value))}" for value in told]
+    return signed[0] + (f" [{signed[1]}, {signed[2]}]" if interval else "")
+
+
+def duration(seconds: float) -> str:
+    """``h:mm:ss``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -95,80 +93,51 @@ def _escape(text: str) -> str:
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))
 
 
-def write(rows: Sequence[Row], folder: Path, *, title: str, figure: str) -> list[Path]:
-    """``table.csv`` (full precision, every seed), ``table.md``, ``table.tex`` and ``table.png`` in ``folder``."""
+def write(rows: Sequence[Row], folder: Path, *, title: str, figure: Figure, baseline: str | None) -> list[Path]:
+    """``table.csv`` (full precision, every seed), ``.md``, ``.tex``, and the plot as ``.png`` and ``.pdf``."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"table.{kind}" for kind in ("csv", "md", "tex", "png")]
-    with open(paths[0], "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(
-            [
-                "run",
-                "flags",
-                "buckets",
-                "n_parameters",
-                "macs_M",
-                "images_per_second",
-                "mean",
-                "spread",
-                "seeds",
-                "figures",
-                "published",
-                "states",
-                "reason",
-            ]
-        )
-        for row in rows:
-            facts = [row.facts.get(key) for key in ("buckets", "n_parameters", "macs_M")]
-            out.writerow(
-                [
-                    row.run,
-                    row.flags,
-                    *facts,
-                    row.images_per_second,
-                    row.mean,
-                    row.spread,
-                    len(row.figures),
-                    " ".join(map(repr, row.figures)),
-                    row.published,
-                    " ".join(row.states),
-                    row.reason,
-                ]
-            )
-    header = [column.format(figure=figure) for column in COLUMNS]
-    body = [[cells(row, figure)[column] for column in header] for row in rows]
-    paths[1].write_text(markdown(header, body))
-    paths[2].write_text(latex(header, body, ["failed" in row.states for row in rows]))
-    plot(rows, paths[3], title=title, figure=figure)
+    paths = [folder / f"table.{kind}" for kind in ("csv", "md", "tex", "png", "pdf")]
+    with open(paths[0], "w", newline="", encoding="utf-8") as file:
+        lines = [_full_precision(row) for row in rows]
+        out = csv.DictWriter(file, lines[0])
+        out.writeheader()
+        out.writerows(lines)
+    body = [cells(row, figure, baseline) for row in rows]
+    header, lines = list(body[0]), [list(line.values()) for line in body]
+    paths[1].write_text(markdown(header, lines), encoding="utf-8")
+    paths[2].write_text(latex(header, lines, ["failed" in row.states for row in rows]), encoding="utf-8")
+    canvas = plot_intervals(rows, title=title, figure=figure, baseline=baseline)
+    for path in paths[3:]:
+        save(canvas, path)
     return paths
 
 
-def plot(rows: Sequence[Row], path: Path, *, title: str, figure: str) -> None:
-    """One line a run: its mean with the spread over seeds, every seed, and the published figure where there is one."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(8, 0.9 + 0.34 * len(rows)), layout="constrained")
-    axis = canvas.subplots()
-    for y, row in enumerate(rows):
-        axis.plot(row.figures, [y] * len(row.figures), ".", color="C0", alpha=0.4)
-        if row.mean is not None:
-            axis.errorbar(row.mean, y, xerr=row.spread, fmt="o", color="C0", capsize=3)
-        if row.published is not None:
-            axis.plot(row.published, y, "D", color="C1", fillstyle="none")
-    names = [f"{row.run} (failed)" if "failed" in row.states else row.run for row in rows]
-    axis.set_yticks(range(len(rows)), names, fontsize="small")
-    for label, row in zip(axis.get_yticklabels(), rows, strict=True):
-        label.set_color("red" if "failed" in row.states else "black")
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set(title=title, xlabel=f"{figure}: mean and standard deviation over seeds; diamonds: published")
-    axis.grid(axis="x", alpha=0.3)
-    canvas.savefig(path, dpi=120)
+def _full_precision(row: Row) -> dict:
+    values, differences = list(row.figures.values()), row.differences
+    low, high = bootstrap_interval(differences) or (None, None)
+    return {
+        "run": row.run,
+        "flags": row.flags,
+        **{key: row.model.get(key) for key in ("buckets", "n_parameters", "macs_M")},
+        **{name: row.median(name) for name in ("images_per_second", "memory", "seconds")},
+        "mean": statistics.fmean(values) if values else None,
+        "spread": spread(values),
+        "best_epoch": statistics.fmean(row.best) if row.best else None,
+        "difference": statistics.fmean(differences) if differences else None,
+        "low": low,
+        "high": high,
+        "seeds": " ".join(map(str, row.figures)),
+        "figures": " ".join(map(repr, values)),
+        "published": row.published,
+        "states": " ".join(row.states),
+        "reason": row.reason,
+    }
 
 
 class Display:
     """The live table: redrawn in place on a terminal that it fits; else a line whenever a row's state changes."""
 
-    def __init__(self, figure: str):
+    def __init__(self, figure: Figure):
         self.figure, self._drawn, self._seen = figure, 0, {}
         self._terminal = sys.stdout.isatty()
 
@@ -193,5 +162,5 @@ class Display:
             for state in ("done", "running", "waiting", "failed")
             if state in row.states
         )
-        text = f"{row.run:{longest}}  {states}  {row.epochs} epochs  {cells(row, self.figure)[self.figure]}"[:width]
+        text = f"{row.run:{longest}}  {states}  {row.epochs} epochs  {result(row, self.figure)}"[:width]
         return f"{RED}{text}{PLAIN}" if "failed" in row.states and self._terminal else text

@@ -1,4 +1,4 @@
-"""The reproduction card: a figure measured here beside the published one, and PASS or FAIL.
+"""The reproduction card: a figure measured here beside the published one, and PASS, partial or FAIL.
 
 Both command lines make one with ``--eval --expect``: the figure, the published figure, the difference, the verdict
 within the tolerance that ``configs/model_zoo.yaml`` states, the hashes of checkpoint and data set, versions, hardware.
@@ -19,10 +19,13 @@ from pathlib import Path
 
 import torch
 
+from irpe_train.config import ROOT
 from irpe_train.distributed import logger
 from irpe_train.errors import RunError
 from irpe_train.run_log import PACKAGES, surroundings
-from irpe_train.zoo import ROOT, Entry, Zoo, read_zoo, sha256
+from irpe_train.zoo import Entry, Zoo, read_zoo, sha256
+
+NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Line:
     def verdict(self) -> str:
         """``PASS``, ``FAIL`` or ``not run``; a NaN fails."""
         if self.here is None:
-            return "not run"
+            return NOT_RUN
         # 1e-9: a difference of exactly the tolerance is a PASS however it was rounded.
         return "PASS" if abs(self.difference) <= self.tolerance + 1e-9 else "FAIL"
 
@@ -65,10 +68,12 @@ def compare(name: str, measured: Mapping[str, float], zoo: Zoo | None = None) ->
     return [Line(key, measured.get(key), value, zoo.tolerance[key]) for key, value in expect.items()]
 
 
-def passed(lines: Iterable[Line]) -> bool:
-    """Whether something was measured and nothing failed."""
+def verdict(lines: Iterable[Line]) -> str:
+    """``PASS`` when every figure passed, ``partial`` when some passed and the others were not run; else ``FAIL``."""
     verdicts = {line.verdict for line in lines}
-    return "PASS" in verdicts and "FAIL" not in verdicts
+    if "FAIL" in verdicts or "PASS" not in verdicts:
+        return "FAIL"
+    return "partial" if NOT_RUN in verdicts else "PASS"
 
 
 def choose(wanted: str, candidates: Iterable[str], zoo: Zoo | None = None) -> str:
@@ -100,7 +105,7 @@ def expect(
     data: Iterable[str | Path] = (),
     output_dir: str | Path | None = None,
 ) -> bool:
-    """Print the card of this evaluation, save it as ``card.json`` and ``card.md`` in ``output_dir``, tell if it passed.
+    """Print the card of this evaluation, save it as ``card.json`` and ``card.md`` in ``output_dir``; tell if none failed.
 
     Args:
         wanted, candidates: see `choose`. measured: see `compare`.
@@ -111,7 +116,7 @@ def expect(
     logger.info(to_markdown(card))
     if output_dir:
         write_card(card, Path(output_dir) / "card")
-    return card["verdict"] == "PASS"
+    return card["verdict"] != "FAIL"
 
 
 def make_card(
@@ -125,10 +130,9 @@ def make_card(
     """The card as plain data. See `expect` for the arguments."""
     zoo = zoo or read_zoo()
     lines = compare(name, measured, zoo)
-    verdict = "PASS" if passed(lines) else "FAIL"
     return {
         "name": name,
-        "verdict": verdict,
+        "verdict": verdict(lines),
         "source": zoo.source,
         "config": zoo.find(name).config,
         "figures": [asdict(line) | {"difference": line.difference, "verdict": line.verdict} for line in lines],
@@ -144,7 +148,7 @@ def to_markdown(card: Mapping) -> str:
     rows = ["| figure | here | published | difference | tolerance | |", "|---|---|---|---|---|---|"]
     for line in card["figures"]:
         here, gap = (
-            ("not run", "") if line["here"] is None else (_number(line["here"]), f"{_rounded(line['difference']):+g}")
+            (NOT_RUN, "") if line["here"] is None else (_number(line["here"]), f"{_rounded(line['difference']):+g}")
         )
         rows.append(
             f"| {line['figure']} | {here} | {_number(line['published'])} | {gap} | {line['tolerance']:g} "
@@ -160,8 +164,8 @@ def to_markdown(card: Mapping) -> str:
     facts.append("* versions: " + ", ".join(f"{name} {version}" for name, version in card["versions"].items()))
     facts.append(f"* hardware: {card['hardware']}")
     missing = sum(line["here"] is None for line in card["figures"])
-    verdict = card["verdict"] + (f" ({missing} of {len(card['figures'])} figures not run)" if missing else "")
-    return "\n".join([f"# {card['name']}: {verdict}", "", *rows, "", *facts, ""])
+    rest = f" ({missing} of {len(card['figures'])} figures not run)" if missing else ""
+    return "\n".join([f"# {card['name']}: {card['verdict']}{rest}", "", *rows, "", *facts, ""])
 
 
 def write_card(card: Mapping, path: Path) -> None:
@@ -249,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
             card = make_card(entry.name, count_without_data(entry), zoo=zoo)
             write_card(card, args.output / entry.name)
             print(to_markdown(card))
-            failed += card["verdict"] != "PASS"
+            failed += card["verdict"] == "FAIL"
     except (RunError, ValueError, OSError) as error:
         sys.exit(f"irpe_train.card: {error}")
     return 1 if failed else 0

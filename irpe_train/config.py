@@ -1,4 +1,4 @@
-"""``--config FILE.yaml``: a command line written down.
+"""``--config FILE.yaml``: a command line written down, and the one reader of YAML that users write.
 
 The file's entries become flags placed before the typed ones, so argparse checks both alike and typed flags win.
 """
@@ -14,9 +14,34 @@ import yaml
 
 from irpe_train.errors import RunError
 
+LARGEST_FILE = 1 << 20  # bytes; a config has hundreds
+
 
 class ConfigError(RunError, ValueError):
-    """A config file that cannot become flags; the message names file, key and remedy."""
+    """A YAML file that says nothing this program can do; the message names file, key and remedy."""
+
+
+def _folder_of_configs() -> Path:
+    """The checkout, or where the wheel put its configs: ``share/irpe`` of the environment."""
+    checkout, *above = Path(__file__).resolve().parents[1:]
+    places = [checkout, *(folder / "share" / "irpe" for folder in (checkout, *above))]
+    return next((place for place in places if (place / "configs" / "model_zoo.yaml").is_file()), checkout)
+
+
+ROOT = _folder_of_configs()
+
+
+def find_config(name: str | Path, *folders: Path, source: str) -> Path:
+    """The file called ``name``: in one of ``folders``, in the working folder, or among those shipped with the package.
+
+    Raises: ConfigError: it is in none of them; lists the folders. ``source`` opens the message.
+    """
+    places = [*folders, Path(), ROOT]
+    for folder in places:
+        if (folder / name).exists():
+            return folder / name
+    looked = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in places))
+    raise ConfigError(f"{source}: no file {name} in {looked}")
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +68,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     find.add_argument("--config", default=None)
     path = find.parse_known_args(argv)[0].config
-    written = flags_of(parser, read_yaml(path), path) if path else []
+    written = []
+    if path:
+        source = f"--config {path}"
+        written = flags_of(parser, read_yaml(find_config(path, source=source), source), source)
     args = parser.parse_args(written + argv)
     if getattr(args, "config", path) != path:  # argparse takes --conf for it; some commands have no --config
         raise ConfigError(f"--config {args.config}: write --config in full, so that it is read before the other flags")
@@ -53,48 +81,71 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     return args
 
 
-def read_yaml(path: str | Path) -> dict:
-    """A flat mapping from a YAML file without tags, aliases or repeated keys."""
+def read_yaml(path: Path, source: str) -> dict:
+    """The mapping that a YAML file holds. Raises: ConfigError, opened by ``source``; see `parse_yaml`."""
+    if not path.is_file():
+        raise ConfigError(f"{source}: cannot be read: not a file")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise ConfigError(f"{source}: {size} bytes; expected lines 'name: value', {LARGEST_FILE} bytes at most")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error})") from error
+        raise ConfigError(f"{source}: cannot be read ({error})") from error
+    values = parse_yaml(text, source)
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{source}: expected lines 'name: value', got a {type(values).__name__}")
+    return values or {}
+
+
+def parse_yaml(text: str, source: str) -> object:
+    """Plain values from YAML without tags, aliases (which can make terabytes from a line) or repeated names.
+
+    Raises: ConfigError: anything else; names the line.
+    """
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if getattr(event, "tag", None):
                 raise ConfigError(
-                    f"--config {path}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "
+                    f"{source}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "
                     "refused: a config is plain names and values"
                 )
             if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"--config {path}: line {event.start_mark.line + 1}: aliases (*name) are refused")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+                raise ConfigError(f"{source}: line {event.start_mark.line + 1}: aliases (*name) are refused")
+        _refuse_repeated_names(yaml.compose(text, Loader=yaml.SafeLoader), source)
+        return yaml.safe_load(text)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected lines 'flag: value', got a {type(values).__name__}")
-    names = [str(key.value) for key, _ in node.value]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"--config {path}: {name} is there {names.count(name)} times; keep one")
-    return values
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def flags_of(parser: argparse.ArgumentParser, values: dict, path: str | Path) -> list[str]:
-    """``{"batch-size": 64, "pin_mem": False}`` -> ``["--batch-size=64", "--no-pin-mem"]``."""
+def _refuse_repeated_names(root: yaml.Node | None, source: str) -> None:
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+            names = [str(key.value) for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ConfigError(f"{source}: {name} is there {names.count(name)} times; keep one")
+
+
+def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
+    """``{"batch-size": 64, "pin_mem": False}`` -> ``["--batch-size=64", "--no-pin-mem"]``.
+
+    Raises: ConfigError, opened by ``source``: a name or value that no flag can carry.
+    """
     argv = []
     for key, value in values.items():
-        action, spelling = _find(parser, str(key), path)
-        argv += _flags(parser, action, spelling, str(key), value, path)
+        action, spelling = _find(parser, str(key), source)
+        argv += _flags(parser, action, spelling, str(key), value, source)
     return argv
 
 
-def _find(parser: argparse.ArgumentParser, key: str, path) -> tuple[argparse.Action, str]:
+def _find(parser: argparse.ArgumentParser, key: str, source: str) -> tuple[argparse.Action, str]:
     """The action called ``key``, by a flag's spelling (``-`` and ``_`` alike) or else by the name of its value."""
     by_flag, by_dest = {}, {}
     for action in parser._actions:
@@ -102,19 +153,19 @@ def _find(parser: argparse.ArgumentParser, key: str, path) -> tuple[argparse.Act
             continue
         for option in action.option_strings:
             if option.startswith("--"):
-                by_flag[_same(option[2:])] = (action, option)
-        by_dest.setdefault(_same(action.dest), (action, (action.option_strings or [""])[-1]))
+                by_flag[same_name(option[2:])] = (action, option)
+        by_dest.setdefault(same_name(action.dest), (action, (action.option_strings or [""])[-1]))
     known = by_dest | by_flag
-    if _same(key) in known:
-        return known[_same(key)]
-    close = difflib.get_close_matches(_same(key), known, n=3, cutoff=0.5)
+    if same_name(key) in known:
+        return known[same_name(key)]
+    close = difflib.get_close_matches(same_name(key), known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(known[name][1].lstrip('-') or name for name in close)}?" if close else "see --help"
-    raise ConfigError(f"--config {path}: unknown name {key!r}; {hint}")
+    raise ConfigError(f"{source}: unknown name {key!r}; {hint}")
 
 
-def _flags(parser, action, spelling: str, key: str, value, path) -> list[str]:
+def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[str]:
     def refuse(wanted: str):
-        raise ConfigError(f"--config {path}: {key}: {value!r}: {wanted}")
+        raise ConfigError(f"{source}: {key}: {value!r:.200}: {wanted}")
 
     if isinstance(value, dict):
         refuse("expected one value or a list, got nested names")
@@ -134,7 +185,7 @@ def _flags(parser, action, spelling: str, key: str, value, path) -> list[str]:
     if action.nargs == 0:
         if not isinstance(value, bool):
             refuse("this is a switch: expected true or false")
-        is_dest = _same(key) == _same(action.dest) and _same(spelling.lstrip("-")) != _same(key)
+        is_dest = same_name(key) == same_name(action.dest) and same_name(spelling.lstrip("-")) != same_name(key)
         wanted = value if is_dest else (action.const if value else not action.const)
         for other in parser._actions:
             if other.dest == action.dest and other.nargs == 0 and other.const == wanted:
@@ -146,11 +197,17 @@ def _flags(parser, action, spelling: str, key: str, value, path) -> list[str]:
     if isinstance(value, list) and not many:
         refuse("expected one value, got a list")
     if many:
-        return [spelling, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
+            refuse("expected plain values in the list")
+        if any(str(item).startswith("--") for item in items):
+            refuse("a value that starts with -- would be read as a flag")
+        return [spelling, *map(str, items)]
     return [f"{spelling}={value}"]
 
 
-def _same(name: str) -> str:
+def same_name(name: str) -> str:
+    """The one spelling by which flags are compared: ``-`` and ``_`` alike, in small letters."""
     return name.replace("-", "_").lower()
 
 

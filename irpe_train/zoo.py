@@ -20,15 +20,8 @@ from pathlib import Path
 
 import yaml
 
+from irpe_train.config import ROOT
 
-def _folder_of_configs() -> Path:
-    """The checkout, or where the wheel put its configs: ``share/irpe`` of the environment."""
-    checkout, *above = Path(__file__).resolve().parents[1:]
-    places = [checkout, *(folder / "share" / "irpe" for folder in (checkout, *above))]
-    return next((place for place in places if (place / "configs" / "model_zoo.yaml").is_file()), checkout)
-
-
-ROOT = _folder_of_configs()
 ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
 CHUNK = 1 << 20
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--output", required=True, metavar="FILE.png")
     args = parser.parse_args()
     try:
-        panels = plot_runs(args.runs, args.output)
+        panels = [axis.get_title() for axis in plot_runs(args.runs, args.output).axes]
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"plot_logs.py: {error}")
     print(f"{args.output}: {', '.join(panels)}")

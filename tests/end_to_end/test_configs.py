@@ -98,7 +98,7 @@ def test_published_rows(entry):
 def test_the_committed_cards_are_those_of_the_committed_zoo():
     for entry in ZOO.models.values():
         saved = json.loads((ROOT / "logs" / "cards" / f"{entry.name}.json").read_text())
-        assert saved["verdict"] == "PASS" and saved["config"] == entry.config
+        assert saved["verdict"] == "partial" and saved["config"] == entry.config
         assert {line["figure"]: line["published"] for line in saved["figures"]} == entry.expect
 
 
@@ -106,18 +106,18 @@ def test_the_committed_cards_are_those_of_the_committed_zoo():
 def test_grid(path):
     """Every run's flags parse and its encoding exists; published names are zoo rows of the same encoding."""
     grid = read_grid(path)
-    key = "rpe" if grid.package == "deit_irpe" else "enc_rpe2d"
+    package, key = grid.task.package, grid.task.encoding
     for run in grid.runs:
-        args = parse_args(TRAINS[grid.package](), [*grid.flags(run), "--seed", "1", "--output_dir", "x"])
+        args = parse_args(TRAINS[package](), [*grid.flags(run), "--seed", "1", "--output_dir", "x"])
         spec = getattr(args, key)
         assert spec in ("none", "") or parse_rpe_spec(spec).spec
         assert args.output_dir == "x" and args.seed == 1
     for run, row in grid.published.items():
         entry = ZOO.find(row)
         config = yaml.safe_load((ROOT / entry.config).read_text())
-        module = deit_irpe.model_stats if grid.package == "deit_irpe" else detr_irpe.model_stats
+        module = deit_irpe.model_stats if package == "deit_irpe" else detr_irpe.model_stats
         assert facts(module, *grid.flags(run)) == facts(module, "--config", str(ROOT / entry.config))
-        assert config["epochs"] == parse_args(TRAINS[grid.package](), grid.flags(run)).epochs
+        assert config["epochs"] == parse_args(TRAINS[package](), grid.flags(run)).epochs
 
 
 def test_the_ablations_cover_the_product_of_the_paper():

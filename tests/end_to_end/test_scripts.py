@@ -130,7 +130,8 @@ def test_slurm(tmp_path):
 
 @pytest.mark.parametrize("script, runs", [("ablate_modes.sh", 81), ("ablate_buckets.sh", 37)])
 @pytest.mark.parametrize("which", ["deit", "detr"])
-def test_ablations(tmp_path, script, runs, which):
+def test_ablations(tmp_path, monkeypatch, script, runs, which):
+    monkeypatch.chdir(tmp_path)  # the printed command names the run's flags.yaml, which the dry run writes
     lines = run(tmp_path, script, which, "--seeds", "3", DATA="x").splitlines()
     assert len(lines) == runs
     for line in lines:

@@ -10,22 +10,27 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from irpe_lab import ablate, jobs, tables
 from irpe_lab.ablate import main
-from irpe_lab.grid import GridError, as_flags, expand, read_grid, slug
+from irpe_lab.figures import TASKS
+from irpe_lab.grid import read_grid
+from irpe_lab.results import Outcome, Row
+from irpe_train.config import ROOT
 from irpe_train.errors import RunError
-from irpe_train.zoo import ROOT
 
 # Stands in for deit_irpe: two "epochs" to log.txt, resuming; every start and every epoch is noted in trace.txt.
 PACKAGE = """
-import argparse, json, os, pathlib, sys, time
+import argparse, json, os, pathlib, sys, time, yaml
 parser = argparse.ArgumentParser()
-for flag in ("config", "rpe", "seed", "output_dir", "resume", "epochs"):
+for flag in ("config", "seed", "output_dir", "resume"):
     parser.add_argument("--" + flag)
 args = parser.parse_args()
+args.rpe = yaml.safe_load(open(args.config))["rpe"]
 out = pathlib.Path(args.output_dir)
 out.mkdir(parents=True, exist_ok=True)
+(out / "model.json").write_text(json.dumps({"n_parameters": 7, "macs_M": 1.5, "buckets": 50}))
 if args.rpe == "boom":
     print("first words")
     sys.exit("ValueError: no such encoding 'boom'")
@@ -36,13 +41,10 @@ with open("trace.txt", "a") as trace:
 for epoch in range(begin, 2):
     if epoch == 1 and "ctx" in args.rpe:
         time.sleep(float(os.environ.get("SLOW", 0)))
-    print(f"Epoch: [{epoch}] [0/1]  loss: 1.0  {100 + epoch} img/s", flush=True)
+    print(f"Epoch: [{epoch}] [0/1]  loss: 1.0  {100 + epoch} img/s  max mem: {50 + epoch}", flush=True)
     with open(log, "a") as file:
-        file.write(json.dumps({"test_acc1": 80.0 + int(args.seed) + epoch, "epoch": epoch, "n_parameters": 7}) + "\\n")
-"""
-FACTS = """
-import json
-print(json.dumps({"n_parameters": 7, "macs_M": 1.5, "buckets": 50}))
+        acc1 = 80.0 + int(args.seed) + epoch + 2 * ("ctx" in args.rpe) * (1 - epoch) + 1.5 * ("bias" in args.rpe)
+        file.write(json.dumps({"test_acc1": acc1, "epoch": epoch, "n_parameters": 7}) + "\\n")
 """
 GRID = """
 package: deit_irpe
@@ -59,7 +61,6 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "deit_irpe").mkdir()
     (tmp_path / "deit_irpe" / "__init__.py").touch()
     (tmp_path / "deit_irpe" / "__main__.py").write_text(PACKAGE)
-    (tmp_path / "deit_irpe" / "model_stats.py").write_text(FACTS)
     (tmp_path / "grid.yaml").write_text(GRID)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -75,43 +76,6 @@ def table(folder):
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
-def test_braces_multiply():
-    assert expand("a-{b,c}-{0,1}") == ["a-b-0", "a-b-1", "a-c-0", "a-c-1"]
-    assert expand("none") == ["none"] and expand("") == [""]
-
-
-def test_flags():
-    values = {"epochs": 3, "no-abs-pos": True, "load-tar": False, "opt": None, "opt-betas": [0.9, 0.99], "x": ""}
-    assert as_flags(values) == ["--epochs", "3", "--no-abs-pos", "--opt-betas", "0.9", "0.99", "--x", ""]
-    assert slug("a b/c") == "a_b_c"
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("package: deit\n", "package: 'deit'; expected one of deit_irpe, detr_irpe"),
-        ("pakage: deit_irpe\n", "unknown key pakage; expected package, config"),
-        ("- a\n", "expected keys package"),
-        ("package: [\n", "cannot be read"),
-        ("package: deit_irpe\nconfig: nope.yaml\n", "config: no file .*nope.yaml"),
-        ("package: deit_irpe\nconfig: configs/deit/small.yaml\n", "neither 'grid' nor 'runs'"),
-        (GRID + "runs: {none: {}}\n", "two runs are called none"),
-        (GRID.replace("{rpe-1.9", "{rpe-2.9"), "published: no run is called 'rpe-2.9-product-ctx-1-k'"),
-        (GRID.replace("[0, 1]", "[a]"), "seeds: expected whole numbers"),
-    ],
-)
-def test_bad_grids(tmp_path, text, message):
-    (tmp_path / "grid.yaml").write_text(text)
-    with pytest.raises(GridError, match=message):
-        read_grid(tmp_path / "grid.yaml")
-
-
-def test_only(place):
-    assert list(read_grid("grid.yaml", only="*-ctx-*").runs) == ["rpe-1.9-product-ctx-1-k"]
-    with pytest.raises(GridError, match="no run is called like 'x'; there are none, rpe-1.9-product-ctx-1-k"):
-        read_grid("grid.yaml", only="x")
-
-
 def test_a_table_from_a_grid(place, capsys):
     (place / "grid.yaml").write_text(GRID + "runs: {a bad one: {rpe: boom}, other: {rpe: x}}\n")
     assert main(["grid.yaml", "-o", "out", "--jobs", "2"]) == 1
@@ -121,15 +85,22 @@ def test_a_table_from_a_grid(place, capsys):
     assert product["figures"] == "81.0 82.0" and product["mean"] == "81.5" and product["published"] == "80.9"
     assert float(product["spread"]) == pytest.approx(0.5**0.5)
     assert (product["buckets"], product["n_parameters"], product["macs_M"]) == ("50", "7", "1.5")
-    assert product["images_per_second"] == "100.5"
+    assert (product["images_per_second"], product["memory"], product["best_epoch"]) == ("100.5", "51.0", "82.5")
+    assert 0 < float(product["seconds"]) < 60 and product["seeds"] == "0 1"
+    bias = rows["rpe-1.9-product-bias-1-k"]
+    assert (bias["difference"], bias["low"], bias["high"]) == ("1.5", "1.5", "1.5")
+    assert product["difference"] == "0.0" and rows["none"]["difference"] == rows["a_bad_one"]["difference"] == ""
     bad = rows["a_bad_one"]
     assert bad["states"] == "failed failed" and bad["reason"] == "ValueError: no such encoding 'boom'"
     text = (place / "out" / "table.md").read_text()
-    assert "| rpe-1.9-product-ctx-1-k | 50 | 7 | 1.5 | 100 | 81.50 ± 0.71 | 2/2 | 80.90 |" in text
+    time = tables.duration(float(product["seconds"]))
+    figures = "81.50 ± 0.71 | 82.50 | +0.00 [+0.00, +0.00]"
+    assert f"| rpe-1.9-product-ctx-1-k | 50 | 7 | 1.5 | 100 | 51 | {time} | {figures} | 2/2 | 80.90 |" in text
     failed = "failed: ValueError: no such encoding 'boom'"
-    assert f"| a_bad_one | 50 | 7 | 1.5 | - | {failed} | 0/2 | not published here |" in text
+    assert f"| a_bad_one | - | - | - | - | - | - | {failed} | - | - | 0/2 | not published here |" in text
     assert "\\textcolor{red}{a\\_bad\\_one}" in (place / "out" / "table.tex").read_text()
     assert (place / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert (place / "out" / "table.pdf").read_bytes().startswith(b"%PDF")
     assert "a_bad_one" in capsys.readouterr().out
     # Again: only what failed is tried once more. What finished is published under the zoo's names.
     before = starts(place)
@@ -167,7 +138,7 @@ def test_killed_and_started_again(place, how):
     runner.wait()
     assert main(["grid.yaml", "-o", "out", "--seeds", "0"]) == 0
     names = ["none", "rpe-1.9-product-ctx-1-k", "rpe-1.9-product-bias-1-k"]
-    assert all(row["figures"] == "81.0" for row in table(place / "out").values())
+    assert [row["figures"] for row in table(place / "out").values()] == ["81.0", "81.0", "82.5"]
     for name in names:
         lines = (place / "out" / f"{name}_seed0" / "log.txt").read_text().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == [0, 1]  # none missing, none twice
@@ -179,7 +150,9 @@ def test_killed_and_started_again(place, how):
 
 def test_a_folder_of_another_command(place):
     main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0"])
-    with pytest.raises(SystemExit, match="none_seed0 holds the results of another command .*Choose another folder"):
+    with pytest.raises(
+        SystemExit, match="none_seed0 holds the results of other flags .see its flags.yaml.. Choose another folder"
+    ):
         main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0", "--set", "epochs=9"])
 
 
@@ -187,11 +160,14 @@ def test_dry_run(place, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     assert main(["grid.yaml", "-o", "out", "--dry-run", "--gpus-per-run", "4", "--set", "epochs=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and not (place / "out").exists()
+    assert len(lines) == 6 and not list(place.rglob("log.txt"))
     assert lines[1].endswith(
         "-m torch.distributed.run --standalone --nproc_per_node=4 -m deit_irpe --config "
-        f"{ROOT}/configs/deit/small.yaml --rpe none --epochs 3 --seed 1 --output_dir out/none_seed1 --resume auto"
+        "out/none_seed1/flags.yaml --seed 1 --output_dir out/none_seed1 --resume auto"
     )
+    written = yaml.safe_load((place / "out" / "none_seed1" / "flags.yaml").read_text())
+    shared = yaml.safe_load((ROOT / "configs" / "deit" / "small.yaml").read_text())
+    assert written == shared | {"rpe": "none", "epochs": 3}
     assert signal.getsignal(signal.SIGTERM) is handler  # a caller keeps its own
 
 
@@ -203,12 +179,12 @@ def test_gpus_are_shared_out(monkeypatch):
 
 
 def test_the_live_table(monkeypatch, capsys):
-    good = tables.Row("good", "", [90.0], ["done", "running"], 3, None, None, {}, None)
-    bad = tables.Row("bad", "", [], ["failed"], 0, "it broke", None, {}, None)
+    good = Row("good", "", {0: Outcome("done", 2, 90.0, 90.0), 1: Outcome("running", 1)})
+    bad = Row("bad", "", {0: Outcome("failed", reason="it broke")})
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("LINES", "10")
-    display = tables.Display("top-1 (%)")
+    display = tables.Display(TASKS["deit_irpe"].figure)
     display.show([good, bad])
     assert capsys.readouterr().out == (
         "good  1 done, 1 running  3 epochs  90.00\n\x1b[31mbad   1 failed  0 epochs  failed: it broke\x1b[0m\n"
@@ -222,7 +198,7 @@ def test_the_live_table(monkeypatch, capsys):
 
 
 def test_a_worker_leaves_a_busy_run_alone(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit('should not start')"])
+    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit('should not start')"], "")
     with jobs.locked(tmp_path / "run") as lock:
         assert lock and jobs.busy(tmp_path / "run")
         assert jobs.work(tmp_path / "run") == jobs.BUSY
@@ -232,7 +208,7 @@ def test_a_worker_leaves_a_busy_run_alone(tmp_path):
 
 
 def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", "import time; print('here', flush=True); time.sleep(2)"])
+    jobs.prepare(tmp_path / "run", ["-c", "import time; print('here', flush=True); time.sleep(2)"], "")
     worker = subprocess.Popen([sys.executable, "-m", "irpe_lab.jobs", str(tmp_path / "run")], cwd=ROOT)
     console = tmp_path / "run" / "detail.log"
     wait_for(lambda: console.exists() and console.read_text() == "here\n")
@@ -242,9 +218,14 @@ def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
     wait_for(lambda: not jobs.busy(tmp_path / "run"))
 
 
-def test_a_preempted_run_has_no_outcome_yet(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit(75)"])
-    assert jobs.work(tmp_path / "run") == 75 and jobs.done(tmp_path / "run") is None
+def test_a_preempted_run_has_no_outcome_yet_and_its_time_counts(tmp_path, monkeypatch):
+    jobs.prepare(tmp_path / "run", ["-c", "import os; os._exit(75 if not os.path.exists('run/x') else 0)"], "")
+    monkeypatch.chdir(tmp_path)
+    assert jobs.work(Path("run")) == 75 and jobs.done(tmp_path / "run") is None
+    spent = json.loads((tmp_path / "run" / "job.json").read_text())["seconds"]
+    (tmp_path / "run" / "x").touch()
+    assert jobs.work(Path("run")) == 0
+    assert jobs.done(tmp_path / "run")["seconds"] > spent > 0  # of both tries
 
 
 def test_slurm_jobs_go_through_submitit(place, monkeypatch):
@@ -255,13 +236,17 @@ def test_slurm_jobs_go_through_submitit(place, monkeypatch):
     pool = jobs.SlurmPool(place / "slurm", cluster="local", timeout_min=5)
     pool.poll_seconds = 0.2
     ablation.work(pool)
-    assert [row.figures for row in ablation.rows()] == [[81.0]]
+    assert [row.figures for row in ablation.rows()] == [{0: 81.0}]
     assert json.loads((place / "out" / "none_seed0" / "slurm.json").read_text())["job_id"]
 
 
 def test_other_results_are_refused_early(tmp_path):
-    jobs.prepare(tmp_path, ["a"])
-    jobs.prepare(tmp_path, ["b"])  # nothing had been run yet
+    jobs.prepare(tmp_path, ["a"], "")
+    jobs.prepare(tmp_path, ["b"], "lr: 1\n")  # nothing had been run yet
     (tmp_path / "log.txt").write_text("{}\n")
+    jobs.prepare(tmp_path, ["b"], "lr: 1\n")
     with pytest.raises(RunError, match="holds the results of another command .b."):
-        jobs.prepare(tmp_path, ["c"])
+        jobs.prepare(tmp_path, ["c"], "lr: 1\n")
+    with pytest.raises(RunError, match="holds the results of other flags"):
+        jobs.prepare(tmp_path, ["b"], "lr: 2\n")
+    assert (tmp_path / "flags.yaml").read_text() == "lr: 1\n"

@@ -1,13 +1,21 @@
 """Curves of published and own logs."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
+from matplotlib import pyplot
+from matplotlib.colors import to_rgb
+from PIL import Image
 
-from irpe_lab.plots import curve, plot_runs, read_log
+from irpe_lab.figures import TASKS
+from irpe_lab.plots import COLOURS, curve, plot_intervals, plot_runs, read_log
+from irpe_lab.results import Outcome, Row
 from irpe_train.errors import BadData
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_logs.py"
@@ -48,11 +56,15 @@ def detr(epoch):
     }
 
 
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
 def test_both_published_formats(tmp_path):
     a = write(tmp_path / "a" / "log.txt", map(deit, range(3)))
     b = write(tmp_path / "b" / "log.txt", map(detr, range(3)))
-    panels = plot_runs([a, b.parent], tmp_path / "out" / "x.png")
-    assert panels == [
+    drawn = plot_runs([a, b.parent], tmp_path / "out" / "x.png")
+    assert titles(drawn) == [
         "loss",
         "top-1 accuracy (%)",
         "box AP",
@@ -61,26 +73,103 @@ def test_both_published_formats(tmp_path):
         "GIoU loss",
         "learning rate",
     ]
-    assert (tmp_path / "out" / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert plot_runs([a], tmp_path / "y.png") == ["loss", "top-1 accuracy (%)", "learning rate"]
+    with Image.open(tmp_path / "out" / "x.png") as picture:
+        assert picture.size == tuple(round(300 * inches) for inches in drawn.get_size_inches())
+    assert titles(plot_runs([a])) == ["loss", "top-1 accuracy (%)", "learning rate"]
 
 
-def test_training_is_solid_and_test_dashed_in_one_colour_a_run(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+def test_seeds_are_one_line_in_a_band_training_solid_and_test_dashed(tmp_path):
+    """Seeds at 7 and 5 of the training loss: their mean 6 is drawn, the band reaches from 5 to 7."""
+    seeds = [
+        write(tmp_path / f"log_none_seed{i}.txt", [deit(e) | {"train_loss": 7.0 - 2 * i} for e in range(3)])
+        for i in (0, 1)
+    ]
+    other = write(tmp_path / "log_product.txt", map(deit, range(3)))
+    drawn = plot_runs([*seeds, other])
+    loss = drawn.axes[0]
+    assert [(line.get_linestyle(), line.get_color()) for line in loss.lines] == [
+        ("-", COLOURS[0]),
+        ("--", COLOURS[0]),
+        ("-", COLOURS[1]),
+        ("--", COLOURS[1]),
+    ]
+    assert list(loss.lines[0].get_ydata()) == [6.0, 6.0, 6.0]
+    (band,) = [band for band in loss.collections if band.get_facecolor()[0][:3].tolist() == list(to_rgb(COLOURS[0]))][
+        :1
+    ]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (5.0, 7.0)
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["none", "product", "train", "test"]
 
-    drawn, named = [], []
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, style, **kw: drawn.append((style, kw["color"])))
-    monkeypatch.setattr(Figure, "legend", lambda self, handles, **kw: named.extend(h.get_label() for h in handles))
-    names = ("none_seed0", "none_seed1", "product")
-    runs = [write(tmp_path / f"log_{name}.txt", map(deit, range(3))) for name in names]
-    plot_runs(runs, tmp_path / "x.png")
-    assert drawn[:6] == [("-", "C0"), ("--", "C0"), ("-", "C0"), ("--", "C0"), ("-", "C1"), ("--", "C1")]
-    assert named == ["none", "product", "train", "test"]
+
+def test_a_seed_that_has_come_less_far_counts_as_far_as_it_has(tmp_path):
+    write(tmp_path / "log_a_seed0.txt", [deit(e) | {"train_loss": 4.0} for e in range(3)])
+    write(tmp_path / "log_a_seed1.txt", [deit(0) | {"train_loss": 2.0}])
+    (line, *_) = plot_runs(sorted(tmp_path.glob("*.txt"))).axes[0].lines
+    assert list(line.get_xdata()) == [0, 1, 2] and list(line.get_ydata()) == [3.0, 4.0, 4.0]
+
+
+def test_runs_of_one_name_in_two_folders_are_two_runs(tmp_path):
+    runs = [write(tmp_path / f / f"log_x_seed{i}.txt", map(deit, range(2))) for f in "ab" for i in (0, 1)]
+    texts = [text.get_text() for text in plot_runs(runs).legends[0].get_texts()]
+    assert texts == ["a/x", "b/x", "train", "test"]
+
+
+def test_a_figure_of_ones_own_in_the_format_of_the_suffix(tmp_path):
+    """No global state: pyplot knows no figure of ours, and its backend is what it was."""
+    before = matplotlib.get_backend()
+    run = write(tmp_path / "log_$x_$.txt", map(deit, range(2)))
+    for suffix, begins in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("PNG", b"\x89PNG")):
+        plot_runs([run], tmp_path / f"x.{suffix}")
+        assert (tmp_path / f"x.{suffix}").read_bytes().startswith(begins)
+    assert matplotlib.get_backend() == before and pyplot.get_fignums() == []
+    with pytest.raises(BadData, match="x.nope: expected a picture's suffix, one of .*pdf.*png"):
+        plot_runs([run], tmp_path / "x.nope")
+
+
+# How light reaches people without red, green or blue cones (Machado et al., IEEE TVCG 2009, severity 1).
+BLIND = np.array(
+    [
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ]
+)
+
+
+def distance(first, second):
+    """Between two colours, as the kind of colour blindness sees them that sees them closest; black to white: 1.7."""
+    seen = [np.clip(BLIND @ np.array(to_rgb(colour)) ** 2.2, 0, 1) ** (1 / 2.2) for colour in (first, second)]
+    return np.linalg.norm(seen[0] - seen[1], axis=1).min()
+
+
+def test_colours_are_told_apart_by_colour_blind_readers():
+    assert min(distance(a, b) for a, b in itertools.combinations(COLOURS, 2)) > 0.1
+    assert distance("#00aa00", "#bb7700") < 0.1  # a green and an orange that many cannot tell apart
+
+
+def test_intervals_show_every_seed_the_published_figure_and_the_difference():
+    done = {seed: Outcome("done", 2, value, value) for seed, value in ((0, 80.0), (1, 82.0))}
+    more = {seed: Outcome("done", 2, value, value) for seed, value in ((0, 81.0), (1, 84.0))}
+    rows = [
+        Row("none", "", done),
+        Row("irpe", "", more, 81.5, {0: 80.0, 1: 82.0}),
+        Row("bad", "", {0: Outcome("failed", reason="x"), 1: Outcome("waiting")}),
+    ]
+    drawn = plot_intervals(rows, title="a_b$c$", figure=TASKS["deit_irpe"].figure, baseline="none")
+    left, right = drawn.axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["none", "irpe", "bad (failed)"]
+    points = [list(line.get_xdata()) for line in left.lines]
+    assert [80.0, 82.0] in points and [81.0, 84.0] in points and [82.5] in points and [81.5] in points
+    assert [1.0, 2.0] in [list(line.get_xdata()) for line in right.lines]
+    assert "minus none" in right.get_xlabel() and "diamond: published" in left.get_xlabel()
+    alone = plot_intervals(rows[:1], title="", figure=TASKS["deit_irpe"].figure)
+    assert len(alone.axes) == 1 and "published" not in alone.axes[0].get_xlabel()
 
 
 def test_curve_takes_ap_from_the_list():
     assert curve([detr(0), detr(2), {"epoch": 3}], "test_coco_eval_bbox") == ([0, 2], [0.0, 0.2])
+    assert curve([{"epoch": 0, "x": 10**400}, {"epoch": 1, "x": -(10**400)}], "x")[1] == [float("inf"), -float("inf")]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +179,9 @@ def test_curve_takes_ap_from_the_list():
         ('{"epoch": 0}\nnot json\n', "line 2 is not a JSON object with 'epoch'"),
         ('{"a": 1}\n', "line 1 is not"),
         ("[1]\n", "line 1 is not"),
+        ('{"epoch": "1"}\n', "line 1: 'epoch' is '1', not a whole number"),
+        ('{"epoch": 1' + "0" * 400 + "}\n", "line 1: 'epoch' is 1000"),
+        ("[" * 100_000, "line 1 is not"),
     ],
 )
 def test_bad_logs_are_named(tmp_path, text, words):
@@ -102,7 +194,7 @@ def test_missing_log_and_nothing_to_draw(tmp_path):
     with pytest.raises(BadData, match="no such log; give a run's folder or its log.txt"):
         read_log(tmp_path / "none")
     with pytest.raises(BadData, match="has a figure that can be drawn"):
-        plot_runs([write(tmp_path / "log.txt", [{"epoch": 0}])], tmp_path / "x.png")
+        plot_runs([write(tmp_path / "log.txt", [{"epoch": 0, "train_loss": "x", "test_acc1": [], "train_lr": True}])])
 
 
 def test_script(tmp_path):

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -9,8 +11,8 @@ import pytest
 
 from irpe_lab import console_log, report
 from irpe_lab.tables import markdown
+from irpe_train.config import ROOT
 from irpe_train.errors import BadData
-from irpe_train.zoo import ROOT
 
 MODEL = "deit_small_patch16_224_ctx_product_50_shared_k"
 DETR = "rpe-2.0-product-ctx-1-k_300epochs"
@@ -85,14 +87,15 @@ def test_detail_logs(logs):
 def test_published_and_here_side_by_side(logs, tmp_path):
     made = report.Report(logs, tmp_path / "docs" / "results.md")
     rows = {line.split("]")[0][3:]: line for line in made.block("imagenet").splitlines()}
-    assert f"80.9 / [80.93](../logs/log_{MODEL}.txt)" in rows[MODEL]
-    assert "95.4 / [95](../logs" in rows[MODEL] and "4,659 / not run" in rows[MODEL]
-    assert "73.7 / not run" in rows[MODEL.replace("small", "tiny")]
+    assert f"| 80.9 | [80.93](../logs/log_{MODEL}.txt) |" in rows[MODEL]
+    assert "| 95.4 | [95](../logs" in rows[MODEL] and "| 4,659 | not run |" in rows[MODEL]
+    assert "| 73.7 | not run |" in rows[MODEL.replace("small", "tiny")]
+    assert f"| [pth]({made.zoo.models[MODEL].url}) |" in rows[MODEL]
     coco = made.block("coco")
-    assert f"0.422 / [0.4213](../logs/log_{DETR}.txt)" in coco and "0.409 / not run" in coco
+    assert f"| 0.422 | [0.4213](../logs/log_{DETR}.txt) |" in coco and "| 0.409 | not run |" in coco
     other = made.other_runs()
-    assert "| demo | [flags](../logs/demo.yaml) | 1 | 22,089,064 | [97.20 top-1](../logs/log_demo.txt) |" in other
-    assert "| other | - | 2 | 5,755,816 | [73.70 top-1](../logs/detail_other.log) |" in other and MODEL not in other
+    assert "| demo | [flags](../logs/demo.yaml) | 1 | 22,089,064 | [97.20 top-1 (%)](../logs/log_demo.txt) |" in other
+    assert "| other | - | 2 | 5,755,816 | [73.70 top-1 (%)](../logs/detail_other.log) |" in other and MODEL not in other
     assert made.block("demo").startswith("Small-scale evidence.\n\n| run |") and other in made.block("demo")
     assert made.block("imagenet") in made.block("results") and coco in made.block("results")
     with pytest.raises(report.RunError, match="nothing to put at nope:begin; expected results, imagenet, coco or demo"):
@@ -108,7 +111,11 @@ def test_cards_fill_what_needs_no_data(logs, tmp_path):
     ]
     (logs / "cards" / f"{MODEL}.json").write_text(json.dumps({"figures": figures}))
     table = report.Report(logs, tmp_path / "README.md").block("imagenet")
-    assert f"4,659 / [4658.82 PASS](logs/cards/{MODEL}.md) | 50 / [51 FAIL](logs/cards/{MODEL}.md)" in table
+    assert f"| 4,659 | [4658.82 PASS](logs/cards/{MODEL}.md) | 50 | [51 FAIL](logs/cards/{MODEL}.md) |" in table
+    for broken in ("[1]", "{", "[" * 100_000, '{"figures": [{"figure": "acc1", "here": 1, "verdict": "<b>"}]}'):
+        (logs / "cards" / f"{MODEL}.json").write_text(broken)
+        with pytest.raises(BadData, match=f"{MODEL}.json: not a reproduction card"):
+            report.Report(logs, tmp_path / "README.md").block("imagenet")
 
 
 def test_the_page_its_picture_and_its_html(logs, tmp_path, capsys):
@@ -121,7 +128,8 @@ def test_the_page_its_picture_and_its_html(logs, tmp_path, capsys):
     assert picture.startswith(b"\x89PNG")
     offline = page.with_suffix(".html").read_text()
     assert base64.b64encode(picture).decode() in offline and "<td>a|b</td>" in offline
-    assert '<a href="../logs/log_demo.txt">97.20 top-1</a>' in offline and "http" not in offline
+    assert '<a href="../logs/log_demo.txt">97.20 top-1 (%)</a>' in offline
+    assert '<a href="https://github.com/' in offline and 'src="http' not in offline
     assert report.main([str(logs), "-o", str(page), "--check"]) == 0
     (logs / "log_demo.txt").write_text(deit_line(0, 98.0) + "\n")
     assert report.main([str(logs), "-o", str(page), "--check"]) == 1
@@ -140,11 +148,57 @@ def test_tables_between_markers(logs, tmp_path):
     assert report.main(check[:-1]) == 0
     text = readme.read_text()
     assert text.startswith("before\n<!-- coco:begin -->\n| model") and "old" not in text and "90.00" in text
-    assert "0.422 / [0.4213](logs/log_" in text and text.endswith("<!-- demo:end -->\n")
+    assert "| 0.422 | [0.4213](logs/log_" in text and text.endswith("<!-- demo:end -->\n")
     assert report.main(check) == 0
     readme.write_text("<!-- nope:begin -->\n<!-- nope:end -->\n")
     with pytest.raises(SystemExit, match="nothing to put at nope:begin"):
         report.main(check)
+
+
+def test_the_html_trusts_nothing_it_reads(logs, tmp_path):
+    """Logs of someone else: names, tables, links, pictures and links in the file system that lead out of the folder."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"TOP-SECRET")
+    names = [
+        "[x](javascript:alert(1))",
+        "<script>alert(1)</script>",
+        "a|b`c*d_e",
+        os.fsdecode(b"caf\xe9"),
+        "![x](../../secret.png)",
+    ]
+    for name in names:
+        (logs / f"log_{name.replace('/', chr(0x2044))}.txt").write_text(deit_line(0, 50.0) + "\n")
+    (logs / "mini" / "table.md").write_text(
+        '| r |\n| --- |\n| [q](x" onclick="alert`1`) |\n| <img src=x onerror=alert(1)> |\n\n[a](JaVaScRiPt:alert(1)) '
+        "[b](data:text/html,x) [c]: javascript:alert(1)\n\n<iframe src=file:///etc/passwd></iframe>\n"
+    )
+    (logs / "mini" / "README.md").write_text(
+        f"![s]({secret}) ![t](file://{secret}) ![u](../secret.png) ![v](http://x/y.png)\n"
+    )
+    (logs / "mini" / "table.png").symlink_to(secret)
+    (logs / "other").mkdir()
+    (logs / "other" / "table.md").symlink_to(secret)
+    page = tmp_path / "docs" / "results.md"
+    assert report.main([str(logs), "-o", str(page)]) == 0
+    text = page.with_suffix(".html").read_text()
+    tags = re.findall(r"<[^>]*>", text)
+    assert not [
+        tag
+        for tag in tags
+        if re.search(r"javascript:|\son\w+=|<script|<iframe|data:text|src=\"?(http|file)", tag, re.I)
+    ]
+    assert "TOP-SECRET" not in text and base64.b64encode(b"TOP-SECRET").decode()[:12] not in text
+    assert "TOP-SECRET" not in page.read_text()
+    assert {re.match(r"<(/?\w+)", tag)[1] for tag in tags if tag[1] != "!"} <= ALLOWED_TAGS
+    for shown in ("[x](javascript:alert(1))", "&lt;script&gt;alert(1)", "a|b`c*d_e", "caf?"):
+        assert f"<td>{shown}" in text, shown
+
+
+ALLOWED_TAGS = {"meta", "title", "/title", "style", "/style", "img"} | {
+    slash + tag
+    for tag in ("h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "a", "code", "em", "strong")
+    for slash in ("", "/")
+}
 
 
 def test_bad_input(tmp_path):

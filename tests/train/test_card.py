@@ -36,8 +36,19 @@ def test_verdicts():
     assert verdicts(n_parameters=5755817) == {"acc1": "not run", "params_M": "PASS", "n_parameters": "FAIL"}
 
 
-def test_a_card_of_nothing_does_not_pass():
-    assert card.make_card("net", {}, zoo=ZOO)["verdict"] == "FAIL"
+@pytest.mark.parametrize(
+    "measured, verdict",
+    [
+        ({}, "FAIL"),
+        ({"acc1": 73.7}, "partial"),
+        ({"acc1": 73.7, "n_parameters": 5755816}, "PASS"),
+        ({"acc1": 73.7, "n_parameters": 5755817}, "FAIL"),
+        ({"acc1": 70.0}, "FAIL"),
+    ],
+)
+def test_the_verdict_of_a_card(measured, verdict):
+    """PASS is every published figure; a card of nothing does not pass, and one of some figures is partial."""
+    assert card.make_card("net", measured, zoo=ZOO)["verdict"] == verdict
 
 
 def test_a_misspelt_figure_is_an_error():
@@ -76,11 +87,11 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
     measured = {"acc1": 73.68, "acc5": 92.04, "n_parameters": 5755816}
     assert card.expect("auto", ["x", name], measured, checkpoint=tmp_path / "x.pth", output_dir=tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "card.json").read_text())
-    assert saved["verdict"] == "PASS" and saved["checkpoint"]["sha256"].startswith("a665a459")
+    assert saved["verdict"] == "partial" and saved["checkpoint"]["sha256"].startswith("a665a459")
     assert saved["versions"]["torch"] and saved["hardware"]
     text = (tmp_path / "out" / "card.md").read_text()
     assert printed == [text]
-    assert text.startswith(f"# {name}: PASS (2 of 6 figures not run)")
+    assert text.startswith(f"# {name}: partial (2 of 6 figures not run)")
     assert "| acc1 | 73.68 | 73.7 | -0.02 | 0.15 | PASS |" in text
     assert "| n_parameters | 5,755,816 | 5,755,816 | +0 | 0 | PASS |" in text
     assert not card.expect(name, [], measured | {"acc1": 70.0})

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from irpe_train import zoo as zoo_module
-from irpe_train.zoo import ROOT, fetch, main, read_zoo
+from irpe_train.config import ROOT
+from irpe_train.zoo import fetch, main, read_zoo
 
 
 @pytest.fixture

@@ -1,0 +1,118 @@
+"""What each task is judged by: the one table keyed by task, for grids, reports, plots and console logs.
+
+A new task is a row of ``TASKS`` and, if it logs figures of its own, a row of ``PANELS``.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+LARGEST = 1e300  # whole numbers in JSON may be larger than any float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a task.
+
+    Args:
+        name: in the model zoo and on reproduction cards.
+        title: of a column or an axis.
+        key, place: where ``log.txt`` has it, and its place in the list there (None: a number). No key: not logged.
+    """
+
+    name: str
+    title: str
+    key: str | None = None
+    place: int | None = None
+
+    def of(self, epoch: dict) -> float | None:
+        """Its value in a line of ``log.txt``; None where it was not logged."""
+        value = epoch.get(self.key) if self.key else None
+        if isinstance(value, list):
+            place = self.place or 0
+            value = value[place] if place < len(value) else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return value if -LARGEST < value < LARGEST or value != value else math.copysign(math.inf, value > 0 or -1)
+
+    def text(self, value: float) -> str:
+        """Percent with two decimals, fractions with three, counts whole."""
+        return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if self.place is not None else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A package that trains.
+
+    Args:
+        title: of its published table. marker: its name between the markers of a page.
+        encoding: the flag that takes a spec.
+        figures: the columns of its published table. main: the name of the one that ablations compare.
+        evaluation: finds an evaluation in a console log; its groups are keys of ``log.txt``.
+    """
+
+    package: str
+    title: str
+    marker: str
+    encoding: str
+    main: str
+    figures: tuple[Figure, ...]
+    evaluation: re.Pattern
+
+    @property
+    def figure(self) -> Figure:
+        """The figure that ablations compare."""
+        return next(figure for figure in self.figures if figure.name == self.main)
+
+
+COCO = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+TASKS = {
+    task.package: task
+    for task in (
+        Task(
+            package="deit_irpe",
+            title="ImageNet-1K, 224 x 224, 300 epochs",
+            marker="imagenet",
+            encoding="rpe",
+            main="acc1",
+            figures=(
+                Figure("params_M", "parameters (M)"),
+                Figure("macs_M", "MACs (M)"),
+                Figure("buckets", "buckets"),
+                Figure("acc1", "top-1 (%)", "test_acc1"),
+                Figure("acc5", "top-5 (%)", "test_acc5"),
+            ),
+            evaluation=re.compile(
+                r"\* Acc@1 (?P<test_acc1>[\d.]+) Acc@5 (?P<test_acc5>[\d.]+)(?: loss (?P<test_loss>[\d.]+))?"
+            ),
+        ),
+        Task(
+            package="detr_irpe",
+            title="COCO 2017 val, boxes",
+            marker="coco",
+            encoding="enc_rpe2d",
+            main="AP",
+            figures=(
+                Figure("buckets", "buckets"),
+                Figure("n_parameters", "parameters"),
+                *(Figure(name, name.replace("_", " "), "test_coco_eval_bbox", at) for at, name in enumerate(COCO)),
+            ),
+            evaluation=re.compile(
+                r"Average Precision +\(AP\) @\[ IoU=0\.50:0\.95 \| area= +all \| maxDets=100 \] = "
+                r"(?P<test_coco_eval_bbox>-?[\d.]+)"
+            ),
+        ),
+    )
+}
+
+# Curves: title of a panel, and the log keys that may fill it: training, test. A panel without data is left out.
+PANELS = (
+    ("loss", "train_loss", "test_loss"),
+    ("top-1 accuracy (%)", None, "test_acc1"),
+    ("box AP", None, "test_coco_eval_bbox"),
+    ("mask AP", None, "test_coco_eval_masks"),
+    ("class error (%)", "train_class_error", "test_class_error"),
+    ("box L1 loss", "train_loss_bbox", "test_loss_bbox"),
+    ("GIoU loss", "train_loss_giou", "test_loss_giou"),
+    ("learning rate", "train_lr", None),
+)

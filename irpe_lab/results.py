@@ -1,0 +1,129 @@
+"""The runs of an ablation read back: figures, cost, and how far each is from the baseline, seed by seed."""
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from irpe_lab import jobs
+from irpe_lab.console_log import images_per_second, peak_memory
+from irpe_lab.figures import Figure
+from irpe_lab.plots import read_log
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run with one seed, as far as it has come. ``state``: waiting, running, done, failed.
+
+    ``model`` is what the run wrote down about the model it trained (``model.json``): n_parameters, buckets, macs_M.
+    """
+
+    state: str
+    epochs: int = 0
+    last: float | None = None
+    best: float | None = None
+    reason: str | None = None
+    seconds: float | None = None
+    images_per_second: float | None = None
+    memory: int | None = None  # MiB
+    model: dict = field(default_factory=dict)
+
+
+def read_outcome(folder: Path, figure: Figure) -> Outcome:
+    """What is known about the run in ``folder``."""
+    outcome = jobs.done(folder)
+    log = read_log(folder) if (folder / "log.txt").is_file() and (folder / "log.txt").stat().st_size else []
+    if outcome is None:
+        return Outcome("running" if folder.is_dir() and jobs.busy(folder) else "waiting", len(log))
+    if outcome["rc"]:
+        return Outcome("failed", len(log), reason=outcome["reason"], seconds=outcome["seconds"])
+    values = [value for epoch in log if (value := figure.of(epoch)) is not None]
+    if not values:
+        return Outcome("failed", len(log), reason=f"its log has no {figure.key}", seconds=outcome["seconds"])
+    model = {key: log[-1][key] for key in ("n_parameters",) if key in log[-1]}
+    if (folder / "model.json").is_file():
+        model |= json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    return Outcome(
+        "done",
+        len(log),
+        values[-1],
+        max(values),
+        None,
+        outcome["seconds"],
+        images_per_second(folder / "detail.log"),
+        peak_memory(folder / "detail.log"),
+        model,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the grid over all its seeds. ``baseline``: last figures of the run to compare with, by seed."""
+
+    run: str
+    flags: str
+    outcomes: dict[int, Outcome]
+    published: float | None = None
+    baseline: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[int, float]:
+        """After the last epoch, by seed, of the runs that finished."""
+        return {seed: one.last for seed, one in self.outcomes.items() if one.state == "done"}
+
+    @property
+    def best(self) -> list[float]:
+        """Of the best epoch, which was chosen on the same test data; one a finished seed."""
+        return [one.best for one in self.outcomes.values() if one.state == "done"]
+
+    @property
+    def states(self) -> list[str]:
+        return [one.state for one in self.outcomes.values()]
+
+    @property
+    def reason(self) -> str | None:
+        """Why the first failed seed failed."""
+        return next((one.reason for one in self.outcomes.values() if one.state == "failed"), None)
+
+    @property
+    def epochs(self) -> int:
+        """Logged so far, by all seeds."""
+        return sum(one.epochs for one in self.outcomes.values())
+
+    @property
+    def model(self) -> dict:
+        """What the runs wrote down about their model; the same for all seeds."""
+        return next((one.model for one in self.outcomes.values() if one.model), {})
+
+    def median(self, name: str) -> float | None:
+        """``seconds``, ``images_per_second`` or ``memory``: the median over the seeds that finished."""
+        known = [getattr(one, name) for one in self.outcomes.values() if one.state == "done"]
+        known = [value for value in known if value is not None]
+        return statistics.median(known) if known else None
+
+    @property
+    def differences(self) -> list[float]:
+        """To the baseline, each seed with its own; empty for the baseline itself."""
+        return [figure - self.baseline[seed] for seed, figure in self.figures.items() if seed in self.baseline]
+
+
+def spread(values: list[float]) -> float | None:
+    """Standard deviation (n - 1); None for fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def bootstrap_interval(
+    values: list[float], *, level: float = 0.95, samples: int = 10_000
+) -> tuple[float, float] | None:
+    """Where the mean of ``values`` lies with confidence ``level``: percentiles of the means of resampled values.
+
+    Returns: low, high; the same for the same values (the generator is seeded). None for fewer than two values.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13. With ten values somewhat too narrow.
+    """
+    if len(values) < 2:
+        return None
+    means = np.random.default_rng(0).choice(np.asarray(values), (samples, len(values))).mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
