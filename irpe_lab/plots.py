@@ -99,7 +99,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
         axis.grid(alpha=0.3)
     legend = [Line2D([], [], label=_plain(name), **style) for name, style in styles.items()]
     legend += [
-        Line2D([], [], color="black", linestyle=dashes, label=of) for dashes, of in (("-", "train"), ("--", "test"))
+        Line2D([], [], color="gray", linestyle=dashes, label=of) for dashes, of in (("-", "train"), ("--", "test"))
     ]
     canvas.legend(handles=legend, loc="outside lower center", ncols=entries, fontsize="small")
     if out is not None:

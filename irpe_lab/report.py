@@ -236,8 +236,8 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
             pictures.append(report.curves_of(folder))
     text = report.markdown(picture if drawn else None)
     page.write_text(text, encoding="utf-8")
-    pictures += [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
-    shown = {report.address(path): path for path in pictures}
+    tables = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
+    shown = {report.address(path): path for path in [*pictures, *tables]}
     page.with_suffix(".html").write_text(to_html(text, shown), encoding="utf-8")
     return [page, page.with_suffix(".html"), *pictures]
 

@@ -105,7 +105,7 @@ def expect(
     data: Iterable[str | Path] = (),
     output_dir: str | Path | None = None,
 ) -> bool:
-    """Print the card of this evaluation, save it as ``card.json`` and ``card.md`` in ``output_dir``; tell if none failed.
+    """Print the card of this evaluation, save it as ``card.json`` and ``.md`` in ``output_dir``; tell if none failed.
 
     Args:
         wanted, candidates: see `choose`. measured: see `compare`.

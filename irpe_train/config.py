@@ -8,6 +8,7 @@ import difflib
 import os
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -127,10 +128,9 @@ def _refuse_repeated_names(root: yaml.Node | None, source: str) -> None:
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
             nodes += [value for _, value in node.value]
-            names = [str(key.value) for key, _ in node.value]
-            for name in names:
-                if names.count(name) > 1:
-                    raise ConfigError(f"{source}: {name} is there {names.count(name)} times; keep one")
+            for name, count in Counter(str(key.value) for key, _ in node.value).items():
+                if count > 1:
+                    raise ConfigError(f"{source}: {name:.80} is there {count} times; keep one")
 
 
 def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
