@@ -20,27 +20,24 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     *,
-    meters: MetricLogger,
     mixup: Callable | None = None,
     max_norm: float | None = None,
     ema: ModelEmaV2 | None = None,
-    header: str = "",
-    images_per_step: int | None = None,
 ) -> dict[str, float]:
-    """Train until the epoch of ``steps`` ends.
+    """Train for the rest of the epoch that ``steps`` is in.
 
     Args:
         model: called with images ``(B, 3, H, W)``, on ``precision.device``.
         criterion: loss of (images, outputs, targets).
-        meters: the epoch's averages so far, empty unless it was interrupted.
         mixup: (images, targets) to mixed images and soft targets ``(B, C)``.
         max_norm: gradients are clipped to this norm.
         ema: the moving average of the weights.
     Returns: means over the epoch's iterations: ``lr`` of the first parameter group, ``loss``.
     """
     model.train()  # when fine-tuning too: the published code then leaves dropout and stochastic depth off
+    meters, header = steps.state.meters, f"Epoch: [{steps.state.epoch}]"
     for images, targets in meters.log_every(
-        steps, every=10, header=header, start=steps.state.step, images_per_step=images_per_step
+        steps, every=10, header=header, start=steps.state.step, images_per_step=steps.images_per_step
     ):
         images = images.to(precision.device, non_blocking=True)
         targets = targets.to(precision.device, non_blocking=True)

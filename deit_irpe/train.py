@@ -1,14 +1,14 @@
 """``main(args)``: a run of DeiT, from the flags to the last line of its log."""
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
 from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV2
-from torch import nn
-from torch.utils.data import DistributedSampler
+from torch import nn, optim
+from torch.utils.data import Dataset, DistributedSampler
 
 from deit_irpe.args import check_args, get_args_parser, image_size, keywords
 from deit_irpe.data import build_dataset, build_transform, check_same_classes, repeated_augmentation_sampler
@@ -20,221 +20,105 @@ from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, read_weights
 from irpe_train.distributed import logger
 from irpe_train.loader import EvalLoader, TrainLoader
-from irpe_train.metrics import SmoothedValue, count_parameters
+from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
-from irpe_train.preemption import Preemption
-from irpe_train.run_log import RunLog, banner, changed_flags, record_start
+from irpe_train.run import open_run
 from irpe_train.seeding import seed_everything
-from irpe_train.state import Checkpoints, TrainState
-from irpe_train.steps import Steps
+from irpe_train.state import Checkpoint, Checkpoints, TrainState
 
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")  # published, in order
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train, or with ``--eval`` evaluate. ``args.lr`` becomes the scaled rate, as in the published checkpoints."""
+    """Train, or with ``--eval`` evaluate."""
     check_args(args)
-    typed = argparse.Namespace(**vars(args))  # what config.yaml repeats; below, some flags are resolved in place
 
     # --- device and seed
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
     precision = Precision(args.amp, device)
-    differs = changed_flags(
-        get_args_parser(),
-        args,
-        ignore=("config", "data_path", "output_dir", "device", "num_workers", "resume", "tensorboard"),
-    )
+
+    # --- checkpoint
+    checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
+    checkpoint = checkpoints.open(args.resume)
 
     # --- data
-    size = image_size(args.input_size)
-    options = dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)
-    val_set = build_dataset(args.data_path, False, **options, transform=build_transform(False, size))
-    val_loader = EvalLoader(
-        val_set,
-        batch_size=int(1.5 * args.batch_size),
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        shard=args.dist_eval,
-        name_of=getattr(val_set, "name", None),
-    )
+    val_set = validation_set(args)
+    val_loader = validation_loader(args, val_set, device)
     classes = val_set.classes
+    if checkpoint is not None and "classes" in checkpoint.contents:
+        check_same_classes(checkpoint.contents["classes"], classes, ("the checkpoint", "the validation data"))
     if not args.eval:
-        augmentation = dict(
-            color_jitter=args.color_jitter,
-            aa=None if args.aa == "none" else args.aa,
-            hflip=args.hflip,
-            interpolation=args.train_interpolation,
-            reprob=args.reprob,
-            remode=args.remode,
-            recount=args.recount,
-        )
-        train_set = build_dataset(
-            args.data_path, True, **options, transform=build_transform(not args.no_aug, size, **augmentation)
-        )
+        train_set = training_set(args)
         check_same_classes(train_set.classes, classes)
+        loader = training_loader(args, train_set, device)
 
     # --- model
-    model = create_model(args.model, args.rpe, **model_options(args, size, len(classes)), pretrained=args.pretrained)
-    if args.finetune:
-        start_from(model, args.finetune)
-    if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
-        model.set_distilled_training(args.distillation_type != "none")
-    model.to(device)
-    n_parameters = count_parameters(model)
-    logger.info(f"number of params: {n_parameters}")
+    model = model_of_flags(args, len(classes)).to(device)
+    logger.info(f"number of params: {count_parameters(model)}")
 
     # --- evaluate only
     if args.eval:
-        evaluate_only(args, model, val_set, val_loader, precision, n_parameters)
+        evaluate_only(args, model, checkpoint, val_set, val_loader, precision)
         return
 
     # --- optimizer
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    loader = train_loader(args, train_set, even=mixes, pin_memory=args.pin_mem and device.type == "cuda")
-    args.lr = scaled_lr(args.lr, loader.batch_size, distributed.world_size(), args.accumulate)
-    optimizer = build_optimizer(
-        model,
-        name=args.opt,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        eps=args.opt_eps,
-        betas=args.opt_betas,
-        momentum=args.momentum,
-    )
-    lr_scheduler = build_scheduler(
-        optimizer,
-        name=args.sched,
-        epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr,
-        decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate,
-        noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct,
-        noise_std=args.lr_noise_std,
-        seed=args.seed,
-    )
-    mixup = (
-        Mixup(
-            args.mixup,
-            args.cutmix,
-            args.cutmix_minmax,
-            args.mixup_prob,
-            args.mixup_switch_prob,
-            args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=len(classes),
-        )
-        if mixes
-        else None
-    )
-    criterion = DistillationLoss(
-        classification_loss(mixes=mixes, smoothing=args.smoothing),
-        build_teacher(args, len(classes), device),
-        args.distillation_type,
-        args.distillation_alpha,
-        args.distillation_tau,
-    )
-    ema_device = "cpu" if args.model_ema_force_cpu else None
-    ema = ModelEmaV2(model, args.model_ema_decay, ema_device) if args.model_ema else None
+    lr = scaled_lr(args.lr, loader.batch_size, distributed.world_size(), args.accumulate)
+    optimizer, lr_scheduler = build_optimization(args, model, lr)
+    criterion = build_criterion(args, len(classes), device)
+    mixup = build_mixup(args, len(classes))
+    ema = build_ema(args, model)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
-    args.nb_classes, args.distributed = len(classes), distributed.world_size() > 1
+    published = {"lr": lr, "nb_classes": len(classes), "distributed": distributed.world_size() > 1}
     state = TrainState(
         model,
         optimizer,
         lr_scheduler,
         ema=ema,
         scaler=precision.scaler,
+        flags=argparse.Namespace(**vars(args) | published),
         epoch=args.start_epoch,
         extra={"classes": list(classes)},
     )
-    checkpoints = Checkpoints(args.output_dir, args, CHECKPOINT_KEYS)
-    resumed = checkpoints.resume(state, args.resume)
+    rows = {
+        "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes",
+        "model": f"{args.model}, encoding {args.rpe or 'of the name'}, {args.input_size} pixels, amp {precision.amp}",
+        "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
+    }
+    run = open_run(
+        args, get_args_parser(), state, loader, checkpoints, checkpoint, rows=rows, data_flags=("data_path",)
+    )
 
     # --- loop
-    images_per_step = loader.batch_size * distributed.world_size()
-    record_start(get_args_parser(), typed)
-    banner(
-        "run",
-        {
-            "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes",
-            "model": f"{args.model}, encoding {args.rpe or 'of the name'}, {args.input_size} pixels, "
-            f"amp {precision.amp}",
-            "effective batch": f"{images_per_step * args.accumulate} images an update: {loader.batch_size} x "
-            f"{distributed.world_size()} process(es) x {args.accumulate} accumulated",
-            "effective lr": f"{args.lr:g} at the peak, {args.warmup_lr:g} at the start",
-            "an epoch": f"{len(loader)} steps, {len(loader) * images_per_step} samples",
-            "not as published": differs,
-        },
-    )
-    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
-    steps = Steps(
-        loader,
-        state,
-        checkpoints,
-        seed=args.seed,
-        accumulate=args.accumulate,
-        save_interval=args.save_interval,
-        max_bad=args.max_bad,
-        preemption=Preemption().install(),
-    )
-    state.meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    began = time.monotonic()
     while state.epoch < args.epochs:
-        epoch = state.epoch
         if state.train_stats is None:  # else this epoch was stopped between its training and its evaluation
             train_stats = train_one_epoch(
-                wrapped,
-                criterion,
-                steps,
-                optimizer,
-                precision,
-                meters=state.meters,
-                mixup=mixup,
-                max_norm=args.clip_grad,
-                ema=ema,
-                header=f"Epoch: [{epoch}]",
-                images_per_step=images_per_step,
+                wrapped, criterion, run.steps, optimizer, precision, mixup=mixup, max_norm=args.clip_grad, ema=ema
             )
-            lr_scheduler.step(epoch)
-            steps.finish_training(train_stats)
+            lr_scheduler.step(state.epoch)
+            run.steps.finish_training(train_stats)
         test_stats = evaluate(ema.module if args.eval_ema else model, val_loader, precision)
-        improved = state.best is None or test_stats["acc1"] > state.best
-        state.best = test_stats["acc1"] if improved else state.best
         logger.info(f"Accuracy of the network on the {len(val_set)} test images: {test_stats['acc1']:.1f}%")
+        run.finish_epoch(test_stats, figure=test_stats["acc1"])
         logger.info(f"Max accuracy: {state.best:.2f}%")
-        log.write(
-            {
-                **{f"train_{name}": value for name, value in state.train_stats.items()},
-                **{f"test_{name}": value for name, value in test_stats.items()},
-                "epoch": epoch,
-                "n_parameters": n_parameters,
-            }
-        )
-        state.next_epoch()
-        checkpoints.save(state, also=("best.pth",) if improved else ())
-    logger.info(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.monotonic() - began))}")
+    run.close()
 
 
 def evaluate_only(
-    args: argparse.Namespace, model: nn.Module, val_set, val_loader: EvalLoader, precision: Precision, n_parameters: int
+    args: argparse.Namespace,
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    val_set: Dataset,
+    val_loader: EvalLoader,
+    precision: Precision,
 ) -> None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
-    source = str(Path(args.output_dir) / Checkpoints.NAME) if args.resume == "auto" else args.resume
-    if source:
-        checkpoint = read_checkpoint(source)
-        if "classes" in checkpoint:
-            check_same_classes(checkpoint["classes"], val_set.classes, ("the checkpoint", "the validation data"))
-        load_matching(
-            model,
-            model_weights(checkpoint, source=source, key="model_ema" if args.eval_ema else "model"),
-            source=source,
-        )
+    if checkpoint is not None:
+        weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
+        load_matching(model, weights, source=checkpoint.source)
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     stats = evaluate(model, val_loader, precision)
@@ -243,16 +127,89 @@ def evaluate_only(
         folder = Path(args.data_path)
         if args.data_set == "IMNET":
             folder = folder / ("val.tar" if args.load_tar else "val")
-        measured = {"acc1": stats["acc1"], "acc5": stats["acc5"], "n_parameters": n_parameters}
+        source = checkpoint.source if checkpoint is not None else ""
         if not card.expect(
             args.expect,
             [Path(source).stem, args.model],
-            measured,
+            {"acc1": stats["acc1"], "acc5": stats["acc5"], "n_parameters": count_parameters(model)},
             checkpoint=source or None,
             data=[folder],
             output_dir=args.output_dir,
         ):
             raise SystemExit(1)
+
+
+# --- what the flags stand for
+
+
+def validation_set(args: argparse.Namespace) -> Dataset:
+    """The images of ``val``, prepared as in the published evaluation."""
+    transform = build_transform(False, image_size(args.input_size))
+    return build_dataset(args.data_path, False, **_data_options(args), transform=transform)
+
+
+def training_set(args: argparse.Namespace) -> Dataset:
+    """The images of ``train``, augmented."""
+    transform = build_transform(
+        not args.no_aug,
+        image_size(args.input_size),
+        color_jitter=args.color_jitter,
+        aa=None if args.aa == "none" else args.aa,
+        hflip=args.hflip,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+    )
+    return build_dataset(args.data_path, True, **_data_options(args), transform=transform)
+
+
+def _data_options(args: argparse.Namespace) -> dict:
+    return dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)
+
+
+def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
+    """Batches half as large again as in training."""
+    return EvalLoader(
+        val_set,
+        batch_size=int(1.5 * args.batch_size),
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        shard=args.dist_eval,
+        name_of=getattr(val_set, "name", None),
+    )
+
+
+def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
+    """Batches of training images; a set smaller than the batch gives one batch an epoch, not none."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if args.repeated_aug:
+        sampler = repeated_augmentation_sampler(train_set, world_size, rank)
+    else:
+        sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
+    batch_size = min(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
+    if batch_size < args.batch_size:
+        logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
+    return TrainLoader(
+        train_set,
+        sampler,
+        batch_size=batch_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        name_of=getattr(train_set, "name", None),
+    )
+
+
+def model_of_flags(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model of ``--model`` and ``--rpe``, with the weights of ``--pretrained`` or ``--finetune``."""
+    options = model_options(args, image_size(args.input_size), num_classes)
+    model = create_model(args.model, args.rpe, **options, pretrained=args.pretrained)
+    if args.finetune:
+        start_from(model, args.finetune)
+    if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
+        model.set_distilled_training(args.distillation_type != "none")
+    return model
 
 
 def model_options(args: argparse.Namespace, size: int | tuple[int, int], num_classes: int) -> dict:
@@ -281,24 +238,70 @@ def start_from(model: nn.Module, source: str) -> None:
         logger.info(f"--finetune: {key} {what}")
 
 
-def train_loader(args: argparse.Namespace, train_set, *, even: bool, pin_memory: bool) -> TrainLoader:
-    """Batches of training images; a set smaller than the batch gives one batch an epoch, not none."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    if args.repeated_aug:
-        sampler = repeated_augmentation_sampler(train_set, world_size, rank)
-    else:
-        sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    batch_size = min(args.batch_size, len(sampler) - len(sampler) % 2 if even else len(sampler))
-    if batch_size < args.batch_size:
-        logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
-    return TrainLoader(
-        train_set,
-        sampler,
-        batch_size=batch_size,
+def build_optimization(args: argparse.Namespace, model: nn.Module, lr: float) -> tuple[optim.Optimizer, Scheduler]:
+    """Optimizer and learning-rate schedule, with ``lr`` at the peak."""
+    optimizer = build_optimizer(
+        model,
+        name=args.opt,
+        lr=lr,
+        weight_decay=args.weight_decay,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        momentum=args.momentum,
+    )
+    lr_scheduler = build_scheduler(
+        optimizer,
+        name=args.sched,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate,
+        noise=args.lr_noise,
+        noise_pct=args.lr_noise_pct,
+        noise_std=args.lr_noise_std,
         seed=args.seed,
-        num_workers=args.num_workers,
-        pin_memory=pin_memory,
-        name_of=getattr(train_set, "name", None),
+    )
+    return optimizer, lr_scheduler
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed, by Mixup or CutMix; batches are even then."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Mixup and CutMix; None where both are off."""
+    if not mixes(args):
+        return None
+    return Mixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
+    """The moving average of the weights; None without ``--model-ema``."""
+    if not args.model_ema:
+        return None
+    return ModelEmaV2(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
+
+
+def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> DistillationLoss:
+    """The loss that goes with the augmentation, and with the teacher if there is one."""
+    return DistillationLoss(
+        classification_loss(mixes=mixes(args), smoothing=args.smoothing),
+        build_teacher(args, num_classes, device),
+        args.distillation_type,
+        args.distillation_alpha,
+        args.distillation_tau,
     )
 
 

@@ -18,25 +18,21 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     *,
-    meters: MetricLogger,
     max_norm: float = 0.0,
-    header: str = "",
-    images_per_step: int | None = None,
 ) -> dict[str, float]:
     """Train for the rest of the epoch that ``steps`` is in.
 
     Args:
         model: as ``distributed.wrap`` left it.
         criterion: (outputs, targets) -> losses by name; ``criterion.weight_dict`` weighs them.
-        meters: the epoch's averages so far, empty unless it was interrupted.
         max_norm: largest norm of the gradient; 0 does not clip.
-        images_per_step: of all processes together, for the progress report.
     Returns: means over the epoch, in the published order: ``lr, class_error, loss``, weighted losses, unweighted ones.
     """
     model.train()
     criterion.train()
+    meters, header = steps.state.meters, f"Epoch: [{steps.state.epoch}]"
     for images, targets in meters.log_every(
-        steps, every=10, header=header, start=steps.state.step, images_per_step=images_per_step
+        steps, every=10, header=header, start=steps.state.step, images_per_step=steps.images_per_step
     ):
         images, targets = to_device(images, targets, precision.device)
         with precision.autocast():

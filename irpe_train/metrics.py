@@ -12,6 +12,9 @@ import torch
 
 from irpe_train.distributed import gather, is_main, logger
 
+# What is shown of these is the last value; of everything else median and mean.
+LAST_VALUE = {"lr": "{value:.6f}", "class_error": "{value:.2f}"}
+
 
 class SmoothedValue:
     """A series of numbers: the last ``window`` of them, and the mean of all.
@@ -71,15 +74,12 @@ class MetricLogger:
         self._meters: dict[str, SmoothedValue] = {}
         self._pending: list[tuple[list[str], int, torch.Tensor]] = []
 
-    def add_meter(self, name: str, meter: SmoothedValue) -> None:
-        """Choose a meter's window and format, and its place in the order; before the first ``update`` of ``name``."""
-        self._meters.setdefault(name, meter)
-
     def update(self, n: int = 1, **values: float | torch.Tensor) -> None:
         """Add one value each; ``n`` is how many things it is the mean of. Tensors are scalars, on any device."""
         tensors = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
         for name, value in values.items():
-            self._meters.setdefault(name, SmoothedValue())
+            if name not in self._meters:
+                self._meters[name] = SmoothedValue(1, LAST_VALUE[name]) if name in LAST_VALUE else SmoothedValue()
             if name not in tensors:
                 self._meters[name].update(float(value), n)
         by_device: dict = {}

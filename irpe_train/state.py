@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ class TrainState:
         optimizer, lr_scheduler: anything with ``state_dict``.
         ema: the moving average, an object with ``.module`` (timm's); None without.
         scaler: ``Precision.scaler``.
+        flags: of the run, kept in each checkpoint, as published.
         epoch: where a new run starts.
         extra: plain values that users of the checkpoint need (class names and the like), kept as top-level keys.
 
@@ -39,11 +41,13 @@ class TrainState:
         *,
         ema=None,
         scaler=None,
+        flags: argparse.Namespace | None = None,
         epoch: int = 0,
         extra: dict | None = None,
     ):
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.ema, self.scaler, self.extra = ema, scaler, extra or {}
+        self.flags = flags or argparse.Namespace()
         self.epoch, self.step = epoch, 0
         self.best: float | None = None
         self.train_stats: dict | None = None
@@ -74,7 +78,7 @@ class TrainState:
             self.start_of_epoch()
         self._fits = here
 
-    def to_dict(self, args: argparse.Namespace, keys: tuple[str, ...]) -> dict:
+    def to_dict(self, keys: tuple[str, ...]) -> dict:
         """The checkpoint: ``keys`` first, in this order (published), then ours. Call it on every rank."""
         everything = {
             "model": self.model.state_dict(),
@@ -84,7 +88,7 @@ class TrainState:
             "epoch": self.epoch if self.train_stats is not None else self.epoch - 1,
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "args": argparse.Namespace(**{name: plain(value) for name, value in vars(args).items()}),
+            "args": argparse.Namespace(**{name: plain(value) for name, value in vars(self.flags).items()}),
         }
         chosen = {key: everything.pop(key) for key in keys}
         progress = plain(
@@ -148,20 +152,30 @@ class TrainState:
         return True
 
 
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read: its contents, and its path or address for messages."""
+
+    source: str
+    contents: dict
+
+    def weights(self, key: str = "model") -> dict[str, torch.Tensor]:
+        """Its state dict; see ``model_weights``."""
+        return model_weights(self.contents, source=self.source, key=key)
+
+
 class Checkpoints:
     """The checkpoints of a run's folder: ``checkpoint.pth`` and, as ``checkpoint_previous.pth``, the one before.
 
     Args:
         output_dir: "" for a run that writes nothing.
-        args: kept in each checkpoint, as published.
         keys: the published keys, in the published order.
     """
 
     NAME, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
-    def __init__(self, output_dir: str | Path, args: argparse.Namespace, keys: tuple[str, ...]):
+    def __init__(self, output_dir: str | Path, keys: tuple[str, ...]):
         self.folder = Path(output_dir) if str(output_dir) else None
-        self.args, self.keys = args, keys
+        self.keys = keys
 
     def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
         """Write the state; call it on every rank, the main one writes.
@@ -171,7 +185,7 @@ class Checkpoints:
         """
         if self.folder is None:
             return
-        contents = state.to_dict(self.args, self.keys)
+        contents = state.to_dict(self.keys)
         if is_main():
             write_checkpoint(
                 contents,
@@ -180,38 +194,30 @@ class Checkpoints:
                 also=tuple(self.folder / name for name in also),
             )
 
-    def resume(self, state: TrainState, where: str) -> bool:
-        """Restore ``state``; call it on every rank.
+    def open(self, where: str) -> Checkpoint | None:
+        """The checkpoint that ``--resume`` names; call it on every rank.
 
         Args:
-            where: a path or address; ``auto`` for this folder's newest good checkpoint, which may be none (a new
-                run); "" for nothing.
-        Returns: whether the run goes on from a position; False for a new run, with given weights or without.
+            where: a path or address; ``auto`` for this folder's newest good checkpoint, if it has any; "" for none.
         Raises: BadCheckpoint: it cannot be used; for ``auto``, neither can the one before.
         """
         if not where:
-            return False
-        path, contents, problem = None, None, None
+            return None
+        found, problem = None, None
         if is_main():  # one rank chooses, so that all take the same file
             try:
-                path, contents = self._newest_good() if where == "auto" else (where, _checked(where))
+                found = self._newest_good() if where == "auto" else _checked(where)
             except BadCheckpoint as error:
                 problem = str(error)
-        path, problem = from_main((path, problem))
+        source, problem = from_main((found and found.source, problem))
         if problem:
             raise BadCheckpoint(problem)
-        if path is None:
+        if source is None:
             logger.info(f"--resume auto: no checkpoint in {self.folder}, a new run")
-            return False
-        if not state.load_dict(contents if contents is not None else read_checkpoint(path), source=path):
-            return False
-        logger.info(
-            f"resumed from {path}: epoch {state.epoch}, step {state.step}"
-            + (", to be evaluated" if state.train_stats is not None else "")
-        )
-        return True
+            return None
+        return found or Checkpoint(source, read_checkpoint(source))
 
-    def _newest_good(self) -> tuple[str | None, dict | None]:
+    def _newest_good(self) -> Checkpoint | None:
         if self.folder is None:
             raise BadCheckpoint("--resume auto looks into --output_dir: give one")
         problems = []
@@ -219,23 +225,23 @@ class Checkpoints:
             if not path.exists():
                 continue
             try:
-                contents = _checked(path)
+                found = _checked(path)
             except BadCheckpoint as error:
                 problems.append(str(error))
                 continue
             for problem in problems:
                 logger.warning(f"{problem}. Falling back to {path}")
-            return str(path), contents
+            return found
         if problems:
             raise BadCheckpoint("--resume auto: no usable checkpoint. " + " ".join(problems))
-        return None, None
+        return None
 
 
-def _checked(path: str | Path) -> dict:
+def _checked(path: str | Path) -> Checkpoint:
     """A checkpoint whose weights are there and finite."""
-    contents = read_checkpoint(path)
-    model_weights(contents, source=path)
-    return contents
+    found = Checkpoint(str(path), read_checkpoint(path))
+    found.weights()
+    return found
 
 
 def plain(value):

@@ -17,7 +17,7 @@ import time
 import torch
 
 from irpe_train.agreement import Agreement, Votes
-from irpe_train.distributed import gather, is_main, rank
+from irpe_train.distributed import gather, is_main, rank, world_size
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.preemption import Preemption
@@ -76,6 +76,11 @@ class Steps:
     def __len__(self) -> int:
         """Steps in a whole epoch."""
         return len(self.loader)
+
+    @property
+    def images_per_step(self) -> int:
+        """Of all ranks together."""
+        return self.loader.batch_size * world_size()
 
     def __iter__(self):
         state = self.state

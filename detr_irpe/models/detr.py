@@ -139,7 +139,9 @@ def create_model(
     return DETRsegm(model, freeze_detr=freeze_detr) if masks else model
 
 
-def build_model(args: Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+def build_model(
+    args: Namespace, *, backbone_weights: str | None = None
+) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
     num_classes = number_of_classes(args)
     model = create_model(
@@ -147,7 +149,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.
         args.enc_rpe2d,
         num_classes,
         args.num_queries,
-        _pretrained_backbone(args),
+        _pretrained_backbone(_backbone_weights(args) if backbone_weights is None else backbone_weights),
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,
         enc_layers=args.enc_layers,
@@ -186,11 +188,13 @@ def number_of_classes(args: Namespace) -> int:
     return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
 
 
-def _pretrained_backbone(args: Namespace) -> bool | str:
-    """Nothing where a checkpoint will fill the whole model anyway: an evaluation must not download ImageNet weights."""
-    if any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights")):
-        return False
-    source = getattr(args, "backbone_weights", "imagenet")
+def _backbone_weights(args: Namespace) -> str:
+    """``--backbone_weights``; none where the flags name a checkpoint that fills the whole model."""
+    filled = any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights"))
+    return "none" if filled else getattr(args, "backbone_weights", "imagenet")
+
+
+def _pretrained_backbone(source: str) -> bool | str:
     if source == "imagenet":
         return is_main()  # the other processes get theirs from the main one, when DDP starts
     return False if source == "none" else str(source)

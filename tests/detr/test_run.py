@@ -66,7 +66,7 @@ def test_a_run_writes_the_published_files(trained):
     assert read_checkpoint(folder / "checkpoint0000.pth")["epoch"] == 0
     assert read_checkpoint(folder / "eval/latest.pth")["precision"].shape == (10, 101, 3, 4, 3)
     for words in (
-        "8 training and 5 validation images, 3 categories",
+        "8 training, 5 validation images, 3 categories",
         "2 images an update: 2 x 1 process(es)",
         "4 steps, 8 samples",
         "hidden_dim=16 (published: 256)",

@@ -13,15 +13,14 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from irpe_train import distributed
 from irpe_train.arguments import add_runtime_arguments
+from irpe_train.checkpoint import load_matching
 from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader, TrainLoader
-from irpe_train.metrics import MetricLogger, SmoothedValue
+from irpe_train.metrics import MetricLogger
 from irpe_train.precision import Precision
-from irpe_train.preemption import Preemption
-from irpe_train.run_log import RunLog, record_start
+from irpe_train.run import open_run
 from irpe_train.seeding import seed_everything
 from irpe_train.state import Checkpoints, TrainState
-from irpe_train.steps import Steps
 
 KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")
 
@@ -78,11 +77,9 @@ def get_parser():
 
 def train_one_epoch(model, steps, state, precision, device, args):
     model.train()
-    meters = state.meters
-    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    header = f"Epoch: [{state.epoch}]"
+    meters, header = state.meters, f"Epoch: [{state.epoch}]"
     for points, labels in meters.log_every(
-        steps, every=5, header=header, start=state.step, images_per_step=args.batch_size * distributed.world_size()
+        steps, every=5, header=header, start=state.step, images_per_step=steps.images_per_step
     ):
         points, labels = points.to(device), labels.to(device)
         here = [distributed.rank(), state.epoch, state.step]
@@ -119,7 +116,8 @@ def evaluate(model, loader, device):
 def main(args):
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
-    record_start(get_parser(), args)
+    checkpoints = Checkpoints(args.output_dir, KEYS)
+    checkpoint = checkpoints.open(args.resume)
 
     train_set = Points(args.images, train=True, unreadable=tuple(args.unreadable))
     test_set = Points(args.test_images, train=False, unreadable=tuple(args.unreadable_test))
@@ -141,46 +139,25 @@ def main(args):
         scheduler,
         ema=Average(model),
         scaler=precision.scaler,
+        flags=args,
         epoch=args.start_epoch,
         extra={"names": ["even", "odd"]},
     )
-    checkpoints = Checkpoints(args.output_dir, args, KEYS)
-    resumed = checkpoints.resume(state, args.resume)
 
     if args.eval:
+        load_matching(model, checkpoint.weights(), source=checkpoint.source)
         print(evaluate(model, eval_loader, device))
         return
 
-    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard)
-    preemption = Preemption().install()
-    steps = Steps(
-        loader,
-        state,
-        checkpoints,
-        seed=args.seed,
-        accumulate=args.accumulate,
-        save_interval=args.save_interval,
-        max_bad=args.max_bad,
-        preemption=preemption,
-    )
+    run = open_run(args, get_parser(), state, loader, checkpoints, checkpoint, rows={}, data_flags=())
     while state.epoch < args.epochs:
         if state.train_stats is None:
-            stats = train_one_epoch(wrapped, steps, state, precision, device, args)
+            stats = train_one_epoch(wrapped, run.steps, state, precision, device, args)
             scheduler.step()
-            steps.finish_training(stats)
+            run.steps.finish_training(stats)
         test_stats = evaluate(model, eval_loader, device)
-        improved = state.best is None or test_stats["acc1"] > state.best
-        state.best = test_stats["acc1"] if improved else state.best
-        log.write(
-            {
-                **{f"train_{k}": v for k, v in state.train_stats.items()},
-                **{f"test_{k}": v for k, v in test_stats.items()},
-                "epoch": state.epoch,
-                "n_parameters": 178,
-            }
-        )
-        state.next_epoch()
-        checkpoints.save(state, also=("best.pth",) if improved else ())
+        run.finish_epoch(test_stats, figure=test_stats["acc1"])
+    run.close()
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
     distributed.logger.info(f"done {digest[:16]} best {state.best:.2f}")
 

@@ -171,10 +171,10 @@ def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
 
 @pytest.mark.parametrize("keys", [DEIT, DETR], ids=["deit", "detr"])
 def test_published_keys_come_first_in_the_published_order(tmp_path, keys):
-    state = a_state(scaler=torch.amp.GradScaler("cpu", enabled=False), extra={"names": {1: "one"}})
+    flags = argparse.Namespace(lr=0.1, path=pathlib.Path("x"), device=torch.device("cpu"))
+    state = a_state(scaler=torch.amp.GradScaler("cpu", enabled=False), flags=flags, extra={"names": {1: "one"}})
     state.ema = argparse.Namespace(module=torch.nn.Linear(3, 2))
-    args = argparse.Namespace(lr=0.1, path=pathlib.Path("x"), device=torch.device("cpu"))
-    Checkpoints(tmp_path, args, keys).save(state)
+    Checkpoints(tmp_path, keys).save(state)
     contents = read_checkpoint(tmp_path / "checkpoint.pth")
     assert tuple(contents)[: len(keys)] == keys
     assert set(contents) == {*DEIT, "progress", "names"} and contents["names"] == {1: "one"}
@@ -186,25 +186,26 @@ def test_epoch_is_the_finished_one(tmp_path):
     state = a_state(epoch=3)
     for step, stats, finished in ((0, None, 2), (5, None, 2), (9, {"loss": 1.0}, 3)):
         state.step, state.train_stats = step, stats
-        assert state.to_dict(argparse.Namespace(), DETR)["epoch"] == finished
+        assert state.to_dict(DETR)["epoch"] == finished
 
 
 def test_checkpoint_of_a_newer_program_is_refused():
-    contents = a_state().to_dict(argparse.Namespace(), DETR)
+    contents = a_state().to_dict(DETR)
     contents["progress"]["format"] = 99
     with pytest.raises(BadCheckpoint, match=r"newer version of this program \(format 99, known is 1\)"):
         a_state().load_dict(contents, source="a.pth")
 
 
-def test_weights_alone_start_a_new_run(tmp_path, caplog):
+def test_weights_alone_start_a_new_run(tmp_path):
     state = a_state(epoch=2)
     torch.save({"model": a_state().model.state_dict()}, tmp_path / "a.pth")
-    assert not Checkpoints("", argparse.Namespace(), DETR).resume(state, str(tmp_path / "a.pth"))
+    found = Checkpoints("", DETR).open(str(tmp_path / "a.pth"))
+    assert not state.load_dict(found.contents, source=found.source)
     assert state.epoch == 2
 
 
 def test_published_position_is_the_next_epoch():
-    contents = a_state().to_dict(argparse.Namespace(), DETR)
+    contents = a_state().to_dict(DETR)
     del contents["progress"]
     contents["epoch"] = 149
     state = a_state()
@@ -213,7 +214,7 @@ def test_published_position_is_the_next_epoch():
 
 
 def test_optimizer_of_another_run_is_refused():
-    contents = a_state().to_dict(argparse.Namespace(), DETR)
+    contents = a_state().to_dict(DETR)
     contents["optimizer"]["param_groups"].append(contents["optimizer"]["param_groups"][0])
     with pytest.raises(BadCheckpoint, match="a.pth: its optimizer does not fit this run"):
         a_state().load_dict(contents, source="a.pth")
@@ -221,7 +222,7 @@ def test_optimizer_of_another_run_is_refused():
 
 def test_auto_needs_a_folder():
     with pytest.raises(BadCheckpoint, match="--resume auto looks into --output_dir"):
-        Checkpoints("", argparse.Namespace(), DETR).resume(a_state(), "auto")
+        Checkpoints("", DETR).open("auto")
 
 
 def test_the_one_before_is_kept_and_other_names_are_the_same_contents(tmp_path):

@@ -1,6 +1,5 @@
 """One step: the finite check before the update, accumulation, clipping, loss scaling, saves in between."""
 
-import argparse
 import json
 
 import pytest
@@ -41,7 +40,7 @@ def set_up(folder="", count=12, batch_size=2, amp="none", unreadable=(), **optio
     state = TrainState(model, optimizer, scheduler)
     rows = Rows(count, unreadable)
     loader = TrainLoader(rows, SequentialSampler(rows), batch_size=batch_size, seed=0)
-    checkpoints = Checkpoints(folder, argparse.Namespace(), ("model",))
+    checkpoints = Checkpoints(folder, ("model",))
     return state, Steps(loader, state, checkpoints, seed=0, **options), Precision(amp, CPU)
 
 

@@ -1,0 +1,99 @@
+"""A training run in its folder: opened once, and written to at the end of every epoch."""
+
+import argparse
+import time
+
+from irpe_train.distributed import logger, world_size
+from irpe_train.loader import TrainLoader
+from irpe_train.metrics import count_parameters
+from irpe_train.preemption import Preemption
+from irpe_train.run_log import RunLog, banner, changed_flags, record_start
+from irpe_train.state import Checkpoint, Checkpoints, TrainState
+from irpe_train.steps import Steps
+
+# Flags that say where a run happens, not what is run.
+PLACES = ("config", "output_dir", "device", "num_workers", "resume", "tensorboard")
+
+
+def open_run(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    state: TrainState,
+    loader: TrainLoader,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
+    *,
+    rows: dict[str, str],
+    data_flags: tuple[str, ...],
+) -> "Run":
+    """Restore ``state`` from ``checkpoint``, record the start, print the banner, and open the log.
+
+    Args:
+        args: as typed; of these, the flags of ``add_runtime_arguments`` are read. parser: of these flags.
+        checkpoint: what ``Checkpoints.open`` found; None for a new run.
+        rows: what the banner says of data, model and rate. data_flags: flags that are paths to data.
+    """
+    resumed = checkpoint is not None and state.load_dict(checkpoint.contents, source=checkpoint.source)
+    if resumed:
+        logger.info(
+            f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}"
+            + (", to be evaluated" if state.train_stats is not None else "")
+        )
+    record_start(parser, args)
+    images = loader.batch_size * world_size()
+    banner(
+        "run",
+        rows
+        | {
+            "effective batch": f"{images * args.accumulate} images an update: {loader.batch_size} x "
+            f"{world_size()} process(es) x {args.accumulate} accumulated",
+            "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
+            "not as published": changed_flags(parser, args, ignore=PLACES + data_flags),
+        },
+    )
+    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
+    steps = Steps(
+        loader,
+        state,
+        checkpoints,
+        seed=args.seed,
+        accumulate=args.accumulate,
+        save_interval=args.save_interval,
+        max_bad=args.max_bad,
+        preemption=Preemption().install(),
+    )
+    return Run(state, checkpoints, log, steps)
+
+
+class Run:
+    """What the loop over epochs holds on to: ``steps`` for the batches, and an end for each part of an epoch."""
+
+    def __init__(self, state: TrainState, checkpoints: Checkpoints, log: RunLog, steps: Steps):
+        self.state, self.checkpoints, self.log, self.steps = state, checkpoints, log, steps
+        self._began = time.monotonic()
+
+    def finish_epoch(self, test_stats: dict, *, figure: float) -> None:
+        """After the evaluation: log the epoch, move on, save.
+
+        Args:
+            test_stats: what ``log.txt`` will say after ``test_``.
+            figure: by which epochs are compared; the best one's checkpoint is kept as ``best.pth``.
+        """
+        state = self.state
+        improved = state.best is None or figure > state.best
+        state.best = figure if improved else state.best
+        self.log.write(
+            {
+                **{f"train_{name}": value for name, value in state.train_stats.items()},
+                **{f"test_{name}": value for name, value in test_stats.items()},
+                "epoch": state.epoch,
+                "n_parameters": count_parameters(state.model),
+            }
+        )
+        state.next_epoch()
+        self.checkpoints.save(state, also=("best.pth",) if improved else ())
+
+    def close(self) -> None:
+        """After the last epoch: say how long it took."""
+        spent = time.gmtime(time.monotonic() - self._began)
+        logger.info(f"Training time {time.strftime('%H:%M:%S', spent)}")
