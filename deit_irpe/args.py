@@ -5,7 +5,14 @@ import ast
 
 from deit_irpe.data import INAT_CATEGORIES
 from irpe_ops.attention import BACKENDS
-from irpe_train.arguments import add_runtime_arguments, fraction, nonnegative_int, positive_float, positive_int
+from irpe_train.arguments import (
+    add_runtime_arguments,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -47,11 +54,11 @@ def _add_schedule(group) -> None:
     add = group.add_argument
     add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
     add("--epochs", default=300, type=positive_int, help="passes over the training set")
-    add("--sched", default="cosine", choices=("cosine", "tanh", "step"), help="learning-rate schedule")
+    add("--sched", default="cosine", type=schedule, metavar="{cosine,tanh,step}", help="learning-rate schedule")
     add(
         "--lr",
         default=5e-4,
-        type=positive_float,
+        type=nonnegative_float,
         help="for 512 images an update; scaled by batch size x processes x --accumulate / 512",
     )
     add(
@@ -110,7 +117,7 @@ def _add_optimizer(group) -> None:
     add("--opt", default="adamw", help="any optimizer of timm")
     add("--opt-eps", default=1e-8, type=float, help="added to the divisor of AdamW")
     add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="None: the optimizer's own")
-    add("--clip-grad", default=None, type=positive_float, metavar="NORM", help="largest norm of the gradient")
+    add("--clip-grad", default=None, type=clipping_norm, metavar="NORM", help="largest norm of the gradient")
     add("--momentum", default=0.9, type=float, help="of sgd")
     add("--weight-decay", default=0.05, type=float, help="not for vectors, biases, class token, absolute positions")
 
@@ -132,7 +139,8 @@ def _add_data(group) -> None:
     )
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
-    add("--dist-eval", action="store_true", help="each process evaluates its share; else each evaluates everything")
+    add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
+    add("--no-dist-eval", dest="dist_eval", action="store_false", help="each process evaluates everything")
     add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="page-locked batches")
     add("--no-pin-mem", dest="pin_mem", action="store_false", help="ordinary memory")
     add(
@@ -157,7 +165,12 @@ def _add_augmentation(group) -> None:
     add("--color-jitter", default=0.4, type=float, help="used where --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm; none for none")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
-    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"), help="of crops")
+    add(
+        "--train-interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic", "lanczos", "hamming"),
+        help="of crops; the published code takes any other word for bilinear",
+    )
     add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
@@ -184,6 +197,25 @@ def _add_distillation(group) -> None:
     add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
     add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
     add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft")
+
+
+def schedule(text: str) -> str:
+    if text == "plateau":
+        raise argparse.ArgumentTypeError(
+            "plateau never worked: the published command gives it no metric and fails after warm-up; use cosine, tanh "
+            "or step"
+        )
+    if text not in ("cosine", "tanh", "step"):
+        raise argparse.ArgumentTypeError(f"expected cosine, tanh or step, got {text!r}")
+    return text
+
+
+def clipping_norm(text: str) -> float:
+    if float(text) == 0:
+        raise argparse.ArgumentTypeError(
+            "0 made every gradient zero in the published code; leave --clip-grad out for no clipping"
+        )
+    return positive_float(text)
 
 
 def image_size_text(text: str) -> int | str:

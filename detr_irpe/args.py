@@ -9,7 +9,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe``."""
     parser = argparse.ArgumentParser(
         "python -m detr_irpe",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train and evaluate DETR with image relative position encoding.",
     )
@@ -102,7 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     train("--lr_drop", default=200, type=positive_int, help="epochs after which both learning rates fall to a tenth")
     train("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 does not clip")
 
-    run = add_runtime_arguments(parser, seed=42, num_workers=2, amp="none").add_argument
+    run = add_runtime_arguments(parser, seed=42, num_workers=4, amp="none").add_argument
     run(
         "--expect",
         nargs="?",

@@ -106,13 +106,16 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image of a set exactly once: rank ``r`` of ``n`` has images ``r, r + n, ...``; nothing is repeated.
+    """Every image of a set exactly once: rank ``r`` of ``n`` has batches ``r, r + n, ...``; nothing is repeated.
+
+    The batches are those of one process, so what depends on them (means over batches, padding) is the same number
+    however many processes there are.
 
     The ranks may have different numbers of batches, so a loop over it must not reduce or run a wrapped model
     (DistributedDataParallel sends buffers around in its forward): use the plain model and combine at the end.
 
     Args:
-        shard: False gives every rank the whole set (the published default without ``--dist-eval``).
+        shard: False gives every rank the whole set.
     Raises: BadData: on an unreadable image, with its name.
     """
 
@@ -131,11 +134,11 @@ class EvalLoader:
             raise ValueError(f"evaluation batch size {batch_size}: expected 1 or more images")
         self.dataset, self.batch_size = dataset, batch_size
         first, stride = (rank(), world_size()) if shard else (0, 1)
-        self.indices = list(range(first, len(dataset), stride))
+        batches = [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)]
+        self.batches = [list(batch) for batch in batches[first::stride]]
         self._loader = DataLoader(
             _NamedDataset(dataset, name_of or _namer(dataset)),
-            batch_size=batch_size,
-            sampler=self.indices,
+            batch_sampler=self.batches,
             collate_fn=_CollateAndReport(collate_fn),
             num_workers=num_workers,
             pin_memory=pin_memory,

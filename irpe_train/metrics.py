@@ -58,10 +58,12 @@ class SmoothedValue:
         self.window.clear()
         self.total, self.count = 0.0, 0
 
+    def text(self, global_avg: float) -> str:
+        """As ``fmt`` says, with this mean: that of all ranks where they were asked."""
+        return self.fmt.format(median=self.median, avg=self.avg, global_avg=global_avg, max=self.max, value=self.value)
+
     def __str__(self) -> str:
-        return self.fmt.format(
-            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
-        )
+        return self.text(self.global_avg)
 
 
 class MetricLogger:
@@ -98,14 +100,20 @@ class MetricLogger:
         return self._meters
 
     def averages(self) -> dict[str, float]:
-        """Name to mean over all iterations of all ranks; call it on every rank. A rank may have seen nothing."""
+        """Name to mean over all iterations of all ranks; call it on every rank. A rank may have seen nothing.
+
+        They are printed too, in the published words.
+        """
         totals: dict[str, list[float]] = {}
         for of_rank in gather({name: (meter.total, meter.count) for name, meter in self.meters.items()}):
             for name, (total, count) in of_rank.items():
                 entry = totals.setdefault(name, [0.0, 0])
                 entry[0] += total
                 entry[1] += count
-        return {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+        means = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+        shown = [f"{name}: {meter.text(means[name])}" for name, meter in self.meters.items()]
+        logger.info(f"Averaged stats: {'  '.join(shown)}")
+        return means
 
     def reset(self) -> None:
         """Forget all values; formats and windows stay."""
@@ -190,7 +198,8 @@ class MetricLogger:
             return
         width = len(str(total))
         parts = [
-            f"{header} [{step:{width}d}/{total}]",
+            header,
+            f"[{step:{width}d}/{total}]",
             f"eta: {eta}",
             str(self),
             images,

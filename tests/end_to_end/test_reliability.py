@@ -44,7 +44,6 @@ def run(tree, data, output_dir, *flags, at_step=(), **options):
             str(data / "deit"),
             *deit_runs.QUICK,
             *deit_runs.MODEL,
-            "--dist-eval",
             "--epochs",
             "2",
             "--batch-size",

@@ -128,11 +128,11 @@ def test_ranks_share_a_set_without_repeating(monkeypatch, world_size, count):
     for rank in range(world_size):
         monkeypatch.setattr(loader_module, "rank", lambda rank=rank: rank)
         loader = EvalLoader(Draws(count), batch_size=2)
-        of_rank = [index for batch in loader for index in batch[0].tolist()]
-        assert of_rank == loader.indices and len(loader) == -(-len(of_rank) // 2)
+        of_rank = [batch[0].tolist() for batch in loader]
+        assert of_rank == loader.batches and len(loader) == len(of_rank)
         seen += of_rank
-        assert len(EvalLoader(Draws(count), batch_size=2, shard=False).indices) == count
-    assert sorted(seen) == list(range(count))
+        assert len(EvalLoader(Draws(count), batch_size=2, shard=False)) == -(-count // 2)
+    assert sorted(seen) == [[i, i + 1][: count - i] for i in range(0, count, 2)]  # the batches of one process
 
 
 def test_ranks_train_on_different_noise(monkeypatch):

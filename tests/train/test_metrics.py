@@ -64,13 +64,28 @@ def test_reset_keeps_formats():
     assert str(meters) == "lr: 2.000000"
 
 
+def test_averages_are_printed_in_the_published_words(capsys):
+    set_up_logging(0)
+    meters = MetricLogger()
+    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    for loss in (1.0, 2.0, 6.0):
+        meters.update(lr=0.5, loss=loss)
+    meters.averages()
+    assert capsys.readouterr().out == "Averaged stats: lr: 0.500000  loss: 2.0000 (3.0000)\n"
+
+
 def test_lines_without_a_terminal(capsys):
     set_up_logging(0)
     meters = MetricLogger()
     for step in meters.log_every(range(25), every=10, header="Epoch: [3]", images_per_step=8):
         meters.update(loss=float(step))
     lines = capsys.readouterr().out.splitlines()
-    assert [re.match(r"Epoch: \[3\] \[ ?(\d+)/25\]", line).group(1) for line in lines[:-1]] == ["0", "10", "20", "24"]
+    assert [re.match(r"Epoch: \[3\]  \[ ?(\d+)/25\]  eta: ", line).group(1) for line in lines[:-1]] == [
+        "0",
+        "10",
+        "20",
+        "24",
+    ]
     assert re.search(
         r"eta: 0:00:0\d  loss: 0.0000 \(0.0000\)  \d+ img/s  time: \d\.\d+  data: \d\.\d+  max mem: \d+", lines[0]
     )
