@@ -6,9 +6,8 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from deit_irpe.args import get_args_parser, image_size
+from deit_irpe.args import get_args_parser, image_size, model_options
 from deit_irpe.models import create_model
-from deit_irpe.train import model_options
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 
 

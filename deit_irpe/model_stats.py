@@ -18,6 +18,7 @@ it: weights are summed into buckets first, ``H L L`` additions, then multiplied 
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -26,9 +27,8 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from deit_irpe.args import get_args_parser, image_size
+from deit_irpe.args import get_args_parser, image_size, model_options
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, create_model
-from deit_irpe.train import model_options
 from irpe_ops.modules import IRPE, IRPESum
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
@@ -75,6 +75,16 @@ def _encoding_macs(attn, name: str, tokens: int, values_by_bucket: bool) -> int:
     return total + (tokens * attn.num_heads * attn.head_dim if name == "rpe_q" else 0)
 
 
+def count(model: nn.Module) -> dict[str, float]:
+    """``n_parameters``, ``buckets`` of one encoding, and ``macs_M`` where the rule above covers the model."""
+    stats = {"n_parameters": count_parameters(model)}
+    if isinstance(model, VisionTransformer):
+        with contextlib.suppress(AttributeError):  # some of timm's have other layers
+            stats["macs_M"] = macs(model) / 1e6
+    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPESum)]
+    return stats | {"buckets": sum(part.num_buckets for part in encodings[0].parts) if encodings else 0}
+
+
 def build_model(args: argparse.Namespace) -> nn.Module:
     """The untrained model of a run's flags as its checkpoint has them, the published ones included."""
     flags = argparse.Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
@@ -88,12 +98,7 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
     args = parse_args(parser, argv)
     args.nb_classes = args.num_classes
     with torch.device("meta"):  # shapes only: nothing is allocated
-        model = build_model(args)
-    stats = {"n_parameters": count_parameters(model)}
-    if isinstance(model, VisionTransformer):  # the counting rule is for those
-        stats["macs_M"] = macs(model) / 1e6
-    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPESum)]
-    return stats | {"buckets": sum(part.num_buckets for part in encodings[0].parts) if encodings else 0}
+        return count(build_model(args))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

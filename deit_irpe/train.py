@@ -10,10 +10,11 @@ from timm.utils import ModelEmaV2
 from torch import nn, optim
 from torch.utils.data import Dataset, DistributedSampler
 
-from deit_irpe.args import check_args, get_args_parser, image_size, keywords
+from deit_irpe.args import check_args, get_args_parser, image_size, model_options
 from deit_irpe.data import build_dataset, build_transform, check_same_classes, repeated_augmentation_sampler
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.losses import DistillationLoss, classification_loss
+from deit_irpe.model_stats import count
 from deit_irpe.models import create_model, load_pretrained_weights
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_train import card, distributed
@@ -89,7 +90,15 @@ def main(args: argparse.Namespace) -> None:
         "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
     }
     run = open_run(
-        args, get_args_parser(), state, loader, checkpoints, checkpoint, rows=rows, data_flags=("data_path",)
+        args,
+        get_args_parser(),
+        state,
+        loader,
+        checkpoints,
+        checkpoint,
+        rows=rows,
+        stats=count(model),
+        data_flags=("data_path",),
     )
 
     # --- loop
@@ -131,7 +140,7 @@ def evaluate_only(
         if not card.expect(
             args.expect,
             [Path(source).stem, args.model],
-            {"acc1": stats["acc1"], "acc5": stats["acc5"], "n_parameters": count_parameters(model)},
+            {"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)},
             checkpoint=source or None,
             data=[folder],
             output_dir=args.output_dir,
@@ -210,18 +219,6 @@ def model_of_flags(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
         model.set_distilled_training(args.distillation_type != "none")
     return model
-
-
-def model_options(args: argparse.Namespace, size: int | tuple[int, int], num_classes: int) -> dict:
-    """The arguments of ``create_model`` that the flags stand for."""
-    options = dict(
-        attn_backend=args.attn_backend, num_classes=num_classes, img_size=size, drop_path_rate=args.drop_path
-    )
-    if args.drop:  # where DeiT has it: after the positions, and after both layers of attention and MLP
-        options |= dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop)
-    if args.no_abs_pos:
-        options["pos_embed"] = "none"
-    return options | keywords(args.model_kwargs)
 
 
 def start_from(model: nn.Module, source: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from detr_irpe.args import get_args_parser
 from detr_irpe.models import build_model
@@ -23,7 +24,11 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, int]:
     args = parse_args(get_args_parser(), argv)
     args.backbone_weights = "none"
     with torch.device("meta"):  # shapes only: nothing is allocated
-        model = build_model(args)[0]
+        return count(build_model(args)[0])
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """``n_parameters``, and ``buckets`` of one encoding."""
     encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPESum)]
     buckets = sum(part.num_buckets for part in encodings[0].parts) if encodings else 0
     return {"n_parameters": count_parameters(model), "buckets": buckets}

@@ -15,6 +15,7 @@ from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.engine import evaluate, train_one_epoch
+from detr_irpe.model_stats import count
 from detr_irpe.models import build_model
 from detr_irpe.models.finetune import load_for_finetuning
 from detr_irpe.nested_tensor import collate
@@ -94,7 +95,17 @@ def main(args: argparse.Namespace) -> None:
         "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
     }
     data_flags = ("coco_path", "coco_panoptic_path")
-    run = open_run(args, get_args_parser(), state, loader, checkpoints, checkpoint, rows=rows, data_flags=data_flags)
+    run = open_run(
+        args,
+        get_args_parser(),
+        state,
+        loader,
+        checkpoints,
+        checkpoint,
+        rows=rows,
+        stats=count(model),
+        data_flags=data_flags,
+    )
 
     # --- loop
     while state.epoch < args.epochs:
@@ -136,7 +147,7 @@ def evaluate_only(
     write_eval(args.output_dir, curves, ("eval.pth",))
     if args.expect and distributed.is_main():
         names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-        measured = dict(zip(names, stats["coco_eval_bbox"], strict=False)) | {"n_parameters": count_parameters(model)}
+        measured = dict(zip(names, stats["coco_eval_bbox"], strict=False)) | count(model)
         data = [Path(args.coco_path) / "annotations" / "instances_val2017.json"]
         source = checkpoint.source if checkpoint is not None else ""
         if not card.expect(

@@ -24,6 +24,7 @@ def open_run(
     checkpoint: Checkpoint | None,
     *,
     rows: dict[str, str],
+    stats: dict[str, float],
     data_flags: tuple[str, ...],
 ) -> "Run":
     """Restore ``state`` from ``checkpoint``, record the start, print the banner, and open the log.
@@ -31,7 +32,8 @@ def open_run(
     Args:
         args: as typed; of these, the flags of ``add_runtime_arguments`` are read. parser: of these flags.
         checkpoint: what ``Checkpoints.open`` found; None for a new run.
-        rows: what the banner says of data, model and rate. data_flags: flags that are paths to data.
+        rows: what the banner says of data, model and rate. stats: the model in numbers, for ``model.json``.
+        data_flags: flags that are paths to data.
     """
     resumed = checkpoint is not None and state.load_dict(checkpoint.contents, source=checkpoint.source)
     if resumed:
@@ -39,7 +41,7 @@ def open_run(
             f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}"
             + (", to be evaluated" if state.train_stats is not None else "")
         )
-    record_start(parser, args)
+    record_start(parser, args, stats)
     images = loader.batch_size * world_size()
     banner(
         "run",

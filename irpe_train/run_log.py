@@ -112,8 +112,9 @@ def _summary_writer(folder: Path, epoch: int):
     return SummaryWriter(str(folder), purge_step=epoch)
 
 
-def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Write the resolved flags to ``config.yaml``, and a line on versions, machine and git state to ``starts.jsonl``.
+def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stats: dict[str, float]) -> None:
+    """Write the resolved flags to ``config.yaml``, the model in numbers to ``model.json``, and a line on versions,
+    machine and git state to ``starts.jsonl``.
 
     ``config.yaml`` is a ``--config`` file: it repeats the run. The main rank writes, if there is an output folder.
     """
@@ -122,6 +123,7 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(parser, args, folder / "config.yaml")
+    (folder / "model.json").write_text(json.dumps(stats) + "\n")
     with open(folder / "starts.jsonl", "a") as file:
         file.write(json.dumps(surroundings()) + "\n")
 

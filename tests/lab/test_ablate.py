@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import deit_irpe
+from deit_irpe.model_stats import macs
 from irpe_lab import ablate, jobs, tables
 from irpe_lab.ablate import main
 from irpe_lab.figures import TASKS
@@ -19,6 +21,7 @@ from irpe_lab.grid import read_grid
 from irpe_lab.results import Outcome, Row
 from irpe_train.config import ROOT
 from irpe_train.errors import RunError
+from tests.helpers.tiny_images import write_images
 
 # Stands in for deit_irpe: two "epochs" to log.txt, resuming; every start and every epoch is noted in trace.txt.
 PACKAGE = """
@@ -109,6 +112,24 @@ def test_a_table_from_a_grid(place, capsys):
     published = {path.name for path in (place / "logs" / "mini").iterdir()}
     assert {"table.md", "table.png", "log_none_seed1.txt", "detail_none_seed1.log"} <= published
     assert "log_a_bad_one_seed0.txt" not in published
+
+
+def test_a_table_counts_the_model_that_was_trained(tmp_path, monkeypatch):
+    """Three classes: parameters, multiply-accumulates and buckets are the run's, not those of 1000 classes."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        write_images(tmp_path / split, {"ant": 2, "bee": 2, "cat": 2})
+    (tmp_path / "grid.yaml").write_text(
+        "package: deit_irpe\nconfig: configs/deit/smoke.yaml\nflags: {data-path: ., batch-size: 4, epochs: 1, "
+        "device: cpu, tensorboard: false, model-kwargs: [depth=1, embed_dim=16, num_heads=2]}\n"
+        "runs: {irpe: {rpe: rpe-1.9-product-ctx-1-k}}\n"
+    )
+    assert main(["grid.yaml", "-o", "out"]) == 0
+    (row,) = table(tmp_path / "out").values()
+    sizes = dict(depth=1, embed_dim=16, num_heads=2, num_classes=3, img_size=32)
+    model = deit_irpe.create_model("deit_demo_patch4_32", "rpe-1.9-product-ctx-1-k", **sizes)
+    assert int(row["n_parameters"]) == sum(p.numel() for p in model.parameters())
+    assert float(row["macs_M"]) == pytest.approx(macs(model) / 1e6) and row["buckets"] == "50"
 
 
 def run_in_background(place, *more):

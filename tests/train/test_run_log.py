@@ -50,7 +50,7 @@ def test_log_of_another_run_is_kept(tmp_path, capsys):
 def test_no_folder_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     RunLog("", epoch=0, resumed=False).write({"epoch": 0})
-    record_start(tiny_run.get_parser(), argparse.Namespace(output_dir=""))
+    record_start(tiny_run.get_parser(), argparse.Namespace(output_dir=""), {})
     assert not list(tmp_path.iterdir())
 
 
@@ -66,10 +66,11 @@ def test_tensorboard_if_installed(tmp_path):
 def test_start_is_recorded(tmp_path):
     parser = tiny_run.get_parser()
     args = parse_args(parser, ["--output_dir", str(tmp_path), "--lr", "0.25", "--nan-at", "1", "2", "3"])
-    record_start(parser, args)
-    record_start(parser, args)
+    record_start(parser, args, {"n_parameters": 7})
+    record_start(parser, args, {"n_parameters": 7})
     again = parse_args(parser, ["--config", str(tmp_path / "config.yaml")])
     assert (again.lr, again.nan_at) == (0.25, [1, 2, 3])
+    assert json.loads((tmp_path / "model.json").read_text()) == {"n_parameters": 7}
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert len(starts) == 2 and {"torch", "python", "git", "command", "gpus", "world_size"} <= set(starts[0])
     assert starts[0]["git"] == git_state()
