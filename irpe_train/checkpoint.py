@@ -7,7 +7,9 @@ import pathlib
 import pickle
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,11 @@ SAFE_GLOBALS = [argparse.Namespace] + [
         ("PureWindowsPath", pathlib.PureWindowsPath),
     )
 ]
+ORDINARY = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8),
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+}
+USE_ANOTHER = "; copy it again or use an earlier one"
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -35,7 +42,8 @@ def read_checkpoint(path: str | Path) -> dict:
     Args:
         path: a file, or an ``https://`` address as the published evaluation commands use (kept in torch's cache).
     Raises:
-        BadCheckpoint: missing, empty, truncated, larger inside than outside, or holding anything that could run.
+        BadCheckpoint: missing, empty, truncated, not as its checksum says, larger inside than outside, or holding
+            anything that could run, or tensors that are not plain numbers.
     """
     if str(path).startswith("https://"):
         path = _download(str(path))
@@ -45,7 +53,7 @@ def read_checkpoint(path: str | Path) -> dict:
     size = path.stat().st_size
     if size == 0:
         raise BadCheckpoint(f"checkpoint {path}: the file is empty; use an earlier one")
-    _refuse_bombs(path, size)
+    _check_archive(path, size)
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,11 +61,11 @@ def read_checkpoint(path: str | Path) -> dict:
         raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error)}") from error
     except Exception as error:
         raise BadCheckpoint(
-            f"checkpoint {path}: damaged or truncated ({type(error).__name__}: {_first_line(error)}); "
-            "copy it again or use an earlier one"
+            f"checkpoint {path}: damaged or truncated ({type(error).__name__}: {_first_line(error)}){USE_ANOTHER}"
         ) from error
     if not isinstance(contents, dict):
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
+    _refuse_odd_tensors(contents, path)
     return contents
 
 
@@ -71,17 +79,68 @@ def _download(url: str) -> Path:
     return path
 
 
-def _refuse_bombs(path: Path, size: int) -> None:
-    """torch stores its members uncompressed: an archive that claims more bytes than the file has is hostile."""
-    if not zipfile.is_zipfile(path):
+def _check_archive(path: Path, size: int) -> None:
+    """Checksums, and sizes: torch stores its members uncompressed, so one that claims more than the file is hostile.
+
+    What ``write_checkpoint`` wrote has a checksum of the whole file at its end, other archives one for each member.
+    """
+    with open(path, "rb") as file:
+        magic = file.read(4)
+        file.seek(max(0, size - len(_seal(0))))
+        tail = file.read()
+    if magic != b"PK\x03\x04":  # torch's format before 1.6, which has no checksums
         return
     try:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise BadCheckpoint(f"checkpoint {path}: damaged archive ({_first_line(error)})") from error
+            sealed = bool(archive.comment)
+            damaged = None if sealed or claimed > size else archive.testzip()
+    except Exception as error:
+        raise BadCheckpoint(f"checkpoint {path}: damaged archive ({_first_line(error)}){USE_ANOTHER}") from error
     if claimed > size:
         raise BadCheckpoint(f"checkpoint {path}: refused: its members claim {claimed:,} bytes in a file of {size:,}")
+    if sealed and tail != _seal(_crc32_of_archive(path, size - len(tail))):
+        damaged = "its contents"
+    if damaged:
+        raise BadCheckpoint(f"checkpoint {path}: damaged: {damaged} and its checksum differ{USE_ANOTHER}")
+
+
+def _seal(crc32: int) -> bytes:
+    """The last bytes of a zip archive, from the length of its comment on, where the comment is a checksum."""
+    comment = b"irpe crc32 %08x" % crc32
+    return struct.pack("<H", len(comment)) + comment
+
+
+def _crc32_of_archive(path: Path, size: int) -> int:
+    """CRC-32 of the archive as it was before it was sealed: its first ``size`` bytes, and no comment."""
+    crc32 = 0
+    with open(path, "rb") as file:
+        while size > 0 and (chunk := file.read(min(size, 1 << 22))):
+            crc32 = zlib.crc32(chunk, crc32)
+            size -= len(chunk)
+    return zlib.crc32(struct.pack("<H", 0), crc32)
+
+
+def _refuse_odd_tensors(contents: dict, path: Path) -> None:
+    """Raises BadCheckpoint unless every tensor is a dense one of ordinary numbers, whole in the file."""
+    seen, waiting = set(), [("", contents)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in ORDINARY:
+                kind = f"{value.layout}, {value.dtype}, on {value.device}".replace("torch.", "")
+                wanted = "a dense tensor of fp64, fp32, fp16, bf16, integers or bool"
+                raise BadCheckpoint(f"checkpoint {path}: {name} is {kind}; expected {wanted}")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise BadCheckpoint(
+                    f"checkpoint {path}: {name} has {value.numel():,} elements, and the file stores "
+                    f"{value.untyped_storage().nbytes():,} bytes of it; save a contiguous copy"
+                )
+        elif isinstance(value, (dict, list, tuple, argparse.Namespace)) and id(value) not in seen:
+            seen.add(id(value))
+            value = vars(value) if isinstance(value, argparse.Namespace) else value
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{key}" if name else str(key), item) for key, item in items]
 
 
 def _why_refused(error: BaseException) -> str:
@@ -103,11 +162,11 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
     """
     weights = checkpoint.get(key)
     if weights is None:
-        if not checkpoint or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-            raise BadCheckpoint(f"checkpoint {source}: no {key!r} in it; it has: {', '.join(map(str, checkpoint))}")
+        if not _is_state_dict(checkpoint):
+            raise BadCheckpoint(f"checkpoint {source}: no {key!r} in it; it has: {_some(list(map(str, checkpoint)))}")
         weights = checkpoint
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise BadCheckpoint(f"checkpoint {source}: {key!r} is not a dict of tensors")
+    if not _is_state_dict(weights):
+        raise BadCheckpoint(f"checkpoint {source}: {key!r} is not a dict of tensors by name")
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -115,6 +174,14 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
                 f"checkpoint {source}: {name} has values that are NaN or infinite; use an earlier checkpoint"
             )
     return weights
+
+
+def _is_state_dict(value) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+    )
 
 
 def read_weights(path: str | Path, *, key: str = "model") -> dict[str, torch.Tensor]:
@@ -186,14 +253,17 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(contents, file)
+            summed = _Summed(file)
+            torch.save(contents, summed)
+            file.seek(-2, os.SEEK_END)
+            file.write(_seal(summed.crc32))
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
         for copy in also:
-            _link(path, copy)
+            link(path, copy)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
@@ -205,14 +275,29 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
         ) from error
 
 
-def _link(path: Path, copy: Path) -> None:
+class _Summed:
+    """A file that is written from front to back, and the CRC-32 of it."""
+
+    def __init__(self, file):
+        self.file, self.crc32, self.flush = file, 0, file.flush
+
+    def write(self, chunk) -> int:
+        self.crc32 = zlib.crc32(chunk, self.crc32)
+        return self.file.write(chunk)
+
+
+def link(path: Path, copy: Path) -> None:
+    """Give a file a second name; a copy of it, where the file system has no links."""
     temporary = copy.with_name(f".{copy.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
-    except OSError:  # no hard links on this file system
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, copy)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, copy)
+    finally:
+        temporary.unlink(missing_ok=True)  # also where both names were one file before: then nothing is replaced
 
 
 def _sync_folder(folder: Path) -> None:

@@ -80,8 +80,7 @@ class MetricLogger:
         """Add one value each; ``n`` is how many things it is the mean of. Tensors are scalars, on any device."""
         tensors = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
         for name, value in values.items():
-            if name not in self._meters:
-                self._meters[name] = SmoothedValue(1, LAST_VALUE[name]) if name in LAST_VALUE else SmoothedValue()
+            self._meter(name)
             if name not in tensors:
                 self._meters[name].update(float(value), n)
         by_device: dict = {}
@@ -89,6 +88,11 @@ class MetricLogger:
             by_device.setdefault((tensor.device, tensor.dtype), {})[name] = tensor.reshape(())
         for group in by_device.values():
             self._pending.append((list(group), n, torch.stack(list(group.values()))))
+
+    def _meter(self, name: str) -> SmoothedValue:
+        if name not in self._meters:
+            self._meters[name] = SmoothedValue(1, LAST_VALUE[name]) if name in LAST_VALUE else SmoothedValue()
+        return self._meters[name]
 
     @property
     def meters(self) -> dict[str, SmoothedValue]:
@@ -123,20 +127,14 @@ class MetricLogger:
 
     def state_dict(self) -> dict:
         return {
-            name: {
-                "total": meter.total,
-                "count": meter.count,
-                "window": list(meter.window),
-                "window_size": meter.window.maxlen,
-                "fmt": meter.fmt,
-            }
+            name: {"total": meter.total, "count": meter.count, "window": list(meter.window)}
             for name, meter in self.meters.items()
         }
 
     def load_state_dict(self, state: dict) -> None:
         self._pending.clear()
         for name, saved in state.items():
-            meter = self._meters.setdefault(name, SmoothedValue(saved["window_size"], saved["fmt"]))
+            meter = self._meter(name)
             meter.total, meter.count = saved["total"], saved["count"]
             meter.window.clear()
             meter.window.extend(saved["window"])

@@ -111,12 +111,6 @@ class TrainState:
         Returns: whether it had a position too, and not weights alone.
         Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
         """
-        progress = checkpoint.get("progress", {})
-        if progress.get("format", FORMAT) > FORMAT:
-            raise BadCheckpoint(
-                f"checkpoint {source}: written by a newer version of this program (format "
-                f"{progress['format']}, known is {FORMAT}); update it"
-            )
         weights = model_weights(checkpoint, source=source)
         average = (
             model_weights(checkpoint, source=source, key="model_ema")
@@ -131,25 +125,85 @@ class TrainState:
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             logger.warning(f"checkpoint {source} has weights only: training starts at epoch {self.epoch}")
             return False
+        progress = progress_of(checkpoint, source=source)
         for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", self.scaler)):
             if part is not None and checkpoint.get(name):
                 try:
+                    _check_form(part, checkpoint[name])
                     part.load_state_dict(checkpoint[name])
-                except (ValueError, KeyError, RuntimeError, TypeError) as error:
+                except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
                     raise BadCheckpoint(
                         f"checkpoint {source}: its {name} does not fit this run ({error}); "
                         "use the flags it was trained with, or --finetune for the weights"
                     ) from error
         self.start_of_epoch()
-        self.epoch = progress.get("epoch", checkpoint["epoch"] + 1)
-        self.step = progress.get("step", 0)
-        self.best = progress.get("best")
-        self.train_stats = progress.get("train_stats")
-        self._fits = progress.get("fits")
-        meters = progress.get("meters", [])
-        if len(meters) == world_size():
-            self.meters.load_state_dict(meters[rank()])
+        self.epoch, self.step, self.best = progress["epoch"], progress["step"], progress["best"]
+        self.train_stats, self._fits = progress["train_stats"], progress["fits"]
+        if len(progress["meters"]) == world_size():
+            self.meters.load_state_dict(progress["meters"][rank()])
         return True
+
+
+def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
+    """Where the run of a checkpoint was: ``epoch, step, best, train_stats, fits, meters``, checked, with defaults.
+
+    Published checkpoints name the last finished epoch alone.
+    """
+    finished, given = checkpoint.get("epoch", -1), checkpoint.get("progress", {})
+    progress = {"epoch": None, "step": 0, "best": None, "train_stats": None, "fits": None, "meters": []}
+    try:
+        if given.get("format", FORMAT) > FORMAT:
+            raise BadCheckpoint(
+                f"checkpoint {source}: written by a newer version of this program (format "
+                f"{given['format']}, known is {FORMAT}); update it"
+            )
+        progress |= {"epoch": finished + 1} | given
+        meters = [number for rank in progress["meters"] for meter in rank.values() for number in _numbers(meter)]
+        stats, fits = progress["train_stats"] or {}, progress["fits"] or [progress["step"]]
+        right = (
+            all(type(progress[name]) is int and progress[name] >= 0 for name in ("epoch", "step"))
+            and all(isinstance(number, (int, float)) for number in (*meters, *stats.values(), progress["best"] or 0))
+            and all(isinstance(name, str) for name in stats)
+            and all(type(number) is int for number in fits)
+            and progress["step"] <= fits[0]
+        )
+    except (AttributeError, TypeError, KeyError, IndexError):
+        right = False
+    if not right:
+        raise BadCheckpoint(
+            f"checkpoint {source}: what it says of its position (epoch, progress) makes no sense; "
+            "use an earlier one, or --finetune for the weights"
+        )
+    return progress
+
+
+def _numbers(meter: dict) -> list:
+    return [meter["total"], meter["count"], *meter["window"]]
+
+
+def _check_form(part, given) -> None:
+    """Raises TypeError where a stored state has other kinds of values than ``part`` has now.
+
+    Schedulers take every name and value they are given, and fail an epoch later.
+    """
+
+    def compare(own, given, where):
+        pairs = []
+        if isinstance(own, dict) and isinstance(given, dict):
+            pairs = [(own[key], given[key], f"{where} {key}".strip()) for key in own if key in given]
+        elif isinstance(own, (list, tuple)) and isinstance(given, (list, tuple)):
+            pairs = [(x, y, f"{where} {i}") for i, (x, y) in enumerate(zip(own, given, strict=False))]
+        elif own is not None and given is not None:
+            number = isinstance(own, (int, float))
+            if not isinstance(given, (int, float) if number else type(own)):
+                raise TypeError(f"{where} is a {type(given).__name__}, not a {type(own).__name__}")
+        for pair in pairs:
+            compare(*pair)
+
+    own = part.state_dict()
+    compare(own, given, "its state")
+    if methods := [key for key in given if key not in own and callable(getattr(type(part), str(key), None))]:
+        raise TypeError(f"{methods[0]} is no value")
 
 
 class Checkpoint(NamedTuple):
@@ -226,6 +280,7 @@ class Checkpoints:
                 continue
             try:
                 found = _checked(path)
+                progress_of(found.contents, source=path)
             except BadCheckpoint as error:
                 problems.append(str(error))
                 continue

@@ -1,16 +1,18 @@
 """Checkpoint files: what is read, what is refused and with which words, and what a kill or a full disk leaves."""
 
 import argparse
+import contextlib
 import os
 import pathlib
 import pickle
+import re
 import resource
 import zipfile
 
 import pytest
 import torch
 
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import link, load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.state import Checkpoints, TrainState, plain
 
@@ -88,85 +90,90 @@ def test_truncated_file_is_named(tmp_path, fraction):
 
 
 @pytest.mark.parametrize(
-    ("contents", "words"),
+    ("make", "words"),
     [
-        (b"", "the file is empty"),
-        (b"hello, I am a text file\n" * 9, "damaged"),
-        (b"PK\x03\x04" + b"\0" * 100, "damaged"),
+        (lambda: torch.zeros(1).expand(10**5, 10**5), "model.w.0 has 10,000,000,000 elements, and the file stores"),
+        (lambda: torch.eye(4).to_sparse(), "model.w.0 is sparse_coo, float32, on cpu; expected a dense tensor"),
+        (lambda: torch.eye(4).to_sparse_csr(), "model.w.0 is sparse_csr"),
+        (lambda: torch.empty(9, device="meta"), "model.w.0 is strided, float32, on meta"),
+        (lambda: torch.ones(3).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda: torch.ones(3, dtype=torch.complex64), "complex64"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "qint8"),
     ],
 )
-def test_other_files_are_named(tmp_path, contents, words):
-    (tmp_path / "a.pth").write_bytes(contents)
-    with pytest.raises(BadCheckpoint, match=f"a.pth: {words}"):
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_plain_numbers_are_named_wherever_they_are(tmp_path, make, words):
+    torch.save({"model": argparse.Namespace(w=[make()])}, tmp_path / "a.pth")
+    with pytest.raises(BadCheckpoint, match="a.pth: .*" + re.escape(words)):
         read_checkpoint(tmp_path / "a.pth")
 
 
-def test_missing_file_and_wrong_contents_are_named(tmp_path):
-    with pytest.raises(BadCheckpoint, match="none.pth: no such file"):
-        read_checkpoint(tmp_path / "none.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(BadCheckpoint, match="expected a dict with a 'model', got list"):
-        read_checkpoint(tmp_path / "list.pth")
-    with pytest.raises(BadCheckpoint, match="no 'model' in it; it has: weights"):
-        model_weights({"weights": 3}, source="a.pth")
-    with pytest.raises(BadCheckpoint, match="'model' is not a dict of tensors"):
-        model_weights({"model": {"a": 1}}, source="a.pth")
+def test_views_and_shared_weights_are_read(tmp_path):
+    table = torch.randn(6, 4)
+    weights = {"a": table, "b": table, "c": table.t(), "d": table[2:], "e": torch.empty(0, 3)}
+    torch.save({"model": weights}, tmp_path / "a.pth")
+    found = read_weights(tmp_path / "a.pth")
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
-def test_zip_bomb_is_refused_unread(tmp_path):
-    """A megabyte of file that claims a gigabyte; torch itself never compresses."""
-    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\0" * 2**20)
-        with archive.open("archive/data/0", "w") as member:
-            for _ in range(64):
-                member.write(b"\0" * 2**20)
-    with pytest.raises(BadCheckpoint, match=r"bomb.pth: refused: its members claim 68,157,440 bytes in a file of"):
-        read_checkpoint(tmp_path / "bomb.pth")
+@pytest.mark.parametrize("name", [1, None, ("a",), b"w"])
+def test_names_that_are_no_text_are_refused(name):
+    with pytest.raises(BadCheckpoint, match="a.pth: 'model' is not a dict of tensors by name"):
+        model_weights({"model": {name: torch.ones(1)}}, source="a.pth")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(bad):
-    weights = torch.nn.Linear(3, 2).state_dict()
-    weights["weight"][1, 2] = bad
-    with pytest.raises(BadCheckpoint, match="a.pth: weight has values that are NaN or infinite"):
-        model_weights({"model": weights}, source="a.pth")
+def whole_checkpoint():
+    return a_state().to_dict(DETR)
 
 
-def test_another_model_is_refused_with_keys_named_and_nothing_changed():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights = {
-        "0.weight": torch.zeros(4, 3),
-        "0.bias": torch.zeros(2),
-        "1.weight": torch.zeros(2, 2),
-        "head.bias": torch.zeros(1),
-    }
-    with pytest.raises(
-        BadCheckpoint,
-        match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
-        r"not \(2, 3\)",
-    ):
-        load_matching(model, weights, source="a.pth")
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+@pytest.mark.parametrize(
+    "progress",
+    [
+        3,
+        [],
+        None,
+        {"step": "4"},
+        {"step": -1},
+        {"step": 9, "fits": [8, 1, 0]},
+        {"epoch": 1.5},
+        {"epoch": -1},
+        {"epoch": None},
+        {"best": "high"},
+        {"train_stats": [1]},
+        {"train_stats": {"loss": "low"}},
+        {"fits": 3},
+        {"fits": ["a"]},
+        {"meters": 3},
+        {"meters": [{"loss": 3}]},
+        {"meters": [{"loss": {"total": 1.0, "count": 1, "window": [None]}}]},
+        {"meters": [{"loss": {"total": 1.0, "count": 1}}]},
+        {"format": "1"},
+    ],
+    ids=str,
+)
+def test_a_position_that_makes_no_sense_is_refused(progress):
+    contents = whole_checkpoint()
+    contents["progress"] = contents["progress"] | progress if isinstance(progress, dict) else progress
+    with pytest.raises(BadCheckpoint, match="a.pth: what it says of its position .* makes no sense"):
+        a_state().load_dict(contents, source="a.pth")
 
 
-def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5), torch.nn.Linear(1, 1))
-    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
-    weights = other.state_dict() | {"1.more": torch.ones(2), "0.num_batches_tracked": torch.ones(1)}
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key[0] in "12")
-    assert report == {
-        "1.weight": "starts fresh: (4, 2) there, (5, 2) here",
-        "1.bias": "starts fresh: (4,) there, (5,) here",
-        "2.weight": "starts fresh: not in the checkpoint",
-        "2.bias": "starts fresh: not in the checkpoint",
-        "1.more": "is not used",
-    }
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, (weights if name[0] == "0" else before)[name])
-    with pytest.raises(BadCheckpoint, match=r"missing: 2.weight, 2.bias; unexpected: 1.more. Build"):
-        load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key in ("1.weight", "1.bias"))
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("lr_scheduler", {"last_epoch": "three"}),
+        ("lr_scheduler", {"step": 3}),
+        ("lr_scheduler", {"base_lrs": 0.1}),
+        ("optimizer", {"param_groups": 3}),
+        ("optimizer", {"state": []}),
+        ("optimizer", {"param_groups": [{"lr": "fast", "params": [0, 1]}]}),
+    ],
+)
+def test_a_state_of_another_form_is_refused_before_it_is_used(part, change):
+    contents = whole_checkpoint()
+    contents[part] = contents[part] | change
+    with pytest.raises(BadCheckpoint, match=f"a.pth: its {part} does not fit this run"):
+        a_state().load_dict(contents, source="a.pth")
 
 
 @pytest.mark.parametrize("keys", [DEIT, DETR], ids=["deit", "detr"])
@@ -231,6 +238,24 @@ def test_the_one_before_is_kept_and_other_names_are_the_same_contents(tmp_path):
         write_checkpoint({"epoch": epoch}, path, previous=previous, also=(tmp_path / "best.pth",) if epoch == 1 else ())
     assert [read_checkpoint(p)["epoch"] for p in (path, previous, tmp_path / "best.pth")] == [2, 1, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "checkpoint.pth", "previous.pth"]
+
+
+@pytest.mark.parametrize("fails", ["", "link", "replace"])
+def test_a_second_name_leaves_nothing_behind(tmp_path, monkeypatch, fails):
+    (tmp_path / "a.pth").write_text("new")
+    (tmp_path / ".best.pth.tmp").write_text("of a run that was killed")
+
+    def fail(*args):
+        raise OSError("not here")
+
+    if fails:
+        monkeypatch.setattr(f"os.{fails}", fail)
+    for _ in range(2):  # the second time both names are one file already
+        with pytest.raises(OSError, match="not here") if fails == "replace" else contextlib.nullcontext():
+            link(tmp_path / "a.pth", tmp_path / "best.pth")
+    names = ["a.pth"] if fails == "replace" else ["a.pth", "best.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all((tmp_path / name).read_text() == "new" for name in names)
 
 
 def test_full_disk_fails_loudly_and_keeps_the_old_file(tmp_path):

@@ -67,7 +67,6 @@ def test_reset_keeps_formats():
 def test_averages_are_printed_in_the_published_words(capsys):
     set_up_logging(0)
     meters = MetricLogger()
-    meters.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     for loss in (1.0, 2.0, 6.0):
         meters.update(lr=0.5, loss=loss)
     meters.averages()
