@@ -42,6 +42,8 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.distillation_type != "none" and not args.teacher_path:
         raise ValueError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE or URL")
+    if args.distillation_type != "none" and not args.train_mode:
+        raise ValueError("--no-train-mode averages the two heads that --distillation-type needs one by one; give one")
     if args.eval_ema and not (args.model_ema or args.eval):
         raise ValueError("--eval-ema evaluates the moving average, and --no-model-ema switches it off")
     if args.eval_ema and args.model_ema_force_cpu and not args.eval:
@@ -109,6 +111,12 @@ def _add_model(group) -> None:
         default="",
         metavar="PATH|URL",
         help="start from these weights; positions are resampled, heads and tables of another size start fresh",
+    )
+    add(
+        "--train-mode",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="dropout and stochastic depth in training; the published code has neither with --finetune",
     )
 
 

@@ -23,6 +23,7 @@ def train_one_epoch(
     mixup: Callable | None = None,
     max_norm: float | None = None,
     ema: ModelEmaV2 | None = None,
+    train_mode: bool = True,
 ) -> dict[str, float]:
     """Train for the rest of the epoch that ``steps`` is in.
 
@@ -32,9 +33,10 @@ def train_one_epoch(
         mixup: (images, targets) to mixed images and soft targets ``(B, C)``.
         max_norm: gradients are clipped to this norm.
         ema: the moving average of the weights.
+        train_mode: False trains without dropout and stochastic depth, as the published code does with ``--finetune``.
     Returns: means over the epoch's iterations: ``lr`` of the first parameter group, ``loss``.
     """
-    model.train()  # when fine-tuning too: the published code then leaves dropout and stochastic depth off
+    model.train(train_mode)
     meters, header = steps.state.meters, f"Epoch: [{steps.state.epoch}]"
     for images, targets in meters.log_every(
         steps, every=10, header=header, start=steps.state.step, images_per_step=steps.images_per_step

@@ -29,7 +29,7 @@ from torch import nn
 
 from deit_irpe.args import get_args_parser, image_size, model_options
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, create_model
-from irpe_ops.modules import IRPE, IRPESum
+from irpe_ops.modules import buckets_of
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.metrics import count_parameters
@@ -81,8 +81,7 @@ def count(model: nn.Module) -> dict[str, float]:
     if isinstance(model, VisionTransformer):
         with contextlib.suppress(AttributeError):  # some of timm's have other layers
             stats["macs_M"] = macs(model) / 1e6
-    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPESum)]
-    return stats | {"buckets": sum(part.num_buckets for part in encodings[0].parts) if encodings else 0}
+    return stats | {"buckets": buckets_of(model)}
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:

@@ -1,7 +1,7 @@
 """What is optimised and how fast: DeiT's parameter groups, optimizer and learning-rate schedule."""
 
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn, optim
 
@@ -15,8 +15,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups, without and with weight decay, in the order of the published checkpoints.
 
     Not decayed: 1-D tensors, biases, ``pos_embed``, ``cls_token``. Lookup tables are decayed, and so is ``dist_token``,
-    which timm's own list would spare.
+    which timm's own list would spare. Without weight decay there is one group, as published.
     """
+    if not weight_decay:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.0}]
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -61,6 +63,21 @@ def build_scheduler(
 
     As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at ``warmup_lr``.
     """
+    if name == "tanh":
+        span = [share * epochs for share in noise or ()]
+        return TanhLRScheduler(
+            optimizer,
+            epochs,
+            lb=-6.0,  # the published bounds; in today's timm -7 and 3
+            ub=4.0,
+            lr_min=min_lr,
+            warmup_t=warmup_epochs,
+            warmup_lr_init=warmup_lr,
+            noise_range_t=span if len(span) > 1 else next(iter(span), None),
+            noise_pct=noise_pct,
+            noise_std=noise_std,
+            noise_seed=seed,
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=name,

@@ -17,6 +17,7 @@ from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
 from deit_irpe.models import create_model, load_pretrained_weights
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
+from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, read_weights
 from irpe_train.distributed import logger
@@ -58,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
     # --- model
     model = model_of_flags(args, len(classes)).to(device)
     logger.info(f"number of params: {count_parameters(model)}")
+    logger.info(f"number of buckets: {buckets_of(model)}")
 
     # --- evaluate only
     if args.eval:
@@ -88,6 +90,9 @@ def main(args: argparse.Namespace) -> None:
         "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes",
         "model": f"{args.model}, encoding {args.rpe or 'of the name'}, {args.input_size} pixels, amp {precision.amp}",
         "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
+        "training mode": "on, with dropout and stochastic depth (the published --finetune: off, --no-train-mode)"
+        if args.train_mode
+        else "off, without dropout or stochastic depth, as the published --finetune",
     }
     run = open_run(
         args,
@@ -105,7 +110,15 @@ def main(args: argparse.Namespace) -> None:
     while state.epoch < args.epochs:
         if state.train_stats is None:  # else this epoch was stopped between its training and its evaluation
             train_stats = train_one_epoch(
-                wrapped, criterion, run.steps, optimizer, precision, mixup=mixup, max_norm=args.clip_grad, ema=ema
+                wrapped,
+                criterion,
+                run.steps,
+                optimizer,
+                precision,
+                mixup=mixup,
+                max_norm=args.clip_grad,
+                ema=ema,
+                train_mode=args.train_mode,
             )
             lr_scheduler.step(state.epoch)
             run.steps.finish_training(train_stats)

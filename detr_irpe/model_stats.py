@@ -14,7 +14,7 @@ from torch import nn
 
 from detr_irpe.args import get_args_parser
 from detr_irpe.models import build_model
-from irpe_ops.modules import IRPE, IRPESum
+from irpe_ops.modules import buckets_of
 from irpe_train.config import parse_args
 from irpe_train.metrics import count_parameters
 
@@ -29,9 +29,7 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, int]:
 
 def count(model: nn.Module) -> dict[str, int]:
     """``n_parameters``, and ``buckets`` of one encoding."""
-    encodings = [module for module in model.modules() if isinstance(module, IRPE | IRPESum)]
-    buckets = sum(part.num_buckets for part in encodings[0].parts) if encodings else 0
-    return {"n_parameters": count_parameters(model), "buckets": buckets}
+    return {"n_parameters": count_parameters(model), "buckets": buckets_of(model)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

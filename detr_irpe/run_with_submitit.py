@@ -5,4 +5,4 @@ from detr_irpe.train import main
 from irpe_train.launch import submit
 
 if __name__ == "__main__":
-    submit(main, get_args_parser())
+    submit(main, get_args_parser(), nodes=4, timeout=60)

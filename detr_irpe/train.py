@@ -19,6 +19,7 @@ from detr_irpe.model_stats import count
 from detr_irpe.models import build_model
 from detr_irpe.models.finetune import load_for_finetuning
 from detr_irpe.nested_tensor import collate
+from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed, zoo
 from irpe_train.checkpoint import load_matching, read_weights, write_checkpoint
 from irpe_train.distributed import logger
@@ -69,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(device)
     criterion.to(device)
     logger.info(f"number of params: {count_parameters(model)}")
+    logger.info(f"number of buckets: {buckets_of(model)}")
 
     # --- evaluate only
     if args.eval:

@@ -206,3 +206,9 @@ def resolve_grid(length: int, height: int | None, width: int | None, skip: int, 
             f"leading ones; got L={length}, not {height * width + skip}"
         )
     return height, width
+
+
+def buckets_of(model: nn.Module) -> int:
+    """Buckets of the first encoding in ``model``, those of rows and of columns added for ``cross``; 0 without one."""
+    encodings = (module for module in model.modules() if isinstance(module, (IRPE, IRPESum)))
+    return sum(part.num_buckets for part in getattr(next(encodings, None), "parts", ()))

@@ -65,10 +65,17 @@ class SlurmJob:
 
 
 def submit(
-    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: list[str] | None = None
+    main: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+    *,
+    nodes: int = 2,
+    timeout: int = 2800,
 ) -> None:
     """Queue ``main`` on SLURM with the published flags; the training flags follow on the same line.
 
+    Args:
+        nodes, timeout (minutes): the published defaults of the task.
     Raises: ImportError: submitit is not installed.
     """
     try:
@@ -77,15 +84,18 @@ def submit(
         raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, per node")
-    slurm.add_argument("--nodes", default=2, type=int, help="number of nodes")
-    slurm.add_argument("--timeout", default=2800, type=int, help="minutes")
+    slurm.add_argument("--nodes", default=nodes, type=int, help="number of nodes")
+    slurm.add_argument("--timeout", default=timeout, type=int, help="minutes")
     slurm.add_argument("--job_dir", default="", help="folder of the job and its output; default: ./submitit/<job id>")
     slurm.add_argument("--partition", default=None, help="SLURM partition; default: the cluster's")
+    slurm.add_argument("--use_volta32", action="store_true", help="only on nodes with the feature volta32gb")
+    slurm.add_argument("--comment", default="", help="passed to SLURM, for priority")
     slurm.add_argument("--executor", default="slurm", choices=("slurm", "local"), help="local: on this machine, to try")
     args = parse_args(parser, argv)
     job_dir = Path(args.job_dir or "submitit/%j").absolute()
     executor = submitit.AutoExecutor(folder=job_dir, cluster=args.executor, slurm_max_num_timeout=30)
-    options = {"slurm_partition": args.partition} if args.partition else {}
+    constraint = "volta32gb" if args.use_volta32 else None
+    asked = {"slurm_partition": args.partition, "slurm_comment": args.comment, "slurm_constraint": constraint}
     executor.update_parameters(
         name=parser.prog,
         nodes=args.nodes,
@@ -93,7 +103,7 @@ def submit(
         gpus_per_node=args.ngpus if args.device.startswith("cuda") else 0,
         cpus_per_task=10,
         timeout_min=args.timeout,
-        **options,
+        **{name: value for name, value in asked.items() if value},
     )
     args.output_dir = args.output_dir or str(job_dir)
     job = executor.submit(SlurmJob(main, args))

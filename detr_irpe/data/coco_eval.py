@@ -101,14 +101,14 @@ def encode_masks(masks: Tensor) -> list[dict]:
 def as_saved(result: dict) -> dict:
     """A scorer's ``eval`` with tensors and plain values only, so that it is read back without running anything.
 
-    ``params`` keeps its attributes (``recThrs``, ``iouThrs``, ...) as those of an ``argparse.Namespace``.
+    ``params`` is a dict (``recThrs``, ``iouThrs``, ...), where the published file has an object of a class.
     """
     params = {name: _plain(value) for name, value in vars(result["params"]).items() if not name.startswith("_")}
     counts = [int(count) for count in result["counts"]]
     arrays = {
         name: torch.from_numpy(np.array(result[name], dtype=np.float64)) for name in ("precision", "recall", "scores")
     }
-    return {"params": Namespace(**params), "counts": counts, "date": str(result["date"])} | arrays
+    return {"params": params, "counts": counts, "date": str(result["date"])} | arrays
 
 
 def format_figures(stats: Sequence[float], iou_type: str) -> str:

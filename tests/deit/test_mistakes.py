@@ -63,6 +63,10 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
         (("--model-kwargs", "size=3"), "model 'deit_tiny_patch16_224'"),
         (("--batch-size", "7"), "it must be even"),
         (("--distillation-type", "soft"), "needs --teacher-path FILE or URL"),
+        (
+            ("--distillation-type", "soft", "--teacher-path", "x.pth", "--no-train-mode"),
+            "--no-train-mode averages the two heads",
+        ),
         (("--eval-ema", "--no-model-ema"), "--no-model-ema switches it off"),
         (("--resume", "absent.pth"), "absent.pth: no such file"),
         (("--finetune", "absent.pth"), "absent.pth: no such file"),

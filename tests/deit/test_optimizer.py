@@ -34,6 +34,19 @@ def test_the_rate_of_every_epoch_is_the_published_one():
     assert seen[299] == pytest.approx(1.0108554e-5, rel=1e-6)
 
 
+def test_tanh_has_the_published_bounds():
+    def schedule(t):
+        share = t / 300
+        return 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 - math.tanh(-6 * (1 - share) + 4 * share))
+
+    seen = rates(300, 1e-3, name="tanh", warmup_epochs=0)
+    assert seen[0] == 1e-3 and seen[1:] == pytest.approx([schedule(t) for t in range(299)], rel=1e-12)
+    warm = rates(300, 1e-3, name="tanh")
+    assert warm[:2] == [1e-6, 1e-6] and warm[2] == pytest.approx(1e-6 + (schedule(5) - 1e-6) / 5, rel=1e-12)
+    assert warm[6:] == seen[6:]
+    assert rates(9, 1e-3, name="tanh", noise=[0.5]) != rates(9, 1e-3, name="tanh", noise=[0.9, 1.0])
+
+
 def test_linear_scaling_counts_every_image_of_an_update():
     assert scaled_lr(5e-4, 64, 1) == 6.25e-5
     assert scaled_lr(5e-4, 64, 2, accumulate=4) == 5e-4
@@ -71,6 +84,13 @@ def test_tables_and_dist_token_are_decayed_and_vectors_are_not():
         "linear.weight",
     ]
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
+
+
+def test_without_weight_decay_there_is_one_group_in_the_order_of_the_model():
+    model = Tokens()
+    (group,) = parameter_groups(model, 0.0)
+    assert group["weight_decay"] == 0
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters() if p.requires_grad]
 
 
 def test_the_default_optimizer_is_adamw_as_published():

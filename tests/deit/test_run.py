@@ -47,7 +47,9 @@ def test_a_run_learns_and_writes_the_published_log(trained):
 def test_the_console_has_the_published_lines(trained):
     folder, text = trained
     last, best = log_of(folder)[-1], max(line["test_acc1"] for line in log_of(folder))
-    assert f"number of params: {last['n_parameters']}\n" in text
+    assert f"number of params: {last['n_parameters']}\nnumber of buckets: 50\n" in text
+    assert f"Averaged stats: lr: {last['train_lr']:.6f}  loss: " in text
+    assert "\nEpoch: [5]  [0/6]  eta: 0:00:" in text
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 100.000 loss {last['test_loss']:.3f}\n" in text
     assert f"Accuracy of the network on the 22 test images: {last['test_acc1']:.1f}%\n" in text
     assert f"Max accuracy: {best:.2f}%\n" in text
@@ -257,7 +259,7 @@ def test_distillation_from_a_teacher(trained, colours, tmp_path, kind):
     assert ended.code == 1 and "needs a model with a distillation head" in ended.text
 
 
-def test_fine_tuning_resizes_and_trains_in_training_mode(trained, tmp_path):
+def test_fine_tuning_resizes_and_trains_with_stochastic_depth_unless_told_otherwise(trained, tmp_path):
     folder, _ = trained
     for split in ("train", "val"):
         write_images(tmp_path / split, {"x": 4, "y": 4}, side=48)
@@ -265,9 +267,12 @@ def test_fine_tuning_resizes_and_trains_in_training_mode(trained, tmp_path):
     text = deit_ok(tmp_path, tmp_path / "run", *flags, "--drop-path", "0.9")
     assert "--finetune: pos_embed resampled from 4x4 to 6x8 patches" in text
     assert "--finetune: head.weight starts fresh: (4, 32) there, (2, 32) here" in text
+    assert "training mode" in text and "(the published --finetune: off, --no-train-mode)" in text
     deit_ok(tmp_path, tmp_path / "without", *flags, "--drop-path", "0")
-    losses = [log_of(tmp_path / name)[0]["train_loss"] for name in ("run", "without")]
-    assert losses[0] != losses[1]  # stochastic depth is at work: this is not evaluation mode
+    text = deit_ok(tmp_path, tmp_path / "published", *flags, "--drop-path", "0.9", "--no-train-mode")
+    assert "off, without dropout or stochastic depth, as the published --finetune" in text
+    losses = [log_of(tmp_path / name)[0]["train_loss"] for name in ("run", "without", "published")]
+    assert losses[0] != losses[1] == losses[2]
 
 
 def test_a_tar_trains_as_its_folder_does(colours, tmp_path):

@@ -166,7 +166,7 @@ def test_the_curves_are_saved_without_anything_that_runs(tmp_path, backend):
     assert saved["counts"] == [10, 101, 3, 4, 3]
     assert saved["recall"].shape == (10, 3, 4, 3) and saved["scores"].shape == (10, 101, 3, 4, 3)
     assert saved["precision"].dtype == torch.float64
-    assert len(saved["params"].recThrs) == 101 and saved["params"].maxDets == [1, 10, 100]
+    assert len(saved["params"]["recThrs"]) == 101 and saved["params"]["maxDets"] == [1, 10, 100]
     valid = saved["precision"][:, :, :, 0, 2]
     assert valid[valid > -1].mean().item() == pytest.approx(result.stats[0])
 

@@ -65,7 +65,8 @@ def test_a_run_writes_the_published_files(trained):
     ours = {"best.pth", "checkpoint_previous.pth", "config.yaml", "starts.jsonl"}
     assert names == published | {"eval/latest.pth"} | ours
     assert read_checkpoint(folder / "checkpoint0000.pth")["epoch"] == 0
-    assert read_checkpoint(folder / "eval/latest.pth")["precision"].shape == (10, 101, 3, 4, 3)
+    latest = torch.load(folder / "eval/latest.pth", weights_only=True)
+    assert latest["precision"].shape == (10, 101, 3, 4, 3) and len(latest["params"]["recThrs"]) == 101
     for words in (
         "8 training, 5 validation images, 3 categories",
         "2 images an update: 2 x 1 process(es)",
@@ -74,7 +75,8 @@ def test_a_run_writes_the_published_files(trained):
         "Average Precision  (AP) @[ IoU=0.50:0.95",
     ):
         assert words in text
-    assert f"number of params: {log_of(folder)[0]['n_parameters']}\n" in text
+    assert f"number of params: {log_of(folder)[0]['n_parameters']}\nnumber of buckets: 81\n" in text
+    assert "\nEpoch: [1]  [0/4]  eta: 0:00:" in text and text.count("\nAveraged stats: ") == 4
 
 
 def test_a_checkpoint_is_as_published(trained):

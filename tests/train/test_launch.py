@@ -162,6 +162,35 @@ def test_submit_runs_a_job_on_this_machine(tmp_path, capsys):
         time.sleep(0.5)
 
 
+class Executor:
+    """In the place of submitit's: notes what it is asked for."""
+
+    def __init__(self, folder, cluster, slurm_max_num_timeout):
+        Executor.asked = {"folder": str(folder), "cluster": cluster}
+
+    def update_parameters(self, **parameters):
+        Executor.asked |= parameters
+
+    def submit(self, job):
+        Executor.asked["job"] = job
+        return argparse.Namespace(job_id="77")
+
+
+def test_submit_takes_the_published_flags(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    submit(main_for_slurm, tiny_run.get_parser(), ["--job_dir", str(tmp_path)])
+    asked = Executor.asked
+    assert (asked["nodes"], asked["tasks_per_node"], asked["timeout_min"]) == (2, 8, 2800)
+    assert not [name for name in asked if name.startswith("slurm_")]
+    argv = ["--partition", "learnfair", "--use_volta32", "--comment", "ICCV", "--nodes", "3", "--lr", "0.5"]
+    submit(main_for_slurm, tiny_run.get_parser(), argv, nodes=4, timeout=60)
+    asked = Executor.asked
+    assert (asked["nodes"], asked["timeout_min"], asked["job"].args.lr) == (3, 60, 0.5)
+    slurm = {name: value for name, value in asked.items() if name.startswith("slurm_")}
+    assert slurm == {"slurm_partition": "learnfair", "slurm_comment": "ICCV", "slurm_constraint": "volta32gb"}
+
+
 def test_submit_without_submitit_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ImportError, match="pip install submitit"):
