@@ -96,7 +96,7 @@ def _check_archive(path: Path, size: int) -> None:
             sealed = bool(archive.comment)
             damaged = None if sealed or claimed > size else archive.testzip()
     except Exception as error:
-        raise BadCheckpoint(f"checkpoint {path}: damaged archive ({_first_line(error)}){USE_ANOTHER}") from error
+        raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({_first_line(error)}){USE_ANOTHER}") from error
     if claimed > size:
         raise BadCheckpoint(f"checkpoint {path}: refused: its members claim {claimed:,} bytes in a file of {size:,}")
     if sealed and tail != _seal(_crc32_of_archive(path, size - len(tail))):
