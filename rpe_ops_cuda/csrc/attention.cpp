@@ -56,7 +56,7 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
   const bool on_values = on == On::kValues;
   if (!table.has_value()) return;
   const at::Tensor given = table->detach();
-  const int64_t heads = q.size(1), length = q.size(2), head_dim = q.size(3), lanes = kernels().lanes;
+  const int64_t heads = q.size(1), length = q.size(2), head_dim = q.size(3);
   e.bias = given.dim() == 2;
   TORCH_CHECK_VALUE(!(e.bias && on_values), "irpe::attention: ", name, " must be (H or 1, N, D), got ", given.sizes());
   TORCH_CHECK_VALUE((given.dim() == 3 || e.bias) && (given.size(0) == 1 || given.size(0) == heads) &&
@@ -78,11 +78,11 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
   }
   // A lookup loads a whole register, from as many buckets before the last id as that has lanes.
   const PlanView &front = *e.plan[0], &back = *e.plan[e.parts - 1];
-  into.first_bucket = std::max<int64_t>(0, std::min<int64_t>(front.min_id, front.max_id + 1 - lanes));
+  into.first_bucket = std::max<int64_t>(0, std::min<int64_t>(front.min_id, front.max_id + 1 - kLookupLanes));
   e.buckets = (e.parts - 1) * per_part + back.max_id + 1 - into.first_bucket;
   e.padded = rounded_up(e.buckets, 16);
   for (int32_t p = 0; p < e.parts; ++p) e.offset[p] = p * per_part - into.first_bucket;
-  const int64_t d = rounded_up(head_dim, lanes);
+  const int64_t d = rounded_up(head_dim, kernels().lanes);
   const at::Tensor used = given.narrow(into.bucket_dim, into.first_bucket, e.buckets);
   const at::Tensor scaled = e.bias || factor == 1 ? used : used.to(at::kFloat).mul(factor);
   into.table = padded(scaled, on_values ? d : e.padded);

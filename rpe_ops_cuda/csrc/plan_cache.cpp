@@ -5,7 +5,6 @@
 #include <list>
 #include <mutex>
 
-#include "cpu/kernels.h"
 #include "rpe_index.h"
 
 namespace irpe {
@@ -16,7 +15,6 @@ struct Known {
   c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
   uint32_t version;  // counts in-place changes
   const void* data;
-  int lanes;
   LookUp direction;
   std::shared_ptr<const Plan> plan;
 };
@@ -25,8 +23,7 @@ constexpr size_t kKept = 32;
 std::mutex mutex;
 std::list<Known> known;  // most recently used first
 
-std::shared_ptr<const Plan> build(const at::Tensor& index, int lanes, LookUp direction, int64_t buckets,
-                                  const char* function) {
+std::shared_ptr<const Plan> build(const at::Tensor& index, LookUp direction, int64_t buckets, const char* function) {
   const auto [lowest, highest] = at::aminmax(index);
   const int64_t low = lowest.item().toLong(), high = highest.item().toLong();
   TORCH_CHECK_INDEX(low >= 0 && high < buckets, function, ": index holds ", low < 0 ? low : high, "; with ", buckets,
@@ -36,22 +33,21 @@ std::shared_ptr<const Plan> build(const at::Tensor& index, int lanes, LookUp dir
   const int32_t* from = ids.const_data_ptr<int32_t>();
   auto plan = std::make_shared<Plan>();
   plan->ids.assign(from, from + ids.numel());
-  (direction == LookUp::kByRows ? make_plan : make_column_plan)(*plan, index.size(0), index.size(1), lanes);
+  (direction == LookUp::kByRows ? make_plan : make_column_plan)(*plan, index.size(0), index.size(1));
   return plan;
 }
 
 }  // namespace
 
 std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t buckets, const char* function, LookUp direction) {
-  const int lanes = kernels().lanes;
-  if (index.is_inference()) return build(index, lanes, direction, buckets, function);  // has no version
+  if (index.is_inference()) return build(index, direction, buckets, function);  // has no version
   const uint32_t version = index._version();
   const std::lock_guard<std::mutex> lock(mutex);
   for (auto it = known.begin(); it != known.end();) {
     if (it->tensor.expired()) {
       it = known.erase(it);
     } else if (it->tensor._unsafe_get_target() == index.unsafeGetTensorImpl() && it->version == version &&
-               it->data == index.const_data_ptr() && it->lanes == lanes && it->direction == direction) {
+               it->data == index.const_data_ptr() && it->direction == direction) {
       known.splice(known.begin(), known, it);
       TORCH_CHECK_INDEX(it->plan->view.max_id < buckets, function, ": index holds ", it->plan->view.max_id, "; with ",
                         buckets, " buckets it must be in [0, ", buckets, ")");
@@ -60,9 +56,9 @@ std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t buckets, c
       ++it;
     }
   }
-  auto plan = build(index, lanes, direction, buckets, function);
+  auto plan = build(index, direction, buckets, function);
   known.push_front({c10::weak_intrusive_ptr<c10::TensorImpl>(index.getIntrusivePtr()), version, index.const_data_ptr(),
-                    lanes, direction, plan});
+                    direction, plan});
   if (known.size() > kKept) known.pop_back();
   return plan;
 }

@@ -51,7 +51,7 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
   const Encoding* by_rows[2] = {&a.on_k, &a.on_v};
   for (const Encoding* e : by_rows)
     for (int32_t p = 0; p < e->parts; ++p) {
-      const int64_t needed = bucket_scratch(*e->plan[p]);
+      const int64_t needed = lookups::bucket_scratch(*e->plan[p]);
       most = needed > most ? needed : most;
     }
   b.bucket_scratch = s.floats(most);
@@ -117,7 +117,7 @@ INLINE const float* table_of(const Encoding& e, const float* tables, int64_t ent
 static float* plus_lookups(const Encoding& e, const Buffers& b, int64_t i, const float* lookup, float* x) {
   for (int32_t p = 0; p < e.parts; ++p) {
     float* dest = x == b.row ? b.spare : b.row;
-    add_lookup_row(*e.plan[p], i, lookup + e.offset[p], x, dest);
+    lookups::add_lookup_row(*e.plan[p], i, lookup + e.offset[p], x, dest);
     x = dest;
   }
   return x;
@@ -127,7 +127,7 @@ static float* plus_lookups(const Encoding& e, const Buffers& b, int64_t i, const
 static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t i, float* x) {
   for (int32_t p = 0; p < a.on_q.parts; ++p) {
     float* dest = x == b.row ? b.spare : b.row;
-    add_lookup_column(*a.on_q.plan[p], i, b.lookup_q + a.on_q.offset[p] * a.padded, a.padded, x, dest);
+    lookups::add_lookup_column(*a.on_q.plan[p], i, b.lookup_q + a.on_q.offset[p] * a.padded, a.padded, x, dest);
     x = dest;
   }
   return x;
@@ -135,7 +135,7 @@ static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64
 
 static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, float* sums, float* scratch) {
   zero(sums, e.padded);
-  for (int32_t p = 0; p < e.parts; ++p) bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], scratch);
+  for (int32_t p = 0; p < e.parts; ++p) lookups::bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], scratch);
 }
 
 // What the whole head needs before its scores can be computed.
@@ -339,7 +339,7 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         const float mean = sum_of_lanes(products) * a.stats[2 * (top + i) + 1];
         for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(p + j) * (load(grad + j) - mean));
         for (int32_t part = 0; part < on_q.parts; ++part)
-          add_to_column_buckets(*on_q.plan[part], first + i, row, b.sums_q + on_q.offset[part] * a.padded, a.padded);
+          lookups::add_to_column_buckets(*on_q.plan[part], first + i, row, b.sums_q + on_q.offset[part] * a.padded, a.padded);
       }
       add_transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.padded, b.grad_tile, d, b.grad_v, d);
       add_transposed_matmul(a.length, d, count, b.grad_scores, a.padded, b.q_tile, d, b.grad_k, d);

@@ -6,7 +6,7 @@ namespace irpe {
 
 struct Kernels {
   const char* name;
-  int lanes;
+  int lanes;  // floats in the widest registers
   // out[row, j] = in[row, id(row % plan.rows, j)] for rows [begin, end); in is (rows, buckets), out (rows, plan.cols).
   void (*lookup_32)(const PlanView& plan, const uint32_t* in, uint32_t* out, int64_t begin, int64_t end, int64_t buckets);
   void (*lookup_16)(const PlanView& plan, const uint16_t* in, uint16_t* out, int64_t begin, int64_t end, int64_t buckets);

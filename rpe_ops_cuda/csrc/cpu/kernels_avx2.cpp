@@ -4,7 +4,7 @@
 #ifdef __x86_64__
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
-#define LANES 8
+#define WIDEST 8
 #define INSTRUCTION_SET "avx2"
 namespace irpe::avx2 {
 #include "kernels.inl"

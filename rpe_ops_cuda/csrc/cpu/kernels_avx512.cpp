@@ -4,7 +4,7 @@
 #ifdef __x86_64__
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#define LANES 16
+#define WIDEST 16
 #define INSTRUCTION_SET "avx512"
 namespace irpe::avx512 {
 #include "kernels.inl"

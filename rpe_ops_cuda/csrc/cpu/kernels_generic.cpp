@@ -1,7 +1,7 @@
-// Any processor. 16 lanes, as AVX-512: a machine without AVX-512 tests that logic here.
+// Any processor, with the registers of AVX-512: a machine without AVX-512 tests that logic here.
 #include "kernels.h"
 
-#define LANES 16
+#define WIDEST 16
 #define INSTRUCTION_SET "generic"
 namespace irpe::generic {
 #include "kernels.inl"

@@ -1,5 +1,12 @@
 // Lookups and bucket sums of one row: the two operations by which every encoding enters attention.
 
+// The places that a segment's keys take from a loaded register.
+INLINE vi offsets(uint32_t perm) {
+  const vu shift = {0, 4, 8, 12, 16, 20, 24, 28};
+  const vu word = {perm, perm, perm, perm, perm, perm, perm, perm};
+  return reinterpret_cast<vi>(word >> shift);  // the permutation uses the lowest 3 bits only
+}
+
 // dest[j] = table[id(i, j)] for every key j. Writes up to LANES - 1 entries past the last key, and reads LANES - 1 past the last
 // bucket if there are fewer than LANES.
 INLINE void lookup_row(const PlanView& plan, int64_t i, const uint32_t* table, uint32_t* dest) {
@@ -11,10 +18,10 @@ INLINE void lookup_row(const PlanView& plan, int64_t i, const uint32_t* table, u
   const int64_t segments = plan.num_segments;
   const int32_t* start = plan.seg_start;
   const uint16_t* base = plan.base + i * segments;
-  const uint32_t* perm = plan.perm + i * segments * (LANES / 8);
+  const uint32_t* perm = plan.perm + i * segments;
   // A segment shorter than a register spills over, and the next one overwrites what it spilt.
   for (int64_t s = 0; s < segments; ++s)
-    store(dest + start[s], __builtin_shuffle(load(table + base[s]), offsets(perm + s * (LANES / 8))));
+    store(dest + start[s], __builtin_shuffle(load(table + base[s]), offsets(perm[s])));
 }
 
 // dest[j] = x[j] + table[id(i, j)]. As above; also reads LANES - 1 entries past the last key of x, which is not dest.
@@ -27,9 +34,9 @@ INLINE void add_lookup_row(const PlanView& plan, int64_t i, const float* table, 
   const int64_t segments = plan.num_segments;
   const int32_t* start = plan.seg_start;
   const uint16_t* base = plan.base + i * segments;
-  const uint32_t* perm = plan.perm + i * segments * (LANES / 8);
+  const uint32_t* perm = plan.perm + i * segments;
   for (int64_t s = 0; s < segments; ++s)
-    store(dest + start[s], load(x + start[s]) + __builtin_shuffle(load(table + base[s]), offsets(perm + s * (LANES / 8))));
+    store(dest + start[s], load(x + start[s]) + __builtin_shuffle(load(table + base[s]), offsets(perm[s])));
 }
 
 // dest[j] = x[j] + table[id(j, i)][j] for every key j; the rows of the table are `stride` apart. For a plan by columns. Reads
@@ -44,11 +51,7 @@ INLINE void add_lookup_column(const PlanView& plan, int64_t i, const float* tabl
 
 // sums[id(j, i)][j] += x[j] for every key j. Reads up to LANES - 1 entries past the last key.
 INLINE void add_to_column_buckets(const PlanView& plan, int64_t i, const float* x, float* sums, int64_t stride) {
-  static const uint32_t kFirst[2 * LANES] = {
-#if LANES == 16
-      ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u,
-#endif
-      ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+  static const uint32_t kFirst[2 * LANES] = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
   const uint16_t* id = plan.piece_id + plan.piece_first[i];
   const uint8_t* keys = plan.piece_keys + plan.piece_first[i];
   const int64_t pieces = plan.piece_first[i + 1] - plan.piece_first[i];
@@ -194,9 +197,9 @@ static void lookup_16(const PlanView& plan, const uint16_t* in, uint16_t* out, i
     } else {
       for (int64_t b = 0; b < buckets; ++b) table[b] = in[row * buckets + b];
       const uint16_t* base = plan.base + i * n;
-      const uint32_t* perm = plan.perm + i * n * (LANES / 8);
+      const uint32_t* perm = plan.perm + i * n;
       for (int64_t s = 0; s < n; ++s) {
-        const vu looked_up = __builtin_shuffle(load(table + base[s]), offsets(perm + s * (LANES / 8)));
+        const vu looked_up = __builtin_shuffle(load(table + base[s]), offsets(perm[s]));
         *reinterpret_cast<vh_unaligned*>(dest + plan.seg_start[s]) = __builtin_convertvector(looked_up, vh);
       }
     }

@@ -10,17 +10,16 @@ constexpr int64_t kMaxOneHot = 1 << 19;  // entries: 2 MB
 
 void cut_into_segments(Plan& plan) {
   const int64_t rows = plan.view.rows, cols = plan.view.cols;
-  const int lanes = plan.view.lanes;
   plan.seg_start.clear();
   for (int64_t start = 0; start < cols;) {
-    int64_t length = std::min<int64_t>(lanes, cols - start);
+    int64_t length = std::min<int64_t>(kLookupLanes, cols - start);
     for (int64_t i = 0; i < rows && length > 1; ++i) {
       const uint16_t* id = &plan.ids[i * cols + start];
       int lowest = id[0], highest = id[0];
       for (int64_t t = 1; t < length; ++t) {
         lowest = std::min<int>(lowest, id[t]);
         highest = std::max<int>(highest, id[t]);
-        if (highest - lowest >= lanes) length = t;
+        if (highest - lowest >= kLookupLanes) length = t;
       }
     }
     plan.seg_start.push_back(static_cast<int32_t>(start));
@@ -28,12 +27,12 @@ void cut_into_segments(Plan& plan) {
     // Four keys a segment on average are where permuting stops being faster than single loads.
     if (plan.seg_start.size() > 16 && start < 4 * static_cast<int64_t>(plan.seg_start.size())) return;
   }
-  const int64_t segments = static_cast<int64_t>(plan.seg_start.size()), words = lanes / 8;
+  const int64_t segments = static_cast<int64_t>(plan.seg_start.size());
   plan.seg_start.push_back(static_cast<int32_t>(cols));
   plan.base.resize(rows * segments);
-  plan.perm.assign(rows * segments * words, 0);
-  // A load of `lanes` entries may not pass the last bucket, so the base is kept that far from it.
-  const int last_base = std::max(0, plan.view.max_id + 1 - lanes);
+  plan.perm.assign(rows * segments, 0);
+  // A load of kLookupLanes entries may not pass the last bucket, so the base is kept that far from it.
+  const int last_base = std::max(0, plan.view.max_id + 1 - kLookupLanes);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t s = 0; s < segments; ++s) {
       const uint16_t* id = &plan.ids[i * cols];
@@ -41,8 +40,7 @@ void cut_into_segments(Plan& plan) {
       const int base = std::min<int>(*std::min_element(id + begin, id + end), last_base);
       plan.base[i * segments + s] = static_cast<uint16_t>(base);
       for (int64_t j = begin; j < end; ++j) {
-        const int64_t lane = j - begin;
-        plan.perm[(i * segments + s) * words + lane / 8] |= static_cast<uint32_t>(id[j] - base) << (4 * (lane % 8));
+        plan.perm[i * segments + s] |= static_cast<uint32_t>(id[j] - base) << (4 * (j - begin));
       }
     }
   }
@@ -128,8 +126,8 @@ void separate(Plan& plan) {
     plan.slot_first.push_back(static_cast<int32_t>(height));
   }
   view.col_span = col_max - col_min + 1;
-  view.col_padded = (view.col_span + view.lanes - 1) / view.lanes * view.lanes;
-  bool one_hot = width * width * view.col_padded <= kMaxOneHot && view.col_padded <= 2 * view.lanes;
+  view.col_padded = (view.col_span + kLookupLanes - 1) / kLookupLanes * kLookupLanes;
+  bool one_hot = width * width * view.col_padded <= kMaxOneHot && view.col_padded <= 2 * kLookupLanes;
   for (size_t slot = 1; slot < plan.slot_base.size(); ++slot)
     one_hot = one_hot && plan.slot_base[slot] >= plan.slot_base[slot - 1] + view.col_span;
   if (!one_hot && 4 * best_cost > 3 * tokens) return;
@@ -144,23 +142,23 @@ void separate(Plan& plan) {
   view.skip = skip, view.height = height, view.width = width, view.skip_id = skip ? plan.ids[0] : 0;
 }
 
-void begin(Plan& plan, int64_t rows, int64_t cols, int lanes) {
+void begin(Plan& plan, int64_t rows, int64_t cols) {
   plan.view = PlanView{};
-  plan.view.rows = rows, plan.view.cols = cols, plan.view.lanes = lanes;
+  plan.view.rows = rows, plan.view.cols = cols;
   const auto [lowest, highest] = std::minmax_element(plan.ids.begin(), plan.ids.end());
   plan.view.min_id = *lowest, plan.view.max_id = *highest;
 }
 
 }  // namespace
 
-void make_column_plan(Plan& plan, int64_t rows, int64_t cols, int lanes) {
-  begin(plan, rows, cols, lanes);
+void make_column_plan(Plan& plan, int64_t rows, int64_t cols) {
+  begin(plan, rows, cols);
   for (int64_t i = 0; i < cols; ++i) {
     plan.piece_first.push_back(static_cast<int64_t>(plan.piece_id.size()));
     for (int64_t j = 0; j < rows;) {
       const uint16_t id = plan.ids[j * cols + i];
       int keys = 1;
-      while (keys < lanes && j + keys < rows && plan.ids[(j + keys) * cols + i] == id) ++keys;
+      while (keys < kLookupLanes && j + keys < rows && plan.ids[(j + keys) * cols + i] == id) ++keys;
       plan.piece_keys.push_back(static_cast<uint8_t>(keys));
       plan.piece_id.push_back(id);
       j += keys;
@@ -172,8 +170,8 @@ void make_column_plan(Plan& plan, int64_t rows, int64_t cols, int lanes) {
   plan.view.piece_keys = plan.piece_keys.data(), plan.view.piece_id = plan.piece_id.data();
 }
 
-void make_plan(Plan& plan, int64_t rows, int64_t cols, int lanes) {
-  begin(plan, rows, cols, lanes);
+void make_plan(Plan& plan, int64_t rows, int64_t cols) {
+  begin(plan, rows, cols);
   PlanView& view = plan.view;
   cut_into_segments(plan);
   separate(plan);

@@ -6,8 +6,10 @@
 
 namespace irpe {
 
-// Lookup. Neighbouring keys have neighbouring ids: the keys are cut into segments of at most `lanes` keys whose ids span
-// fewer than `lanes` buckets for every query, so one load of `lanes` table entries from `base` and one register
+constexpr int32_t kLookupLanes = 8;  // floats in the registers that lookups and bucket sums use
+
+// Lookup. Neighbouring keys have neighbouring ids: the keys are cut into segments of at most kLookupLanes keys whose ids
+// span fewer than kLookupLanes buckets for every query, so one load of as many table entries from `base` and one register
 // permutation by the 4-bit offsets in `perm` look up a whole segment. For product maps a segment is (a part of) a grid row.
 //
 // Bucket sums. A map is separable if id = row_part(query row, key row) + column_part(query column, key column) but for the
@@ -15,10 +17,9 @@ namespace irpe {
 //
 // The encoding on queries looks its map up by columns: id(j, i) for a query i and every key j. Next to each other these are
 // ids of different rows, so nothing can be permuted; but neighbouring keys often share a bucket, and a piece of at most
-// `lanes` keys of one bucket is a plain load from, or add to, the row of a table that has buckets as rows and keys as columns.
+// kLookupLanes keys of one bucket is a plain load from, or add to, the row of a table that has buckets as rows and keys as columns.
 struct PlanView {
   int64_t rows, cols;       // queries, keys
-  int32_t lanes;            // of the instruction set this plan was made for: 8 or 16
   int32_t min_id, max_id;
   const uint16_t* ids;      // (rows, cols)
 
@@ -26,7 +27,7 @@ struct PlanView {
   int64_t num_segments;
   const int32_t* seg_start; // (num_segments + 1), the last one is cols
   const uint16_t* base;     // (rows, num_segments) smallest id
-  const uint32_t* perm;     // (rows, num_segments, lanes / 8) id - base, 4 bits a key
+  const uint32_t* perm;     // (rows, num_segments) id - base, 4 bits a key
 
   bool separable;
   int64_t skip, height, width;   // cols = skip + height * width
@@ -40,7 +41,7 @@ struct PlanView {
   const float* one_hot;          // (width, width, col_padded) 1 where the key column has that column part, else 0;
                                  // null where that would be large or slots share buckets: columns are then added one by one
 
-  // A plan made for columns has these, and of the above only rows, cols, lanes and the range of ids.
+  // A plan made for columns has these, and of the above only rows, cols and the range of ids.
   const int64_t* piece_first;     // (cols + 1) where the pieces of a column begin in the next two
   const uint8_t* piece_keys;      // keys of a piece; those of a column follow each other and make up all its rows
   const uint16_t* piece_id;

@@ -19,8 +19,8 @@ struct Plan {
 };
 
 // Fills the rest of a plan whose `ids` (rows * cols, at least one) are set.
-void make_plan(Plan& plan, int64_t rows, int64_t cols, int lanes);
+void make_plan(Plan& plan, int64_t rows, int64_t cols);
 // The same for lookups by columns; `ids` are dropped.
-void make_column_plan(Plan& plan, int64_t rows, int64_t cols, int lanes);
+void make_column_plan(Plan& plan, int64_t rows, int64_t cols);
 
 }  // namespace irpe

@@ -14,21 +14,6 @@ INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_unaligned*
 INLINE void store(uint32_t* p, vu x) { *reinterpret_cast<vu_unaligned*>(p) = x; }
 INLINE vf splat(float x) { return x - vf{}; }
 
-#if LANES == 8
-INLINE vi offsets(const uint32_t* perm) {
-  const vu shift = {0, 4, 8, 12, 16, 20, 24, 28};
-  const vu word = {perm[0], perm[0], perm[0], perm[0], perm[0], perm[0], perm[0], perm[0]};
-  return reinterpret_cast<vi>(word >> shift);  // the permutation uses the lowest 3 bits only
-}
-#else
-INLINE vi offsets(const uint32_t* perm) {
-  const vu shift = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
-  const uint32_t a = perm[0], b = perm[1];
-  const vu word = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-  return reinterpret_cast<vi>(word >> shift);
-}
-#endif
-
 // x combined with itself, half a register apart, then a quarter, ...: every lane ends with the result.
 #if LANES == 8
 #define COMBINE_LANES(x, OP)                                             \
@@ -55,6 +40,8 @@ INLINE float greatest_of_lanes(vf x) {
   COMBINE_LANES(x, greater);
   return x[0];
 }
+
+#undef COMBINE_LANES
 
 INLINE int64_t rounded_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
