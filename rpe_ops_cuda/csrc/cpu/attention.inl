@@ -78,6 +78,13 @@ INLINE void zero(float* x, int64_t count) { __builtin_memset(x, 0, count * sizeo
 
 INLINE float* rows_of(const Rows& r, int64_t b, int64_t h) { return r.data + b * r.batch_stride + h * r.head_stride; }
 
+// The processor foresees a walk through memory, but not rows that lie far apart.
+INLINE void prefetch_row(const AttentionArgs& a, const Rows& r, int64_t matrix, int64_t i) {
+  if (matrix >= a.batch * a.heads) return;
+  const float* row = rows_of(r, matrix / a.heads, matrix % a.heads) + i * r.row_stride;
+  for (int64_t x = 0; x < a.head_dim; x += 16) __builtin_prefetch(row + x);
+}
+
 // dest (count, d padded) = factor * rows; the padding is zero.
 static void pack_rows(const float* from, int64_t stride, int64_t count, int64_t d, float factor, float* dest) {
   const int64_t padded = rounded_up(d);
@@ -224,6 +231,7 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
   Scratch scratch = {memory, 0};
   const Buffers b = carve(a, false, scratch);
   const int64_t d = rounded_up(a.head_dim), tiles = (a.length + a.tile - 1) / a.tile;
+  const Rows* const next_rows[] = {&a.q, &a.k, &a.v};
   for (int64_t t = begin; t < end; ++t) {
     const int64_t matrix = t / tiles, batch = matrix / a.heads, head = matrix % a.heads;
     const int64_t first = t % tiles * a.tile, count = a.length - first < a.tile ? a.length - first : a.tile;
@@ -236,6 +244,8 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
     float* scores = a.probs ? a.probs + (matrix * a.length + first) * a.padded : b.scores;
     begin_scores(a, b, head, first, count, scores);
     for (int64_t i = 0; i < count; ++i) {
+      prefetch_row(a, a.out, matrix, first + i);
+      for (const Rows* next : next_rows) prefetch_row(a, *next, matrix + 1, first + i);
       float* row = scores + i * a.padded;
       const float* finished = finished_scores(a, b, batch, head, first + i, i, row);
       float greatest = greatest_of_row(finished, a.length);
@@ -288,6 +298,7 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
   const Buffers b = carve(a, true, scratch);
   const int64_t d = rounded_up(a.head_dim);
   const Encoding &on_q = a.on_q, &on_k = a.on_k, &on_v = a.on_v;
+  const Rows *const results[] = {&a.grad_q, &a.grad_k, &a.grad_v}, *const next_rows[] = {&a.q, &a.k, &a.v, &a.grad_out};
   for (int64_t matrix = begin; matrix < end; ++matrix) {
     const int64_t batch = matrix / a.heads, head = matrix % a.heads;
     const float *k = rows_of(a.k, batch, head), *v = rows_of(a.v, batch, head);
@@ -326,6 +337,8 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         add_transposed_matmul(on_v.buckets, d, count, a.sums + top * n, n, b.grad_tile, d, grad_table_v, d);
       }
       for (int64_t i = 0; i < count; ++i) {
+        for (const Rows* result : results) prefetch_row(a, *result, matrix, first + i);
+        for (const Rows* next : next_rows) prefetch_row(a, *next, matrix + 1, first + i);
         float *row = b.grad_scores + i * a.padded, *p = probs + i * a.padded;
         float* grad = plus_lookups(on_v, b, first + i, b.lookup_v + i * on_v.padded, row);
         if (on_v.parts) zero(grad + a.length, rounded_up(a.length) - a.length);  // what lookups wrote there
@@ -333,6 +346,8 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
           drop_row(a, top + i, grad, grad);
           drop_row(a, top + i, p, b.dropped + i * a.padded);
         }
+        if (a.probs)
+          for (int64_t j = 0; j < a.length; j += 16) __builtin_prefetch(p + 4 * a.padded + j);
         // The sum below equals grad_out . out, but cancels better where one key has nearly all the weight.
         vf products = {};
         for (int64_t j = 0; j < a.length; j += LANES) products += load(p + j) * load(grad + j);
