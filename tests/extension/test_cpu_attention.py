@@ -5,16 +5,17 @@ import torch
 
 import irpe_ops.backends.compiled as backend
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
+from tests.helpers.cpu_kernels import capabilities
 from tests.oracles import assert_as_accurate_as_torch, fill_tables
 
 pytest.importorskip("rpe_ops_cuda._C", reason="rpe_ops_cuda is not installed")
 ops = torch.ops.irpe
 
 
-@pytest.fixture(params=["best", "generic"])
+@pytest.fixture(params=capabilities())
 def capability(request):
     before = ops.cpu_capability()
-    ops.set_cpu_capability("" if request.param == "best" else request.param)
+    ops.set_cpu_capability(request.param)
     yield request.param
     ops.set_cpu_capability(before)
 

@@ -7,18 +7,14 @@ import pytest
 import torch
 
 from irpe_ops import get_bucket_ids_2d
+from tests.helpers.cpu_kernels import capabilities
 from tests.oracles import assert_as_accurate_as_torch
 
 pytest.importorskip("rpe_ops_cuda._C", reason="rpe_ops_cuda is not installed")
 ops = torch.ops.irpe
 
 
-def _capabilities() -> list[str]:
-    best = ops.cpu_capability()
-    return ["generic", *(name for name in ("avx2", "avx512") if name <= best and best != "generic")][::-1]
-
-
-@pytest.fixture(params=_capabilities())
+@pytest.fixture(params=capabilities())
 def capability(request):
     before = ops.cpu_capability()
     ops.set_cpu_capability(request.param)

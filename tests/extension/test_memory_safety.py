@@ -23,6 +23,7 @@ import torch
 import irpe_ops.backends.compiled as compiled
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_ops.rpe_index import rpe_index_adjoint
+from tests.helpers.cpu_kernels import capabilities
 from tests.oracles import fill_tables
 
 torch.set_num_threads(1)
@@ -47,7 +48,7 @@ if sys.argv[1] == "touch":
     x = guarded(torch.ones(8), True)
     print(ctypes.string_at(x.data_ptr() + 28, 4) and "inside is fine", flush=True)
     ctypes.string_at(x.data_ptr() + 32, 4)
-for capability in ("generic", ""):
+for capability in capabilities():
     torch.ops.irpe.set_cpu_capability(capability)
     for end in (True, False):
         for length, keys, buckets in ((1, 1, 1), (3, 5, 7), (7, 33, 50), (9, 64, 81), (5, 197, 130)):
