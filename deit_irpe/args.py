@@ -3,8 +3,6 @@
 import argparse
 import ast
 
-from deit_irpe.data import INAT_CATEGORIES
-from irpe_ops.attention import BACKENDS
 from irpe_train.arguments import (
     add_runtime_arguments,
     fraction,
@@ -13,12 +11,17 @@ from irpe_train.arguments import (
     positive_float,
     positive_int,
 )
+from irpe_train.flags import FlagParser
+
+FIRST = ["config", "data-path", "output_dir", "model", "rpe", "batch-size", "epochs", "lr", "finetune", "resume"]
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``irpe_train.config.parse_args`` reads ``--config`` files with it."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "deit_irpe",
+        first=FIRST,
         description="Train and evaluate DeiT with iRPE (ICCV 2021).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -95,7 +98,7 @@ def _add_model(group) -> None:
         "or none",
     )
     add("--no-abs-pos", action="store_true", help="no absolute position embedding")
-    add("--attn-backend", default="auto", choices=BACKENDS, help="who computes attention with an encoding")
+    add("--attn-backend", default="auto", type=_backend, help="what computes attention with an encoding (irpe info)")
     add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
     add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="pixels")
     add("--drop", default=0.0, type=fraction, help="dropout")
@@ -240,6 +243,15 @@ def image_size(value: int | str) -> int | tuple[int, int]:
         return value
     height, width = value.split("x")
     return int(height), int(width)
+
+
+def _backend(text: str) -> str:
+    if text != "auto":
+        from irpe_ops.attention import BACKENDS  # here, because it imports PyTorch, and --help need not wait for it
+
+        if text not in BACKENDS:
+            raise argparse.ArgumentTypeError(f"unknown backend {text!r}; expected one of {', '.join(BACKENDS)}")
+    return text
 
 
 def _keyword(text: str) -> str:

@@ -3,12 +3,27 @@
 import argparse
 
 from irpe_train.arguments import add_runtime_arguments, positive_int
+from irpe_train.flags import FlagParser
+
+FIRST = [
+    "config",
+    "coco_path",
+    "output_dir",
+    "enc_rpe2d",
+    "backbone",
+    "batch_size",
+    "epochs",
+    "lr",
+    "finetune",
+    "resume",
+]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe``."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "python -m detr_irpe",
+        first=FIRST,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train and evaluate DETR with image relative position encoding.",
     )

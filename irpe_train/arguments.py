@@ -3,8 +3,6 @@
 import argparse
 
 from irpe_train.config import add_config_argument
-from irpe_train.precision import DTYPES
-from irpe_train.steps import parse_save_interval
 
 
 def add_runtime_arguments(
@@ -38,7 +36,12 @@ def add_runtime_arguments(
         metavar="N",
         help="data loading processes per process; 0: none",
     )
-    add("--amp", default=amp, choices=tuple(DTYPES), help="number format of the model's forward and backward pass")
+    add(
+        "--amp",
+        default=amp,
+        choices=("bf16", "fp16", "none"),
+        help="number format of the model's forward and backward pass",
+    )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--accumulate", default=1, type=positive_int, metavar="K", help="batches per update")
     add(
@@ -110,3 +113,14 @@ def save_interval(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from error
     return text
+
+
+def parse_save_interval(text: str) -> tuple[int | None, float | None]:
+    """``"500"`` is every 500 steps, ``"10m"`` every 10 minutes; returns (steps, seconds), one of them None."""
+    try:
+        steps, seconds = (None, float(text[:-1]) * 60) if text.endswith("m") else (int(text), None)
+        if (steps or seconds) > 0:
+            return steps, seconds
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"--save-interval {text!r}: expected a number of steps (500) or of minutes (10m), above zero")

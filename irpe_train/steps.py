@@ -17,23 +17,13 @@ import time
 import torch
 
 from irpe_train.agreement import Agreement, Votes
+from irpe_train.arguments import parse_save_interval
 from irpe_train.distributed import gather, is_main, rank, world_size
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.preemption import Preemption
 from irpe_train.seeding import mix, seed_step
 from irpe_train.state import Checkpoints, TrainState
-
-
-def parse_save_interval(text: str) -> tuple[int | None, float | None]:
-    """``"500"`` is every 500 steps, ``"10m"`` every 10 minutes; returns (steps, seconds), one of them None."""
-    try:
-        steps, seconds = (None, float(text[:-1]) * 60) if text.endswith("m") else (int(text), None)
-        if (steps or seconds) > 0:
-            return steps, seconds
-    except (ValueError, TypeError):
-        pass
-    raise ValueError(f"--save-interval {text!r}: expected a number of steps (500) or of minutes (10m), above zero")
 
 
 class Steps:

@@ -14,6 +14,7 @@ ALLOWED = {
     "deit_irpe": {"irpe_ops", "irpe_train"},
     "detr_irpe": {"irpe_ops", "irpe_train"},
     "irpe_lab": {"irpe_ops", "irpe_train", "deit_irpe", "detr_irpe"},
+    "irpe": {"irpe_ops", "irpe_train", "deit_irpe", "detr_irpe", "irpe_lab"},
 }
 
 

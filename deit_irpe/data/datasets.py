@@ -11,8 +11,6 @@ from deit_irpe.data.images import FolderImages, INatImages
 from deit_irpe.data.shards import ShardImages
 from deit_irpe.data.tar_files import TarImages
 
-INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
 
 def _cifar100(root: Path, train: bool, transform=None) -> Dataset:
     try:

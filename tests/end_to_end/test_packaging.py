@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.test_documented_commands import PROJECT
+from tests.helpers.smaller import DEIT, DETR, TINY_DETR
 from tests.helpers.snippets import REPOSITORY
+from tests.helpers.tiny_coco import write_tiny_coco
 from tests.helpers.tiny_images import write_images
 
-PACKAGES = ("irpe_ops", "irpe_train", "deit_irpe", "detr_irpe")
+PACKAGES = ("irpe", "irpe_ops", "irpe_train", "irpe_lab", "deit_irpe", "detr_irpe")
 OTHERS = ("torch", "torchvision", "timm", "numpy", "PIL", "scipy", "triton", "matplotlib", "pycocotools")
 
 
@@ -61,16 +63,24 @@ def test_every_package_says_that_it_is_typed():
 
 
 def test_console_commands_lead_to_functions():
-    assert set(PROJECT["scripts"]) == {"deit-irpe", "detr-irpe", "irpe-info"}
+    assert set(PROJECT["scripts"]) == {"irpe", "deit-irpe", "detr-irpe", "irpe-info"}
     for target in PROJECT["scripts"].values():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_extras_are_those_that_messages_and_pages_name():
-    assert {"tensorboard", "submitit", "export", "fast-eval", "hugging-face", "wandb", "demo", "dev"} <= set(
-        PROJECT["optional-dependencies"]
-    )
+    assert {
+        "tensorboard",
+        "submitit",
+        "export",
+        "fast-eval",
+        "hugging-face",
+        "wandb",
+        "demo",
+        "completion",
+        "dev",
+    } <= set(PROJECT["optional-dependencies"])
 
 
 def test_a_wheel_trains_two_steps_in_another_folder(tmp_path):
@@ -89,39 +99,24 @@ def test_a_wheel_trains_two_steps_in_another_folder(tmp_path):
     code = f"import {', '.join(PACKAGES)}; print({', '.join(f'{name}.__file__' for name in PACKAGES)})"
     files = ran(sys.executable, "-c", code, cwd=work, env=env).split()
     assert all(Path(file).is_relative_to(home) and Path(file).with_name("py.typed").is_file() for file in files)
-    assert "deit_small_patch16_224_ctx_product_50_shared_k" in ran(
-        sys.executable, "-m", "irpe_train.zoo", cwd=work, env=env
-    )
+
+    def irpe(command: str, flags: str = "") -> str:
+        words = [sys.executable, home / "bin" / "irpe", *command.split()]
+        return ran(*words, cwd=work, env=env | {"IRPE_EXTRA_FLAGS": flags})
+
+    assert "deit_small_patch16_224_ctx_product_50_shared_k" in irpe("zoo")
+    assert "plain PyTorch" in irpe("info")
     for split in ("train", "val"):
         write_images(work / "data" / split, {"ant": 8, "bee": 8})
-    printed = ran(
-        sys.executable,
-        home / "bin" / "deit-irpe",
-        "--data-path",
-        "data",
-        "--output_dir",
-        "out",
-        "--device",
-        "cpu",
-        "--model",
-        "deit_demo_patch4_32",
-        "--rpe",
-        "rpe-1.9-product-ctx-1-k",
-        "--model-kwargs",
-        "depth=1",
-        "--input-size",
-        "32",
-        "--batch-size",
-        "8",
-        "--epochs",
-        "1",
-        "--no-repeated-aug",
-        "--num_workers",
-        "0",
-        cwd=work,
-        env=env,
-    )
+    write_tiny_coco(work / "coco", train=4, val=2)
+    tiny = f"{DEIT} --model-kwargs depth=1"
+    command = "classify train --config configs/deit/demo.yaml --data-path data --output_dir deit"
+    printed = irpe(command, tiny)
     assert "an epoch" in printed and "2 steps" in printed and "* Acc@1" in printed
-    assert (work / "out" / "checkpoint.pth").is_file()
-    assert "plain PyTorch" in ran(sys.executable, home / "bin" / "irpe-info", cwd=work, env=env)
+    assert (work / "deit" / "checkpoint.pth").is_file()
+    command = "detect train --config configs/detr/demo.yaml --coco_path coco --output_dir detr"
+    assert "AP" in irpe(command, f"{DETR} {TINY_DETR} --backbone_weights none")
+    assert (work / "detr" / "checkpoint.pth").is_file()
+    command = "ablate configs/ablation/demo.yaml --only none --seeds 0 --gpus-per-run 1 --set data-path=data --out grid"
+    assert "| none |" in irpe(command, tiny)
     assert "--enc_rpe2d" in ran(sys.executable, home / "bin" / "detr-irpe", "--help", cwd=work, env=env)

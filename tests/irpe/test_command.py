@@ -1,0 +1,131 @@
+"""The one command: it finds its programs, its help needs no PyTorch, a mistake is one line."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import irpe
+import irpe_ops
+from deit_irpe.args import get_args_parser as deit_parser
+from detr_irpe.args import get_args_parser as detr_parser
+from irpe.__main__ import COMMANDS, completion, main, overview
+from irpe_train.precision import DTYPES
+from tests.helpers.deit_runs import MODEL, QUICK
+from tests.helpers.snippets import REPOSITORY
+from tests.helpers.tiny_images import write_images
+
+
+def message(capsys, *argv: str) -> str:
+    """What ``irpe ARGV`` prints to stderr before it ends with status 2."""
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_every_command_is_a_module_and_stands_in_the_overview(capsys):
+    for name, (module, what) in COMMANDS.items():
+        assert not module or importlib.util.find_spec(module), name
+        assert f"  {name} " in overview() and what in overview()
+    main(["--help"])
+    main([])
+    assert capsys.readouterr().out == 2 * f"{overview()}\n"
+    main(["detect"])
+    assert capsys.readouterr().out == f"{overview('detect')}\n"
+    assert "classify" not in overview("detect")
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"irpe {irpe.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["classify"], ["classify", "train", "--help"], ["detect", "eval", "--help-all"], ["detect", "--lr=x"]]
+)
+def test_help_and_mistakes_do_not_wait_for_pytorch(argv):
+    code = f"import sys, irpe.__main__ as m\ntry: m.main({argv})\nfinally: assert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert "AssertionError" not in ran.stderr, ran.stderr
+
+
+@pytest.mark.parametrize("command, parser", [("classify train", deit_parser()), ("detect train", detr_parser())])
+def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
+    printed = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main([*command.split(), flag])
+        printed.append(capsys.readouterr().out)
+    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    assert len(parser.first) == 10 and all(f"  --{name}" in printed[0] for name in parser.first)
+    assert sum(f"  {option} " in printed[0] for option in options) == 10
+    assert all(option in printed[1] for option in options) and "\nmodel:\n" in printed[1]  # in groups
+    assert len(printed[0].splitlines()) < 45 < len(printed[1].splitlines())
+
+
+@pytest.mark.parametrize(
+    "argv, wanted",
+    [
+        ("classify train --bath-size 3", "unknown flag --bath-size; did you mean --batch-size?"),
+        ("classify train --LR_nois_pct=3", "unknown flag --LR_nois_pct; did you mean --lr-noise-pct?"),
+        ("detect train --zzzz", "unknown flag --zzzz; --help-all lists all"),
+        ("detect train images", "'images' is no flag, and this command takes flags only"),
+        ("classify train --coco-path x", "--coco-path is a flag of `irpe detect train`, not of this command"),
+        ("detect eval --data_path x", "--data_path is a flag of `irpe classify train`, not of this command"),
+        ("detect train --epochs many", "argument --epochs: invalid"),
+        ("classify train --attn-backend gpu", "argument --attn-backend: unknown backend 'gpu'; expected one of auto"),
+        ("classify train --config none.yaml", "--config none.yaml: "),
+        ("classify evaluate", "no command 'classify evaluate'; did you mean 'classify eval'?"),
+        ("frobnicate", "no command 'frobnicate'; irpe --help lists them"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_remedy(argv, wanted, capsys):
+    printed = message(capsys, *argv.split())
+    assert wanted in printed and printed.count("\n") == 1 and printed.startswith("irpe")
+
+
+def test_dash_and_underscore_are_alike(capsys):
+    for spelling in ("--batch_size", "--batch-size", "--Batch-Size"):
+        with pytest.raises(SystemExit):
+            main(["detect", "train", spelling, "7", f"{spelling.replace('atch', 'ATCH')}=7", "--print-config"])
+        assert "batch_size: 7\n" in capsys.readouterr().out
+
+
+def test_number_formats_are_those_that_training_knows():
+    assert set(next(a for a in deit_parser()._actions if a.dest == "amp").choices) == set(DTYPES)
+
+
+def test_it_trains_and_evaluates(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / split, {"ant": 8, "bee": 8})
+    flags = ["--data-path", str(tmp_path), "--output_dir", str(tmp_path / "out"), *QUICK, *MODEL]
+    for verb, more in (("train", ["--epochs", "1"]), ("eval", ["--resume", str(tmp_path / "out/best.pth")])):
+        command = [sys.executable, "-m", "irpe", "classify", verb, *flags, *more]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+        assert ran.returncode == 0 and "* Acc@1" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_other_programs_run_as_they_are(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["irpe"])
+    main(["zoo"])
+    assert "rpe-2.0-product-ctx-1-k_300epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_flags(shell):
+    pytest.importorskip("shtab")
+    script = completion([shell])
+    assert "--enc_rpe2d" in script and "--rpe" in script and "visualize" in script
+
+
+def test_the_front_door_hands_on_the_names_of_the_library():
+    from irpe import build_rpe, get_rpe_config
+
+    assert build_rpe is irpe_ops.build_rpe and get_rpe_config is irpe_ops.get_rpe_config
+    namespace = {}
+    exec("from irpe import *", namespace)
+    assert set(irpe_ops.__all__) <= set(namespace)
+    with pytest.raises(AttributeError, match="module 'irpe' has no attribute 'build_rp'"):
+        irpe.build_rp  # noqa: B018
