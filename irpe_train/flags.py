@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from irpe_train.config import same_name
+
 
 class FlagParser(argparse.ArgumentParser):
     """``ArgumentParser`` with two kinds of help, ending in one line where it does not understand.
@@ -51,7 +53,7 @@ class FlagParser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         if not name.startswith("--") or name in self._option_string_actions:
             return word
-        alike = [option for option in self._option_string_actions if same_name(option) == same_name(name)]
+        alike = [option for option in self._option_string_actions if same_name(option[2:]) == same_name(name[2:])]
         return alike[0] + equals + value if alike else word
 
     def _unknown(self, word: str) -> str:
@@ -60,8 +62,8 @@ class FlagParser(argparse.ArgumentParser):
         for command, other in self.others.items():
             if find_flag(other, word.lstrip("-")):
                 return f"{word} is a flag of `{command}`, not of this command"
-        known = {same_name(option): option for option in self._option_string_actions if option.startswith("--")}
-        close = difflib.get_close_matches(same_name(word), known, n=1)
+        known = {same_name(option[2:]): option for option in self._option_string_actions if option.startswith("--")}
+        close = difflib.get_close_matches(same_name(word.lstrip("-")), known, n=1)
         everything = "--help-all" if self.first else "--help"
         return f"unknown flag {word}; " + (f"did you mean {known[close[0]]}?" if close else f"{everything} lists all")
 
@@ -72,14 +74,9 @@ class _ShortHelp(argparse._HelpAction):
         parser.exit()
 
 
-def same_name(name: str) -> str:
-    """``--batch-size``, ``batch_size`` and ``Batch-Size`` are one name."""
-    return name.lstrip("-").replace("-", "_").lower()
-
-
 def find_flag(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
     """The action of the flag called ``name``, without dashes, ``-`` and ``_`` alike; None if there is none."""
     for option, action in parser._option_string_actions.items():
-        if option.startswith("--") and same_name(option) == same_name(name):
+        if option.startswith("--") and same_name(option[2:]) == same_name(name):
             return action
     return None

@@ -107,6 +107,7 @@ def test_it_trains_and_evaluates(tmp_path):
         assert ran.returncode == 0 and "* Acc@1" in ran.stdout, ran.stdout + ran.stderr
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy, as another test imported it
 def test_other_programs_run_as_they_are(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["irpe"])
     main(["zoo"])
