@@ -16,7 +16,7 @@ import detr_irpe.model_stats
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
 from irpe_lab.grid import read_grid
-from irpe_ops import parse_rpe_spec
+from irpe_ops import build_rpe, parse_rpe_spec
 from irpe_train import card
 from irpe_train.config import parse_args
 from irpe_train.zoo import read_zoo
@@ -53,6 +53,18 @@ def facts(module, *flags: str) -> dict:
     return module.stats_of_flags(flags)
 
 
+def stated_in(header):
+    """What the first lines of a config say: "5,717,416 parameters", "7 x 7 + 1 buckets", "tables of 2 x 82"."""
+    stated = {}
+    if found := re.search(r"([\d,]{9,}) (?:trainable )?parameters", header):
+        stated["n_parameters"] = int(found[1].replace(",", ""))
+    if found := re.search(r"(\d+) x (\d+)( \+ 1)? buckets", header):
+        stated["buckets"] = int(found[1]) * int(found[2]) + bool(found[3])
+    if found := re.search(r"tables of (?:(\d) x )?(\d+)", header):
+        stated["buckets"] = int(found[1] or 1) * int(found[2])
+    return stated
+
+
 def test_every_published_row_and_baseline_has_a_config():
     present = {str(path.relative_to(ROOT)) for path in [*DEIT, *DETR]}
     assert {entry.config for entry in ZOO.models.values()} <= present
@@ -72,11 +84,12 @@ def test_config_parses_builds_and_opens_with_its_command(path):
     module = detr_irpe.model_stats if path in DETR else deit_irpe.model_stats
     args = parse_args(detr_parser() if path in DETR else deit_parser(), flags_of(path))
     assert re.search(r"scripts/train_de\w+\.sh|python -m de\w+_irpe|demo\.yaml", header)
-    built = facts(module, *flags_of(path))
-    stated = re.search(r"([\d,]{9,}) (?:trainable )?parameters", header)
-    assert stated is None or int(stated[1].replace(",", "")) == built["n_parameters"]
-    spec = args.enc_rpe2d if path in DETR else args.rpe
-    assert not spec or built["buckets"] > 0
+    built, stated = facts(module, *flags_of(path)), stated_in(header)
+    assert stated == {name: built[name] for name in stated}
+    if path.stem in ("tiny", "small", "base", "r50_150epochs", "r50_300epochs"):
+        assert stated.keys() == {"n_parameters"} and built["buckets"] == 0
+    elif path.stem.endswith(("_k", "_qk", "_qkv")) or "enc_rpe2d" in path.read_text() and args.epochs >= 150:
+        assert stated.keys() == {"buckets"}
 
 
 @pytest.mark.parametrize("entry", ZOO.models.values(), ids=lambda entry: entry.name)
@@ -104,13 +117,15 @@ def test_the_committed_cards_are_those_of_the_committed_zoo():
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)
 def test_grid(path):
-    """Every run's flags parse and its encoding exists; published names are zoo rows of the same encoding."""
+    """Every run's flags parse and its encoding can be built; published names are zoo rows of the same encoding."""
     grid = read_grid(path)
     package, key = grid.task.package, grid.task.encoding
     for run in grid.runs:
         args = parse_args(TRAINS[package](), [*grid.flags(run), "--seed", "1", "--output_dir", "x"])
         spec = getattr(args, key)
-        assert spec in ("none", "") or parse_rpe_spec(spec).spec
+        config = None if spec in ("none", "") else parse_rpe_spec(spec)
+        built = {role for role, rpe in zip("qkv", build_rpe(config, 8, 2), strict=True) if rpe is not None}
+        assert built == set(config.rpe_on if config else "") and (spec in run or run == "none")
         assert args.output_dir == "x" and args.seed == 1
     for run, row in grid.published.items():
         entry = ZOO.find(row)

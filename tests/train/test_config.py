@@ -1,7 +1,7 @@
 """--config FILE.yaml: flags written down; what is no plain flag is refused with the line or name at fault."""
 
 import argparse
-import contextlib
+import re
 
 import pytest
 import yaml
@@ -162,9 +162,19 @@ VALUES = st.one_of(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.text(), st.dictionaries(st.one_of(NAMES, st.text()), VALUES).map(yaml.dump)))
 def test_any_file_gives_flags_or_one_clear_error(tmp_path, text):
-    (tmp_path / "c.yaml").write_text(text, encoding="utf-8", newline="")
-    with contextlib.suppress(ConfigError, argparse.ArgumentError, SystemExit):
-        parse_args(get_parser(), ["--config", str(tmp_path / "c.yaml")])
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8", newline="")
+    try:
+        args = parse_args(get_parser(), ["--config", str(path)])
+    except ConfigError as error:
+        assert str(error).startswith(f"--config {path}: ") and len(str(error).splitlines()) == 1
+    except argparse.ArgumentError as error:
+        assert re.match(r"argument --[\w/ ,-]+: (expected|invalid|not allowed|ignored)", str(error)), error
+    except SystemExit as end:  # print_config: true
+        assert end.code in (0, None)
+    else:
+        assert vars(args).keys() == vars(get_parser().parse_args([])).keys()
+        assert isinstance(args.batch_size, int) and isinstance(args.lr, float) and args.model in ("tiny", "base")
 
 
 def test_print_config_is_a_config_file(tmp_path, capsys):
