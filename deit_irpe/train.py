@@ -17,6 +17,7 @@ from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
 from deit_irpe.models import create_model, load_pretrained_weights
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
+from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, read_weights
@@ -94,6 +95,9 @@ def main(args: argparse.Namespace) -> None:
         if args.train_mode
         else "off, without dropout or stochastic depth, as the published --finetune",
     }
+    height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
+    with precision.autocast():
+        rows["attention"] = describe(model, batch=loader.batch_size, height=height, width=width, compiled=args.compile)
     run = open_run(
         args,
         get_args_parser(),

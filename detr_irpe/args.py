@@ -94,7 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="start from these weights; a class head or queries of another size start anew, and are named",
     )
     model("--pretrained", default="", metavar="NAME", help="start from, or --eval, a published checkpoint of the zoo")
-    model("--attn-backend", default="auto", help="of the encoder: auto, eager, compiled or triton")
+    model("--attn-backend", default="auto", help="of the encoder: auto, eager, sdpa, compiled or triton")
 
     loss = parser.add_argument_group("losses").add_argument
     loss("--no_aux_loss", dest="aux_loss", action="store_false", help="no loss on each decoder layer but the last")

@@ -19,6 +19,7 @@ from detr_irpe.model_stats import count
 from detr_irpe.models import build_model
 from detr_irpe.models.finetune import load_for_finetuning
 from detr_irpe.nested_tensor import collate
+from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed, zoo
 from irpe_train.checkpoint import load_matching, read_weights, write_checkpoint
@@ -96,6 +97,12 @@ def main(args: argparse.Namespace) -> None:
         "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {num_classes} class ids, amp {precision.amp}",
         "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
     }
+    side = max(args.image_size // 32, 1)  # of a photograph's map, which is about 4 : 3
+    with precision.autocast():
+        rows["attention"] = describe(
+            model, batch=loader.batch_size, height=side, width=side * 4 // 3, padding=True, dropout_p=args.dropout,
+            compiled=args.compile,
+        )  # fmt: skip
     data_flags = ("coco_path", "coco_panoptic_path")
     run = open_run(
         args,

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
+from irpe_ops.backends import NAMES, module_of
+from irpe_ops.backends.choice import choose
 from irpe_ops.modules import IRPE, IRPESum, autocast_dtype, resolve_grid
 
-# What `auto` tries first; each is a file backends/<name>.py with missing(), why_not(call) and attention(call).
-FAST_BACKENDS = {"cpu": "compiled", "cuda": "triton"}
-BACKENDS = ("auto", "eager", *FAST_BACKENDS.values())
+BACKENDS = ("auto", "eager", *NAMES)
 
 
 def rpe_attention(
@@ -40,7 +40,8 @@ def rpe_attention(
         attn_mask: broadcasts to ``(B, H, L, L)``; float is added to the scores, bool True = excluded.
         dropout_p: probability of dropping an attention weight, in ``[0, 1)``; pass 0 when evaluating.
         scale: of the queries; None means ``D ** -0.5``.
-        backend: ``auto`` (the fastest that can run this call), ``eager``, ``compiled`` (CPU) or ``triton`` (CUDA).
+        backend: ``auto`` (see `irpe_ops.backends.choice`), ``eager`` (the definition), ``sdpa`` (PyTorch's fused
+            attention), ``compiled`` (CPU) or ``triton`` (CUDA).
     Returns: ``(B, H, L, D)``. A query whose keys are all masked gets zeros. Under autocast, inputs are taken in its
         dtype; table lookups, softmax and sums over buckets are fp32.
     Raises: ValueError: for arguments that do not fit together, or a call the named backend cannot run;
@@ -61,16 +62,15 @@ def rpe_attention(
         q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale
     )  # fmt: skip
     if backend == "auto":
-        name = "eager" if torch.compiler.is_exporting() else FAST_BACKENDS.get(q.device.type, "eager")
-        fast = None if name == "eager" or missing_backend(name) else _module_of(name)
-        return eager_attention(call) if fast is None or fast.why_not(call) else fast.attention(call)
+        name = choose(call, eager_attention)
+        return eager_attention(call) if name == "eager" else module_of(name).attention(call)
     if backend == "eager":
         return eager_attention(call)
     if reason := missing_backend(backend):
         raise ImportError(f"backend={backend!r} does not exist here: {reason} (python -m irpe_ops.info says more)")
-    if reason := _module_of(backend).why_not(call):
+    if reason := module_of(backend).why_not(call):
         raise ValueError(f"backend={backend!r} cannot run this call: {reason} (backend='auto' picks one that can)")
-    return _module_of(backend).attention(call)
+    return module_of(backend).attention(call)
 
 
 def eager_attention(call: AttentionCall) -> Tensor:
@@ -109,16 +109,7 @@ def attention_weights(call: AttentionCall) -> Tensor:
 
 def missing_backend(name: str) -> str | None:
     """Why the backend ``name`` does not exist on this machine, with the remedy; None where it does."""
-    return None if name == "eager" else _module_of(name).missing()
-
-
-def _module_of(name: str):
-    # Import statements, not importlib: torch.compile can follow these.
-    if name == "compiled":
-        from irpe_ops.backends import compiled as module
-    else:
-        from irpe_ops.backends import triton as module
-    return module
+    return None if name == "eager" else module_of(name).missing()
 
 
 def _resolve_encodings(

@@ -38,7 +38,7 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
     """
     _check(input, index, "rpe_index", "input", "N", 3)
     _check_range(index, input.shape[-1], "rpe_index")
-    if _compiled_kernel_for(input):
+    if has_kernel(input):
         return torch.ops.irpe.rpe_index(input, index)
     return input.gather(-1, index.long().expand(*input.shape[:2], -1, -1))
 
@@ -58,13 +58,14 @@ def rpe_index_adjoint(grad: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     """
     _check(grad, index, "rpe_index_adjoint", "grad", "L_key", 4)
     _check_range(index, num_buckets, "rpe_index_adjoint")
-    if _compiled_kernel_for(grad):
+    if has_kernel(grad):
         return torch.ops.irpe.rpe_index_adjoint(grad, index, num_buckets)
     zeros = grad.new_zeros(*grad.shape[:3], num_buckets)
     return zeros.scatter_add(-1, index.long().expand(*grad.shape[:2], -1, -1), grad)
 
 
-def _compiled_kernel_for(tensor: Tensor) -> bool:
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether the lookup of this tensor goes through rpe_ops_cuda; else it is plain PyTorch."""
     return (
         tensor.device.type in compiled_devices
         and tensor.dtype in _KERNEL_DTYPES

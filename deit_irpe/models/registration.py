@@ -33,7 +33,7 @@ def create_model(
             (``deit_small_distilled_patch16_224``); an encoding needs a Vision Transformer.
         rpe: spec string or config; ``None`` keeps the encoding of the name (a plain name has none), ``"none"`` removes
             it.
-        attn_backend: passed to every attention layer (``auto``, ``eager``, ``compiled``, ``triton``).
+        attn_backend: passed to every attention layer (``auto``, ``eager``, ``sdpa``, ``compiled``, ``triton``).
         pretrained: start from the published checkpoint of that name; a head of other classes starts fresh.
         timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...; with
             ``features_only=True`` the feature maps of blocks ``out_indices`` (default: the last three), as timm has it.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
-from irpe_ops.backends import triton as triton_backend
+from irpe_ops.backends import choice
 from tests import oracles
 
 pytestmark = pytest.mark.gpu
@@ -69,12 +69,12 @@ def test_two_runs_give_the_same_bits(dtype):
         assert torch.equal(first, second)
 
 
-def test_auto_takes_triton(monkeypatch):
-    called = []
-    real = triton_backend.attention
-    monkeypatch.setattr(triton_backend, "attention", lambda *a, **k: called.append(1) or real(*a, **k))
+def test_auto_takes_one_that_is_right_and_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "_known", {})
     run(*example("deit", "k", torch.bfloat16), "auto")
-    assert called
+    (found,) = choice._known.values()
+    assert set(found.ms) | set(found.left_out) == {"sdpa", "triton", "eager"} and "eager" in found.ms
 
 
 def test_no_square_tensor_at_4096_tokens():

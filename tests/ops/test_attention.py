@@ -289,7 +289,7 @@ WRONG = {
     "device": (lambda: rpe_attention(Q, Q.to("meta"), Q), "must share one device, got cpu, meta, cpu"),
     "dropout": (lambda: rpe_attention(Q, Q, Q, dropout_p=1.0), "dropout_p is a probability in [0, 1), not 1.0"),
     "backend": (lambda: rpe_attention(Q, Q, Q, backend="fast"),
-                "unknown backend 'fast'; expected one of auto, eager, compiled, triton"),
+                "unknown backend 'fast'; expected one of auto, eager, sdpa, compiled, triton"),
     "padding dtype": (lambda: rpe_attention(Q, Q, Q, key_padding_mask=torch.zeros(2, 7)),
                       "key_padding_mask must be bool (True = ignored), not torch.float32"),
     "padding shape": (lambda: rpe_attention(Q, Q, Q, key_padding_mask=torch.zeros(7, 2).bool()),

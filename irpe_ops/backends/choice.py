@@ -1,0 +1,320 @@
+"""Which backend ``auto`` takes: a fixed order, or on a GPU the fastest of those that are right, checked and timed once.
+
+On CUDA the first call of each kind (see `_kind`) runs every candidate forward and backward on a small grid against the
+definition in fp64, then times it at the call's own shape. What fails to compile, runs out of memory or differs is left
+out with one warning. The result is kept for the process and in the user's cache folder, for this GPU, PyTorch, Triton
+and version of the backends; within a process group the rank that measures first tells the others.
+``IRPE_ATTENTION_TUNING=0`` keeps to the fixed order, as do ``torch.compile``, CUDA graph capture and export, inside
+which nothing can be measured.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ops.attention_call import AttentionCall
+from irpe_ops.backends import module_of
+from irpe_ops.modules import autocast_dtype
+from irpe_ops.rpe_index import under_function_transform
+
+# The first that can run the call is taken where nothing is measured.
+FIXED = {"cpu": ("compiled", "eager"), "meta": ("eager",)}
+FIXED_ELSEWHERE = ("sdpa", "eager")
+MEASURED = {"cuda": ("sdpa", "triton", "eager")}
+ALLOWED = 4.0  # times the error of plain PyTorch in the same dtype
+
+logger = logging.getLogger(__name__)
+_known: dict[str, "Measurement"] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+class Measurement(NamedTuple):
+    """What one kind of call has shown: milliseconds of each right candidate, and why the others are left out."""
+
+    ms: dict[str, float]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {self.ms[name]:.3g} ms" for name in sorted(self.ms, key=self.ms.get))
+
+
+def choose(call: AttentionCall, eager: Callable[[AttentionCall], Tensor]) -> str:
+    """The name of the backend that ``auto`` means for this call; ``eager`` is the definition, a candidate as well."""
+    if torch.compiler.is_exporting():
+        return "eager"
+    device = call.q.device.type
+    if device in MEASURED and may_measure(call):
+        candidates = {
+            name: eager if name == "eager" else module_of(name).attention
+            for name in MEASURED[device]
+            if can_run(name, call)
+        }
+        if len(candidates) > 1:
+            ms = measurement(call, candidates, eager).ms
+            return min((name for name in candidates if name in ms), key=ms.get, default="eager")
+    return next(name for name in FIXED.get(device, FIXED_ELSEWHERE) if can_run(name, call))
+
+
+def can_run(name: str, call: AttentionCall) -> bool:
+    """Whether a backend exists here and has nothing against the call."""
+    return name == "eager" or (module_of(name).missing() is None and module_of(name).why_not(call) is None)
+
+
+def may_measure(call: AttentionCall) -> bool:
+    """Whether this is the time and place: an ordinary eager call that the user has not told to keep to the order."""
+    if torch.compiler.is_compiling() or under_function_transform() or type(call.q) is not Tensor:
+        return False
+    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return call.q.numel() > 0 and os.environ.get("IRPE_ATTENTION_TUNING") != "0"
+
+
+def measurement(
+    call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]], eager: Callable
+) -> Measurement:
+    """The measurement of this kind of call: known to this process, to the group or to the cache, or made now."""
+    kind = _kind(call)
+    if kind not in _known:
+        _known[kind] = _agreed(kind, lambda: _cached(kind, lambda: measure(call, candidates, eager)))
+        logger.info("attention %s: %s", kind, _known[kind])
+        for name, reason in _known[kind].left_out.items():
+            if (name, reason) not in _warned:
+                _warned.add((name, reason))
+                warnings.warn(f"attention backend {name!r} is left out on this machine: {reason}", stacklevel=4)
+    return _known[kind]
+
+
+def _kind(call: AttentionCall) -> str:
+    """Calls of one kind get one answer: device, dtypes, D, encodings, masks, dropout, size class of L, training."""
+    encodings = [
+        f"{role}:{part.mode}:{part.num_buckets}:{'shared' if part.shared_head else 'heads'}:{part.table.dtype}"
+        for role, rpe in zip("qkv", (call.rpe_q, call.rpe_k, call.rpe_v), strict=True)
+        for part in (rpe.parts if rpe is not None else ())
+    ]
+    batch, heads, length, head_dim = call.q.shape
+    mask = "none" if call.attn_mask is None else str(call.attn_mask.dtype)
+    masks = f"padding={call.key_padding_mask is not None} mask={mask} dropout={call.dropout_p > 0}"
+    sizes = f"D={head_dim} L<={1 << (length - 1).bit_length()} planes<={1 << (batch * heads - 1).bit_length()}"
+    work = "training" if _trains(call) else "inference"
+    return f"{_device_name(call.q.device)} {call.q.dtype} {sizes} {' '.join(encodings)} {masks} {work}"
+
+
+def _trains(call: AttentionCall) -> bool:
+    """Whether backward will come. Dropout is a sign too: reentrant checkpointing runs forward without gradients."""
+    tensors = [call.q, call.k, call.v, *(part.table for rpe in call.encodings for part in rpe.parts)]
+    return call.dropout_p > 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def measure(
+    call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]], eager: Callable
+) -> Measurement:
+    """Check every candidate on a small grid, and time it at the shape of ``call``."""
+    training = _trains(call)
+    devices = [call.q.device] if call.q.is_cuda else []
+    ms, left_out = {}, {}
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(training):
+        small, real = _small_copy(call, training), _copy(call, training)
+        with torch.autocast(call.q.device.type, enabled=False):
+            exact = _run(eager, _in_double(small, training), training)
+        allowed = ALLOWED * max(_distance(_run(eager, small, training), exact), torch.finfo(call.q.dtype).eps)
+        for name, attention in candidates.items():
+            try:
+                error = _distance(_run(attention, small, training), exact)
+                if not error <= allowed:  # not `>`, which a NaN would pass
+                    raise ArithmeticError(f"wrong by {error:.1e} of the answer; {allowed:.1e} is allowed")
+                ms[name] = _milliseconds(functools.partial(_run, attention, real, training), call.q.device)
+            except Exception as error:  # whatever a compiler, a driver or a kernel raises: the run goes on without it
+                words = str(error).strip().splitlines()
+                left_out[name] = f"{type(error).__name__}: {words[0] if words else 'no message'}"
+    return Measurement(ms, left_out)
+
+
+def _copy(call: AttentionCall, training: bool) -> AttentionCall:
+    """The same call with leaves and modules of its own, so that nothing of the run's graph is touched."""
+    q, k, v = (x.detach().clone().requires_grad_(training) for x in (call.q, call.k, call.v))
+    mask = call.attn_mask
+    mask = None if mask is None else mask.detach().clone().requires_grad_(mask.requires_grad)
+    encodings = [None if rpe is None else copy.deepcopy(rpe) for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
+    return AttentionCall(q, k, v, *encodings, *call[6:9], mask, *call[10:])
+
+
+def _small_copy(call: AttentionCall, training: bool) -> AttentionCall:
+    """A call of the same kind on a small grid, with random inputs and tables, and no dropout."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(like)
+
+    batch, heads, length, head_dim = call.q.shape
+    height, width, skip = None, None, 0
+    if call.height is not None:
+        height, width, skip = min(call.height, 5), min(call.width, 7), length - call.height * call.width
+    length = height * width + skip if height is not None else min(length, 40)
+    batch = min(batch, 2)
+    q, k, v = (normal(call.q, batch, heads, length, head_dim).requires_grad_(training) for _ in range(3))
+    padding, mask = None, None
+    if call.key_padding_mask is not None:
+        padding = torch.zeros(batch, length, dtype=torch.bool, device=call.q.device)
+        padding[:, length - length // 4 :] = True
+    if call.attn_mask is not None:
+        mask = torch.randn(length, length, generator=generator).to(call.q.device)
+        mask = mask > 1 if call.attn_mask.dtype == torch.bool else mask.to(call.attn_mask.dtype)
+        mask.requires_grad_(call.attn_mask.requires_grad)
+    encodings = [None if rpe is None else copy.deepcopy(rpe) for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
+    with torch.no_grad():
+        for rpe in filter(None, encodings):
+            for part in rpe.parts:
+                part.table.copy_(normal(part.table, *part.table.shape) * 0.2)
+    return AttentionCall(q, k, v, *encodings, height, width, padding, mask, 0.0, call.scale)
+
+
+def _in_double(call: AttentionCall, training: bool) -> AttentionCall:
+    def double(x: Tensor | None) -> Tensor | None:
+        exact = x is None or x.dtype == torch.bool
+        return x if exact else x.detach().double().requires_grad_(x.requires_grad)
+
+    encodings = [None if rpe is None else copy.deepcopy(rpe).double() for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
+    q, k, v = (double(x) for x in (call.q, call.k, call.v))
+    return AttentionCall(q, k, v, *encodings, *call[6:9], double(call.attn_mask), *call[10:])
+
+
+def _run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, training: bool) -> list[Tensor]:
+    """The output and, when training, the gradients of all inputs and tables for the sum of squares."""
+    out = attention(call)
+    if not training:
+        return [out]
+    tables = [part.table for rpe in call.encodings for part in rpe.parts]
+    leaves = [x for x in (call.q, call.k, call.v, call.attn_mask, *tables) if x is not None and x.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+def _distance(ours: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest distance of an output or gradient from the exact one, as a part of the length of the exact one."""
+    return max(
+        float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
+        for x, y in zip(ours, exact, strict=True)
+    )
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device, runs: int = 5) -> float:
+    """The median of a few runs after two to warm up, each with all its work on the device."""
+    times = []
+    for _ in range(runs + 2):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def _agreed(kind: str, find: Callable[[], Measurement]) -> Measurement:
+    """What all ranks go by: the measurement of the rank that came first, left in the process group's store.
+
+    No rank waits for another: ranks with images of other sizes may never ask for this kind.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return find()
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"irpe_attention {kind}"
+    if not store.check([key]):
+        store.compare_set(key, "", json.dumps(find()))
+    return Measurement(*json.loads(store.get(key)))
+
+
+def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
+    """A measurement from the user's cache folder, or a new one left there. A folder that cannot be used is no error."""
+    path = cache_file()
+    try:
+        entries = json.loads(path.read_text())
+        return Measurement(**entries[kind])
+    except (OSError, ValueError, KeyError, TypeError):
+        found = find()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            entries = dict(json.loads(path.read_text()))  # others may have written meanwhile
+        except (OSError, ValueError, TypeError):
+            entries = {}
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(entries | {kind: found._asdict()}, indent=1))
+        os.replace(part, path)
+    except OSError:
+        pass
+    return found
+
+
+def cache_file() -> Path:
+    """Where measurements are kept: one file a GPU, PyTorch, Triton and version of these backends."""
+    try:
+        import triton
+
+        compiler = triton.__version__
+    except ImportError:
+        compiler = "none"
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    name = f"{_device_name()} torch {torch.__version__} triton {compiler} {code.hexdigest()[:12]}"
+    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder).expanduser() / "irpe_ops" / f"attention {name}.json".replace("/", "_").replace(" ", "_")
+
+
+def _device_name(device: torch.device | None = None) -> str:
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        return torch.cuda.get_device_name(device)
+    return "cpu" if device is None else device.type
+
+
+def describe(
+    model: nn.Module,
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    padding: bool = False,
+    dropout_p: float = 0.0,
+    compiled: bool = False,
+) -> str:
+    """Which backend the encoded attention of ``model`` will take, and why: for the banner of a run.
+
+    Args:
+        model: with attention layers that keep ``attn_backend`` and ``rpe_q, rpe_k, rpe_v``.
+        batch, height, width: of a usual step on this device, in images and tokens.
+        padding, dropout_p: whether the layers are given padding masks, and the dropout of attention weights.
+        compiled: the model runs inside ``torch.compile``.
+
+    Call it under the run's autocast.
+    """
+    from irpe_ops.attention import eager_attention
+
+    for layer in model.modules():
+        encodings = [getattr(layer, f"rpe_{role}", None) for role in "qkv"]
+        if hasattr(layer, "attn_backend") and any(encodings):
+            break
+    else:
+        return "no relative position encoding"
+    if layer.attn_backend != "auto":
+        return f"{layer.attn_backend}, as asked for"
+    part = next(filter(None, encodings)).parts[0]
+    device, dtype = part.table.device, autocast_dtype(part.table.device) or part.table.dtype
+    order = FIXED.get(device.type, FIXED_ELSEWHERE)
+    measures = device.type in MEASURED and not compiled
+    shape = (batch if measures else 1, part.num_heads, height * width + part.skip, part.head_dim)
+    q, k, v = torch.zeros(3, *shape, device=device, dtype=dtype).requires_grad_().unbind()
+    mask = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device) if padding else None
+    call = AttentionCall(q, k, v, *encodings, height, width, mask, None, dropout_p, part.head_dim**-0.5)
+    name = choose(call, eager_attention) if measures else next(name for name in order if can_run(name, call))
+    measured = _known.get(_kind(call))
+    if measured is None:
+        return f"{name} (the first of {', '.join(order)} that can run here)"
+    return f"{name}, measured here: {measured}"

@@ -1,0 +1,236 @@
+"""What `auto` takes where it may measure: the policy, on the CPU, with candidates that are slow, wrong or broken."""
+
+import json
+import time
+import warnings
+
+import pytest
+import torch
+
+from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
+from irpe_ops.attention import eager_attention
+from irpe_ops.attention_call import AttentionCall
+from irpe_ops.backends import choice
+from tests import oracles
+
+
+def make_call(spec="rpe-1.9-product-ctx-1-qkv", dropout_p=0.0, dtype=torch.float32, grid=(3, 4), **options):
+    encodings = build_rpe(parse_rpe_spec(spec, 1), 8, 2)
+    for seed, rpe in enumerate(encodings):
+        if rpe is not None:
+            oracles.fill_tables(rpe.to(dtype), seed)
+    qkv = torch.randn(3, 2, 2, grid[0] * grid[1] + 1, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k, v = qkv.unbind()
+    return AttentionCall(q.requires_grad_(), k, v, *encodings, *grid, dropout_p=dropout_p, scale=0.5, **options)
+
+
+def slow(call):
+    time.sleep(0.02)
+    return eager_attention(call)
+
+
+def wrong(call):
+    return eager_attention(call) * 1.01
+
+
+def wrong_backward(call):
+    out = eager_attention(call)
+    return out + 0.05 * (out - out.detach())
+
+
+def nan(call):
+    return eager_attention(call) * float("nan")
+
+
+def raising(call):
+    raise RuntimeError("ptxas fatal: out of registers\nand a page of assembly")
+
+
+def out_of_memory_at_real_size(call):
+    if call.q.shape[2] > 36:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+    return eager_attention(call)
+
+
+FAKES = {
+    "eager": eager_attention, "slow": slow, "wrong": wrong, "wrong_backward": wrong_backward, "nan": nan,
+    "raising": raising, "big": out_of_memory_at_real_size,
+}  # fmt: skip
+
+
+def test_right_candidates_are_timed_and_the_others_named():
+    found = choice.measure(make_call(grid=(6, 7)), FAKES, eager_attention)
+    assert set(found.ms) == {"eager", "slow"} and found.ms["slow"] > 20 > found.ms["eager"] > 0
+    assert found.left_out["raising"] == "RuntimeError: ptxas fatal: out of registers"
+    assert found.left_out["big"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 40 GiB"
+    for name in ("wrong", "wrong_backward", "nan"):
+        assert found.left_out[name].startswith("ArithmeticError: wrong by")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["padding", "bool", "float", "gradient", "no encoding", "bias", "dropout"])
+def test_every_kind_of_call_can_be_measured(kind, dtype):
+    masks = {
+        "padding": {"key_padding_mask": torch.zeros(2, 13, dtype=torch.bool)},
+        "bool": {"attn_mask": torch.eye(13, dtype=torch.bool)},
+        "float": {"attn_mask": torch.zeros(2, 1, 13, 13)},
+        "gradient": {"attn_mask": torch.zeros(13, 13, dtype=dtype, requires_grad=True)},
+        "dropout": {"dropout_p": 0.5},
+    }
+    spec = "rpe-1.9-cross-bias-0-qk" if kind == "bias" else "rpe-1.9-product-ctx-0-qkv"
+    call = make_call(spec, dtype=dtype, **masks.get(kind, {}))
+    if kind == "no encoding":
+        call = call._replace(rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None)
+    again = choice.measure(call, {"eager": eager_attention, "nan": nan}, eager_attention)
+    assert list(again.ms) == ["eager"] and list(again.left_out) == ["nan"]
+
+
+def test_nothing_of_the_run_is_touched():
+    call = make_call(dropout_p=0.5)
+    torch.manual_seed(5)
+    before, state = call.rpe_k.table.detach().clone(), torch.get_rng_state()
+    choice.measure(call, {"eager": eager_attention}, eager_attention)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(call.rpe_k.table, before)
+    assert all(tensor.grad is None for tensor in (call.q, call.rpe_k.table))
+    with torch.inference_mode():
+        assert choice.measure(call, {"eager": eager_attention}, eager_attention).ms
+
+
+class Fakes:
+    """Stands for the backends' modules, and counts how often each runs."""
+
+    def __init__(self):
+        self.runs = dict.fromkeys(FAKES, 0)
+        self.why = None
+
+    def __call__(self, name):
+        def attention(call):
+            self.runs[name] += 1
+            return FAKES[name](call)
+
+        module = type("Module", (), {})
+        module.attention, module.missing, module.why_not = attention, lambda: None, lambda call: self.why
+        return module
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    """As on a GPU, with fakes for candidates, an empty cache and nothing known."""
+    fakes = Fakes()
+    monkeypatch.setattr(choice, "module_of", fakes)
+    monkeypatch.setattr(choice, "MEASURED", {"cpu": ("raising", "slow", "eager")})
+    monkeypatch.setattr(choice, "FIXED", {"cpu": ("slow", "eager")})
+    monkeypatch.setattr(choice, "_known", {})
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("IRPE_ATTENTION_TUNING", raising=False)
+    return fakes
+
+
+def test_the_fastest_is_taken_measured_once_and_failures_warned_of_once(fakes):
+    with pytest.warns(UserWarning, match="'raising' is left out on this machine: RuntimeError: ptxas fatal") as caught:
+        assert choice.choose(make_call(), eager_attention) == "eager"
+    assert len(caught) == 1
+    runs = dict(fakes.runs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice.choose(make_call(), eager_attention) == "eager"
+        assert fakes.runs == runs
+        assert choice.choose(make_call("rpe-1.9-product-ctx-1-k"), eager_attention) == "eager"  # another kind
+    assert fakes.runs["slow"] > runs["slow"]
+
+
+@pytest.mark.filterwarnings("ignore:attention backend")
+def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
+    choice.choose(make_call(), eager_attention)
+    runs, kept = dict(fakes.runs), choice.cache_file()
+    (entry,) = json.loads(kept.read_text()).values()
+    assert set(entry["ms"]) == {"slow", "eager"} and set(entry["left_out"]) == {"raising"}
+    choice._known.clear()
+    assert choice.choose(make_call(), eager_attention) == "eager" and fakes.runs == runs
+    for damage in ("", "[]", '{"cpu": 3}'):  # measured again, and mended
+        choice._known.clear()
+        kept.write_text(damage)
+        assert choice.choose(make_call(), eager_attention) == "eager"
+        assert '"slow"' in kept.read_text()
+    assert fakes.runs["slow"] == 4 * runs["slow"]
+    choice._known.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: no folder can be made there
+    assert choice.choose(make_call(), eager_attention) == "eager"
+
+
+@pytest.mark.filterwarnings("ignore:attention backend")
+def test_what_cannot_run_the_call_is_no_candidate(fakes):
+    fakes.why = "heads of 8 dimensions are too small"
+    assert choice.choose(make_call(), eager_attention) == "eager"
+    assert sum(fakes.runs.values()) == 0  # one candidate: nothing to measure
+
+
+def test_a_fixed_order_where_nothing_may_be_measured(fakes, monkeypatch):
+    monkeypatch.setenv("IRPE_ATTENTION_TUNING", "0")
+    assert choice.choose(make_call(), eager_attention) == "slow"
+    fakes.why = "no"
+    assert choice.choose(make_call(), eager_attention) == "eager"
+    fakes.why = None
+    monkeypatch.delenv("IRPE_ATTENTION_TUNING")
+    for name in ("is_compiling", "is_exporting"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, name, lambda: True)
+            assert choice.choose(make_call(), eager_attention) == ("eager" if name == "is_exporting" else "slow")
+    chosen = []
+    call = make_call()
+    torch.func.vmap(lambda q: chosen.append(choice.choose(call._replace(q=q), eager_attention)) or q)(call.q)
+    assert chosen == ["slow"] and sum(fakes.runs.values()) == 0
+
+
+@pytest.mark.filterwarnings("ignore:attention backend")
+def test_ranks_go_by_what_the_first_of_them_measured(fakes, monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    assert choice.choose(make_call(), eager_attention) == "eager"
+    choice._known.clear()  # another rank, where the same call would have come out otherwise
+    monkeypatch.setattr(choice, "measure", lambda *a: choice.Measurement({"slow": 1.0}, {}))
+    monkeypatch.setattr(choice, "_cached", lambda kind, find: find())
+    assert choice.choose(make_call(), eager_attention) == "eager"
+    assert choice.choose(make_call("rpe-1.9-product-ctx-1-k"), eager_attention) == "slow"  # it is the first here
+
+
+def test_calls_of_one_kind():
+    call = make_call()
+    assert choice._kind(call) == choice._kind(make_call(grid=(2, 6)))  # 13 tokens
+    others = [make_call(grid=(6, 7)), make_call("rpe-1.9-product-ctx-0-qkv"), make_call(dtype=torch.float64)]
+    others += [make_call(dropout_p=0.1), make_call(attn_mask=torch.zeros(13, 13))]
+    with torch.no_grad():
+        kinds = {choice._kind(other) for other in [call, *others]}
+        assert "training" in choice._kind(make_call(dropout_p=0.1))  # reentrant checkpointing, or no dropout
+    assert choice._kind(call) not in kinds and len(kinds) == 6
+
+
+@pytest.mark.filterwarnings("ignore:attention backend")
+def test_the_banner_says_what_is_taken(fakes):
+    layer = torch.nn.Module()
+    layer.attn_backend = "auto"
+    layer.rpe_q, layer.rpe_k, layer.rpe_v = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k", 1), 8, 2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        line = choice.describe(model, batch=2, height=3, width=4, padding=True)
+    assert "torch.bfloat16" in next(iter(choice._known))
+    assert choice.describe(model, batch=2, height=3, width=4, compiled=True).startswith("slow (the first of slow, ")
+    assert line.startswith("eager, measured here: eager ") and ", slow " in line
+    layer.attn_backend = "triton"
+    assert choice.describe(model, batch=2, height=3, width=4) == "triton, as asked for"
+    assert choice.describe(model[0], batch=2, height=3, width=4) == "no relative position encoding"
+
+
+def test_the_banner_without_measuring(monkeypatch):
+    layer = torch.nn.Module()
+    layer.attn_backend = "auto"
+    layer.rpe_q, layer.rpe_k, layer.rpe_v = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k", 1), 8, 2)
+    monkeypatch.setattr(choice, "FIXED", {"cpu": ("sdpa", "eager")})
+    line = choice.describe(layer, batch=2, height=3, width=4)
+    assert line == "sdpa (the first of sdpa, eager that can run here)"
+    q = torch.randn(1, 2, 13, 8)
+    torch.testing.assert_close(
+        rpe_attention(q, q, q, rpe_k=layer.rpe_k, height=3, width=4), rpe_attention(q, q, q, backend="eager")
+    )
