@@ -1,12 +1,14 @@
 """The published model zoo: what there is, where it goes, and fetching it.
 
-``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it.
+``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it. Where it
+has no hash, that of the first download is kept beside the file, ``FILE.sha256``, and later uses are compared with it.
 
     python -m irpe_train.zoo                    list the zoo and what is already here
     python -m irpe_train.zoo NAME|all           fetch into the torch hub cache, print the paths
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -14,16 +16,15 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
-from irpe_train.config import ROOT
+from irpe_train.config import ROOT, ConfigError, read_yaml
+from irpe_train.errors import RunError
 
 ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
 CHUNK = 1 << 20
+LARGEST_FILE = 4 << 30  # bytes; where the zoo has no size, an answer is cut off here
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,25 @@ class Zoo:
 
 
 def read_zoo(path: Path = ZOO_FILE) -> Zoo:
-    """Read the zoo file. Raises FileNotFoundError when the package runs outside a checkout of the repository."""
+    """Read the zoo file.
+
+    Raises: FileNotFoundError: the package runs outside a checkout of the repository; ConfigError: a malformed file.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"model zoo: no file {path}. It is part of the repository, not of the installed package: "
             "run from a checkout (pip install -e .), or give the checkpoint with --resume FILE."
         )
-    raw = yaml.safe_load(path.read_text())
-    models = {}
-    for name, given in raw["models"].items():
-        models[name] = Entry(name=name, url=given.pop("url", raw["prefix"] + given["file"]), **given)
-    return Zoo(models, raw["tolerance"], raw["source"])
+    raw = read_yaml(path, f"model zoo {path}")
+    try:
+        models = {}
+        for name, given in raw["models"].items():
+            if Path(given["file"]).name != given["file"]:
+                raise ValueError(f"{name}: file: {given['file']!r}: expected a name without a folder")
+            models[name] = Entry(name=name, url=given.pop("url", raw["prefix"] + given["file"]), **given)
+        return Zoo(models, raw["tolerance"], raw["source"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model zoo {path}: not in the form of {ZOO_FILE.name} ({error!r:.200})") from error
 
 
 def cache_folder() -> Path:
@@ -93,32 +102,34 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None, quie
     """The checked file of a zoo entry, downloaded if it is not there yet.
 
     A broken download is kept as ``FILE.part`` and taken up where it stopped. Several processes may ask at once: one
-    downloads, the others wait for it.
+    downloads, the others wait for it. A file that is there is checked too, also one that was put there by hand.
 
     Returns: its path in ``folder`` (default: torch hub's cache).
-    Raises: ValueError: unknown name, or what arrived is not the file; ConnectionError: no network, and what to do then.
+    Raises: ValueError: unknown name, or what is there or arrived is not the file; ConnectionError: no network, and what
+        to do then.
     """
     entry = (zoo or read_zoo()).find(name)
     folder = folder or cache_folder()
     target = folder / entry.file
     if target.is_file():
+        verify(target, entry)
         return target
     folder.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     with _alone(folder):
-        if target.is_file():  # another process was faster
+        if target.is_file():  # another process was faster, and has checked it
             return target
         if not quiet:
             print(f"fetching {entry.url} -> {target}", file=sys.stderr)
         try:
-            _download(entry.url, part)
+            _download(entry.url, part, most=entry.size or LARGEST_FILE)
         except (urllib.error.URLError, OSError) as error:
             raise ConnectionError(
                 f"model zoo: cannot fetch {entry.url} ({error}). Download {entry.file} on a machine with a network and "
                 f"put it here: {target}" + (f" (what has arrived so far is kept in {part})." if part.exists() else ".")
             ) from error
         try:
-            verify(part, entry)
+            verify(part, entry, record=_record(target))
         except ValueError:
             part.unlink()  # a wrong file must not be "resumed"
             raise
@@ -126,18 +137,38 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None, quie
     return target
 
 
-def verify(path: Path, entry: Entry) -> None:
-    """Raise ValueError unless ``path`` is the entry's checkpoint: size and hash where known, else its state dict."""
-    size = path.stat().st_size
-    if entry.size is not None and size != entry.size:
-        raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. Delete it, fetch again.")
-    if entry.sha256 is not None and (found := sha256(path)) != entry.sha256:
-        raise ValueError(f"{path}: sha256 {found}, expected {entry.sha256} for {entry.name}. Delete it, fetch again.")
-    from irpe_train.checkpoint import read_weights
+def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
+    """Raise ValueError unless ``path`` is the entry's checkpoint: size, hash and number of tensors.
 
-    weights = read_weights(path)
+    Args:
+        record: the hash of the first download (default: beside ``path``). Without it, and without a hash in
+            the zoo, the file is read as a checkpoint, and its hash is recorded.
+    """
+    record = record or _record(path)
+    again = "Delete it, fetch again."
+    if entry.size is not None and (size := path.stat().st_size) != entry.size:
+        raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. {again}")
+    expected, whose = entry.sha256, "by the model zoo"
+    if expected is None and record.is_file():
+        expected, whose = record.read_text(errors="replace")[:64], f"by {record}, written when it was first downloaded"
+        again += f" If the authors have replaced it, delete {record.name} too."
+    found = sha256(path)
+    if expected == found:
+        return
+    if expected is not None:
+        raise ValueError(f"{path}: sha256 {found}, expected {expected} for {entry.name} {whose}. {again}")
+    from irpe_train.checkpoint import model_weights, read_checkpoint
+
+    weights = model_weights(read_checkpoint(path), source=path)
     if len(weights) != entry.entries:
         raise ValueError(f"{path}: {len(weights)} tensors in 'model', {entry.entries} expected for {entry.name}.")
+    with contextlib.suppress(OSError):  # a cache that others own
+        record.write_text(f"{found}  {entry.file}\n")
+
+
+def _record(target: Path) -> Path:
+    """As ``sha256sum --check`` reads it."""
+    return target.with_name(target.name + ".sha256")
 
 
 def sha256(path: Path) -> str:
@@ -149,8 +180,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(url: str, part: Path) -> None:
-    """Append what is missing of ``url`` to ``part``; the announced length must have arrived in the end."""
+def _download(url: str, part: Path, *, most: int) -> None:
+    """Append what is missing of ``url`` to ``part``; the announced length must have arrived in the end.
+
+    Raises: OSError: the connection broke; ValueError: more than ``most`` bytes are announced, or come.
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -162,15 +196,20 @@ def _download(url: str, part: Path) -> None:
     with response:
         resumed = response.status == 206
         announced = response.headers.get("Content-Length")
+        expected = None if announced is None else int(announced) + (have if resumed else 0)
+        arrived = have if resumed else 0
         with part.open("ab" if resumed else "wb") as file:
-            while chunk := response.read(CHUNK):
+            while (expected or 0) <= most and arrived <= most and (chunk := response.read(CHUNK)):
                 file.write(chunk)
-    expected = None if announced is None else int(announced) + (have if resumed else 0)
-    if expected is not None and part.stat().st_size != expected:
-        raise OSError(f"the connection ended after {part.stat().st_size} of {expected} bytes; run again to go on")
+                arrived += len(chunk)
+    if max(arrived, expected or 0) > most:
+        part.unlink()
+        raise ValueError(f"{url}: more than {most} bytes; that is no checkpoint of the zoo, and was not kept")
+    if expected is not None and arrived != expected:
+        raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again to go on")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other processes' downloads out of ``folder``; the lock ends with the process, even a killed one."""
     handle = os.open(folder, os.O_RDONLY)
@@ -189,7 +228,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--where", action="store_true", help="print where it is or would be, fetch nothing")
     parser.add_argument("--zoo", type=Path, default=ZOO_FILE, help="the zoo file")
     args = parser.parse_args(argv)
-    zoo = read_zoo(args.zoo)
+    try:
+        zoo = read_zoo(args.zoo)
+    except (RunError, OSError) as error:
+        sys.exit(f"irpe_train.zoo: {error}")
     if not args.names:
         folder = args.folder or cache_folder()
         for name, entry in zoo.models.items():
@@ -205,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
                 else fetch(entry.name, folder=args.folder, zoo=zoo)
             )
     except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"irpe_train.zoo: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The model zoo: what its file says, and downloads that break, resume, arrive wrong or find no network."""
 
+import contextlib
 import http.server
 import threading
 from pathlib import Path
@@ -28,15 +29,17 @@ def server():
             if start >= len(whole) and first:
                 return self.send_error(416)
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(whole) - start))
+            if server.announces:
+                self.send_header("Content-Length", str(len(whole) - start))
             self.end_headers()
-            self.wfile.write(whole[start : server.cut])
+            with contextlib.suppress(ConnectionError):  # the other side has heard enough
+                self.wfile.write(whole[start : server.cut])
 
         def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.asked, server.cut, server.ranges = {}, [], None, True
+    server.files, server.asked, server.cut, server.ranges, server.announces = {}, [], None, True, True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -98,7 +101,7 @@ def test_fetches_once(server, zoo, tmp_path):
     assert path == tmp_path / "hub" / "net.pth" and path.read_bytes() == server.files["net.pth"]
     fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert server.asked == [None]
-    assert [file.name for file in (tmp_path / "hub").iterdir()] == ["net.pth"]
+    assert sorted(file.name for file in (tmp_path / "hub").iterdir()) == ["net.pth", "net.pth.sha256"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -123,7 +126,8 @@ def test_a_part_that_is_whole_already(server, zoo, tmp_path):
     "changes, message",
     [
         ({"sha256": "0" * 64}, "sha256 .* expected 0000"),
-        ({"size": 7}, "bytes, 7 expected"),
+        ({"size": 7}, "more than 7 bytes"),
+        ({"size": 70_000}, "bytes, 70000 expected"),
         ({"entries": 3}, "2 tensors in 'model', 3 expected"),
     ],
 )
@@ -137,6 +141,60 @@ def test_known_hash_and_size(server, zoo, tmp_path):
     digest = zoo_module.sha256(tmp_path / "net.pth")
     whole = with_entry(zoo, sha256=digest, size=len(server.files["net.pth"]))
     assert fetch("net", folder=tmp_path / "hub", zoo=whole).is_file()
+
+
+def test_the_first_download_is_trusted_and_compared_with_ever_after(server, zoo, tmp_path):
+    path, record = fetch("net", folder=tmp_path / "hub", zoo=zoo), tmp_path / "hub" / "net.pth.sha256"
+    assert record.read_text() == f"{zoo_module.sha256(path)}  net.pth\n"
+    first = path.read_bytes()
+    torch.save({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}}, path)  # as good a checkpoint, and another one
+    message = "net.pth: sha256 .*, expected .* written when it was first downloaded. Delete it, fetch again"
+    with pytest.raises(ValueError, match=message):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    server.files["net.pth"] = path.read_bytes()
+    path.unlink()
+    with pytest.raises(ValueError, match="If the authors have replaced it, delete net.pth.sha256 too"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert [file.name for file in (tmp_path / "hub").iterdir()] == ["net.pth.sha256"]
+    server.files["net.pth"] = first
+    assert fetch("net", folder=tmp_path / "hub", zoo=zoo).read_bytes() == first
+
+
+def test_a_file_put_there_by_hand_is_checked(zoo, tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "net.pth").write_bytes(b"<html>sign in</html>")
+    with pytest.raises(ValueError, match="net.pth"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    (tmp_path / "hub" / "net.pth").write_bytes((tmp_path / "net.pth").read_bytes())
+    assert fetch("net", folder=tmp_path / "hub", zoo=zoo).is_file() and (tmp_path / "hub" / "net.pth.sha256").is_file()
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_an_endless_answer_is_cut_off(server, zoo, tmp_path, monkeypatch, announced):
+    """Announced (nothing is read) or not (it is read up to the limit); nothing is kept."""
+    monkeypatch.setattr(zoo_module, "LARGEST_FILE", 5 * zoo_module.CHUNK)
+    server.files["net.pth"], server.announces = bytes(9 * zoo_module.CHUNK), announced
+    with pytest.raises(ValueError, match="more than 5242880 bytes; that is no checkpoint of the zoo"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert list((tmp_path / "hub").iterdir()) == []
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        fetch("net", folder=tmp_path / "hub", zoo=with_entry(zoo, size=100))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"models": [1]}, "not in the form of model_zoo.yaml"),
+        ({"models": {"net": {"file": "../net.pth"}}}, "expected a name without a folder"),
+        ({"models": {"net": {"file": "net.pth", "colour": 1}}}, "colour"),
+        ({"tolerance": None, "prefix": None}, "not in the form"),
+    ],
+)
+def test_a_malformed_zoo_file(zoo, tmp_path, change, message):
+    content = yaml.safe_load((tmp_path / "zoo.yaml").read_text()) | change
+    (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit, match=f"zoo.yaml: .*{message}"):
+        main(["--zoo", str(tmp_path / "zoo.yaml")])
 
 
 def test_something_else_arrives(server, zoo, tmp_path):
