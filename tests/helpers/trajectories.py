@@ -212,7 +212,7 @@ def replay(case: dict, folder: Path, change: Callable[[], None] | None = None) -
         torch.save({"model": starting_weights(Teacher())}, folder / "teacher.pth")
         argv += ["--teacher-model", "trajectory_teacher", "--teacher-path", str(folder / "teacher.pth")]
     main = partial(_recorded_main, module.train.main, case["tree"], folder, change)
-    (ended,) = run_ranks(main, module.args.get_args_parser, argv, folder / "printed", timeout=120)
+    (ended,) = run_ranks(main, module.args.get_args_parser, argv, folder / "printed", timeout=300)
     assert ended.code == 0, ended.text
     return _recorded(folder, case["tree"])
 
