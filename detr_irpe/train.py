@@ -57,8 +57,7 @@ def main(args: argparse.Namespace) -> None:
         loader = training_loader(args, train_set, device)
         sets.append(train_set)
     num_classes = number_of_classes(sets, args.dataset_file) if args.num_classes == "auto" else args.num_classes
-    for dataset in sets:
-        quick_check(dataset, num_classes)
+    quick_check(sets, num_classes)
 
     # --- model
     flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as checkpoints have them
@@ -179,8 +178,9 @@ def score(
     precision: Precision,
 ) -> tuple[dict, dict | None]:
     """Evaluate, score and print; returns what ``log.txt`` has after ``test_``, and what ``eval.pth`` holds."""
-    annotations = Path(args.coco_path) / "annotations" / "instances_val2017.json"
-    evaluator = CocoEvaluator(annotations, [kind for kind in ("bbox", "segm") if kind in postprocessors])
+    evaluator = CocoEvaluator(
+        val_loader.dataset.annotations, [kind for kind in ("bbox", "segm") if kind in postprocessors]
+    )
     panoptic = None
     if "panoptic" in postprocessors:
         folder = Path(args.output_dir) / "panoptic_eval" if args.output_dir else None
@@ -209,7 +209,10 @@ def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> 
 def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -> Dataset:
     """The split ``train2017`` or ``val2017`` of ``--dataset_file``."""
     if args.dataset_file == "coco_panoptic":
-        return CocoPanoptic(args.coco_path, args.coco_panoptic_path, split, transforms, return_masks=args.masks)
+        instances = Path(args.coco_path) / "annotations" / "instances_val2017.json" if split == "val2017" else None
+        return CocoPanoptic(
+            args.coco_path, args.coco_panoptic_path, split, transforms, return_masks=args.masks, instances=instances
+        )
     return CocoDetection(args.coco_path, split, transforms, return_masks=args.masks)
 
 

@@ -1,4 +1,4 @@
-"""COCO's instance annotations as flat arrays that worker processes share."""
+"""COCO's instance annotations, read once: typed, checked, and in flat arrays that worker processes share."""
 
 import json
 from pathlib import Path
@@ -7,79 +7,76 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr_irpe.data.json_columns import FLAG, JsonList, read_json
 from detr_irpe.data.packed_strings import PackedStrings
+from detr_irpe.data.segmentations import MOST_PIXELS, problem_of
 
-
-def read_json(path: Path) -> dict:
-    """The content of a COCO JSON file. Raises FileNotFoundError, ValueError: it is missing, or is not such a file."""
-    if not path.is_file():
-        raise FileNotFoundError(f'no annotation file {path}. See README, "Data", for the layout that is expected.')
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"{path}: not a COCO annotation file (no list 'images' in it)")
-    return content
+LARGEST_CATEGORY_ID = 20_000  # the model has an output for each id up to the largest; no published set has more classes
+CATEGORY_IDS = range(LARGEST_CATEGORY_ID + 1)
+SIDES = range(2**20)  # pixels of an image
 
 
 class Annotations:
     """Images in the order of their ids, and the objects of each in the order of the file.
 
+    Data set, check, scoring and prediction all work from this form of a file: none reads it in a way of its own.
+
     Attributes:
         image_ids: (images,) int64. ``names``: their file names, as bytes.
         sizes: (images, 2) int64, height and width, 0 where the file does not say.
-        boxes: (objects, 4) float32, x, y, width, height in pixels, as the file has them.
-        labels, ids: (objects,) int64, category and annotation ids. ``area``: float32. ``iscrowd``: int64.
+        boxes: (objects, 4) float64, x, y, width, height in pixels, as the file has them.
+        labels, ids: (objects,) int64, category and annotation ids. ``area``: float64. ``iscrowd``: int64.
         categories: category id to name, in the order of the file.
-        unplaced: how many annotations name an image that is not in the file.
+        without_mask: how many objects have no segmentation; None where they were not read.
 
     Args:
-        path: ``instances_*.json``.
+        path: ``instances_*.json``. Ids and sizes are integers (also as text), boxes and areas finite numbers. Height,
+            width, area, iscrowd, id, segmentation and a category's name may be missing or null.
         with_masks: keep the segmentations too (several times the memory of all the rest).
     Raises:
-        ValueError: a field is missing or has the wrong form; the message names the entry.
+        FileNotFoundError, ValueError: the file is missing or has another form, an id comes twice, an object is of a
+            category or an image that the file does not list, or its mask does not fit its image; the message names the
+            entries.
     """
 
     def __init__(self, path: Path, *, with_masks: bool = False) -> None:
         self.path = path
         content = read_json(path)
-        images = sorted(content["images"], key=lambda image: _field(image, "id", "image", path))
-        objects = content.get("annotations", [])
-        self.categories = {
-            int(_field(c, "id", "category", path)): str(c.get("name", c["id"])) for c in content.get("categories", [])
-        }
-        if not self.categories:
-            raise ValueError(f"{path}: no 'categories'; without them the classes have neither ids nor names")
+        images, objects = (
+            JsonList(path, "images", content["images"]),
+            JsonList(path, "annotations", content.get("annotations")),
+        )
+        self.categories = read_categories(JsonList(path, "categories", content.get("categories")))
 
-        self.image_ids = _shared([image["id"] for image in images], np.int64, path, "image id")
-        self.names = PackedStrings(str(_field(image, "file_name", "image", path)).encode() for image in images)
-        sizes = [(image.get("height", 0), image.get("width", 0)) for image in images]
-        self.sizes = _shared(sizes, np.int64, path, "image height and width", columns=2)
+        ids = images.integers("id")
+        order = np.argsort(ids, kind="stable")
+        self.image_ids = _shared(ids[order])
+        names = images.texts("file_name")
+        self.names = PackedStrings(names[i].encode() for i in order)
+        sizes = np.stack([images.integers(side, default=0, valid=SIDES) for side in ("height", "width")], axis=1)
+        self.sizes = _shared(sizes[order])
+        refuse_repeated(path, "image ids", ids)
 
-        owner = np.array([_field(o, "image_id", "annotation", path) for o in objects], dtype=np.int64)
+        owner, labels = objects.integers("image_id"), objects.integers("category_id")
+        refuse_unknown(path, "annotations of images", owner, self.image_ids.numpy())
+        refuse_unknown(path, "annotations of categories", labels, np.array(list(self.categories)))
         order = np.argsort(owner, kind="stable")  # objects of an image stay in the order of the file
-        order = order[np.isin(owner[order], self.image_ids.numpy())]
-        self.unplaced = len(objects) - len(order)
-        objects, owner = [objects[i] for i in order], owner[order]
-        first = np.searchsorted(owner, self.image_ids.numpy(), side="left")
-        past = np.searchsorted(owner, self.image_ids.numpy(), side="right")
-        self._ranges = torch.from_numpy(np.stack([first, past], 1).astype(np.int64).reshape(-1, 2)).share_memory_()
+        edges = [np.searchsorted(owner[order], self.image_ids.numpy(), side=side) for side in ("left", "right")]
+        self._ranges = _shared(np.stack(edges, 1).astype(np.int64))
+        boxes = objects.boxes("bbox")
+        area = objects.numbers("area", default=(boxes[:, 2] * boxes[:, 3]).tolist())
+        object_ids = objects.integers("id", default=range(1, len(objects) + 1))
+        refuse_repeated(path, "annotation ids", object_ids)
+        self.boxes, self.labels = _shared(boxes[order]), _shared(labels[order])
+        self.ids, self.area = _shared(object_ids[order]), _shared(area[order])
+        self.iscrowd = _shared(objects.integers("iscrowd", default=0, valid=FLAG)[order])
 
-        boxes = [_field(o, "bbox", "annotation", path) for o in objects]
-        self.boxes = _shared(boxes, np.float32, path, "bbox (x, y, width, height)", columns=4)
-        labels = [_field(o, "category_id", "annotation", path) for o in objects]
-        self.labels = _shared(labels, np.int64, path, "category_id")
-        self.ids = _shared([o.get("id", i + 1) for i, o in enumerate(objects)], np.int64, path, "annotation id")
-        self.iscrowd = _shared([o.get("iscrowd", 0) for o in objects], np.int64, path, "iscrowd")
-        area = [o.get("area", box[2] * box[3]) for o, box in zip(objects, boxes, strict=True)]
-        self.area = _shared(area, np.float32, path, "area")
-        self._segmentations = None
+        self.without_mask, self._segmentations = None, None
         if with_masks:
-            self._segmentations = PackedStrings(
-                json.dumps(_field(o, "segmentation", "annotation", path), separators=(",", ":")).encode()
-                for o in objects
-            )
+            shapes = [objects.entries[i].get("segmentation") or [] for i in order]
+            self._check_masks(shapes)
+            self.without_mask = sum(not shape for shape in shapes)
+            self._segmentations = PackedStrings(json.dumps(s, separators=(",", ":")).encode() for s in shapes)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -90,31 +87,70 @@ class Annotations:
         return torch.repeat_interleave(torch.arange(len(self)), counts)
 
     def of_image(self, index: int) -> dict[str, Tensor]:
-        """Boxes, labels, ids, area and iscrowd of image number ``index``; copies, free to change."""
+        """Boxes and area in float32, labels, ids and iscrowd of image number ``index``; copies, free to change."""
         start, end = self._ranges[index].tolist()
-        fields = ("boxes", "labels", "ids", "area", "iscrowd")
-        return {field: getattr(self, field)[start:end].clone() for field in fields}
+        fields = {name: getattr(self, name)[start:end] for name in ("boxes", "labels", "ids", "area", "iscrowd")}
+        return {name: v.float() if v.is_floating_point() else v.clone() for name, v in fields.items()}
 
     def segmentations_of_image(self, index: int) -> list:
-        """Polygons, or run lengths, of every object of image number ``index``, as the file has them."""
+        """Polygons, or run lengths, of every object of image number ``index``, as the file has them; [] for none."""
         start, end = self._ranges[index].tolist()
         return [json.loads(self._segmentations[i]) for i in range(start, end)]
 
+    def place_of_object(self, index: int) -> str:
+        """Which entry of the file object number ``index`` is, for messages."""
+        image = int(self.image_ids[self.image_of_object()[index]])
+        box = [round(side, 2) for side in self.boxes[index].tolist()]
+        return f"annotation {int(self.ids[index])} of image {image}: bbox {box}, category {int(self.labels[index])}"
 
-_PLURAL = {"image": "images", "annotation": "annotations", "category": "categories"}
+    def unsized(self) -> list[str]:
+        """Images whose height and width a mask cannot do with: missing, or absurd."""
+        pixels = self.sizes.prod(1)
+        return [self.names[i].decode() for i in ((pixels <= 0) | (pixels >= MOST_PIXELS)).nonzero()[:, 0].tolist()]
+
+    def _check_masks(self, shapes: list) -> None:
+        owners, sizes = self.image_of_object().tolist(), self.sizes.tolist()
+        for index, (owner, shape) in enumerate(zip(owners, shapes, strict=True)):
+            height, width = sizes[owner]
+            if 0 < height * width < MOST_PIXELS and (wrong := problem_of(shape, height, width)):
+                raise ValueError(f"{self.path}: segmentation of {self.place_of_object(index)}: {wrong}")
 
 
-def _field(entry: dict, name: str, kind: str, path: Path):
-    if not isinstance(entry, dict) or name not in entry:
-        raise ValueError(f"{path}: an entry of its {_PLURAL[kind]} lacks {name!r}: {json.dumps(entry)[:80]}")
-    return entry[name]
+def read_categories(entries: JsonList) -> dict[int, str]:
+    """Category id to name, in the order of the file; a category without a name is called by its id."""
+    if len(entries) == 0:
+        raise ValueError(f"{entries.path}: no 'categories'; without them the classes have neither ids nor names")
+    ids = entries.integers("id")
+    if not 0 <= ids.min() <= ids.max() <= LARGEST_CATEGORY_ID:
+        wrong = [i for i in ids.tolist() if i not in CATEGORY_IDS]
+        raise ValueError(
+            f"{entries.path}: category ids {_first(np.array(wrong))}: 0 to {LARGEST_CATEGORY_ID} are taken: the model "
+            "has an output for each id up to the largest. Number the categories from 1 on."
+        )
+    refuse_repeated(entries.path, "category ids", ids)
+    names = [entry.get("name") for entry in entries.entries]
+    return {i: str(i if name is None else name) for i, name in zip(ids.tolist(), names, strict=True)}
 
 
-def _shared(values: list, dtype: type, path: Path, what: str, columns: int | None = None) -> Tensor:
-    try:
-        array = np.array(values, dtype=dtype)
-        if columns is not None:
-            array = array.reshape(len(values), columns)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: some {what} is not of that form ({error})") from error
-    return torch.from_numpy(array).share_memory_()
+def refuse_repeated(path: Path, what: str, ids: np.ndarray) -> None:
+    """Raise ValueError if any of ``ids`` comes twice."""
+    values, counts = np.unique(ids, return_counts=True)
+    if len(values) < len(ids):
+        twice = values[counts > 1]
+        raise ValueError(f"{path}: duplicate {what}: {len(twice)} ({_first(twice)}); each must be there once")
+
+
+def refuse_unknown(path: Path, what: str, used: np.ndarray, listed: np.ndarray) -> None:
+    """Raise ValueError if any of the ids ``used`` is not ``listed``."""
+    unknown = np.unique(used[~np.isin(used, listed)])
+    if len(unknown):
+        number = int(np.isin(used, unknown).sum())
+        raise ValueError(f"{path}: {number} {what} that the file does not list (ids {_first(unknown)})")
+
+
+def _first(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:3].tolist())) + (", ..." if len(values) > 3 else "")
+
+
+def _shared(column: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(column)).share_memory_()

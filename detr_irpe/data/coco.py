@@ -1,20 +1,19 @@
 """COCO detection as DETR trains on it: images from a folder or an archive, targets as tensors."""
 
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from detr_irpe.data.annotations import Annotations
-from detr_irpe.data.image_files import open_images
+from detr_irpe.data.image_files import FilesInFolder, FilesInZip, open_images
+from detr_irpe.data.segmentations import decode_masks
 from detr_irpe.data.transforms import drop_empty_boxes
+from irpe_train.pixels import decode_image
 
 
 class CocoDetection(Dataset):
@@ -34,11 +33,11 @@ class CocoDetection(Dataset):
     """
 
     def __init__(self, root: str | Path, split: str, transforms: Callable, *, return_masks: bool = False) -> None:
-        path = Path(root) / "annotations" / f"instances_{split}.json"
-        self.annotations = Annotations(path, with_masks=return_masks)
+        self.path = Path(root) / "annotations" / f"instances_{split}.json"
+        self.annotations = Annotations(self.path, with_masks=return_masks)
         self.images = open_images(Path(root), split, [name.decode() for name in self.annotations.names])
         self.transforms, self.return_masks = transforms, return_masks
-        raise_if_missing(self.images, path)
+        raise_if_missing(self.images, self.path)
 
     @property
     def categories(self) -> dict[int, str]:
@@ -48,7 +47,8 @@ class CocoDetection(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image = read_image(self.images, index)
+        size = tuple(self.annotations.sizes[index].tolist())
+        image = read_image(self.images, index, size)
         objects = self.annotations.of_image(index)
         objects.pop("ids")
         single = objects["iscrowd"] == 0
@@ -57,6 +57,10 @@ class CocoDetection(Dataset):
         target["image_id"] = self.annotations.image_ids[index : index + 1].clone()
         target["orig_size"] = torch.tensor([image.height, image.width])
         if self.return_masks:
+            if (image.height, image.width) != size:  # the masks have that size
+                raise OSError(
+                    f"{self.describe(index)}: {image.height} x {image.width} pixels, annotated {size[0]} x {size[1]}"
+                )
             segmentations = self.annotations.segmentations_of_image(index)
             chosen = [segmentations[i] for i in single.nonzero().flatten().tolist()]
             target["masks"] = decode_masks(chosen, image.height, image.width)
@@ -67,13 +71,19 @@ class CocoDetection(Dataset):
         return self.images.describe(index)
 
 
-def read_image(images, index: int) -> Image.Image:
-    """Image number ``index`` in RGB. Raises OSError: it cannot be read or decoded; the message names it."""
-    try:
-        with Image.open(io.BytesIO(images.read(index))) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{images.describe(index)}: cannot be read as an image ({error})") from error
+def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[int] = (0, 0)) -> Image.Image:
+    """Image number ``index`` in RGB, in the frame that its boxes are in.
+
+    That is as the file stores it, as published, unless the annotated ``size`` (height, width) is the one that it has
+    when it is turned as its EXIF orientation says.
+
+    Raises: OSError: it cannot be read or decoded; the message names it.
+    """
+    data, name = images.read(index), images.describe(index)
+    image = decode_image(data, name)
+    if tuple(size) == image.size != image.size[::-1]:
+        return decode_image(data, name, upright=True)
+    return image
 
 
 def corners_inside(boxes: Tensor, height: int, width: int) -> tv_tensors.BoundingBoxes:
@@ -82,20 +92,6 @@ def corners_inside(boxes: Tensor, height: int, width: int) -> tv_tensors.Boundin
     corners[:, 0::2].clamp_(0, width)
     corners[:, 1::2].clamp_(0, height)
     return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
-
-
-def decode_masks(segmentations: list, height: int, width: int) -> tv_tensors.Mask:
-    """Polygons, or run lengths (compressed or not), of n objects -> (n, height, width) uint8, 1 on the object."""
-    masks = np.zeros((len(segmentations), height, width), dtype=np.uint8)
-    for mask, shape in zip(masks, segmentations, strict=True):
-        if isinstance(shape, dict):
-            runs = rle.frPyObjects(shape, *shape["size"]) if isinstance(shape["counts"], list) else shape
-        elif shape:
-            runs = rle.merge(rle.frPyObjects(shape, height, width))
-        else:
-            continue  # an object without a polygon has an empty mask
-        mask[:] = rle.decode([runs])[:, :, 0]
-    return tv_tensors.Mask(torch.from_numpy(masks))
 
 
 def raise_if_missing(images, annotations: Path) -> None:

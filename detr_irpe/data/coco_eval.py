@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
 from torch import Tensor
 
-from detr_irpe.data.annotations import read_json
+from detr_irpe.data.annotations import Annotations
+from detr_irpe.data.segmentations import encode_masks, to_rle
 from irpe_train import distributed
 
 BACKENDS = ("auto", "faster-coco-eval", "pycocotools")
@@ -38,14 +38,20 @@ class CocoEvaluator:
     """Collects detections image by image, then scores the images that were seen, on the main process.
 
     Args:
-        annotations: ``instances_val2017.json`` or the like.
+        annotations: ``instances_val2017.json`` or the like, or what was read from it (with masks for ``segm``).
         iou_types: ``bbox``, ``segm`` or both.
         backend: which library scores; ``auto`` takes faster-coco-eval where it is installed.
     """
 
-    def __init__(self, annotations: Path, iou_types: Sequence[str] = ("bbox",), *, backend: str = "auto") -> None:
-        self.annotations, self.iou_types = annotations, tuple(iou_types)
+    def __init__(
+        self, annotations: Path | Annotations, iou_types: Sequence[str] = ("bbox",), *, backend: str = "auto"
+    ) -> None:
         self._coco, self._coco_eval = _scoring_library(backend)
+        self.iou_types = tuple(iou_types)
+        if not isinstance(annotations, Annotations):
+            annotations = Annotations(Path(annotations), with_masks="segm" in iou_types)
+        self.annotations = annotations
+        self._known = set(annotations.image_ids.tolist())
         self._detections: dict[int, dict] = {}
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
@@ -56,6 +62,8 @@ class CocoEvaluator:
                 (n,); for ``segm`` also ``masks`` (n, 1, height, width) of the original size, bool or probabilities.
         """
         for image_id, found in predictions.items():
+            if image_id not in self._known:
+                raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated and is not in it")
             corners = found["boxes"].float().cpu()
             boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
             packed = {
@@ -77,25 +85,59 @@ class CocoEvaluator:
         if not distributed.is_main():
             return None
         detections = {image_id: found for part in gathered for image_id, found in part.items()}
-        truth = _ground_truth(self.annotations, self._coco)
-        return {iou_type: self._score(truth, detections, iou_type) for iou_type in self.iou_types}
+        # The libraries know images by numbers, from 1 in the order of their ids: as a float, a large id is another one.
+        numbers = {image_id: number for number, image_id in enumerate(self.annotations.image_ids.tolist(), 1)}
+        numbered = {numbers[image_id]: detections[image_id] for image_id in sorted(detections)}
+        truth = self._ground_truth()
+        results = {iou_type: self._score(truth, numbered, iou_type) for iou_type in self.iou_types}
+        for result in results.values():
+            result.eval["params"]["imgIds"] = sorted(detections)
+        return results
 
     def _score(self, truth, detections: dict[int, dict], iou_type: str) -> Namespace:
         rows = _box_rows(detections) if iou_type == "bbox" else _mask_entries(detections)
         with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
-            found = truth.loadRes(rows) if len(rows) else _nothing_found(truth, self._coco)
+            found = truth.loadRes(rows) if len(rows) else self._indexed(truth.dataset | {"annotations": []})
             scorer = self._coco_eval(truth, found, iou_type)
-            scorer.params.imgIds = sorted(detections)
+            scorer.params.imgIds = list(detections)
             scorer.evaluate()
             scorer.accumulate()
             scorer.summarize()
         return Namespace(stats=[float(figure) for figure in scorer.stats[:12]], eval=as_saved(scorer.eval))
 
+    def _ground_truth(self):
+        """The annotations as the scoring library holds them; images and objects are numbered from 1 on, since both
+        libraries take an object numbered 0 for "not matched", and only one of them a negative number."""
+        known = self.annotations
+        sizes, owners = known.sizes.tolist(), known.image_of_object().tolist()
+        fields = (known.labels.tolist(), known.boxes.tolist(), known.area.tolist(), known.iscrowd.tolist())
+        objects = [
+            {"id": number, "image_id": owner + 1, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+            for number, (owner, label, box, area, crowd) in enumerate(zip(owners, *fields, strict=True), 1)
+        ]
+        if "segm" in self.iou_types:
+            if known.unsized():
+                raise ValueError(
+                    f"{known.path}: masks are scored at the height and width of images, and some lack them"
+                )
+            shapes = (shape for index in range(len(known)) for shape in known.segmentations_of_image(index))
+            for entry, shape in zip(objects, shapes, strict=True):
+                entry["segmentation"] = to_rle(shape, *sizes[entry["image_id"] - 1])
+        return self._indexed(
+            {
+                "info": {},
+                "images": [{"id": n, "height": h, "width": w} for n, (h, w) in enumerate(sizes, 1)],
+                "annotations": objects,
+                "categories": [{"id": i, "name": name} for i, name in known.categories.items()],
+            }
+        )
 
-def encode_masks(masks: Tensor) -> list[dict]:
-    """Masks (n, height, width), bool or probabilities (over 0.5 counts), as compressed run lengths."""
-    binary = (masks if masks.dtype == torch.bool else masks > 0.5).cpu().numpy().astype(np.uint8)
-    return [rle.encode(np.asfortranarray(mask)) for mask in binary]
+    def _indexed(self, content: dict):
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = self._coco()
+            coco.dataset = content
+            coco.createIndex()
+        return coco
 
 
 def as_saved(result: dict) -> dict:
@@ -137,35 +179,8 @@ def _scoring_library(name: str) -> tuple[type, type]:
     return COCO, COCOeval
 
 
-def _ground_truth(path: Path, coco_class: type):
-    """The annotations, with the fields that scoring needs filled in where own data lacks them."""
-    content = read_json(path)
-    objects = content.setdefault("annotations", [])
-    content.setdefault("info", {})
-    for entry in objects:
-        entry.setdefault("iscrowd", 0)
-        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-    ids = {entry.get("id", 0) for entry in objects}
-    if len(ids) < len(objects) or 0 in ids:  # scoring takes an object numbered 0 for "not matched"
-        for number, entry in enumerate(objects, 1):
-            entry["id"] = number
-    return _indexed(content, coco_class)
-
-
-def _nothing_found(truth, coco_class: type):
-    return _indexed(truth.dataset | {"annotations": []}, coco_class)
-
-
-def _indexed(content: dict, coco_class: type):
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = coco_class()
-        coco.dataset = content
-        coco.createIndex()
-    return coco
-
-
 def _box_rows(detections: dict[int, dict]) -> np.ndarray:
-    """(detections, 7): image id, x, y, width, height, score, label, in float64 as the libraries compute."""
+    """(detections, 7): image number, x, y, width, height, score, label, in float64 as the libraries compute."""
     blocks = [
         np.column_stack([np.full(len(found["scores"]), image_id), found["boxes"], found["scores"], found["labels"]])
         for image_id, found in sorted(detections.items())

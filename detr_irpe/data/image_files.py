@@ -27,7 +27,7 @@ class FilesInFolder:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
         self._names = PackedStrings(os.fsencode(_checked_name(name, folder)) for name in names)
-        present = {entry.name for entry in os.scandir(folder)}
+        present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # a pipe would never end
         self.missing = [
             name for name in names if name not in present and ("/" not in name or not (folder / name).is_file())
         ]
@@ -95,10 +95,13 @@ class FilesInZip:
         return self.__dict__ | {"_file": None, "_process": None}
 
 
-def open_images(root: Path, split: str, names: Sequence[str]) -> FilesInFolder | FilesInZip:
+def open_images(
+    root: Path, split: str, names: Sequence[str], *, flag: str = "--coco_path"
+) -> FilesInFolder | FilesInZip:
     """The images ``names`` of ``root/split/``, or of ``root/split.zip`` where there is no such folder.
 
-    Raises: FileNotFoundError: neither is there, or a name is missing from it (the first ones are listed).
+    Args: flag: the one that named ``root``, for messages.
+    Raises: FileNotFoundError: neither is there. Names that are missing from it are listed in ``missing``.
     """
     folder, archive = root / split, root / f"{split}.zip"
     if folder.is_dir():
@@ -106,7 +109,7 @@ def open_images(root: Path, split: str, names: Sequence[str]) -> FilesInFolder |
     elif archive.is_file():
         images = FilesInZip(archive, names)
     else:
-        raise FileNotFoundError(f'--coco_path {root}: no {split}/ or {split}.zip there. See README, "Data".')
+        raise FileNotFoundError(f'{flag} {root}: no {split}/ or {split}.zip there. See README, "Data".')
     return images
 
 

@@ -11,12 +11,16 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from detr_irpe.data.annotations import read_json
+from detr_irpe.data.annotations import Annotations, read_categories, refuse_repeated, refuse_unknown
 from detr_irpe.data.coco import raise_if_missing, read_image
 from detr_irpe.data.image_files import open_images
+from detr_irpe.data.json_columns import FLAG, JsonList, read_json
 from detr_irpe.data.packed_strings import PackedStrings
 from detr_irpe.data.transforms import drop_empty_boxes
-from detr_irpe.models.postprocess import decode_ids
+from detr_irpe.models.postprocess import ids_of_colours
+from irpe_train.pixels import decode_image
+
+SEGMENT_IDS = range(1, 2**24)  # what three bytes of colour can say; 0 is "nothing"
 
 
 class CocoPanoptic(Dataset):
@@ -27,6 +31,7 @@ class CocoPanoptic(Dataset):
         panoptic_root: holds ``annotations/panoptic_{split}.json`` and the segment images in ``panoptic_{split}/`` or
             ``panoptic_{split}.zip``. A pixel's segment id is red + 256 green + 65536 blue.
         split, transforms, return_masks: as for ``CocoDetection``.
+        instances: ``instances_{split}.json`` of the same images, which boxes (and masks) are scored by.
     Raises: FileNotFoundError, ValueError: files are missing, or the annotations have the wrong form.
     """
 
@@ -38,25 +43,61 @@ class CocoPanoptic(Dataset):
         transforms: Callable,
         *,
         return_masks: bool = False,
+        instances: Path | None = None,
     ) -> None:
-        path = Path(panoptic_root) / "annotations" / f"panoptic_{split}.json"
+        self.path = path = Path(panoptic_root) / "annotations" / f"panoptic_{split}.json"
         content = read_json(path)
-        try:
-            annotations = {entry["image_id"]: entry for entry in content["annotations"]}
-            images = sorted(content["images"], key=lambda image: image["id"])
-            of_images = [annotations[image["id"]] for image in images]
-            self.categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-            self.things = {int(c["id"]) for c in content["categories"] if c["isthing"]}
-            self._segments = PackedStrings(json.dumps(entry["segments_info"]).encode() for entry in of_images)
-            names = [str(image["file_name"]) for image in images], [str(entry["file_name"]) for entry in of_images]
-        except KeyError as error:
-            raise ValueError(f"{path}: not a panoptic annotation file ({error} is missing)") from error
-        self.image_ids = torch.tensor([image["id"] for image in images], dtype=torch.int64).share_memory_()
-        self.images = open_images(Path(image_root), split, names[0])
-        self.segment_images = open_images(Path(panoptic_root), f"panoptic_{split}", names[1])
+        categories = JsonList(path, "categories", content.get("categories"))
+        self.categories = read_categories(categories)
+        counted = categories.integers("isthing", valid=FLAG)
+        self.things = {i for i, thing in zip(self.categories, counted.tolist(), strict=True) if thing}
+
+        images, entries = (
+            JsonList(path, "images", content["images"]),
+            JsonList(path, "annotations", content.get("annotations")),
+        )
+        ids, owners = images.integers("id"), entries.integers("image_id")
+        refuse_repeated(path, "image ids", ids)
+        refuse_repeated(path, "annotations of images", owners)
+        if other := sorted(set(ids.tolist()) ^ set(owners.tolist())):
+            raise ValueError(f"{path}: images and annotations do not pair up: image id {other[0]} has only one of them")
+        image_order, entry_order = np.argsort(ids), np.argsort(owners)
+        names, maps = images.texts("file_name"), entries.texts("file_name")
+        names, maps = [names[i] for i in image_order], [maps[i] for i in entry_order]
+        segments = self._read_segments([entries.entries[i] for i in entry_order])
+        self.labels = torch.tensor([s["category_id"] for of_image in segments for s in of_image], dtype=torch.int64)
+        self.iscrowd = torch.tensor([s["iscrowd"] for of_image in segments for s in of_image], dtype=torch.int64)
+        self._segments = PackedStrings(json.dumps(of_image).encode() for of_image in segments)
+        self.image_ids = torch.from_numpy(ids[image_order]).share_memory_()
+
+        self.images = open_images(Path(image_root), split, names)
+        self.segment_images = open_images(Path(panoptic_root), f"panoptic_{split}", maps, flag="--coco_panoptic_path")
         raise_if_missing(self.images, path)
         raise_if_missing(self.segment_images, path)
         self.transforms, self.return_masks = transforms, return_masks
+        self.annotations = Annotations(instances, with_masks=return_masks) if instances is not None else None
+
+    def _read_segments(self, entries: list[dict]) -> list[list[dict]]:
+        """``id``, ``category_id`` and ``iscrowd`` of every segment of each entry."""
+        lists = [entry.get("segments_info") for entry in entries]
+        for entry, given in zip(entries, lists, strict=True):
+            if not isinstance(given, list):
+                raise ValueError(f"{self.path}: segments_info of image {entry['image_id']} is no list ({given!r:.40})")
+        owners = np.repeat(np.arange(len(lists)), [len(given) for given in lists])
+        segments = JsonList(
+            self.path,
+            "segments_info",
+            [segment for given in lists for segment in given],
+            name_of=lambda index: f"segments_info of image {entries[owners[index]]['image_id']}",
+        )
+        ids, labels = segments.integers("id", valid=SEGMENT_IDS), segments.integers("category_id")
+        crowds = segments.integers("iscrowd", default=0, valid=FLAG)
+        refuse_repeated(self.path, "segment ids in one image (numbered image * 2^24 + id)", owners * 2**24 + ids)
+        refuse_unknown(self.path, "segments of categories", labels, np.array(list(self.categories)))
+        read: list[list[dict]] = [[] for _ in lists]
+        for owner, segment_id, label, crowd in zip(*(c.tolist() for c in (owners, ids, labels, crowds)), strict=True):
+            read[owner].append({"id": segment_id, "category_id": label, "iscrowd": crowd})
+        return read
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -64,6 +105,10 @@ class CocoPanoptic(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         image = read_image(self.images, index)
         segment_map, segments = self.truth(index)
+        if segment_map.shape != (image.height, image.width):
+            raise OSError(
+                f"{self.segment_images.describe(index)}: {segment_map.shape}, its image is {image.size[::-1]}"
+            )
         masks = torch.from_numpy(segment_map == np.array([s["id"] for s in segments], np.int64)[:, None, None])
         kept = masks.flatten(1).any(1)  # a segment without a pixel has no box
         segments = [s for s, keep in zip(segments, kept.tolist(), strict=True) if keep]
@@ -74,7 +119,7 @@ class CocoPanoptic(Dataset):
             "labels": torch.tensor([s["category_id"] for s in segments], dtype=torch.int64),
             "boxes": tv_tensors.BoundingBoxes(masks_to_boxes(masks).reshape(-1, 4), format="XYXY", canvas_size=canvas),
             "area": masks.flatten(1).sum(1).float(),
-            "iscrowd": torch.tensor([s.get("iscrowd", 0) for s in segments], dtype=torch.int64),
+            "iscrowd": torch.tensor([s["iscrowd"] for s in segments], dtype=torch.int64),
             "orig_size": torch.tensor(canvas),
         }
         if self.return_masks:
@@ -83,10 +128,8 @@ class CocoPanoptic(Dataset):
 
     def truth(self, index: int) -> tuple[np.ndarray, list[dict]]:
         """Segment ids (height, width) int64 of image number ``index``, 0 where nothing is; and what each id is."""
-        try:
-            ids = decode_ids(self.segment_images.read(index))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise OSError(f"{self.segment_images.describe(index)}: cannot be read as an image ({error})") from error
+        png = self.segment_images.read(index)
+        ids = ids_of_colours(decode_image(png, self.segment_images.describe(index)))
         return ids, json.loads(self._segments[index])
 
     def describe(self, index: int) -> str:

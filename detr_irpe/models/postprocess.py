@@ -149,8 +149,12 @@ def encode_ids(ids: np.ndarray) -> bytes:
 
 def decode_ids(png: bytes) -> np.ndarray:
     """The inverse of ``encode_ids``: int64 ``(height, width)``."""
-    colours = np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(np.int64)
-    return colours @ np.array([1, 256, 65536])
+    return ids_of_colours(Image.open(BytesIO(png)).convert("RGB"))
+
+
+def ids_of_colours(image: Image.Image) -> np.ndarray:
+    """Segment ids, int64 ``(height, width)``, of an RGB image that ``encode_ids`` describes."""
+    return np.asarray(image).astype(np.int64) @ np.array([1, 256, 65536])
 
 
 def _areas(ids: np.ndarray, count: int) -> list[int]:

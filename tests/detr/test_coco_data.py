@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from detr_irpe.data.annotations import Annotations
-from detr_irpe.data.coco import CocoDetection, decode_masks
+from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.image_files import FilesInZip
 from detr_irpe.data.packed_strings import PackedStrings
+from detr_irpe.data.segmentations import decode_masks
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.nested_tensor import collate
 from irpe_train.errors import BadData
@@ -177,8 +178,8 @@ def test_training_augmentation_is_reproducible_and_stays_consistent(tmp_path):
     "change, words",
     [
         (lambda c: c.pop("images"), "no list 'images'"),
-        (lambda c: c["images"][0].pop("file_name"), "images lacks 'file_name'"),
-        (lambda c: c["annotations"][0].pop("bbox"), "annotations lacks 'bbox'"),
+        (lambda c: c["images"][0].pop("file_name"), r"images\[0\] lacks 'file_name'"),
+        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] lacks 'bbox'"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox"),
         (lambda c: c["annotations"][0].update(category_id="cat"), "category_id"),
         (lambda c: c.pop("categories"), "no 'categories'"),
@@ -213,7 +214,7 @@ def test_missing_files_are_named(tmp_path):
 def test_an_unreadable_image_is_named(tmp_path):
     root = write_tiny_coco(tmp_path)
     (root / "train2017/000000000101.jpg").write_bytes(b"\xff\xd8 not really")
-    with pytest.raises(OSError, match="000000000101.jpg: cannot be read as an image"):
+    with pytest.raises(OSError, match="000000000101.jpg: this image cannot be read"):
         CocoDetection(root, "train2017", PLAIN)[1]
 
 

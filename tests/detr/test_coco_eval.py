@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from detr_irpe.data import coco_eval
-from detr_irpe.data.coco import CocoDetection, decode_masks
-from detr_irpe.data.coco_eval import CocoEvaluator, encode_masks, format_figures
+from detr_irpe.data.coco import CocoDetection
+from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
+from detr_irpe.data.segmentations import decode_masks, encode_masks
 from detr_irpe.data.transforms import eval_transforms
 from irpe_train.checkpoint import read_checkpoint, write_checkpoint
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
@@ -193,4 +194,4 @@ def test_an_unknown_or_missing_library_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(ImportError, match="pip install faster-coco-eval"):
         CocoEvaluator(tmp_path, backend="faster-coco-eval")
-    assert CocoEvaluator(tmp_path)._coco.__module__ == "pycocotools.coco"
+    assert CocoEvaluator(annotations_of(write_tiny_coco(tmp_path)))._coco.__module__ == "pycocotools.coco"

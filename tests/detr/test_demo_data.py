@@ -35,7 +35,7 @@ def out(demo, tmp_path_factory):
 
 def test_the_real_loader_reads_it_and_the_check_finds_nothing(out):
     for split, count in (("train2017", 12), ("val2017", 5)):
-        problems, summary = check_split(out / "coco_digits", split, None, 0)
+        _, problems, summary = check_split(out / "coco_digits", split)
         assert problems == [] and f"{split}: {count} images (0 without objects)" in summary
         assert "10 categories, largest id 29" in summary
 

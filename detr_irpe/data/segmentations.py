@@ -1,0 +1,86 @@
+"""The masks of COCO annotations: polygons, or run lengths (compressed or not), checked and decoded."""
+
+import math
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from torch import Tensor
+from torchvision import tv_tensors
+
+MOST_PIXELS = 2**30  # of an image; run lengths are 32-bit numbers in pycocotools
+
+
+def problem_of(segmentation, height: int, width: int) -> str | None:
+    """What is wrong with the mask of an object in an image of this size, None if nothing is.
+
+    pycocotools trusts what it is given: a wrong run length writes past the end of its memory.
+    """
+    if not segmentation:
+        return None  # no mask; whether one is needed is the caller's business
+    if isinstance(segmentation, list):
+        return next((wrong for polygon in segmentation if (wrong := _wrong_polygon(polygon, height, width))), None)
+    if not isinstance(segmentation, dict):
+        return "neither polygons nor run lengths"
+    if segmentation.get("size") != [height, width]:
+        return f"run lengths of size {str(segmentation.get('size')):.40}, the image is {[height, width]}"
+    counts = segmentation.get("counts")
+    runs = _runs_of_text(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+        return "run lengths that are no counts of pixels"
+    return None if sum(runs) == height * width else f"run lengths of {sum(runs)} pixels, the image has {height * width}"
+
+
+def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
+    """A checked segmentation as compressed run lengths; none is an empty mask."""
+    if not segmentation:
+        return rle.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return rle.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def decode_masks(segmentations: list, height: int, width: int) -> tv_tensors.Mask:
+    """Checked segmentations of n objects -> (n, height, width) uint8, 1 on the object."""
+    masks = np.zeros((len(segmentations), height, width), dtype=np.uint8)
+    for mask, shape in zip(masks, segmentations, strict=True):
+        mask[:] = np.asarray(rle.decode([to_rle(shape, height, width)]))[:, :, 0]
+    return tv_tensors.Mask(torch.from_numpy(masks))
+
+
+def encode_masks(masks: Tensor) -> list[dict]:
+    """Masks (n, height, width), bool or probabilities (over 0.5 counts), as compressed run lengths."""
+    binary = (masks if masks.dtype == torch.bool else masks > 0.5).cpu().numpy().astype(np.uint8)
+    return [rle.encode(np.asfortranarray(mask)) for mask in binary]
+
+
+def _wrong_polygon(polygon, height: int, width: int) -> str | None:
+    if not isinstance(polygon, list) or set(map(type, polygon)) - {int, float}:
+        return "a polygon that is no list of numbers; [[x, y, x, y, x, y, ...], ...] is wanted"
+    if len(polygon) < 6 or len(polygon) % 2:
+        return f"a polygon of {len(polygon)} numbers; x and y of three points or more are wanted"
+    x, y = polygon[0::2], polygon[1::2]
+    beyond = min(x) < -width or max(x) > 2 * width or min(y) < -height or max(y) > 2 * height
+    return "a polygon far outside of its image" if beyond or not math.isfinite(sum(polygon)) else None
+
+
+def _runs_of_text(counts: str) -> list[int] | None:
+    """Run lengths from COCO's text: five bits a letter, the least first; from the fourth run on, the difference from
+    the run before the last.
+
+    Source: pycocotools, common/maskApi.c, ``rleFrString``.
+    """
+    letters = np.frombuffer(counts.encode(errors="replace"), dtype=np.uint8).astype(np.int64) - 48
+    if len(letters) == 0 or letters.min() < 0 or letters.max() > 63 or letters[-1] & 32:
+        return None
+    last = np.flatnonzero((letters & 32) == 0)  # of each number
+    first = np.concatenate([[0], last[:-1] + 1])
+    if (last - first).max() > 6:  # more than 35 bits: beyond any image, and beyond pycocotools' own numbers
+        return None
+    place = np.arange(len(letters)) - np.repeat(first, last - first + 1)
+    runs = np.add.reduceat((letters & 31) << (5 * place), first)
+    runs -= np.where(letters[last] & 16, 1 << (5 * (last - first + 1)), 0)  # the sign
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs.tolist()
