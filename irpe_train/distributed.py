@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from irpe_train.errors import RankLost, RunError
+from irpe_train.freed_memory import keep_freed_memory
 
 logger = logging.getLogger("irpe")
 
@@ -47,6 +48,8 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
     chosen = choose_device(device, local_rank if world > 1 else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         logger.info(f"process {my_rank} of {world}, {backend} at {dist_url}")

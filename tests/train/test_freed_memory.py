@@ -1,0 +1,50 @@
+"""Whether freed memory stays with the process: page faults are counted in fresh ones."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from irpe_train.freed_memory import keep_freed_memory
+
+CALLS = """
+import resource, sys
+import torch
+from irpe_train import distributed
+
+if sys.argv[1] == "trainer":
+    distributed.start(device="cpu")
+
+
+def faults_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones(3 << 20) for _ in range(4)]  # 12 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+print([faults_of_a_step() for _ in range(8)][-1])
+"""
+
+
+def faults(who: str, **environment: str) -> int:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))} | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        **environment,
+    }
+    command = [sys.executable, "-c", CALLS, who]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_trainer_on_the_cpu_keeps_what_it_frees():
+    assert faults("trainer") < 100
+    assert faults("anyone") > 5000  # or the line above shows nothing
+    assert faults("trainer", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072") > 5000  # the user's word
+
+
+def test_no_mallopt_is_no_error(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert not keep_freed_memory()
