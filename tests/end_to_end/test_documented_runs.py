@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from deit_irpe import create_model
-from irpe_train.zoo import cache_folder, read_zoo
+from irpe_train.zoo import cache_folder, read_zoo, sha256
 from tests.deit.test_data_at_scale import write_parquet, write_shards
 from tests.end_to_end.test_documented_commands import PAGES, PROJECT, RUN_BY_THEIR_OWN_TEST, documented_commands
 from tests.helpers.deit_runs import deit_ok
@@ -98,7 +98,9 @@ def things(tmp_path_factory) -> Path:
     hub = root / "torch" / cache_folder().relative_to(cache_folder().parents[1])
     hub.mkdir(parents=True)
     for name, weights in ((SMALL_K, "small_k.pth"), ("rpe-2.0-product-ctx-1-k", "detr.pth")):
-        shutil.copy(root / weights, hub / read_zoo().find(name).file)
+        file = read_zoo().find(name).file
+        shutil.copy(root / weights, hub / file)
+        (hub / f"{file}.sha256").write_text(sha256(hub / file))  # as if this had been the first download
     return root
 
 
