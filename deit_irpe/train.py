@@ -25,6 +25,7 @@ from irpe_train.distributed import logger
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
+from irpe_train.preemption import STOP
 from irpe_train.run import open_run
 from irpe_train.seeding import seed_everything
 from irpe_train.state import Checkpoint, Checkpoints, TrainState
@@ -37,6 +38,7 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
 
     # --- device and seed
+    STOP.install()
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from irpe_train.errors import RankLost, RunError
 from irpe_train.freed_memory import keep_freed_memory
+from irpe_train.preemption import STOP
 
 logger = logging.getLogger("irpe")
 
@@ -54,15 +55,14 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         logger.info(f"process {my_rank} of {world}, {backend} at {dist_url}")
         try:
-            dist.init_process_group(
-                backend,
-                init_method=dist_url,
-                rank=my_rank,
-                world_size=world,
-                timeout=datetime.timedelta(seconds=timeout),
-            )
+            limit = datetime.timedelta(seconds=timeout)
+            store, _, _ = next(dist.rendezvous(dist_url, my_rank, world, timeout=limit))
+            STOP.share(dist.PrefixStore("stop", store.clone()), my_rank, world)
+            groups = dist.PrefixStore("groups", store)
+            dist.init_process_group(backend, store=groups, rank=my_rank, world_size=world, timeout=limit)
             dist.barrier()
         except RuntimeError as error:
+            STOP.leave_if_asked()
             raise RankLost(
                 f"rank {my_rank} of {world}: the others did not come within {timeout:g} s ({_first_line(error)}). "
                 "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE."
@@ -185,6 +185,7 @@ class lost_ranks_named:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, RuntimeError) and not isinstance(error, RunError) and speaks_of_a_lost_rank(error):
+            STOP.leave_if_asked()  # it has left first
             raise RankLost(
                 f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {self.where}: "
                 f"{_first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."

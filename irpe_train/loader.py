@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from irpe_train.distributed import logger, rank, world_size
 from irpe_train.errors import BadData
-from irpe_train.preemption import obey_parent_alone
+from irpe_train.preemption import STOP, heed_the_parent_alone, held_back
 from irpe_train.seeding import sample_randomness
 
 # What decoders raise on damaged files. PIL raises SyntaxError on a broken PNG.
@@ -74,7 +74,7 @@ class TrainLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            worker_init_fn=obey_parent_alone,
+            worker_init_fn=heed_the_parent_alone,
             generator=torch.Generator(),
         )
 
@@ -88,7 +88,9 @@ class TrainLoader:
         self.bad = {}
         if start == len(self):
             return
-        for batch, bad in self._loader:
+        with held_back():
+            batches = iter(self._loader)
+        for batch, bad in batches:
             for name, reason in bad:
                 if name not in self.bad:
                     logger.warning(f"unreadable training image, its neighbour was taken: {name} ({reason})")
@@ -142,7 +144,7 @@ class EvalLoader:
             collate_fn=_CollateAndReport(collate_fn),
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=obey_parent_alone,
+            worker_init_fn=heed_the_parent_alone,
             generator=torch.Generator(),
         )
 
@@ -150,7 +152,10 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator:
-        for batch, bad in self._loader:
+        with held_back():
+            batches = iter(self._loader)
+        for batch, bad in batches:
+            STOP.leave_if_asked()
             if bad:
                 name, reason = bad[0]
                 raise BadData(

@@ -1,70 +1,172 @@
-"""Signals that ask a run to stop: SIGTERM, SIGUSR1, SIGUSR2.
+"""Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2.
 
-While ``deferred`` (in an epoch's training, until its end is saved) a signal is only noted, and ``Steps`` stops all
-ranks after one and the same step. At any other time the state on disk is complete, and the signal ends the process.
+A signal is only noted, wherever it arrives. In an epoch's training ``Steps`` saves and stops all ranks after one and
+the same step; evaluation leaves between two batches. Anything else, as listing the data or building the model, is cut
+short after ``GRACE`` seconds by a thread: the state on disk is complete then. What one rank was told, the threads of
+all ranks learn from their common store, so that all leave alike.
 """
 
 import contextlib
+import logging
 import os
+import select
 import signal
 import threading
 import time
 
-from irpe_train.distributed import logger
 from irpe_train.errors import Preempted
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+logger = logging.getLogger("irpe")
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+GRACE = 3.0  # seconds in which a run may come to a point where it leaves by itself
+PAUSE = 0.1  # seconds between two looks at the ranks' store
 
 
 class Preemption:
-    """Notes stop signals; ``install`` once in the main thread.
+    """The stop request of this process. There is one for all, ``STOP``, since signals are the process's.
 
     A handler that was there before, as submitit's, which puts the job back into SLURM's queue, is called once the
     state is saved. SIGTERM is left to such a handler altogether: submitit ignores it on purpose.
+
+    Attributes:
+        signal: the last one noted, here or on another rank; None before.
+        training: whether an epoch's training runs, until its end is saved.
     """
 
     def __init__(self):
         self.signal: int | None = None
-        self.deferred = False
+        self.training = False
         self._before: dict[int, object] = {}
+        self._writing = False
+        self._interrupts = 0
+        self._store = None
+        self._uninstalled, self._all_heard = threading.Event(), threading.Event()
 
     def install(self) -> "Preemption":
+        """Note signals from now on. Call it in the main thread; a second call changes nothing."""
+        if self._before:
+            return self
         for number in SIGNALS:
             before = signal.getsignal(number)
             if number == signal.SIGTERM and callable(before):
                 continue
-            self._before[number] = before
+            self._before[number] = before if before is not signal.default_int_handler else None
             signal.signal(number, self._note)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)  # tells the thread what this one, waiting for other ranks, is late to handle
+        threading.Thread(target=self._watch, args=(reading, self._uninstalled), daemon=True).start()
         return self
 
     def uninstall(self) -> None:
+        """As if nothing had been installed or noted."""
+        self._uninstalled.set()
+        if self._before:
+            os.close(signal.set_wakeup_fd(-1))
         for number, before in self._before.items():
-            signal.signal(number, before)
-        self._before.clear()
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, before or default)
+        self.__init__()
+
+    def share(self, store, rank: int, world_size: int) -> None:
+        """Tell the other ranks, and be told by them, through a ``torch.distributed`` store."""
+        self._heard = [f"irpe/heard/{r}" for r in range(world_size)]
+        self._rank, self._store = rank, store
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Inside, a file is being written that the run must not leave behind half done."""
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+
+    def leave_if_asked(self) -> None:
+        """A point where the state on disk is complete and the run can leave."""
+        if self.signal is not None:
+            self.leave()
+
+    def leave(self) -> None:
+        """Raise ``Preempted``, once the other ranks have heard; the state is on disk."""
+        if self._store is not None:
+            self._all_heard.wait(5)  # a rank that waits for this one must know why it is gone
+        if callable(before := self._before.get(self.signal)):  # None on a rank that saw no signal itself
+            before(self.signal, None)  # rank 0 leaves here under submitit, once the job is queued again
+            time.sleep(20)  # the others must not be the first to leave: SLURM may then kill rank 0 in mid-request
+        self._say()
+        raise Preempted
 
     def _note(self, number, frame) -> None:
         self.signal = number
-        if not self.deferred:
-            self.stop()
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            os._exit(128 + number)
 
-    def stop(self):
-        """Leave the process; the state is on disk."""
-        before = self._before.get(self.signal)  # None on a rank that saw no signal itself
-        if callable(before):
-            before(self.signal, None)  # rank 0 leaves here under submitit, once the job is queued again
-            time.sleep(20)  # the others must not be the first to leave: SLURM may then kill rank 0 in mid-request
-        with contextlib.suppress(RuntimeError):  # a handler that interrupts a print cannot print
-            logger.warning(
-                f"stopped by {signal.Signals(self.signal or signal.SIGTERM).name}; the same command with "
-                "--resume auto goes on"
-            )
-        raise Preempted
+    def _watch(self, pipe: int, uninstalled: threading.Event) -> None:
+        unheeded_since, interrupts = None, 0
+        while not uninstalled.is_set():
+            if select.select([pipe], [], [], PAUSE)[0]:
+                numbers = [number for number in os.read(pipe, 99) if number in self._before]
+                self.signal = numbers[-1] if numbers else self.signal
+                interrupts += numbers.count(signal.SIGINT)
+                if interrupts > 1:
+                    os._exit(128 + signal.SIGINT)
+            self._talk()
+            if self.signal is None or self.training or self._writing:
+                unheeded_since = None
+            elif unheeded_since is None:
+                unheeded_since = time.monotonic()
+            elif time.monotonic() - unheeded_since > GRACE:
+                self._cut_short()
+
+    def _talk(self) -> None:
+        """Pass a request on to the other ranks, or take one from them."""
+        if (store := self._store) is None:
+            return
+        try:
+            if self.signal is None and store.check(["irpe/stop"]):
+                self.signal = int(store.get("irpe/stop"))
+            if self.signal is not None and not self._all_heard.is_set():
+                store.set("irpe/stop", str(int(self.signal)))
+                store.set(self._heard[self._rank], "")
+                if store.check(self._heard):
+                    self._all_heard.set()
+        except RuntimeError:  # the process that keeps the store is gone
+            self._all_heard.set()
+            self._store = None
+
+    def _cut_short(self) -> None:
+        self._say()
+        if callable(before := self._before.get(self.signal)):
+            with contextlib.suppress(BaseException):
+                before(self.signal, None)
+        os._exit(Preempted.EXIT_CODE)
+
+    def _say(self) -> None:
+        name = signal.Signals(self.signal or signal.SIGTERM).name
+        logger.warning(f"stopped by {name}; the same command with --resume auto goes on")
 
 
-def obey_parent_alone(worker_id: int = 0) -> None:
+STOP = Preemption()
+
+
+@contextlib.contextmanager
+def held_back():
+    """Signals wait meanwhile. Data loading workers that are started inside inherit this, and never see one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def heed_the_parent_alone(worker_id: int = 0) -> None:
     """In a data loading worker: heed a stop signal only if it comes from the main process.
 
-    torchrun and SLURM signal whole process groups, and the main process needs its workers to finish the step.
+    torchrun, SLURM and terminals signal whole process groups, and the main process needs its workers to finish a step.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return

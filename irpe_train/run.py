@@ -3,10 +3,10 @@
 import argparse
 import time
 
-from irpe_train.distributed import logger, world_size
+from irpe_train.distributed import gather, logger, world_size
 from irpe_train.loader import TrainLoader
 from irpe_train.metrics import count_parameters
-from irpe_train.preemption import Preemption
+from irpe_train.preemption import STOP
 from irpe_train.run_log import RunLog, banner, changed_flags, record_start
 from irpe_train.state import Checkpoint, Checkpoints, TrainState
 from irpe_train.steps import Steps
@@ -62,7 +62,6 @@ def open_run(
         accumulate=args.accumulate,
         save_interval=args.save_interval,
         max_bad=args.max_bad,
-        preemption=Preemption().install(),
     )
     return Run(state, checkpoints, log, steps)
 
@@ -94,6 +93,8 @@ class Run:
         )
         state.next_epoch()
         self.checkpoints.save(state, also=("best.pth",) if improved else ())
+        if any(gather(STOP.signal is not None)):
+            STOP.leave()
 
     def close(self) -> None:
         """After the last epoch: say how long it took."""

@@ -11,6 +11,7 @@ from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint,
 from irpe_train.distributed import from_main, gather, is_main, logger, rank, world_size
 from irpe_train.errors import BadCheckpoint
 from irpe_train.metrics import MetricLogger
+from irpe_train.preemption import STOP
 
 FORMAT = 1  # of our own keys; raised when an older program could not resume from them
 
@@ -241,12 +242,13 @@ class Checkpoints:
             return
         contents = state.to_dict(self.keys)
         if is_main():
-            write_checkpoint(
-                contents,
-                self.folder / self.NAME,
-                previous=self.folder / self.PREVIOUS,
-                also=tuple(self.folder / name for name in also),
-            )
+            with STOP.writing():
+                write_checkpoint(
+                    contents,
+                    self.folder / self.NAME,
+                    previous=self.folder / self.PREVIOUS,
+                    also=tuple(self.folder / name for name in also),
+                )
 
     def open(self, where: str) -> Checkpoint | None:
         """The checkpoint that ``--resume`` names; call it on every rank.

@@ -21,7 +21,7 @@ from irpe_train.arguments import parse_save_interval
 from irpe_train.distributed import gather, is_main, rank, world_size
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
-from irpe_train.preemption import Preemption
+from irpe_train.preemption import STOP
 from irpe_train.seeding import mix, seed_step
 from irpe_train.state import Checkpoints, TrainState
 
@@ -37,7 +37,6 @@ class Steps:
         accumulate: batches per update.
         save_interval: when to save in mid-epoch, see ``parse_save_interval``; None for never.
         max_bad: the fraction of the training set that may be unreadable before the run stops.
-        preemption: installed signal handlers; None to be deaf to signals.
     """
 
     def __init__(
@@ -50,14 +49,12 @@ class Steps:
         accumulate: int = 1,
         save_interval: str | None = None,
         max_bad: float = 0.001,
-        preemption: Preemption | None = None,
     ):
         if accumulate < 1:
             raise ValueError(f"--accumulate {accumulate}: expected 1 or more batches per update")
         self.loader, self.state, self.checkpoints = loader, state, checkpoints
         self.seed, self.accumulate, self.max_bad = seed, accumulate, max_bad
         self.save_steps, self.save_seconds = parse_save_interval(save_interval) if save_interval else (None, None)
-        self.preemption = preemption or Preemption()
         self._last_save = time.monotonic()
         self._agreement, self._agreed = Agreement(), Votes(0, 0, 0, 0)
         self._bad_looked_at = 0
@@ -74,8 +71,8 @@ class Steps:
 
     def __iter__(self):
         state = self.state
-        self.preemption.deferred = True
         self._bad_looked_at = 0
+        STOP.training = True
         for batch in self.loader.batches(state.epoch, state.step):
             seed_step(self.seed, rank=rank(), step=state.epoch * len(self) + state.step)
             yield batch
@@ -104,7 +101,7 @@ class Steps:
         """
         self._lr = lr
         self._terms = {name: torch.as_tensor(value).detach() for name, value in {"loss": loss, **(terms or {})}.items()}
-        stop = self.preemption.signal is not None
+        stop = STOP.signal is not None
         self._agreement.ask(loss, stop=stop, save=self._save_is_due(), bad_samples=len(self.loader.bad))
 
     def confirm(self) -> None:
@@ -130,10 +127,9 @@ class Steps:
         self.state.train_stats = stats
         self.checkpoints.save(self.state, also=also)
         self._last_save = time.monotonic()
-        stop = any(gather(self.preemption.signal is not None))
-        self.preemption.deferred = False
-        if stop:
-            self.preemption.stop()
+        STOP.training = False
+        if any(gather(STOP.signal is not None)):
+            STOP.leave()
 
     def _save_is_due(self) -> bool:
         if self.save_steps:
@@ -147,7 +143,7 @@ class Steps:
             self.checkpoints.save(self.state)
             self._last_save = time.monotonic()
         if stop and not at_the_end:
-            self.preemption.stop()
+            STOP.leave()
 
     def _stop_for_nonfinite_loss(self) -> None:
         state = self.state

@@ -1,7 +1,9 @@
-"""What every test shares: one thread for each worker, and no GPU test where there is no GPU."""
+"""What every test shares: one thread for each worker, no GPU test where there is no GPU, Ctrl-C as it was."""
 
 import pytest
 import torch
+
+from irpe_train.preemption import STOP
 
 torch.set_num_threads(1)
 
@@ -12,3 +14,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A test may call the main function of a tree in this process, which then notes signals."""
+    yield
+    STOP.uninstall()

@@ -18,6 +18,7 @@ from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import MetricLogger
 from irpe_train.precision import Precision
+from irpe_train.preemption import STOP
 from irpe_train.run import open_run
 from irpe_train.seeding import seed_everything
 from irpe_train.state import Checkpoints, TrainState
@@ -114,6 +115,7 @@ def evaluate(model, loader, device):
 
 
 def main(args):
+    STOP.install()
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
     checkpoints = Checkpoints(args.output_dir, KEYS)

@@ -1,14 +1,12 @@
 """From the command line to main: messages without tracebacks, and SLURM jobs that come back."""
 
 import argparse
-import signal
 import sys
 
 import pytest
 
-from irpe_train.errors import BadData, Preempted
+from irpe_train.errors import BadData
 from irpe_train.launch import SlurmJob, launch, submit
-from irpe_train.preemption import Preemption
 from tests.helpers import tiny_run
 
 
@@ -61,47 +59,6 @@ def test_bad_flags_end_in_a_message(argv, capsys):
         launch(tiny_run.main, tiny_run.get_parser(), ["--device", "cpu", *argv])
     error = capsys.readouterr().err
     assert end.value.code in (1, 2) and "tiny_run: " in error and "Traceback" not in error
-
-
-def test_a_handler_that_was_there_is_called_once_the_state_is_saved():
-    """submitit's handler asks SLURM to queue the job again; it must not run in mid-step, nor be lost."""
-    called = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
-
-    def requeue(number, frame):
-        called.append(number)
-        sys.exit(3)
-
-    def ignore(number, frame):
-        called.append("ignored")
-
-    try:
-        signal.signal(signal.SIGUSR2, requeue)
-        signal.signal(signal.SIGTERM, ignore)
-        preemption = Preemption().install()
-        preemption.deferred = True
-        signal.raise_signal(signal.SIGUSR2)
-        assert called == [] and preemption.signal == signal.SIGUSR2
-        with pytest.raises(SystemExit) as end:
-            preemption.stop()
-        assert end.value.code == 3 and called == [signal.SIGUSR2]
-        signal.raise_signal(signal.SIGTERM)
-        assert called[1:] == ["ignored"]
-        preemption.uninstall()
-        assert signal.getsignal(signal.SIGUSR2) is requeue
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_a_signal_outside_of_training_ends_at_once(capsys):
-    preemption = Preemption().install()
-    try:
-        with pytest.raises(Preempted) as end:
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        preemption.uninstall()
-    assert end.value.code == 75
 
 
 def main_for_slurm(args):
