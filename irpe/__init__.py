@@ -12,9 +12,23 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "unknown"
 
 
+# Names of the published irpe.py that are not here, and what to use instead (docs/migrate.md).
+MOVED = {
+    "METHOD": "methods are words: method='euc', 'quant', 'cross' or 'product'",
+    "iRPE": "build_rpe(config, head_dim, num_heads) makes the modules; their class is irpe_ops.modules.IRPE",
+    "iRPE_Cross": "build_rpe(config, head_dim, num_heads) makes the modules, of method 'cross' too",
+    "get_single_rpe_config": "get_rpe_config(..., rpe_on='k')",
+    "get_num_buckets": "get_bucket_ids_2d(...) returns the ids and their number",
+    "piecewise_index": "irpe_ops.methods.piecewise_index(distance, alpha, beta, gamma)",
+    "RPEIndexFunction": "rpe_index(input, index)",
+}
+
+
 def __getattr__(name: str):
     import irpe_ops  # here, because importing PyTorch takes seconds and `irpe --help` must not
 
     if name == "__all__" or name in irpe_ops.__all__:
         return getattr(irpe_ops, name)
+    if name in MOVED:  # an ImportError, because `from irpe import name` hides the words of an AttributeError
+        raise ImportError(f"irpe has no {name}: {MOVED[name]} (docs/migrate.md)")
     raise AttributeError(f"module 'irpe' has no attribute {name!r}")

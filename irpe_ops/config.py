@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from irpe_ops.methods import find_method
 from irpe_ops.modes import MODES
@@ -53,6 +53,37 @@ class RPEConfig:
         checked = {"ratio": _check_ratio(self.ratio), "method": method, "mode": mode, "rpe_on": rpe_on}
         for name, value in {**checked, "shared_head": bool(self.shared_head)}.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def alpha(self) -> float:
+        """Where the exact part of the piecewise index ends, in patches."""
+        return self.ratio
+
+    @property
+    def beta(self) -> float:
+        """The largest bucket."""
+        return 2 * self.ratio
+
+    @property
+    def gamma(self) -> float:
+        """The distance at which ``beta`` is reached, in patches."""
+        return 8 * self.ratio
+
+    @property
+    def rpe_q(self) -> "RPEConfig | None":
+        """The encoding on queries alone, None where there is none; ``rpe_k`` and ``rpe_v`` likewise."""
+        return self._on("q")
+
+    @property
+    def rpe_k(self) -> "RPEConfig | None":
+        return self._on("k")
+
+    @property
+    def rpe_v(self) -> "RPEConfig | None":
+        return self._on("v")
+
+    def _on(self, role: str) -> "RPEConfig | None":
+        return replace(self, rpe_on=role) if role in self.rpe_on else None
 
     @property
     def spec(self) -> str:

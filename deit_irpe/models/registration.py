@@ -24,7 +24,7 @@ from irpe_train.zoo import fetch, read_zoo
 
 
 def create_model(
-    name: str, rpe=None, *, attn_backend: str = "auto", pretrained: bool = False, **timm_kwargs
+    name: str, rpe=None, *, rpe_config=None, attn_backend: str = "auto", pretrained: bool = False, **timm_kwargs
 ) -> nn.Module:
     """A DeiT, or any other timm model, with any relative position encoding or with none.
 
@@ -33,6 +33,7 @@ def create_model(
             (``deit_small_distilled_patch16_224``); an encoding needs a Vision Transformer.
         rpe: spec string or config; ``None`` keeps the encoding of the name (a plain name has none), ``"none"`` removes
             it.
+        rpe_config: the published name of ``rpe``.
         attn_backend: passed to every attention layer (``auto``, ``eager``, ``sdpa``, ``compiled``, ``triton``).
         pretrained: start from the published checkpoint of that name; a head of other classes starts fresh.
         timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...; with
@@ -40,6 +41,9 @@ def create_model(
     Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit; UnknownArgument: it is a TypeError
         too: an argument that timm's model does not take.
     """
+    if rpe is not None and rpe_config is not None:
+        raise ValueError(f"model {name!r}: rpe={rpe!r} and rpe_config={rpe_config!r} are the same argument; give one")
+    rpe = rpe_config if rpe is None else rpe
     base, named_rpe = RPE_MODELS.get(name, (name, None))
     from_zoo = pretrained and name in RPE_MODELS
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}

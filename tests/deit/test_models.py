@@ -10,6 +10,7 @@ import torch
 from deit_irpe import create_model
 from deit_irpe.models import RPE_MODELS, load_pretrained_weights, resize_pos_embed
 from deit_irpe.optimizer import parameter_groups
+from irpe_ops import get_rpe_config
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_state_dicts.json").read_text())
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=4)
@@ -52,6 +53,15 @@ def test_the_names_are_timm_models():
     assert all(timm.is_model(name) for name in RPE_MODELS)
     model = timm.create_model("deit_tiny_patch16_224_ctx_product_50_shared_qkv", num_classes=7, depth=1)
     assert model.blocks[0].attn.rpe_v is not None and model.head.out_features == 7
+
+
+def test_the_published_argument_rpe_config_is_rpe():
+    config = get_rpe_config(rpe_on="qk", skip=1)
+    for build in (create_model, timm.create_model):
+        model = build("deit_tiny_patch16_224_ctx_product_50_shared_k", rpe_config=config, depth=1)
+        assert model.blocks[0].attn.rpe_q is not None and model.blocks[0].attn.rpe_v is None
+    with pytest.raises(ValueError, match="are the same argument; give one"):
+        create_model("deit_tiny_patch16_224", rpe="none", rpe_config=config)
 
 
 def test_the_groups_of_tiny_k_have_102_and_62_tensors():

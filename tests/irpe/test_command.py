@@ -130,3 +130,10 @@ def test_the_front_door_hands_on_the_names_of_the_library():
     assert set(irpe_ops.__all__) <= set(namespace)
     with pytest.raises(AttributeError, match="module 'irpe' has no attribute 'build_rp'"):
         irpe.build_rp  # noqa: B018
+
+
+@pytest.mark.parametrize("name", irpe.MOVED)
+def test_a_name_of_the_published_file_says_what_to_use_instead(name):
+    with pytest.raises(ImportError, match=f"irpe has no {name}: .+docs/migrate.md"):
+        exec(f"from irpe import {name}")
+    assert name not in irpe_ops.__all__

@@ -34,6 +34,13 @@ def test_any_case_and_the_long_name_of_ctx():
     assert get_rpe_config(rpe_on="VKq").rpe_on == "qkv" and parse_rpe_spec("rpe-1-euc-ctx-1-kq").rpe_on == "qk"
 
 
+def test_the_parts_of_a_config_have_their_published_names():
+    config = get_rpe_config(2.0, "cross", "ctx", False, 1, "qv")
+    assert config.rpe_k is None and config.rpe_q == get_rpe_config(2.0, "cross", "ctx", False, 1, "q")
+    assert config.rpe_v.rpe_on == "v" and config.rpe_v.rpe_v == config.rpe_v
+    assert (config.rpe_q.alpha, config.rpe_q.beta, config.rpe_q.gamma) == (2.0, 4.0, 16.0)
+
+
 def test_config_is_frozen_and_hashable():
     config = get_rpe_config()
     assert len({config, get_rpe_config()}) == 1
