@@ -1,70 +1,76 @@
 """Pictures of detections, and of where the encoder looks."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_segmentation_masks
 
-READABLE_SIDE = 480  # a smaller image is enlarged by a whole factor, so that the labels can be read
-COLOURS = [
-    "#e6194b",
-    "#3cb44b",
-    "#ffe119",
-    "#4363d8",
-    "#f58231",
-    "#911eb4",
-    "#46f0f0",
-    "#f032e6",
-    "#bcf60c",
-    "#fabebe",
-    "#008080",
-    "#e6beff",
-]
+READABLE_SIDE = 480  # pixels; a smaller image is enlarged by a whole factor, so that the labels can be read
+LARGEST_SIDE = 2048  # pixels that no image is enlarged beyond, however thin it is
+# Ten colours that people with any common colour blindness tell apart: Paul Tol's "muted" scheme, its grey last.
+PALETTE = (
+    *("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee"),
+    *("#882255", "#44aa99", "#999933", "#aa4499", "#dddddd"),
+)
 
 
 def draw_objects(
-    image: Image.Image, boxes: Tensor, category_ids: Sequence[int], labels: Sequence[str], masks: Tensor | None = None
+    image: Image.Image, boxes: Tensor, classes: Sequence[int], labels: Sequence[str], masks: Tensor | None = None
 ) -> Image.Image:
-    """An image with boxes and labels, each category in its colour.
+    """An image with boxes and labels, each class in its colour; lines and text grow with the image.
 
     Args:
         boxes: ``(n, 4)`` corners, in pixels of ``image``.
-        category_ids, labels: one an object; the id chooses the colour, the label is written.
+        classes, labels: one an object; the class's place among all classes chooses the colour, the label is written.
         masks: ``(n, height, width)``, non-zero = object.
     """
-    factor = max(1, math.ceil(READABLE_SIDE / min(image.size)))
-    enlarged = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    canvas = pil_to_tensor(enlarged)
-    colours = [COLOURS[category % len(COLOURS)] for category in category_ids]
-    if len(boxes) == 0:
-        return enlarged
-    if masks is not None:
-        enlarged_masks = F.interpolate(masks[:, None].float(), scale_factor=factor, mode="nearest")[:, 0] > 0
-        canvas = draw_segmentation_masks(canvas, enlarged_masks, alpha=0.5, colors=colours)
-    canvas = draw_bounding_boxes(
-        canvas,
-        boxes.float().cpu() * factor,
-        list(labels),
-        colors=colours,
-        width=2,
-        fill_labels=True,
-        label_colors="black",
-    )
-    return to_pil_image(canvas)
+    wanted = -(-READABLE_SIDE // min(image.size))
+    factor = max(1, min(wanted, LARGEST_SIDE // max(image.size)))
+    picture = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    colours = [PALETTE[index % len(PALETTE)] for index in classes]
+    if masks is not None and len(masks):
+        enlarged = F.interpolate(masks[:, None].float(), scale_factor=factor, mode="nearest")[:, 0] > 0
+        picture = to_pil_image(draw_segmentation_masks(pil_to_tensor(picture), enlarged, alpha=0.5, colors=colours))
+    canvas, font, line = ImageDraw.Draw(picture), font_for(picture), max(2, min(picture.size) // 240)
+    edge = torch.tensor([picture.width - 1, picture.height - 1] * 2)
+    corners = (boxes.float().cpu() * factor).minimum(edge).clamp(min=0).round().int().tolist()
+    for (x0, y0, x1, y1), colour in zip(corners, colours, strict=True):
+        canvas.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
+    for (x0, y0, _, _), colour, label in zip(corners, colours, labels, strict=True):  # over all boxes
+        left, top, right, bottom = canvas.textbbox((0, 0), label, font=font)
+        width, height = right - left + 2 * line, bottom - top + 2 * line
+        x = min(x0, max(picture.width - width, 0))
+        y = y0 - height if y0 >= height else y0  # above the box, or in it where the image ends
+        canvas.rectangle((x, y, x + width, y + height), fill=colour)
+        canvas.text((x + line - left, y + line - top), label, fill=ink_on(colour), font=font)
+    return picture
 
 
-def side_by_side(*pictures: Image.Image) -> Image.Image:
-    """Pictures of one height in a row, with a white gap."""
-    gap = 8
-    row = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, max(p.height for p in pictures)), "white")
+def font_for(picture: Image.Image) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, a fortieth of the shorter side high and at least 12 pixels."""
+    return ImageFont.load_default(size=max(12, min(picture.size) // 40))
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is read better on a colour (its luminance as ITU-R BT.601 has it)."""
+    red, green, blue = ImageColor.getrgb(colour)
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "white"
+
+
+def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
+    """Pictures in a row with a white gap, their titles above them."""
+    gap, font = 8, font_for(next(iter(pictures.values())))
+    title = 2 * gap + font.size
+    width = sum(picture.width + gap for picture in pictures.values()) - gap
+    row = Image.new("RGB", (width, title + max(picture.height for picture in pictures.values())), "white")
     left = 0
-    for picture in pictures:
-        row.paste(picture, (left, 0))
+    for name, picture in pictures.items():
+        ImageDraw.Draw(row).text((left + gap, gap), name, fill="black", font=font)
+        row.paste(picture, (left, title))
         left += picture.width + gap
     return row
 

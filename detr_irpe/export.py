@@ -1,13 +1,16 @@
 """Export a trained DETR: ``python -m detr_irpe.export --resume best.pth --out detr.onnx``.
 
-The exported network takes images and their padding, and returns logits and boxes; the image size may vary.
+The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Categories,
+image size, mean, deviation and encoding stand in its metadata, and ``detr_irpe.predict`` runs the ONNX file too.
 """
 
 import argparse
+import json
 
 import torch
 from torch import Tensor, nn
 
+from detr_irpe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from detr_irpe.load_model import load_model
 from detr_irpe.nested_tensor import NestedTensor
 from irpe_train.export import add_export_arguments, export_model
@@ -27,7 +30,7 @@ class TensorsInOut(nn.Module):
 
 
 def main(args: argparse.Namespace) -> None:
-    model, _, trained, _ = load_model(args.resume)
+    model, _, trained, categories = load_model(args.resume)
     if trained.masks:
         raise ValueError(f"{args.resume} has a mask head, which is not exported; export the detector it was trained on")
 
@@ -47,6 +50,13 @@ def main(args: argparse.Namespace) -> None:
         dynamic=dynamic,
         input_names=["images", "padding"],
         output_names=["pred_logits", "pred_boxes"],
+        metadata={
+            "categories": json.dumps(categories),
+            "image_size": str(trained.image_size),
+            "mean": json.dumps(IMAGENET_MEAN),
+            "std": json.dumps(IMAGENET_STD),
+            "enc_rpe2d": trained.enc_rpe2d,
+        },
     )
     for format, difference in differences.items():
         print(f"{format}: any batch and size; largest difference {difference:.1e} of the largest output")

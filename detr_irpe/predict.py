@@ -3,9 +3,10 @@
     python -m detr_irpe.predict IMG... --resume X.pth --out DIR [--attention]
 
 Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are ``[x0, y0, x1, y1]`` in pixels, categories have the ids
-and names of the data set the checkpoint was trained on. ``--annotations`` draws the ground truth beside the prediction.
-``--attention`` adds DIR/NAME_attention.png, where the last encoder layer looks from chosen points, and, as ``--tables``
-does without images, DIR/encodings.png, what the encodings learned for each offset.
+and names of the data set the checkpoint was trained on. A photograph is turned as its EXIF orientation says, as people
+see it; ``frame`` in the JSON says so. ``--annotations`` draws the ground truth beside the prediction, in the frame that
+its height and width are in. ``--attention`` adds DIR/NAME_attention.png, where the last encoder layer looks from chosen
+points, and, as ``--tables`` does without images, DIR/encodings.png, what the encodings learned for each offset.
 """
 
 import argparse
@@ -15,84 +16,159 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from detr_irpe.boxes import xyxy_to_cxcywh
-from detr_irpe.data.transforms import prepare_image
+from detr_irpe.check_data import naming_problems
+from detr_irpe.data.annotations import Annotations
+from detr_irpe.data.coco import decode_in_frame
+from detr_irpe.detector import Detector
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
-from detr_irpe.load_model import load_model
 from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.arguments import fraction
 from irpe_train.distributed import choose_device, logger, set_up_logging
+from irpe_train.errors import BadData
 from irpe_train.launch import launch
+from irpe_train.outputs import OutputFolder
+from irpe_train.pixels import read_image
 
 REACH = 8  # rows and columns in the pictures of learned tables, the patch itself counted
 MOST_POINTS = 3  # of attention, where none are given: the centres of the best detections
 
 
-class Detector:
-    """A trained model with what it needs to speak of images: sizes, names, post-processing.
-
-    Attributes:
-        names: category id -> name.
-    """
-
-    def __init__(self, checkpoint_path: str, device: torch.device):
-        self.model, self.postprocessors, self.flags, self.names = load_model(checkpoint_path)
-        self.model.to(device)
-        self.device = device
-
-    @property
-    def encoder(self) -> nn.Module:
-        return getattr(self.model, "detr", self.model).transformer.encoder
-
-    @torch.no_grad()
-    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
-        """Every query's answer for an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
-        pixels), and with a mask head ``masks`` ``(Q, height, width)``."""
-        pixels = prepare_image(image, self.flags.image_size).to(self.device)
-        outputs = self.model([pixels])
-        size = torch.tensor([[image.height, image.width]])
-        results = self.postprocessors["bbox"](outputs, size)
-        if "segm" in self.postprocessors:
-            results = self.postprocessors["segm"](results, outputs, size, torch.tensor([pixels.shape[-2:]]))
-            results[0]["masks"] = results[0]["masks"][:, 0]
-        order = results[0]["scores"].argsort(descending=True).cpu()
-        return {name: values.cpu()[order] for name, values in results[0].items()}
-
-
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``, one after the other."""
+    """Predict for every image of ``args.images``; what would destroy a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
-    _check_names(args.images)
+    images = files_of(args.images)
+    _check_names(images)
+    suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
+    out = OutputFolder(args.out)
+    out.refuse_to_replace([image.stem + suffix for image in images for suffix in suffixes])
     detector = Detector(args.resume, choose_device(args.device))
-    truth = read_truth(args.annotations) if args.annotations else None
-    args.out.mkdir(parents=True, exist_ok=True)
-    for path in args.images:
-        image = read_image(path)
-        last_layer = _Inputs(detector.encoder.layers[-1].self_attn)
+    with_tables = args.tables or args.attention and detector.flags.enc_rpe2d
+    out.refuse_to_replace(["encodings.png"] if with_tables else [])
+    truth = Truth(args.annotations, detector.names) if args.annotations else None
+    numbers = {image: truth.number_of(image) if truth else None for image in images}
+
+    unreadable = []
+    for path, number in numbers.items():
+        try:
+            image, frame = read_in_frame(path, truth.size_of(number) if truth else None)
+        except OSError as error:  # one bad file does not cost the others their results
+            logger.error(str(error))
+            unreadable.append(str(error))
+            continue
+        layer = _Inputs(detector.encoder.layers[-1].self_attn) if args.attention else None
         found = detector(image)
-        last_layer.handle.remove()
         found = {name: values[found["scores"] > args.threshold] for name, values in found.items()}
-        picture = draw_objects(
-            image, found["boxes"], found["labels"].tolist(), labels_of(found, detector.names), found.get("masks")
-        )
+        picture = draw_found(image, found, detector.names)
         if truth is not None:
-            picture = side_by_side(draw_truth(image, truth, path, detector.names), picture)
-        picture.save(args.out / f"{path.stem}.png")
-        (args.out / f"{path.stem}.json").write_text(json.dumps(describe(path, image, found, detector.names), indent=1))
+            picture = side_by_side({"truth": truth.draw(image, number, detector.names), "prediction": picture})
+        picture.save(out.path(f"{path.stem}.png"))
+        described = describe(path, image, found, detector.names) | {"frame": frame}
+        out.path(f"{path.stem}.json").write_text(json.dumps(described, indent=1))
+        out.wrote(f"{path.stem}.png", f"{path.stem}.json")
         logger.info(f"{path}: {len(found['scores'])} objects -> {args.out / path.stem}.png, .json")
-        if args.attention:
-            points = args.point or centres(found["boxes"], image)
-            grid = last_layer.inputs[3:]
-            maps = [attention_maps(last_layer.layer, last_layer.inputs, cell_of(p, image.size, *grid)) for p in points]
-            title = f"{path.name}: the last encoder layer ({grid[0]} x {grid[1]}), looking from each point"
-            save(draw_over_image(image, points, maps, title), args.out / f"{path.stem}_attention.png")
-    if args.tables or (args.attention and detector.flags.enc_rpe2d):
-        save(draw_tables(detector.encoder, REACH, REACH), args.out / "encodings.png")
+        if layer is not None:
+            draw_attention(image, found, layer, args.point, path.name, out.path(f"{path.stem}_attention.png"))
+            out.wrote(f"{path.stem}_attention.png")
+    if with_tables:
+        save(draw_tables(detector.encoder, REACH, REACH), out.path("encodings.png"))
+        out.wrote("encodings.png")
+    if unreadable:
+        raise BadData(f"{len(unreadable)} of {len(images)} images could not be predicted: {'; '.join(unreadable[:3])}")
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and those images that are in the folders named, in the order of their names."""
+    known = Image.registered_extensions()
+    return [
+        file
+        for path in paths
+        for file in (sorted(f for f in path.iterdir() if f.suffix.lower() in known) if path.is_dir() else [path])
+    ]
+
+
+def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Image, str]:
+    """An RGB image, and which frame its pixels are in: ``displayed``, as a person sees it, or ``stored``.
+
+    Args: annotated: height and width of its annotations, which have a frame of their own; None without.
+    Raises: OSError: it cannot be read; the message names it.
+    """
+    stored = read_image(path)
+    if stored.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return stored, "displayed"
+    if annotated is None:
+        return read_image(path, upright=True), "displayed"
+    image = decode_in_frame(path.read_bytes(), str(path), annotated)
+    return image, "stored" if image.size == stored.size else "displayed"
+
+
+class Truth:
+    """The annotations of the images that are predicted. ``names``: the checkpoint's, for a file without categories."""
+
+    def __init__(self, path: Path, names: dict[int, str]):
+        self.annotations = Annotations(path, categories=names)
+        self.files = [name.decode() for name in self.annotations.names]
+        for problem in (
+            naming_problems(names, self.annotations.categories, "the checkpoint", path.name) if names else ()
+        ):
+            logger.warning(str(problem))
+
+    def number_of(self, path: Path) -> int:
+        """Which of its images a file is: the one whose name, folders included, ends its path, or the only one so named.
+
+        Raises: ValueError: there is none, or more than one.
+        """
+        whole = path.resolve().as_posix()
+        fitting = [i for i, name in enumerate(self.files) if whole.endswith("/" + name)]
+        longest = max((len(self.files[i]) for i in fitting), default=0)
+        fitting = [i for i in fitting if len(self.files[i]) == longest]
+        fitting = fitting or [i for i, name in enumerate(self.files) if Path(name).name == path.name]
+        if len(fitting) != 1:
+            count = "no image" if not fitting else f"{len(fitting)} images"
+            raise ValueError(f"--annotations {self.annotations.path}: {count} called {path.name} there")
+        return fitting[0]
+
+    def size_of(self, number: int) -> tuple[int, int]:
+        """Annotated height and width, 0 where the file does not say."""
+        height, width = self.annotations.sizes[number].tolist()
+        return height, width
+
+    def draw(self, image: Image.Image, number: int, names: dict[int, str]) -> Image.Image:
+        """The image with the objects that its annotations name, in the colours of the classes that are predicted."""
+        objects, known = self.annotations.of_image(number), self.annotations.categories
+        ids = {name: i for i, name in names.items()}
+        labels = [known[i] for i in objects["labels"].tolist()]
+        boxes = torch.cat([objects["boxes"][:, :2], objects["boxes"][:, :2] + objects["boxes"][:, 2:]], 1)
+        chosen = [ids.get(label, i) for label, i in zip(labels, objects["labels"].tolist(), strict=True)]
+        return draw_objects(image, boxes, class_indices(chosen, names), labels)
+
+
+def draw_found(image: Image.Image, found: dict[str, Tensor], names: dict[int, str]) -> Image.Image:
+    """The image with what was found in it."""
+    classes = class_indices(found["labels"].tolist(), names)
+    return draw_objects(image, found["boxes"], classes, labels_of(found, names), found.get("masks"))
+
+
+def class_indices(category_ids: Sequence[int], names: dict[int, str]) -> list[int]:
+    """The place of each category among all, which chooses its colour; an unknown one has its id."""
+    places = {category: place for place, category in enumerate(sorted(names))}
+    return [places.get(category, category) for category in category_ids]
+
+
+def draw_attention(
+    image: Image.Image, found: dict[str, Tensor], layer: "_Inputs", points: Sequence | None, name: str, path: Path
+) -> None:
+    """Save where the last encoder layer looks from ``points``, or from the centres of the best detections."""
+    points, grid = points or centres(found["boxes"], image), layer.inputs[3:]
+    maps = [attention_maps(layer.layer, layer.inputs, cell_of(p, image.size, *grid)) for p in points]
+    title = f"{name}: the last encoder layer ({grid[0]} x {grid[1]}), looking from each point"
+    save(draw_over_image(image, points, maps, title), path)
 
 
 class _Inputs:
@@ -105,15 +181,7 @@ class _Inputs:
 
     def _keep(self, _module: nn.Module, inputs: tuple) -> None:
         self.inputs = inputs
-
-
-def read_image(path: Path) -> Image.Image:
-    """An RGB image, turned as its EXIF orientation says."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise OSError(f"{path}: not an image that can be read ({error})") from error
+        self.handle.remove()
 
 
 def labels_of(found: dict[str, Tensor], names: dict[int, str]) -> list[str]:
@@ -136,31 +204,9 @@ def describe(path: Path, image: Image.Image, found: dict[str, Tensor], names: di
         for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")), strict=True)
     ]
     for entry, mask in zip(objects, found.get("masks", ()), strict=False):
-        from pycocotools import mask as coco_mask
-
         encoded = coco_mask.encode(np.asfortranarray(mask.numpy()))
         entry["segmentation"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
     return {"image": str(path), "width": image.width, "height": image.height, "objects": objects}
-
-
-def read_truth(path: Path) -> dict[str, list[dict]]:
-    """COCO annotations by the name of the image file."""
-    content = json.loads(path.read_text())
-    names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
-    truth: dict[str, list[dict]] = {name: [] for name in names.values()}
-    for annotation in content["annotations"]:
-        truth[names[annotation["image_id"]]].append(annotation)
-    return truth
-
-
-def draw_truth(image: Image.Image, truth: dict[str, list[dict]], path: Path, names: dict[int, str]) -> Image.Image:
-    """The image with the objects that its annotations name."""
-    if path.name not in truth:
-        raise ValueError(f"--annotations: no image called {path.name} there.")
-    categories = [annotation["category_id"] for annotation in truth[path.name]]
-    boxes = torch.tensor([annotation["bbox"] for annotation in truth[path.name]]).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]  # COCO has the left upper corner and the size
-    return draw_objects(image, boxes, categories, [names.get(c, str(c)) for c in categories])
 
 
 def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
@@ -171,8 +217,9 @@ def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
 
 
 def _check_names(images: Sequence[Path]) -> None:
-    stems = [path.stem for path in images]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    """Raises ValueError: two images would have one result, or the result of one would have the name of another's."""
+    stems = [path.stem.casefold() for path in images]  # one file on some systems, if only the case differs
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1} | ({f"{s}_attention" for s in stems} & set(stems)))
     if twice:
         raise ValueError(
             f"more than one image is called {', '.join(twice)}, and one result would overwrite the other: "
@@ -194,8 +241,13 @@ def get_predict_parser() -> argparse.ArgumentParser:
         description=__doc__,
     )
     add = parser.add_argument
-    add("images", nargs="*", type=Path, metavar="IMG", help="image files")
-    add("--resume", required=True, metavar="X.pth", help="checkpoint of a training run, or a published one")
+    add("images", nargs="*", type=Path, metavar="IMG", help="image files, or folders of them")
+    add(
+        "--resume",
+        required=True,
+        metavar="X.pth",
+        help="checkpoint of a training run, a published one, or an exported .onnx",
+    )
     add("--out", required=True, type=Path, metavar="DIR", help="where pictures and JSON go")
     add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
     add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")

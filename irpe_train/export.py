@@ -1,6 +1,7 @@
 """Write a trained model for other programs: ONNX, ``torch.export`` and safetensors, each compared with the original."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def export_model(
     dynamic: Sequence[dict[int, str]],
     input_names: Sequence[str],
     output_names: Sequence[str],
+    metadata: dict[str, str] | None = None,
 ) -> dict[str, float]:
     """Write ``model`` in each format and run what was written.
 
@@ -44,6 +46,8 @@ def export_model(
         out: the suffix is replaced by that of the format.
         formats: of ``FORMATS``.
         dynamic: for each input, ``{dimension: name}`` of those that may vary.
+        metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
+            safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
     Returns: for each format the largest difference between its outputs and the model's, relative to the largest output.
     Raises: ImportError: a package is missing (named, with the command). ValueError: the outputs differ.
     """
@@ -63,20 +67,22 @@ def export_model(
             path.parent.mkdir(parents=True, exist_ok=True)
             if format == "onnx":
                 names = {name: axes for name, axes in zip(input_names, dynamic, strict=True)}
-                torch.onnx.export(
+                exported = torch.onnx.export(
                     program,
                     input_names=list(input_names),
                     output_names=list(output_names),
                     dynamic_shapes=names,
                     verbose=False,
-                ).save(path, external_data=False)
+                )
+                exported.model.metadata_props.update(metadata or {})
+                exported.save(path, external_data=False)
                 outputs = _run_onnx(path, input_names, examples)
             elif format == "pt2":
-                torch.export.save(program, path)
+                torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata or {})})
                 loaded = torch.export.load(path).module()
                 outputs = [_as_tuple(loaded(*example)) for example in examples]
             else:
-                outputs = [_as_tuple(_reload_safetensors(model, path)(*example)) for example in examples]
+                outputs = [_as_tuple(_reload_safetensors(model, path, metadata)(*example)) for example in examples]
             differences[format] = _largest_difference(outputs, expected)
             if not differences[format] <= TOLERANCE:
                 raise ValueError(
@@ -105,12 +111,12 @@ def _run_onnx(path: Path, names: Sequence[str], examples: Sequence[tuple[Tensor,
     return [tuple(torch.from_numpy(array) for array in session.run(None, feed)) for feed in feeds]
 
 
-def _reload_safetensors(model: nn.Module, path: Path) -> nn.Module:
+def _reload_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:
     from copy import deepcopy
 
     from safetensors.torch import load_file, save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, metadata)
     fresh = deepcopy(model)
     with torch.no_grad():
         for tensor in fresh.state_dict().values():

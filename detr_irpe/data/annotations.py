@@ -33,20 +33,22 @@ class Annotations:
         path: ``instances_*.json``. Ids and sizes are integers (also as text), boxes and areas finite numbers. Height,
             width, area, iscrowd, id, segmentation and a category's name may be missing or null.
         with_masks: keep the segmentations too (several times the memory of all the rest).
+        categories: what stands for 'categories' where the file has none; by default it must have them.
     Raises:
         FileNotFoundError, ValueError: the file is missing or has another form, an id comes twice, an object is of a
             category or an image that the file does not list, or its mask does not fit its image; the message names the
             entries.
     """
 
-    def __init__(self, path: Path, *, with_masks: bool = False) -> None:
+    def __init__(self, path: Path, *, with_masks: bool = False, categories: dict[int, str] | None = None) -> None:
         self.path = path
         content = read_json(path)
         images, objects = (
             JsonList(path, "images", content["images"]),
             JsonList(path, "annotations", content.get("annotations")),
         )
-        self.categories = read_categories(JsonList(path, "categories", content.get("categories")))
+        listed = JsonList(path, "categories", content.get("categories"))
+        self.categories = categories if categories and not len(listed) else read_categories(listed)
 
         ids = images.integers("id")
         order = np.argsort(ids, kind="stable")

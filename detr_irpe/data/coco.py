@@ -72,14 +72,19 @@ class CocoDetection(Dataset):
 
 
 def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[int] = (0, 0)) -> Image.Image:
-    """Image number ``index`` in RGB, in the frame that its boxes are in.
-
-    That is as the file stores it, as published, unless the annotated ``size`` (height, width) is the one that it has
-    when it is turned as its EXIF orientation says.
+    """Image number ``index`` in RGB, in the frame of its boxes; see ``decode_in_frame``.
 
     Raises: OSError: it cannot be read or decoded; the message names it.
     """
-    data, name = images.read(index), images.describe(index)
+    return decode_in_frame(images.read(index), images.describe(index), size)
+
+
+def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
+    """An encoded image in RGB, in the frame that its annotated ``size`` (height, width) is in.
+
+    That is as the file stores it, as published, unless the size is the one that it has when it is turned as its EXIF
+    orientation says.
+    """
     image = decode_image(data, name)
     if tuple(size) == image.size != image.size[::-1]:
         return decode_image(data, name, upright=True)

@@ -1,13 +1,17 @@
 import json
+import logging
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from pycocotools import mask as coco_mask
 
-from detr_irpe import build_model
-from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
-from detr_irpe.predict import Detector, get_predict_parser, main
+from detr_irpe import build_model, export
+from detr_irpe.data.coco import CocoDetection
+from detr_irpe.detector import Detector
+from detr_irpe.drawing import PALETTE, attention_maps, cell_of, draw_objects, font_for, side_by_side
+from detr_irpe.predict import Truth, class_indices, files_of, get_predict_parser, main, read_in_frame
+from irpe_train.errors import BadData, RunError
 from irpe_train.launch import launch
 from tests.helpers.tiny_detr import published_flags, tiny_transformer
 
@@ -52,25 +56,25 @@ def test_boxes_json_and_pictures(tmp_path, photo):
 
 def test_attention_and_encodings(tmp_path, photo):
     resume = write_checkpoint(tmp_path / "x.pth")
-    predict(photo, "--resume", resume, "--out", tmp_path, "--attention", "--point", "5,5", "--point", "59,39")
-    assert Image.open(tmp_path / "photo_attention.png").height > 100
-    assert Image.open(tmp_path / "encodings.png").height > 100
+    predict(photo, "--resume", resume, "--out", tmp_path / "out", "--attention", "--point", "5,5", "--point", "59,39")
+    assert Image.open(tmp_path / "out" / "photo_attention.png").height > 100
+    assert Image.open(tmp_path / "out" / "encodings.png").height > 100
     predict(photo, "--resume", resume, "--out", tmp_path / "own", "--attention", "--threshold", "1")  # no detection
     assert (tmp_path / "own" / "photo_attention.png").exists()
     with pytest.raises(ValueError, match=r"--point 60,0 lies outside the image, which is 60 x 40 pixels"):
-        predict(photo, "--resume", resume, "--out", tmp_path, "--attention", "--point", "60,0")
+        predict(photo, "--resume", resume, "--out", tmp_path / "out", "--attention", "--point", "60,0")
 
 
 def test_tables_need_no_image(tmp_path):
     predict("--tables", "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["encodings.png"]
+    assert [p.name for p in (tmp_path / "out").glob("[!.]*")] == ["encodings.png"]
     with pytest.raises(ValueError, match="name images, or ask for --tables"):
         predict("--resume", tmp_path / "x.pth", "--out", tmp_path / "out")
 
 
 def test_masks(tmp_path, photo):
-    predict(photo, "--resume", write_checkpoint(tmp_path / "x.pth", masks=True), "--out", tmp_path)
-    (first, *_) = json.loads((tmp_path / "photo.json").read_text())["objects"]
+    predict(photo, "--resume", write_checkpoint(tmp_path / "x.pth", masks=True), "--out", tmp_path / "out")
+    (first, *_) = json.loads((tmp_path / "out" / "photo.json").read_text())["objects"]
     assert coco_mask.decode(first["segmentation"]).shape == (40, 60)
 
 
@@ -81,14 +85,15 @@ def test_ground_truth_stands_on_the_left(tmp_path, photo):
     }
     (tmp_path / "instances.json").write_text(json.dumps(annotations))
     resume = write_checkpoint(tmp_path / "x.pth")
-    annotated = ["--resume", resume, "--out", tmp_path, "--annotations", tmp_path / "instances.json"]
+    annotated = ["--resume", resume, "--out", tmp_path / "out", "--annotations", tmp_path / "instances.json"]
     predict(photo, *annotated)
-    picture = Image.open(tmp_path / "photo.png")
-    assert picture.size == (2 * 720 + 8, 480)
-    edge = picture.getpixel((120, 240))  # the left edge of the box
-    assert max(edge) - min(edge) > 100  # coloured, where the photo is grey
+    picture = Image.open(tmp_path / "out" / "photo.png")
+    assert picture.size == (2 * 720 + 8, 480 + 28)  # two pictures, their titles above them
+    assert min(picture.crop((0, 0, 60, 28)).convert("L").tobytes()) < 90  # "truth"
+    edge = picture.getpixel((120, 28 + 240))  # the left edge of the box
+    assert edge == ImageColor.getrgb(PALETTE[0])  # the first of the two classes
     photo.rename(tmp_path / "other.jpg")
-    with pytest.raises(ValueError, match="--annotations: no image called other.jpg there"):
+    with pytest.raises(ValueError, match="--annotations .*instances.json: no image called other.jpg there"):
         predict(tmp_path / "other.jpg", *annotated)
 
 
@@ -103,17 +108,17 @@ def test_published_checkpoints_speak_of_coco(tmp_path):
 def test_what_cannot_be_predicted(tmp_path, photo):
     resume = write_checkpoint(tmp_path / "x.pth")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(OSError, match="text.png: not an image that can be read"):
-        predict(tmp_path / "text.png", "--resume", resume, "--out", tmp_path)
+    with pytest.raises(BadData, match="1 of 1 images could not be predicted: .*text.png: this image cannot be read"):
+        predict(tmp_path / "text.png", "--resume", resume, "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="more than one image is called photo"):
-        predict(photo, tmp_path / "a" / "photo.png", "--resume", resume, "--out", tmp_path)
+        predict(photo, tmp_path / "a" / "photo.png", "--resume", resume, "--out", tmp_path / "out")
     torch.save({"model": torch.load(resume, weights_only=False)["model"]}, tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="bare.pth has no 'args': the flags it was trained with"):
-        predict(photo, "--resume", tmp_path / "bare.pth", "--out", tmp_path)
+        predict(photo, "--resume", tmp_path / "bare.pth", "--out", tmp_path / "out")
 
 
 def test_from_the_command_line_a_mistake_is_one_message(tmp_path, photo, capsys):
-    words = [photo, "--resume", tmp_path / "none.pth", "--out", tmp_path, "--device", "cpu"]
+    words = [photo, "--resume", tmp_path / "none.pth", "--out", tmp_path / "out", "--device", "cpu"]
     with pytest.raises(SystemExit, match="1"):
         launch(main, get_predict_parser(), list(map(str, words)))
     assert "none.pth: no such file" in capsys.readouterr().err
@@ -123,7 +128,7 @@ def test_an_image_without_objects_is_drawn_as_it_is():
     image = Image.new("RGB", (600, 500), "navy")
     drawn = draw_objects(image, torch.zeros(0, 4), [], [])
     assert drawn.tobytes() == image.tobytes()
-    assert side_by_side(image, image).size == (1208, 500)
+    assert side_by_side({"truth": image, "prediction": image}).size == (1208, 500 + 28)
 
 
 def test_cells():
@@ -146,3 +151,145 @@ def test_the_attention_drawn_is_the_attention_used(enc_rpe2d):
     assert list(maps) == ["mean of heads", "head 0", "head 1"]
     torch.testing.assert_close(maps["head 1"], weights[0, 1, 4].view(2, 3))
     assert maps["mean of heads"][1, 2] == 0
+
+
+def test_lines_and_text_grow_with_the_image_up_to_a_limit():
+    def drawn(width, height):
+        image = Image.new("RGB", (width, height), "white")
+        return draw_objects(image, torch.tensor([[0.2, 0.4, 0.8, 0.9]]) * torch.tensor([width, height] * 2), [0], [""])
+
+    for size, line in (((640, 480), 2), ((1920, 1080), 4)):
+        column = [drawn(*size).getpixel((size[0] // 2, y)) for y in range(size[1])]
+        assert column.count(ImageColor.getrgb(PALETTE[0])) == 2 * line  # the upper and the lower edge
+    assert [font_for(Image.new("RGB", size)).size for size in ((640, 480), (1920, 1080))] == [12, 27]
+    assert drawn(600, 4).size == (1800, 12) and drawn(3000, 2).size == (3000, 2)
+
+
+def test_ten_classes_have_ten_colours_that_differ_for_everyone():
+    """Simulated as Viénot et al. (1999) do: what a person without red or green cones sees of two colours differs."""
+    assert len(set(PALETTE)) == 10
+    to_lms = torch.tensor([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
+    without_red = torch.tensor([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])
+    without_green = torch.tensor([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
+    colours = torch.tensor([ImageColor.getrgb(colour) for colour in PALETTE]) / 255.0
+    for seen in (torch.eye(3), without_red, without_green):
+        rgb = colours**2.2 @ to_lms.T @ seen.T @ torch.linalg.inv(to_lms).T
+        apart = torch.cdist(rgb.clamp(0, 1) ** (1 / 2.2), rgb.clamp(0, 1) ** (1 / 2.2)) + 9 * torch.eye(10)
+        assert apart.min() > 0.08
+
+
+def test_colours_follow_the_place_of_a_class_and_not_its_id(tmp_path, photo):
+    names = {category: str(category) for category in (2, 6, 9, 3, 7, 4, 8, 15, 27, 90)}
+    assert sorted(class_indices(list(names), names)) == list(range(10))
+    assert class_indices([5], names) == [5]
+
+
+def turned_photo(path, orientation=6):
+    """White where the annotated box is, stored 56 x 40."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image = Image.new("RGB", (56, 40))
+    image.paste((255, 255, 255), (30, 5, 50, 15))
+    image.save(path, exif=exif, quality=95)
+    return path
+
+
+def test_a_photo_is_turned_as_people_see_it_and_the_json_says_so(tmp_path):
+    path, resume = turned_photo(tmp_path / "p.jpg"), write_checkpoint(tmp_path / "x.pth")
+    predict(path, "--resume", resume, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert (found["width"], found["height"], found["frame"]) == (40, 56, "displayed")
+
+
+@pytest.mark.parametrize(
+    "height, width, box, frame",
+    [
+        (40, 56, [30, 5, 20, 10], "stored"),
+        (56, 40, [25, 30, 10, 20], "displayed"),
+        (None, None, [30, 5, 20, 10], "stored"),
+    ],
+)
+def test_with_annotations_the_frame_is_theirs(tmp_path, height, width, box, frame):
+    path, resume = turned_photo(tmp_path / "p.jpg"), write_checkpoint(tmp_path / "x.pth")
+    image = {"id": 1, "file_name": "p.jpg", "height": height, "width": width}
+    truth = {"images": [image], "annotations": [{"id": 1, "image_id": 1, "category_id": 4, "bbox": box}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    flags = ("--resume", resume, "--out", tmp_path / "out", "--annotations", tmp_path / "truth.json")
+    predict(path, *flags, "--threshold", "1")
+    assert json.loads((tmp_path / "out" / "p.json").read_text())["frame"] == frame
+    (tmp_path / "val2017").mkdir()
+    path.rename(tmp_path / "val2017/p.jpg")
+    (tmp_path / "annotations").mkdir()
+    truth["categories"] = [{"id": 4, "name": "three"}]
+    (tmp_path / "annotations/instances_val2017.json").write_text(json.dumps(truth))
+    trained_on, target = CocoDetection(tmp_path, "val2017", lambda image, target: (image, target))[0]
+    shown, _ = read_in_frame(tmp_path / "val2017/p.jpg", (height or 0, width or 0))
+    assert shown.tobytes() == trained_on.tobytes()  # training and prediction see the same pixels
+    x0, y0, x1, y1 = target["boxes"][0].int().tolist()
+    inside = trained_on.convert("L").crop((x0, y0, x1, y1))
+    assert sum(value > 128 for value in inside.tobytes()) > 0.9 * 200
+
+
+def test_nothing_that_was_there_is_replaced(tmp_path, photo):
+    resume, before = write_checkpoint(tmp_path / "x.pth"), photo.read_bytes()
+    (tmp_path / "photo.json").write_text("hours of work")
+    with pytest.raises(RunError, match="photo.json: already there, and not a result of predict; nothing was written"):
+        predict(photo, "--resume", resume, "--out", tmp_path)
+    assert not (tmp_path / "photo.png").exists() and (tmp_path / "photo.json").read_text() == "hours of work"
+    (tmp_path / "photo.json").unlink()
+    predict(photo, "--resume", resume, "--out", tmp_path)
+    predict(photo, "--resume", resume, "--out", tmp_path)  # its own results it replaces
+    assert photo.read_bytes() == before
+
+
+def test_one_bad_image_does_not_cost_the_others(tmp_path, photo, capsys):
+    (tmp_path / "bad.png").touch()
+    words = [photo, tmp_path / "bad.png", photo.rename(tmp_path / "z.jpg")]
+    arguments = ["--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="1"):
+        launch(main, get_predict_parser(), list(map(str, [*words[1:], *arguments])))
+    assert "1 of 2 images could not be predicted" in capsys.readouterr().err
+    assert (tmp_path / "out" / "z.json").is_file()
+
+
+def test_a_folder_stands_for_its_images(tmp_path, photo):
+    (tmp_path / "notes.txt").write_text("no image")
+    assert files_of([tmp_path]) == [photo]
+
+
+def test_images_of_one_name_have_their_own_annotations(tmp_path):
+    names = ["a/x.png", "b/x.png", "c/y.png"]
+    truth = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "categories": [{"id": 1, "name": "seven"}],
+        "annotations": [],
+    }
+    (tmp_path / "truth.json").write_text("\ufeff" + json.dumps(truth))  # a byte-order mark
+    found = Truth(tmp_path / "truth.json", {})
+    assert [found.number_of(tmp_path / name) for name in names] == [0, 1, 2]
+    assert found.number_of(tmp_path / "elsewhere/y.png") == 2
+    with pytest.raises(ValueError, match="2 images called x.png there"):
+        found.number_of(tmp_path / "c/x.png")
+
+
+def test_truth_that_names_the_classes_otherwise_is_said(tmp_path, caplog):
+    logging.getLogger("irpe").propagate = True
+    truth = {"images": [], "annotations": [], "categories": [{"id": 4, "name": "four"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    Truth(tmp_path / "truth.json", NAMES)
+    assert "4 is 'three' in the checkpoint and 'four' in truth.json" in caplog.text
+
+
+@pytest.mark.slow
+def test_an_exported_file_predicts_as_its_checkpoint(tmp_path, photo):
+    resume = write_checkpoint(tmp_path / "x.pth")
+    export.main(export.get_args_parser().parse_args(["--resume", resume, "--out", str(tmp_path / "x.onnx")]))
+    for source, out in ((resume, "a"), (tmp_path / "x.onnx", "b")):
+        predict(photo, "--resume", source, "--out", tmp_path / out)
+    ours, exported = (json.loads((tmp_path / out / "photo.json").read_text()) for out in "ab")
+    assert len(ours["objects"]) == 5 and ours.keys() == exported.keys()
+    for one, other in zip(ours["objects"], exported["objects"], strict=True):
+        assert one["category"] == other["category"] and one["score"] == pytest.approx(other["score"], abs=2e-4)
+        assert one["box"] == pytest.approx(other["box"], abs=0.02)
+    with pytest.raises(ValueError, match="give the checkpoint, not the exported file"):
+        predict(photo, "--resume", tmp_path / "x.onnx", "--out", tmp_path / "c", "--attention")

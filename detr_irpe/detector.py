@@ -1,0 +1,95 @@
+"""A trained detector that takes images and answers with boxes: from a checkpoint, or from an exported ONNX file."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from detr_irpe.data.transforms import prepare_image
+from detr_irpe.load_model import LARGEST_IMAGE_SIZE, load_model
+from detr_irpe.models.postprocess import PostProcess
+from irpe_train.errors import BadCheckpoint
+
+
+class Detector:
+    """A trained model with what it needs to speak of images: sizes, names, post-processing.
+
+    Attributes:
+        names: category id -> name.
+    """
+
+    def __init__(self, source: str, device: torch.device):
+        self.device = device
+        if Path(source).suffix == ".onnx":
+            self.model, self.flags, self.names = load_onnx(Path(source))
+            self.postprocessors = {"bbox": PostProcess()}
+        else:
+            self.model, self.postprocessors, self.flags, self.names = load_model(source)
+            self.model.to(device)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Raises ValueError: an exported file has no modules to look into."""
+        if isinstance(self.model, OnnxModel):
+            raise ValueError("--attention and --tables look into a model: give the checkpoint, not the exported file")
+        return getattr(self.model, "detr", self.model).transformer.encoder
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+        """Every query's answer for an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
+        pixels), and with a mask head ``masks`` ``(Q, height, width)``."""
+        pixels = prepare_image(image, self.flags.image_size).to(self.device)
+        outputs = self.model([pixels])
+        size = torch.tensor([[image.height, image.width]])
+        results = self.postprocessors["bbox"](outputs, size)
+        if "segm" in self.postprocessors:
+            results = self.postprocessors["segm"](results, outputs, size, torch.tensor([pixels.shape[-2:]]))
+            results[0]["masks"] = results[0]["masks"][:, 0]
+        order = results[0]["scores"].argsort(descending=True).cpu()
+        return {name: values.cpu()[order] for name, values in results[0].items()}
+
+
+class OnnxModel:
+    """What ``detr_irpe.export`` wrote, called as a DETR is: on the CPU, one image at a time."""
+
+    def __init__(self, session):
+        self.session = session
+
+    def __call__(self, images: list[Tensor]) -> dict[str, Tensor]:
+        (image,) = images
+        padding = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
+        feed = {"images": image[None].cpu().numpy(), "padding": padding.numpy()}
+        logits, boxes = self.session.run(["pred_logits", "pred_boxes"], feed)
+        return {"pred_logits": torch.from_numpy(logits), "pred_boxes": torch.from_numpy(boxes)}
+
+
+def load_onnx(path: Path) -> tuple[OnnxModel, argparse.Namespace, dict[int, str]]:
+    """An exported detector: the model, its flags as far as prediction needs them, and its categories.
+
+    Raises: ImportError, BadCheckpoint: onnxruntime is missing; the file is none that ``detr_irpe.export`` wrote.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(f"{path} runs with onnxruntime: pip install onnxruntime") from error
+    if not path.is_file():
+        raise BadCheckpoint(f"{path}: no such file")
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
+        categories = {int(i): str(name) for i, name in json.loads(metadata["categories"]).items()}
+        image_size = int(metadata["image_size"])
+    except Exception as error:  # onnxruntime's own errors derive from Exception alone
+        raise BadCheckpoint(
+            f"{path}: not a detector that detr_irpe.export wrote ({type(error).__name__}: {error})"
+        ) from error
+    if not 0 < image_size <= LARGEST_IMAGE_SIZE:
+        raise BadCheckpoint(f"{path}: its image_size is {image_size}, beyond all photographs")
+    return (
+        OnnxModel(session),
+        argparse.Namespace(image_size=image_size, enc_rpe2d=metadata.get("enc_rpe2d", "")),
+        categories,
+    )
