@@ -37,39 +37,41 @@ class Ablation:
 
     def command(self, run: str, seed: int, processes: int = 1) -> list[str]:
         """What to start for a run, after the interpreter."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         folder = self.folders[run, seed]
-        return [
-            *(torchrun if processes > 1 else []),
-            *("-m", self.grid.task.package, "--config", str(folder / "flags.yaml")),
-            *("--seed", str(seed), "--output_dir", str(folder), "--resume", "auto"),
-        ]
+        return [*self._start(folder, seed, processes), "--output_dir", str(folder), "--resume", "auto"]
+
+    def evaluations(self, run: str, seed: int, processes: int = 1) -> dict[str, list[str]]:
+        """What to start after it, by name."""
+        folder = self.folders[run, seed]
+        trained = ["--eval", "--resume", str(folder / "checkpoint.pth"), "--output_dir", ""]
+        start = self._start(folder, seed, processes)
+        return {name: [*start, *flags, *trained] for name, flags in self.grid.evaluations.items()}
+
+    def _start(self, folder: Path, seed: int, processes: int) -> list[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        module = ["-m", self.grid.task.package, "--config", str(folder / "flags.yaml"), "--seed", str(seed)]
+        return [*(torchrun if processes > 1 else []), *module]
 
     def prepare(self, processes: int = 1) -> None:
         """Write down every run. Raises: RunError: a folder has results of something else."""
         for (run, seed), folder in self.folders.items():
             flags = yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
-            jobs.prepare(folder, self.command(run, seed, processes), flags)
+            then = self.evaluations(run, seed, processes)
+            jobs.prepare(folder, self.command(run, seed, processes), flags, then)
 
     def rows(self) -> list[Row]:
         """The table as it stands on disk."""
-        outcomes = {
-            run: {seed: self._outcome(self.folders[run, seed]) for seed in self.grid.seeds} for run in self.grid.runs
-        }
-        rows = {
-            run: Row(run, shlex.join(self.grid.flags(run)), outcomes[run], self._published(run))
-            for run in self.grid.runs
-        }
-        if self.grid.baseline is not None:
-            figures = rows[self.grid.baseline].figures
-            for run in rows.keys() - {self.grid.baseline}:
-                rows[run] = dataclasses.replace(rows[run], baseline=figures)
-        return list(rows.values())
+        rows = {}
+        for run in self.grid.runs:
+            outcomes = {seed: self._outcome(self.folders[run, seed]) for seed in self.grid.seeds}
+            rows[run] = Row(run, shlex.join(self.grid.flags(run)), outcomes, self._published(run))
+        baseline = rows.get(self.grid.baseline)
+        return [row if row is baseline else dataclasses.replace(row, baseline=baseline) for row in rows.values()]
 
     def _outcome(self, folder: Path) -> Outcome:
         if folder in self._finished:
             return self._finished[folder]
-        outcome = read_outcome(folder, self.grid.task.figure)
+        outcome = read_outcome(folder, self.grid.task.figure, tuple(self.grid.evaluations))
         if outcome.state == "done":
             self._finished[folder] = outcome
         return outcome
@@ -107,9 +109,8 @@ class Ablation:
 
     def write(self) -> list[Path]:
         """Write the tables and the plot; returns their paths."""
-        return tables.write(
-            self.rows(), self.folder, title=self.grid.name, figure=self.grid.task.figure, baseline=self.grid.baseline
-        )
+        names = tuple(self.grid.evaluations)
+        return tables.write(self.rows(), self.folder, self.grid.task.figure, title=self.grid.name, evaluations=names)
 
     def publish(self, logs: Path) -> None:
         """Copy tables, logs and flags of the finished runs to ``logs``, called as in the published zoo."""
@@ -193,7 +194,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             ablation.prepare(args.gpus_per_run)
             for run, seed in ablation.folders:
-                print(shlex.join([sys.executable, *ablation.command(run, seed, args.gpus_per_run)]))
+                then = ablation.evaluations(run, seed, args.gpus_per_run)
+                for command in (ablation.command(run, seed, args.gpus_per_run), *then.values()):
+                    print(shlex.join([sys.executable, *command]))
             return 0
         if not args.table:
             if args.slurm:

@@ -11,12 +11,15 @@ runs:                                  # or (and) single runs: a name and its fl
 seeds: [0, 1, 2]
 baseline: none                         # the run that others are compared with, seed by seed; by default "none"
 published: {rpe-1.9-product-ctx-1-k: NAME OF THE MODEL ZOO}
+evaluations:                           # of every trained run, without training again: a name and its flags
+  at 288 pixels: {input-size: 288}
 
 Names and values are those of a ``--config`` file; each run is written as one. All are parsed before any starts.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import fnmatch
 import importlib
 import io
@@ -27,10 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from irpe_lab.figures import TASKS, Task
+from irpe_lab.jobs import slug
 from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, same_name
 from irpe_train.zoo import read_zoo
 
-KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published")
+KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published", "evaluations")
 RUNNERS_OWN = ("seed", "output_dir", "resume", "config", "print_config")  # said by the runner for each run
 MOST_RUNS = 10_000
 
@@ -45,6 +49,7 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     published: dict[str, str] = field(default_factory=dict)
     baseline: str | None = None
+    evaluations: dict[str, list[str]] = field(default_factory=dict)  # typed after the run's own flags, with --eval
 
     def flags(self, run: str) -> list[str]:
         """A run as a command line, without seed and folder. Raises: ConfigError: a name or value no flag can carry."""
@@ -102,8 +107,20 @@ def read_grid(
         {name: row for name, row in published.items() if name in kept},
         baseline if baseline in kept else None,
     )
+    grid = dataclasses.replace(grid, evaluations=_evaluations(raw, grid.parser(), source))
     _parse_all(grid)
     return grid
+
+
+def _evaluations(raw: dict, parser: argparse.ArgumentParser, source: str) -> dict[str, list[str]]:
+    evaluations = {}
+    for name, flags in _mapping(raw, "evaluations", source).items():
+        where = f"{source}: evaluations: {name}"
+        if not isinstance(flags, dict) or not slug(str(name)) or slug(str(name)) in map(slug, evaluations):
+            raise ConfigError(f"{where}: expected a name of its own and its flags, {{input-size: 288}}")
+        _refuse_runners_own(flags, where)
+        evaluations[str(name)] = flags_of(parser, flags, where)
+    return evaluations
 
 
 def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
@@ -119,12 +136,16 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
         if name in runs:
             raise ConfigError(f"{source}: two runs are called {name}")
         for added in (common, flags or {}, extra):
-            if own := [key for key in added if same_name(str(key)) in RUNNERS_OWN]:
-                raise ConfigError(f"{source}: {name}: {own[0]} is said by the runner (see 'seeds' and --output)")
+            _refuse_runners_own(added, f"{source}: {name}")
         runs[name] = _merged(base, common, flags or {}, extra)
     if not runs:
         raise ConfigError(f"{source}: neither 'grid' nor 'runs' names a run")
     return runs
+
+
+def _refuse_runners_own(flags: dict, where: str) -> None:
+    if own := [key for key in flags if same_name(str(key)) in RUNNERS_OWN]:
+        raise ConfigError(f"{where}: {own[0]} is said by the runner (see 'seeds' and --output)")
 
 
 def _merged(*layers: dict) -> dict:
@@ -137,18 +158,20 @@ def _merged(*layers: dict) -> dict:
 
 
 def _parse_all(grid: Grid) -> None:
-    """Raise ConfigError for the first run whose flags the package would refuse."""
+    """Raise ConfigError for the first run or evaluation whose flags the package would refuse."""
     parser = grid.parser()
-    for run in grid.runs:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                parser.parse_args(flags_of(parser, grid.runs[run], f"grid {grid.name}: run {run}"))
-        except SystemExit as error:
-            reason = said.getvalue().strip().splitlines()[-1:] or ["refused"]
-            raise ConfigError(
-                f"grid {grid.name}: run {run}: {reason[0].partition('error: ')[2] or reason[0]}"
-            ) from error
+    for run, flags in grid.runs.items():
+        source = f"grid {grid.name}: run {run}"
+        argv = flags_of(parser, flags, source)
+        for name, more in {"": [], **grid.evaluations}.items():
+            said = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(said):
+                    parser.parse_args([*argv, *more])
+            except SystemExit as error:
+                reason = said.getvalue().strip().splitlines()[-1:] or ["refused"]
+                where = f"{source}, {name}" if name else source
+                raise ConfigError(f"{where}: {reason[0].partition('error: ')[2] or reason[0]}") from error
 
 
 def _mapping(raw: dict, key: str, source: str) -> dict:
@@ -181,11 +204,6 @@ def expand(text: str) -> list[str]:
 def _choices(text: str) -> list[list[str]]:
     parts = re.split(r"\{([^{}]*,[^{}]*)\}", text)
     return [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
-
-
-def slug(name: str) -> str:
-    """``name`` as it can stand in a file name."""
-    return re.sub(r"[^\w.=+-]+", "_", name).strip("_")
 
 
 def _product(grid: dict, source: str) -> list[tuple[str, dict]]:

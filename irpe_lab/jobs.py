@@ -1,9 +1,10 @@
 """One run of an ablation: a folder with its command, its console and its outcome; and who works through many.
 
     FOLDER/flags.yaml    its flags, a --config file
-    FOLDER/job.json      the command; after a try also the seconds that all tries took
+    FOLDER/job.json      the command and the evaluations after it; after a try also the seconds that all tries took
     FOLDER/detail.log    what it printed
     FOLDER/done.json     how it ended, written once it has
+    FOLDER/eval_*.log    what each evaluation after it printed
     FOLDER/log.txt, ...  what the run itself writes
 
 A folder is worked on by a process of its own that holds ``FOLDER/lock``, as the run itself does, so that killing the
@@ -14,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,18 +30,28 @@ from irpe_train.errors import Preempted, RunError
 BUSY = 3  # exit status of a worker that found another one at work
 
 
-def prepare(folder: Path, command: list[str], flags: str) -> None:
-    """Write ``flags.yaml`` and ``job.json``. Raises: RunError: the folder has results of something else."""
+def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[str]] | None = None) -> None:
+    """Write ``flags.yaml`` and ``job.json``.
+
+    Args:
+        then: evaluations by name, to be run after ``command``. Where they have changed, a finished run starts again: it
+            resumes at its end, and evaluates.
+    Raises: RunError: the folder has results of something else.
+    """
     job, written = folder / "job.json", folder / "flags.yaml"
-    old = json.loads(job.read_text())["command"] if job.is_file() else None
+    known = json.loads(job.read_text()) if job.is_file() else {}
+    old = known.get("command")
     if old == command and written.is_file() and written.read_text(encoding="utf-8") == flags:
+        if known.get("then", {}) != (then or {}):
+            (folder / "done.json").unlink(missing_ok=True)
+            _write(job, json.dumps(known | {"then": then or {}}, indent=1) + "\n")
         return
     if done(folder) or (folder / "log.txt").exists():
         other = "other flags (see its flags.yaml)" if old == command else f"another command ({' '.join(old or [])})"
         raise RunError(f"{folder} holds the results of {other}. Choose another folder (-o), or delete this one.")
     folder.mkdir(parents=True, exist_ok=True)
     _write(written, flags)
-    _write(job, json.dumps({"command": command}, indent=1) + "\n")
+    _write(job, json.dumps({"command": command, "then": then or {}}, indent=1) + "\n")
 
 
 def done(folder: Path) -> dict | None:
@@ -84,25 +96,46 @@ def work(folder: Path) -> int:
             return 0
         (folder / "done.json").unlink(missing_ok=True)
         job, began = json.loads((folder / "job.json").read_text()), time.monotonic()
-        with open(folder / "detail.log", "a") as console:
-            # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
-            child = subprocess.Popen(
-                [sys.executable, "-u", *job["command"]],
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                pass_fds=(lock.fileno(),),
-            )
-            with _passing_on_sigterm(child) as stopped:
-                status = child.wait()
+        status, stopped = _run(job["command"], folder / "detail.log", lock)
+        reason = None if status == 0 else last_words(folder / "detail.log")
+        for name, command in job.get("then", {}).items():
+            if status == 0 and not stopped:
+                console = evaluation_log(folder, name)
+                console.unlink(missing_ok=True)
+                status, stopped = _run(command, console, lock)
+                reason = None if status == 0 else f"{name}: {last_words(console)}"
         job["seconds"] = job.get("seconds", 0) + time.monotonic() - began
         _write(folder / "job.json", json.dumps(job, indent=1) + "\n")
         if status == Preempted.EXIT_CODE or stopped:
             return status or Preempted.EXIT_CODE
-        reason = None if status == 0 else last_words(folder / "detail.log")
         outcome = {"rc": status, "seconds": job["seconds"], "reason": reason}
         _write(folder / "done.json", json.dumps(outcome, indent=1) + "\n")
         return status
+
+
+def evaluation_log(folder: Path, name: str) -> Path:
+    """Where the console of the evaluation ``name`` goes."""
+    return folder / f"eval_{slug(name)}.log"
+
+
+def slug(name: str) -> str:
+    """``name`` as it can stand in a file name."""
+    return re.sub(r"[^\w.=+-]+", "_", name).strip("_")
+
+
+def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
+    """Run it with its console behind ``log``. Returns: its exit status; whether it was told to stop."""
+    with open(log, "a") as console:
+        # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
+        child = subprocess.Popen(
+            [sys.executable, "-u", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock.fileno(),),
+        )
+        with _passing_on_sigterm(child) as stopped:
+            return child.wait(), bool(stopped)
 
 
 @contextlib.contextmanager

@@ -124,42 +124,46 @@ def _draw_seeds(axis, curves: list[tuple[list[int], list[float]]], dashes: str, 
 
 
 def plot_intervals(
-    rows: Sequence["Row"], *, title: str, figure: Figure, baseline: str | None = None
+    rows: Sequence["Row"], *, title: str, figure: Figure, evaluations: Sequence[str] = ()
 ) -> "matplotlib.figure.Figure":
     """One line a run: every seed, mean and standard deviation, and the published figure where there is one.
 
-    With a ``baseline`` a second panel has each run minus the baseline, seed by seed, and the 95% bootstrap interval of
-    the mean.
+    Where rows have a baseline, a second panel has run minus baseline, seed by seed, and the 95% bootstrap interval of
+    the mean. Each of ``evaluations`` adds such panels.
     """
     from matplotlib.figure import Figure as Canvas
 
     from irpe_lab.results import bootstrap_interval, spread
 
-    canvas = Canvas(figsize=(8 if baseline is None else 11, 1.2 + 0.34 * len(rows)), layout="constrained")
-    left, *right = canvas.subplots(1, 1 if baseline is None else 2, sharey=True, squeeze=False)[0]
-    for y, row in enumerate(rows):
-        values = list(row.figures.values())
-        left.plot(values, [y] * len(values), ".", color=COLOURS[0], alpha=0.4)
-        if values:
-            left.errorbar(statistics.fmean(values), y, xerr=spread(values), fmt="o", color=COLOURS[0], capsize=3)
-        if row.published is not None:
-            left.plot(row.published, y, "D", color=COLOURS[1], fillstyle="none")
-        if right and (differences := row.differences):
-            mean, interval = statistics.fmean(differences), bootstrap_interval(differences)
-            error = [[mean - interval[0]], [interval[1] - mean]] if interval else None
-            right[0].plot(differences, [y] * len(differences), ".", color=COLOURS[2], alpha=0.4)
-            right[0].errorbar(mean, y, xerr=error, fmt="o", color=COLOURS[2], capsize=3)
-    names = [_plain(f"{row.run} (failed)" if "failed" in row.states else row.run) for row in rows]
-    left.set_yticks(range(len(rows)), names, fontsize="small")
-    left.set_ylim(len(rows) - 0.5, -0.5)
-    published = "; diamond: published" if any(row.published is not None for row in rows) else ""
-    left.set(xlabel=f"{figure.title}: mean, standard deviation, seeds{published}")
-    if right:
-        right[0].axvline(0, color="black", linewidth=0.8)
-        right[0].set(xlabel=_plain(f"minus {baseline}, seed by seed: mean, 95% interval"))
-    canvas.suptitle(_plain(title))
-    for axis in (left, *right):
+    baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
+    panels = [
+        (name, against) for name in (None, *evaluations) for against in ([None, baseline] if baseline else [None])
+    ]
+    canvas = Canvas(figsize=(2.5 + 4.5 * len(panels), 1.4 + 0.34 * len(rows)), layout="constrained")
+    axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, against) in zip(axes, panels, strict=True):
+        colour = COLOURS[0] if against is None else COLOURS[2]
+        for y, row in enumerate(rows):
+            values = list(row.figures(name).values()) if against is None else row.differences(name)
+            if not values:
+                continue
+            mean, error = statistics.fmean(values), spread(values)
+            if against is not None and (interval := bootstrap_interval(values)):
+                error = [[mean - interval[0]], [interval[1] - mean]]
+            axis.plot(values, [y] * len(values), ".", color=colour, alpha=0.4)
+            axis.errorbar(mean, y, xerr=error, fmt="o", color=colour, capsize=3)
+        if (name, against) == (None, None) and (known := [(r.published, y) for y, r in enumerate(rows) if r.published]):
+            axis.plot(*zip(*known, strict=True), "D", color=COLOURS[1], fillstyle="none", label="published")
+            axis.legend(fontsize="small")
+        if against is not None:
+            axis.axvline(0, color="black", linewidth=0.8)
+        what = "mean, standard deviation, seeds" if against is None else f"minus {against}, by seed: mean, 95% interval"
+        axis.set(xlabel=_plain(", ".join(filter(None, [figure.title, name])) + f"\n{what}"))
         axis.grid(axis="x", alpha=0.3)
+    names = [_plain(f"{row.run} (failed)" if "failed" in row.states else row.run) for row in rows]
+    axes[0].set_yticks(range(len(rows)), names, fontsize="small")
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    canvas.suptitle(_plain(title))
     return canvas
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from irpe_lab import jobs
-from irpe_lab.console_log import images_per_second, peak_memory
+from irpe_lab.console_log import images_per_second, peak_memory, read_detail
 from irpe_lab.figures import Figure
 from irpe_lab.plots import read_log
 
@@ -29,10 +29,11 @@ class Outcome:
     images_per_second: float | None = None
     memory: int | None = None  # MiB
     model: dict = field(default_factory=dict)
+    evaluations: dict[str, float] = field(default_factory=dict)
 
 
-def read_outcome(folder: Path, figure: Figure) -> Outcome:
-    """What is known about the run in ``folder``."""
+def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()) -> Outcome:
+    """What is known about the run in ``folder`` and the ``evaluations`` after it."""
     outcome = jobs.done(folder)
     log = read_log(folder) if (folder / "log.txt").is_file() and (folder / "log.txt").stat().st_size else []
     if outcome is None:
@@ -45,6 +46,11 @@ def read_outcome(folder: Path, figure: Figure) -> Outcome:
     model = {key: log[-1][key] for key in ("n_parameters",) if key in log[-1]}
     if (folder / "model.json").is_file():
         model |= json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    evaluated = {}
+    for name in evaluations:
+        printed = read_detail(jobs.evaluation_log(folder, name))
+        if printed and (value := figure.of(printed[-1])) is not None:
+            evaluated[name] = value
     return Outcome(
         "done",
         len(log),
@@ -55,23 +61,26 @@ def read_outcome(folder: Path, figure: Figure) -> Outcome:
         images_per_second(folder / "detail.log"),
         peak_memory(folder / "detail.log"),
         model,
+        evaluated,
     )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of the grid over all its seeds. ``baseline``: last figures of the run to compare with, by seed."""
+    """One run of the grid over all its seeds. ``baseline``: the row to compare it with."""
 
     run: str
     flags: str
     outcomes: dict[int, Outcome]
     published: float | None = None
-    baseline: dict[int, float] = field(default_factory=dict)
+    baseline: "Row | None" = None
 
-    @property
-    def figures(self) -> dict[int, float]:
-        """After the last epoch, by seed, of the runs that finished."""
-        return {seed: one.last for seed, one in self.outcomes.items() if one.state == "done"}
+    def figures(self, evaluation: str | None = None) -> dict[int, float]:
+        """After the last epoch (or of an evaluation after it), by seed, of the runs that finished."""
+        done = {seed: one for seed, one in self.outcomes.items() if one.state == "done"}
+        if evaluation is None:
+            return {seed: one.last for seed, one in done.items()}
+        return {seed: one.evaluations[evaluation] for seed, one in done.items() if evaluation in one.evaluations}
 
     @property
     def best(self) -> list[float]:
@@ -103,10 +112,10 @@ class Row:
         known = [value for value in known if value is not None]
         return statistics.median(known) if known else None
 
-    @property
-    def differences(self) -> list[float]:
+    def differences(self, evaluation: str | None = None) -> list[float]:
         """To the baseline, each seed with its own; empty for the baseline itself."""
-        return [figure - self.baseline[seed] for seed, figure in self.figures.items() if seed in self.baseline]
+        theirs = self.baseline.figures(evaluation) if self.baseline is not None else {}
+        return [figure - theirs[seed] for seed, figure in self.figures(evaluation).items() if seed in theirs]
 
 
 def spread(values: list[float]) -> float | None:

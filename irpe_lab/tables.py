@@ -15,7 +15,7 @@ RED, PLAIN = "\x1b[31m", "\x1b[0m"
 NOT_PUBLISHED = "not published here"
 
 
-def cells(row: Row, figure: Figure, baseline: str | None) -> dict[str, str]:
+def cells(row: Row, figure: Figure, *, baseline: str | None = None, evaluations: Sequence[str] = ()) -> dict[str, str]:
     """One row as text, by column; a failed or unfinished run says so where its figure would be."""
     model, speed, memory, seconds = row.model, *map(row.median, ("images_per_second", "memory", "seconds"))
     shown = {
@@ -29,8 +29,12 @@ def cells(row: Row, figure: Figure, baseline: str | None) -> dict[str, str]:
         f"{figure.title}, last epoch": result(row, figure),
         "best epoch": figure.text(statistics.fmean(row.best)) if row.best else "-",
     }
-    if baseline is not None:
-        shown[f"minus {baseline} [95%]"] = difference(row, figure)
+    for evaluation in (None, *evaluations):
+        if evaluation is not None:
+            shown[evaluation] = mean_and_spread(list(row.figures(evaluation).values()), figure) or "-"
+        if baseline is not None:
+            where = f" {evaluation}" if evaluation is not None else ""
+            shown[f"minus {baseline}{where} [95%]"] = difference(row.differences(evaluation), figure)
     shown["seeds"] = f"{row.states.count('done')}/{len(row.states)}"
     shown["published"] = NOT_PUBLISHED if row.published is None else figure.text(row.published)
     return shown
@@ -38,23 +42,27 @@ def cells(row: Row, figure: Figure, baseline: str | None) -> dict[str, str]:
 
 def result(row: Row, figure: Figure) -> str:
     """Mean and standard deviation over seeds, after the last epoch; or what became of the runs."""
-    values = list(row.figures.values())
-    shown = figure.text(statistics.fmean(values)) if values else "not run"
-    if (deviation := spread(values)) is not None:
-        shown += f" ± {figure.text(deviation)}"
+    shown = mean_and_spread(list(row.figures().values()), figure)
     if "failed" not in row.states:
-        return shown
-    return f"{shown + ', ' if values else ''}failed: {row.reason}"
+        return shown or "not run"
+    return ", ".join(filter(None, [shown, f"failed: {row.reason}"]))
 
 
-def difference(row: Row, figure: Figure) -> str:
+def mean_and_spread(values: Sequence[float], figure: Figure) -> str:
+    """Empty for no values."""
+    if not values:
+        return ""
+    deviation = spread(values)
+    return figure.text(statistics.fmean(values)) + ("" if deviation is None else f" ± {figure.text(deviation)}")
+
+
+def difference(values: Sequence[float], figure: Figure) -> str:
     """The mean over seeds of run minus baseline, and its bootstrap interval."""
-    if not (values := row.differences):
+    if not values:
         return "-"
-    interval = bootstrap_interval(values)
-    told = [statistics.fmean(values), *(interval or ())]
+    told = [statistics.fmean(values), *(bootstrap_interval(values) or ())]
     signed = [f"{'-' if value < 0 else '+'}{figure.text(abs(value))}" for value in told]
-    return signed[0] + (f" [{signed[1]}, {signed[2]}]" if interval else "")
+    return signed[0] + (f" [{signed[1]}, {signed[2]}]" if len(signed) > 1 else "")
 
 
 def duration(seconds: float) -> str:
@@ -93,44 +101,55 @@ def _escape(text: str) -> str:
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))
 
 
-def write(rows: Sequence[Row], folder: Path, *, title: str, figure: Figure, baseline: str | None) -> list[Path]:
+def write(
+    rows: Sequence[Row], folder: Path, figure: Figure, *, title: str, evaluations: Sequence[str] = ()
+) -> list[Path]:
     """``table.csv`` (full precision, every seed), ``.md``, ``.tex``, and the plot as ``.png`` and ``.pdf``."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"table.{kind}" for kind in ("csv", "md", "tex", "png", "pdf")]
     with open(paths[0], "w", newline="", encoding="utf-8") as file:
-        lines = [_full_precision(row) for row in rows]
+        lines = [_full_precision(row, evaluations) for row in rows]
         out = csv.DictWriter(file, lines[0])
         out.writeheader()
         out.writerows(lines)
-    body = [cells(row, figure, baseline) for row in rows]
+    baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
+    body = [cells(row, figure, baseline=baseline, evaluations=evaluations) for row in rows]
     header, lines = list(body[0]), [list(line.values()) for line in body]
     paths[1].write_text(markdown(header, lines), encoding="utf-8")
     paths[2].write_text(latex(header, lines, ["failed" in row.states for row in rows]), encoding="utf-8")
-    canvas = plot_intervals(rows, title=title, figure=figure, baseline=baseline)
+    canvas = plot_intervals(rows, title=title, figure=figure, evaluations=evaluations)
     for path in paths[3:]:
         save(canvas, path)
     return paths
 
 
-def _full_precision(row: Row) -> dict:
-    values, differences = list(row.figures.values()), row.differences
-    low, high = bootstrap_interval(differences) or (None, None)
+def _full_precision(row: Row, evaluations: Sequence[str]) -> dict:
     return {
         "run": row.run,
         "flags": row.flags,
         **{key: row.model.get(key) for key in ("buckets", "n_parameters", "macs_M")},
         **{name: row.median(name) for name in ("images_per_second", "memory", "seconds")},
-        "mean": statistics.fmean(values) if values else None,
-        "spread": spread(values),
+        **_statistics(row, None, ""),
         "best_epoch": statistics.fmean(row.best) if row.best else None,
-        "difference": statistics.fmean(differences) if differences else None,
-        "low": low,
-        "high": high,
-        "seeds": " ".join(map(str, row.figures)),
-        "figures": " ".join(map(repr, values)),
+        **{key: value for name in evaluations for key, value in _statistics(row, name, f"{name}: ").items()},
         "published": row.published,
         "states": " ".join(row.states),
         "reason": row.reason,
+    }
+
+
+def _statistics(row: Row, evaluation: str | None, prefix: str) -> dict:
+    figures, differences = row.figures(evaluation), row.differences(evaluation)
+    low, high = bootstrap_interval(differences) or (None, None)
+    values = list(figures.values())
+    return {
+        f"{prefix}mean": statistics.fmean(values) if values else None,
+        f"{prefix}spread": spread(values),
+        f"{prefix}difference": statistics.fmean(differences) if differences else None,
+        f"{prefix}low": low,
+        f"{prefix}high": high,
+        f"{prefix}seeds": " ".join(map(str, figures)),
+        f"{prefix}figures": " ".join(map(repr, values)),
     }
 
 

@@ -27,9 +27,16 @@ from tests.helpers.tiny_images import write_images
 PACKAGE = """
 import argparse, json, os, pathlib, sys, time, yaml
 parser = argparse.ArgumentParser()
-for flag in ("config", "seed", "output_dir", "resume"):
+for flag in ("config", "seed", "output_dir", "resume", "input-size"):
     parser.add_argument("--" + flag)
+parser.add_argument("--eval", action="store_true")
 args = parser.parse_args()
+if args.eval:
+    assert args.output_dir == "" and pathlib.Path(args.resume).parent.is_dir()
+    if args.input_size == "77":
+        sys.exit("ValueError: no such size")
+    print(f"* Acc@1 {int(args.input_size) / 10 + int(args.seed)} Acc@5 99.0 loss 1.0")
+    sys.exit()
 args.rpe = yaml.safe_load(open(args.config))["rpe"]
 out = pathlib.Path(args.output_dir)
 out.mkdir(parents=True, exist_ok=True)
@@ -112,6 +119,34 @@ def test_a_table_from_a_grid(place, capsys):
     published = {path.name for path in (place / "logs" / "mini").iterdir()}
     assert {"table.md", "table.png", "log_none_seed1.txt", "detail_none_seed1.log"} <= published
     assert "log_a_bad_one_seed0.txt" not in published
+
+
+def test_evaluations_after_training(place, capsys):
+    """Added to a finished grid, they are made without training again; one that fails is the run's reason."""
+    assert main(["grid.yaml", "-o", "out", "--only", "*k", "--seeds", "0,1"]) == 0
+    began = starts(place)
+    (place / "grid.yaml").write_text(
+        GRID + "evaluations: {at 288: {input-size: 288}}\nbaseline: rpe-1.9-product-ctx-1-k\n"
+    )
+    capsys.readouterr()
+    assert main(["grid.yaml", "-o", "out", "--only", "*k", "--seeds", "0", "--dry-run"]) == 0
+    command = capsys.readouterr().out.splitlines()[1]
+    folder = "out/rpe-1.9-product-ctx-1-k_seed0"
+    assert command.endswith(
+        f"-m deit_irpe --config {folder}/flags.yaml --seed 0 --input-size=288 --eval --resume {folder}/checkpoint.pth "
+        "--output_dir ''"
+    )
+    assert main(["grid.yaml", "-o", "out", "--only", "*k"]) == 0
+    assert starts(place) == began + [line[:-1] + "2" for line in began]  # resumed at their end
+    for row in table(place / "out").values():
+        assert (row["at 288: mean"], row["at 288: figures"]) == ("29.3", "28.8 29.8")
+    assert table(place / "out")["rpe-1.9-product-bias-1-k"]["at 288: difference"] == "0.0"
+    text = (place / "out" / "table.md").read_text()
+    assert "| at 288 | minus rpe-1.9-product-ctx-1-k at 288 [95%] |" in text
+    assert "| 29.30 ± 0.71 | +0.00 [+0.00, +0.00] | 2/2 |" in text
+    (place / "grid.yaml").write_text(GRID + "evaluations: {at 77: {input-size: 77}}\n")
+    assert main(["grid.yaml", "-o", "out", "--only", "*k"]) == 1
+    assert table(place / "out")["rpe-1.9-product-bias-1-k"]["reason"] == "at 77: ValueError: no such size"
 
 
 def test_a_table_counts_the_model_that_was_trained(tmp_path, monkeypatch):
@@ -257,7 +292,7 @@ def test_slurm_jobs_go_through_submitit(place, monkeypatch):
     pool = jobs.SlurmPool(place / "slurm", cluster="local", timeout_min=5)
     pool.poll_seconds = 0.2
     ablation.work(pool)
-    assert [row.figures for row in ablation.rows()] == [{0: 81.0}]
+    assert [row.figures() for row in ablation.rows()] == [{0: 81.0}]
     assert json.loads((place / "out" / "none_seed0" / "slurm.json").read_text())["job_id"]
 
 

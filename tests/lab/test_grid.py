@@ -118,7 +118,7 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         (GRID + "runs: {a: {epoch: x}}\n", "run a: epochs: 'x'|run a: .*invalid int value|unknown name 'epoch'"),
         (GRID + "runs: {a: {lr: {b: 1}}}\n", "run a: lr: .*got nested names"),
         (GRID + "runs: {a: {opt-betas: [0.9, --eval]}}\n", "would be read as a flag"),
-        (GRID + "runs: {a: {sched: none}}\n", "run a: argument --sched: invalid choice"),
+        (GRID + "runs: {a: {amp: none2}}\n", "run a: argument --amp: invalid choice"),
         (GRID + "flags: {seed: 3}\n", "seed is said by the runner"),
         (GRID + "flags: [lr]\n", "flags: expected lines 'name: value'"),
         (GRID.replace("none,", "none, none,"), "two runs are called none"),
@@ -128,6 +128,10 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         (GRID.replace("{rpe-1.9", "{rpe-2.9"), "published: no run is called 'rpe-2.9-product-ctx-1-k'"),
         (GRID.replace("k: deit_small", "k: x"), "published: model zoo: no published checkpoint 'x_patch"),
         (GRID + "baseline: nope\n", "baseline: no run is called 'nope'; there are none, rpe"),
+        (GRID + "evaluations: {at 48: 48}\n", "evaluations: at 48: expected a name of its own and its flags"),
+        (GRID + "evaluations: {a b: {}, a_b: {}}\n", "evaluations: a_b: expected a name of its own"),
+        (GRID + "evaluations: {a: {seed: 1}}\n", "evaluations: a: seed is said by the runner"),
+        (GRID + "evaluations: {a: {input-size: x}}\n", "run none, a: argument --input-size: expected pixels"),
         (GRID.replace("[0, 1]", "[a]"), "seeds: expected whole numbers"),
         (GRID.replace("[0, 1]", "3"), "seeds: expected whole numbers"),
         (GRID.replace("[0, 1]", "[0, 0]"), "seeds: expected different whole numbers"),
@@ -167,7 +171,7 @@ PLAIN = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS, s
 VALUES = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | PLAIN, inner, max_size=3), max_leaves=8
 )
-KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published")
+KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published", "evaluations")
 GRIDS = st.fixed_dictionaries(
     {"package": st.just("deit_irpe")},
     optional={key: VALUES for key in KEYS[1:]} | {"grid": st.dictionaries(WORDS, VALUES, max_size=3)},

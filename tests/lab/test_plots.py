@@ -151,20 +151,23 @@ def test_colours_are_told_apart_by_colour_blind_readers():
 def test_intervals_show_every_seed_the_published_figure_and_the_difference():
     done = {seed: Outcome("done", 2, value, value) for seed, value in ((0, 80.0), (1, 82.0))}
     more = {seed: Outcome("done", 2, value, value) for seed, value in ((0, 81.0), (1, 84.0))}
+    none = Row("none", "", done)
     rows = [
-        Row("none", "", done),
-        Row("irpe", "", more, 81.5, {0: 80.0, 1: 82.0}),
-        Row("bad", "", {0: Outcome("failed", reason="x"), 1: Outcome("waiting")}),
+        none,
+        Row("irpe", "", more, 81.5, none),
+        Row("bad", "", {0: Outcome("failed", reason="x"), 1: Outcome("waiting")}, baseline=none),
     ]
-    drawn = plot_intervals(rows, title="a_b$c$", figure=TASKS["deit_irpe"].figure, baseline="none")
+    drawn = plot_intervals(rows, title="a_b$c$", figure=TASKS["deit_irpe"].figure)
     left, right = drawn.axes
     assert [text.get_text() for text in left.get_yticklabels()] == ["none", "irpe", "bad (failed)"]
     points = [list(line.get_xdata()) for line in left.lines]
     assert [80.0, 82.0] in points and [81.0, 84.0] in points and [82.5] in points and [81.5] in points
     assert [1.0, 2.0] in [list(line.get_xdata()) for line in right.lines]
-    assert "minus none" in right.get_xlabel() and "diamond: published" in left.get_xlabel()
+    assert "minus none" in right.get_xlabel() and left.get_legend().get_texts()[0].get_text() == "published"
     alone = plot_intervals(rows[:1], title="", figure=TASKS["deit_irpe"].figure)
-    assert len(alone.axes) == 1 and "published" not in alone.axes[0].get_xlabel()
+    assert len(alone.axes) == 1 and alone.axes[0].get_legend() is None
+    both = plot_intervals(rows, title="", figure=TASKS["deit_irpe"].figure, evaluations=("at 48",))
+    assert ["at 48" in axis.get_xlabel() for axis in both.axes] == [False, False, True, True]
 
 
 def test_curve_takes_ap_from_the_list():
