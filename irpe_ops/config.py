@@ -4,7 +4,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from irpe_ops.methods import find_method
+from irpe_ops.buckets import count_buckets
+from irpe_ops.methods import find_method, maps_of
 from irpe_ops.modes import MODES
 
 RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
@@ -68,6 +69,11 @@ class RPEConfig:
     def gamma(self) -> float:
         """The distance at which ``beta`` is reached, in patches."""
         return 8 * self.ratio
+
+    @property
+    def num_buckets(self) -> int:
+        """``N``, with the bucket of the leading tokens; for a method of several tables their sum."""
+        return sum(count_buckets(name, self.beta, self.skip) for name in maps_of(self.method))
 
     @property
     def rpe_q(self) -> "RPEConfig | None":

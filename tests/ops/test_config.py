@@ -38,6 +38,12 @@ def test_the_parts_of_a_config_have_their_published_names():
     config = get_rpe_config(2.0, "cross", "ctx", False, 1, "qv")
     assert config.rpe_k is None and config.rpe_q == get_rpe_config(2.0, "cross", "ctx", False, 1, "q")
     assert config.rpe_v.rpe_on == "v" and config.rpe_v.rpe_v == config.rpe_v
+    assert config.rpe_q.num_buckets == 2 * (9 + 1)
+    assert [get_rpe_config(r, m).num_buckets for r, m in ((1.9, "product"), (2, "product"), (20, "euc"))] == [
+        49,
+        81,
+        81,
+    ]
     assert (config.rpe_q.alpha, config.rpe_q.beta, config.rpe_q.gamma) == (2.0, 4.0, 16.0)
 
 
