@@ -27,8 +27,8 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from deit_irpe.args import get_args_parser, image_size, model_options
-from deit_irpe.models import DEMO_SIZES, RPE_MODELS, create_model
+from deit_irpe.args import get_args_parser
+from deit_irpe.models import DEMO_SIZES, RPE_MODELS, build_model, create_model
 from irpe_ops.modules import buckets_of
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
@@ -84,20 +84,13 @@ def count(model: nn.Module) -> dict[str, float]:
     return stats | {"buckets": buckets_of(model)}
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
-    """The untrained model of a run's flags as its checkpoint has them, the published ones included."""
-    flags = argparse.Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
-    return create_model(flags.model, flags.rpe, **model_options(flags, image_size(flags.input_size), flags.nb_classes))
-
-
 def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
     """What the command line ``argv`` of ``python -m deit_irpe`` builds: ``n_parameters``, ``macs_M``, ``buckets``."""
     parser = get_args_parser()
     parser.add_argument("--num_classes", default=1000, type=positive_int)
     args = parse_args(parser, argv)
-    args.nb_classes = args.num_classes
     with torch.device("meta"):  # shapes only: nothing is allocated
-        return count(build_model(args))
+        return count(build_model(args, args.num_classes))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

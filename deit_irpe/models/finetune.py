@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from irpe_train.checkpoint import load_matching
 from irpe_train.errors import BadCheckpoint
 
-HEADS = ("head.", "head_dist.")
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The modules that end in the classes, as timm's config of the model has them, and DeiT's second head."""
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return *((named,) if isinstance(named, str) else named), "head_dist"
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -33,17 +37,14 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
 
 
 def load_pretrained_weights(
-    model: VisionTransformer,
-    weights: Mapping[str, Tensor],
-    old_grid: tuple[int, int] | None = None,
-    *,
-    source: str | Path,
+    model: nn.Module, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None, *, source: str | Path
 ) -> dict[str, str]:
     """Start ``model`` from the weights of another run: other resolution, other classes, other encoding.
 
     The position embedding is resampled; a head with other classes and encodings with other tables start fresh.
 
     Args:
+        model: any timm model; positions are resampled for Vision Transformers.
         weights: a state dict; unchanged.
         old_grid: patch grid (height, width) the weights were trained on; ``None`` for a square one.
         source: where they are from, for messages.
@@ -53,21 +54,21 @@ def load_pretrained_weights(
     own = model.state_dict()
     weights = dict(weights)
     notes = {}
-    if "pos_embed" in weights and "pos_embed" in own:
+    if "pos_embed" in weights and "pos_embed" in own and isinstance(model, VisionTransformer):
         new_grid = tuple(model.patch_embed.grid_size)
-        tokens = weights["pos_embed"].shape[1] - model.num_prefix_tokens
+        leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds the positions to patches alone
+        tokens = weights["pos_embed"].shape[1] - leading
         if old_grid is None or math.prod(old_grid) != tokens:
             old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
         if math.prod(old_grid) != tokens:
             raise BadCheckpoint(
                 f"checkpoint {source}: pos_embed has {weights['pos_embed'].shape[1]} tokens: with "
-                f"{model.num_prefix_tokens} leading token(s) that is no square grid; was it trained as another model?"
+                f"{leading} leading token(s) that is no square grid; was it trained as another model?"
             )
         if old_grid != new_grid:
             notes["pos_embed"] = f"resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches"
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], old_grid, new_grid)
-    return notes | load_matching(model, weights, source=source, may_start_fresh=_may_start_fresh)
-
-
-def _may_start_fresh(key: str) -> bool:
-    return key.startswith(HEADS) or ".lookup_table_" in key
+    heads = tuple(f"{name}." for name in head_names(model))
+    return notes | load_matching(
+        model, weights, source=source, may_start_fresh=lambda key: key.startswith(heads) or ".lookup_table_" in key
+    )

@@ -1,6 +1,7 @@
 """DeiT with iRPE: ``create_model``, and the registration of our names with timm."""
 
 import dataclasses
+import re
 
 import timm
 from timm.layers import trunc_normal_
@@ -12,6 +13,7 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
+from timm.models._builder import resolve_pretrained_cfg  # what timm itself does with its arguments of these names
 from timm.models._features import FeatureGetterNet  # what timm itself wraps a ViT with for features_only
 from torch import nn
 
@@ -19,7 +21,7 @@ from deit_irpe.models.finetune import load_pretrained_weights
 from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from irpe_ops import equip
 from irpe_ops.equip import RPEAttention
-from irpe_train.checkpoint import read_weights
+from irpe_train.checkpoint import load_matching, read_weights
 from irpe_train.zoo import fetch, read_zoo
 
 
@@ -30,28 +32,35 @@ def create_model(
 
     Args:
         name: a name of ``RPE_MODELS`` or ``DEMO_SIZES``, or any model that timm knows
-            (``deit_small_distilled_patch16_224``); an encoding needs a Vision Transformer.
+            (``deit_small_distilled_patch16_224``, ``local-dir:FOLDER``); an encoding needs a Vision Transformer.
         rpe: spec string or config; ``None`` keeps the encoding of the name (a plain name has none), ``"none"`` removes
             it.
         rpe_config: the published name of ``rpe``.
         attn_backend: passed to every attention layer (``auto``, ``eager``, ``sdpa``, ``compiled``, ``triton``).
-        pretrained: start from the published checkpoint of that name; a head of other classes starts fresh.
-        timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...; with
-            ``features_only=True`` the feature maps of blocks ``out_indices`` (default: the last three), as timm has it.
-    Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit; UnknownArgument: it is a TypeError
-        too: an argument that timm's model does not take.
+        pretrained: start from the published checkpoint of that name, or from what timm's ``pretrained_cfg`` or
+            ``pretrained_cfg_overlay`` name instead; a head of other classes starts fresh.
+        timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...;
+            ``checkpoint_path`` for weights of this very model; with ``features_only=True`` the feature maps of blocks
+            ``out_indices`` (default: the last three), as timm has it.
+    Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit, a size that the model cannot take;
+        UnknownArgument: it is a TypeError too: an argument that timm's model does not take.
     """
     if rpe is not None and rpe_config is not None:
         raise ValueError(f"model {name!r}: rpe={rpe!r} and rpe_config={rpe_config!r} are the same argument; give one")
     rpe = rpe_config if rpe is None else rpe
     base, named_rpe = RPE_MODELS.get(name, (name, None))
-    from_zoo = pretrained and name in RPE_MODELS
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}
-    wanted_features = None
-    if timm_kwargs.get("features_only") and name in RPE_MODELS | DEMO_SIZES:  # wrapped when its weights are loaded
-        del timm_kwargs["features_only"]
-        wanted_features = timm_kwargs.pop("out_indices", 3)
-    model = _plain_model(base, pretrained=pretrained and not from_zoo, **timm_kwargs)
+    checkpoint_path = timm_kwargs.pop("checkpoint_path", None)
+    registered = name in RPE_MODELS or name in DEMO_SIZES
+    wanted_features, config, cache_dir = None, None, None
+    if registered:  # what timm's builder does for its own names is done here, when the encoding is in its place
+        if timm_kwargs.pop("features_only", False):
+            wanted_features = timm_kwargs.pop("out_indices", 3)
+        config = resolve_pretrained_cfg(
+            name, timm_kwargs.pop("pretrained_cfg", None), timm_kwargs.pop("pretrained_cfg_overlay", None)
+        ).to_dict()
+        cache_dir = timm_kwargs.pop("cache_dir", None)
+    model = _plain_model(base, pretrained=pretrained and not registered, **timm_kwargs)
     spec = named_rpe if rpe is None else rpe
     if spec not in (None, "none"):
         if not isinstance(model, VisionTransformer):
@@ -59,40 +68,84 @@ def create_model(
                 f"--rpe {spec}: model {name!r} is a {type(model).__name__}; iRPE needs a Vision Transformer"
             )
         model = equip(model, spec, backend=attn_backend)
-    if from_zoo:
-        path = fetch(name)
-        load_pretrained_weights(model, read_weights(path), source=path)
-    return model if wanted_features is None else FeatureGetterNet(model, wanted_features)
+    if registered:
+        model.pretrained_cfg = model.default_cfg = config
+        if pretrained:
+            _load_named_weights(model, name, config, cache_dir)
+    if checkpoint_path is not None:
+        load_matching(model, read_weights(checkpoint_path), source=checkpoint_path)
+    if wanted_features is not None:
+        model = FeatureGetterNet(model, wanted_features)
+        model.pretrained_cfg = model.default_cfg = config
+    return model
 
 
 class UnknownArgument(ValueError, TypeError):
-    """A wrong value of --model-kwargs, and the TypeError that callers of ``timm.create_model`` expect."""
+    """An argument that timm's model does not take: the ValueError of a flag, and the TypeError that timm promises."""
+
+    def __init__(self, message: str, argument: str | None):
+        super().__init__(message)
+        self.argument = argument
 
 
 def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     size = DEMO_SIZES.get(name, {})
     base = "deit_tiny_patch16_224" if size else name
-    if not timm.is_model(base):
+    elsewhere = ":" in base  # local-dir:FOLDER, hf-hub:NAME
+    if not elsewhere and not timm.is_model(base):
         known = ", ".join([*RPE_MODELS, *DEMO_SIZES])
         raise ValueError(
             f"model {name!r}: unknown; expected one of {known}, or a model of timm such as "
             "deit_small_patch16_224 (with --rpe SPEC for an encoding)"
         )
-    is_vit = is_model_in_modules(base, ("deit", "vision_transformer"))
-    if timm_kwargs.get("pos_embed") == "none" and ("distilled" in base or not is_vit):
+    if timm_kwargs.get("pos_embed") == "none" and not (
+        is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
+    ):
         raise ValueError(f"model {name!r}: timm cannot build it without its position embedding (--no-abs-pos)")
-    if not is_vit:
-        timm_kwargs.pop("img_size", None)  # convolutions take any size
     try:
-        model = timm.create_model(base, pretrained=pretrained, **(size | timm_kwargs))
-    except TypeError as error:
-        raise UnknownArgument(f"model {name!r}: {error} (--model-kwargs)") from error
+        model = _build(base, pretrained, size | timm_kwargs)
+    except (UnknownArgument, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # what timm's models raise at sizes that do not go together: AssertionError, ...
+        raise ValueError(f"model {name!r} cannot be built as asked for: {error or type(error).__name__}") from error
     if base.startswith("deit_") and not pretrained:
-        trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
+        if getattr(model, "cls_token", None) is not None:
+            trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
         if size and model.pos_embed is not None:
             # DeiT's 0.02 is lost beside the patch embedding, and a demo has hundreds of steps to mend that.
             trunc_normal_(model.pos_embed, std=0.5)
     return model
+
+
+def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
+    """timm's model; ``img_size`` is left out where it takes none because it takes any."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        argument = found and found[1]
+        if argument != "img_size":
+            raise UnknownArgument(f"model {name!r}: {error}", argument) from error
+    asked = timm_kwargs["img_size"]
+    config = get_pretrained_cfg(name)
+    fixed = config.input_size[1:] if config and config.fixed_input_size else None
+    if fixed and fixed != ((asked, asked) if isinstance(asked, int) else tuple(asked)):
+        raise ValueError(f"img_size={asked} (--input-size): it takes images of {fixed[0]} x {fixed[1]} pixels only")
+    return _build(name, pretrained, {key: value for key, value in timm_kwargs.items() if key != "img_size"})
+
+
+def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) -> None:
+    """The weights that ``config`` names: those published under ``name``, or others that the caller put there."""
+    published = read_zoo().models.get(name)
+    file, elsewhere = config.get("file"), config.get("source") or config.get("state_dict") or config.get("hf_hub_id")
+    if elsewhere or file and str(file).endswith(".safetensors"):
+        timm.models.load_pretrained(model, config, model.num_classes, config["input_size"][0], cache_dir=cache_dir)
+        return
+    if not file and not config.get("url"):
+        raise ValueError(f"model {name!r}: pretrained=True, and no weights of it were published")
+    if not file:
+        file = fetch(name) if published and config["url"] == published.url else config["url"]
+    load_pretrained_weights(model, read_weights(file), source=file)
 
 
 def _timm_config(name: str):
@@ -109,11 +162,8 @@ default_cfgs = generate_default_cfgs({name: _timm_config(name) for name in [*RPE
 
 
 def _entrypoint(name: str):
-    def build(pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-        model = create_model(name, pretrained=pretrained, **kwargs)
-        vit = model.model if isinstance(model, FeatureGetterNet) else model
-        vit.pretrained_cfg = vit.default_cfg = model.pretrained_cfg = get_pretrained_cfg(name).to_dict()
-        return model
+    def build(pretrained: bool = False, **kwargs):
+        return create_model(name, pretrained=pretrained, **kwargs)
 
     build.__name__ = name
     build.__module__ = __name__
