@@ -268,18 +268,6 @@ def keywords(pairs: list[str]) -> dict:
         key, _, text = pair.partition("=")
         try:
             values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             values[key] = text
     return values
-
-
-def model_options(args: argparse.Namespace, size: int | tuple[int, int], num_classes: int) -> dict:
-    """The arguments of ``create_model`` that the flags stand for."""
-    options = dict(
-        attn_backend=args.attn_backend, num_classes=num_classes, img_size=size, drop_path_rate=args.drop_path
-    )
-    if args.drop:  # where DeiT has it: after the positions, and after both layers of attention and MLP
-        options |= dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop)
-    if args.no_abs_pos:
-        options["pos_embed"] = "none"
-    return options | keywords(args.model_kwargs)

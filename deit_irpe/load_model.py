@@ -4,33 +4,95 @@ import argparse
 
 import torch
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from deit_irpe.args import get_args_parser, image_size, model_options
-from deit_irpe.models import create_model
+from deit_irpe.args import get_args_parser, image_size_text, keywords
+from deit_irpe.data import stored_classes
+from deit_irpe.models import build_model, head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.errors import BadCheckpoint
+
+# The flags in a checkpoint are data from whoever wrote it: these describe its network, and no others are read.
+MODEL_FLAGS = ("model", "rpe", "no_abs_pos", "model_kwargs", "input_size")
+LARGEST_INPUT = 4096  # pixels a side, as told by a checkpoint; a larger one has to be typed
 
 
 def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, argparse.Namespace, list[str]]:
-    """The trained model of a checkpoint, in evaluation mode.
+    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing is downloaded for it.
 
     Args:
         source: path or address; ema: its moving average.
         flags: ``model``, ``rpe``, ``input_size``, ... that win over those in the checkpoint, unless None.
     Returns: model, all flags, class names.
-    Raises: ValueError: neither the checkpoint nor ``flags`` name a model.
+    Raises: ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint: its flags describe no model,
+        or one that its weights are not of; this is found before a model of their size is made.
     """
     checkpoint = read_checkpoint(source)
     weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
-    known = vars(checkpoint.get("args", argparse.Namespace()))
     given = {name: value for name, value in flags.items() if value is not None}
-    if "model" not in known | given:
+    args = argparse.Namespace(**_flags(checkpoint, source=source) | given)
+    if args.model is None:
         raise ValueError(f"{source} does not say which model it is: add --model NAME (and --rpe SPEC)")
-    args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | known | given)
-    num_classes = known.get("nb_classes") or len(weights.get("head.bias", torch.empty(1000)))
-    model = create_model(args.model, args.rpe, **model_options(args, image_size(args.input_size), num_classes))
+    if ":" in args.model and "model" not in given:
+        raise BadCheckpoint(f"checkpoint {source}: its model is {args.model!r}, from elsewhere: give --model yourself")
+    try:
+        num_classes = _number_of_classes(_shapes(args, 1000, weights), weights)
+        shapes = _shapes(args, num_classes, weights)
+    except Exception as error:  # the flags may be anything at all
+        raise BadCheckpoint(f"checkpoint {source}: its flags describe no model ({error or repr(error)})") from error
+    load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
+    model = build_model(args, num_classes)
     load_matching(model, weights, source=source)
-    return model.eval(), args, checkpoint.get("classes") or class_names(num_classes)
+    classes = stored_classes(checkpoint, source=source) or class_names(num_classes)
+    if len(classes) != num_classes:
+        raise BadCheckpoint(f"checkpoint {source}: {len(classes)} classes are named, the class head has {num_classes}")
+    return model.eval(), args, classes
+
+
+def _flags(checkpoint: dict, *, source: str) -> dict:
+    """All flags, those that describe the network as the checkpoint has them; ``model`` is None where it has none."""
+    stored = checkpoint.get("args")
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
+    if not isinstance(stored, dict):
+        raise BadCheckpoint(f"checkpoint {source}: its 'args' are no flags but a {type(stored).__name__}")
+    defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
+    flags = defaults | {name: stored[name] for name in MODEL_FLAGS if name in stored}
+    size = flags["input_size"]
+    try:
+        largest = max(int(side) for side in str(image_size_text(str(size))).split("x"))
+    except argparse.ArgumentTypeError as error:
+        raise BadCheckpoint(f"checkpoint {source}: its input_size: {error}; give --input-size") from error
+    if largest > LARGEST_INPUT:
+        raise BadCheckpoint(f"checkpoint {source}: its input_size is {size}; if that is right, give --input-size")
+    if not isinstance(flags["model"], str | None):
+        raise BadCheckpoint(f"checkpoint {source}: its model {flags['model']!r} is no name; give --model")
+    return flags
+
+
+def _shapes(args: argparse.Namespace, num_classes: int, weights: dict[str, Tensor]) -> nn.Module:
+    """The model without memory; given up when it has far more parameters than there are weights."""
+    elements, made = sum(value.numel() for value in weights.values()), 0
+    if any(isinstance(value, int | float) and value > elements for value in keywords(args.model_kwargs).values()):
+        raise ValueError(f"a model_kwargs larger than the {elements} numbers in it")  # some are loop counts in timm
+
+    def count(*_) -> None:
+        nonlocal made
+        made += 1
+        if made > 100 + 4 * len(weights):
+            raise ValueError(f"a model of far more than the {len(weights)} tensors in it")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return build_model(args, num_classes)
+    finally:
+        hook.remove()
+
+
+def _number_of_classes(model: nn.Module, weights: dict[str, Tensor]) -> int:
+    biases = (weights.get(f"{name}.bias") for name in head_names(model))
+    return next((bias.shape[0] for bias in biases if bias is not None), 1000)
 
 
 def class_names(count: int) -> list[str]:

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 
 import torch
 from timm.models import VisionTransformer
-from torch import nn
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, build_model, create_model

@@ -7,21 +7,30 @@ import torch
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV2
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.utils.data import Dataset, DistributedSampler
 
-from deit_irpe.args import check_args, get_args_parser, image_size, model_options
-from deit_irpe.data import build_dataset, build_transform, check_same_classes, repeated_augmentation_sampler
+from deit_irpe.args import check_args, get_args_parser, image_size
+from deit_irpe.data import (
+    build_dataset,
+    build_transform,
+    check_resumed_classes,
+    check_same_classes,
+    renumber,
+    repeated_augmentation_sampler,
+    stored_classes,
+)
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
-from deit_irpe.models import create_model, load_pretrained_weights
+from deit_irpe.models import build_model, create_model, head_names, start_from
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, read_weights
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.distributed import logger
+from irpe_train.errors import BadCheckpoint
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -51,16 +60,20 @@ def main(args: argparse.Namespace) -> None:
     # --- data
     val_set = validation_set(args)
     val_loader = validation_loader(args, val_set, device)
-    classes = val_set.classes
-    if checkpoint is not None and "classes" in checkpoint.contents:
-        check_same_classes(checkpoint.contents["classes"], classes, ("the checkpoint", "the validation data"))
-    if not args.eval:
+    stored = stored_classes(checkpoint.contents, source=checkpoint.source) if checkpoint is not None else None
+    if args.eval:
+        classes = stored or val_set.classes
+    else:
         train_set = training_set(args)
-        check_same_classes(train_set.classes, classes)
+        classes = train_set.classes
+        check_same_classes(classes, val_set.classes)
+        if checkpoint is not None:
+            check_resumed_classes(stored, classes, source=checkpoint.source)
         loader = training_loader(args, train_set, device)
+    renumber(val_set, classes, whose="the checkpoint" if args.eval else "train")
 
     # --- model
-    model = model_of_flags(args, len(classes)).to(device)
+    model = model_of_flags(args, classes).to(device)
     logger.info(f"number of params: {count_parameters(model)}")
     logger.info(f"number of buckets: {buckets_of(model)}")
 
@@ -72,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     # --- optimizer
     lr = scaled_lr(args.lr, loader.batch_size, distributed.world_size(), args.accumulate)
     optimizer, lr_scheduler = build_optimization(args, model, lr)
-    criterion = build_criterion(args, len(classes), device)
+    criterion = build_criterion(args, classes, device)
     mixup = build_mixup(args, len(classes))
     ema = build_ema(args, model)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
@@ -146,6 +159,7 @@ def evaluate_only(
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     if checkpoint is not None:
         weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
+        check_number_of_classes(model, weights, len(val_set.classes), source=checkpoint.source)
         load_matching(model, weights, source=checkpoint.source)
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
@@ -229,29 +243,38 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
     )
 
 
-def model_of_flags(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The model of ``--model`` and ``--rpe``, with the weights of ``--pretrained`` or ``--finetune``."""
-    options = model_options(args, image_size(args.input_size), num_classes)
-    model = create_model(args.model, args.rpe, **options, pretrained=args.pretrained)
+def model_of_flags(args: argparse.Namespace, classes: list[str]) -> nn.Module:
+    """The model of ``--model`` and ``--rpe``, with the weights of ``--pretrained`` or ``--finetune``.
+
+    Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
+    """
+    model = build_model(args, len(classes), pretrained=args.pretrained)
+    fresh = []
+    if args.pretrained and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
+        fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
     if args.finetune:
-        start_from(model, args.finetune)
+        notes = start_from(model, args.finetune, classes)
+        for key, what in notes.items():
+            logger.info(f"--finetune: {key} {what}")
+        heads = tuple(f"{name}." for name in head_names(model))
+        fresh = [
+            f"--finetune: {key} {what}" for key, what in notes.items() if key.startswith(heads) and "fresh" in what
+        ]
+    if fresh and args.eval:
+        raise ValueError(f"--eval would evaluate a class head that was never trained: {fresh[0]}")
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
         model.set_distilled_training(args.distillation_type != "none")
     return model
 
 
-def start_from(model: nn.Module, source: str) -> None:
-    """Load ``--finetune``, and say what did not carry over."""
-    checkpoint = read_checkpoint(source)
-    trained_at = getattr(checkpoint.get("args"), "input_size", None)
-    old_grid = None
-    if isinstance(trained_at, int | str) and hasattr(model, "patch_embed"):
-        sides, patch = image_size(trained_at), model.patch_embed.patch_size
-        sides = (sides, sides) if isinstance(sides, int) else sides
-        old_grid = (sides[0] // patch[0], sides[1] // patch[1])
-    weights = model_weights(checkpoint, source=source)
-    for key, what in load_pretrained_weights(model, weights, old_grid, source=source).items():
-        logger.info(f"--finetune: {key} {what}")
+def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number: int, *, source: str) -> None:
+    """Raises BadCheckpoint if the class head in ``weights`` is of another size: its classes cannot be told apart."""
+    for name in head_names(model):
+        bias = weights.get(f"{name}.bias")
+        if bias is not None and len(bias) != number:
+            raise BadCheckpoint(
+                f"checkpoint {source}: its head has {len(bias)} outputs and names no classes; the data have {number}"
+            )
 
 
 def build_optimization(args: argparse.Namespace, model: nn.Module, lr: float) -> tuple[optim.Optimizer, Scheduler]:
@@ -310,21 +333,29 @@ def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
     return ModelEmaV2(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
 
 
-def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> DistillationLoss:
+def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.device) -> DistillationLoss:
     """The loss that goes with the augmentation, and with the teacher if there is one."""
     return DistillationLoss(
         classification_loss(mixes=mixes(args), smoothing=args.smoothing),
-        build_teacher(args, num_classes, device),
+        build_teacher(args, classes, device),
         args.distillation_type,
         args.distillation_alpha,
         args.distillation_tau,
     )
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
+def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device) -> nn.Module | None:
     """The frozen ``--teacher-model`` with the weights of ``--teacher-path``; None without distillation."""
     if args.distillation_type == "none":
         return None
-    teacher = create_model(args.teacher_model, num_classes=num_classes)
-    load_matching(teacher, read_weights(args.teacher_path), source=args.teacher_path)
+    source = args.teacher_path
+    checkpoint = read_checkpoint(source)
+    taught = stored_classes(checkpoint, source=source)
+    if taught is not None and taught != list(classes):
+        check_same_classes(taught, classes, (f"--teacher-path {source}", "the training data"))
+        raise ValueError(f"--teacher-path {source}: the training data have its classes in another order")
+    teacher = create_model(args.teacher_model, num_classes=len(classes))
+    weights = model_weights(checkpoint, source=source)
+    check_number_of_classes(teacher, weights, len(classes), source=source)
+    load_matching(teacher, weights, source=source)
     return teacher.to(device).eval().requires_grad_(False)

@@ -1,6 +1,15 @@
-"""What DeiT is trained on: class folders, tar files, shards, other data sets, and their transforms."""
+"""What DeiT is trained on: class folders, tar files, shards, other data sets, their classes and their transforms."""
 
-from deit_irpe.data.datasets import build_dataset, check_same_classes, repeated_augmentation_sampler
+from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
+from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
 from deit_irpe.data.transforms import build_transform
 
-__all__ = ["build_dataset", "build_transform", "check_same_classes", "repeated_augmentation_sampler"]
+__all__ = [
+    "build_dataset",
+    "build_transform",
+    "check_resumed_classes",
+    "check_same_classes",
+    "renumber",
+    "repeated_augmentation_sampler",
+    "stored_classes",
+]

@@ -51,17 +51,6 @@ def build_dataset(
     return FolderImages(root / split, transform)
 
 
-def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] = ("train", "val")) -> None:
-    """Raises ValueError, naming the classes, unless both lists (of the two data sets ``names``) have the same ones."""
-    only = []
-    for name, missing in ((names[0], set(one) - set(other)), (names[1], set(other) - set(one))):
-        if missing:
-            some = ", ".join(sorted(missing)[:5]) + (f", ... ({len(missing)} in all)" if len(missing) > 5 else "")
-            only.append(f"only in {name}: {some}")
-    if only:
-        raise ValueError(f"{names[0]} and {names[1]} have different classes; {'; '.join(only)}")
-
-
 def repeated_augmentation_sampler(dataset: Dataset, world_size: int, rank: int) -> Sampler:
     """Three differently augmented copies of an image in one global batch; an epoch is as long as without them.
 

@@ -30,6 +30,12 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def relabel(self, classes: list[str]) -> None:
+        """From now on the numbers of the classes are their places in ``classes``, which has them all."""
+        place = {name: number for number, name in enumerate(classes)}
+        self.labels = np.array([place[name] for name in self.classes], dtype=np.int64)[self.labels]
+        self.classes = list(classes)
+
     def name(self, index: int) -> str:
         return os.fsdecode(self.names[index])
 

@@ -1,5 +1,6 @@
 """Weights that come from another run: other resolution, other classes, other encoding."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from irpe_train.checkpoint import load_matching
+from deit_irpe.args import image_size
+from deit_irpe.data.classes import stored_classes
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint
 
 
@@ -34,6 +37,47 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
     patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, C, H, W)
     patches = F.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False).to(pos_embed.dtype)
     return torch.cat([leading, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def fit_classes(
+    model: nn.Module, weights: Mapping[str, Tensor], theirs: list[str] | None, ours: list[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights whose class heads are of the classes ``ours``, in their order; heads of other classes are left out.
+
+    Args:
+        theirs: the classes of ``weights``; None where they are not named, and the heads are then what they are.
+    Returns: a new state dict, and what became of each key that changed.
+    """
+    heads = tuple(f"{name}." for name in head_names(model))
+    keys = [key for key in weights if key.startswith(heads)]
+    if theirs is None or theirs == list(ours):
+        return dict(weights), {}
+    if set(theirs) != set(ours):
+        notes = dict.fromkeys(keys, f"starts fresh: other classes, {len(theirs)} there, {len(ours)} here")
+        return {key: value for key, value in weights.items() if key not in keys}, notes
+    order = [theirs.index(name) for name in ours]
+    return {key: value[order] if key in keys else value for key, value in weights.items()}, dict.fromkeys(
+        keys, "has its classes in the order of the data"
+    )
+
+
+def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, str]:
+    """Start ``model``, whose outputs are ``classes``, from the checkpoint ``source``: see ``load_pretrained_weights``.
+
+    Returns: what became of each key that was not copied as it was.
+    """
+    checkpoint = read_checkpoint(source)
+    weights, notes = fit_classes(
+        model, model_weights(checkpoint, source=source), stored_classes(checkpoint, source=source), classes
+    )
+    old_grid = None
+    with contextlib.suppress(
+        AttributeError, KeyError, TypeError, ValueError
+    ):  # a model, or a checkpoint, that does not say
+        sides, patch = image_size(checkpoint["args"].input_size), model.patch_embed.patch_size
+        sides = (sides, sides) if isinstance(sides, int) else sides
+        old_grid = (sides[0] // patch[0], sides[1] // patch[1])
+    return load_pretrained_weights(model, weights, old_grid, source=source) | notes
 
 
 def load_pretrained_weights(

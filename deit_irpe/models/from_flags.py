@@ -14,14 +14,13 @@ OTHERWISE = {  # what --model-kwargs may not say, because it is said elsewhere
     "pretrained_cfg_overlay": "give --finetune FILE",
     "checkpoint_path": "give --finetune FILE",
     "num_classes": "the data say how many classes there are",
-    "img_size": "give --input-size",
     "in_chans": "images have three channels",
     "features_only": "a classifier is trained",
 }
 
 
 def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool = False) -> nn.Module:
-    """The model of the flags ``args``, as a parser made them or a checkpoint kept them; missing ones have their default.
+    """The model of the flags ``args``; those that are missing have their default.
 
     Raises: ValueError: see ``create_model``; a flag that this model has no use for.
     """
@@ -30,7 +29,10 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
     if wrong := extra.keys() & OTHERWISE.keys():
         name = min(wrong)
         raise ValueError(f"--model-kwargs {name}=...: {OTHERWISE[name]}")
-    options = dict(num_classes=num_classes, img_size=image_size(args.input_size), drop_path_rate=args.drop_path or None)
+    size = image_size(args.input_size)
+    if extra.get("img_size", size) != size:
+        raise ValueError(f"--model-kwargs img_size={extra['img_size']}: give --input-size, here {args.input_size}")
+    options = dict(num_classes=num_classes, img_size=size, drop_path_rate=args.drop_path or None)
     if args.drop:  # where DeiT has it: after the positions, and after both layers of attention and MLP
         options |= dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop)
     if args.no_abs_pos:

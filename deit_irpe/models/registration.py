@@ -118,7 +118,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
 
 
 def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
-    """timm's model; ``img_size`` is left out where it takes none because it takes any."""
+    """timm's model; ``img_size`` is left out where it takes none: then it takes any (timm's ``fixed_input_size``)."""
     try:
         return timm.create_model(name, pretrained=pretrained, **timm_kwargs)
     except TypeError as error:
@@ -126,11 +126,6 @@ def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
         argument = found and found[1]
         if argument != "img_size":
             raise UnknownArgument(f"model {name!r}: {error}", argument) from error
-    asked = timm_kwargs["img_size"]
-    config = get_pretrained_cfg(name)
-    fixed = config.input_size[1:] if config and config.fixed_input_size else None
-    if fixed and fixed != ((asked, asked) if isinstance(asked, int) else tuple(asked)):
-        raise ValueError(f"img_size={asked} (--input-size): it takes images of {fixed[0]} x {fixed[1]} pixels only")
     return _build(name, pretrained, {key: value for key, value in timm_kwargs.items() if key != "img_size"})
 
 

@@ -1,0 +1,66 @@
+"""Classes are names in an order, not a number of them: those of data sets and of checkpoints are compared here."""
+
+from torch.utils.data import Dataset
+
+from irpe_train.distributed import logger
+from irpe_train.errors import BadCheckpoint
+
+
+def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
+    """The names of a checkpoint's classes, in the order of its outputs; None for one that keeps none, as published.
+
+    Raises: BadCheckpoint: what it keeps is no list of different names.
+    """
+    classes = checkpoint.get("classes")
+    if classes is None:
+        return None
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not names or not classes or len(set(classes)) < len(classes):
+        raise BadCheckpoint(f"checkpoint {source}: its 'classes' are no list of different names")
+    return classes
+
+
+def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] = ("train", "val")) -> None:
+    """Raises ValueError, naming the classes, unless both lists (of the two data sets ``names``) have the same ones."""
+    only = []
+    for name, missing in ((names[0], set(one) - set(other)), (names[1], set(other) - set(one))):
+        if missing:
+            only.append(f"only in {name}: {_some(missing)}")
+    if only:
+        raise ValueError(f"{names[0]} and {names[1]} have different classes; {'; '.join(only)}")
+
+
+def check_resumed_classes(stored: list[str] | None, classes: list[str], *, source: str) -> None:
+    """Raises BadCheckpoint unless a run that goes on has the very classes that the checkpoint was trained on."""
+    if stored is None or stored == list(classes):
+        return
+    try:
+        check_same_classes(stored, classes, ("the checkpoint", "the training data"))
+    except ValueError as error:
+        raise BadCheckpoint(f"checkpoint {source}: {error}. To start from its weights, use --finetune") from error
+    raise BadCheckpoint(f"checkpoint {source}: the training data have its classes in another order; use --finetune")
+
+
+def renumber(dataset: Dataset, classes: list[str], *, whose: str) -> None:
+    """Give the labels of ``dataset`` the numbers that its classes have in ``classes``, and say so where they change.
+
+    Args:
+        whose: where ``classes`` are from, for messages. It may have more classes than the data.
+    Raises: ValueError: the data have other classes, or are of a kind whose numbers are fixed.
+    """
+    own = list(dataset.classes)
+    if own == list(classes):
+        return
+    if unknown := set(own) - set(classes):
+        numbered = (
+            " The data only number their classes: name them, see docs/data.md." if all(map(str.isdigit, own)) else ""
+        )
+        raise ValueError(f"the validation data have classes that {whose} has not: {_some(unknown)}.{numbered}")
+    if not hasattr(dataset, "relabel"):
+        raise ValueError(f"the validation data and {whose} have the same classes in another order")
+    dataset.relabel(classes)
+    logger.info(f"labels are numbered as in {whose}: images of {len(own)} of its {len(classes)} classes")
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")

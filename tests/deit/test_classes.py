@@ -1,0 +1,200 @@
+"""Classes are identities: what happens when data and checkpoint name others, or the same ones in another order."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from deit_irpe.data import build_dataset, check_resumed_classes, check_same_classes, renumber, stored_classes
+from deit_irpe.data.images import LabelledImages
+from deit_irpe.models import create_model, fit_classes
+from irpe_train.errors import BadCheckpoint
+from tests.deit.test_archives import tar_of
+from tests.helpers.deit_runs import deit, deit_ok
+from tests.helpers.tiny_images import write_images
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+
+
+def data_of(*classes: str) -> LabelledImages:
+    return LabelledImages(list(classes), [""] * len(classes), list(range(len(classes))))
+
+
+def test_labels_take_the_numbers_of_the_checkpoint():
+    data = data_of("cat", "dog")
+    renumber(data, ["emu", "dog", "cat"], whose="the checkpoint")
+    assert (data.classes, data.labels.tolist()) == (["emu", "dog", "cat"], [2, 1])
+
+
+def test_a_class_that_the_checkpoint_has_not_is_named():
+    with pytest.raises(ValueError, match=r"validation data have classes that the checkpoint has not: dog\.?$"):
+        renumber(data_of("cat", "dog"), ["cat", "cow"], whose="the checkpoint")
+    with pytest.raises(ValueError, match="0, 1. The data only number their classes: name them, see docs/data.md"):
+        renumber(data_of("0", "1"), ["cat", "dog"], whose="the checkpoint")
+
+
+def test_data_with_fixed_numbers_are_refused_in_another_order():
+    class Fixed:
+        classes = ("a", "b")
+
+    renumber(Fixed(), ["a", "b"], whose="train")
+    with pytest.raises(ValueError, match="the same classes in another order"):
+        renumber(Fixed(), ["b", "a"], whose="train")
+
+
+@pytest.mark.parametrize("classes", [{"a": 1}, [], ["a", 3], ["a", "a"], "ab"])
+def test_malformed_classes_of_a_checkpoint(classes):
+    with pytest.raises(BadCheckpoint, match="checkpoint x.pth: its 'classes' are no list of different names"):
+        stored_classes({"classes": classes}, source="x.pth")
+
+
+def test_published_checkpoints_keep_no_classes():
+    assert stored_classes({"model": {}}, source="x.pth") is None
+    check_resumed_classes(None, ["a"], source="x.pth")
+
+
+def test_many_differences_are_counted():
+    with pytest.raises(ValueError, match=r"only in train: 0, 1, 10, 11, 2, ... \(12 in all\)$"):
+        check_same_classes([*map(str, range(12)), "x"], ["x"])
+
+
+def test_heads_follow_the_names_of_the_classes():
+    model = create_model("deit_tiny_distilled_patch16_224", num_classes=3, **SMALL)
+    weights = model.state_dict()
+    assert fit_classes(model, weights, None, ["a", "b", "c"]) == (weights, {})
+    assert fit_classes(model, weights, ["a", "b", "c"], ["a", "b", "c"])[1] == {}
+    permuted, notes = fit_classes(model, weights, ["a", "b", "c"], ["c", "a", "b"])
+    heads = ["head.weight", "head.bias", "head_dist.weight", "head_dist.bias"]
+    assert list(notes) == heads
+    for key in heads:
+        assert torch.equal(permuted[key], weights[key][[2, 0, 1]])
+    fresh, notes = fit_classes(model, weights, ["a", "b", "c"], ["a", "b", "d"])  # as many, and others
+    assert weights.keys() - fresh.keys() == set(heads)
+    assert notes["head.weight"] == "starts fresh: other classes, 3 there, 3 here"
+
+
+@pytest.fixture(scope="module")
+def trained(colours, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "out"
+    deit_ok(colours, out, "--epochs", "1", "--no-model-ema")
+    return out / "checkpoint.pth"
+
+
+def accuracy(text: str) -> str:
+    return next(line for line in text.splitlines() if "* Acc@1" in line).split("* Acc@1")[1]
+
+
+def reordered(colours, root, names):
+    """The images of ``colours`` as shards whose classes are listed in the order ``names``."""
+    data = build_dataset(colours, False)
+    members = []
+    for index, label in enumerate(data.labels):
+        number = names.index(data.classes[label])
+        members += [(f"{index}.png", data.read(index)), (f"{index}.cls", str(number).encode())]
+    root.mkdir()
+    tar_of(root / "x-val-0.tar", *members)
+    (root / "classes.txt").write_text("\n".join(names))
+    return root
+
+
+def test_evaluation_is_the_same_in_whatever_order_the_data_number_the_classes(colours, trained, tmp_path):
+    whole = deit_ok(colours, tmp_path / "out", "--eval", "--resume", trained)
+    root = reordered(colours, tmp_path / "shards", ["dog", "ant", "cat", "bee"])
+    other = deit_ok(root, tmp_path / "out", "--eval", "--resume", trained, "--data-set", "WDS")
+    assert accuracy(other) == accuracy(whole)
+    assert "labels are numbered as in the checkpoint: images of 4 of its 4 classes" in other
+
+
+def test_evaluation_on_some_of_the_classes_takes_their_outputs(colours, trained, tmp_path):
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(colours / "val" / "dog", "dog")
+    text = deit_ok(tmp_path, tmp_path / "out", "--eval", "--resume", trained, "--load-tar")
+    assert "images of 1 of its 4 classes" in text and "on the 5 test images" in text
+
+
+@pytest.mark.parametrize(
+    ("classes", "flags", "words"),
+    [
+        ("abcd", ("--eval", "--resume"), "classes that the checkpoint has not: a, b, c, d"),
+        ("abcd", ("--resume",), "different classes; only in the checkpoint: ant, bee, cat, dog"),
+        (
+            "abc",
+            ("--eval", "--finetune"),
+            "never trained: --finetune: head.weight starts fresh: other classes, 4 there, 3 here",
+        ),
+        ("abcd", ("--eval", "--finetune"), "--finetune: head.weight starts fresh: other classes, 4 there, 4 here"),
+    ],
+)
+def test_other_classes_are_refused_and_named(trained, tmp_path, classes, flags, words):
+    for split in ("train", "val"):
+        write_images(tmp_path / split, dict.fromkeys(classes, 2))
+    (ended,) = deit(tmp_path, tmp_path / "out", *flags, trained, "--epochs", "2")
+    assert ended.code == 1 and words in ended.text and "Traceback" not in ended.text, ended.text
+
+
+def test_a_checkpoint_without_names_needs_as_many_classes(trained, tmp_path):
+    unnamed = torch.load(trained, weights_only=False)
+    del unnamed["classes"]
+    torch.save(unnamed, tmp_path / "unnamed.pth")
+    write_images(tmp_path / "val", {"a": 1, "b": 1})
+    (ended,) = deit(tmp_path, tmp_path / "out", "--eval", "--resume", tmp_path / "unnamed.pth")
+    assert ended.code == 1 and "its head has 4 outputs and names no classes; the data have 2" in ended.text
+
+
+def test_resuming_in_another_order_is_refused():
+    with pytest.raises(BadCheckpoint, match="x.pth: the training data have its classes in another order"):
+        check_resumed_classes(["a", "b"], ["b", "a"], source="x.pth")
+
+
+def test_a_teacher_of_other_classes_is_refused(colours, trained, tmp_path):
+    other = torch.load(trained, weights_only=False) | {"classes": ["ant", "bee", "cow", "dog"]}
+    torch.save(other, tmp_path / "teacher.pth")
+    flags = ("--distillation-type", "hard", "--teacher-path", tmp_path / "teacher.pth", "--epochs", "1")
+    (ended,) = deit(colours, tmp_path / "out", *flags)
+    assert ended.code == 1 and "only in the training data: cat" in ended.text, ended.text
+
+
+def test_hugging_face_labels_as_text_are_the_classes_of_the_folder(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets: pip install datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def written(labels, name):
+        rows = {"image": [{"bytes": b"x", "path": None}] * len(labels), "label": labels}
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / name / "train-00000-of-00001.parquet")
+        return tmp_path / name
+
+    text = build_dataset(written(["dog", "ant", "dog"], "text"), True, data_set="HFDS")
+    assert (text.classes, text.labels.tolist()) == (["ant", "dog"], [1, 0, 1])
+    numbers = build_dataset(written([2, 0], "numbers"), True, data_set="HFDS")
+    assert (numbers.classes, numbers.labels.tolist()) == (["0", "1", "2"], [2, 0])
+    for name, labels in (("minus", [0, -1]), ("missing", [0, None]), ("floats", [0.5, 1.0]), ("huge", [0, 10**9])):
+        with pytest.raises(
+            ValueError, match=f"{name}: train: image . has the label {labels[1] if name != 'floats' else 0.5}"
+        ):
+            build_dataset(written(labels, name), True, data_set="HFDS")
+
+
+def test_the_mistakes_of_inaturalist_files_are_named(tmp_path):
+    def write(**files):
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+    image = {"file_name": "train_val2018/Birds/0/x.jpg"}
+    write(categories=[{"name": "a"}], train2018={"annotations": [{"category_id": 0}], "images": [image]})
+    for val, words in (
+        ({"images": []}, "val2018.json: no list 'images'"),
+        ([], "val2018.json: no list 'images'"),
+        ("{", "val2018.json: not valid JSON"),
+        ({"images": [{"file_name": "x.jpg"}]}, "val2018.json: .*x.jpg.*not as iNaturalist has it"),
+        ({"images": [{"file_name": "t/Birds/-1/x.jpg"}]}, "val2018.json: .*-1/x.jpg.*not as iNaturalist has it"),
+        ({"images": [{"file_name": "t/Birds/7/x.jpg"}]}, "val2018.json: .*7/x.jpg.*not as iNaturalist has it"),
+        ({"images": [7]}, "val2018.json: 7: not as iNaturalist has it"),
+    ):
+        write(val2018=val)
+        with pytest.raises(ValueError, match=words):
+            build_dataset(tmp_path, False, data_set="INAT")
+    write(val2018={"images": [image]})
+    np.testing.assert_array_equal(build_dataset(tmp_path, False, data_set="INAT").labels, [0])

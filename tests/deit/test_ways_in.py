@@ -1,0 +1,244 @@
+"""timm's ways to weights and sizes, and the flags in a stranger's checkpoint: honoured or refused."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+import deit_irpe
+from deit_irpe.load_model import load_model
+from deit_irpe.models import build_model, head_names, load_pretrained_weights
+from irpe_train.errors import BadCheckpoint
+
+NAME, DEMO = "deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_demo_patch4_32"
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(value, theirs[key]) for key, value in one.state_dict().items())
+
+
+def trained(name=NAME, **options):
+    model = deit_irpe.create_model(name, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_downloads(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+
+    def refuse(*_, **__):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["weights", "our checkpoint"])
+def test_a_file_named_in_the_overlay(tmp_path, wrapped):
+    mine = trained(depth=1)
+    flags = argparse.Namespace(model=NAME)
+    torch.save({"model": mine.state_dict(), "args": flags} if wrapped else mine.state_dict(), tmp_path / "mine.pth")
+    overlay = dict(file=str(tmp_path / "mine.pth"))
+    assert same(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, depth=1), mine)
+    again = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, depth=1, num_classes=7)
+    assert again.head.out_features == 7 and torch.equal(again.norm.weight, mine.norm.weight)
+
+
+def test_weights_given_as_a_state_dict():
+    mine = trained(depth=1)
+    config = timm.models.get_pretrained_cfg(NAME).to_dict() | {"state_dict": mine.state_dict()}
+    assert same(timm.create_model(NAME, pretrained=True, pretrained_cfg=config, depth=1), mine)
+
+
+@pytest.mark.parametrize("name", [NAME, DEMO])
+def test_a_folder_saved_for_the_hub_comes_back(tmp_path, name):
+    mine = timm.create_model(name, depth=1, num_classes=5)
+    for parameter in mine.parameters():
+        torch.nn.init.normal_(parameter)
+    timm.models.save_for_hf(mine, str(tmp_path / "saved"))
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+    assert same(again, mine) and again.pretrained_cfg["source"] == "local-dir"
+    assert same(deit_irpe.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True), mine)
+    fresh = deit_irpe.create_model(f"local-dir:{tmp_path / 'saved'}")
+    assert fresh.head.out_features == 5 and not same(fresh, mine)
+
+
+def test_a_checkpoint_path_is_loaded_behind_the_encoding(tmp_path):
+    mine = trained("deit_tiny_patch16_224", rpe="rpe-1.9-product-ctx-1-q", **SMALL)
+    torch.save(mine.state_dict(), tmp_path / "mine.pth")
+    options = dict(checkpoint_path=tmp_path / "mine.pth", **SMALL)
+    assert same(deit_irpe.create_model("deit_tiny_patch16_224", "rpe-1.9-product-ctx-1-q", **options), mine)
+    with pytest.raises(BadCheckpoint, match="mine.pth is of another model.*unexpected: blocks.0.attn.rpe_q"):
+        deit_irpe.create_model("deit_tiny_patch16_224", **options)
+
+
+def test_weights_that_were_never_published_are_not_promised():
+    with pytest.raises(ValueError, match=f"model '{DEMO}': pretrained=True, and no weights of it were published"):
+        deit_irpe.create_model(DEMO, pretrained=True)
+
+
+@pytest.mark.parametrize("rpe", [None, "rpe-1.9-product-ctx-1-qkv"])
+def test_no_class_token(rpe):
+    model = deit_irpe.create_model("deit_tiny_patch16_224", rpe, class_token=False, global_pool="avg", **SMALL)
+    assert model.cls_token is None and model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "rpe"),
+    [
+        ("vit_tiny_r_s16_p8_224", 64, "rpe-1.9-product-ctx-1-k"),
+        ("swin_tiny_patch4_window7_224", 112, None),
+        ("cait_xxs24_224", 64, None),
+        ("resnet18", 64, None),
+    ],
+)
+def test_a_size_reaches_the_models_that_need_it(name, side, rpe):
+    model = deit_irpe.create_model(name, rpe, img_size=side).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, side, side)).shape == (1, 1000)
+
+
+def test_a_size_that_a_model_cannot_take_is_refused():
+    with pytest.raises(ValueError, match="model 'swin_tiny_patch4_window7_224' cannot be built as asked for"):
+        deit_irpe.create_model("swin_tiny_patch4_window7_224", img_size=-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (dict(model="densenet121"), "--drop-path: model 'densenet121' has no such dropout; give --drop-path 0"),
+        (dict(model="resnet18", drop=0.1, drop_path=0), "--drop: model 'resnet18' has no such dropout; give --drop 0"),
+        (dict(model_kwargs=["dept=3"]), "--model-kwargs: model .* unexpected keyword argument 'dept'"),
+        (dict(model_kwargs=["num_heads=5"]), "cannot be built as asked for"),
+        (dict(model_kwargs=["num_heads=0"]), "cannot be built as asked for"),
+        (dict(model_kwargs=["depth=x"]), "--model-kwargs: model .*unsupported operand"),
+        (dict(model_kwargs=["in_chans=1"]), "--model-kwargs in_chans=...: images have three channels"),
+        (dict(model_kwargs=["num_classes=1"]), "--model-kwargs num_classes=...: the data say"),
+        (dict(model_kwargs=["pretrained=True"]), "--model-kwargs pretrained=...: give --pretrained"),
+        (dict(model_kwargs=["pretrained_cfg_overlay={'url': 'x'}"]), "_overlay=...: give --finetune FILE"),
+        (dict(model_kwargs=["img_size=64"]), "--model-kwargs img_size=64: give --input-size, here 224"),
+        (dict(model="local-dir:/nowhere"), "/nowhere"),
+    ],
+)
+def test_flags_that_a_model_cannot_take_are_named(flags, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        build_model(argparse.Namespace(**{"model": "deit_tiny_patch16_224"} | flags), 10)
+
+
+def test_a_flag_that_is_off_stops_no_model():
+    assert build_model(argparse.Namespace(model="densenet121", drop_path=0.0), 3).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        (NAME, ("head",)),
+        ("deit_tiny_distilled_patch16_224", ("head", "head_dist")),
+        ("resnet18", ("fc",)),
+        ("efficientnet_lite0", ("classifier",)),
+        ("convnext_atto", ("head.fc",)),
+    ],
+)
+def test_the_heads_that_may_start_fresh(name, heads):
+    model = timm.create_model(name, num_classes=3)
+    assert set(head_names(model)) == {*heads, "head_dist"}
+    old = timm.create_model(name, num_classes=4)
+    notes = load_pretrained_weights(model, old.state_dict(), source="x.pth")
+    assert sorted(notes) == sorted(f"{head}.{part}" for head in heads for part in ("weight", "bias"))
+    kept = [key for key in model.state_dict() if key not in notes]
+    assert all(torch.equal(model.state_dict()[key], old.state_dict()[key]) for key in kept)
+
+
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "vit_medium_patch16_reg4_gap_256"])
+def test_positions_without_a_place_for_the_class_token_are_resampled(name):
+    sizes = dict(depth=1, embed_dim=16, num_heads=2, patch_size=8, num_classes=2)
+    old, new = (timm.create_model(name, img_size=side, **sizes) for side in (32, 48))
+    notes = load_pretrained_weights(new, old.state_dict(), source="x.pth")
+    assert notes == {"pos_embed": "resampled from 4x4 to 6x6 patches"} and new.pos_embed.shape == (1, 36, 16)
+
+
+# --- flags in a stranger's checkpoint are data
+
+
+def checkpoint(path, **flags):
+    torch.manual_seed(0)
+    model = deit_irpe.create_model(DEMO, depth=1, embed_dim=16, num_heads=2, num_classes=2)
+    kwargs = ["depth=1", "embed_dim=16", "num_heads=2"]
+    stored = argparse.Namespace(**{"model": DEMO, "model_kwargs": kwargs, "input_size": 32} | flags)
+    torch.save({"model": model.state_dict(), "args": stored, "classes": ["x", "y"]}, path)
+    return str(path)
+
+
+def test_the_flags_that_matter_are_read(tmp_path):
+    model, flags, classes = load_model(checkpoint(tmp_path / "x.pth", lr="none of its business", drop_path=0.9))
+    assert classes == ["x", "y"] and flags.input_size == 32 and flags.drop_path == 0 and not model.training
+
+
+def test_the_number_of_classes_is_that_of_the_head(tmp_path):
+    model, _, _ = load_model(checkpoint(tmp_path / "x.pth", nb_classes=10**12))
+    assert model.head.out_features == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(model_kwargs=["pretrained=True"]),
+        dict(model_kwargs=["pretrained_cfg_overlay={'url': 'http://127.0.0.1:9/x.pth'}"]),
+        dict(model_kwargs=["checkpoint_path=/etc/passwd"]),
+        dict(model_kwargs=["depth=1000000000", "embed_dim=16", "num_heads=2"]),
+        dict(model_kwargs=["depth=1", "embed_dim=1600000000", "num_heads=2"]),
+        dict(model_kwargs=["depth=" + "(" * 10_000]),
+        dict(model_kwargs=[3]),
+        dict(model_kwargs="depth=1"),
+        dict(model_kwargs=None),
+        dict(model="hf-hub:someone/model"),
+        dict(model="local-dir:/tmp"),
+        dict(model="nowhere_tiny"),
+        dict(model=3),
+        dict(rpe=7),
+        dict(rpe="rpe-1e9-product-ctx-1-k"),
+        dict(input_size="x"),
+        dict(input_size=-32),
+        dict(input_size=10**9),
+        dict(input_size=None),
+        dict(input_size=[32]),
+        dict(no_abs_pos="yes"),
+    ],
+    ids=str,
+)
+def test_flags_that_describe_no_model_of_these_weights(tmp_path, flags):
+    made = 0
+
+    def count(module, name, parameter):
+        nonlocal made
+        made += parameter is not None and parameter.device.type != "meta"
+
+    source = checkpoint(tmp_path / "x.pth", **flags)
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with pytest.raises(BadCheckpoint, match=r"x\.pth"):
+            load_model(source)
+    finally:
+        hook.remove()
+    assert made == 0  # nothing is allocated for a model that the weights are not of
+
+
+@pytest.mark.parametrize("args", [[1, 2], "model", 3])
+def test_flags_that_are_no_flags(tmp_path, args):
+    checkpoint(tmp_path / "x.pth")
+    contents = torch.load(tmp_path / "x.pth", weights_only=False) | {"args": args}
+    torch.save(contents, tmp_path / "x.pth")
+    with pytest.raises(BadCheckpoint, match="x.pth: its 'args' are no flags"):
+        load_model(str(tmp_path / "x.pth"))
+
+
+def test_as_many_names_as_outputs(tmp_path):
+    source = checkpoint(tmp_path / "x.pth")
+    torch.save(torch.load(source, weights_only=False) | {"classes": ["x"]}, source)
+    with pytest.raises(BadCheckpoint, match="1 classes are named, the class head has 2"):
+        load_model(source)
