@@ -13,24 +13,29 @@ The rule (for one image, L tokens, P patches, width C, H heads of D, N buckets):
 * encoding on keys or queries ``H L N (D + 1)``, and ``L * C`` more on queries, for scaling the keys;
 * encoding on values ``H L L D + H L N``: a vector for every pair of tokens, as the published code computes it.
 
-GELU, additions, dropout and lookups count nothing. The last column counts the value encoding as this package computes
+GELU, additions, dropout and lookups count nothing. Of a hybrid's convolutions the products count, as PyTorch counts
+them. Models with other parts than these are refused. The last column counts the value encoding as this package computes
 it: weights are summed into buckets first, ``H L L`` additions, then multiplied by the table, ``H L N D``.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import sys
 from collections.abc import Sequence
 
 import torch
 from timm.models import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, build_model, create_model
 from irpe_ops.modules import buckets_of
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
+from irpe_train.errors import RunError
 from irpe_train.metrics import count_parameters
 
 
@@ -39,13 +44,23 @@ def macs(model: VisionTransformer, *, values_by_bucket: bool = False) -> int:
 
     Args:
         values_by_bucket: count the value encoding as computed here, not as published.
+    Raises: ValueError: the rule does not cover this model.
     """
+    try:
+        return _macs(model, values_by_bucket)
+    except AttributeError as error:
+        raise ValueError(f"the rule does not cover every part of this {type(model).__name__}: {error}") from error
+
+
+def _macs(model: VisionTransformer, values_by_bucket: bool) -> int:
     width, patches = model.embed_dim, model.patch_embed.num_patches
     tokens = patches + model.num_prefix_tokens
     kernel = model.patch_embed.proj.weight[0].numel()
     norms = 2 * len(model.blocks) + 1
     heads = (model.head, getattr(model, "head_dist", None))
-    total = patches * width * (kernel + 1) + norms * tokens * width
+    total = patches * width * (kernel + 1) + norms * tokens * width + _backbone_macs(model.patch_embed)
+    if getattr(model, "attn_pool", None) is not None:
+        raise AttributeError("attention pooling")
     total += sum(head.out_features * (width + 1) for head in heads if isinstance(head, torch.nn.Linear))
     for block in model.blocks:
         attn = block.attn
@@ -54,6 +69,16 @@ def macs(model: VisionTransformer, *, values_by_bucket: bool = False) -> int:
         total += tokens * width + attn.num_heads * tokens * tokens * (2 * attn.head_dim + 1)
         total += sum(_encoding_macs(attn, name, tokens, values_by_bucket) for name in ("rpe_q", "rpe_k", "rpe_v"))
     return total
+
+
+def _backbone_macs(patch_embed: nn.Module) -> int:
+    """The convolutions in front of a hybrid's patch embedding."""
+    if not hasattr(patch_embed, "backbone"):
+        return 0
+    backbone = copy.deepcopy(patch_embed.backbone).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.zeros(1, 3, *patch_embed.img_size, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def _encoding_macs(attn, name: str, tokens: int, values_by_bucket: bool) -> int:
@@ -77,9 +102,8 @@ def _encoding_macs(attn, name: str, tokens: int, values_by_bucket: bool) -> int:
 def count(model: nn.Module) -> dict[str, float]:
     """``n_parameters``, ``buckets`` of one encoding, and ``macs_M`` where the rule above covers the model."""
     stats = {"n_parameters": count_parameters(model)}
-    if isinstance(model, VisionTransformer):
-        with contextlib.suppress(AttributeError):  # some of timm's have other layers
-            stats["macs_M"] = macs(model) / 1e6
+    with contextlib.suppress(ValueError):
+        stats["macs_M"] = macs(model) / 1e6
     return stats | {"buckets": buckets_of(model)}
 
 
@@ -94,21 +118,32 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["--json"]:
-        print(json.dumps(stats_of_flags(argv[1:])))
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "deit_irpe.model_stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: every registered one and the plain DeiTs")
     parser.add_argument("--rpe", help="this encoding instead of the one in the name, e.g. rpe-2.0-product-ctx-1-k")
-    args = parser.parse_args(argv)
+    try:
+        if argv[:1] == ["--json"]:
+            print(json.dumps(stats_of_flags(argv[1:])))
+        else:
+            print_table(**vars(parser.parse_args(argv)))
+    except (RunError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+def print_table(models: Sequence[str], rpe: str | None) -> None:
+    """One line a model, for those that are registered and the plain DeiTs if none are named."""
     plain = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
-    names = args.models or [*plain, *RPE_MODELS, *DEMO_SIZES]
     print(f"{'model':50} {'parameters':>11} {'MACs (M)':>10} {'computed here (M)':>18}")
-    for name in names:
+    for name in models or [*plain, *RPE_MODELS, *DEMO_SIZES]:
         with torch.device("meta"):  # shapes only: nothing is allocated
-            model = create_model(name, args.rpe)
-        ours = macs(model, values_by_bucket=True)
-        print(f"{name:50} {count_parameters(model):>11,} {macs(model) / 1e6:>10.3f} {ours / 1e6:>18.3f}")
+            model = create_model(name, rpe)
+        try:
+            published, ours = macs(model) / 1e6, macs(model, values_by_bucket=True) / 1e6
+        except ValueError as error:
+            raise ValueError(f"model {name!r}: {error}") from error
+        print(f"{name:50} {count_parameters(model):>11,} {published:>10.3f} {ours:>18.3f}")
 
 
 if __name__ == "__main__":

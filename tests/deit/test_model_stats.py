@@ -1,7 +1,9 @@
 """The MACs column of the published table, and what our value encoding needs."""
 
 import pytest
+import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from deit_irpe import create_model, model_stats
 from irpe_train.metrics import count_parameters
@@ -53,3 +55,48 @@ def test_command_line(capsys):
     model_stats.main(["deit_tiny_patch16_224_ctx_product_50_shared_k"])
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row == ["deit_tiny_patch16_224_ctx_product_50_shared_k", "5,755,816", "1283.652", "1283.652"]
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_tiny_r_s16_p8_224", "deit_tiny_distilled_patch16_224"])
+def test_nothing_that_pytorch_counts_is_left_out(name):
+    model = timm.create_model(name, img_size=64).eval()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    products = counter.get_total_flops() / 2
+    assert products <= model_stats.macs(model) < 1.05 * products  # the rule also counts biases, norms and softmax
+
+
+def test_a_second_head_counts():
+    plain, distilled = (on_meta(f"deit_tiny_{kind}patch16_224") for kind in ("", "distilled_"))
+    one_token_more = model_stats.macs(distilled) - model_stats.macs(plain) - 1000 * 193
+    assert one_token_more == (
+        25 * 192  # LayerNorm
+        + 12 * (192 + 12 * 192 * 192 + (3 + 1 + 4 + 1) * 192)  # linear layers with their biases, and the scaling
+        + 12 * 3 * (198**2 - 197**2) * (2 * 64 + 1)  # scores, softmax, values
+    )
+
+
+def test_the_statistics_of_a_model_are_not_changed_by_counting():
+    model = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert model_stats.count(model)["macs_M"] > 0 and model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["deit_tny"], "model 'deit_tny': unknown"),
+        (["resnet18"], "model 'resnet18': the rule does not cover every part of this ResNet"),
+        (["vit_base_patch16_siglip_224"], "does not cover every part of this VisionTransformer: attention pooling"),
+        (["deit_tiny_patch16_224", "--rpe", "rpe-1-euc"], "rpe spec 'rpe-1-euc'"),
+        (["--json", "--rpe", "rpe-1-euc"], "rpe spec 'rpe-1-euc'"),
+        (["--json", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_end_in_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        model_stats.main(argv)
+    assert ended.value.code == 1 and words in capsys.readouterr().err.strip().splitlines()[-1]
