@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from irpe_ops.attention import missing_backend, rpe_attention
 from irpe_ops.config import parse_rpe_spec
 from irpe_ops.modules import build_rpe
-from irpe_ops.rpe_index import compiled_devices, extension_error, rpe_index
+from irpe_ops.rpe_index import built_for, compiled_devices, extension_error, rpe_index
 
 _BUILD = "pip install ./rpe_ops_cuda"
 
@@ -80,6 +80,9 @@ def _missing_operator(device: str) -> str | None:
         return f"rpe_ops_cuda was built without CUDA; with a CUDA toolkit installed: FORCE_CUDA=1 {_BUILD}"
     if device == "cuda" and not torch.cuda.is_available():
         return "built, but torch sees no CUDA device here (nvidia-smi shows whether there is a driver)"
+    if device == "cuda" and not built_for(torch.cuda.current_device()):
+        major, minor = torch.cuda.get_device_capability()
+        return f"built, but not for this GPU; build it here: TORCH_CUDA_ARCH_LIST={major}.{minor} {_BUILD}"
     return None
 
 

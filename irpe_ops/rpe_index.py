@@ -1,5 +1,7 @@
 """The lookup at the heart of iRPE and its adjoint, in plain PyTorch; and when the compiled kernel is taken instead."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -68,10 +70,20 @@ def has_kernel(tensor: Tensor) -> bool:
     """Whether the lookup of this tensor goes through rpe_ops_cuda; else it is plain PyTorch."""
     return (
         tensor.device.type in compiled_devices
+        and (tensor.device.type != "cuda" or built_for(tensor.device.index))
         and tensor.dtype in _KERNEL_DTYPES
         and not under_function_transform()
         and not torch.compiler.is_exporting()  # what is exported runs where our operators are unknown: plain gathers
     )
+
+
+@functools.lru_cache
+def built_for(device: int) -> bool:
+    """Whether the extension has code for this CUDA device: it is compiled for some generations of GPUs, not all."""
+    return torch.ops.irpe.has_code_for(device) if hasattr(torch.ops.irpe, "has_code_for") else True
+
+
+built_for._dynamo_marked_constant = True  # asked while torch.compile traces
 
 
 def under_function_transform() -> bool:

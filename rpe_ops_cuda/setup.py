@@ -4,16 +4,19 @@ FORCE_CUDA=1   fail instead of leaving the CUDA code out (and build it where no 
 FORCE_CUDA=0   leave the CUDA code out
 CUDA_HOME      the toolkit; /usr/local/cuda is found by itself
 IRPE_CXXFLAGS  more flags for the C++ compiler, after ours: "-O1 -g -fsanitize=address"
-TORCH_CUDA_ARCH_LIST   default: the GPUs present, "8.0;9.0" where there is none
+TORCH_CUDA_ARCH_LIST   default: the GPUs present; where there is none, those of ARCHITECTURES that the toolkit knows
 """
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import setuptools
 
 ROOT = Path(__file__).resolve().parent
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")  # their binaries run on later minor versions too
 
 
 def cuda_home() -> Path | None:
@@ -43,20 +46,40 @@ def why_no_cuda() -> str | None:
     return None
 
 
-def toolkit_version() -> str:
-    import re
-    import subprocess
+def _nvcc(option: str) -> str:
+    return subprocess.run([cuda_home() / "bin" / "nvcc", option], capture_output=True, text=True).stdout
 
-    text = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+\.\d+)", text)
+
+def toolkit_version() -> str:
+    found = re.search(r"release (\d+\.\d+)", _nvcc("--version"))
     return found.group(1) if found else "unknown"
+
+
+def architectures() -> str:
+    """What to build for where no GPU says so: all that the toolkit knows, and PTX of the last for those to come."""
+    known = _nvcc("--list-gpu-arch").split()
+    return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def openmp() -> list[str]:
+    """The flag for threads: at::parallel_for is a header template and would run on one thread without it."""
+    if sys.platform == "win32":
+        raise SystemExit(
+            "rpe_ops_cuda: its kernels need GCC or Clang (vector types), which PyTorch on Windows does not build with. "
+            "irpe_ops runs without this package, in plain PyTorch."
+        )
+    if sys.platform == "darwin":
+        print("rpe_ops_cuda: Apple's clang has no OpenMP: the kernels will run on one thread", file=sys.stderr)
+        return []
+    return ["-fopenmp"]
+
+
 def extension() -> setuptools.Extension:
+    threads = openmp()
     reason = why_no_cuda()
     if reason and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"rpe_ops_cuda: FORCE_CUDA=1, but the CUDA code cannot be built: {reason}")
@@ -70,11 +93,10 @@ def extension() -> setuptools.Extension:
         os.environ["CUDA_HOME"] = str(cuda_home())
     from torch.utils import cpp_extension
 
-    # -fopenmp: at::parallel_for is a header template and would run on one thread without it.
     # -ffp-contract=fast: a * b + c is one fused instruction where the machine has one.
     cxx = [
         "-O3",
-        "-fopenmp",
+        *threads,
         "-ffp-contract=fast",
         "-fno-math-errno",
         "-fno-trapping-math",
@@ -88,19 +110,19 @@ def extension() -> setuptools.Extension:
             sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx},
-            extra_link_args=["-fopenmp"],
+            extra_link_args=threads,
         )
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
     return cpp_extension.CUDAExtension(
         "rpe_ops_cuda._C",
         sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("IRPE_WITH_CUDA", None)],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
-        extra_link_args=["-fopenmp"],
+        extra_link_args=threads,
     )
 
 

@@ -45,12 +45,14 @@ install_project() {
 build_extension() {
     local sources
     mapfile -t sources < <(find "$REPO/rpe_ops_cuda" -type f \
-        \( -name '*.py' -o -name '*.toml' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -not -path '*/build/*' | sort)
+        \( -name '*.py' -o -name '*.toml' -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*' \) -not -path '*/build/*' | sort)
     say "building the compiled extension rpe_ops_cuda (a minute or so the first time)"
     if ! install_once extension "$REPO/requirements.txt" "${sources[@]}" -- \
         "$VENV/bin/pip" install --quiet --disable-pip-version-check --force-reinstall --no-deps "$REPO/rpe_ops_cuda"; then
         [ "${IRPE_EXTENSION:-}" = require ] && die "rpe_ops_cuda did not build: see the compiler's message above"
         echo "WARNING: rpe_ops_cuda did not build (see above). Everything runs without it, in plain PyTorch, only slower." >&2
+    else
+        "$VENV/bin/python" -m irpe_ops.info  # pip is quiet, also about a build for the CPU alone
     fi
     return 0
 }

@@ -138,6 +138,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *va
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 }
 template <typename... Args>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Args...)) {
+  return cudaSuccess;
+}
+template <typename... Args>
 cudaError_t cudaFuncSetAttribute(void (*)(Args...), cudaFuncAttribute, int) {
   return cudaSuccess;
 }

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "rpe_ops_cuda" / "csrc" / "cuda" / "rpe_index_kernels.cu"
+SOURCES = sorted((Path(__file__).parents[2] / "rpe_ops_cuda" / "csrc" / "cuda").glob("*.cu"))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
 def test_kernels_compile_without_spills(tmp_path):
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90")]
-    command = ["nvcc", "-std=c++17", "-O3", *targets, "-t2", "-Xptxas=-v", "-c", SOURCE, "-o", tmp_path / "kernels.o"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = ["nvcc", "-std=c++17", "-O3", *targets, "-t2", "-Xptxas=-v", "-c", *SOURCES]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", result.stderr)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
@@ -26,6 +26,6 @@ def test_kernels_compile_without_spills(tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
 def test_kernels_include_no_torch_header(tmp_path):
-    listing = subprocess.run(["nvcc", "-std=c++17", "-M", SOURCE], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["nvcc", "-std=c++17", "-M", *SOURCES], capture_output=True, text=True, check=True).stdout
     assert "rpe_index_kernels.h" in listing
     assert not re.findall(r"\S*/(?:ATen|c10|torch)/\S*", listing)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of rpe_index, run on the CPU: g++ reads the .cu file and cuda_emulator.h plays a GPU."""
+"""The CUDA kernels of rpe_index, run on the CPU: g++ reads the .cu files and cuda_emulator.h plays a GPU."""
 
 import ctypes
 import os
@@ -41,7 +41,7 @@ def kernels(tmp_path_factory):
     headers = toolkit_headers()
     if headers is None or shutil.which("g++") is None:
         pytest.skip("needs g++ and the headers of a CUDA toolkit")
-    source = (SOURCES / "rpe_index_kernels.cu").read_text()
+    source = "".join(path.read_text() for path in sorted(SOURCES.glob("*.cu")))
     # The two things g++ cannot read: dynamic shared memory, and launches.
     source, shared = re.subn(
         r"extern __shared__ [^;]*;", "unsigned char* const shared = emulator::shared_memory;", source

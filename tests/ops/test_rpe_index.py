@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,3 +240,11 @@ def test_the_kernel_is_taken_where_it_exists(path, monkeypatch):
     rpe_index(input, index)
     torch.func.vmap(rpe_index, in_dims=(0, None))(input[None], index)
     assert len(calls) == (1 if path == "kernel" else 0)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_gpu_that_the_extension_was_not_built_for_gets_plain_pytorch(monkeypatch, built):
+    tensor = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    monkeypatch.setattr(MODULE, "compiled_devices", ("cpu", "cuda"))
+    monkeypatch.setattr(MODULE, "built_for", lambda device: built and device == 1)
+    assert MODULE.has_kernel(tensor) is built

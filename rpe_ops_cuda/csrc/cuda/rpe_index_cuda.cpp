@@ -1,4 +1,4 @@
-// rpe_index and its adjoint on CUDA tensors: takes tensors apart and starts the kernels of rpe_index_kernels.cu.
+// rpe_index and its adjoint on CUDA tensors: takes tensors apart and starts the kernels of lookup.cu and bucket_sums.cu.
 // Schemas, and what the arguments must look like, are in ../rpe_index.h and ../rpe_index.cpp.
 
 #include <ATen/core/Tensor.h>
@@ -68,8 +68,15 @@ at::Tensor rpe_index_adjoint_cuda(const at::Tensor& grad, const at::Tensor& inde
   return out;
 }
 
+bool has_code_for(int64_t device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  return has_code_for_this_device();
+}
+
 }  // namespace
 }  // namespace irpe
+
+TORCH_LIBRARY_FRAGMENT(irpe, m) { m.def("has_code_for(int device) -> bool", irpe::has_code_for); }
 
 TORCH_LIBRARY_IMPL(irpe, CUDA, m) {
   m.impl("rpe_index", irpe::rpe_index_cuda);

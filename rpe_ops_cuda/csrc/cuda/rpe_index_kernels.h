@@ -1,4 +1,4 @@
-// What rpe_index_cuda.cpp asks of rpe_index_kernels.cu. No torch header here or there: the kernels build in seconds.
+// What rpe_index_cuda.cpp asks of the kernel files. No torch header here or there: the kernels build in seconds.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,5 +26,8 @@ cudaError_t launch_rpe_index(const Strided& input, ValueType value_type, const v
 // `index` is (grad.rows, grad.columns), `out` (batch, heads, rows, buckets); both contiguous. Sums in fp32 (double: fp64).
 cudaError_t launch_rpe_index_adjoint(const Strided& grad, ValueType value_type, const void* index, IdType id_type,
                                      int64_t buckets, void* out, cudaStream_t stream);
+
+// Whether this build has code for the current device: its binaries are for a few generations of GPUs.
+bool has_code_for_this_device();
 
 }  // namespace irpe
