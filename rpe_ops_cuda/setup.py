@@ -126,10 +126,20 @@ def extension() -> setuptools.Extension:
     )
 
 
+def version() -> str:
+    """That of the last tag, if setuptools-scm is there and this is a checkout."""
+    try:
+        from setuptools_scm import get_version
+
+        return get_version(ROOT.parent, fallback_version="0.1.0")
+    except (ImportError, LookupError):
+        return "0.1.0"
+
+
 def build_ext():
     from torch.utils import cpp_extension
 
     return cpp_extension.BuildExtension
 
 
-setuptools.setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext()})
+setuptools.setup(version=version(), ext_modules=[extension()], cmdclass={"build_ext": build_ext()})

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
 
 IRPE_EXTENSION=require
-source scripts/setup.sh demo dev completion fast-eval submitit export hugging-face wandb
+source scripts/setup.sh demo dev completion docs fast-eval submitit export hugging-face wandb
 
 selection=()
 if [ "${1:-}" = --all ]; then

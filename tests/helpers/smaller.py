@@ -9,10 +9,13 @@ TINY_DETR = (
     "--backbone resnet_micro --dilation --hidden_dim 16 --nheads 2 --enc_layers 1 --dec_layers 2 "
     "--dim_feedforward 24 --num_queries 5 --image_size 40"
 )
-TRAINS = r"-m (?:deit|detr)_irpe(?= |$)|scripts/(?:train|eval)_(?:deit|detr)\.sh|irpe_lab\.ablate \S*/demo\.yaml"
+TRAINS = (
+    r"-m (?:deit|detr)_irpe(?= |$)|irpe (?:classify|detect) (?:train|eval) |scripts/(?:train|eval)_(?:deit|detr)\.sh|"
+    r"(?:irpe_lab\.|irpe )ablate \S*/demo\.yaml"
+)
 BEHIND = {  # by program
-    "irpe_lab.ablate": "--dry-run",  # the others want GPUs or SLURM
-    "irpe_lab.ablate configs/ablation/demo.yaml": "--only rpe-1.9-euc-ctx-1-k --seeds 0 --gpus-per-run 1",
+    "ablate": "--dry-run",  # the others want GPUs or SLURM
+    "ablate configs/ablation/demo.yaml": "--only rpe-1.9-euc-ctx-1-k --seeds 0 --gpus-per-run 1",
     "scripts/ablate_buckets.sh": "--dry-run",
     "scripts/ablate_modes.sh": "--dry-run",
     "irpe_train.card": "deit_tiny_patch16_224_ctx_product_50_shared_k",
@@ -29,7 +32,7 @@ def extra_flags(command: str) -> str:
     started = re.search(TRAINS, command)
     if started is None:
         return ""
-    if "detr" in started[0]:
+    if "detr" in started[0] or "detect" in started[0]:
         return f"{DETR} {TINY_DETR}" + ("" if "--backbone_weights" in command else " --backbone_weights none")
     return DEIT if "demo_backbone" in command else f"{DEIT} {' '.join(TINY_VIT)}"
 
