@@ -6,6 +6,7 @@ import re
 import timm
 from timm.layers import trunc_normal_
 from timm.models import (
+    Eva,
     VisionTransformer,
     generate_default_cfgs,
     get_pretrained_cfg,
@@ -20,7 +21,7 @@ from torch import nn
 from deit_irpe.models.finetune import load_pretrained_weights
 from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from irpe_ops import equip
-from irpe_ops.equip import RPEAttention
+from irpe_ops.equip.timm_vit import RPEAttention
 from irpe_train.checkpoint import load_matching, read_weights
 from irpe_train.zoo import fetch, read_zoo
 
@@ -63,7 +64,7 @@ def create_model(
     model = _plain_model(base, pretrained=pretrained and not registered, **timm_kwargs)
     spec = named_rpe if rpe is None else rpe
     if spec not in (None, "none"):
-        if not isinstance(model, VisionTransformer):
+        if not isinstance(model, (VisionTransformer, Eva)):  # Eva has rotary positions
             raise ValueError(
                 f"--rpe {spec}: model {name!r} is a {type(model).__name__}; iRPE needs a Vision Transformer"
             )

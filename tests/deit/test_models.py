@@ -186,3 +186,11 @@ def test_weights_of_another_model_are_refused_with_their_keys():
         load_pretrained_weights(tiny(), tiny(depth=3).state_dict(), source="a.pth")
     with pytest.raises(ValueError, match="a.pth: pos_embed has 12 tokens: with 1 leading"):
         load_pretrained_weights(tiny(), tiny().state_dict() | {"pos_embed": torch.zeros(1, 12, 32)}, source="a.pth")
+
+
+def test_rotary_positions_and_an_encoding_together():
+    model = create_model(
+        "vit_small_patch16_rope_224", "rpe-1.9-product-ctx-1-qk", img_size=(32, 48), depth=1, num_classes=3
+    )
+    assert model.rope is not None and model.blocks[0].attn.rpe_k.num_buckets == 50
+    assert model(torch.randn(1, 3, 32, 48)).shape == (1, 3)

@@ -1,4 +1,4 @@
-"""Every Python snippet of docs/equip.md runs, in order; each ends in an assertion of its own."""
+"""Every Python snippet of docs/equip.md and docs/gallery.md runs, in order; each ends in an assertion of its own."""
 
 import pytest
 
@@ -12,9 +12,14 @@ def test_the_tutorial_runs():
     assert {"model", "SelfAttention", "EncoderLayer", "WindowAttention", "CrossAttention"} <= namespace.keys()
 
 
+def test_the_gallery_runs():
+    pytest.importorskip("transformers")
+    assert len(run_python_blocks(EQUIP.with_name("gallery.md"))["tables"]) == 2
+
+
 def test_every_snippet_checks_itself():
-    blocks = python_blocks(EQUIP)
-    assert len(blocks) >= 5
+    blocks = python_blocks(EQUIP) + python_blocks(EQUIP.with_name("gallery.md"))
+    assert len(blocks) >= 6
     assert [line for line, code in blocks if "assert " not in code] == []
 
 

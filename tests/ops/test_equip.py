@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from irpe_ops import equip, get_rpe_config, parse_rpe_spec, rpe_attention
-from irpe_ops.equip import RPEAttention
+from irpe_ops.equip.timm_vit import RPEAttention
 from tests import oracles
 
 SPEC = "rpe-1.9-product-ctx-1-qkv"
@@ -144,7 +144,7 @@ def test_fused_attn_is_kept_and_false_means_eager(fused, monkeypatch):
         used.append(backend)
         return rpe_attention(*args, backend=backend, **options)
 
-    monkeypatch.setattr(sys.modules["irpe_ops.equip"], "rpe_attention", spy)
+    monkeypatch.setattr(sys.modules["irpe_ops.equip.timm_vit"], "rpe_attention", spy)
     model(images(model))
     assert used == ["auto" if fused else "eager"] * 2
     assert all(block.attn.fused_attn == fused for block in model.blocks)
@@ -249,7 +249,6 @@ def test_tables_learn():
         (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer has no blocks"),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1), "its Attention has unknown parts"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "its attention is a EvaAttention"),
         (lambda: timm.create_model("mixer_s32_224"), "does not tell its token grid"),
         (lambda: timm.create_model("cait_xxs24_224", depth=1), "its attention is a TalkingHeadAttn"),
         (lambda: make(patch_drop_rate=0.5), "patch_drop_rate > 0 drops tokens"),

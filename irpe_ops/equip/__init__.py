@@ -1,0 +1,47 @@
+"""Other people's models with relative position encoding in every block: one function, one file a library."""
+
+from torch import nn
+
+from irpe_ops.attention import BACKENDS
+from irpe_ops.config import RPEConfig, parse_rpe_spec
+from irpe_ops.equip import hugging_face, multihead, timm_vit
+from irpe_ops.equip.token_grid import TokenGrid
+
+__all__ = ["TokenGrid", "equip"]
+
+
+def equip(
+    model: nn.Module, spec_or_config: str | RPEConfig, *, backend: str = "auto", grid: tuple[int, int] | None = None
+) -> nn.Module:
+    """Put iRPE into every self-attention over patches, in place.
+
+    Args:
+        model: a timm ``VisionTransformer`` or ``Eva`` (rotary positions; class, distillation and register tokens, or
+            none; any grid); of Hugging Face ``transformers`` ViT, DeiT, DINOv2, DETR and RT-DETR (their encoders); of
+            torchvision ``VisionTransformer``; or a ``torch.nn.TransformerEncoder`` over a grid of tokens.
+        spec_or_config: a spec string or a config; its ``skip`` gives way to the model's number of leading tokens, where
+            the model has such a number (a ``TransformerEncoder`` has none).
+        backend: of `rpe_attention`; every attention keeps it as ``attn_backend``.
+        grid: height and width in tokens, for a ``TransformerEncoder`` alone (default: square). Where sizes change, tell
+            ``model.token_grid.remember(height, width)`` before each forward pass.
+    Returns: ``model``. Weights, their names and (tables start at zero) outputs are what they were; the tables come as
+        ``rpe_{q,k,v}`` of each attention, behind its other weights, with their dtype and device.
+    Raises: TypeError: for a spec of another type; ValueError: for a malformed spec, a model with iRPE already in it,
+        and models whose attention is not known here, saying what was found.
+    """
+    config = parse_rpe_spec(spec_or_config) if isinstance(spec_or_config, str) else spec_or_config
+    if not isinstance(config, RPEConfig):
+        raise TypeError(f"equip: expected a spec string or a config, got {config!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if grid is not None and not isinstance(model, nn.TransformerEncoder):
+        raise ValueError(f"equip: {type(model).__name__} tells its grid itself; leave grid out")
+    if isinstance(model, nn.TransformerEncoder):
+        multihead.equip_encoder(model, config, backend, grid)
+    elif multihead.is_torchvision_vit(model):
+        multihead.equip_torchvision_vit(model, config, backend)
+    elif hugging_face.is_pretrained_model(model):
+        hugging_face.equip(model, config, backend)
+    else:
+        timm_vit.equip(model, config, backend)
+    return model

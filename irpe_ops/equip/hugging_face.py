@@ -1,0 +1,141 @@
+"""Models of Hugging Face ``transformers``, through its own interface for attention functions. Needs transformers >= 5.
+
+An equipped model asks for the attention implementation ``irpe``. Attention without encodings that shares the model's
+config (a decoder's) goes to PyTorch's fused attention, as before.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ops.attention import rpe_attention
+from irpe_ops.config import RPEConfig
+from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings
+from irpe_ops.modules import build_rpe
+
+# Class names begin with these. The first have patches and leading tokens, the others a feature map.
+_VITS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters")
+_DETRS = ("Detr", "RTDetr")
+
+
+def is_pretrained_model(model: nn.Module) -> bool:
+    """Whether it is a model of ``transformers``, which is not imported."""
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
+
+
+def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
+    """Encodings for the encoder of a ViT, DeiT, DINOv2, DETR or RT-DETR, with or without its head."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if not hasattr(model, "set_attn_implementation"):
+        raise ValueError("equip: models of transformers need transformers >= 5; pip install -U transformers")
+    AttentionInterface.register("irpe", irpe_attention)
+    AttentionMaskInterface.register("irpe", sdpa_mask)
+    names = {type(module).__name__: module for module in model.modules()}
+    family = next((name for name in (*_VITS, *_DETRS) if f"{name}Embeddings" in names or f"{name}Encoder" in names), "")
+    family = "RTDetr" if "RTDetrAIFILayer" in names else family
+    if not family:
+        raise ValueError(
+            f"equip: {type(model).__name__} of transformers is not known here; known are "
+            f"{', '.join((*_VITS, *_DETRS))}. {HELP}"
+        )
+    before = [module for module in model.modules() if hasattr(module, "rpe_k")]
+    if before:
+        raise ValueError("equip: this model has iRPE already; equip a fresh model")
+    if family in _VITS:
+        embeddings = names[f"{family}Embeddings"]
+        config = dataclasses.replace(config, skip=_leading_tokens(embeddings))
+        grid = TokenGrid(config.skip, varies=True)
+        embeddings.patch_embeddings.register_forward_hook(_RememberImage(grid))
+        _add_to_layers(model, f"{family}Layer", f"{family}Attention", config, grid, backend)
+    elif family == "Detr":
+        config = dataclasses.replace(config, skip=0)
+        grid = TokenGrid(config.skip, varies=True)
+        names["DetrModel"].input_projection.register_forward_hook(_RememberMap(grid))
+        _add_to_layers(names["DetrEncoder"], "DetrEncoderLayer", "DetrSelfAttention", config, grid, backend)
+    else:
+        config = dataclasses.replace(config, skip=0)
+        for module in model.modules():
+            if type(module).__name__ == "RTDetrAIFILayer":  # one for each scale that has attention
+                grid = TokenGrid(config.skip, varies=True)
+                module.register_forward_pre_hook(_RememberMap(grid))
+                _add_to_layers(module, "RTDetrEncoderLayer", "RTDetrSelfAttention", config, grid, backend)
+    model.set_attn_implementation({"": "irpe"})
+
+
+def _add_to_layers(
+    model: nn.Module, layer_name: str, attention_name: str, config: RPEConfig, grid: TokenGrid, backend: str
+) -> None:
+    layers = [module for module in model.modules() if type(module).__name__ == layer_name]
+    for layer in layers:
+        layer.register_forward_hook(grid.after_block)
+        for attention in layer.modules():
+            if type(attention).__name__ == attention_name:
+                heads = attention.o_proj.in_features // attention.head_dim
+                encodings = build_rpe(config, attention.head_dim, heads)
+                add_encodings(attention, attention.o_proj.weight, encodings, grid, backend)
+
+
+def irpe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """An attention function of ``transformers``: ``(B, H, L, D)`` three times to ``(B, L, H, D)``, and no weights."""
+    if not hasattr(module, "rpe_k"):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    height, width = module.grid.of(query.shape[2])
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = ~attention_mask  # True is *kept* there
+    out = rpe_attention(
+        query,
+        key,
+        value,
+        module.rpe_q,
+        module.rpe_k,
+        module.rpe_v,
+        height=height,
+        width=width,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        backend=module.attn_backend,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _leading_tokens(embeddings: nn.Module) -> int:
+    tokens = [getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens")]
+    return sum(token.shape[1] for token in tokens if token is not None)
+
+
+class _RememberImage:
+    """Forward hook of patch embeddings: the grid of the image. A class, so that the model can be pickled."""
+
+    def __init__(self, grid: TokenGrid) -> None:
+        self.grid = grid
+
+    def __call__(self, patches: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        (height, width), (rows, cols) = inputs[0].shape[-2:], patches.patch_size
+        self.grid.remember(height // rows, width // cols)
+
+
+class _RememberMap:
+    """Forward hook or pre-hook of a module whose output, or input, is the feature map ``(B, C, height, width)``."""
+
+    def __init__(self, grid: TokenGrid) -> None:
+        self.grid = grid
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        self.grid.remember(*(inputs[0] if output is None else output).shape[-2:])

@@ -1,0 +1,85 @@
+"""The token grid of a running forward pass, for attention that is only handed a sequence."""
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from irpe_ops.rpe_index import under_function_transform
+
+HELP = "See docs/equip.md for equipping other models by hand."
+
+
+class _Here(threading.local):
+    """What this thread has last seen of each grid: two threads may run one model on two image sizes."""
+
+    def __init__(self) -> None:
+        self.grids = weakref.WeakKeyDictionary()
+
+
+_here = _Here()
+
+
+class TokenGrid:
+    """Grids by number of tokens, as each thread last saw them.
+
+    Gradient checkpointing runs blocks again during the backward pass, perhaps after forward passes of other sizes and
+    on a thread of autograd's. So where image sizes vary, each block's backward pass starts by putting back the grid of
+    its forward pass: 7 x 14 and 14 x 7 have the same number of tokens.
+
+    Args:
+        skip: leading tokens. varies: image sizes may. tokens_dim: of what blocks return, 1 for ``(B, L, C)``.
+    """
+
+    def __init__(self, skip: int, varies: bool = False, tokens_dim: int = 1) -> None:
+        self.skip, self.varies, self.tokens_dim = skip, varies, tokens_dim
+        self.by_length: dict[int, tuple[int, int]] = {}  # of whichever thread came last
+
+    def remember(self, height: int, width: int) -> None:
+        """The tokens that come next on this thread lie on a ``height x width`` grid."""
+        length = height * width + self.skip
+        self.by_length[length] = (height, width)
+        if not torch.compiler.is_compiling():  # a compiled graph is of one size, and knows nothing of threads
+            _here.grids.setdefault(self, {})[length] = (height, width)
+
+    def of(self, length: int) -> tuple[int, int]:
+        """Height and width of the grid that ``length`` tokens lie on. Raises: ValueError: none was seen."""
+        if not torch.compiler.is_compiling() and length in (own := _here.grids.get(self, {})):
+            return own[length]
+        if length not in self.by_length:
+            known = ", ".join(f"{height} x {width}" for height, width in self.by_length.values())
+            raise ValueError(
+                f"equipped attention: {length} tokens, {self.skip} of them leading, fit no grid seen so far ({known}); "
+                "run whole images through the model, or tell it the new size first"
+            )
+        return self.by_length[length]
+
+    def after_block(self, block: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+        """Forward hook of a block."""
+        if not self.varies or not self.by_length or not isinstance(tokens, Tensor) or not tokens.requires_grad:
+            return None
+        if torch.compiler.is_compiling() or under_function_transform():
+            return None
+        return _PutBack.apply(tokens, self)
+
+
+class _PutBack(torch.autograd.Function):
+    """Does nothing forward; backward, which is before anything of its block, puts the block's grid back."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, grid: TokenGrid) -> Tensor:
+        ctx.grid, ctx.size = grid, grid.of(tokens.shape[grid.tokens_dim])
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.grid.remember(*ctx.size)
+        return grad, None
+
+
+def add_encodings(attention: nn.Module, weight: Tensor, encodings: tuple, grid: TokenGrid, backend: str) -> None:
+    """Give an attention what every equipped one has: ``rpe_q, rpe_k, rpe_v``, ``grid`` and ``attn_backend``."""
+    for role, rpe in zip("qkv", encodings, strict=True):
+        setattr(attention, f"rpe_{role}", None if rpe is None else rpe.to(weight))
+    attention.grid, attention.attn_backend = grid, backend

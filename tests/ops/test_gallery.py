@@ -1,0 +1,305 @@
+"""equip on models of other libraries, with random weights: zero tables change nothing, filled ones are the formula."""
+
+import copy
+import io
+import threading
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from irpe_ops import equip, parse_rpe_spec
+from irpe_ops.equip.timm_vit import RPEAttention
+from tests import oracles
+
+SPEC = "rpe-1.9-product-ctx-1-qkv"
+
+
+def rotary(name, **kwargs):
+    sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model(name, **{**sizes, **kwargs})
+
+
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
+
+
+def hugging_face(name, **kwargs):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"image_size": 32, "patch_size": 8, "num_labels": 5}
+    config = getattr(transformers, f"{name.partition('For')[0]}Config")(**sizes | kwargs)
+    return getattr(transformers, name)(config)
+
+
+def resnet_config():
+    from transformers import ResNetConfig
+
+    return ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"])
+
+
+def hugging_face_detr(name="DetrForObjectDetection"):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 3, "num_labels": 4}
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=resnet_config(), **sizes
+    )
+    return getattr(transformers, name)(config)
+
+
+def hugging_face_rt_detr():
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[8, 16, 16], encoder_ffn_dim=16,
+        encoder_attention_heads=2, num_attention_heads=2, d_model=16, decoder_in_channels=[16, 16, 16], num_queries=5,
+        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, num_labels=4, eval_size=None,
+    )  # fmt: skip
+    return transformers.RTDetrForObjectDetection(config)
+
+
+def encoder(norm_first=False, batch_first=True):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=norm_first, batch_first=batch_first, dropout=0.0)
+    return nn.TransformerEncoder(layer, 2)
+
+
+# The model, its input, and which submodules are to have encodings.
+MODELS = {
+    "timm EVA-02": (lambda: rotary("eva02_tiny_patch14_224", patch_size=16), (2, 3, 64, 64), 2),
+    "timm EVA, separate biases": (lambda: rotary("eva02_tiny_patch14_224", patch_size=16, qkv_fused=False), (2, 3, 64, 64), 2),  # noqa: E501
+    "timm ViT with axial RoPE": (lambda: rotary("vit_small_patch16_rope_224"), (2, 3, 64, 64), 2),
+    "timm ViT with mixed RoPE": (lambda: rotary("vit_small_patch16_rope_mixed_224"), (2, 3, 64, 64), 2),
+    "timm DINOv3": (lambda: rotary("vit_small_patch16_dinov3"), (2, 3, 64, 64), 2),
+    "torchvision ViT": (torchvision_vit, (2, 3, 32, 32), 2),
+    "TransformerEncoder": (encoder, (2, 12, 16), 2),
+    "TransformerEncoder, norm first": (lambda: encoder(True, False), (12, 2, 16), 2),
+    "transformers ViT": (lambda: hugging_face("ViTForImageClassification"), (2, 3, 32, 32), 2),
+    "transformers DeiT": (lambda: hugging_face("DeiTForImageClassification"), (2, 3, 32, 32), 2),
+    "transformers DINOv2": (lambda: hugging_face("Dinov2ForImageClassification", mlp_ratio=2), (2, 3, 32, 40), 2),
+    "transformers DINOv2 with registers": (
+        lambda: hugging_face("Dinov2WithRegistersForImageClassification", mlp_ratio=2, num_register_tokens=3),
+        (2, 3, 40, 32), 2,
+    ),
+    "transformers DETR": (hugging_face_detr, (2, 3, 64, 96), 2),
+    "transformers RT-DETR": (hugging_face_rt_detr, (2, 3, 64, 96), 1),
+}  # fmt: skip
+GRIDS = {"TransformerEncoder": (3, 4), "TransformerEncoder, norm first": (3, 4)}
+
+
+def make(name, equipped=False, spec=SPEC):
+    build, shape, layers = MODELS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    for name_, parameter in model.named_parameters():  # some heads and scales start near zero, and would hide a change
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+        elif "gamma" in name_:
+            nn.init.ones_(parameter)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if equipped:
+        equip(model, spec, grid=GRIDS.get(name))
+    return model, x
+
+
+def answer(model, x):
+    out = model(x)
+    return out if torch.is_tensor(out) else out.logits
+
+
+def attentions(model):
+    return [module for module in model.modules() if hasattr(module, "rpe_k")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_zero_tables_change_nothing_and_filled_ones_do(name):
+    model, x = make(name)
+    with torch.no_grad():
+        before, weights = answer(model, x), copy.deepcopy(model.state_dict())
+        equip(model, SPEC, grid=GRIDS.get(name))
+        torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-5)
+        after = model.state_dict()
+        assert [key for key in after if "rpe_" not in key] == list(weights)
+        assert len(attentions(model)) == MODELS[name][2]
+        oracles.fill_tables(model, std=3.0)
+        assert not torch.allclose(answer(model, x), before, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="has iRPE already; equip a fresh model"):
+        equip(model, SPEC, grid=GRIDS.get(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_reaches_every_table_and_a_checkpoint_keeps_it(name):
+    model, x = make(name, equipped=True)
+    oracles.fill_tables(model)
+    answer(model.train(), x).sum().backward()
+    tables = {key: value for key, value in model.named_parameters() if "lookup_table" in key}
+    assert len(tables) == 3 * MODELS[name][2]
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in tables.values())
+    file = io.BytesIO()
+    torch.save(model.eval().state_dict(), file)
+    file.seek(0)
+    other, _ = make(name, equipped=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(answer(other, x), answer(model, x))
+        torch.testing.assert_close(answer(copy.deepcopy(model), x), answer(model, x))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_encodings_are_added_after_the_rotation(half):
+    """Rotary attention with the terms of iRPE added by hand, from timm's own projections and rotation."""
+    from timm.layers import apply_rot_embed_cat
+
+    name = "timm DINOv3" if half else "timm ViT with mixed RoPE"
+    model, x = make(name, equipped=True, spec="rpe-1.9-product-ctx-1-qk")
+    oracles.fill_tables(model)
+    attn, seen = model.blocks[1].attn, {}
+    assert isinstance(attn, RPEAttention) and attn.rotate_half == half
+    attn.register_forward_hook(
+        lambda module, args, kwargs, out: seen.update(x=args[0], rope=kwargs["rope"], out=out), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(x)
+        q, k, v = attn.project(seen["x"])
+        skip = model.num_prefix_tokens
+        q, k = (
+            torch.cat([t[:, :, :skip], apply_rot_embed_cat(t[:, :, skip:], seen["rope"], half=half)], 2) for t in (q, k)
+        )
+        scores = q * attn.scale @ k.transpose(2, 3) + attn.rpe_k(q * attn.scale)
+        scores = scores + attn.rpe_q(k * attn.scale).transpose(2, 3)
+        out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attn.proj(attn.norm(out)), seen["out"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoder", "TransformerEncoder, norm first"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_masks_of_an_encoder(name, grad):
+    """As PyTorch's own layers with the same masks; also without gradients, where PyTorch has a fast path of its own."""
+    model, x = make(name)
+    padding = torch.tensor([[False] * 12, [False] * 9 + [True] * 3])
+    mask = torch.randn(12, 12, generator=torch.Generator().manual_seed(2))
+    excluded, added = mask > 1, torch.zeros(12, 12).masked_fill(mask > 1, -torch.inf)
+    options = [{}, {"src_key_padding_mask": padding}, {"mask": mask}]
+    before = [model(x, **each) for each in options]
+    options.append({"mask": excluded, "src_key_padding_mask": padding})
+    before.append(model(x, mask=added, src_key_padding_mask=padding))
+    with torch.set_grad_enabled(grad):
+        equip(model, SPEC)
+        model.token_grid.remember(3, 4)
+        for each, expected in zip(options, before, strict=True):
+            out = model(x, **each)
+            kept = slice(None) if "src_key_padding_mask" not in each else (~padding if x.shape[0] == 2 else ~padding.T)
+            torch.testing.assert_close(out[kept], expected[kept], rtol=1e-4, atol=1e-5)
+        oracles.fill_tables(model, std=3.0)
+        assert not torch.allclose(model(x), before[0], atol=1e-3)
+
+
+def test_an_encoder_on_grids_of_one_length():
+    model, x = make("TransformerEncoder", equipped=True)
+    oracles.fill_tables(model, std=3.0)
+    out = {}
+    for size in ((3, 4), (4, 3), (3, 4)):
+        model.token_grid.remember(*size)
+        out.setdefault(size, []).append(model(x))
+    assert torch.equal(*out[3, 4]) and not torch.allclose(out[3, 4][0], out[4, 3][0], atol=1e-3)
+    square = equip(encoder().eval(), SPEC)
+    assert square(torch.randn(1, 9, 16)).shape == (1, 9, 16)
+    with pytest.raises(ValueError, match="L=12 less skip=0 leading tokens is no square grid"):
+        square(torch.randn(1, 12, 16))
+    layer = model.layers[0].self_attn
+    out, weights = layer(x, x, x)
+    assert weights.shape == (2, 12, 12) and torch.allclose(weights.sum(-1), torch.ones(()))
+    with pytest.raises(ValueError, match="query, key and value must be one batch of tokens of one grid"):
+        layer(x, x.clone(), x)
+
+
+def test_padding_in_detr_is_invisible():
+    model, _ = make("transformers DETR", equipped=True)
+    oracles.fill_tables(model)
+    encoder = model.model.encoder
+    features, other = torch.randn(2, 2, 8, 16, generator=torch.Generator().manual_seed(3))
+    kept = torch.tensor([[1] * 8, [1, 1, 0, 0] * 2])  # 2 x 4, and 2 x 2 of it
+    other = torch.where(kept[..., None] == 1, features, other)
+    encoder.layers[0].self_attn.grid.remember(2, 4)
+    with torch.no_grad():
+        out, same = (encoder(inputs_embeds=x, attention_mask=kept).last_hidden_state for x in (features, other))
+    torch.testing.assert_close(out[kept == 1], same[kept == 1])
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_two_threads_with_two_image_sizes(name):
+    """24 tokens both: each thread has the answer of its own grid."""
+    if name == "timm":
+        model = equip(rotary("vit_tiny_patch16_224", dynamic_img_size=True, img_size=64, num_heads=2).eval(), SPEC)
+        sizes = ((64, 96), (96, 64))
+    else:
+        model = equip(hugging_face("Dinov2ForImageClassification", mlp_ratio=2).eval(), SPEC)
+        sizes = ((32, 48), (48, 32))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    oracles.fill_tables(model, std=3.0)
+    images = [torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)) for size in sizes]
+    turn = [threading.Semaphore(1), threading.Semaphore(0)]
+    blocks = model.blocks if name == "timm" else [m for m in model.modules() if type(m).__name__ == "Dinov2Layer"]
+    with torch.no_grad():
+        wanted = [answer(model, image) for image in images]
+        assert not torch.allclose(answer(model, images[0]), answer(model, images[1]), atol=1e-3)
+    answers = [None, None]
+
+    def serve(i):
+        with torch.no_grad():
+            answers[i] = answer(model, images[i])
+
+    def hand_over(*_):  # the other thread runs whenever this one is about to enter a block
+        i = int(threading.current_thread().name)
+        turn[1 - i].release()
+        turn[i].acquire(timeout=20)
+
+    for block in blocks:
+        block.register_forward_pre_hook(hand_over)
+    both = [threading.Thread(target=serve, args=(i,), name=str(i)) for i in (0, 1)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(60)
+        for semaphore in turn:
+            semaphore.release()
+    for ours, expected in zip(answers, wanted, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: hugging_face("BeitForImageClassification"), "BeitForImageClassification of transformers is not known"),
+        (lambda: nn.TransformerEncoder(nn.Identity(), 1), "a layer is a Identity, not a torch.nn.TransformerEncoder"),
+        (lambda: nn.Transformer(16, 2), "Transformer has no blocks"),
+        (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer has no blocks"),
+    ],
+)
+def test_what_cannot_be_equipped_says_why(build, words):
+    with pytest.raises(ValueError, match=words):
+        equip(build(), SPEC)
+
+
+def test_attention_with_a_learned_key_is_refused():
+    model = encoder()
+    model.layers[1].self_attn = nn.MultiheadAttention(16, 2, add_bias_kv=True, batch_first=True)
+    with pytest.raises(ValueError, match="it attends to a learned or a zero key"):
+        equip(model, SPEC)
+    assert not attentions(model)  # refused before anything was changed
+    with pytest.raises(ValueError, match="VisionTransformer tells its grid itself; leave grid out"):
+        equip(torchvision_vit(), SPEC, grid=(4, 4))
+
+
+def test_leading_tokens_are_counted():
+    for name, skip in (("transformers DeiT", 2), ("transformers DINOv2 with registers", 4), ("torchvision ViT", 1)):
+        model, _ = make(name, equipped=True, spec=parse_rpe_spec(SPEC, skip=7))
+        assert {part.skip for attention in attentions(model) for part in attention.rpe_k.parts} == {skip}
