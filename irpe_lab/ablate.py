@@ -22,6 +22,7 @@ import yaml
 from irpe_lab import jobs, tables
 from irpe_lab.grid import Grid, read_grid
 from irpe_lab.results import Outcome, Row, read_outcome
+from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError
 from irpe_train.zoo import read_zoo
@@ -165,8 +166,8 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="FLAG=VALUE",
         help="a flag for all runs, e.g. data-path=DIR; may be repeated",
     )
-    add("--jobs", type=int, default=1, help="runs at once on a machine without GPUs")
-    add("--gpus-per-run", type=int, default=1, metavar="N", help="processes and GPUs of one run")
+    add("--jobs", type=positive_int, default=1, help="runs at once on a machine without GPUs")
+    add("--gpus-per-run", type=positive_int, default=1, metavar="N", help="processes and GPUs of one run")
     add("--slurm", action="store_true", help="submit each run as a SLURM job")
     add(
         "--slurm-option",

@@ -39,7 +39,7 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
     Raises: RunError: the folder has results of something else.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
-    known = json.loads(job.read_text()) if job.is_file() else {}
+    known = read_json(job)
     old = known.get("command")
     if old == command and written.is_file() and written.read_text(encoding="utf-8") == flags:
         if known.get("then", {}) != (then or {}):
@@ -56,8 +56,8 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
 
 def done(folder: Path) -> dict | None:
     """The outcome: ``rc``, ``seconds`` of all tries, ``reason`` (None after a success); None while there is none."""
-    file = folder / "done.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    outcome = read_json(folder / "done.json")
+    return outcome if {"rc", "seconds", "reason"} <= outcome.keys() else None
 
 
 def finished(folder: Path) -> bool:
@@ -95,7 +95,7 @@ def work(folder: Path) -> int:
         if finished(folder):
             return 0
         (folder / "done.json").unlink(missing_ok=True)
-        job, began = json.loads((folder / "job.json").read_text()), time.monotonic()
+        job, began = read_json(folder / "job.json"), time.monotonic()
         status, stopped = _run(job["command"], folder / "detail.log", lock)
         reason = None if status == 0 else last_words(folder / "detail.log")
         for name, command in job.get("then", {}).items():
@@ -230,6 +230,15 @@ class SlurmPool:
 
     def stop(self) -> None:
         """Nothing: the jobs belong to the queue."""
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file; empty where there is none, or none that can be read (its writer was killed)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """The runs of an ablation read back: figures, cost, and how far each is from the baseline, seed by seed."""
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,17 +34,17 @@ class Outcome:
 def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()) -> Outcome:
     """What is known about the run in ``folder`` and the ``evaluations`` after it."""
     outcome = jobs.done(folder)
-    log = read_log(folder) if (folder / "log.txt").is_file() and (folder / "log.txt").stat().st_size else []
+    text = folder / "log.txt"
+    epochs = text.read_bytes().count(b"\n") if text.is_file() else 0
     if outcome is None:
-        return Outcome("running" if folder.is_dir() and jobs.busy(folder) else "waiting", len(log))
+        return Outcome("running" if folder.is_dir() and jobs.busy(folder) else "waiting", epochs)
     if outcome["rc"]:
-        return Outcome("failed", len(log), reason=outcome["reason"], seconds=outcome["seconds"])
+        return Outcome("failed", epochs, reason=outcome["reason"], seconds=outcome["seconds"])
+    log = read_log(folder) if epochs else []
     values = [value for epoch in log if (value := figure.of(epoch)) is not None]
     if not values:
-        return Outcome("failed", len(log), reason=f"its log has no {figure.key}", seconds=outcome["seconds"])
-    model = {key: log[-1][key] for key in ("n_parameters",) if key in log[-1]}
-    if (folder / "model.json").is_file():
-        model |= json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        return Outcome("failed", epochs, reason=f"its log has no {figure.key}", seconds=outcome["seconds"])
+    model = {key: log[-1][key] for key in ("n_parameters",) if key in log[-1]} | jobs.read_json(folder / "model.json")
     evaluated = {}
     for name in evaluations:
         printed = read_detail(jobs.evaluation_log(folder, name))
@@ -53,7 +52,7 @@ def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()
             evaluated[name] = value
     return Outcome(
         "done",
-        len(log),
+        epochs,
         values[-1],
         max(values),
         None,

@@ -296,6 +296,20 @@ def test_slurm_jobs_go_through_submitit(place, monkeypatch):
     assert json.loads((place / "out" / "none_seed0" / "slurm.json").read_text())["job_id"]
 
 
+@pytest.mark.parametrize("flag", ["--jobs", "--gpus-per-run"])
+def test_nothing_at_a_time_is_refused(place, flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["grid.yaml", flag, "0"])
+    assert "expected 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\xff"])
+def test_a_damaged_outcome_is_none(tmp_path, text):
+    jobs.prepare(tmp_path, ["-c", ""], "")
+    (tmp_path / "done.json").write_text(text, encoding="latin-1")
+    assert jobs.done(tmp_path) is None and jobs.work(tmp_path) == 0 and jobs.finished(tmp_path)
+
+
 def test_other_results_are_refused_early(tmp_path):
     jobs.prepare(tmp_path, ["a"], "")
     jobs.prepare(tmp_path, ["b"], "lr: 1\n")  # nothing had been run yet

@@ -178,7 +178,7 @@ GRIDS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.one_of(GRIDS.map(lambda raw: yaml.dump(raw, allow_unicode=True)), st.text(max_size=60), VALUES.map(yaml.dump))
 )
