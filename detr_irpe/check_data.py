@@ -15,6 +15,7 @@ from PIL import ExifTags
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detr_irpe.classes import same_name
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection, read_image
 from detr_irpe.data.image_files import open_images
@@ -134,14 +135,14 @@ def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
 
 def naming_problems(train: dict[int, str], val: dict[int, str], train_name: str, val_name: str) -> list[Problem]:
     """Categories that the two annotation files call by different names or ids: what is learned is scored wrong."""
-    other = Problem("category ids that stand for something else in training and in validation", 0)
+    other = Problem("category ids that stand for something else in training and in validation")
     new = Problem(f"categories of {val_name} that {train_name} does not list", fatal=False, tolerated=ALL)
-    ids = {_plain(name): i for i, name in train.items()}
     for i, name in val.items():
-        if i in train and _plain(train[i]) != _plain(name):
+        elsewhere = [j for j, other_name in train.items() if same_name(other_name, name)]
+        if i in train and not same_name(train[i], name):
             other.add(f"{i} is {train[i]!r} in {train_name} and {name!r} in {val_name}")
-        elif i not in train and _plain(name) in ids:
-            other.add(f"{name!r} is {ids[_plain(name)]} in {train_name} and {i} in {val_name}")
+        elif i not in train and elsewhere:
+            other.add(f"{name!r} is {elsewhere[0]} in {train_name} and {i} in {val_name}")
         elif i not in train:
             new.add(f"{i} {name!r}")
     return [problem for problem in (other, new) if problem.count]
@@ -330,10 +331,6 @@ class _Decoded(Dataset):
         except OSError as error:
             return 0, 0, 1, str(error)
         return image.height, image.width, image.getexif().get(ExifTags.Base.Orientation, 1), ""
-
-
-def _plain(name: str) -> str:
-    return name.strip().casefold()
 
 
 def repeated(what: str, values: list, *, fatal: bool = True) -> Problem:

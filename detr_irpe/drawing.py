@@ -39,7 +39,9 @@ def draw_objects(
     edge = torch.tensor([picture.width - 1, picture.height - 1] * 2)
     corners = (boxes.float().cpu() * factor).minimum(edge).clamp(min=0).round().int().tolist()
     for (x0, y0, x1, y1), colour in zip(corners, colours, strict=True):
-        canvas.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=line)
+        x1, y1 = max(x0, x1), max(y0, y1)
+        canvas.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=ink_on(colour), width=line + 2)  # seen on any ground
+        canvas.rectangle((x0, y0, x1, y1), outline=colour, width=line)
     for (x0, y0, _, _), colour, label in zip(corners, colours, labels, strict=True):  # over all boxes
         left, top, right, bottom = canvas.textbbox((0, 0), label, font=font)
         width, height = right - left + 2 * line, bottom - top + 2 * line

@@ -4,9 +4,9 @@ import argparse
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detr_irpe.args import get_args_parser
+from detr_irpe.classes import categories_of, classes_in
 from detr_irpe.models import build_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint
@@ -54,28 +54,6 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
     return model.eval(), postprocessors, args, categories_of(checkpoint, weights, source=source)
 
 
-def number_of_classes(weights: dict[str, Tensor], *, source: str) -> int:
-    """Outputs of the class head in a DETR's weights, "no object" not counted."""
-    bias = next((value for key, value in weights.items() if key.endswith("class_embed.bias")), None)
-    if bias is None or bias.ndim != 1 or len(bias) < 2:
-        raise BadCheckpoint(f"checkpoint {source}: no class head (class_embed.bias) in it; it is not one of a DETR")
-    return len(bias) - 1
-
-
-def categories_of(checkpoint: dict, weights: dict[str, Tensor], *, source: str) -> dict[int, str]:
-    """Category id -> name of what a checkpoint was trained on: its own, or COCO's where it has as many classes.
-
-    The published checkpoints name none. Empty where nothing is known.
-    """
-    given = checkpoint.get("categories")
-    if given is not None:
-        if not isinstance(given, dict) or not all(isinstance(i, int) and isinstance(n, str) for i, n in given.items()):
-            raise BadCheckpoint(f"checkpoint {source}: its 'categories' are not names by category id")
-        return given
-    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return dict(enumerate(coco)) if number_of_classes(weights, source=source) == len(coco) else {}
-
-
 def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argparse.Namespace:
     trained = checkpoint.get("args")
     if not isinstance(trained, argparse.Namespace):
@@ -97,5 +75,5 @@ def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argpars
     if args.enc_layers + args.dec_layers > len(weights):
         raise BadCheckpoint(f"checkpoint {source}: its flags name more layers than it has weights")
     args.eval, args.aux_loss = True, False  # no backbone weights are fetched; the last decoder layer alone
-    args.num_classes = number_of_classes(weights, source=source)
+    args.num_classes = classes_in(weights, source=source)
     return args

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from detr_irpe.args import check_args, get_args_parser
 from detr_irpe.check_data import quick_check
+from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume, differences
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
 from detr_irpe.data.panoptic import CocoPanoptic
@@ -22,8 +23,9 @@ from detr_irpe.nested_tensor import collate
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed, zoo
-from irpe_train.checkpoint import load_matching, read_weights, write_checkpoint
+from irpe_train.checkpoint import load_matching, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.distributed import logger
+from irpe_train.errors import BadCheckpoint
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -48,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
     # --- checkpoint
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
     checkpoint = checkpoints.open(args.resume)
+    start = starting_checkpoint(args)
 
     # --- data
     val_set = build_dataset(args, "val2017", eval_transforms(args.image_size))
@@ -59,6 +62,8 @@ def main(args: argparse.Namespace) -> None:
         loader = training_loader(args, train_set, device)
         sets.append(train_set)
     num_classes = number_of_classes(sets, args.dataset_file) if args.num_classes == "auto" else args.num_classes
+    if args.eval and (source := checkpoint or start) and args.num_classes == "auto":
+        num_classes = classes_in(source.weights(), source=source.source)
     quick_check(sets, num_classes)
 
     # --- model
@@ -68,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     model, criterion, postprocessors = build_model(flags, backbone_weights=weights)
     if "panoptic" in postprocessors:
         postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(num_classes)}
-    start_from(model, args)
+    start_from(model, args, start, sets[-1].categories)
     model.to(device)
     criterion.to(device)
     logger.info(f"number of params: {count_parameters(model)}")
@@ -81,6 +86,9 @@ def main(args: argparse.Namespace) -> None:
 
     # --- optimizer
     optimizer, lr_scheduler = build_optimization(args, model, device)
+    if checkpoint is not None:
+        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
+        compare_for_resume(trained, train_set.categories, source=checkpoint.source)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
@@ -145,12 +153,8 @@ def evaluate_only(
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     if checkpoint is not None:
         load_matching(model, checkpoint.weights(), source=checkpoint.source)
-        here = val_loader.dataset.categories
-        trained_on = checkpoint.contents.get("categories", here)
-        if any(trained_on.get(i) != name for i, name in here.items()):
-            logger.warning(
-                f"checkpoint {checkpoint.source} was trained on the categories {trained_on}, and this set has {here}"
-            )
+        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
+        compare_for_evaluation(trained, val_loader.dataset.categories, source=checkpoint.source)
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
@@ -255,11 +259,32 @@ def starting_weights(args: argparse.Namespace) -> str:
     return str(zoo.fetch(args.pretrained)) if args.pretrained else args.finetune
 
 
-def start_from(model: nn.Module, args: argparse.Namespace) -> None:
-    """Load ``--pretrained``, ``--finetune`` or ``--frozen_weights``, and say what did not carry over."""
-    if source := starting_weights(args):
-        for key, what in load_for_finetuning(model, read_weights(source), source=source).items():
+def starting_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
+    """What ``--pretrained`` or ``--finetune`` names, read; None for neither."""
+    source = starting_weights(args)
+    return Checkpoint(source, read_checkpoint(source)) if source else None
+
+
+def start_from(
+    model: nn.Module, args: argparse.Namespace, start: Checkpoint | None, categories: dict[int, str]
+) -> None:
+    """Load ``--pretrained``, ``--finetune`` or ``--frozen_weights``, and say what did not carry over.
+
+    Raises: BadCheckpoint: a class head that starts fresh would be evaluated.
+    """
+    if start is not None:
+        weights = start.weights()
+        trained = categories_of(start.contents, weights, source=start.source)
+        same = args.eval or not trained or not differences(trained, categories)
+        report = load_for_finetuning(model, weights, source=start.source, same_classes=same)
+        for key, what in report.items():
             logger.info(f"--finetune: {key} {what}")
+        if args.eval:
+            if fresh := [key for key, what in report.items() if "class_embed" in key]:
+                raise BadCheckpoint(
+                    f"--eval: {fresh[0]} {report[fresh[0]]}; a class head that knows nothing is not scored"
+                )
+            compare_for_evaluation(trained, categories, source=start.source)
     if args.frozen_weights:
         load_matching(model.detr, read_weights(args.frozen_weights), source=args.frozen_weights)
 

@@ -11,10 +11,12 @@ QUERIES = "query_embed.weight"
 MAY_START_FRESH = ("class_embed.", "bbox_attention.", "mask_head.")
 
 
-def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source: str | Path) -> dict[str, str]:
+def load_for_finetuning(
+    model: nn.Module, weights: dict[str, Tensor], *, source: str | Path, same_classes: bool = True
+) -> dict[str, str]:
     """Fill ``model`` with what of ``weights`` fits it, and say what became of the rest.
 
-    * The class head starts fresh when the number of classes differs.
+    * The class head starts fresh when the number of classes differs, or the classes.
     * Of the queries the first ones are taken when there are fewer of them now; further ones start fresh.
     * Lookup tables that the checkpoint lacks start at zero: the model computes what it did without them.
     * A mask head that the checkpoint lacks starts fresh; keys may or may not have the prefix ``detr.`` of ``--masks``.
@@ -22,6 +24,7 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source:
     Args:
         weights: state dict of a DETR.
         source: where it is from, for messages.
+        same_classes: whether each class here has the same number there.
     Returns: what became of each key that was not simply copied; see ``load_matching``.
     Raises: BadCheckpoint: any other key does not fit; nothing is loaded then.
     """
@@ -29,6 +32,10 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source:
     ours = {key.removeprefix("detr."): key for key in own}
     weights = {ours.get(bare := key.removeprefix("detr."), bare): value for key, value in weights.items()}
     report = {}
+    if not same_classes:
+        head = [key for key in own if key.removeprefix("detr.").startswith("class_embed.")]
+        weights = {key: value for key, value in weights.items() if key not in head}
+        report = dict.fromkeys(head, "starts fresh: other classes there")
     queries = ours[QUERIES]
     given, here = weights.get(queries), own[queries]
     if given is not None and given.shape != here.shape and given.shape[1:] == here.shape[1:]:
@@ -39,6 +46,12 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], *, source:
         if "lookup_table" in key and key not in weights:
             weights[key] = torch.zeros_like(value)
             report[key] = "starts at zero: not in the checkpoint"
-    return report | load_matching(
-        model, weights, source=source, may_start_fresh=lambda key: key.removeprefix("detr.").startswith(MAY_START_FRESH)
+    return (
+        load_matching(
+            model,
+            weights,
+            source=source,
+            may_start_fresh=lambda key: key.removeprefix("detr.").startswith(MAY_START_FRESH),
+        )
+        | report
     )

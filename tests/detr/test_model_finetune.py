@@ -66,3 +66,12 @@ def test_anything_else_must_fit_and_nothing_is_loaded_before_that_is_known():
     del weights["input_proj.bias"]
     with pytest.raises(ValueError, match="missing: input_proj.bias"):
         load_for_finetuning(model, weights, source="x.pth")
+
+
+def test_a_class_head_of_other_classes_starts_fresh():
+    weights = tiny_model(seed=1).state_dict()
+    model = tiny_model()
+    before = model.class_embed.weight.clone()
+    report = load_for_finetuning(model, weights, source="a.pth", same_classes=False)
+    assert report == dict.fromkeys(["class_embed.weight", "class_embed.bias"], "starts fresh: other classes there")
+    assert torch.equal(model.class_embed.weight, before) and taken(model, "query_embed.weight", weights)

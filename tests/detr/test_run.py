@@ -62,7 +62,7 @@ def test_a_run_writes_the_published_files(trained):
     folder, text = trained
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     published = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt", "eval/000.pth"}
-    ours = {"best.pth", "checkpoint_previous.pth", "config.yaml", "starts.jsonl"}
+    ours = {"best.pth", "checkpoint_previous.pth", "config.yaml", "model.json", "starts.jsonl"}
     assert names == published | {"eval/latest.pth"} | ours
     assert read_checkpoint(folder / "checkpoint0000.pth")["epoch"] == 0
     latest = torch.load(folder / "eval/latest.pth", weights_only=True)
@@ -119,6 +119,35 @@ def test_evaluation_on_other_categories_warns(trained, data, tmp_path):
     edit_annotations(root, "val2017", lambda c: c["categories"][0].update(name="pink"))
     text = detr_ok(root, tmp_path / "eval", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
     assert "warning: checkpoint" in text and "'pink'" in text
+    edit_annotations(
+        root, "val2017", lambda c: [e.update(name=n) for e, n in zip(c["categories"], ("green", "red"), strict=False)]
+    )
+    (ended,) = detr(root, tmp_path / "no", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
+    assert ended.code == 1 and "'green' is 3 here and 4 there" in ended.text
+
+
+def test_evaluation_has_the_class_head_of_the_checkpoint(trained, data, tmp_path):
+    root = write_tiny_coco(tmp_path / "data")
+
+    def drop_blue(content):
+        content["categories"].pop()
+        content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] != 9]
+
+    edit_annotations(root, "val2017", drop_blue)
+    detr_ok(root, tmp_path / "eval", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
+    detr_ok(root, tmp_path / "start", "--dec_layers", 6, "--eval", "--finetune", trained[0] / "checkpoint.pth")
+    flags = ("--dec_layers", 6, "--eval", "--finetune", trained[0] / "checkpoint.pth", "--num_classes", 12)
+    (ended,) = detr(root, tmp_path / "fresh", *flags)
+    assert ended.code == 1 and "class_embed.weight starts fresh" in ended.text
+
+
+def test_a_run_does_not_go_on_with_other_classes(trained, tmp_path):
+    root = write_tiny_coco(tmp_path / "data", train=8)
+    for split in ("train2017", "val2017"):
+        edit_annotations(root, split, lambda c: c["categories"][0].update(name="pink"))
+    flags = ("--dec_layers", 6, "--epochs", 3, "--resume", trained[0] / "checkpoint.pth")
+    (ended,) = detr(root, tmp_path / "on", *flags)
+    assert ended.code == 1 and "3 is 'pink' here and 'red' there" in ended.text and "--finetune" in ended.text
 
 
 def averages_of(text):
@@ -133,7 +162,7 @@ def test_evaluation_is_the_same_in_any_number_of_processes(trained, data, tmp_pa
     flags = ["--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth", "--eval_batch_size", batch]
     losses = averages_of(detr_ok(data, tmp_path / "one", *flags))
     alone = read_checkpoint(tmp_path / "one/eval.pth")
-    assert alone["scores"].max() > 0 and losses["loss"] > 0 and len(losses) == 45
+    assert alone["scores"].max() > 0 and losses["loss"] > 0 and len(losses) == 44
     for world_size in (2, 4):  # 5 images: the processes have different numbers of them, or none
         assert averages_of(detr_ok(data, tmp_path / "several", *flags, world_size=world_size)) == losses
         together = read_checkpoint(tmp_path / "several/eval.pth")

@@ -1,0 +1,82 @@
+"""Classes are identities: a category id of a checkpoint must mean what the same id means in the data."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from irpe_train.distributed import logger
+from irpe_train.errors import BadCheckpoint
+
+
+def classes_in(weights: Mapping[str, Tensor], *, source: str) -> int:
+    """Outputs of the class head in a DETR's weights, "no object" not counted."""
+    bias = next((value for key, value in weights.items() if key.endswith("class_embed.bias")), None)
+    if bias is None or bias.ndim != 1 or len(bias) < 2:
+        raise BadCheckpoint(f"checkpoint {source}: no class head (class_embed.bias) in it; it is not one of a DETR")
+    return len(bias) - 1
+
+
+def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: str) -> dict[int, str]:
+    """Category id -> name of what a checkpoint was trained on: its own, or COCO's where it has as many classes.
+
+    The published checkpoints name none. Empty where nothing is known.
+    """
+    given = checkpoint.get("categories")
+    if given is not None:
+        if not isinstance(given, dict) or not all(isinstance(i, int) and isinstance(n, str) for i, n in given.items()):
+            raise BadCheckpoint(f"checkpoint {source}: its 'categories' are not names by category id")
+        return given
+    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return dict(enumerate(coco)) if classes_in(weights, source=source) == len(coco) else {}
+
+
+def same_name(one: str | None, other: str | None) -> bool:
+    """Whether two names are one, but for capitals and spaces around them."""
+    return one is not None and other is not None and one.strip().casefold() == other.strip().casefold()
+
+
+def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str]:
+    """What the ids of the data mean in a checkpoint, where that is something else."""
+    return [
+        f"{i} is {name!r} here and {trained[i]!r} there" if i in trained else f"{i} {name!r} is not there"
+        for i, name in here.items()
+        if not same_name(trained.get(i), name)
+    ]
+
+
+def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
+    """Say what differs between the classes of a checkpoint and of the data that it is evaluated on.
+
+    Raises: BadCheckpoint: the same names have other ids, so that right answers would count as wrong.
+    """
+    if not trained:
+        logger.info(
+            f"checkpoint {source} does not name its classes: that its ids mean what they mean here is not checked"
+        )
+        return
+    ids = {name.strip().casefold(): i for i, name in trained.items()}
+    moved = [
+        f"{name!r} is {i} here and {ids[plain]} there"
+        for i, name in here.items()
+        if (plain := name.strip().casefold()) in ids and not same_name(trained.get(i), name)
+    ]
+    if moved:
+        raise BadCheckpoint(
+            f"checkpoint {source} numbers its categories in another way than this data: {'; '.join(moved[:5])}. "
+            "Number the categories of the annotations as it does."
+        )
+    if other := differences(trained, here):
+        logger.warning(
+            f"checkpoint {source} was trained on other categories than this data has: {'; '.join(other[:5])}"
+        )
+
+
+def compare_for_resume(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
+    """Raises BadCheckpoint: a run would go on with other classes than it began with."""
+    other = differences(trained, here) + [f"{i} {name!r} is there only" for i, name in trained.items() if i not in here]
+    if trained and other:
+        raise BadCheckpoint(
+            f"checkpoint {source} was trained on other categories than this data has: {'; '.join(other[:5])}. "
+            "Start a run of its own from it with --finetune."
+        )

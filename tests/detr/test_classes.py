@@ -1,0 +1,56 @@
+"""A category id of a checkpoint must mean what the same id means in the data."""
+
+import logging
+
+import pytest
+import torch
+
+from detr_irpe.classes import categories_of, compare_for_evaluation, compare_for_resume, differences
+from irpe_train.errors import BadCheckpoint
+
+RGB = {3: "red", 4: "green", 9: "blue"}
+
+
+def warnings_of(trained, here, caplog) -> str:
+    logging.getLogger("irpe").propagate = True
+    compare_for_evaluation(trained, here, source="x.pth")
+    return caplog.text
+
+
+@pytest.mark.parametrize("here", [RGB, {4: "green"}, {9: " Blue", 3: "RED"}, {}])
+def test_the_same_classes_or_some_of_them_are_evaluated_without_a_word(here, caplog):
+    assert warnings_of(RGB, here, caplog) == ""
+
+
+@pytest.mark.parametrize("here", [{3: "green", 4: "red", 9: "blue"}, {1: "red"}, {9: "green"}])
+def test_other_ids_for_the_same_names_are_refused(here):
+    with pytest.raises(BadCheckpoint, match=r"x.pth numbers its categories in another way .* here and \d there"):
+        compare_for_evaluation(RGB, here, source="x.pth")
+
+
+def test_other_names_are_said(caplog):
+    text = warnings_of(RGB, {3: "pink", 5: "grey"}, caplog)
+    assert "3 is 'pink' here and 'red' there; 5 'grey' is not there" in text
+
+
+def test_a_checkpoint_without_names_is_said(caplog):
+    caplog.set_level("INFO", logger="irpe")
+    assert "does not name its classes" in warnings_of({}, RGB, caplog)
+
+
+@pytest.mark.parametrize("here", [{3: "red", 4: "green"}, RGB | {5: "grey"}, RGB | {3: "pink"}])
+def test_a_run_does_not_go_on_with_other_classes(here):
+    with pytest.raises(BadCheckpoint, match="other categories than this data has: .*--finetune"):
+        compare_for_resume(RGB, here, source="x.pth")
+    compare_for_resume(RGB, dict(reversed(RGB.items())), source="x.pth")
+    compare_for_resume({}, RGB, source="published.pth")
+
+
+def test_published_checkpoints_have_the_categories_of_coco():
+    weights = {"class_embed.bias": torch.zeros(92)}
+    coco = categories_of({}, weights, source="x.pth")
+    assert (coco[1], coco[13], coco[90]) == ("person", "stop sign", "toothbrush")
+    assert differences(coco, {17: "cat", 18: "dog"}) == []
+    assert categories_of({}, {"detr.class_embed.bias": torch.zeros(12)}, source="x.pth") == {}
+    with pytest.raises(BadCheckpoint, match="x.pth: its 'categories' are not names by category id"):
+        categories_of({"categories": ["red"]}, weights, source="x.pth")
