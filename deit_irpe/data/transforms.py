@@ -4,6 +4,7 @@ import itertools
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
 
@@ -24,6 +25,7 @@ def build_transform(
     Images of up to 32 pixels are shifted in training, neither cropped nor scaled, as published.
 
     Args:
+        interpolation: of crops, and of rotations as far as Pillow can.
         input_size: pixels, one number or (height, width). Evaluation resizes the short side to 256/224 of it (of its
             longer side when it is not square), then cuts the centre.
     """
@@ -31,17 +33,22 @@ def build_transform(
     small = max(size) <= 32
     to_size = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # leaves images of that very size alone
     if train:
+        geometry = (
+            "bicubic" if interpolation in ("lanczos", "hamming") else interpolation
+        )  # Pillow rotates with no more
         steps = create_transform(
             size,
             is_training=True,
             color_jitter=color_jitter,
             auto_augment=aa or None,
-            interpolation=interpolation,
+            interpolation=geometry,
             re_prob=reprob,
             re_mode=remode,
             re_count=recount,
             hflip=hflip,
         ).transforms
+        if geometry != interpolation:
+            steps[0].interpolation = str_to_interp_mode(interpolation)
         for step in steps:
             _let_posterize_keep_no_bits(step)
         return transforms.Compose([to_size, transforms.RandomCrop(size, padding=4), *steps[1:]] if small else steps)

@@ -143,6 +143,16 @@ def test_missing_cifar_is_named(tmp_path):
         data.build_dataset(tmp_path, True, data_set="CIFAR")
 
 
+@pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic", "lanczos", "hamming"])
+def test_every_interpolation_of_crops_works_with_the_augmentation(interpolation):
+    augmentation = data.build_transform(True, 40, interpolation=interpolation)
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 50, 3)).astype(np.uint8))
+    for _ in range(30):  # rotations and shears are among the draws
+        assert augmentation(image).shape == (3, 40, 40)
+    if interpolation != "random":
+        assert augmentation.transforms[0].interpolation == transforms.InterpolationMode(interpolation)
+
+
 def test_evaluation_transform_is_the_published_one():
     """Short side to int(256 / 224 * size), bicubic, centre crop, ImageNet's mean and deviation."""
     resize, crop, _, normalise = data.build_transform(False, 224).transforms

@@ -212,7 +212,8 @@ def test_two_processes_train_and_evaluate_each_image_once(trained, colours, tmp_
     "flags",
     [
         ("--mixup", "0"),  # CutMix alone: soft targets
-        ("--mixup", "0", "--cutmix", "0", "--no-aug"),
+        ("--mixup", "0", "--cutmix", "0", "--no-aug", "--sched", "tanh", "--weight-decay", "0"),
+        ("--lr", "0", "--train-interp", "lanczos", "--input-size", "40", "--no-train-mode"),
         ("--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "1", "--no-model-ema", "--accumulate", "2"),
         ("--amp", "bf16", "--input-size", "48x32", "--no-abs-pos", "--eval-ema", "--sched", "step", "--opt", "sgd"),
     ],
