@@ -200,10 +200,10 @@ class MetricLogger:
             f"[{step:{width}d}/{total}]",
             f"eta: {eta}",
             str(self),
-            images,
             f"time: {step_time}",
             f"data: {data_time}",
             f"max mem: {_memory_mb():.0f}",
+            images,  # last, so that what comes before is the published line
         ]
         logger.info("  ".join(part for part in parts if part))
 

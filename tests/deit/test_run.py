@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 from functools import partial
 
@@ -49,7 +50,9 @@ def test_the_console_has_the_published_lines(trained):
     last, best = log_of(folder)[-1], max(line["test_acc1"] for line in log_of(folder))
     assert f"number of params: {last['n_parameters']}\nnumber of buckets: 50\n" in text
     assert f"Averaged stats: lr: {last['train_lr']:.6f}  loss: " in text
-    assert "\nEpoch: [5]  [0/6]  eta: 0:00:" in text
+    line = r"^Epoch: \[5\]  \[0/6\]  eta: \S+  lr: 0\.\d{6}  loss: \S+ \(\S+\)  time: \S+  data: \S+  max mem: \d+"
+    assert re.search(line, text, flags=re.MULTILINE)
+    assert re.search(r"^Epoch: \[5\] Total time: \d:\d\d:\d\d \(\S+ s / it\)$", text, flags=re.MULTILINE)
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 100.000 loss {last['test_loss']:.3f}\n" in text
     assert f"Accuracy of the network on the 22 test images: {last['test_acc1']:.1f}%\n" in text
     assert f"Max accuracy: {best:.2f}%\n" in text
