@@ -1,23 +1,37 @@
-"""Which backends exist here, why a missing one is missing, and whether those that exist are right.
+"""Which backends exist here, why a missing one is missing, whether those that exist are right, and how fast they are.
 
-Usage: python -m irpe_ops.info [--check]
+python -m irpe_ops.info                     the list
+python -m irpe_ops.info --check             each against an fp64 reference; then times at DeiT's and DETR's shapes
+python -m irpe_ops.info --benchmark DIR     these times, with full batches, as a CSV in DIR
 """
 
 import argparse
 import copy
+import csv
+import datetime
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from irpe_ops.attention import missing_backend, rpe_attention
+from irpe_ops.attention import eager_attention, missing_backend, rpe_attention
+from irpe_ops.attention_call import AttentionCall
+from irpe_ops.backends import NAMES, choice, module_of
 from irpe_ops.config import parse_rpe_spec
 from irpe_ops.modules import build_rpe
 from irpe_ops.rpe_index import built_for, compiled_devices, extension_error, rpe_index
 
+# batch, heads, height, width, leading tokens, head dimension, spec without its places, whether images are padded
+SHAPES = {
+    "DeiT-S B64 H6 L197 D64": (64, 6, 14, 14, 1, 64, "rpe-1.9-product-ctx-1-", False),
+    "DETR encoder B2 H8 L850 D32": (2, 8, 25, 34, 0, 32, "rpe-2.0-product-ctx-1-", True),
+}
+FIELDS = ["shape", "dtype", "encodings", "work", "candidate", "median_ms", "left_out", "auto"]
 _BUILD = "pip install ./rpe_ops_cuda"
 
 
@@ -34,6 +48,7 @@ def backends() -> list[Backend]:
     """All backends, the slow and certain ones first."""
     return [
         Backend("plain PyTorch", None, lambda: _check_attention("eager", "cpu")),
+        Backend("sdpa attention", None, lambda: _check_attention("sdpa", _best_device())),
         Backend("compiled rpe_index, CPU", _missing_operator("cpu"), lambda: _check_lookup("cpu")),
         Backend("compiled rpe_index, CUDA", _missing_operator("cuda"), lambda: _check_lookup("cuda")),
         Backend("compiled attention, CPU", missing_backend("compiled"), lambda: _check_attention("compiled", "cpu")),
@@ -44,7 +59,8 @@ def backends() -> list[Backend]:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
     parser = argparse.ArgumentParser(prog="python -m irpe_ops.info", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference")
+    parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
+    parser.add_argument("--benchmark", type=Path, metavar="DIR", help="write times at full batches as a CSV")
     args = parser.parse_args(argv)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
     wrong = 0
@@ -54,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'':8}  {backend.missing}")
         elif args.check:
             wrong += not _passes(backend)
+    if args.check and not args.benchmark:
+        list(_rows(batch=1 if _best_device() == "cpu" else None))
+    if args.benchmark:
+        print(_write_csv(args.benchmark, list(_rows())))
     if wrong:
         print(f"{wrong} of the backends above are wrong on this machine; use backend='eager' and report this output")
     return 1 if wrong else 0
@@ -71,6 +91,63 @@ def _passes(backend: Backend) -> bool:
         print(f"{'':8}  WRONG {type(problem).__name__}: {problem}")
         right = False
     return right
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rows(batch: int | None = None) -> Iterator[list[str]]:
+    """Every candidate at every shape, checked and timed as `choice` does it: printed, and as rows of a CSV.
+
+    Args:
+        batch: instead of the shape's own.
+    """
+    device = _best_device()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for shape, sizes in SHAPES.items():
+        for rpe_on in ("k", "qkv"):
+            for training in (False, True):
+                call = _call(*sizes[:6], sizes[6] + rpe_on, sizes[7], batch or sizes[0], device, dtype, training)
+                names = [name for name in ("eager", *NAMES) if choice.can_run(name, call)]
+                runs = {name: eager_attention if name == "eager" else module_of(name).attention for name in names}
+                found = choice.measure(call, runs, eager_attention)
+                with torch.set_grad_enabled(training):
+                    taken = choice.choose(call, eager_attention)
+                work = "forward + backward" if training else "forward"
+                shown = shape if batch is None else re.sub(r"B\d+", f"B{batch}", shape)
+                print(f"{shown}, {rpe_on}, {work}, {_short(dtype)}: {found}; auto takes {taken}")
+                for name in names:
+                    ms, reason = found.ms.get(name), found.left_out.get(name, "")
+                    if reason:
+                        print(f"{'':8}  {name} is left out: {reason}")
+                    time = "" if ms is None else f"{ms:.3f}"
+                    yield [shown, _short(dtype), rpe_on, work, name, time, reason, "yes" if name == taken else ""]
+
+
+def _call(batch_, heads, height, width, skip, head_dim, spec, padded, batch, device, dtype, training) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+    length = height * width + skip
+    packed = torch.randn(batch, length, 3, heads, head_dim, generator=generator).to(device, dtype)
+    q, k, v = packed.requires_grad_(training).permute(2, 0, 3, 1, 4)
+    encodings = [rpe and rpe.to(device, dtype) for rpe in build_rpe(parse_rpe_spec(spec, skip), head_dim, heads)]
+    for rpe in filter(None, encodings):
+        for table in rpe.parameters():
+            nn.init.normal_(table.requires_grad_(training), std=0.02)
+    padding = torch.zeros(batch, length, dtype=torch.bool, device=device) if padded else None
+    return AttentionCall(q, k, v, *encodings, height, width, padding, scale=head_dim**-0.5)
+
+
+def _write_csv(folder: Path, rows: list[list[str]]) -> Path:
+    """The rows in a file that says on which device and day, and in its first line with what."""
+    folder.mkdir(parents=True, exist_ok=True)
+    today = datetime.date.today().isoformat()
+    device = re.sub(r"[^a-z0-9]+", "-", _device().lower()).strip("-")
+    path = folder / f"attention_{device}_{today}.csv"
+    with path.open("w", newline="") as file:
+        file.write(f"# {_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {today}, medians\n")
+        csv.writer(file).writerows([FIELDS, *rows])
+    return path
 
 
 def _missing_operator(device: str) -> str | None:
@@ -100,7 +177,8 @@ def _check_lookup(device: str) -> Iterator[tuple[str, float, float]]:
 
 
 def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float]]:
-    for spec in ("rpe-1.9-product-ctx-1-qkv", "rpe-20-euc-bias-0-qk", "rpe-2.0-cross-ctx-1-k"):
+    on = "qk" if name == "sdpa" else "qkv"  # which has no encoding on values
+    for spec in (f"rpe-1.9-product-ctx-1-{on}", "rpe-20-euc-bias-0-qk", "rpe-2.0-cross-ctx-1-k"):
         for dtype in (torch.float32, torch.bfloat16):
             ours, exact = _outputs_and_gradients(spec, dtype, name, device)
             for what, got, wanted in zip(("forward", "backward"), ours, exact, strict=True):

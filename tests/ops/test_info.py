@@ -1,6 +1,8 @@
 """python -m irpe_ops.info: what it lists, what it says is missing, and that --check can fail."""
 
+import csv
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -8,8 +10,14 @@ import pytest
 
 from irpe_ops import info
 
-NAMES = ["plain PyTorch", "compiled rpe_index, CPU", "compiled rpe_index, CUDA", "compiled attention, CPU",
-         "triton attention, CUDA"]  # fmt: skip
+NAMES = ["plain PyTorch", "sdpa attention", "compiled rpe_index, CPU", "compiled rpe_index, CUDA",
+         "compiled attention, CPU", "triton attention, CUDA"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny_shapes(monkeypatch):
+    shape = (2, 2, 3, 4, 1, 8, "rpe-1.9-product-ctx-1-", True)
+    monkeypatch.setattr(info, "SHAPES", {"tiny B2 H2 L13 D8": shape})
 
 
 def test_lists_every_backend_and_a_reason_for_each_missing_one(capsys):
@@ -28,6 +36,25 @@ def test_check_runs_what_is_there(capsys):
     out = capsys.readouterr().out
     assert "ok    rpe-1.9-product-ctx-1-qkv backward bfloat16: relative error" in out
     assert "WRONG" not in out and "nan" not in out
+    lines = [line for line in out.splitlines() if line.startswith("tiny B1 H2 L13 D8, ")]
+    assert len(lines) == 4 and all(re.search(r"(eager|sdpa|compiled) [\d.]+ ms.*; auto takes \w+$", x) for x in lines)
+
+
+def test_benchmark_writes_a_csv(tmp_path, capsys, monkeypatch):
+    real = info.module_of("sdpa").attention
+    monkeypatch.setattr(info.module_of("sdpa"), "attention", lambda call: real(call) + 1)
+    assert info.main(["--benchmark", str(tmp_path / "new")]) == 0
+    (path,) = (tmp_path / "new").iterdir()
+    assert path.name.startswith("attention_cpu") and str(path) in capsys.readouterr().out
+    with path.open() as file:
+        assert file.readline().startswith("# CPU only")
+        rows = list(csv.DictReader(file))
+    assert {row["encodings"] for row in rows} == {"k", "qkv"}
+    assert {row["work"] for row in rows} == {"forward", "forward + backward"}
+    assert all(float(row["median_ms"]) > 0 for row in rows if row["candidate"] == "eager")
+    wrong = [row for row in rows if row["candidate"] == "sdpa"]
+    assert len(wrong) == 2 and all("wrong by" in row["left_out"] and not row["median_ms"] for row in wrong)
+    assert [row["candidate"] for row in rows if row["auto"]] in ([["compiled"] * 4, ["eager"] * 4])
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan"), RuntimeError("illegal instruction")])

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# usage: scripts/gpu_report.sh [DIR]
+# For a person with an NVIDIA GPU: runs the GPU tests, the check of all backends and the benchmarks, and writes
+# DIR/report.md (what ran, how it ended, its output) beside the CSV files. DIR: gpu_report by default. About 20 minutes.
+# DRY_RUN=1 prints the commands. PYTHON=FILE is the interpreter (default: as in scripts/launch.sh).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+case "${1:-}" in -h | --help) usage ;; esac
+OUT=${1:-gpu_report}
+REPORT=$OUT/report.md
+failed=0
+
+# step TITLE COMMAND...: run it, keep its output in the report, go on whatever happens
+step() {
+    local title=$1 status=0
+    shift
+    if [[ -n "${DRY_RUN:-}" ]]; then echo "$*"; return; fi
+    echo "== $title"
+    printf '\n## %s\n\n```\n$ %s\n' "$title" "$*" >>"$REPORT"
+    "$@" 2>&1 | tee -a "$REPORT" || status=$?
+    printf '```\n\nexit status %s\n' "$status" >>"$REPORT"
+    [[ "$status" == 0 ]] || failed=$((failed + 1))
+}
+
+if [[ -z "${DRY_RUN:-}" ]]; then
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        fail "PyTorch finds no GPU here ($PYTHON); see what nvidia-smi says"
+    mkdir -p "$OUT"
+    printf '# GPU report, %s\n' "$(date -u +%F)" >"$REPORT"
+fi
+step "The machine" nvidia-smi
+step "GPU tests" "$PYTHON" -m pytest -q -m gpu "$ROOT/tests/extension"
+step "Every backend against fp64, and times" "$PYTHON" -m irpe_ops.info --check
+step "Attention, every candidate" "$PYTHON" -m irpe_ops.info --benchmark "$OUT"
+for dtype in bf16 fp32; do
+    step "One layer, $dtype" "$PYTHON" "$ROOT/scripts/benchmark_ops.py" --device cuda --dtype "$dtype" --output "$OUT"
+done
+step "DeiT-S, a whole step" "$PYTHON" "$ROOT/scripts/benchmark_models.py" --device cuda --dtype bf16 --batch-size 256 \
+    --output "$OUT"
+step "DETR, a whole step" "$PYTHON" "$ROOT/scripts/benchmark_models.py" --device cuda --dtype bf16 \
+    --model detr_resnet50 --batch-size 2 --output "$OUT"
+[[ -n "${DRY_RUN:-}" ]] || echo "$failed of the steps failed; everything is in $REPORT"
+exit "$((failed > 0))"
