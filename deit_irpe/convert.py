@@ -16,6 +16,7 @@ from deit_irpe.args import image_size, image_size_text
 from deit_irpe.models import create_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint
+from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 
 
@@ -80,7 +81,7 @@ def _rename(text: str) -> tuple[str, str]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "python -m deit_irpe.convert",
         description=__doc__,
         allow_abbrev=False,

@@ -7,6 +7,7 @@ import torch
 from deit_irpe.args import image_size
 from deit_irpe.load_model import load_model
 from irpe_train.export import add_export_arguments, export_model
+from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 
 
@@ -32,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m deit_irpe.export", description=__doc__, allow_abbrev=False)
+    parser = FlagParser("python -m deit_irpe.export", description=__doc__, allow_abbrev=False)
     add_export_arguments(parser)
     parser.add_argument("--model", help="default: what the checkpoint was trained as")
     parser.add_argument("--rpe", metavar="SPEC", help="default: what the checkpoint was trained with")

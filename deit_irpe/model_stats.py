@@ -36,6 +36,7 @@ from irpe_ops.modules import buckets_of
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.errors import RunError
+from irpe_train.flags import FlagParser
 from irpe_train.metrics import count_parameters
 
 
@@ -118,7 +119,7 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "deit_irpe.model_stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: every registered one and the plain DeiTs")

@@ -28,6 +28,7 @@ from irpe_ops.attention_call import AttentionCall
 from irpe_ops.modules import IRPE
 from irpe_ops.visualize import attention_bias, draw_maps, draw_tables, save
 from irpe_train.distributed import choose_device, set_up_logging
+from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.pixels import read_image
 
@@ -137,9 +138,7 @@ def _point(text: str) -> tuple[int, int]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "deit_irpe.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser("deit_irpe.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", type=Path, metavar="IMG")
     add("--resume", required=True, metavar="PATH|URL", help="checkpoint")

@@ -23,6 +23,7 @@ from detr_irpe.data.panoptic import CocoPanoptic
 from irpe_train.arguments import nonnegative_int, positive_int
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
+from irpe_train.flags import FlagParser
 
 TOLERATED = 0.001  # COCO itself has two empty boxes among 860,001; training drops such boxes
 SAMPLE = 8  # images of a split that a start of training looks at
@@ -305,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def get_check_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe.check_data``."""
-    parser = argparse.ArgumentParser("python -m detr_irpe.check_data", description=__doc__.partition("\n")[0])
+    parser = FlagParser("python -m detr_irpe.check_data", description=__doc__.partition("\n")[0])
     parser.add_argument("--coco_path", required=True, metavar="DIR", help="as for training")
     parser.add_argument("--coco_panoptic_path", metavar="DIR", help="check the panoptic annotations there too")
     parser.add_argument("--splits", nargs="+", default=["train2017", "val2017"], help="which to check, training first")

@@ -14,6 +14,7 @@ from detr_irpe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from detr_irpe.load_model import load_model
 from detr_irpe.nested_tensor import NestedTensor
 from irpe_train.export import add_export_arguments, export_model
+from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 
 
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m detr_irpe.export", description=__doc__, allow_abbrev=False)
+    parser = FlagParser("python -m detr_irpe.export", description=__doc__, allow_abbrev=False)
     add_export_arguments(parser)
     parser.add_argument("--height", type=int, default=256, help="pixels of the traced example; any size runs later")
     parser.add_argument("--width", type=int, default=320, help="pixels of the traced example")

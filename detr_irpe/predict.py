@@ -30,6 +30,7 @@ from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.arguments import fraction
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
+from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder
 from irpe_train.pixels import read_image
@@ -234,7 +235,7 @@ def _point(text: str) -> tuple[float, float]:
 
 def get_predict_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe.predict``."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "python -m detr_irpe.predict",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -25,6 +25,7 @@ from irpe_lab.results import Outcome, Row, read_outcome
 from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError
+from irpe_train.flags import FlagParser
 from irpe_train.zoo import read_zoo
 
 
@@ -149,7 +150,7 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "python -m irpe_lab.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

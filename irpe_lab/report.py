@@ -25,6 +25,7 @@ from irpe_lab.plots import plot_runs, read_log
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT
 from irpe_train.errors import BadData, RunError
+from irpe_train.flags import FlagParser
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
@@ -244,7 +245,7 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns: 1 when ``--check`` finds a file that is stale."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "python -m irpe_lab.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -22,6 +22,7 @@ import torch
 from irpe_train.config import ROOT
 from irpe_train.distributed import logger
 from irpe_train.errors import RunError
+from irpe_train.flags import FlagParser
 from irpe_train.run_log import PACKAGES, surroundings
 from irpe_train.zoo import Entry, Zoo, read_zoo, sha256
 
@@ -241,7 +242,7 @@ def count_without_data(entry: Entry) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Make the cards that need no data. Returns: 1 if one fails."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "python -m irpe_train.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows of configs/model_zoo.yaml (default: all)")

@@ -1,7 +1,8 @@
-"""A command line that is friendly: short help first, one line for a mistake, ``-`` and ``_`` alike in a flag's name."""
+"""The parser of every command: short help first, one line for a mistake, ``-`` and ``_`` alike in a flag's name."""
 
 import argparse
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -29,17 +30,15 @@ class FlagParser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(args and [self._spelt_as_known(word) for word in args], namespace)
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelt_as_known(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
-        kind, _, rest = message.partition("unrecognized arguments: ")
-        if not kind and rest:
-            message = self._unknown(rest.split()[0].partition("=")[0])
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message.replace('unrecognized arguments', 'unexpected argument')}\n")
 
     def format_short_help(self) -> str:
         """The description and the flags of ``first``, in that order."""
-        actions = [action for name in self.first for action in [find_flag(self, name)] if action]
+        actions = [find_flag(self, f"--{name}") for name in self.first]
         count = sum(bool(action.option_strings) for action in self._actions)
         formatter = self._get_formatter()
         formatter.add_usage(f"%(prog)s [flags]   ({count} flags; all of them: --help-all)", (), ())
@@ -51,21 +50,22 @@ class FlagParser(argparse.ArgumentParser):
 
     def _spelt_as_known(self, word: str) -> str:
         name, equals, value = word.partition("=")
-        if not name.startswith("--") or name in self._option_string_actions:
+        options = self._option_string_actions
+        if not name.startswith("--") or name == "--" or name in options:
             return word
-        alike = [option for option in self._option_string_actions if same_name(option[2:]) == same_name(name[2:])]
-        return alike[0] + equals + value if alike else word
-
-    def _unknown(self, word: str) -> str:
-        if not word.startswith("-"):
-            return f"{word!r} is no flag, and this command takes flags only"
+        if alike := [option for option in options if same_name(option) == same_name(name)]:
+            return alike[0] + equals + value
+        if self.allow_abbrev and any(option.startswith(name) for option in options):
+            return word
         for command, other in self.others.items():
-            if find_flag(other, word.lstrip("-")):
-                return f"{word} is a flag of `{command}`, not of this command"
-        known = {same_name(option[2:]): option for option in self._option_string_actions if option.startswith("--")}
-        close = difflib.get_close_matches(same_name(word.lstrip("-")), known, n=1)
+            if find_flag(other, name):
+                self.error(f"{name} is a flag of `{command}`, not of this command")
+        known = {same_name(option): option for option in options if option.startswith("--")}
+        close = difflib.get_close_matches(same_name(name), known, n=1)
         everything = "--help-all" if self.first else "--help"
-        return f"unknown flag {word}; " + (f"did you mean {known[close[0]]}?" if close else f"{everything} lists all")
+        self.error(
+            f"unknown flag {name}; " + (f"did you mean {known[close[0]]}?" if close else f"{everything} lists all")
+        )
 
 
 class _ShortHelp(argparse._HelpAction):
@@ -75,8 +75,6 @@ class _ShortHelp(argparse._HelpAction):
 
 
 def find_flag(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
-    """The action of the flag called ``name``, without dashes, ``-`` and ``_`` alike; None if there is none."""
-    for option, action in parser._option_string_actions.items():
-        if option.startswith("--") and same_name(option[2:]) == same_name(name):
-            return action
-    return None
+    """The action of the flag ``name``, ``-`` and ``_`` alike; None if there is none."""
+    options = parser._option_string_actions.items()
+    return next((action for option, action in options if same_name(option) == same_name(name)), None)

@@ -7,7 +7,6 @@ has no hash, that of the first download is kept beside the file, ``FILE.sha256``
     python -m irpe_train.zoo NAME|all           fetch into the torch hub cache, print the paths
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from irpe_train.config import ROOT, ConfigError, read_yaml
 from irpe_train.errors import RunError
+from irpe_train.flags import FlagParser
 
 ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
 CHUNK = 1 << 20
@@ -222,7 +222,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> None:
     """List the zoo, or fetch from it."""
-    parser = argparse.ArgumentParser("python -m irpe_train.zoo", description="the published checkpoints")
+    parser = FlagParser("python -m irpe_train.zoo", description="the published checkpoints")
     parser.add_argument("names", nargs="*", metavar="NAME|CONFIG|all", help="what to fetch; without a name, list")
     parser.add_argument("--folder", type=Path, help="where to put it (default: torch hub's cache)")
     parser.add_argument("--where", action="store_true", help="print where it is or would be, fetch nothing")

