@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- checkpoint
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
-    checkpoint = checkpoints.open(args.resume)
+    checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
 
     # --- data
     val_set = validation_set(args)

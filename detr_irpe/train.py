@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- checkpoint
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
-    checkpoint = checkpoints.open(args.resume)
+    checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
     start = starting_checkpoint(args)
 
     # --- data

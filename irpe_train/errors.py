@@ -21,6 +21,10 @@ class RankLost(RunError):
     """Another process died, or never came."""
 
 
+class WorkerLost(RunError):
+    """A data loading worker was killed, mostly by the kernel, for memory."""
+
+
 class Preempted(SystemExit):
     """The run was asked to stop and its state is on disk; leaves the process with ``EXIT_CODE``."""
 

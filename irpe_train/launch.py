@@ -1,7 +1,9 @@
 """From the command line to ``main(args)``: here, or as a SLURM job through submitit."""
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from irpe_train.config import parse_args
 from irpe_train.distributed import lost_ranks_named
-from irpe_train.errors import RunError
+from irpe_train.errors import RunError, WorkerLost
 
 
 def launch(
@@ -21,16 +23,35 @@ def launch(
     ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
     """
     try:
-        with lost_ranks_named(parser.prog):
+        with lost_ranks_named(parser.prog), lost_workers_named():
             main(parse_args(parser, argv))
+    except KeyboardInterrupt:  # where no state is kept: training notes it, see preemption.py
+        sys.exit(130)
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise
         sys.stdout.flush()
         print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, WorkerLost):
+            os._exit(1)  # the loader's own end would raise it again, with a traceback
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_workers_named():
+    """Turns PyTorch's error about a killed data loading worker, which can come at any line, into one message."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)", str(error))
+        if found is None:
+            raise
+        raise WorkerLost(
+            f"a data loading worker (process {found[1]}) {found[2].strip()}. Mostly there was too little memory: try "
+            "fewer --num_workers or smaller batches. --resume auto goes on from the last checkpoint."
+        ) from error
 
 
 class SlurmJob:

@@ -92,7 +92,7 @@ class Run:
             }
         )
         state.next_epoch()
-        self.checkpoints.save(state, also=("best.pth",) if improved else ())
+        self.checkpoints.save(state, also=(Checkpoints.BEST,) if improved else ())
         if any(gather(STOP.signal is not None)):
             STOP.leave()
 

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 
 from irpe_train.config import write_config
 from irpe_train.distributed import is_main, logger, world_size
+from irpe_train.errors import RunError
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
 
@@ -41,7 +43,10 @@ class RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._make_room(epoch, resumed)
         if tensorboard:
-            self._board = _summary_writer(self.path.parent / "tensorboard", epoch)
+            try:
+                self._board = _summary_writer(self.path.parent / "tensorboard", epoch)
+            except OSError as error:
+                self._go_on_without_tensorboard(error)
         if wandb:
             self._wandb = _wandb_run(wandb, self.path.parent, resumed)
 
@@ -49,16 +54,26 @@ class RunLog:
         """Append one epoch; ``stats`` has ``epoch`` and, as published, ``train_*``, ``test_*``, ``n_parameters``."""
         if self.path is None:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(stats) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(stats) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}") from error
         if self._board is not None:
-            for name, value in _scalars(stats):
-                self._board.add_scalar(name, value, stats["epoch"])
-            self._board.flush()
+            try:
+                for name, value in _scalars(stats):
+                    self._board.add_scalar(name, value, stats["epoch"])
+                self._board.flush()
+            except OSError as error:
+                self._go_on_without_tensorboard(error)
         if self._wandb is not None:
             self._wandb.log(dict(_scalars(stats)), step=stats["epoch"])
+
+    def _go_on_without_tensorboard(self, error: OSError) -> None:
+        self._board = None
+        logger.warning(f"TensorBoard: cannot write into {self.path.parent / 'tensorboard'} ({error}); going on without")
 
     def _make_room(self, epoch: int, resumed: bool) -> None:
         if not self.path.exists():
@@ -70,7 +85,8 @@ class RunLog:
             os.replace(self.path, old)
             logger.info(f"{self.path} was of another run: it is now {old.name}")
             return
-        kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < epoch]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _epoch_of(line) < epoch]
         temporary = self.path.with_name(".log.txt.tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, self.path)
@@ -109,6 +125,13 @@ def _summary_writer(folder: Path, epoch: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    show = threading.excepthook
+
+    def show_others(failed):  # its thread keeps what it raises for us, and would print it too
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            show(failed)
+
+    threading.excepthook = show_others
     return SummaryWriter(str(folder), purge_step=epoch)
 
 
@@ -121,11 +144,14 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
     if not is_main() or not args.output_dir:
         return
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(parser, args, folder / "config.yaml")
-    (folder / "model.json").write_text(json.dumps(stats) + "\n")
-    with open(folder / "starts.jsonl", "a") as file:
-        file.write(json.dumps(surroundings()) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(parser, args, folder / "config.yaml")
+        (folder / "model.json").write_text(json.dumps(stats) + "\n")
+        with open(folder / "starts.jsonl", "a") as file:
+            file.write(json.dumps(surroundings()) + "\n")
+    except OSError as error:
+        raise RunError(f"--output_dir {folder}: cannot write there ({error.strerror})") from error
 
 
 def surroundings() -> dict:

@@ -11,6 +11,7 @@ An epoch's loop iterates over a ``Steps``; everything that must happen at the sa
             precision.update(optimizer, parameters, clip=max_norm)
 """
 
+import contextlib
 import json
 import time
 
@@ -163,7 +164,8 @@ class Steps:
             path = self.checkpoints.folder / "nonfinite_loss.json"
             where = f"report: {path}"
             if is_main():
-                path.write_text(json.dumps(guilty, indent=2) + "\n")
+                with contextlib.suppress(OSError):  # a full disk must not hide why the run stops
+                    path.write_text(json.dumps(guilty, indent=2) + "\n")
         raise NonFiniteLoss(
             f"loss is not finite on rank {', '.join(str(r['rank']) for r in guilty)} at epoch {state.epoch}, step "
             f"{state.step}: {_terms(guilty[0]['terms'])}, lr {self._lr:g}. The weights were not changed ({where}). "

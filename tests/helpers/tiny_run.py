@@ -119,7 +119,7 @@ def main(args):
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
     checkpoints = Checkpoints(args.output_dir, KEYS)
-    checkpoint = checkpoints.open(args.resume)
+    checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
 
     train_set = Points(args.images, train=True, unreadable=tuple(args.unreadable))
     test_set = Points(args.test_images, train=False, unreadable=tuple(args.unreadable_test))

@@ -136,6 +136,24 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
         distributed.choose_device("cuda", 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cuda:2", "--device cuda:2: there are 2 GPUs, counted from cuda:0"),
+        ("mps", "--device mps: expected cuda, cuda:N or cpu"),
+        ("meta", "--device meta: expected cuda, cuda:N or cpu"),
+        ("banana", "--device 'banana': expected cuda, cuda:N or cpu"),
+        ("cuda:-1", "--device 'cuda:-1': expected cuda, cuda:N or cpu"),
+        ("", "--device '': expected cuda, cuda:N or cpu"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(monkeypatch, name, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=words):
+        distributed.choose_device(name)
+
+
 @pytest.mark.parametrize(("nodes", "first"), [("gpu[07-09,12]", "gpu07"), ("a1,a2", "a1"), ("host", "host")])
 def test_first_host_of_a_slurm_list(nodes, first):
     assert distributed.first_host(nodes) == first

@@ -9,8 +9,11 @@ import time
 import pytest
 import torch
 
+from irpe_train import checkpoint
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
+from irpe_train.loader import TrainLoader
+from irpe_train.state import Checkpoints
 from tests.helpers import tiny_run
 from tests.helpers.processes import Ranks, run_ranks
 
@@ -241,6 +244,88 @@ def test_auto_does_not_start_anew_over_two_bad_checkpoints(tmp_path):
         (tmp_path / "run" / name).write_bytes(b"")
     (ended,) = tiny(tmp_path / "run", "--resume", "auto")
     assert ended.code == 1 and "no usable checkpoint" in ended.text and "the file is empty" in ended.text
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint_previous.pth", "best.pth"])
+@pytest.mark.parametrize("flags", [(), ("--resume", "elsewhere.pth")])
+def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path, name, flags):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("of a run of last week")
+    (ended,) = tiny(tmp_path / "run", *flags)
+    assert ended.code == 1 and f"--output_dir {tmp_path / 'run'} holds {name} of another run. Go on" in ended.text
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", name]
+    assert (tmp_path / "run" / name).read_text() == "of a run of last week"
+
+
+def test_a_run_may_go_on_from_any_checkpoint_of_its_own_folder(tmp_path):
+    tiny(tmp_path / "run", "--epochs", "2")
+    (ended,) = tiny(tmp_path / "run", "--resume", str(tmp_path / "run/checkpoint_previous.pth"))
+    assert ended.code == 0 and "epoch 1, step 12, to be evaluated" in ended.text
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_path):
+    argv = [*QUIET, "--output_dir", str(tmp_path / "run"), "--resume", "auto", "--num_workers", "1"]
+    argv += ["--step-time", "0.05", "--epochs", "99"]
+    first = Ranks(tiny_run.main, tiny_run.get_parser, argv, tmp_path / "outputs")
+    wait_for(lambda: "Epoch: [0]" in first.outputs[0].read_text())
+    (second,) = tiny(tmp_path / "run", "--resume", "auto")
+    words = f"--output_dir {tmp_path / 'run'}: another run is writing there (process {first.processes[0].pid} on"
+    assert second.code == 1 and words in second.text, second.text
+    first.processes[0].kill()  # its data loading worker lives a little longer, and has no part in the lock
+    first.processes[0].join()
+    (second,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "1")
+    assert second.code == 0, second.text
+
+
+def main_killed_before_the_second_name(args):
+    def link(path, copy):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.link = link
+    tiny_run.main(args)
+
+
+def test_a_kill_between_writing_and_naming_is_made_good(tmp_path):
+    tiny(tmp_path / "cut", "--epochs", "1", main=main_killed_before_the_second_name)
+    assert not (tmp_path / "cut" / "best.pth").exists()
+    (ended,) = tiny(tmp_path / "cut", "--resume", "auto", "--epochs", "1")  # which has nothing left to do
+    assert ended.code == 0, ended.text
+    assert (tmp_path / "cut/best.pth").samefile(tmp_path / "cut/checkpoint.pth")
+
+
+@pytest.mark.parametrize("name", ["../out.pth", "/tmp/out.pth", "notes.txt", 3, "folder/x.pth"])
+def test_names_in_a_checkpoint_stay_in_its_folder(tmp_path, name):
+    folder = tmp_path / "run"
+    tiny(folder, "--epochs", "1")
+    contents = read_checkpoint(folder / "checkpoint.pth")
+    contents["progress"]["also"] = [name]
+    checkpoint.write_checkpoint(contents, folder / "checkpoint.pth")
+    before = sorted(tmp_path.rglob("*"))
+    assert Checkpoints(folder, tiny_run.KEYS).open("auto").contents["progress"]["also"] == [name]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def main_that_loses_a_worker(args):
+    batches = TrainLoader.batches
+
+    def kill_one(self, epoch, start=0):
+        for batch in batches(self, epoch, start):
+            yield batch
+            if start == 0 and epoch == 1:
+                os.kill(self._loader._iterator._workers[0].pid, signal.SIGKILL)
+
+    TrainLoader.batches = kill_one
+    tiny_run.main(args)
+
+
+def test_a_killed_worker_is_one_message_and_the_run_goes_on_from_its_save(tmp_path):
+    flags = ["--num_workers", "2", "--save-interval", "1", "--deterministic"]
+    (ended,) = tiny(tmp_path / "cut", *flags, main=main_that_loses_a_worker)
+    assert ended.code == 1 and "Traceback" not in ended.text, ended.text
+    assert ended.text.splitlines()[-1].startswith("tiny_run: WorkerLost: a data loading worker (process ")
+    tiny(tmp_path / "cut", *flags, "--resume", "auto")
+    tiny(tmp_path / "whole", *flags)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_two_deterministic_runs_are_equal(tmp_path):

@@ -1,14 +1,18 @@
 """log.txt, the recorded flags and versions, and the start banner."""
 
 import argparse
+import errno
 import json
+import os
 import re
 import sys
+import threading
 
 import pytest
 
 from irpe_train.config import parse_args
 from irpe_train.distributed import set_up_logging
+from irpe_train.errors import RunError
 from irpe_train.run_log import RunLog, banner, changed_flags, git_state, record_start
 from tests.helpers import tiny_run
 
@@ -61,6 +65,32 @@ def test_tensorboard_if_installed(tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     contents = events.read_bytes()
     assert b"train_loss" in contents and b"test_coco_eval_bbox_AP" in contents
+
+
+def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, capfd):
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    set_up_logging(0)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(writer.RecordWriter, "write", full)
+    monkeypatch.setattr(writer.RecordWriter, "flush", full)
+    log = RunLog(tmp_path, epoch=0, resumed=False)
+    for epoch in range(3):
+        log.write({"train_loss": 1.0, "epoch": epoch})
+    assert epochs(tmp_path) == [0, 1, 2]
+    captured = capfd.readouterr()
+    assert captured.out.count("warning: TensorBoard: cannot write into") == 1 and "No space left" in captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    log = RunLog(tmp_path, epoch=0, resumed=True, tensorboard=False)
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(RunError, match="cannot write .*log.txt: Is a directory"):
+        log.write({"epoch": 0})
 
 
 def test_start_is_recorded(tmp_path):
