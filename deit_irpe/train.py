@@ -23,7 +23,7 @@ from deit_irpe.data import (
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
-from deit_irpe.models import build_model, create_model, head_names, start_from
+from deit_irpe.models import build_model, create_model, head_names, resample_positions, start_from, trained_grid
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
@@ -160,7 +160,11 @@ def evaluate_only(
     if checkpoint is not None:
         weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
         check_number_of_classes(model, weights, len(val_set.classes), source=checkpoint.source)
+        old_grid = trained_grid(model, checkpoint.contents)
+        weights, notes = resample_positions(model, weights, old_grid, source=checkpoint.source)
         load_matching(model, weights, source=checkpoint.source)
+        for key, note in notes.items():
+            logger.info(f"--input-size {args.input_size}: {key} {note}")
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     stats = evaluate(model, val_loader, precision)

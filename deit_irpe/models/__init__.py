@@ -1,6 +1,14 @@
 """DeiT with any encoding: the table of names, timm registration, and weights of other runs."""
 
-from deit_irpe.models.finetune import fit_classes, head_names, load_pretrained_weights, resize_pos_embed, start_from
+from deit_irpe.models.finetune import (
+    fit_classes,
+    head_names,
+    load_pretrained_weights,
+    resample_positions,
+    resize_pos_embed,
+    start_from,
+    trained_grid,
+)
 from deit_irpe.models.from_flags import build_model
 from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from deit_irpe.models.registration import create_model
@@ -13,6 +21,8 @@ __all__ = [
     "fit_classes",
     "head_names",
     "load_pretrained_weights",
+    "resample_positions",
     "resize_pos_embed",
     "start_from",
+    "trained_grid",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from deit_irpe.args import image_size
@@ -70,14 +70,45 @@ def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, s
     weights, notes = fit_classes(
         model, model_weights(checkpoint, source=source), stored_classes(checkpoint, source=source), classes
     )
-    old_grid = None
-    with contextlib.suppress(
-        AttributeError, KeyError, TypeError, ValueError
-    ):  # a model, or a checkpoint, that does not say
+    old_grid = trained_grid(model, checkpoint)
+    return load_pretrained_weights(model, weights, old_grid, source=source) | notes
+
+
+def trained_grid(model: nn.Module, checkpoint: Mapping) -> tuple[int, int] | None:
+    """The patch grid (height, width) that a checkpoint was trained on; None where it, or the model, does not say."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         sides, patch = image_size(checkpoint["args"].input_size), model.patch_embed.patch_size
         sides = (sides, sides) if isinstance(sides, int) else sides
-        old_grid = (sides[0] // patch[0], sides[1] // patch[1])
-    return load_pretrained_weights(model, weights, old_grid, source=source) | notes
+        return sides[0] // patch[0], sides[1] // patch[1]
+    return None
+
+
+def resample_positions(
+    model: nn.Module, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None, *, source: str | Path
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``weights`` with the position embedding for the grid of ``model``; and a note, if it was resampled.
+
+    Args: see ``load_pretrained_weights``.
+    Raises: BadCheckpoint: the positions are those of no grid.
+    """
+    own = model.state_dict()
+    weights = dict(weights)
+    notes = {}
+    if "pos_embed" in weights and "pos_embed" in own and isinstance(model, (VisionTransformer, Eva)):
+        new_grid = tuple(model.patch_embed.grid_size)
+        leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds the positions to patches alone
+        tokens = weights["pos_embed"].shape[1] - leading
+        if old_grid is None or math.prod(old_grid) != tokens:
+            old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
+        if math.prod(old_grid) != tokens:
+            raise BadCheckpoint(
+                f"checkpoint {source}: pos_embed has {weights['pos_embed'].shape[1]} tokens: with "
+                f"{leading} leading token(s) that is no square grid; was it trained as another model?"
+            )
+        if old_grid != new_grid:
+            notes["pos_embed"] = f"resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches"
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], old_grid, new_grid)
+    return weights, notes
 
 
 def load_pretrained_weights(
@@ -95,23 +126,7 @@ def load_pretrained_weights(
     Returns: what became of each key that was not copied as it was; see ``load_matching``.
     Raises: BadCheckpoint: anything else is missing, left over or of another shape; the keys are named.
     """
-    own = model.state_dict()
-    weights = dict(weights)
-    notes = {}
-    if "pos_embed" in weights and "pos_embed" in own and isinstance(model, VisionTransformer):
-        new_grid = tuple(model.patch_embed.grid_size)
-        leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds the positions to patches alone
-        tokens = weights["pos_embed"].shape[1] - leading
-        if old_grid is None or math.prod(old_grid) != tokens:
-            old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
-        if math.prod(old_grid) != tokens:
-            raise BadCheckpoint(
-                f"checkpoint {source}: pos_embed has {weights['pos_embed'].shape[1]} tokens: with "
-                f"{leading} leading token(s) that is no square grid; was it trained as another model?"
-            )
-        if old_grid != new_grid:
-            notes["pos_embed"] = f"resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches"
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], old_grid, new_grid)
+    weights, notes = resample_positions(model, weights, old_grid, source=source)
     heads = tuple(f"{name}." for name in head_names(model))
     return notes | load_matching(
         model, weights, source=source, may_start_fresh=lambda key: key.startswith(heads) or ".lookup_table_" in key

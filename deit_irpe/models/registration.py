@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import timm
-from timm.layers import trunc_normal_
+from timm.layers import build_sincos2d_pos_embed, trunc_normal_
 from timm.models import (
     Eva,
     VisionTransformer,
@@ -40,7 +40,7 @@ def create_model(
         attn_backend: passed to every attention layer (``auto``, ``eager``, ``sdpa``, ``compiled``, ``triton``).
         pretrained: start from the published checkpoint of that name, or from what timm's ``pretrained_cfg`` or
             ``pretrained_cfg_overlay`` name instead; a head of other classes starts fresh.
-        timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"``, ...;
+        timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"`` or ``"sincos"``, ...;
             ``checkpoint_path`` for weights of this very model; with ``features_only=True`` the feature maps of blocks
             ``out_indices`` (default: the last three), as timm has it.
     Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit, a size that the model cannot take;
@@ -103,6 +103,9 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
     ):
         raise ValueError(f"model {name!r}: timm cannot build it without its position embedding (--no-abs-pos)")
+    fixed = timm_kwargs.get("pos_embed") == "sincos"
+    if fixed:
+        timm_kwargs = timm_kwargs | {"pos_embed": "learn"}
     try:
         model = _build(base, pretrained, size | timm_kwargs)
     except (UnknownArgument, OSError, ImportError, MemoryError):
@@ -115,7 +118,18 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         if size and model.pos_embed is not None:
             # DeiT's 0.02 is lost beside the patch embedding, and a demo has hundreds of steps to mend that.
             trunc_normal_(model.pos_embed, std=0.5)
+    if fixed:
+        _fix_positions(model)
     return model
+
+
+def _fix_positions(model: VisionTransformer) -> None:
+    """Sine and cosine of rows and columns instead of learned positions; leading tokens have none (as in MAE)."""
+    if model.embed_dim % 4:
+        raise ValueError(f"pos_embed=sincos: expected a width that 4 divides, got {model.embed_dim}")
+    waves = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), dim=model.embed_dim)  # (height * width, C)
+    model.pos_embed.requires_grad_(False).zero_()
+    model.pos_embed[0, -len(waves) :] = waves
 
 
 def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:

@@ -149,7 +149,7 @@ def test_evaluations_after_training(place, capsys):
     assert table(place / "out")["rpe-1.9-product-bias-1-k"]["reason"] == "at 77: ValueError: no such size"
 
 
-def test_a_table_counts_the_model_that_was_trained(tmp_path, monkeypatch):
+def test_a_table_counts_the_model_that_was_trained_and_evaluates_it_at_another_size(tmp_path, monkeypatch):
     """Three classes: parameters, multiply-accumulates and buckets are the run's, not those of 1000 classes."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
@@ -157,7 +157,7 @@ def test_a_table_counts_the_model_that_was_trained(tmp_path, monkeypatch):
     (tmp_path / "grid.yaml").write_text(
         "package: deit_irpe\nconfig: configs/deit/smoke.yaml\nflags: {data-path: ., batch-size: 4, epochs: 1, "
         "device: cpu, tensorboard: false, model-kwargs: [depth=1, embed_dim=16, num_heads=2]}\n"
-        "runs: {irpe: {rpe: rpe-1.9-product-ctx-1-k}}\n"
+        "runs: {irpe: {rpe: rpe-1.9-product-ctx-1-k}}\nevaluations: {at 48: {input-size: 48}}\n"
     )
     assert main(["grid.yaml", "-o", "out"]) == 0
     (row,) = table(tmp_path / "out").values()
@@ -165,6 +165,9 @@ def test_a_table_counts_the_model_that_was_trained(tmp_path, monkeypatch):
     model = deit_irpe.create_model("deit_demo_patch4_32", "rpe-1.9-product-ctx-1-k", **sizes)
     assert int(row["n_parameters"]) == sum(p.numel() for p in model.parameters())
     assert float(row["macs_M"]) == pytest.approx(macs(model) / 1e6) and row["buckets"] == "50"
+    assert 0 <= float(row["at 48: mean"]) <= 100
+    printed = (tmp_path / "out" / "irpe_seed0" / "eval_at_48.log").read_text()
+    assert "--input-size 48: pos_embed resampled from 8x8 to 12x12 patches" in printed
 
 
 def run_in_background(place, *more):
