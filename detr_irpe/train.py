@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- optimizer
     optimizer, lr_scheduler = build_optimization(args, model, device)
-    if checkpoint is not None:
+    if checkpoint is not None and "optimizer" in checkpoint.contents:  # weights alone are where a new run starts
         trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
         compare_for_resume(trained, train_set.categories, source=checkpoint.source)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
