@@ -86,7 +86,7 @@ def test_wrong_flags(colours, tmp_path, flags, words):
         (["--drop-path", "2"], "argument --drop-path: expected a fraction from 0 to 1"),
         (["--model-kwargs", "depth"], "expected KEY=VALUE, got 'depth'"),
         (["--data-set", "COCO"], "invalid choice: 'COCO'"),
-        (["--btach-size", "4"], "unrecognized arguments"),
+        (["--btach-size", "4"], "unknown flag --btach-size; did you mean --batch-size?"),
     ],
 )
 def test_flags_that_no_run_could_take(capsys, flags, words):
