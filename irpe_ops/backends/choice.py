@@ -4,8 +4,8 @@ On CUDA the first call of each kind (see `_kind`) runs every candidate forward a
 definition in fp64, then times it at the call's own shape. What fails to compile, runs out of memory or differs is left
 out with one warning. The result is kept for the process and in the user's cache folder, for this GPU, PyTorch, Triton
 and version of the backends; within a process group the rank that measures first tells the others.
-``IRPE_ATTENTION_TUNING=0`` keeps to the fixed order, as do ``torch.compile``, CUDA graph capture and export, inside
-which nothing can be measured.
+``IRPE_ATTENTION_TUNING=0`` keeps to the fixed order, as do deterministic algorithms (two runs must choose alike), and
+``torch.compile``, CUDA graph capture and export, inside which nothing can be measured.
 """
 
 import copy
@@ -77,6 +77,8 @@ def may_measure(call: AttentionCall) -> bool:
     if torch.compiler.is_compiling() or under_function_transform() or type(call.q) is not Tensor:
         return False
     if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    if torch.are_deterministic_algorithms_enabled():  # times differ from run to run, and so might the choice
         return False
     return call.q.numel() > 0 and os.environ.get("IRPE_ATTENTION_TUNING") != "0"
 

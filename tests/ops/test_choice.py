@@ -177,6 +177,11 @@ def test_a_fixed_order_where_nothing_may_be_measured(fakes, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, name, lambda: True)
             assert choice.choose(make_call(), eager_attention) == ("eager" if name == "is_exporting" else "slow")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice.choose(make_call(), eager_attention) == "slow"
+    finally:
+        torch.use_deterministic_algorithms(False)
     chosen = []
     call = make_call()
     torch.func.vmap(lambda q: chosen.append(choice.choose(call._replace(q=q), eager_attention)) or q)(call.q)

@@ -232,6 +232,28 @@ def test_padding_in_detr_is_invisible():
     torch.testing.assert_close(out[kept == 1], same[kept == 1])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_after_forward_passes_of_other_sizes(reentrant):
+    """Blocks run again during backward, on the grid of their own forward pass."""
+    torch.manual_seed(0)
+    model = equip(hugging_face("Dinov2ForImageClassification", mlp_ratio=2), SPEC).train()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    oracles.fill_tables(model, std=3.0)
+    images = [torch.randn(1, 3, *size, requires_grad=True) for size in ((32, 48), (48, 32))]
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        outs = [answer(model, image) for image in images]
+        model.zero_grad()
+        for out in outs:
+            out.square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_two_threads_with_two_image_sizes(name):
     """24 tokens both: each thread has the answer of its own grid."""
