@@ -1,18 +1,25 @@
-"""Export a trained DeiT: ``python -m deit_irpe.export --model NAME --resume best.pth --out deit.onnx``."""
+"""Export a trained DeiT: ``python -m deit_irpe.export --model NAME --resume best.pth --out deit.onnx``.
+
+Classes, image size, mean, deviation and encoding stand in its metadata, each as JSON; ``deit_irpe.predict`` runs the
+ONNX file too.
+"""
 
 import argparse
+import json
 
 import torch
 
 from deit_irpe.args import image_size
+from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.load_model import load_model
+from deit_irpe.models import RPE_MODELS
 from irpe_train.export import add_export_arguments, export_model
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 
 
 def main(args: argparse.Namespace) -> None:
-    model, trained, _ = load_model(args.resume, ema=args.eval_ema, model=args.model, rpe=args.rpe)
+    model, trained, classes = load_model(args.resume, ema=args.eval_ema, model=args.model, rpe=args.rpe)
     size = image_size(trained.input_size)
     height, width = (size, size) if isinstance(size, int) else size
 
@@ -25,6 +32,17 @@ def main(args: argparse.Namespace) -> None:
         dynamic=[{0: "batch"}],
         input_names=["images"],
         output_names=["logits"],
+        metadata={
+            key: json.dumps(value)
+            for key, value in (
+                ("classes", classes),
+                ("input_size", trained.input_size),
+                ("mean", MEAN),
+                ("std", STD),
+                ("model", trained.model),
+                ("rpe", trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]),
+            )
+        },
     )
     for format, difference in differences.items():
         print(

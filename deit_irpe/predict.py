@@ -2,14 +2,19 @@
 
     python -m deit_irpe.predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]
 
-The model is built from the flags kept in the checkpoint; ``--model`` and ``--rpe`` tell them where they are not. Writes
-``DIR/<image>.png`` and ``DIR/predictions.json``; with ``--attention`` also where the chosen patches look
+``IMG`` is a file, a folder (with all folders in it) or a pattern such as ``"photos/*.jpg"``. The model is built from
+the flags kept in the checkpoint; ``--model`` and ``--rpe`` tell them where they are not; an ONNX file needs none.
+
+Writes ``DIR/<image>.png`` and ``DIR/predictions.json``; with ``--attention`` also where the chosen patches look
 (``<image>_attention.png``) and what their encodings add to the scores (``<image>_encoding.png``); with ``--tables``,
-which needs no image, and ``--attention`` the learned tables (``tables.png``).
+which needs no image, and ``--attention`` the learned tables (``tables.png``). Where two images have one name, results
+are called by their folders too. Files that predict did not write are never replaced.
 """
 
 import argparse
+import glob
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,18 +24,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.models import VisionTransformer
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from deit_irpe.args import image_size
-from deit_irpe.data import build_transform
-from deit_irpe.load_model import load_model
+from deit_irpe.args import image_size_text
+from deit_irpe.classifier import Classifier
 from irpe_ops.attention import attention_weights
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.modules import IRPE
-from irpe_ops.visualize import attention_bias, draw_maps, draw_tables, save
-from irpe_train.distributed import choose_device, set_up_logging
+from irpe_ops.visualize import attention_bias, draw_maps, draw_over_image, draw_tables, save
+from irpe_train.distributed import choose_device, logger, set_up_logging
+from irpe_train.errors import BadData
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
-from irpe_train.pixels import read_image
+from irpe_train.outputs import OutputFolder
+from irpe_train.pixels import UnreadableImage, read_image
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
@@ -56,78 +63,155 @@ def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int)
     return attention_weights(call)[0, :, skip + row * width + col, skip:].unflatten(-1, (height, width))
 
 
-def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float], path: Path) -> None:
-    """Save the image beside bars of its most likely classes."""
+def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) -> Figure:
+    """The image beside bars of its most likely classes."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
     left.imshow(image)
     left.axis("off")
     right.barh(range(len(names)), [100 * share for share in shares], color="tab:blue")
-    right.set_yticks(range(len(names)), [name.split(",")[0] for name in names])
+    right.set_yticks(range(len(names)), [_plain(name.split(",")[0]) for name in names])
     right.invert_yaxis()
     right.set_xlim(0, 100)
     right.set_xlabel("%")
-    figure.savefig(path, dpi=100)
+    return figure
+
+
+def _plain(text: str) -> str:
+    """For Matplotlib, which takes what is between two dollars for a formula."""
+    return os.fsencode(text).decode(errors="replace").replace("$", r"\$")
 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """The command line of the module's docstring."""
+    """The command line of the module's docstring; what would destroy a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
-    device = choose_device(args.device)
-    model, flags, classes = load_model(
-        args.resume, ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size
+    names = result_names(files_of(args.images, besides=args.out))
+    out = OutputFolder(args.out)
+    listed = ["predictions.json"] if names else []
+    out.refuse_to_replace([f"{name}.png" for name in names.values()] + listed)
+    classifier = Classifier(
+        args.resume,
+        choose_device(args.device),
+        ema=args.ema,
+        model=args.model,
+        rpe=args.rpe,
+        input_size=args.input_size,
     )
-    model.to(device)
-    transform = build_transform(False, image_size(flags.input_size))
-    args.out.mkdir(parents=True, exist_ok=True)
-    encoded = any(isinstance(module, IRPE) for module in model.modules())
-    if args.attention is not None and not isinstance(model, VisionTransformer):
-        raise ValueError(f"--attention: {flags.model} has no attention between patches")
-    if args.tables or (encoded and args.attention is not None):
-        save(draw_tables(model, *model.patch_embed.grid_size), args.out / "tables.png")
-    predictions = []
-    for file in args.images:
-        image = read_image(file)
-        pixels = transform(image)[None].to(device)
-        shares, numbers = model(pixels).float().softmax(1)[0].topk(min(5, len(classes)))
-        names = [classes[number] for number in numbers.tolist()]
-        draw_top(image, names, shares.tolist(), args.out / f"{file.stem}.png")
-        predictions.append(
-            {
-                "image": str(file),
-                "top": [
-                    {"class": name, "number": number, "probability": share}
-                    for name, number, share in zip(names, numbers.tolist(), shares.tolist(), strict=True)
-                ],
-            }
-        )
-        print(f"{file}: " + ", ".join(f"{one['class']} {one['probability']:.1%}" for one in predictions[-1]["top"]))
-        if args.attention is not None:
-            draw_attention(model, pixels, args.attention, file.stem, args.out)
-    if args.images:
-        (args.out / "predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
-    print(f"{'pictures and predictions.json are' if args.images else 'tables.png is'} in {args.out}")
+    points = points_of(classifier.model, args.attention) if args.attention is not None else []
+    encoded = points and any(isinstance(module, IRPE) for module in classifier.model.modules())
+    maps = [f"{name}_{kind}_{r}-{c}.png" for name in names.values() for kind in MAPS for r, c in points]
+    tables = ["tables.png"] if args.tables or encoded else []
+    _refuse_doubles([f"{name}.png" for name in names.values()] + maps + tables)
+    out.refuse_to_replace(maps + tables)
+
+    predictions, unreadable = [], []
+    for file, name in names.items():
+        try:
+            image = read_image(file)
+        except UnreadableImage as error:  # one bad file does not cost the others their results
+            logger.error(str(error))
+            unreadable.append(str(error))
+            continue
+        shares, numbers = classifier(image).topk(min(5, len(classifier.classes)))
+        top = [(classifier.classes[n], n, share) for n, share in zip(numbers.tolist(), shares.tolist(), strict=True)]
+        _save(draw_top(image, [label for label, *_ in top], shares.tolist()), out, f"{name}.png")
+        entries = [{"class": label, "number": number, "probability": share} for label, number, share in top]
+        predictions.append({"image": str(file), "top": entries})
+        logger.info(f"{_shown(file)}: " + ", ".join(f"{label} {share:.1%}" for label, _, share in top))
+        for point in points:
+            draw_attention(classifier, image, point, name, out)
+    if tables:
+        _save(draw_tables(classifier.model, *classifier.model.patch_embed.grid_size), out, "tables.png")
+    if predictions:
+        out.path("predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
+        out.wrote("predictions.json")
+    if predictions or tables:
+        logger.info(f"{'pictures and predictions.json are' if predictions else 'tables.png is'} in {args.out}")
+    if unreadable:
+        raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")
+
+
+MAPS = ("attention", "encoding")  # the pictures of a patch
+
+
+def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
+    """The images that files, folders and patterns name, each once. Raises ValueError: one of them names none.
+
+    Args: besides: a folder whose files are results, and not found by searching.
+    """
+    files: dict[Path, None] = {}
+    for text in named:
+        path = Path(text)
+        if path.is_dir():
+            found = [Path(parent, file) for parent, _, names in os.walk(path) for file in names]
+            images = (file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
+            found = sorted(file for file in images if besides.absolute() not in file.absolute().parents)
+        else:
+            found = [path] if path.exists() or not glob.has_magic(text) else sorted(map(Path, glob.glob(text)))
+        if not found:
+            raise ValueError(f"{text}: no image {'in this folder' if path.is_dir() else 'fits this pattern'}")
+        files |= dict.fromkeys(found)
+    return list(files)
+
+
+def result_names(files: Sequence[Path]) -> dict[Path, str]:
+    """What the results of each image are called: as the image, with its folders and suffix where that is needed."""
+    whole = [Path(os.path.abspath(file)) for file in files]
+    common = os.path.commonpath([file.parent for file in whole]) if files else ""
+    within = [file.relative_to(common) for file in whole]
+    for name_of in (lambda path: path.stem, lambda path: str(path.with_suffix("")), str):
+        names = [name_of(path) for path in within]
+        if len({name.casefold() for name in names}) == len(
+            names
+        ):  # two names that differ in case are one file for some
+            break
+    return dict(zip(files, names, strict=True))
+
+
+def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The patches (row, col) whose attention is drawn: those asked for, else the middle."""
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"--attention: a {type(model).__name__} has no attention between patches")
+    height, width = model.patch_embed.grid_size
+    for row, col in asked:
+        if not (row < height and col < width):
+            raise ValueError(f"--attention {row},{col}: outside the {height}x{width} patches (counted from 0,0)")
+    return list(dict.fromkeys(asked)) or [(height // 2, width // 2)]
 
 
 def draw_attention(
-    model: VisionTransformer, pixels: Tensor, points: Sequence[tuple[int, int]], name: str, out: Path
+    classifier: Classifier, image: Image.Image, point: tuple[int, int], name: str, out: OutputFolder
 ) -> None:
-    """Save where each of ``points`` (the middle, if none) looks, and what its encodings add to the scores."""
+    """Save where a patch looks, over the image, and what the encodings on keys and queries add to its scores."""
+    model, pixels, seen, (row, col) = classifier.model, classifier.pixels(image), classifier.seen(image), point
     height, width = model.patch_embed.grid_size
-    for row, col in points or [(height // 2, width // 2)]:
-        if not (row < height and col < width):
-            raise ValueError(f"--attention {row},{col}: outside the {height}x{width} patches (counted from 0,0)")
-        at = f"{row}-{col}"
-        looks = {"last block": attention_maps(model, pixels, row, col)}
-        figure = draw_maps(looks, mark=(row, col), title=f"{name}: where patch {row},{col} looks, by head")
-        save(figure, out / f"{name}_attention_{at}.png")
-        if any(getattr(model.blocks[0].attn, role, None) is not None for role in ("rpe_q", "rpe_k")):
-            added = attention_bias(model, pixels, height, width, row, col)
-            title = f"{name}: added to the scores of patch {row},{col}, by layer and head"
-            save(draw_maps(added, mark=(row, col), signed=True, title=title), out / f"{name}_encoding_{at}.png")
+    heads = attention_maps(model, pixels, row, col)
+    looks = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}
+    centre = ((col + 0.5) * seen.width / width, (row + 0.5) * seen.height / height)
+    title = f"{_plain(name)}: where patch {row},{col} looks in the last block"
+    _save(draw_over_image(seen, [centre], [looks], title), out, f"{name}_attention_{row}-{col}.png")
+    if any(getattr(model.blocks[0].attn, role, None) is not None for role in ("rpe_q", "rpe_k")):
+        added = attention_bias(model, pixels, height, width, row, col)
+        title = f"{_plain(name)}: added to the scores of patch {row},{col}, by layer and head"
+        figure = draw_maps(added, mark=(row, col), signed=True, title=title)
+        _save(figure, out, f"{name}_encoding_{row}-{col}.png")
+
+
+def _save(figure: Figure, out: OutputFolder, name: str) -> None:
+    save(figure, out.path(name))
+    out.wrote(name)
+
+
+def _refuse_doubles(names: Sequence[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two results would be called {', '.join(twice)}: predict one of these images elsewhere")
+
+
+def _shown(path: Path) -> str:
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _point(text: str) -> tuple[int, int]:
@@ -140,15 +224,21 @@ def _point(text: str) -> tuple[int, int]:
 def get_parser() -> argparse.ArgumentParser:
     parser = FlagParser("deit_irpe.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("images", nargs="*", type=Path, metavar="IMG")
-    add("--resume", required=True, metavar="PATH|URL", help="checkpoint")
+    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
+    add("--resume", required=True, metavar="PATH|URL", help="checkpoint, or an exported .onnx")
     add("--out", type=Path, default=Path("predictions"), metavar="DIR")
     add("--ema", action="store_true", help="its moving average")
     add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
     add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
     add("--model", default=None, help="where the checkpoint does not say")
     add("--rpe", default=None, help="where the checkpoint does not say")
-    add("--input-size", default=None, type=int, help="pixels, where the checkpoint does not say")
+    add(
+        "--input-size",
+        default=None,
+        type=image_size_text,
+        metavar="N|HxW",
+        help="pixels, where the checkpoint does not say",
+    )
     add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
     return parser
 

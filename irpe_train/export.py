@@ -22,7 +22,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="FILE",
-        help="where to write; each format puts its own suffix: " + ", ".join(SUFFIX.values()),
+        help="where to write; each format has its own suffix, added if need be: " + ", ".join(SUFFIX.values()),
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="which (default: onnx)")
 
@@ -43,7 +43,7 @@ def export_model(
     Args:
         model: takes tensors, returns a tensor or a tuple of tensors. It is exported as in evaluation.
         examples: inputs. The first is traced; all are compared, so they should differ in every dynamic dimension.
-        out: the suffix is replaced by that of the format.
+        out: a suffix of any of the formats is replaced by that of each; to another name (``m_lr0.1``) it is added.
         formats: of ``FORMATS``.
         dynamic: for each input, ``{dimension: name}`` of those that may vary.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
@@ -63,7 +63,7 @@ def export_model(
             program = torch.export.export(model, tuple(examples[0]), dynamic_shapes=shapes)
         differences = {}
         for format in formats:
-            path = Path(out).with_suffix(SUFFIX[format])
+            path = _exported(Path(out), format)
             path.parent.mkdir(parents=True, exist_ok=True)
             if format == "onnx":
                 names = {name: axes for name, axes in zip(input_names, dynamic, strict=True)}
@@ -90,6 +90,11 @@ def export_model(
                     f"largest; at most {TOLERANCE:g} was expected. Do not use this file."
                 )
     return differences
+
+
+def _exported(out: Path, format: str) -> Path:
+    stem = out.stem if out.suffix in SUFFIX.values() else out.name
+    return out.with_name(stem + SUFFIX[format])
 
 
 def _need_packages(format: str) -> None:

@@ -3,9 +3,14 @@
 import itertools
 
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
+from timm.data import auto_augment, create_transform
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
+from torchvision.transforms.functional import center_crop
+
+THINNEST = 64  # long side to short side; of an image thinner than that, the ends would be cut off anyway
 
 
 def build_transform(
@@ -28,41 +33,48 @@ def build_transform(
         interpolation: of crops, and of rotations as far as Pillow can.
         input_size: pixels, one number or (height, width). Evaluation resizes the short side to 256/224 of it (of its
             longer side when it is not square), then cuts the centre.
+    Raises: ValueError: timm knows no such policy, or one of the numbers is out of its range.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     small = max(size) <= 32
     to_size = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # leaves images of that very size alone
     if train:
-        geometry = (
-            "bicubic" if interpolation in ("lanczos", "hamming") else interpolation
-        )  # Pillow rotates with no more
-        steps = create_transform(
-            size,
-            is_training=True,
-            color_jitter=color_jitter,
-            auto_augment=aa or None,
-            interpolation=geometry,
-            re_prob=reprob,
-            re_mode=remode,
-            re_count=recount,
-            hflip=hflip,
-        ).transforms
+        # Pillow crops in every way, and rotates in three
+        geometry = "bicubic" if interpolation in ("lanczos", "hamming") else interpolation
+        try:
+            steps = create_transform(
+                size,
+                is_training=True,
+                color_jitter=color_jitter,
+                auto_augment=aa or None,
+                interpolation=geometry,
+                re_prob=reprob,
+                re_mode=remode,
+                re_count=recount,
+                hflip=hflip,
+            ).transforms
+        except Exception as error:  # timm asserts what its policies are
+            raise ValueError(f"the augmentation cannot be made (--aa {aa}, --reprob {reprob}, ...): {error}") from error
         if geometry != interpolation:
             steps[0].interpolation = str_to_interp_mode(interpolation)
         for step in steps:
             _let_posterize_keep_no_bits(step)
         return transforms.Compose([to_size, transforms.RandomCrop(size, padding=4), *steps[1:]] if small else steps)
     cut = [
-        transforms.Resize(int(256 / 224 * max(size)), transforms.InterpolationMode.BICUBIC),
+        _ResizeShortSide(int(256 / 224 * max(size)), transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(size),
     ]
-    return transforms.Compose(
-        [
-            *([to_size] if small else cut),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        ]
-    )
+    return transforms.Compose([*([to_size] if small else cut), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+class _ResizeShortSide(transforms.Resize):
+    """Without the memory that 1 x 100,000 pixels would take at 256 times that length."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        longest = THINNEST * min(image.size)
+        if max(image.size) > longest:
+            image = center_crop(image, [min(image.height, longest), min(image.width, longest)])
+        return super().forward(image)
 
 
 def _let_posterize_keep_no_bits(policy) -> None:

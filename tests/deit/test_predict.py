@@ -2,13 +2,18 @@
 
 import argparse
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from deit_irpe import create_model
+from deit_irpe.export import get_args_parser as export_flags
+from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
-from deit_irpe.predict import attention_maps, get_parser, main
+from deit_irpe.predict import attention_maps, files_of, get_parser, main, result_names
+from irpe_train.config import parse_args
 from tests.helpers.processes import run_ranks
 from tests.helpers.tiny_images import write_images
 
@@ -47,14 +52,14 @@ def test_pictures_and_json(checkpoint, tmp_path):
     first, second = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert first["top"][0]["class"] == "cat" and first["top"][0]["number"] == 2 and len(first["top"]) == 4
     assert first["top"][0]["probability"] > 0.99 and second["image"].endswith("1.png")
-    written = {file.name for file in (tmp_path / "out").iterdir()}
+    written = {file.name for file in (tmp_path / "out").iterdir() if file.name[0] != "."}
     assert written == {"predictions.json", "tables.png", "0.png", "1.png", "0_attention_0-3.png", "0_encoding_0-3.png"}
 
 
 def test_tables_need_no_image(checkpoint, tmp_path):
     ended = predict(tmp_path, "--tables", "--resume", checkpoint)
     assert ended.code == 0 and "tables.png is in" in ended.text, ended.text
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tables.png"]
+    assert [file.name for file in (tmp_path / "out").glob("[!.]*")] == ["tables.png"]
     ended = predict(tmp_path, "--resume", checkpoint)
     assert ended.code == 1 and "name images, or ask for --tables" in ended.text
 
@@ -87,10 +92,98 @@ def test_mistakes_are_explained(checkpoint, tmp_path, flags, words):
     assert ended.code == 1 and words in ended.text and "Traceback" not in ended.text
 
 
-def test_a_file_that_is_no_image_is_named(checkpoint, tmp_path):
+def test_one_bad_image_costs_the_others_nothing(checkpoint, tmp_path):
+    write_images(tmp_path, {"images": 1})
     (tmp_path / "text.png").write_text("no image")
-    ended = predict(tmp_path, tmp_path / "text.png", "--resume", checkpoint)
-    assert ended.code == 1 and f"{tmp_path / 'text.png'}: this image cannot be read" in ended.text
+    os.mkfifo(tmp_path / "pipe.png")
+    bad = [tmp_path / "text.png", tmp_path / "absent.png", tmp_path / "pipe.png"]
+    ended = predict(tmp_path, *bad, tmp_path / "images" / "0.png", "--resume", checkpoint)
+    assert ended.code == 1 and "3 of 4 images could not be predicted" in ended.text
+    assert f"{bad[0]}: this image cannot be read" in ended.text and f"{bad[1]}: no such file" in ended.text
+    assert f"{bad[2]}: not a plain file" in ended.text and "Traceback" not in ended.text
+    assert [one["image"] for one in json.loads((tmp_path / "out/predictions.json").read_text())] == [
+        str(tmp_path / "images" / "0.png")
+    ]
+
+
+def test_folders_and_patterns(tmp_path, monkeypatch):
+    write_images(tmp_path, {"photos/a": 2, "photos/b": 1, "photos/out": 1})
+    (tmp_path / "photos/notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    found = files_of(["photos"], besides=Path("photos/out"))
+    assert found == [Path("photos/a/0.png"), Path("photos/a/1.png"), Path("photos/b/0.png")]
+    assert files_of(["photos/a/*.png", "photos/a/1.png"], besides=Path("out")) == found[:2]
+    (tmp_path / "[x].png").touch()
+    assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
+    for text, words in (
+        ("photos/*.jpg", r"photos/\*.jpg: no image fits this pattern"),
+        ("empty", "empty: no image in"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=words):
+            files_of([text], besides=Path("out"))
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["p/a.png", "p/b.jpg"], ["a", "b"]),
+        (["p/a/1.png", "p/b/1.png", "p/b/2.png"], ["a/1", "b/1", "b/2"]),
+        (["p/1.png", "p/1.jpg"], ["1.png", "1.jpg"]),
+        (["p/X.png", "p/q/x.png"], ["X", "q/x"]),
+        (["p/a/1.png", "p/a/1.jpg", "p/b/1.png"], ["a/1.png", "a/1.jpg", "b/1.png"]),
+        ([], []),
+    ],
+)
+def test_each_image_has_results_of_its_own(files, names):
+    assert list(result_names([Path(file) for file in files]).values()) == names
+
+
+def test_names_with_dollars_and_other_letters(checkpoint, tmp_path):
+    write_images(tmp_path, {"images": 1})
+    (tmp_path / "images/0.png").rename(tmp_path / "images/$5_$10_{é.png")
+    ended = predict(tmp_path, tmp_path / "images", "--resume", checkpoint, "--attention")
+    assert ended.code == 0 and (tmp_path / "out/$5_$10_{é_attention_2-2.png").is_file(), ended.text
+
+
+def test_the_photographs_are_never_replaced(checkpoint, tmp_path):
+    write_images(tmp_path, {"out": 1})
+    photograph = (tmp_path / "out/0.png").read_bytes()
+    ended = predict(tmp_path, tmp_path / "out/0.png", "--resume", checkpoint)
+    assert ended.code == 1 and f"{tmp_path / 'out/0.png'}: already there, and not a result of predict" in ended.text
+    assert (tmp_path / "out/0.png").read_bytes() == photograph and len(list((tmp_path / "out").iterdir())) == 1
+    (tmp_path / "out/predictions.json").write_text("[]")
+    write_images(tmp_path, {"other": 2})
+    ended = predict(tmp_path, tmp_path / "other/1.png", "--resume", checkpoint)
+    assert ended.code == 1 and "predictions.json: already there" in ended.text
+    assert (tmp_path / "out/predictions.json").read_text() == "[]"
+
+
+def test_an_image_called_like_another_result(checkpoint, tmp_path):
+    write_images(tmp_path, {"images": 1})
+    (tmp_path / "images/0.png").rename(tmp_path / "images/tables.png")
+    ended = predict(tmp_path, tmp_path / "images/tables.png", "--resume", checkpoint, "--tables")
+    assert ended.code == 1 and "two results would be called tables.png" in ended.text
+
+
+def test_an_exported_file_predicts_the_same(checkpoint, tmp_path):
+    write_images(tmp_path, {"images": 2}, side=50)
+    export(parse_args(export_flags(), ["--resume", str(checkpoint), "--out", str(tmp_path / "x")]))
+    results = []
+    for source in (checkpoint, tmp_path / "x.onnx"):
+        ended = predict(tmp_path, tmp_path / "images", "--resume", source)
+        assert ended.code == 0, ended.text
+        results.append(json.loads((tmp_path / "out/predictions.json").read_text()))
+    for ours, exported in zip(*results, strict=True):
+        assert [one["class"] for one in ours["top"]] == [one["class"] for one in exported["top"]]
+        for one, other in zip(ours["top"], exported["top"], strict=True):
+            assert abs(one["probability"] - other["probability"]) < 1e-5
+    for flags, words in ((["--attention"], "give the checkpoint"), (["--rpe", "none"], "leave out --model, --rpe")):
+        ended = predict(tmp_path, tmp_path / "images", "--resume", tmp_path / "x.onnx", *flags)
+        assert ended.code == 1 and words in ended.text and "Traceback" not in ended.text
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    ended = predict(tmp_path, tmp_path / "images", "--resume", tmp_path / "bad.onnx")
+    assert ended.code == 1 and "bad.onnx: not a classifier that deit_irpe.export wrote" in ended.text
 
 
 def test_weights_alone_need_the_model_named(checkpoint, tmp_path):

@@ -39,10 +39,16 @@ def export(model, out, formats):
 
 
 def test_all_formats_agree_with_the_model(tmp_path):
-    differences = export(Scores(), tmp_path / "m.any", ["onnx", "pt2", "safetensors"])
+    differences = export(Scores(), tmp_path / "m.onnx", ["onnx", "pt2", "safetensors"])
     assert set(differences) == {"onnx", "pt2", "safetensors"} and max(differences.values()) < 1e-6
     assert {p.name for p in tmp_path.iterdir()} >= {"m.onnx", "m.pt2", "m.safetensors"}
     assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def test_a_dot_in_a_name_is_no_suffix(tmp_path):
+    for name in ("m_lr0.1", "m_lr0.2", "m_lr0.3.safetensors"):
+        export(Scores(), tmp_path / name, ["safetensors"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"m_lr0.{i}.safetensors" for i in (1, 2, 3)]
 
 
 def test_a_difference_is_an_error(tmp_path):

@@ -1,0 +1,90 @@
+"""A trained classifier that takes images and answers with classes: from a checkpoint, or from an exported ONNX file."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+from deit_irpe.args import image_size
+from deit_irpe.data import build_transform, stored_classes
+from deit_irpe.data.transforms import MEAN, STD
+from deit_irpe.load_model import load_model
+from irpe_train.errors import BadCheckpoint
+
+
+class Classifier:
+    """A trained model with what it needs to speak of images.
+
+    Attributes:
+        classes: their names, in the order of the outputs.
+        seen: an RGB image to the part of it that the model sees, as large as the model sees it.
+    """
+
+    def __init__(self, source: str, device: torch.device, **flags):
+        """Args: flags: see ``load_model``; an ONNX file needs none."""
+        self.device = device
+        if Path(source).suffix == ".onnx":
+            if any(flags.values()):
+                raise ValueError(f"{source} is exported as it is: leave out --model, --rpe, --ema and --input-size")
+            self._model, self.classes, size = load_onnx(Path(source))
+        else:
+            self._model, args, self.classes = load_model(source, **flags)
+            self._model.to(device)
+            size = image_size(args.input_size)
+        *geometry, to_tensor, normalise = build_transform(False, size).transforms
+        self.seen, self._to_pixels = Compose(geometry), Compose([to_tensor, normalise])
+
+    @property
+    def model(self) -> nn.Module:
+        """Raises ValueError: an exported file has no modules to look into."""
+        if isinstance(self._model, OnnxModel):
+            raise ValueError("--attention and --tables look into a model: give the checkpoint, not the exported file")
+        return self._model
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """What the model is given for an RGB image: ``(1, 3, H, W)``."""
+        return self._to_pixels(self.seen(image))[None].to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The probability of each class, ``(C,)``, on the CPU."""
+        return self._model(self.pixels(image)).float().softmax(1)[0].cpu()
+
+
+class OnnxModel:
+    """What ``deit_irpe.export`` wrote, called as a model is, on the CPU."""
+
+    def __init__(self, session):
+        self.session = session
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(["logits"], {"images": images.cpu().numpy()})[0])
+
+
+def load_onnx(path: Path) -> tuple[OnnxModel, list[str], int | tuple[int, int]]:
+    """An exported classifier: the model, its classes, and the size of its images.
+
+    Raises: ImportError, BadCheckpoint: onnxruntime is missing; the file is none that ``deit_irpe.export`` wrote.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(f"{path} runs with onnxruntime: pip install onnxruntime") from error
+    if not path.is_file():
+        raise BadCheckpoint(f"{path}: no such file")
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        classes, size = stored_classes(told, source=str(path)), image_size(told["input_size"])
+        if (told["mean"], told["std"]) != (list(MEAN), list(STD)):
+            raise ValueError(f"mean {told['mean']} and deviation {told['std']} are not those of this program")
+    except Exception as error:  # onnxruntime's own errors derive from Exception alone
+        raise BadCheckpoint(
+            f"{path}: not a classifier that deit_irpe.export wrote ({type(error).__name__}: {error})"
+        ) from error
+    if classes is None:
+        raise BadCheckpoint(f"{path}: not a classifier that deit_irpe.export wrote (it names no classes)")
+    return OnnxModel(session), classes, size
