@@ -39,7 +39,12 @@ def train_one_epoch(
     model.train(train_mode)
     meters, header = steps.state.meters, f"Epoch: [{steps.state.epoch}]"
     for images, targets in meters.log_every(
-        steps, every=10, header=header, start=steps.state.step, images_per_step=steps.images_per_step
+        steps,
+        every=10,
+        header=header,
+        start=steps.state.step,
+        images_per_step=steps.images_per_step,
+        later=steps.seconds_later,
     ):
         images = images.to(precision.device, non_blocking=True)
         targets = targets.to(precision.device, non_blocking=True)

@@ -32,7 +32,12 @@ def train_one_epoch(
     criterion.train()
     meters, header = steps.state.meters, f"Epoch: [{steps.state.epoch}]"
     for images, targets in meters.log_every(
-        steps, every=10, header=header, start=steps.state.step, images_per_step=steps.images_per_step
+        steps,
+        every=10,
+        header=header,
+        start=steps.state.step,
+        images_per_step=steps.images_per_step,
+        later=steps.seconds_later,
     ):
         images, targets = to_device(images, targets, precision.device)
         with precision.autocast():

@@ -229,15 +229,19 @@ class _Console(logging.StreamHandler):
 
 
 def set_up_logging(my_rank: int) -> None:
-    """Rank 0 prints everything, plainly; the others warnings alone, with their rank."""
+    """Rank 0 prints everything, plainly; the others warnings alone, with their rank.
+
+    A record with ``extra={"only": "file"}`` is not printed, one with ``"console"`` is nowhere else.
+    """
     logger.handlers = [_Console()]
     logger.propagate = False
     logger.setLevel(logging.INFO if my_rank == 0 else logging.WARNING)
     prefix = "" if my_rank == 0 else f"[rank {my_rank}] "
-    logger.handlers[0].setFormatter(_Plain(prefix))
+    logger.handlers[0].setFormatter(Plain(prefix))
+    logger.handlers[0].addFilter(lambda record: getattr(record, "only", "console") == "console")
 
 
-class _Plain(logging.Formatter):
+class Plain(logging.Formatter):
     """``message`` for information, ``warning: message`` and so on for the rest."""
 
     def __init__(self, prefix: str):

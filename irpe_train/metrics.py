@@ -1,12 +1,14 @@
 """Running averages of a loop and its progress on the console. A value reaches the CPU when it is printed."""
 
 import datetime
+import logging
 import resource
+import shutil
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -14,6 +16,8 @@ from irpe_train.distributed import gather, is_main, logger
 
 # What is shown of these is the last value; of everything else median and mean.
 LAST_VALUE = {"lr": "{value:.6f}", "class_error": "{value:.2f}"}
+# What the console shows of many terms; the file of details has all (see run_log.log_details).
+FEW = ("lr", "class_error", "loss", "acc1")
 
 
 class SmoothedValue:
@@ -106,7 +110,7 @@ class MetricLogger:
     def averages(self) -> dict[str, float]:
         """Name to mean over all iterations of all ranks; call it on every rank. A rank may have seen nothing.
 
-        They are printed too, in the published words.
+        They are printed too, in the published words: all of them, unless a file of details has them.
         """
         totals: dict[str, list[float]] = {}
         for of_rank in gather({name: (meter.total, meter.count) for name, meter in self.meters.items()}):
@@ -115,8 +119,11 @@ class MetricLogger:
                 entry[0] += total
                 entry[1] += count
         means = {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
-        shown = [f"{name}: {meter.text(means[name])}" for name, meter in self.meters.items()]
-        logger.info(f"Averaged stats: {'  '.join(shown)}")
+        texts = {name: f"{name}: {meter.text(means[name])}" for name, meter in self.meters.items()}
+        elsewhere = any(isinstance(handler, logging.FileHandler) for handler in logger.handlers)
+        few = [text for name, text in texts.items() if name in FEW or not elsewhere]
+        logger.info(f"Averaged stats: {'  '.join(few)}", extra={"only": "console"})
+        logger.info(f"Averaged stats: {'  '.join(texts.values())}", extra={"only": "file"})
         return means
 
     def reset(self) -> None:
@@ -150,13 +157,17 @@ class MetricLogger:
         header: str = "",
         start: int = 0,
         images_per_step: int | None = None,
+        later: Callable[[float], float] | None = None,
     ) -> Iterator:
         """Yield from ``iterable`` and report: a moving bar on a terminal, else a line every ``every`` steps.
+
+        Lines have ``FEW`` terms on the console and all in the file of details, there as published.
 
         Args:
             iterable: has a ``len``, the steps of the whole epoch.
             start: the step this starts at, when the epoch was interrupted.
             images_per_step: of all ranks together, for the images per second.
+            later: seconds a step takes -> seconds the run takes after this epoch.
         """
         total, began, ready = len(iterable), time.monotonic(), time.monotonic()
         step_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
@@ -171,8 +182,12 @@ class MetricLogger:
             if (bar and ready - drawn > 0.2) or (not bar and step % every == 0) or last:
                 drawn = ready
                 if is_main():
-                    speed = images_per_step / max(step_time.avg, 1e-9) if images_per_step else None
-                    self._report(bar, header, step, total, step_time, data_time, speed)
+                    left = step_time.avg * (total - step - 1)
+                    speed = f"{images_per_step / max(step_time.avg, 1e-9):.0f} img/s" if images_per_step else ""
+                    run = f"run: {_clock(left + later(step_time.avg))}" if later else ""
+                    place, eta = (step, total), f"eta: {_clock(left)}"
+                    self._report_briefly(bar, header, place, eta, speed, run)
+                    self._report_in_full(header, place, eta, f"time: {step_time}  data: {data_time}", speed)
         spent = time.monotonic() - began
         done = max(total - start, 0)
         if bar and done:
@@ -180,44 +195,42 @@ class MetricLogger:
         if done:
             logger.info(f"{header} Total time: {_clock(spent)} ({spent / done:.4f} s / it)")
 
-    def _report(self, bar, header, step, total, step_time, data_time, speed) -> None:
-        eta = _clock(step_time.avg * (total - step - 1))
-        images = f"{speed:.0f} img/s" if speed else ""
-        if bar:
-            filled = 20 * (step + 1) // total
-            few = "  ".join(
-                f"{name} {meter.avg:.4g}"
-                for name, meter in self.meters.items()
-                if meter.count and name in ("loss", "lr", "class_error", "acc1")
-            )
-            text = f"{header} [{'#' * filled}{'.' * (20 - filled)}] {step + 1}/{total}  {few}  {images}  eta {eta}"
-            sys.stdout.write(f"\r\x1b[2K{text}")
-            sys.stdout.flush()
+    def _report_briefly(self, bar: bool, header: str, place: tuple[int, int], eta: str, speed: str, run: str) -> None:
+        (step, total), few = place, {name: self.meters[name] for name in self._meters if name in FEW}
+        if not bar:
+            shown = [f"{name}: {meter}" for name, meter in few.items() if meter.count]
+            memory = _memory() if step + 1 == total else ""
+            logger.info(_joined(header, _place(*place), eta, *shown, speed, run, memory), extra={"only": "console"})
             return
-        width = len(str(total))
-        parts = [
-            header,
-            f"[{step:{width}d}/{total}]",
-            f"eta: {eta}",
-            str(self),
-            f"time: {step_time}",
-            f"data: {data_time}",
-            f"max mem: {_memory_mb():.0f}",
-            images,  # last, so that what comes before is the published line
-        ]
-        logger.info("  ".join(part for part in parts if part))
+        filled = 20 * (step + 1) // total
+        shown = [f"{name} {meter.avg:.4g}" for name, meter in few.items() if meter.count]
+        text = _joined(f"{header} [{'#' * filled}{'.' * (20 - filled)}] {step + 1}/{total}", *shown, speed, eta, run)
+        sys.stdout.write(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}")
+        sys.stdout.flush()
+
+    def _report_in_full(self, header: str, place: tuple[int, int], eta: str, times: str, speed: str) -> None:
+        full = _joined(header, _place(*place), eta, str(self), times, _memory(), speed)  # up to the speed as published
+        logger.info(full, extra={"only": "file"})
+
+
+def _place(step: int, total: int) -> str:
+    return f"[{step:{len(str(total))}d}/{total}]"
+
+
+def _joined(*parts: str) -> str:
+    return "  ".join(part for part in parts if part)
 
 
 def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=int(seconds)))
 
 
-def _memory_mb() -> float:
+def _memory() -> str:
     """The most memory taken so far: of the GPU if there is one, else of the process; MiB."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+        return f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return f"max mem: {peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f}"
 
 
 def count_parameters(model: torch.nn.Module) -> int:

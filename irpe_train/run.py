@@ -59,6 +59,7 @@ def open_run(
         state,
         checkpoints,
         seed=args.seed,
+        epochs=args.epochs,
         accumulate=args.accumulate,
         save_interval=args.save_interval,
         max_bad=args.max_bad,
@@ -97,6 +98,17 @@ class Run:
             STOP.leave()
 
     def close(self) -> None:
-        """After the last epoch: say how long it took."""
+        """After the last epoch: say how long it took, and what is written where."""
         spent = time.gmtime(time.monotonic() - self._began)
         logger.info(f"Training time {time.strftime('%H:%M:%S', spent)}")
+        if (folder := self.checkpoints.folder) is None:
+            return
+        written = {
+            Checkpoints.BEST: f"the best epoch, {self.state.best:.4g}" if self.state.best is not None else "",
+            Checkpoints.NAME: "the last epoch; --resume auto goes on from it",
+            "log.txt": "a line of figures an epoch",
+            f"detail_{folder.resolve().name}.log": "all that was printed, with every term of every tenth step",
+            "tensorboard": "the same figures for TensorBoard",
+            "config.yaml": "the flags of this run, for --config",
+        }
+        banner(f"written to {folder}", {name: what for name, what in written.items() if (folder / name).exists()})

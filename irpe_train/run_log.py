@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from irpe_train.config import write_config
-from irpe_train.distributed import is_main, logger, world_size
+from irpe_train.distributed import Plain, is_main, logger, world_size
 from irpe_train.errors import RunError
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
@@ -133,6 +134,15 @@ def _summary_writer(folder: Path, epoch: int):
 
     threading.excepthook = show_others
     return SummaryWriter(str(folder), purge_step=epoch)
+
+
+def log_details(folder: Path) -> None:
+    """From now on, write what is printed to ``folder/detail_NAME.log`` too, there with all terms of each step."""
+    handler = logging.FileHandler(folder / f"detail_{folder.resolve().name}.log")
+    handler.setFormatter(Plain(""))
+    handler.addFilter(lambda record: getattr(record, "only", "file") == "file")
+    handler.handleError = lambda record: None  # a full disk: the log is no reason to stop, nor to print a traceback
+    logger.addHandler(handler)
 
 
 def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stats: dict[str, float]) -> None:

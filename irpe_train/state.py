@@ -16,6 +16,7 @@ from irpe_train.distributed import from_main, gather, is_main, logger, rank, wor
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.metrics import MetricLogger
 from irpe_train.preemption import STOP
+from irpe_train.run_log import log_details
 
 FORMAT = 1  # of our own keys; raised when an older program could not resume from them
 
@@ -288,7 +289,10 @@ class Checkpoints:
         return found or Checkpoint(source, read_checkpoint(source))
 
     def _claim(self, where: str) -> None:
-        """Lock the folder until this process ends; refuse it if another run's checkpoints would be replaced."""
+        """Lock the folder until this process ends, and begin its log of details.
+
+        A folder is refused where another run's checkpoints would be replaced.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / self.LOCK, "a+")  # noqa: SIM115
@@ -314,6 +318,7 @@ class Checkpoints:
                 f"--output_dir {self.folder} holds {', '.join(old)} of another run. "
                 "Go on with --resume auto, or choose another folder."
             )
+        log_details(self.folder)
 
     def _name_again(self, found: Checkpoint) -> None:
         """Give the checkpoint its further names, as ``best.pth``, if the run ended between writing and naming it."""

@@ -35,6 +35,7 @@ class Steps:
 
     Args:
         seed: the run's seed.
+        epochs: of the whole run, for its remaining time.
         accumulate: batches per update.
         save_interval: when to save in mid-epoch, see ``parse_save_interval``; None for never.
         max_bad: the fraction of the training set that may be unreadable before the run stops.
@@ -47,6 +48,7 @@ class Steps:
         checkpoints: Checkpoints,
         *,
         seed: int,
+        epochs: int = 1,
         accumulate: int = 1,
         save_interval: str | None = None,
         max_bad: float = 0.001,
@@ -54,12 +56,18 @@ class Steps:
         if accumulate < 1:
             raise ValueError(f"--accumulate {accumulate}: expected 1 or more batches per update")
         self.loader, self.state, self.checkpoints = loader, state, checkpoints
-        self.seed, self.accumulate, self.max_bad = seed, accumulate, max_bad
+        self.seed, self.epochs, self.accumulate, self.max_bad = seed, epochs, accumulate, max_bad
+        self._trained_at, self._between = None, 0.0  # when an epoch's training ended, seconds until the next began
         self.save_steps, self.save_seconds = parse_save_interval(save_interval) if save_interval else (None, None)
         self._last_save = time.monotonic()
         self._agreement, self._agreed = Agreement(), Votes(0, 0, 0, 0)
         self._bad_looked_at = 0
         state.fit_to(len(loader), mix(loader.batch_size, accumulate, seed))
+
+    def seconds_later(self, step_time: float) -> float:
+        """What the run takes after this epoch's training, when a step takes ``step_time`` seconds."""
+        epochs = max(self.epochs - self.state.epoch, 1)
+        return step_time * len(self) * (epochs - 1) + self._between * epochs
 
     def __len__(self) -> int:
         """Steps in a whole epoch."""
@@ -74,6 +82,8 @@ class Steps:
         state = self.state
         self._bad_looked_at = 0
         STOP.training = True
+        if self._trained_at is not None:
+            self._between = time.monotonic() - self._trained_at
         for batch in self.loader.batches(state.epoch, state.step):
             seed_step(self.seed, rank=rank(), step=state.epoch * len(self) + state.step)
             yield batch
@@ -129,6 +139,7 @@ class Steps:
         self.checkpoints.save(self.state, also=also)
         self._last_save = time.monotonic()
         STOP.training = False
+        self._trained_at = time.monotonic()
         if any(gather(STOP.signal is not None)):
             STOP.leave()
 

@@ -45,13 +45,16 @@ def test_a_run_learns_and_writes_the_published_log(trained):
     assert lines[0]["train_lr"] == lines[1]["train_lr"] == pytest.approx(0.3 * 8 / 512)
 
 
-def test_the_console_has_the_published_lines(trained):
+def test_console_and_details_have_the_published_lines(trained):
     folder, text = trained
+    details = (folder / f"detail_{folder.name}.log").read_text()
     last, best = log_of(folder)[-1], max(line["test_acc1"] for line in log_of(folder))
     assert f"number of params: {last['n_parameters']}\nnumber of buckets: 50\n" in text
     assert f"Averaged stats: lr: {last['train_lr']:.6f}  loss: " in text
     line = r"^Epoch: \[5\]  \[0/6\]  eta: \S+  lr: 0\.\d{6}  loss: \S+ \(\S+\)  time: \S+  data: \S+  max mem: \d+"
-    assert re.search(line, text, flags=re.MULTILINE)
+    assert re.search(line, details, flags=re.MULTILINE)
+    assert f"Averaged stats: lr: {last['train_lr']:.6f}  loss: " in details and "Max accuracy: " in details
+    assert text.rpartition("Training time ")[2].splitlines()[1] == f"written to {folder}"
     assert re.search(r"^Epoch: \[5\] Total time: \d:\d\d:\d\d \(\S+ s / it\)$", text, flags=re.MULTILINE)
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 100.000 loss {last['test_loss']:.3f}\n" in text
     assert f"Accuracy of the network on the 22 test images: {last['test_acc1']:.1f}%\n" in text

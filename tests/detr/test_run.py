@@ -62,7 +62,15 @@ def test_a_run_writes_the_published_files(trained):
     folder, text = trained
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     published = {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "log.txt", "eval/000.pth"}
-    ours = {".lock", "best.pth", "checkpoint_previous.pth", "config.yaml", "model.json", "starts.jsonl"}
+    ours = {
+        ".lock",
+        "best.pth",
+        "checkpoint_previous.pth",
+        "config.yaml",
+        "detail_run.log",
+        "model.json",
+        "starts.jsonl",
+    }
     assert names == published | {"eval/latest.pth"} | ours
     assert read_checkpoint(folder / "checkpoint0000.pth")["epoch"] == 0
     latest = torch.load(folder / "eval/latest.pth", weights_only=True)
@@ -77,6 +85,7 @@ def test_a_run_writes_the_published_files(trained):
         assert words in text
     assert f"number of params: {log_of(folder)[0]['n_parameters']}\nnumber of buckets: 81\n" in text
     assert "\nEpoch: [1]  [0/4]  eta: 0:00:" in text and text.count("\nAveraged stats: ") == 4
+    assert max(map(len, re.findall("^Epoch: .*", text, flags=re.MULTILINE))) < 140
 
 
 def test_a_checkpoint_is_as_published(trained):

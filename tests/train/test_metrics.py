@@ -9,6 +9,7 @@ import torch
 
 from irpe_train.distributed import set_up_logging
 from irpe_train.metrics import MetricLogger, SmoothedValue
+from irpe_train.run_log import log_details
 
 
 def test_means_are_over_iterations_or_over_images():
@@ -73,6 +74,26 @@ def test_averages_are_printed_in_the_published_words(capsys):
     assert capsys.readouterr().out == "Averaged stats: lr: 0.500000  loss: 2.0000 (3.0000)\n"
 
 
+def test_lines_without_a_terminal_fit_one_and_the_file_has_every_term_as_published(capsys, tmp_path):
+    set_up_logging(0)
+    log_details(tmp_path)
+    meters = MetricLogger()
+    terms = {f"loss_{name}_{layer}": 3.25 for name in ("ce", "bbox", "giou") for layer in range(6)}
+    for _ in meters.log_every(range(1200), every=10, header="Epoch: [299]", later=lambda step_time: 90_000):
+        meters.update(lr=1e-4, class_error=100.0, loss=33.25, **terms)
+    meters.averages()
+    lines = capsys.readouterr().out.splitlines()
+    words = r"Epoch: \[299\]  \[   0/1200\]  eta: 0:00:\d\d  lr: 0.000100  class_error: 100.00  "
+    assert re.match(words + r"loss: 33.2500 \(33.2500\)  run: 1 day, 1:00:\d\d$", lines[0])
+    assert max(map(len, lines)) < 140 and len(lines[0]) < 124 and len(lines) == 121 + 2
+    assert lines[-1] == "Averaged stats: lr: 0.000100  class_error: 100.00  loss: 33.2500 (33.2500)"
+    details = (tmp_path / f"detail_{tmp_path.name}.log").read_text().splitlines()
+    assert len(details) == len(lines)
+    for line in (details[0], details[-1]):
+        assert all(f"{name}: 3.2500 (3.2500)" in line for name in terms) and "class_error: 100.00  loss: 33" in line
+    assert re.search(r"time: \d\.\d+  data: \d\.\d+  max mem: \d+$", details[0])
+
+
 def test_lines_without_a_terminal(capsys):
     set_up_logging(0)
     meters = MetricLogger()
@@ -85,10 +106,9 @@ def test_lines_without_a_terminal(capsys):
         "20",
         "24",
     ]
-    assert re.search(
-        r"eta: 0:00:0\d  loss: 0.0000 \(0.0000\)  time: \d\.\d+  data: \d\.\d+  max mem: \d+  \d+ img/s$", lines[0]
-    )
-    assert "Total time: 0:00:00" in lines[-1]
+    assert re.search(r"eta: 0:00:0\d  loss: 0.0000 \(0.0000\)  \d+ img/s$", lines[0])
+    assert re.search(r"\d+ img/s  max mem: \d+$", lines[-2])
+    assert re.search(r"Total time: 0:00:00 \(0\.\d+ s / it\)$", lines[-1])
 
 
 def test_interrupted_epoch_counts_on(capsys):
@@ -111,12 +131,13 @@ def test_bar_on_a_terminal(monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "99")
     set_up_logging(0)
     meters = MetricLogger()
     for _ in meters.log_every(range(4), header="Epoch: [0]", images_per_step=2):
         meters.update(loss=0.5, lr=1e-3)
     last = sys.stdout.getvalue().split("\r")[-1]
-    assert re.search(r"Epoch: \[0\] \[#{20}\] 4/4  loss 0.5  lr 0.001  \d+ img/s  eta 0:00:00\n", last)
+    assert re.search(r"Epoch: \[0\] \[#{20}\] 4/4  loss 0.5  lr 0.001  \d+ img/s  eta: 0:00:00\n", last)
 
 
 def test_empty_loader(capsys):
