@@ -39,7 +39,7 @@ if [ "$task" != detection ]; then
 fi
 
 if [ "$task" != classification ]; then
-    say "deit_irpe: training the detector's backbone as a classifier (DETR does not learn from nothing in minutes)"
+    say "deit_irpe: training the detector's backbone as a classifier (DETR does not learn from scratch in minutes)"
     "$PYTHON" -m deit_irpe --config configs/detr/demo_backbone.yaml --data-path "$DATA/digits_on_photos" \
         --output_dir "$OUT/backbone" --resume auto
     train_and_evaluate detr_irpe configs/detr/demo.yaml --coco_path "$DATA/coco_digits" "$OUT/detr" \

@@ -1,4 +1,4 @@
-"""Imports point down only: the rooms of the house and which stands above which (docs/design.md)."""
+"""Imports point down only: which package may import which (docs/design.md)."""
 
 import ast
 import sys
