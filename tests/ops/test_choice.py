@@ -120,6 +120,7 @@ def fakes(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "module_of", fakes)
     monkeypatch.setattr(choice, "MEASURED", {"cpu": ("raising", "slow", "eager")})
     monkeypatch.setattr(choice, "FIXED", {"cpu": ("slow", "eager")})
+    monkeypatch.setattr(choice, "FIXED_INFERENCE", {"cpu": ("wrong", "eager")})
     monkeypatch.setattr(choice, "_known", {})
     monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -169,6 +170,8 @@ def test_what_cannot_run_the_call_is_no_candidate(fakes):
 def test_a_fixed_order_where_nothing_may_be_measured(fakes, monkeypatch):
     monkeypatch.setenv("IRPE_ATTENTION_TUNING", "0")
     assert choice.choose(make_call(), eager_attention) == "slow"
+    with torch.no_grad():
+        assert choice.choose(make_call(), eager_attention) == "wrong"
     fakes.why = "no"
     assert choice.choose(make_call(), eager_attention) == "eager"
     fakes.why = None
