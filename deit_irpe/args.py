@@ -43,6 +43,12 @@ def check_args(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size}: Mixup and CutMix pair the images of a batch, so it must be "
             "even (or use --mixup 0 --cutmix 0)"
         )
+    if args.smoothing >= 1:
+        raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise ValueError(
+            f"--cutmix-minmax {args.cutmix_minmax[0]:g} {args.cutmix_minmax[1]:g}: the smaller one comes first"
+        )
     if args.distillation_type != "none" and not args.teacher_path:
         raise ValueError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE or URL")
     if args.distillation_type != "none" and not args.train_mode:
@@ -74,15 +80,15 @@ def _add_schedule(group) -> None:
         metavar="FRACTION",
         help="noise from here to here in the run",
     )
-    add("--lr-noise-pct", default=0.67, type=float, metavar="FRACTION", help="limit of the noise")
-    add("--lr-noise-std", default=1.0, type=float, metavar="STD", help="deviation of the noise")
-    add("--warmup-lr", default=1e-6, type=float, help="where warm-up starts; not scaled")
-    add("--min-lr", default=1e-5, type=float, help="where the schedule ends; not scaled")
+    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="FRACTION", help="limit of the noise")
+    add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="deviation of the noise")
+    add("--warmup-lr", default=1e-6, type=nonnegative_float, help="where warm-up starts; not scaled")
+    add("--min-lr", default=1e-5, type=nonnegative_float, help="where the schedule ends; not scaled")
     add("--decay-epochs", default=30, type=positive_float, metavar="N", help="step: epochs from decay to decay")
     add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N", help="at a rate that grows")
     add("--cooldown-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
     add("--patience-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
-    add("--decay-rate", "--dr", default=0.1, type=float, help="step: factor of each decay")
+    add("--decay-rate", "--dr", default=0.1, type=nonnegative_float, help="step: factor of each decay")
 
 
 def _add_model(group) -> None:
@@ -129,8 +135,13 @@ def _add_optimizer(group) -> None:
     add("--opt-eps", default=1e-8, type=float, help="added to the divisor of AdamW")
     add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="None: the optimizer's own")
     add("--clip-grad", default=None, type=clipping_norm, metavar="NORM", help="largest norm of the gradient")
-    add("--momentum", default=0.9, type=float, help="of sgd")
-    add("--weight-decay", default=0.05, type=float, help="not for vectors, biases, class token, absolute positions")
+    add("--momentum", default=0.9, type=nonnegative_float, help="of sgd")
+    add(
+        "--weight-decay",
+        default=0.05,
+        type=nonnegative_float,
+        help="not for vectors, biases, class token, absolute positions",
+    )
 
 
 def _add_data(group) -> None:
@@ -173,7 +184,7 @@ def _add_data(group) -> None:
 
 def _add_augmentation(group) -> None:
     add = group.add_argument
-    add("--color-jitter", default=0.4, type=float, help="used where --aa is off")
+    add("--color-jitter", default=0.4, type=nonnegative_float, help="used where --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm; none for none")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
     add(
@@ -188,9 +199,9 @@ def _add_augmentation(group) -> None:
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what is put there")
     add("--recount", default=1, type=positive_int, help="areas to erase")
     add("--resplit", action="store_true", help="no effect, as published")
-    add("--mixup", default=0.8, type=float, help="alpha; 0 for none")
-    add("--cutmix", default=1.0, type=float, help="alpha; 0 for none")
-    add("--cutmix-minmax", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="instead of alpha")
+    add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
+    add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
+    add("--cutmix-minmax", default=None, type=fraction, nargs=2, metavar=("MIN", "MAX"), help="instead of alpha")
     add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
     add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one random draw")

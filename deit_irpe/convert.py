@@ -10,12 +10,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from deit_irpe.args import image_size, image_size_text
-from deit_irpe.models import create_model
+from deit_irpe.models import create_model, head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 
@@ -55,7 +56,9 @@ def convert(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Convert a file and write it, with the flags that build its model."""
+    """Convert a file and write it, with the flags that build its model. Raises RunError: there is a file already."""
+    if args.out.exists():
+        raise RunError(f"{args.out}: already there; give another name, or remove it")
     checkpoint = read_checkpoint(args.source)
     weights = convert(
         model_weights(checkpoint, source=args.source, key=args.key),
@@ -63,8 +66,15 @@ def main(args: argparse.Namespace) -> None:
         renames=args.rename,
         drop_zero_tables=args.drop_zero_tables,
     )
-    num_classes = len(weights["head.weight"]) if "head.weight" in weights else 0
-    model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=image_size(args.input_size))
+    size = image_size(args.input_size)
+    with torch.device("meta"):
+        head = f"{head_names(create_model(args.model, args.rpe, img_size=size))[0]}.weight"
+    if head not in weights:
+        raise BadCheckpoint(
+            f"checkpoint {args.source}: no class head ({head}) in it, and a classifier is nothing without"
+        )
+    num_classes = len(weights[head])
+    model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=size)
     load_matching(model, weights, source=args.source)
     flags = argparse.Namespace(model=args.model, rpe=args.rpe, input_size=args.input_size, nb_classes=num_classes)
     write_checkpoint({"model": weights, "args": flags}, args.out)

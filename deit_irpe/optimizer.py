@@ -1,5 +1,7 @@
 """What is optimised and how fast: DeiT's parameter groups, optimizer and learning-rate schedule."""
 
+import contextlib
+
 from timm.optim import create_optimizer_v2
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -39,9 +41,9 @@ def build_optimizer(
 ) -> optim.Optimizer:
     """timm's optimizer of that name over ``parameter_groups``; ``None`` leaves the optimizer's own default."""
     options = {key: value for key, value in (("eps", eps), ("betas", betas)) if value is not None}
-    return create_optimizer_v2(
-        parameter_groups(model, weight_decay), opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options
-    )
+    groups = parameter_groups(model, weight_decay)
+    with _explained(f"--opt {name} with lr {lr:g}, momentum {momentum:g}, {options}"):
+        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
 
 
 def build_scheduler(
@@ -63,33 +65,44 @@ def build_scheduler(
 
     As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at ``warmup_lr``.
     """
-    if name == "tanh":
-        span = [share * epochs for share in noise or ()]
-        return TanhLRScheduler(
+    with _explained(
+        f"--sched {name} with {epochs} epochs, {warmup_epochs} of warm-up, from {warmup_lr:g} to {min_lr:g}"
+    ):
+        if name == "tanh":
+            span = [share * epochs for share in noise or ()]
+            return TanhLRScheduler(
+                optimizer,
+                epochs,
+                lb=-6.0,  # the published bounds; in today's timm -7 and 3
+                ub=4.0,
+                lr_min=min_lr,
+                warmup_t=warmup_epochs,
+                warmup_lr_init=warmup_lr,
+                noise_range_t=span if len(span) > 1 else next(iter(span), None),
+                noise_pct=noise_pct,
+                noise_std=noise_std,
+                noise_seed=seed,
+            )
+        scheduler, _ = create_scheduler_v2(
             optimizer,
-            epochs,
-            lb=-6.0,  # the published bounds; in today's timm -7 and 3
-            ub=4.0,
-            lr_min=min_lr,
-            warmup_t=warmup_epochs,
-            warmup_lr_init=warmup_lr,
-            noise_range_t=span if len(span) > 1 else next(iter(span), None),
+            sched=name,
+            num_epochs=epochs,
+            warmup_epochs=warmup_epochs,
+            warmup_lr=warmup_lr,
+            min_lr=min_lr,
+            decay_epochs=decay_epochs,
+            decay_rate=decay_rate,
+            noise=noise,
             noise_pct=noise_pct,
             noise_std=noise_std,
             noise_seed=seed,
         )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=name,
-        num_epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        warmup_lr=warmup_lr,
-        min_lr=min_lr,
-        decay_epochs=decay_epochs,
-        decay_rate=decay_rate,
-        noise=noise,
-        noise_pct=noise_pct,
-        noise_std=noise_std,
-        noise_seed=seed,
-    )
     return scheduler
+
+
+@contextlib.contextmanager
+def _explained(flags: str):
+    try:
+        yield
+    except Exception as error:  # timm and torch assert, index and divide
+        raise ValueError(f"{flags}: {error or type(error).__name__}") from error

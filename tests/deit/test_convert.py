@@ -8,7 +8,7 @@ from deit_irpe import create_model
 from deit_irpe.convert import convert, get_args_parser, main
 from deit_irpe.models import load_pretrained_weights
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, RunError
 
 TINY = "deit_tiny_patch16_224"
 NAME = TINY + "_ctx_product_50_shared_k"
@@ -40,6 +40,29 @@ def test_a_trained_table_is_not_dropped():
     torch.nn.init.ones_(ours.blocks[1].attn.rpe_k.lookup_table_weight)
     with pytest.raises(BadCheckpoint, match="blocks.1.attn.rpe_k.lookup_table_weight is not zero"):
         convert(ours.state_dict(), drop_zero_tables=True)
+
+
+def test_a_table_that_is_zero_in_part_is_not_dropped():
+    ours = create_model(NAME, **OPTIONS)
+    with torch.no_grad():
+        ours.blocks[1].attn.rpe_k.lookup_table_weight[..., :3] = 1.0
+    with pytest.raises(BadCheckpoint, match="blocks.1.attn.rpe_k.lookup_table_weight is not zero"):
+        convert(ours.state_dict(), drop_zero_tables=True)
+
+
+def test_weights_without_a_class_head_are_refused_by_what_is_missing(tmp_path):
+    torch.save(timm.create_model(TINY, num_classes=0, img_size=32).state_dict(), tmp_path / "theirs.pth")
+    with pytest.raises(BadCheckpoint, match=r"theirs.pth: no class head \(head.weight\) in it"):
+        run(tmp_path / "theirs.pth", tmp_path / "ours.pth", "--model", TINY)
+    assert not (tmp_path / "ours.pth").exists()
+
+
+def test_no_file_is_replaced(tmp_path):
+    path, _ = theirs(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="theirs.pth: already there"):
+        run(path, path, "--model", NAME, "--prefix", "backbone.", "--rename", "layers.=blocks.")
+    assert path.read_bytes() == before
 
 
 def theirs(tmp_path):

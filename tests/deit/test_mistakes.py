@@ -72,6 +72,13 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
         (("--finetune", "absent.pth"), "absent.pth: no such file"),
         (("--pretrained", "--finetune", "x.pth"), "give one"),
         (("--opt", "adamm"), "adamm"),
+        (("--opt-betas", "0.9"), "--opt adamw with lr"),
+        (("--opt-betas", "0.9", "1.5"), "--opt adamw with lr"),
+        (("--aa", "foo"), "the augmentation cannot be made (--aa foo"),
+        (("--smoothing", "1"), "--smoothing 1: nothing would be left of the label"),
+        (("--cutmix-minmax", "0.8", "0.2"), "--cutmix-minmax 0.8 0.2: the smaller one comes first"),
+        (("--model-kwargs", "in_chans=1"), "--model-kwargs in_chans=...: images have three channels"),
+        (("--model-kwargs", "num_heads=5"), "cannot be built as asked for"),
     ],
 )
 def test_wrong_flags(colours, tmp_path, flags, words):
@@ -84,6 +91,9 @@ def test_wrong_flags(colours, tmp_path, flags, words):
         (["--batch-size", "-4"], "argument --batch-size: expected 1 or more, got -4"),
         (["--input-size", "224x"], "argument --input-size: expected pixels, 224 or HEIGHTxWIDTH"),
         (["--drop-path", "2"], "argument --drop-path: expected a fraction from 0 to 1"),
+        (["--min-lr", "-1"], "argument --min-lr: expected 0 or more, got -1"),
+        (["--mixup", "-0.1"], "argument --mixup: expected 0 or more"),
+        (["--color-jitter", "nan"], "argument --color-jitter: expected 0 or more"),
         (["--model-kwargs", "depth"], "expected KEY=VALUE, got 'depth'"),
         (["--data-set", "COCO"], "invalid choice: 'COCO'"),
         (["--btach-size", "4"], "unknown flag --btach-size; did you mean --batch-size?"),
