@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both ``deit_irpe.export`` and ``detr_irpe.export`` have."""
+    """The flags that every export command has."""
     parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint to export")
     parser.add_argument(
         "--out",

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Draw the curves of one or more runs: python scripts/plot_logs.py RUN... -o curves.png
 
-RUN is a run's folder or its log.txt; logs of the published code work too. Solid: training. Dashed: test.
+RUN is a run's folder or its log.txt; logs of the published code work too. Solid: training. Dashed: test. Seeds of a run
+(x_seed0, x_seed1, ...) are one line, their mean, in a band from the lowest to the highest.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from irpe_train.errors import RunError  # noqa: E402
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE.png")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.{png,pdf,svg}")
     args = parser.parse_args()
     try:
         panels = [axis.get_title() for axis in plot_runs(args.runs, args.output).axes]
+        print(f"{args.output}: {', '.join(panels)}")
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"plot_logs.py: {error}")
-    print(f"{args.output}: {', '.join(panels)}")
