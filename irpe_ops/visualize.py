@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from irpe_ops.buckets import get_bucket_ids_2d
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
 from irpe_ops.modules import IRPE, IRPESum
+
+LARGEST_SIDE = 1000  # patches that a picture still shows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,11 +36,13 @@ def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) 
     """
     if not (0 <= row < height and 0 <= col < width):
         raise ValueError(f"query {row},{col}: outside the {height}x{width} grid (rows and columns count from 0)")
-    maps = {}
-    for name in maps_of(config.method):
-        ids, _ = get_bucket_ids_2d(name, height, width, 0, *(config.ratio * factor for factor in (1, 2, 8)))
-        maps[name] = ids[row * width + col].view(height, width)
-    return maps
+    rows, cols = (slice(side - 1 - at, 2 * side - 1 - at) for side, at in ((height, row), (width, col)))
+    return {name: _seen_from_middle(name, config.ratio, height, width)[rows, cols] for name in maps_of(config.method)}
+
+
+def _seen_from_middle(name: str, ratio: float, height: int, width: int) -> Tensor:
+    """The bucket of every offset, ``(2 height - 1, 2 width - 1)``, as keys lie around a query in the middle."""
+    return offset_ids(bucket_map_named(name), ratio, height, width, name).flip(0, 1)  # an offset is query minus key
 
 
 def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tensor]:
@@ -53,8 +56,7 @@ def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tenso
         if isinstance(module, IRPE):
             table = module.table.detach().float().cpu()
             strength = table.norm(dim=2 if module.on_values else 1) if table.dim() == 3 else table  # (H or 1, N)
-            offsets = offset_ids(bucket_map_named(module.method), module.ratio, height, width, module.method)
-            maps[name] = strength[:, offsets.flip(0, 1)]  # an offset is query minus key; the picture shows keys
+            maps[name] = strength[:, _seen_from_middle(module.method, module.ratio, height, width)]
     if not maps:
         raise ValueError("this model has no relative position encoding")
     return maps
@@ -213,8 +215,7 @@ def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
     side = 2 * reach + 1
     names = [name for method in ("product", "euc", "quant", "cross") for name in maps_of(method)]
     for axis, name in zip(axes, names, strict=True):
-        ids, _ = get_bucket_ids_2d(name, side, side, 0, ratio, 2 * ratio, 8 * ratio)
-        ids = ids[side * side // 2].view(side, side)
+        ids = _seen_from_middle(name, ratio, reach + 1, reach + 1)
         values = ids.unique(return_inverse=True)[1]  # 0, 1, ...: neighbours differ in colour as in number
         axis.pcolormesh(values.numpy(), cmap="viridis", edgecolors="face", linewidth=0.2)
         rows, cols = (ids[1:] != ids[:-1]).nonzero().T
@@ -279,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
             figure = draw_overview()
         else:
             height, width = args.grid
+            if not 1 <= min(args.grid) <= max(args.grid) <= LARGEST_SIDE:
+                raise ValueError(f"--grid {height}x{width}: from 1 to {LARGEST_SIDE} patches a side")
             row, col = query = args.query or (height // 2, width // 2)
             maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
             figure = draw_maps(

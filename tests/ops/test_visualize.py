@@ -130,8 +130,15 @@ def test_the_command_line_draws(tmp_path):
         picture = tmp_path / "new" / f"{number}.png"
         visualize.main([*arguments, "-o", str(picture)])
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 1000
-    with pytest.raises(SystemExit, match="unknown method"):
-        visualize.main(["rpe-1-prodct-ctx-1-k"])
+    for arguments, words in (
+        (["rpe-1-prodct-ctx-1-k"], "unknown method"),
+        (["rpe-1-euc-ctx-1-k", "--grid", "0x3"], "--grid 0x3: from 1 to 1000 patches a side"),
+        (["rpe-1-euc-ctx-1-k", "--grid", "3x100000"], "--grid 3x100000: from 1 to 1000"),
+        (["rpe-1-euc-ctx-1-k", "--query", "14,0"], "query 14,0: outside the 14x14 grid"),
+        (["rpe-1-euc-ctx-1-k", "-o", str(tmp_path / "a.doc")], "Format 'doc' is not supported"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            visualize.main(arguments)
 
 
 def test_the_picture_of_the_readme_is_current(tmp_path):

@@ -1,0 +1,134 @@
+"""Is a backend right, and how fast is it: checked on a small grid, timed at a call's own shape."""
+
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from irpe_ops.attention_call import AttentionCall
+
+ALLOWED = 4.0  # times the error of plain PyTorch in the same dtype
+
+
+class Measurement(NamedTuple):
+    """What one kind of call has shown: milliseconds of each right candidate, and why the others are left out."""
+
+    ms: dict[str, float]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {self.ms[name]:.3g} ms" for name in sorted(self.ms, key=self.ms.get))
+
+
+def trains(call: AttentionCall) -> bool:
+    """Whether backward will come. Dropout is a sign too: reentrant checkpointing runs forward without gradients."""
+    tensors = [call.q, call.k, call.v, *(part.table for rpe in call.encodings for part in rpe.parts)]
+    return call.dropout_p > 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def measure(
+    call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]], eager: Callable
+) -> Measurement:
+    """Check every candidate on a small grid, and time it at the shape of ``call``."""
+    training = trains(call)
+    devices = [call.q.device] if call.q.is_cuda else []
+    ms, left_out = {}, {}
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(training):
+        small, real = _small_copy(call, training), _copy(call, training)
+        with torch.autocast(call.q.device.type, enabled=False):
+            exact = _run(eager, _in_double(small, training), training)
+        allowed = ALLOWED * max(_distance(_run(eager, small, training), exact), torch.finfo(call.q.dtype).eps)
+        for name, attention in candidates.items():
+            try:
+                error = _distance(_run(attention, small, training), exact)
+                if not error <= allowed:  # not `>`, which a NaN would pass
+                    raise ArithmeticError(f"wrong by {error:.1e} of the answer; {allowed:.1e} is allowed")
+                ms[name] = _milliseconds(functools.partial(_run, attention, real, training), call.q.device)
+            except Exception as error:  # whatever a compiler, a driver or a kernel raises: the run goes on without it
+                words = str(error).strip().splitlines()
+                left_out[name] = f"{type(error).__name__}: {words[0] if words else 'no message'}"
+    return Measurement(ms, left_out)
+
+
+def _copy(call: AttentionCall, training: bool) -> AttentionCall:
+    """The same call with leaves and modules of its own, so that nothing of the run's graph is touched."""
+    q, k, v = (x.detach().clone().requires_grad_(training) for x in (call.q, call.k, call.v))
+    mask = call.attn_mask
+    mask = None if mask is None else mask.detach().clone().requires_grad_(mask.requires_grad)
+    encodings = [None if rpe is None else copy.deepcopy(rpe) for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
+    return AttentionCall(q, k, v, *encodings, *call[6:9], mask, *call[10:])
+
+
+def _small_copy(call: AttentionCall, training: bool) -> AttentionCall:
+    """A call of the same kind on a small grid, with random inputs and tables, and no dropout."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(like)
+
+    batch, heads, length, head_dim = call.q.shape
+    height, width, skip = None, None, 0
+    if call.height is not None:
+        height, width, skip = min(call.height, 5), min(call.width, 7), length - call.height * call.width
+    length = height * width + skip if height is not None else min(length, 40)
+    batch = min(batch, 2)
+    q, k, v = (normal(call.q, batch, heads, length, head_dim).requires_grad_(training) for _ in range(3))
+    padding, mask = None, None
+    if call.key_padding_mask is not None:
+        padding = torch.zeros(batch, length, dtype=torch.bool, device=call.q.device)
+        padding[:, length - length // 4 :] = True
+    if call.attn_mask is not None:
+        mask = torch.randn(length, length, generator=generator).to(call.q.device)
+        mask = mask > 1 if call.attn_mask.dtype == torch.bool else mask.to(call.attn_mask.dtype)
+        mask.requires_grad_(call.attn_mask.requires_grad)
+    encodings = [None if rpe is None else copy.deepcopy(rpe) for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
+    with torch.no_grad():
+        for rpe in filter(None, encodings):
+            for part in rpe.parts:
+                part.table.copy_(normal(part.table, *part.table.shape) * 0.2)
+    return AttentionCall(q, k, v, *encodings, height, width, padding, mask, 0.0, call.scale)
+
+
+def _in_double(call: AttentionCall, training: bool) -> AttentionCall:
+    def double(x: Tensor | None) -> Tensor | None:
+        exact = x is None or x.dtype == torch.bool
+        return x if exact else x.detach().double().requires_grad_(x.requires_grad)
+
+    encodings = [None if rpe is None else copy.deepcopy(rpe).double() for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
+    q, k, v = (double(x) for x in (call.q, call.k, call.v))
+    return AttentionCall(q, k, v, *encodings, *call[6:9], double(call.attn_mask), *call[10:])
+
+
+def _run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, training: bool) -> list[Tensor]:
+    """The output and, when training, the gradients of all inputs and tables for the sum of squares."""
+    out = attention(call)
+    if not training:
+        return [out]
+    tables = [part.table for rpe in call.encodings for part in rpe.parts]
+    leaves = [x for x in (call.q, call.k, call.v, call.attn_mask, *tables) if x is not None and x.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+def _distance(ours: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest distance of an output or gradient from the exact one, as a part of the length of the exact one."""
+    return max(
+        float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
+        for x, y in zip(ours, exact, strict=True)
+    )
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device, runs: int = 5) -> float:
+    """The median of a few runs after two to warm up, each with all its work on the device."""
+    times = []
+    for _ in range(runs + 2):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
