@@ -38,6 +38,7 @@ class Problem:
     Attributes:
         fatal: training cannot go on.
         tolerated: the fraction of all objects above which ``check_data`` refuses what is not fatal.
+        skipped: training leaves such an image out and goes on, as long as there are few (``--max-bad``).
     """
 
     what: str
@@ -45,6 +46,7 @@ class Problem:
     places: list[str] = field(default_factory=list)
     fatal: bool = True
     tolerated: float = TOLERATED
+    skipped: bool = False
 
     def add(self, place: str) -> None:
         self.count += 1
@@ -159,7 +161,7 @@ def image_problems(
         only: the numbers of the images to look at; all by default.
     """
     missing = Problem("missing images", len(images.missing), images.missing[:3])
-    unreadable = Problem("unreadable images")
+    unreadable = Problem("unreadable images", skipped=True)
     other_size = Problem("images of another size than annotated", fatal=masks)
     turned = Problem("photos that are read as stored and shown turned (EXIF)", fatal=False, tolerated=ALL)
     absent, only = set(images.missing), range(len(annotations)) if only is None else only
@@ -181,7 +183,7 @@ def image_problems(
 
 def segment_image_problems(dataset: CocoPanoptic, only: Sequence[int] | None = None) -> list[Problem]:
     """Segment images that cannot be read, or do not fit their image or ``segments_info``."""
-    unreadable = Problem("unreadable segment images")
+    unreadable = Problem("unreadable segment images", skipped=True)
     other_size = Problem("segment images of another size than their image")
     unlisted = Problem("segment images with ids that 'segments_info' does not list")
     for index in range(len(dataset)) if only is None else only:
@@ -217,7 +219,7 @@ def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int) 
             problems = annotation_problems(known, num_classes, train=train, masks=masks)
             of_files = image_problems(known, dataset.images, masks=masks, only=only)
         for problem in of_files:
-            problem.fatal &= not train or problem.count == len(only)  # training skips the few images that it cannot use
+            problem.fatal &= not (train and problem.skipped and problem.count < len(only))
         found += [(dataset.path, problem) for problem in problems + of_files]
     if len(sets) == 2:
         val, train = sets

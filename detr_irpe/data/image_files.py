@@ -115,11 +115,8 @@ def open_images(
 
 def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
     """Place, stored size, size, method and checksum of every member, by its name below the archive's own folder."""
-    check_archive(archive)
     members = {}
-    with zipfile.ZipFile(archive) as opened:
-        infos = [info for info in opened.infolist() if not info.is_dir()]
-    for info in infos:
+    for info in check_archive(archive):
         name = info.filename.removeprefix(archive.stem + "/")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadData(f"{archive}: member {name!r} is encrypted or packed in an unusual way; pack it again")

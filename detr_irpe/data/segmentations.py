@@ -22,8 +22,9 @@ def problem_of(segmentation, height: int, width: int) -> str | None:
         return next((wrong for polygon in segmentation if (wrong := _wrong_polygon(polygon, height, width))), None)
     if not isinstance(segmentation, dict):
         return "neither polygons nor run lengths"
-    if segmentation.get("size") != [height, width]:
-        return f"run lengths of size {str(segmentation.get('size')):.40}, the image is {[height, width]}"
+    size = segmentation.get("size")
+    if size != [height, width] or set(map(type, size)) != {int}:
+        return f"run lengths of size {str(size):.40}, the image is {[height, width]}"
     counts = segmentation.get("counts")
     runs = _runs_of_text(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
@@ -62,8 +63,14 @@ def _wrong_polygon(polygon, height: int, width: int) -> str | None:
     if len(polygon) < 6 or len(polygon) % 2:
         return f"a polygon of {len(polygon)} numbers; x and y of three points or more are wanted"
     x, y = polygon[0::2], polygon[1::2]
-    beyond = min(x) < -width or max(x) > 2 * width or min(y) < -height or max(y) > 2 * height
-    return "a polygon far outside of its image" if beyond or not math.isfinite(sum(polygon)) else None
+    beyond = (
+        not math.isfinite(sum(polygon))
+        or min(x) < -width
+        or max(x) > 2 * width
+        or min(y) < -height
+        or max(y) > 2 * height
+    )
+    return "a polygon far outside of its image" if beyond else None
 
 
 def _runs_of_text(counts: str) -> list[int] | None:

@@ -16,11 +16,12 @@ def random_outputs(batch: int, queries: int, classes: int = 7) -> dict:
     }
 
 
-def slow_cost(outputs: dict, target: dict, image: int, query: int, number: int) -> float:
+def slow_cost(outputs: dict, target: dict, image: int, query: int, number: int, weights=(1, 5, 2)) -> float:
+    of_class, of_box, of_giou = weights
     probability = outputs["pred_logits"][image, query].double().softmax(-1)[target["labels"][number]]
     box, wanted = outputs["pred_boxes"][image, query].double(), target["boxes"][number].double()
     giou = generalized_box_iou(cxcywh_to_xyxy(box)[None], cxcywh_to_xyxy(wanted)[None])
-    return (5 * (box - wanted).abs().sum() - probability - 2 * giou).item()
+    return (of_box * (box - wanted).abs().sum() - of_class * probability - of_giou * giou).item()
 
 
 def test_against_all_assignments():
@@ -33,6 +34,23 @@ def test_against_all_assignments():
         best = min(permutations(range(5), n), key=lambda chosen: sum(cost[q][i] for i, q in enumerate(chosen)))
         assert dict(zip(queries.tolist(), objects.tolist(), strict=True)) == {q: i for i, q in enumerate(best)}
         assert queries.dtype == objects.dtype == torch.int64 and queries.tolist() == sorted(queries.tolist())
+
+
+def test_costs_are_those_of_the_formula():
+    """The costs themselves: an assignment can be right with a term of them wrong."""
+    torch.manual_seed(0)
+    outputs, targets = random_outputs(2, 5), random_targets([3, 2])
+    for weights in ((1, 5, 2), (3, 0.5, 7), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        costs = HungarianMatcher(*weights).costs(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)
+        assert costs.shape == (1, 2, 5, 5) and costs.dtype == torch.float32
+        for image in range(2):
+            for query in range(5):
+                of_query = [
+                    slow_cost(outputs, target, image, query, number, weights)
+                    for target in targets
+                    for number in range(len(target["labels"]))
+                ]
+                assert costs[0, image, query].tolist() == pytest.approx(of_query, abs=1e-5)
 
 
 def test_more_objects_than_queries():

@@ -93,3 +93,12 @@ def test_panoptic_without_a_segment():
     assert result["segments_info"] == [] and (decode_ids(result["png_string"]) == np.zeros((5, 6))).all()
     with pytest.raises(ValueError, match="a size for each of 1 images is wanted; got 2 processed_sizes"):
         PostProcessPanoptic(THINGS)(outputs, [(8, 8), (8, 8)])
+
+
+@pytest.mark.parametrize("pixels, segments", [(4, 1), (5, 2)])
+def test_a_segment_of_four_pixels_is_a_speck_and_one_of_five_is_not(pixels, segments):
+    masks = torch.full((1, 2, 8, 8), -9.0)
+    masks[0, 0] = 5.0
+    masks[0, 1].view(-1)[:pixels] = 9.0
+    (result,) = PostProcessPanoptic(THINGS)({"pred_logits": confident(0, 0), "pred_masks": masks}, [(8, 8)])
+    assert [s["area"] for s in result["segments_info"]] == ([64 - pixels, pixels] if segments == 2 else [64])

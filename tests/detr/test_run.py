@@ -121,6 +121,8 @@ def test_evaluation_needs_the_validation_split_only(trained, tmp_path):
     (root / "train2017.zip").unlink()
     (root / "annotations/instances_train2017.json").unlink()
     detr_ok(root, tmp_path / "eval", "--dec_layers", 6, "--eval", "--resume", trained[0] / "checkpoint.pth")
+    scored = read_checkpoint(tmp_path / "eval/eval.pth")
+    assert scored["params"]["imgIds"] == list(range(100, 105)) and scored["scores"].max() > 0
 
 
 def test_evaluation_on_other_categories_warns(trained, data, tmp_path):

@@ -1,0 +1,100 @@
+"""What the loops hand to losses and post-processors, with stand-ins that write down what they got."""
+
+from types import SimpleNamespace
+
+import torch
+
+from detr_irpe.engine import evaluate, train_one_epoch
+from irpe_train.metrics import MetricLogger
+from irpe_train.precision import Precision
+
+
+class Images:
+    def to(self, device, non_blocking=False):
+        return self
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.modes = torch.nn.Parameter(torch.ones(())), []
+
+    def forward(self, images):
+        self.modes.append(self.training)
+        return {"weight": self.weight}
+
+
+class Criterion(torch.nn.Module):
+    weight_dict = {"loss_ce": 2.0}
+
+    def __init__(self):
+        super().__init__()
+        self.modes = []
+
+    def forward(self, outputs, targets):
+        self.modes.append(self.training)
+        return {"loss_ce": outputs["weight"] ** 2, "class_error": torch.zeros(())}
+
+
+class Steps(list):
+    """Two steps, each an update."""
+
+    images_per_step, group_size, group_ends = 1, 1, True
+    state = SimpleNamespace(meters=MetricLogger(), epoch=0, step=0)
+
+    def watch(self, loss, **terms):
+        self.watched = (loss.item(), sorted(terms))
+
+    def confirm(self):
+        pass
+
+
+def batch(image_id, size, original):
+    target = {"image_id": image_id, "size": size, "orig_size": original}
+    return Images(), [{name: torch.tensor(value) for name, value in target.items()}]
+
+
+BATCHES = [batch([7], [20, 30], [40, 60]), batch([8], [20, 25], [80, 100])]
+CPU = Precision("none", torch.device("cpu"))
+
+
+def test_training_follows_an_evaluation_in_training_mode():
+    """The criterion divides by the objects of all processes in training, and by its own in evaluation."""
+    model, criterion, steps = Model().eval(), Criterion().eval(), Steps(BATCHES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averages = train_one_epoch(model, criterion, steps, optimizer, CPU)
+    assert model.modes == criterion.modes == [True, True]
+    assert abs(model.weight.item() - 0.36) < 1e-6  # each update leaves 1 - 0.1 * 4 of it
+    assert list(averages) == ["lr", "class_error", "loss", "loss_ce", "loss_ce_unscaled", "class_error_unscaled"]
+
+
+def test_evaluation_scales_boxes_to_the_original_and_cuts_masks_at_the_size_that_was_seen():
+    calls = []
+
+    def noted(name, result):
+        def postprocess(*sizes):
+            calls.append((name, [s.tolist() for s in sizes if isinstance(s, torch.Tensor)]))
+            return result
+
+        return postprocess
+
+    seen = {"bbox": [], "panoptic": []}
+    evaluator = SimpleNamespace(update=lambda found: seen["bbox"].extend(found))
+    panoptic = SimpleNamespace(update=lambda image_id, png, segments: seen["panoptic"].append(image_id))
+    postprocessors = {
+        "bbox": noted("bbox", [{}]),
+        "segm": noted("segm", [{}]),
+        "panoptic": noted("panoptic", [{"png_string": b"", "segments_info": []}]),
+    }
+    model, criterion = Model(), Criterion()
+    evaluate(model, criterion, postprocessors, BATCHES, evaluator, panoptic, CPU)
+    assert model.modes == criterion.modes == [False, False]
+    assert seen == {"bbox": [7, 8], "panoptic": [7, 8]}
+    assert calls == [
+        ("bbox", [[[40, 60]]]),
+        ("segm", [[[40, 60]], [[20, 30]]]),
+        ("panoptic", [[[20, 30]], [[40, 60]]]),
+        ("bbox", [[[80, 100]]]),
+        ("segm", [[[80, 100]], [[20, 25]]]),
+        ("panoptic", [[[20, 25]], [[80, 100]]]),
+    ]
