@@ -43,6 +43,10 @@ def check_args(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size}: Mixup and CutMix pair the images of a batch, so it must be "
             "even (or use --mixup 0 --cutmix 0)"
         )
+    if args.val_split is not None and not 0 < args.val_split < 1:
+        raise ValueError(f"--val-split {args.val_split:g}: give the share of images to hold out, such as 0.2")
+    if args.val_split is not None and (args.data_set != "IMNET" or args.load_tar):
+        raise ValueError("--val-split is for folders of images: leave out --data-set and --load-tar")
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
@@ -158,6 +162,13 @@ def _add_data(group) -> None:
         choices=("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS"),
         help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
         "datasets (docs/data.md)",
+    )
+    add(
+        "--val-split",
+        default=None,
+        type=fraction,
+        metavar="FRACTION",
+        help="hold out this share of every class, where there is no val: --data-path is then one folder of classes",
     )
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")

@@ -65,9 +65,14 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precision: Precision, confusion: Tensor | None = None
+) -> dict[str, float]:
     """Accuracy over images and cross entropy over batches, over all processes.
 
+    Args:
+        confusion: ``(C, C)`` int64, where this process's images are added: the true class is the row, the answer the
+            column.
     Returns: ``loss``, the mean over batches, each counting the same; ``acc1`` and ``acc5`` in percent. With fewer than
         five classes every image is among the first five.
     """
@@ -85,6 +90,8 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precisio
         hits = ranked == targets[:, None]
         correct += torch.stack([hits[:, :1].sum(), hits.sum()])
         images_seen += len(images)
+        if confusion is not None:
+            confusion.index_put_((targets.cpu(), ranked[:, 0].cpu()), torch.ones(len(targets), dtype=torch.int64), True)
         meters.update(loss=F.cross_entropy(logits, targets))
     counts = gather((*correct.tolist(), images_seen))  # whole numbers: the same figure however many processes
     top1, top5, total = (sum(column) for column in zip(*counts, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor, nn, optim
 from torch.utils.data import Dataset, DistributedSampler
 
 from deit_irpe.args import check_args, get_args_parser, image_size
+from deit_irpe.confusion import MOST_CONFUSED, write_confusion
 from deit_irpe.data import (
     build_dataset,
     build_transform,
@@ -18,6 +19,7 @@ from deit_irpe.data import (
     check_same_classes,
     renumber,
     repeated_augmentation_sampler,
+    split_folder,
     stored_classes,
 )
 from deit_irpe.engine import evaluate, train_one_epoch
@@ -73,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     renumber(val_set, classes, whose="the checkpoint" if args.eval else "train")
 
     # --- model
-    model = model_of_flags(args, classes).to(device)
+    model = model_of_flags(args, classes, weights=checkpoint is None).to(device)
     logger.info(f"number of params: {count_parameters(model)}")
     logger.info(f"number of buckets: {buckets_of(model)}")
 
@@ -167,8 +169,16 @@ def evaluate_only(
             logger.info(f"--input-size {args.input_size}: {key} {note}")
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
-    stats = evaluate(model, val_loader, precision)
+    number, confusion = len(val_set.classes), None
+    if args.output_dir and number <= MOST_CONFUSED:
+        confusion = torch.zeros(number, number, dtype=torch.int64)
+    stats = evaluate(model, val_loader, precision, confusion)
     logger.info(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
+    if confusion is not None and args.dist_eval:  # else every process has counted all images
+        confusion = sum(distributed.gather(confusion))
+    if confusion is not None and distributed.is_main():
+        files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
+        logger.info(f"which class was taken for which: {', '.join(map(str, files))}")
     if args.expect and distributed.is_main():
         folder = Path(args.data_path)
         if args.data_set == "IMNET":
@@ -191,7 +201,7 @@ def evaluate_only(
 def validation_set(args: argparse.Namespace) -> Dataset:
     """The images of ``val``, prepared as in the published evaluation."""
     transform = build_transform(False, image_size(args.input_size))
-    return build_dataset(args.data_path, False, **_data_options(args), transform=transform)
+    return _images(args, False, transform)
 
 
 def training_set(args: argparse.Namespace) -> Dataset:
@@ -207,11 +217,16 @@ def training_set(args: argparse.Namespace) -> Dataset:
         remode=args.remode,
         recount=args.recount,
     )
-    return build_dataset(args.data_path, True, **_data_options(args), transform=transform)
+    return _images(args, True, transform)
 
 
-def _data_options(args: argparse.Namespace) -> dict:
-    return dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)
+def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
+    if args.val_split is not None:
+        written = Path(args.output_dir, "val_split.txt") if args.output_dir else None
+        root = Path(args.data_path)
+        return split_folder(root, train, args.val_split, seed=args.seed, written=written, transform=transform)
+    options = dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)
+    return build_dataset(args.data_path, train, **options, transform=transform)
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
@@ -247,23 +262,22 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
     )
 
 
-def model_of_flags(args: argparse.Namespace, classes: list[str]) -> nn.Module:
-    """The model of ``--model`` and ``--rpe``, with the weights of ``--pretrained`` or ``--finetune``.
+def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: bool) -> nn.Module:
+    """The model of ``--model`` and ``--rpe``, with the ``weights`` of ``--pretrained`` or ``--finetune`` if wanted.
 
     Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
     """
-    model = build_model(args, len(classes), pretrained=args.pretrained)
+    model = build_model(args, len(classes), pretrained=args.pretrained and weights)
     fresh = []
-    if args.pretrained and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
+    if args.pretrained and weights and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
         fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
-    if args.finetune:
+    if args.finetune and weights:
         notes = start_from(model, args.finetune, classes)
         for key, what in notes.items():
             logger.info(f"--finetune: {key} {what}")
         heads = tuple(f"{name}." for name in head_names(model))
-        fresh = [
-            f"--finetune: {key} {what}" for key, what in notes.items() if key.startswith(heads) and "fresh" in what
-        ]
+        fresh = [f"--finetune: {key} {what}" for key, what in notes.items() if key.startswith(heads)]
+        fresh = [line for line in fresh if "starts fresh" in line]
     if fresh and args.eval:
         raise ValueError(f"--eval would evaluate a class head that was never trained: {fresh[0]}")
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated

@@ -2,6 +2,7 @@
 
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
 from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
+from deit_irpe.data.split import split_folder
 from deit_irpe.data.transforms import build_transform
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "check_same_classes",
     "renumber",
     "repeated_augmentation_sampler",
+    "split_folder",
     "stored_classes",
 ]

@@ -36,6 +36,10 @@ class LabelledImages(Dataset):
         self.labels = np.array([place[name] for name in self.classes], dtype=np.int64)[self.labels]
         self.classes = list(classes)
 
+    def keep(self, chosen: np.ndarray) -> None:
+        """Forget the images where ``chosen`` is False."""
+        self.names, self.labels = self.names[chosen], self.labels[chosen]
+
     def name(self, index: int) -> str:
         return os.fsdecode(self.names[index])
 

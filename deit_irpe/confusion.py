@@ -1,0 +1,66 @@
+"""Which class is taken for which, as tables and as a picture: what ``--eval`` leaves in ``--output_dir``."""
+
+import csv
+from pathlib import Path
+
+from torch import Tensor
+
+MOST_CONFUSED = 5000  # classes; a table of more is of no use, and takes a gigabyte
+MOST_NAMES, MOST_NUMBERS = 60, 15  # classes in a picture that still has room for their names, and for counts
+
+
+def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Path]:
+    """Write ``eval_confusion.csv``, ``eval_classes.csv`` and ``eval_confusion.png``.
+
+    Args:
+        counts: ``(C, C)`` whole numbers: images of the class of the row that were taken for the class of the column.
+    Returns: the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    matrix, table, picture = (folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png"))
+    with open(matrix, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([["true \\ predicted", *classes]])
+        csv.writer(file).writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
+    with open(table, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([["class", "images", "correct", "recall", "predicted", "precision"]])
+        csv.writer(file).writerows(class_rows(counts, classes))
+    draw_confusion(counts, classes).savefig(picture, dpi=300)
+    return [matrix, table, picture]
+
+
+def class_rows(counts: Tensor, classes: list[str]) -> list[tuple]:
+    """For each class: images, those that were right, their share in percent; how often it was said, and rightly so.
+
+    A share of nothing is empty.
+    """
+    rows = []
+    for index, name in enumerate(classes):
+        images, right, said = int(counts[index].sum()), int(counts[index, index]), int(counts[:, index].sum())
+        rows.append((name, images, right, _percent(right, images), said, _percent(right, said)))
+    return rows
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f}" if whole else ""
+
+
+def draw_confusion(counts: Tensor, classes: list[str]):
+    """The share of each true class (row) that was taken for each class (column); a class without images is blank."""
+    from matplotlib.figure import Figure
+
+    shares = counts.double() / counts.sum(1, keepdim=True)  # nan in the row of a class without images
+    side = min(max(0.28 * len(classes), 3), 20)
+    figure = Figure(figsize=(side + 1.5, side + 1), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xlabel="predicted", ylabel="true class", title="share of the true class")
+    if len(classes) <= MOST_NAMES:
+        names = [name.replace("$", r"\$")[:30] for name in classes]
+        axis.set_xticks(range(len(classes)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(classes)), names, fontsize=7)
+    if len(classes) <= MOST_NUMBERS:
+        for row, column in counts.nonzero().tolist():
+            colour = "black" if shares[row, column] > 0.6 else "white"
+            axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, shrink=0.8)
+    return figure

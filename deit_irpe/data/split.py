@@ -1,0 +1,55 @@
+"""One folder of classes becomes a training and a validation set: ``--val-split``."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from deit_irpe.data.images import FolderImages
+from irpe_train.distributed import is_main, logger
+
+
+def split_folder(
+    root: Path, train: bool, fraction: float, *, seed: int = 0, written: Path | None = None, transform=None
+) -> FolderImages:
+    """The training or the validation part of ``root/train``, or of ``root`` where there is no such folder.
+
+    Of each class the same share is held out, at least one image; which ones, only the names and ``seed`` decide.
+
+    Args:
+        written: a file that lists the images held out, one a line. It is followed where it exists, so that images which
+            are added later are trained on and those held out stay so; else it is written.
+    Raises: ValueError: there is a validation folder, a class of one image, or a file of the list is gone.
+    """
+    if (root / "val").exists():
+        raise ValueError(f"--val-split: {root / 'val'} is there already; leave out --val-split, or move that folder")
+    folder = root / "train" if (root / "train").is_dir() else root
+    images = FolderImages(folder, transform)
+    names = [Path(images.name(index)).relative_to(folder).as_posix() for index in range(len(images))]
+    if written is not None and written.is_file():
+        listed = set(written.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        if gone := sorted(listed - set(names)):
+            raise ValueError(f"{written}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not")
+        held_out = np.array([name in listed for name in names])
+    else:
+        held_out = _draw(images, fraction, seed)
+        if written is not None and is_main():
+            written.parent.mkdir(parents=True, exist_ok=True)
+            lines = "".join(f"{name}\n" for name, held in zip(names, held_out, strict=True) if held)
+            temporary = written.with_name(f".{written.name}.tmp")  # other ranks see all of it or nothing
+            temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")
+            os.replace(temporary, written)
+            logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out; {written} lists them")
+    images.keep(held_out != train)
+    return images
+
+
+def _draw(images: FolderImages, fraction: float, seed: int) -> np.ndarray:
+    held_out = np.zeros(len(images), dtype=bool)
+    for label, name in enumerate(images.classes):
+        members = np.flatnonzero(images.labels == label)
+        if len(members) < 2:
+            raise ValueError(f"--val-split: class {name!r} has one image; it takes two, one for each part")
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held_out[np.random.default_rng([seed, label]).permutation(members)[:count]] = True
+    return held_out

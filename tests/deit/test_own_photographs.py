@@ -1,0 +1,104 @@
+"""A folder of one's own: held out by class, fine-tuned on, and evaluated class by class."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from deit_irpe.confusion import class_rows, draw_confusion, write_confusion
+from deit_irpe.data import split_folder
+from deit_irpe.engine import evaluate
+from irpe_train.precision import Precision
+from tests.helpers.deit_runs import deit, deit_ok
+from tests.helpers.tiny_images import write_images
+
+
+def names_of(data):
+    return {data.name(index) for index in range(len(data))}
+
+
+def test_each_class_gives_its_share_and_every_image_is_in_one_part(tmp_path):
+    write_images(tmp_path, {"a": 10, "b": 4, "c": 2})
+    train, val = (split_folder(tmp_path, part, 0.2) for part in (True, False))
+    assert np.bincount(val.labels).tolist() == [2, 1, 1] and np.bincount(train.labels).tolist() == [8, 3, 1]
+    assert not names_of(train) & names_of(val) and len(names_of(train) | names_of(val)) == 16
+    assert train.classes == val.classes == ["a", "b", "c"]
+    assert names_of(split_folder(tmp_path, False, 0.2)) == names_of(val)
+    assert names_of(split_folder(tmp_path, False, 0.2, seed=1)) != names_of(val)
+    assert np.bincount(split_folder(tmp_path, False, 0.999).labels).tolist() == [9, 3, 1]  # one is left to learn from
+
+
+def test_what_was_held_out_stays_so_when_images_are_added(tmp_path):
+    write_images(tmp_path / "train", {"a": 6, "b": 6})
+    written = tmp_path / "out/val_split.txt"
+    before = names_of(split_folder(tmp_path, False, 0.5, written=written))
+    assert sorted(written.read_text().split()) == sorted(name.split("/train/")[1] for name in before)
+    write_images(tmp_path / "train", {"a": 20, "b": 20}, seed=5)
+    assert names_of(split_folder(tmp_path, False, 0.5, seed=3, written=written)) == before
+    assert len(split_folder(tmp_path, True, 0.5, written=written)) == 34
+    (tmp_path / "train/a/0.png").unlink()
+    written.write_text("a/0.png\n")
+    with pytest.raises(ValueError, match="val_split.txt: a/0.png is not in .*train; 1 of 1 are not"):
+        split_folder(tmp_path, True, 0.5, written=written)
+
+
+def test_what_cannot_be_split_is_refused(tmp_path):
+    write_images(tmp_path / "one", {"a": 2, "b": 1})
+    with pytest.raises(ValueError, match="--val-split: class 'b' has one image"):
+        split_folder(tmp_path / "one", True, 0.2)
+    write_images(tmp_path / "two/val", {"a": 2})
+    with pytest.raises(ValueError, match="two/val is there already; leave out --val-split"):
+        split_folder(tmp_path / "two", True, 0.2)
+
+
+COUNTS = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+
+
+def test_the_figures_of_each_class():
+    """The third class has no images and was never said: no share of it is made up."""
+    rows = class_rows(COUNTS, ["a", "b", "c"])
+    assert rows == [("a", 4, 3, "75.00", 3, "100.00"), ("b", 2, 2, "100.00", 3, "66.67"), ("c", 0, 0, "", 0, "")]
+
+
+def test_tables_and_picture(tmp_path):
+    files = write_confusion(COUNTS, ["a,b", "$x_1$ and $", "é"], tmp_path)
+    assert [file.name for file in files] == ["eval_confusion.csv", "eval_classes.csv", "eval_confusion.png"]
+    with open(files[0], newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file))[:2] == [["true \\ predicted", "a,b", "$x_1$ and $", "é"], ["a,b", "3", "1", "0"]]
+    shares = draw_confusion(COUNTS, ["a", "b", "c"]).axes[0].images[0].get_array()
+    assert shares[0].tolist() == [0.75, 0.25, 0.0] and shares.mask[2].all()  # a class without images is blank
+
+
+def test_the_row_is_the_truth_and_the_column_the_answer():
+    model = torch.nn.Flatten()
+    loader = [(torch.eye(3)[[1, 1, 0]].view(3, 3, 1, 1), torch.tensor([0, 1, 2]))]
+    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    evaluate(model, loader, Precision("none", torch.device("cpu")), confusion)
+    assert confusion.tolist() == [[0, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--val-split", "1"), "--val-split 1: give the share"),
+        (("--val-split", "0.2", "--load-tar"), "--val-split is for folders of images"),
+    ],
+)
+def test_wrong_flags(tmp_path, flags, words):
+    (ended,) = deit(tmp_path, tmp_path / "out", *flags)
+    assert ended.code == 1 and words in ended.text
+
+
+def test_from_a_folder_to_the_figures_of_its_classes(tmp_path):
+    write_images(tmp_path / "photos", {"a": 8, "b": 8})
+    flags = ["--val-split", "0.25", "--epochs", "1"]
+    assert "4 of 16 images are held out" in deit_ok(tmp_path / "photos", tmp_path / "out", *flags)
+    best = tmp_path / "out" / "best.pth"
+    # --finetune as a config may have it: the checkpoint that is evaluated replaces it, and nothing is read
+    text = deit_ok(
+        tmp_path / "photos", tmp_path / "out", *flags, "--eval", "--resume", best, "--finetune", tmp_path / "no.pth"
+    )
+    assert "on the 4 test images" in text and "eval_classes.csv" in text
+    with open(tmp_path / "out/eval_classes.csv", newline="") as file:
+        assert [row["images"] for row in csv.DictReader(file)] == ["2", "2"]
