@@ -32,7 +32,7 @@ from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.distributed import logger
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, blamed_on
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -297,29 +297,31 @@ def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number
 
 def build_optimization(args: argparse.Namespace, model: nn.Module, lr: float) -> tuple[optim.Optimizer, Scheduler]:
     """Optimizer and learning-rate schedule, with ``lr`` at the peak."""
-    optimizer = build_optimizer(
-        model,
-        name=args.opt,
-        lr=lr,
-        weight_decay=args.weight_decay,
-        eps=args.opt_eps,
-        betas=args.opt_betas,
-        momentum=args.momentum,
-    )
-    lr_scheduler = build_scheduler(
-        optimizer,
-        name=args.sched,
-        epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr,
-        decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate,
-        noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct,
-        noise_std=args.lr_noise_std,
-        seed=args.seed,
-    )
+    with blamed_on("--opt, --lr, --weight-decay, --opt-eps, --opt-betas, --momentum"):
+        optimizer = build_optimizer(
+            model,
+            name=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            eps=args.opt_eps,
+            betas=args.opt_betas,
+            momentum=args.momentum,
+        )
+    with blamed_on("--sched, --epochs, --warmup-epochs, --warmup-lr, --min-lr, --decay-*, --lr-noise*"):
+        lr_scheduler = build_scheduler(
+            optimizer,
+            name=args.sched,
+            epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr,
+            min_lr=args.min_lr,
+            decay_epochs=args.decay_epochs,
+            decay_rate=args.decay_rate,
+            noise=args.lr_noise,
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+            seed=args.seed,
+        )
     return optimizer, lr_scheduler
 
 
@@ -332,16 +334,17 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     """Mixup and CutMix; None where both are off."""
     if not mixes(args):
         return None
-    return Mixup(
-        args.mixup,
-        args.cutmix,
-        args.cutmix_minmax,
-        args.mixup_prob,
-        args.mixup_switch_prob,
-        args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
+    with blamed_on("--mixup*, --cutmix*, --smoothing"):
+        return Mixup(
+            args.mixup,
+            args.cutmix,
+            args.cutmix_minmax,
+            args.mixup_prob,
+            args.mixup_switch_prob,
+            args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
 
 
 def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
@@ -353,8 +356,10 @@ def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
 
 def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.device) -> DistillationLoss:
     """The loss that goes with the augmentation, and with the teacher if there is one."""
+    with blamed_on("--smoothing"):
+        base = classification_loss(mixes=mixes(args), smoothing=args.smoothing)
     return DistillationLoss(
-        classification_loss(mixes=mixes(args), smoothing=args.smoothing),
+        base,
         build_teacher(args, classes, device),
         args.distillation_type,
         args.distillation_alpha,

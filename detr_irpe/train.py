@@ -25,7 +25,7 @@ from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed, zoo
 from irpe_train.checkpoint import load_matching, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.distributed import logger
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, blamed_on
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -297,7 +297,8 @@ def build_optimization(
     groups = [{"params": rest}, {"params": backbone, "lr": args.lr_backbone}]
     # fused: several times quicker on the CPU; on GPUs PyTorch's own choice, which loss scaling and old checkpoints fit.
     fused = True if device.type == "cpu" else None
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
+    with blamed_on("--lr, --lr_backbone, --weight_decay"):
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
 
 

@@ -1,8 +1,25 @@
 """How a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
 
+import contextlib
+
 
 class RunError(RuntimeError):
     """A run that cannot go on, with a message for the user."""
+
+
+class BadFlags(RunError, ValueError):
+    """Values of flags that a library refuses."""
+
+
+@contextlib.contextmanager
+def blamed_on(flags: str):
+    """Turns what a library raises of values that the user typed into ``BadFlags``, which names the ``flags``."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadFlags(f"{flags}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
 
 
 class BadCheckpoint(RunError, ValueError):

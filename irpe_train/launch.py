@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from irpe_train.config import parse_args
@@ -23,7 +24,7 @@ def launch(
     ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
     """
     try:
-        with lost_ranks_named(parser.prog), lost_workers_named():
+        with lost_ranks_named(parser.prog), lack_of_memory_named():
             main(parse_args(parser, argv))
     except KeyboardInterrupt:  # where no state is kept: training notes it, see preemption.py
         sys.exit(130)
@@ -40,11 +41,14 @@ def launch(
 
 
 @contextlib.contextmanager
-def lost_workers_named():
-    """Turns PyTorch's error about a killed data loading worker, which can come at any line, into one message."""
+def lack_of_memory_named():
+    """Turns PyTorch's errors about memory and killed workers, which can come at any line, into messages."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise RunError(f"out of memory ({first[:200]}). Try smaller batches, images or models.") from error
         found = re.search(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)", str(error))
         if found is None:
             raise

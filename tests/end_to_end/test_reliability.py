@@ -17,6 +17,7 @@ import detr_irpe.train
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
 from irpe_train.launch import launch
+from irpe_train.preemption import STOP
 from tests.helpers import deit_runs, detr_runs
 from tests.helpers.processes import run_ranks
 from tests.helpers.sabotage import be_stopped, change_a_loss, make_infinite
@@ -161,3 +162,53 @@ def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys):
         torch.use_deterministic_algorithms(False)
 
     fuzz()
+
+
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tree", TREES)
+def test_any_command_line_on_data_that_is_there_is_run_or_ends_in_a_message(tree, examples, data, tmp_path, capsys):
+    """No epoch is trained: everything before the first step is made from the flags, or they are refused."""
+    parser = TREES[tree].args.get_args_parser
+    left_out = {
+        "help",
+        "help_all",
+        "output_dir",
+        "config",
+        "print_config",
+        "wandb",
+        "pretrained",
+        "compile",
+        *("epochs", "start_epoch"),
+    }
+    sizes = {"model", "model_kwargs", "input_size", "image_size", "hidden_dim", "dim_feedforward", "enc_layers"}
+    sizes |= {"dec_layers", "num_queries", "num_classes", "teacher_model", "nheads", "data_path", "coco_path"}
+    flags = [
+        (action.option_strings[-1], action.nargs != 0)
+        for action in parser()._actions
+        if action.dest not in left_out | sizes
+    ]
+    base = {
+        "deit": ["--data-path", str(data / "deit"), *deit_runs.QUICK, *deit_runs.MODEL],
+        "detr": ["--coco_path", str(data / "detr"), *detr_runs.QUICK, *detr_runs.TINY],
+    }[tree]
+    trained, nothing_to_do = [], ["--epochs", "1", "--start_epoch", "1"]
+    value = st.sampled_from(["1", "2", "0.5", "0.001", "none", "adamw", "sgd", "step"]) | VALUE
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.lists(st.tuples(st.sampled_from(flags), value), min_size=1, max_size=3))
+    def fuzz(chosen):
+        argv = [word for (flag, takes), value in chosen for word in ([f"{flag}={value}"] if takes else [flag])]
+        code = 0
+        with contextlib.chdir(tmp_path):
+            try:
+                launch(TREES[tree].train.main, parser(), [*base, *nothing_to_do, *argv])
+            except SystemExit as end:
+                code = end.code
+        error = capsys.readouterr().err
+        assert code in (0, 1, 2) and (code == 0 or "rror: " in error or "Bad" in error), (argv, error)
+        trained.append(code == 0)
+        torch.use_deterministic_algorithms(False)
+        STOP.uninstall()
+
+    fuzz()
+    assert any(trained) and not all(trained)
