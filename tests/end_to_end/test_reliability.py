@@ -19,7 +19,7 @@ from irpe_train.errors import Preempted
 from irpe_train.launch import launch
 from irpe_train.preemption import STOP
 from tests.helpers import deit_runs, detr_runs
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import Ranks, run_ranks
 from tests.helpers.sabotage import be_stopped, change_a_loss, make_infinite
 from tests.helpers.tiny_coco import write_tiny_coco
 from tests.helpers.tiny_images import write_images
@@ -37,30 +37,25 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(tree, data, output_dir, *flags, at_step=(), **options):
+def starting(tree, data, output_dir, *flags, at_step=(), **options):
     """The tree's command in fresh processes; ``at_step``: see `change_a_loss`."""
     base = {
-        "deit": [
-            "--data-path",
-            str(data / "deit"),
-            *deit_runs.QUICK,
-            *deit_runs.MODEL,
-            "--epochs",
-            "2",
-            "--batch-size",
-            "4",
-        ],
+        "deit": ["--data-path", str(data / "deit"), *deit_runs.QUICK, *deit_runs.MODEL, "--epochs=2", "--batch-size=4"],
         "detr": ["--coco_path", str(data / "detr"), *detr_runs.QUICK, *detr_runs.TINY, "--batch_size", "1"],
     }[tree]
     main = TREES[tree].train.main
-    return run_ranks(
+    return Ranks(
         partial(change_a_loss, main, *at_step) if at_step else main,
         TREES[tree].args.get_args_parser,
         [*base, "--output_dir", str(output_dir), *map(str, flags)],
         output_dir.parent / "outputs",
-        timeout=120,
         **options,
     )
+
+
+def run(*arguments, **options):
+    """The same, to its end."""
+    return starting(*arguments, **options).wait(120)
 
 
 def leaves(folder):

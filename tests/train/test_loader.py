@@ -48,7 +48,18 @@ def test_any_start_and_any_workers_give_the_same_batches():
     assert batches(workers, 4, start=2) == whole[2:]
     assert batches(draws(), 4, start=5) == whole[5:]
     assert batches(draws(), 4, start=6) == []
-    assert batches(draws(), 5) != whole
+    order = [[batch[0] for batch in batches(draws(), epoch)] for epoch in (4, 5)]
+    assert order[0] != order[1]  # not the noise alone: the images come in another order
+
+
+@pytest.mark.parametrize("differs", ["epoch", "position", "seed"])
+def test_noise_depends_on_each_of_seed_epoch_and_position(differs):
+    def noise(seed, epoch, start):
+        loader = TrainLoader(Draws(6), [3] * 6, batch_size=1, seed=seed)
+        return batches(loader, epoch, start)[0][1:]
+
+    assert noise(7, 4, 2) == noise(7, 4, 2)
+    assert noise(7, 4, 2) != {"epoch": noise(7, 5, 2), "position": noise(7, 4, 3), "seed": noise(8, 4, 2)}[differs]
 
 
 def test_loading_leaves_the_generators_of_the_process_alone():

@@ -147,6 +147,28 @@ def test_too_many_unreadable_images_stop_the_run(unreadable, max_bad, stops):
         train(state, steps, precision)
 
 
+def test_the_seed_of_a_step_counts_from_the_start_of_the_run(monkeypatch):
+    """Dropout of an epoch's first step is not that of the epoch before."""
+    seen = []
+    monkeypatch.setattr("irpe_train.steps.seed_step", lambda seed, *, rank, step: seen.append((seed, rank, step)))
+    state, steps, precision = set_up(count=6, batch_size=2)
+    for state.epoch in (0, 1):
+        state.step = 0
+        train(state, steps, precision)
+    assert seen == [(0, 0, step) for step in range(6)]
+
+
+def test_each_step_draws_other_numbers_and_the_same_ones_again():
+    def draws(epoch, step):
+        state, steps, _ = set_up(count=6, batch_size=2)
+        state.epoch, state.step = epoch, step
+        next(iter(steps))
+        return torch.rand(3).tolist()
+
+    numbers = {(epoch, step): draws(epoch, step) for epoch in (0, 1) for step in range(3)}
+    assert len({tuple(drawn) for drawn in numbers.values()}) == 6 and numbers[1, 2] == draws(1, 2)
+
+
 def test_saves_within_the_epoch_fall_on_updates(tmp_path, monkeypatch):
     state, steps, precision = set_up(tmp_path, count=20, batch_size=2, accumulate=2, save_interval="3")
     saved = []

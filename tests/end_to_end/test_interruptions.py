@@ -1,0 +1,43 @@
+"""Both trees, ended at moments drawn from the start to the end of a run, and started again: the result is the same."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from irpe_train.errors import Preempted
+from tests.end_to_end.test_reliability import TREES, assert_same_run, data, starting  # noqa: F401
+
+FLAGS = ["--deterministic", "--save-interval", "1", "--num_workers", "1", "--resume", "auto"]
+
+
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [("SIGKILL", 1), ("SIGTERM", 1)]
+    + [pytest.param(*long, marks=pytest.mark.slow) for long in (("SIGKILL", 40), ("SIGTERM", 40), ("SIGINT", 20))],
+)
+@pytest.mark.parametrize("tree", TREES)
+def test_ended_at_any_moment_and_started_again_equals_uninterrupted(tree, name, times, data, tmp_path):  # noqa: F811
+    began = time.monotonic()
+    (ended,) = starting(tree, data, tmp_path / "whole", *FLAGS).wait(120)
+    assert ended.code == 0, ended.text
+    whole, draw, sent, folder, codes = time.monotonic() - began, random.Random(f"{tree} {name}"), 0, 0, []
+    while sent < times or codes[-1] != 0:
+        ranks = starting(tree, data, tmp_path / f"cut{folder}", *FLAGS)
+        if sent < times:
+            ranks.processes[0].join(draw.uniform(0, whole))
+            if ranks.processes[0].is_alive():
+                os.kill(ranks.processes[0].pid, getattr(signal, name))
+                sent += 1
+        (ended,) = ranks.wait(120)
+        codes.append(ended.code)
+        if ended.code == 0:
+            assert_same_run(tmp_path / f"cut{folder}", tmp_path / "whole")
+            folder += 1
+        elif name == "SIGKILL":
+            assert ended.code == -signal.SIGKILL, ended.text
+        else:  # before the program's first line a signal has its usual effect
+            assert ended.code == Preempted.EXIT_CODE or not ended.text, (ended.code, ended.text)
+    print(f"{tree} {name}: {sent} sent in {folder} runs, statuses {sorted(set(codes))}")
