@@ -32,7 +32,7 @@ def add_runtime_arguments(
     add(
         "--num_workers",
         default=num_workers,
-        type=nonnegative_int,
+        type=number_of_workers,
         metavar="N",
         help="data loading processes per process; 0: none",
     )
@@ -86,6 +86,12 @@ def positive_int(text: str) -> int:
 def nonnegative_int(text: str) -> int:
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+def number_of_workers(text: str) -> int:
+    if (value := nonnegative_int(text)) > 1000:
+        raise argparse.ArgumentTypeError(f"expected at most 1000 processes, got {text}")
     return value
 
 

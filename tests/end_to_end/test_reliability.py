@@ -134,7 +134,7 @@ VALUE = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled
 @pytest.mark.parametrize("tree", TREES)
 def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys):
     """Data never exists here: whatever else is asked for, a run ends before training, by its own words."""
-    left_out = ("help", "output_dir", "config", "print_config")
+    left_out = ("help", "help_all", "output_dir", "config", "print_config")
     flags = [
         (action.option_strings[-1], action.nargs != 0)
         for action in TREES[tree].args.get_args_parser()._actions
