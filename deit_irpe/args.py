@@ -19,12 +19,7 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``irpe_train.config.parse_args`` reads ``--config`` files with it."""
-    parser = FlagParser(
-        "deit_irpe",
-        first=FIRST,
-        description="Train and evaluate DeiT with iRPE (ICCV 2021).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser("deit_irpe", first=FIRST, description="Train and evaluate DeiT with iRPE (ICCV 2021).")
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="fp16")  # fp16 autocast on CUDA, as published
     _add_schedule(parser.add_argument_group("length and learning rate"))
     _add_model(parser.add_argument_group("model"))
@@ -68,13 +63,13 @@ def check_args(args: argparse.Namespace) -> None:
 def _add_schedule(group) -> None:
     add = group.add_argument
     add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
-    add("--epochs", default=300, type=positive_int, help="passes over the training set")
+    add("--epochs", default=300, type=positive_int, help="epochs")
     add("--sched", default="cosine", type=schedule, metavar="{cosine,tanh,step}", help="learning-rate schedule")
     add(
         "--lr",
         default=5e-4,
         type=nonnegative_float,
-        help="for 512 images an update; scaled by batch size x processes x --accumulate / 512",
+        help="learning rate for 512 images per update; scaled by batch size x processes x --accumulate / 512",
     )
     add(
         "--lr-noise",
@@ -82,17 +77,23 @@ def _add_schedule(group) -> None:
         type=fraction,
         nargs="+",
         metavar="FRACTION",
-        help="noise from here to here in the run",
+        help="add noise to the rate between these two points of the run",
     )
-    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="FRACTION", help="limit of the noise")
-    add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="deviation of the noise")
-    add("--warmup-lr", default=1e-6, type=nonnegative_float, help="where warm-up starts; not scaled")
-    add("--min-lr", default=1e-5, type=nonnegative_float, help="where the schedule ends; not scaled")
-    add("--decay-epochs", default=30, type=positive_float, metavar="N", help="step: epochs from decay to decay")
-    add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N", help="at a rate that grows")
+    add(
+        "--lr-noise-pct",
+        default=0.67,
+        type=nonnegative_float,
+        metavar="FRACTION",
+        help="largest noise, relative to the rate",
+    )
+    add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="standard deviation of the noise")
+    add("--warmup-lr", default=1e-6, type=nonnegative_float, help="rate at the start of warm-up; not scaled")
+    add("--min-lr", default=1e-5, type=nonnegative_float, help="rate at the end of the schedule; not scaled")
+    add("--decay-epochs", default=30, type=positive_float, metavar="N", help="step schedule: epochs between decays")
+    add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N", help="epochs of linear warm-up")
     add("--cooldown-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
     add("--patience-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
-    add("--decay-rate", "--dr", default=0.1, type=nonnegative_float, help="step: factor of each decay")
+    add("--decay-rate", "--dr", default=0.1, type=nonnegative_float, help="step schedule: factor of each decay")
 
 
 def _add_model(group) -> None:
@@ -110,13 +111,13 @@ def _add_model(group) -> None:
     add("--no-abs-pos", action="store_true", help="no absolute position embedding")
     add("--attn-backend", default="auto", type=_backend, help="what computes attention with an encoding (irpe info)")
     add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
-    add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="pixels")
+    add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="image size in pixels")
     add("--drop", default=0.0, type=fraction, help="dropout")
-    add("--drop-path", default=0.1, type=fraction, help="stochastic depth, of the last block")
+    add("--drop-path", default=0.1, type=fraction, help="stochastic depth rate of the last block")
     add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights")
-    add("--no-model-ema", dest="model_ema", action="store_false", help="keep none")
-    add("--model-ema-decay", default=0.99996, type=fraction, help="per update")
-    add("--model-ema-force-cpu", action="store_true", help="keep it on the CPU")
+    add("--no-model-ema", dest="model_ema", action="store_false", help="no moving average")
+    add("--model-ema-decay", default=0.99996, type=fraction, help="decay of the average per update")
+    add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
     add("--pretrained", action="store_true", help="start from, or --eval, the published weights of --model")
     add(
@@ -136,15 +137,12 @@ def _add_model(group) -> None:
 def _add_optimizer(group) -> None:
     add = group.add_argument
     add("--opt", default="adamw", help="any optimizer of timm")
-    add("--opt-eps", default=1e-8, type=float, help="added to the divisor of AdamW")
-    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="None: the optimizer's own")
-    add("--clip-grad", default=None, type=clipping_norm, metavar="NORM", help="largest norm of the gradient")
-    add("--momentum", default=0.9, type=nonnegative_float, help="of sgd")
+    add("--opt-eps", default=1e-8, type=float, help="epsilon of the optimizer")
+    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
+    add("--clip-grad", default=None, type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
+    add("--momentum", default=0.9, type=nonnegative_float, help="momentum of sgd")
     add(
-        "--weight-decay",
-        default=0.05,
-        type=nonnegative_float,
-        help="not for vectors, biases, class token, absolute positions",
+        "--weight-decay", default=0.05, type=nonnegative_float, help="not of vectors, biases, class token and positions"
     )
 
 
@@ -174,16 +172,16 @@ def _add_data(group) -> None:
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
     add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
     add("--no-dist-eval", dest="dist_eval", action="store_false", help="each process evaluates everything")
-    add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="page-locked batches")
-    add("--no-pin-mem", dest="pin_mem", action="store_false", help="ordinary memory")
+    add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="pinned memory for batches")
+    add("--no-pin-mem", dest="pin_mem", action="store_false", help="no pinned memory")
     add(
         "--repeated-aug",
         dest="repeated_aug",
         default=True,
         action="store_true",
-        help="three copies of an image in an update",
+        help="repeated augmentation: three copies of an image per update",
     )
-    add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once an epoch")
+    add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once per epoch")
     add(
         "--expect",
         nargs="?",
@@ -207,15 +205,15 @@ def _add_augmentation(group) -> None:
     add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
-    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what is put there")
-    add("--recount", default=1, type=positive_int, help="areas to erase")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what the erased area is filled with")
+    add("--recount", default=1, type=positive_int, help="number of areas to erase")
     add("--resplit", action="store_true", help="no effect, as published")
-    add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
-    add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
-    add("--cutmix-minmax", default=None, type=fraction, nargs=2, metavar=("MIN", "MAX"), help="instead of alpha")
+    add("--mixup", default=0.8, type=float, help="alpha; 0 for none")
+    add("--cutmix", default=1.0, type=float, help="alpha; 0 for none")
+    add("--cutmix-minmax", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
     add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
     add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one random draw")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")
 
 
 def _add_distillation(group) -> None:

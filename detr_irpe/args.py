@@ -22,10 +22,7 @@ FIRST = [
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe``."""
     parser = FlagParser(
-        "python -m detr_irpe",
-        first=FIRST,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train and evaluate DETR with image relative position encoding.",
+        "python -m detr_irpe", first=FIRST, description="Train and evaluate DETR with image relative position encoding."
     )
 
     data = parser.add_argument_group("data").add_argument

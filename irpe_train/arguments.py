@@ -17,15 +17,15 @@ def add_runtime_arguments(
     add_config_argument(parser)
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--output_dir", default=output_dir, metavar="DIR", help="checkpoints and logs; empty: nothing is written")
-    add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
-    add("--seed", default=seed, type=int, help=f"of everything random; published default {seed}")
-    add("--deterministic", action="store_true", help="the same bits from the same command, at some cost in speed")
+    add("--output_dir", default=output_dir, metavar="DIR", help="for checkpoints and logs; empty: nothing is written")
+    add("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:N or cpu")
+    add("--seed", default=seed, type=int, help="random seed")
+    add("--deterministic", action="store_true", help="the same command gives the same bits, somewhat slower")
     add(
         "--resume",
         default="",
         metavar="auto|PATH|URL",
-        help="go on from a checkpoint; auto: the newest good one in --output_dir, or a new run if there is none",
+        help="resume from a checkpoint; auto: the newest good one in --output_dir, or a new run if there is none",
     )
     add("--start_epoch", default=0, type=int, metavar="N", help="first epoch of a new run")
     add("--eval", action="store_true", help="evaluate only")
@@ -34,16 +34,16 @@ def add_runtime_arguments(
         default=num_workers,
         type=number_of_workers,
         metavar="N",
-        help="data loading processes per process; 0: none",
+        help="data loading workers per process; 0: load in the process itself",
     )
     add(
         "--amp",
         default=amp,
         choices=("bf16", "fp16", "none"),
-        help="number format of the model's forward and backward pass",
+        help="automatic mixed precision: the number format of the model",
     )
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--accumulate", default=1, type=positive_int, metavar="K", help="batches per update")
+    add("--accumulate", default=1, type=positive_int, metavar="K", help="gradient accumulation: batches per update")
     add(
         "--save-interval",
         default=None,
@@ -62,17 +62,17 @@ def add_runtime_arguments(
         "--tensorboard",
         default=True,
         action=argparse.BooleanOptionalAction,
-        help="write TensorBoard files too, if it is installed",
+        help="also write TensorBoard files, if it is installed",
     )
-    add("--wandb", default="", metavar="PROJECT", help="send the figures to this project of Weights & Biases too")
+    add("--wandb", default="", metavar="PROJECT", help="also log to this project of Weights & Biases")
     add("--world_size", default=1, type=int, help="set by torchrun or SLURM; kept from the published command")
-    add("--dist_url", default="env://", help="where the processes meet")
+    add("--dist_url", default="env://", help="rendezvous address of the processes")
     add(
         "--dist_timeout",
         default=600.0,
         type=positive_float,
         metavar="SECONDS",
-        help="a process that is missing or silent for so long ends the others",
+        help="how long to wait for a process that is missing or hangs, before the others end",
     )
     return group
 

@@ -20,6 +20,8 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, first: Sequence[str] = (), **kwargs) -> None:
+        if first:
+            kwargs = {"usage": "%(prog)s [flags]", "formatter_class": _Defaults} | kwargs
         super().__init__(*args, add_help=False, **kwargs)
         self.first = first
         self.others: Mapping[str, argparse.ArgumentParser] = {}
@@ -66,6 +68,14 @@ class FlagParser(argparse.ArgumentParser):
         self.error(
             f"unknown flag {name}; " + (f"did you mean {known[close[0]]}?" if close else f"{everything} lists all")
         )
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default where there is one."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if nothing else super()._get_help_string(action)
 
 
 class _ShortHelp(argparse._HelpAction):
