@@ -64,13 +64,41 @@ def traced_bucket_map(
     gamma on. ``ratio`` is the number's ``repr``, because a float may be traced as a symbol and the table may not;
     ``beta`` is ``int(2 * ratio)`` and ``gamma`` ``ceil(8 * ratio)``.
     """
-    table = _table_of_index(ratio, device)
-
-    def bucket_of(distance: Tensor) -> Tensor:
-        return table[distance.abs().clamp(max=gamma)] * distance.sign()
-
+    bucket_of = _traced_index(ratio, gamma, device)
     ids = _pair_ids(bucket_map_named(method), height, width, skip, beta, bucket_of, device)
     return ids.to(_id_dtype(count_buckets(method, beta, skip)))
+
+
+def offset_map(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
+    """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)``, smallest first; cached: read only."""
+    if type(torch.empty(0)) is not Tensor:
+        return _make_offsets(method, ratio, height, width, device)
+    return _cached_offsets(method, ratio, height, width, device)
+
+
+def traced_offset_map(
+    method: str, ratio: str, beta: int, gamma: int, height: int, width: int, device: torch.device
+) -> Tensor:
+    """`offset_map` for ``torch.compile``, as `traced_bucket_map`."""
+    rows, cols = torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
+    bucket_of = _traced_index(ratio, gamma, device)
+    ids = bucket_map_named(method).ids(rows[:, None], cols[None, :], bucket_of, beta)
+    return ids.expand(2 * height - 1, 2 * width - 1).to(_id_dtype(count_buckets(method, beta, 1)))
+
+
+def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    table = _table_of_index(ratio, device)
+    return lambda distance: table[distance.abs().clamp(max=gamma)] * distance.sign()
+
+
+def _make_offsets(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
+    """Of `offset_map`: sent to the device without waiting for it."""
+    with torch.inference_mode(False), torch.no_grad():
+        offsets = offset_ids(bucket_map_named(method), ratio, height, width, f"method {method!r}")
+        offsets = offsets.to(_id_dtype(count_buckets(method, 2 * ratio, 1)))
+        if device.type == "cuda":
+            offsets = offsets.pin_memory()
+        return offsets.to(device, non_blocking=True)
 
 
 def _make_map(method: str, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
@@ -80,11 +108,7 @@ def _make_map(method: str, ratio: float, height: int, width: int, skip: int, dev
     """
     num_buckets = count_buckets(method, 2 * ratio, skip)
     with torch.inference_mode(False), torch.no_grad():
-        offsets = offset_ids(bucket_map_named(method), ratio, height, width, f"method {method!r}")
-        offsets = offsets.to(_id_dtype(num_buckets))
-        if device.type == "cuda":
-            offsets = offsets.pin_memory()
-        offsets = offsets.to(device, non_blocking=True)
+        offsets = _make_offsets(method, ratio, height, width, device).to(_id_dtype(num_buckets))
         # From query (r, c), key (0, 0) has offset (r, c), and further keys have smaller ones: windows of the reverse.
         windows = offsets.flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (height, width, height, width)
         ids = windows.flip(0, 1).reshape(height * width, height * width)
@@ -93,11 +117,13 @@ def _make_map(method: str, ratio: float, height: int, width: int, skip: int, dev
 
 # 32 maps of a 1,764-token DETR grid are 100 MB at one byte an id; a training run has more sizes than are worth keeping.
 _cached_map = functools.lru_cache(maxsize=32)(_make_map)
+_cached_offsets = functools.lru_cache(maxsize=256)(_make_offsets)
 
 
 def forget_maps() -> None:
     """Empty the cache: a method has been registered anew."""
     _cached_map.cache_clear()
+    _cached_offsets.cache_clear()
 
 
 def _table_of_index(ratio: str, device: torch.device) -> Tensor:

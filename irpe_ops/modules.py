@@ -6,9 +6,10 @@ import math
 import operator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irpe_ops.buckets import bucket_map, count_buckets, traced_bucket_map
+from irpe_ops.buckets import bucket_map, count_buckets, offset_map, traced_bucket_map, traced_offset_map
 from irpe_ops.config import RPEConfig
 from irpe_ops.methods import find_map, maps_of
 from irpe_ops.modes import MODES
@@ -83,17 +84,28 @@ class IRPE(nn.Module):
             return traced_bucket_map(self.method, *self._coefficients, height, width, self.skip, device)
         return bucket_map(self.method, self.ratio, height, width, self.skip, device)
 
-    def lookup(self, x: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    def offset_ids(self, height: int, width: int, device: torch.device) -> Tensor:
+        """The bucket of every offset on the grid, ``(2 height - 1, 2 width - 1)``, smallest first. Read-only too."""
+        if torch.compiler.is_compiling():
+            return traced_offset_map(self.method, *self._coefficients, height, width, device)
+        return offset_map(self.method, self.ratio, height, width, device)
+
+    def lookup(
+        self, x: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None, columns_multiple: int = 1
+    ) -> Tensor:
         """What every bucket would add to the scores of every token, for an encoding on queries or keys.
 
         Args:
             x: ``(B, H, L, D)``; for k the queries, for q the keys. scale: of ``x``, applied to the table.
             dtype: of the product; None means the table's.
+            columns_multiple: N is rounded up to it by columns of zeros.
         Returns: ``(B, H, L, N)``, or what broadcasts to it; column ``N - 1`` is for leading tokens, where there are.
         """
         mode = MODES[self.mode]
         with _without_autocast(x.device):
             table = self.table
+            if columns_multiple > 1:
+                table = F.pad(table, (0, -self.num_buckets % columns_multiple))
             if mode.uses_tokens:
                 table = table if scale == 1.0 else table * scale
                 table = table if dtype is None else table.to(dtype)

@@ -2,11 +2,14 @@
 
 Small products stay in PyTorch, so that autograd sums the gradients of the tables in a fixed order: ``lookup_k =
 scale * q @ table_k`` and ``lookup_q = scale * k @ table_q``, both ``(B, H, L, N)``, go into the kernels of
-`triton_kernels`; sums of attention weights by bucket, ``(B, H, L, N)`` again, come out and meet ``table_v``.
+`triton_kernels`; sums of attention weights by bucket, ``(B, H, L, N)`` again, come out and meet ``table_v``. Of every
+part N is rounded up to a multiple of `COLUMN_MULTIPLE`.
 """
 
 import functools
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +17,14 @@ from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.buckets import count_buckets
-from irpe_ops.methods import bucket_map_named, offset_ids
-from irpe_ops.modules import autocast_dtype
+from irpe_ops.modules import IRPE, autocast_dtype
 from irpe_ops.rpe_index import under_function_transform
 
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_BUCKETS, MAX_HEAD_DIM = 256, 128  # a row of lookups and a row of q are held in registers
+COLUMN_MULTIPLE = 8  # rows of halves then start at multiples of 16 bytes, which loads and products want
+CHUNK_BYTES = 64 << 20  # of weights, or gradients of scores, that wait to be summed by bucket; at least one tile a head
 
 
 def _find_missing() -> str | None:
@@ -50,6 +54,8 @@ def why_not(call: AttentionCall) -> str | None:
     q, attn_mask, encodings = call.q, call.attn_mask, call.encodings
     if q.device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA tensors, q is on {q.device}"
+    if not INTERPRETED and _generation(q.device) < 8:
+        return "it needs a GPU of compute capability 8.0 (Ampere) or later; use backend='sdpa' or 'eager'"
     if under_function_transform():
         return "torch.func and forward-mode differentiation need plain PyTorch; use backend='eager'"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -75,13 +81,15 @@ def why_not(call: AttentionCall) -> str | None:
 def attention(call: AttentionCall) -> Tensor:
     """`rpe_attention` for arguments that it has checked and `why_not` has let pass; ``(B, H, L, D)``.
 
-    Lookups, sums by bucket and their gradients have the dtype of q; everything between them is fp32.
+    Lookups, sums by bucket and their gradients are computed in fp32 and rounded to the dtype of q, as the products of a
+    linear layer are; everything between them is fp32, but for what is summed by bucket, which is rounded too.
     """
     q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
     if call.encodings:
         name, skip = _map_of(call.encodings[0])
+        offsets = _offsets(call.encodings[0].parts, height, width, q.device)
     else:
-        name, skip, height, width = "", 0, 1, q.shape[2]
+        name, skip, height, width, offsets = "", 0, 1, q.shape[2], None
     with torch.autocast(q.device.type, enabled=False):
         lookup_k = None if rpe_k is None else _lookup(q, rpe_k, scale)
         lookup_q = None if rpe_q is None else _lookup(k, rpe_q, scale)
@@ -90,11 +98,12 @@ def attention(call: AttentionCall) -> Tensor:
         # On the device and from PyTorch's generator: torch.manual_seed decides, and nothing waits.
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
         out, sums, _ = fused_attention(
-            q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed,
+            q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets,
             name, height, width, skip, rpe_v is not None, dropout_p, scale,
         )  # fmt: skip
         if rpe_v is not None:
-            tables = torch.cat([part.table for part in rpe_v.parts], 1).to(q.dtype)  # (H or 1, N, D)
+            tables = [F.pad(part.table, (0, 0, 0, -part.num_buckets % COLUMN_MULTIPLE)) for part in rpe_v.parts]
+            tables = torch.cat(tables, 1).to(q.dtype)  # (H or 1, N, D)
             out = out + sums @ (tables[0] if tables.shape[0] == 1 else tables)
     return out
 
@@ -107,7 +116,7 @@ def _map_of(rpe: Encoding) -> tuple[str, int]:
 
 def _lookup(x: Tensor, rpe: Encoding, scale: float) -> Tensor:
     """What every bucket would add to the scores of every token, ``(B, H, L, N)``; ``cross``: rows, then columns."""
-    lookups = [part.lookup(x, scale, x.dtype) for part in rpe.parts]
+    lookups = [part.lookup(x, scale, x.dtype, COLUMN_MULTIPLE) for part in rpe.parts]
     found = lookups[0] if len(lookups) == 1 else torch.cat(lookups, -1)
     return found.expand(*x.shape[:3], -1)
 
@@ -122,6 +131,7 @@ def fused_attention(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     seed: Tensor | None,
+    offsets: Tensor | None,
     name: str,
     height: int,
     width: int,
@@ -135,15 +145,19 @@ def fused_attention(
 
     out, sums, log_sums = _results(q, name, skip, on_values)
     launch = _Launch(
-        q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, name, height, width, skip, on_values,
+        q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, name, height, width, skip, on_values,
         dropout_p, scale,
     )  # fmt: skip
-    launch(triton_kernels.forward_kernel, launch.query_tiles, out, sums, log_sums)
+    for chunk in launch.chunks("BLOCK_M", kept=on_values):
+        peaks = log_sums.new_empty(chunk.peaks if on_values else 0)
+        launch(triton_kernels.forward_kernel, chunk, out, chunk.kept, peaks, log_sums)
+        if on_values:
+            launch.sum(chunk, sums, peaks, log_sums)
     return out, sums, log_sums
 
 
 @fused_attention.register_fake
-def _(q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, name, height, width, skip, on_values,
+def _(q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, name, height, width, skip, on_values,
       dropout_p, scale):  # fmt: skip
     return _results(q, name, skip, on_values)
 
@@ -163,6 +177,7 @@ def fused_attention_backward(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     seed: Tensor | None,
+    offsets: Tensor | None,
     name: str,
     height: int,
     width: int,
@@ -176,15 +191,21 @@ def fused_attention_backward(
 
     grad_q, grad_k, grad_v, grad_lookup_k, grad_lookup_q = grads = _gradients(q, lookup_k, lookup_q)
     launch = _Launch(
-        q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, name, height, width, skip, on_values,
+        q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, name, height, width, skip, on_values,
         dropout_p, scale, grad_out,
     )  # fmt: skip
     deltas = torch.empty_like(log_sums)
     grad_out, grad_sums = launch.grad_out, grad_sums.contiguous()
-    launch(triton_kernels.query_gradient_kernel, launch.query_tiles, out, sums, log_sums, grad_out, grad_sums,
-           grad_q, grad_lookup_k, deltas)  # fmt: skip
-    launch(triton_kernels.key_gradient_kernel, launch.key_tiles, log_sums, deltas, grad_out, grad_sums,
-           grad_k, grad_v, grad_lookup_q)  # fmt: skip
+    for chunk in launch.chunks("BLOCK_M", kept=lookup_k is not None):
+        launch(triton_kernels.query_gradient_kernel, chunk, out, sums, log_sums, grad_out, grad_sums, grad_q,
+               chunk.kept, deltas)  # fmt: skip
+        if lookup_k is not None:
+            launch.sum(chunk, grad_lookup_k)
+    for chunk in launch.chunks("BLOCK_N", kept=lookup_q is not None):
+        launch(triton_kernels.key_gradient_kernel, chunk, log_sums, deltas, grad_out, grad_sums, grad_k, grad_v,
+               chunk.kept)  # fmt: skip
+        if lookup_q is not None:
+            launch.sum(chunk, grad_lookup_q)
     return grads
 
 
@@ -194,15 +215,15 @@ def _(grad_out, grad_sums, out, sums, log_sums, q, k, v, lookup_k, lookup_q, *re
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output, *inputs[:8])
-    ctx.options = inputs[8:]
+    ctx.save_for_backward(*output, *inputs[:9])
+    ctx.options = inputs[9:]
 
 
 def _backward(ctx, grad_out: Tensor, grad_sums: Tensor, _):
     saved = ctx.saved_tensors
     grads = fused_attention_backward(grad_out, grad_sums, *saved, *ctx.options)
     absent = (False, False, False, saved[6] is None, saved[7] is None)
-    return *(None if no else grad for grad, no in zip(grads, absent, strict=True)), *[None] * 10
+    return *(None if no else grad for grad, no in zip(grads, absent, strict=True)), *[None] * 11
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)
@@ -226,88 +247,150 @@ def _heads_inside(q: Tensor) -> Tensor:
 
 
 def _columns(name: str, skip: int) -> int:
+    """Of a lookup, all parts together."""
     methods, ratio = name.split(":")
-    return sum(count_buckets(method, 2 * float(ratio), skip) for method in methods.split(","))
+    counts = [count_buckets(method, 2 * float(ratio), skip) for method in methods.split(",")]
+    return sum(n + -n % COLUMN_MULTIPLE for n in counts)
 
 
-@functools.lru_cache(maxsize=64)
-def _offset_table(name: str, height: int, width: int, skip: int, device: torch.device) -> Tensor:
+def _offsets(parts: tuple[IRPE, ...], height: int, width: int, device: torch.device) -> Tensor:
     """``(parts, offsets)`` uint8: the bucket of every offset between two tokens, at the place `positions` gives it.
 
     An offset (rows, columns) is at ``rows * (2 width - 1) + columns``, counted from the smallest one; entries beyond
     the largest one are for pairs with a leading token.
     """
-    methods, ratio = name.split(":")[0].split(","), float(name.split(":")[1])
-    # One row of offsets after the other. Between two rows `positions` jumps by their length, so none is left out.
-    leading = 2 * ((height - 1) * (2 * width - 1) + width - 1) + 2
     table = []
-    for method in methods:
-        ids = offset_ids(bucket_map_named(method), ratio, height, width, f"method {method!r}")
-        table.append(F.pad(ids.flatten(), (0, leading), value=count_buckets(method, 2 * ratio, skip=0)))
-    return torch.stack(table).to(torch.uint8).to(device)
+    for part in parts:
+        # One row of offsets after the other. Between two rows `positions` jumps by their length, so none is left out.
+        ids = part.offset_ids(height, width, device).flatten()
+        leading = 2 * ((height - 1) * (2 * width - 1) + width - 1) + 2
+        table.append(F.pad(ids, (0, leading), value=count_buckets(part.method, 2 * part.ratio, skip=0)))
+    return torch.stack(table)
+
+
+class _Chunk(NamedTuple):
+    """Tokens ``first`` to ``first + rows`` of every head, and room for what is summed by bucket of theirs."""
+
+    first: int
+    rows: int
+    programs: int
+    kept: Tensor  # (B * H, rows, kept_row), empty where nothing is summed
+    peaks: int  # (B * H, rows, tiles) fp32 numbers
 
 
 class _Launch:
     """The arguments that all kernels share, taken apart, and the shape of the launch."""
 
     def __init__(
-        self, q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, name, height, width, skip, on_values,
-        dropout_p, scale, grad_out=None,
+        self, q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, name, height, width, skip,
+        on_values, dropout_p, scale, grad_out=None,
     ):  # fmt: skip
         q, k, v = (_rows_adjacent(x) for x in (q, k, v))
         self.q = q
         batch, heads, length, head_dim = q.shape
         on_k, on_q = lookup_k is not None, lookup_q is not None
         lookup_k, lookup_q = (q if x is None else _rows_adjacent(x) for x in (lookup_k, lookup_q))
-        encoded = on_k or on_q or on_values
-        table = _offset_table(name, height, width, skip, q.device) if encoded else q
-        parts = table.shape[0] if encoded else 1
-        buckets = _columns(name, skip) // parts if encoded else 1
+        parts, table_size = (1, 0) if offsets is None else offsets.shape
+        padded = COLUMN_MULTIPLE if offsets is None else _columns(name, skip) // parts
+        self.table = q if offsets is None else offsets
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.contiguous().view(torch.uint8)
         kind = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float"
         mask = q if attn_mask is None else attn_mask.view(torch.uint8) if kind == "bool" else attn_mask
-        self.tensors = (q, k, v, lookup_k, lookup_q, table, q if key_padding_mask is None else key_padding_mask, mask)
+        padding = q if key_padding_mask is None else key_padding_mask
+        self.tensors = (q, k, v, lookup_k, lookup_q, self.table, padding, mask)
         self.seed = q if seed is None else seed
         self.strides = [stride for x in (q, k, v, lookup_k, lookup_q) for stride in x.stride()[:3]]
         self.strides += mask.stride() if attn_mask is not None else [0] * 4
         if grad_out is not None:
             self.grad_out = _rows_adjacent(grad_out)
             self.strides += self.grad_out.stride()[:3]
-        self.sizes = (heads, length, height, width, skip, table.shape[1] if encoded else 0, scale, dropout_p)
-        self.constants = constants(q.dtype, head_dim, buckets) | {
+        self.grid = (length, height, width, skip, table_size)
+        self.sizes = (heads, *self.grid, scale, dropout_p)
+        self.planes, self.length, self.kept_row = batch * heads, length, length + -length % COLUMN_MULTIPLE
+        self.constants = constants(q.dtype, head_dim, padded, _generation(q.device)) | {
             "ON_K": on_k, "ON_Q": on_q, "ON_V": on_values, "PADDING": key_padding_mask is not None, "MASK": kind,
-            "DROPOUT": dropout_p > 0, "LEADING": skip > 0, "PARTS": parts,
+            "DROPOUT": dropout_p > 0, "PARTS": parts,
         }  # fmt: skip
-        self.query_tiles = batch * heads * -(-length // self.constants["BLOCK_M"])
-        self.key_tiles = batch * heads * -(-length // self.constants["BLOCK_N"])
 
-    def __call__(self, kernel, programs: int, *tensors: Tensor) -> None:
-        if self.q.numel() == 0:
+    def chunks(self, block: str, *, kept: bool) -> Iterator[_Chunk]:
+        """All tokens in tiles of the constant ``block``, at once unless too much would be kept."""
+        tile, rows = self.constants[block], self.length
+        if kept and self.q.numel():
+            row_bytes = self.planes * self.kept_row * self.q.element_size()
+            rows = min(rows, max(1, CHUNK_BYTES // (row_bytes * tile)) * tile)
+        room = self.q.new_empty(self.planes * rows * self.kept_row if kept else 0)
+        for first in range(0, self.length, rows):
+            here = min(rows, self.length - first)
+            peaks = self.planes * here * -(-self.length // self.constants["BLOCK_N"])
+            yield _Chunk(first, here, self.planes * -(-here // tile), room, peaks)
+
+    def __call__(self, kernel, chunk: _Chunk, *tensors: Tensor) -> None:
+        if self.q.numel():
+            with torch.cuda.device_of(self.q):
+                kernel[(chunk.programs,)](
+                    *self.tensors, self.seed, *tensors, *self.strides, *self.sizes, chunk.first, chunk.rows,
+                    self.kept_row, **self.constants,
+                )  # fmt: skip
+
+    def sum(self, chunk: _Chunk, sums: Tensor, peaks: Tensor | None = None, log_sums: Tensor | None = None) -> None:
+        """What the chunk has kept, by bucket, into ``sums``; with ``peaks`` and ``log_sums`` it is weights."""
+        from irpe_ops.backends import triton_kernels
+
+        if not self.q.numel():
             return
+        relative, parts, padded = peaks is not None, self.constants["PARTS"], self.constants["PADDED"]
+        columns = max(16, _power_of_two(parts * padded))
+        planes = min(max(16, _power_of_two(self.planes)), 64 if columns <= 128 else 32)
         with torch.cuda.device_of(self.q):
-            kernel[(programs,)](*self.tensors, self.seed, *tensors, *self.strides, *self.sizes, **self.constants)
+            triton_kernels.sum_kernel[(chunk.rows, -(-self.planes // planes))](
+                chunk.kept, peaks if relative else chunk.kept, log_sums if relative else chunk.kept, self.table, sums,
+                self.planes, *self.grid, chunk.first, chunk.rows, self.kept_row,
+                RELATIVE=relative, PARTS=parts, PADDED=padded, BLOCK_P=planes, BLOCK_N=self.constants["BLOCK_N"],
+                ALL_COLUMNS=columns, INTERPRETED=INTERPRETED, num_warps=4, num_stages=3,
+            )  # fmt: skip
 
 
-def constants(dtype: torch.dtype, head_dim: int, buckets: int) -> dict:
-    """How a kernel is compiled for these sizes."""
-    columns = max(16, 1 << (buckets - 1).bit_length())
-    # Eight warps share a tile, or its lookups, bucket sums and gradients do not fit the registers of a thread.
-    small = dtype == torch.float32 or columns > 64
-    # fp32 products are exact to fp32 unless the user has allowed TF32, as everywhere in PyTorch.
-    precise = torch.get_float32_matmul_precision() == "highest"
+def _power_of_two(n: int) -> int:
+    """The least one that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.lru_cache
+def _generation(device: torch.device) -> int:
+    """The first number of the GPU's compute capability: 8 is Ampere and Ada, 9 Hopper, 10 and 12 Blackwell."""
+    return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
+
+
+_generation._dynamo_marked_constant = True  # asked while torch.compile traces
+
+
+def constants(dtype: torch.dtype, head_dim: int, padded: int, generation: int) -> dict:
+    """How a kernel is compiled for these sizes: docs/benchmarks/README.md counts what other tiles cost."""
+    columns, head = max(16, _power_of_two(padded)), max(16, _power_of_two(head_dim))
+    # Four warps of 16 rows each divide a tile of 64 without computing anything twice. A wider tile is worth its
+    # registers where Hopper's matrix instructions read both factors from shared memory. fp32 needs twice the registers.
+    wide = dtype != torch.float32
     return {
-        "BUCKETS": buckets,
+        "PADDED": padded,
         "COLUMNS": columns,
         "HEAD_DIM": head_dim,
-        "HEAD": max(16, 1 << (head_dim - 1).bit_length()),
-        "BLOCK_M": 32 if small else 64,
-        "BLOCK_N": 32,
-        "PRECISION": "ieee" if precise else "tf32",
+        "HEAD": head,
+        "BLOCK_M": 64 if wide and columns <= 128 else 32,
+        "BLOCK_N": 64 if wide and columns <= 128 and head <= 64 and generation == 9 else 32,
+        "PRECISION": "ieee" if dtype != torch.float32 else fp32_products(),
         "INTERPRETED": INTERPRETED,
-        "num_warps": 8,
-        "num_stages": 1 if dtype == torch.float32 else 2,
+        "num_warps": 4 if wide else 8,
+        "num_stages": 2 if wide else 1,
     }
+
+
+def fp32_products() -> str:
+    """``ieee``, exact to fp32, unless the user has allowed ``tf32`` by any of PyTorch's switches."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # the older question raises once the newer switch has been used
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def _rows_adjacent(x: Tensor) -> Tensor:

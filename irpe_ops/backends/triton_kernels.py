@@ -1,11 +1,13 @@
-"""The Triton kernels of `irpe_ops.backends.triton`: forward, gradient by query tiles, gradient by key tiles.
+"""The Triton kernels of `irpe_ops.backends.triton`: forward, gradients by query and by key tiles, sums by bucket.
 
 Scores of a tile are ``q k^T * scale + lookup_k[i, id(i, j)] + lookup_q[j, id(j, i)]``. An id depends on the offset of
 two tokens alone, so it is read from a table of all offsets (a few KB, in L1) at the difference of two numbers, one a
-token. No (L, L) tensor, no atomics: each program owns its rows of whatever it writes, and adds in a fixed order.
+token. No atomics: each program owns its rows of whatever it writes, and adds in a fixed order. What is summed by bucket
+is kept for a chunk of tokens at a time, so that memory does not grow with L squared.
 
 Names in capitals are constants of a compiled kernel. BLOCK_M queries meet BLOCK_N keys; D and N are padded to powers of
-two, HEAD and COLUMNS. PARTS is 2 for ``cross`` (rows and columns: two maps, two lookups side by side), else 1.
+two, HEAD and COLUMNS. PARTS is 2 for ``cross`` (rows and columns: two maps, two lookups side by side), else 1. A lookup
+has PADDED columns a part, a multiple of 8, so that its rows start at multiples of 16 bytes.
 """
 
 import triton
@@ -15,7 +17,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Triton would compile anew for each of these that is 1, or a multiple of 16: too often where images have many sizes.
 SIZES = ["heads", "length", "height", "width", "skip", "table_size", "lk_batch", "lk_head", "lq_batch", "lq_head",
-         "mask_batch", "mask_head", "mask_query", "mask_key"]  # fmt: skip
+         "mask_batch", "mask_head", "mask_query", "mask_key", "first", "rows", "kept_row",
+         "planes"]  # fmt: skip
 
 
 @triton.jit
@@ -56,20 +59,23 @@ def store_rows(pointer, rows, row_stride, count, values, COLUMNS: tl.constexpr, 
 
 
 @triton.jit
-def load_parts(pointer, rows, row_stride, count, COLUMNS: tl.constexpr, BUCKETS: tl.constexpr, PARTS: tl.constexpr,
+def load_parts(pointer, rows, row_stride, count, COLUMNS: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
                NEEDED: tl.constexpr):  # fmt: skip
     """Lookups, or sums, of the one map or the two; nothing is read unless it is needed."""
-    first = load_rows(pointer, rows, row_stride, count, COLUMNS, BUCKETS if NEEDED else 0)
+    first = load_rows(pointer, rows, row_stride, count, COLUMNS, PADDED if NEEDED else 0)
     if PARTS == 2:
-        return first, load_rows(pointer + BUCKETS, rows, row_stride, count, COLUMNS, BUCKETS if NEEDED else 0)
+        return first, load_rows(pointer + PADDED, rows, row_stride, count, COLUMNS, PADDED if NEEDED else 0)
     return first, first
 
 
 @triton.jit
-def store_parts(pointer, rows, count, first, second, COLUMNS: tl.constexpr, BUCKETS: tl.constexpr, PARTS: tl.constexpr):
-    store_rows(pointer, rows, PARTS * BUCKETS, count, first, COLUMNS, BUCKETS)
-    if PARTS == 2:
-        store_rows(pointer + BUCKETS, rows, PARTS * BUCKETS, count, second, COLUMNS, BUCKETS)
+def keep_rows(pointer, plane, tokens, first, rows, row_stride, others, values):
+    """Into (planes, rows, row_stride), for the sums by bucket: `rows` tokens from `first` on, and every other token."""
+    row_stride = row_stride // 8 * 8  # as it is; the compiler learns that it is a multiple
+    pointer += tl.multiple_of(plane.to(tl.int64) * rows * row_stride, 8)
+    where = (tokens - first)[:, None] * row_stride + others[None, :]
+    mask = (tokens < first + rows)[:, None] & (others < row_stride)[None, :]
+    tl.store(pointer + where, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -110,31 +116,16 @@ def encoded_scores(q_tile, k_tile, scale, lk0, lk1, ids0, ids1, lq0, lq1, back0,
 
 
 @triton.jit
-def add_bucket_sums(sums, values, ids, BUCKETS: tl.constexpr, COLUMNS: tl.constexpr, LEADING: tl.constexpr):
-    """sums[i, n] plus the sum of values[i, j] over the j with ids[i, j] == n, in a fixed order.
+def keep_mask(seed_pointer, plane, queries, first_key, length, dropout_p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(queries, keys) bool, False with probability `dropout_p`: a function of the seed and the element alone.
 
-    A tile sees few of the buckets (clipped offsets share one), so only those between its smallest and largest are
-    looked for. The bucket of leading tokens, the last one, would widen that range and is done apart.
+    Philox makes four numbers at a time: for four neighbouring keys.
     """
-    columns = tl.arange(0, COLUMNS)[None, :]
-    SPATIAL: tl.constexpr = BUCKETS - 1 if LEADING else BUCKETS
-    smallest = tl.min(tl.min(tl.where(ids < SPATIAL, ids, SPATIAL), 1), 0)
-    largest = tl.max(tl.max(tl.where(ids < SPATIAL, ids, -1), 1), 0)
-    for bucket in tl.range(smallest, largest + 1):
-        total = tl.sum(tl.where(ids == bucket, values, 0.0), 1)
-        sums = tl.where(columns == bucket, sums + total[:, None], sums)
-    if LEADING:
-        total = tl.sum(tl.where(ids == SPATIAL, values, 0.0), 1)
-        sums = tl.where(columns == SPATIAL, sums + total[:, None], sums)
-    return sums
-
-
-@triton.jit
-def keep_mask(seed_pointer, plane, queries, keys, length, dropout_p):
-    """(queries, keys) bool, False with probability `dropout_p`: a function of the seed and the element alone."""
-    element = queries[:, None] * length + keys[None, :]
+    fours = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+    element = queries[:, None] * tl.cdiv(length, 4) + fours[None, :]
     zero = element * 0
-    bits, _, _, _ = tl.philox(tl.load(seed_pointer), element, zero + plane, zero, zero)
+    a, b, c, d = tl.philox(tl.load(seed_pointer), element, zero + plane, zero, zero)
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK_M, BLOCK_N])  # a, b, c, d of the first four, ...
     return tl.uint_to_uniform_float(bits) >= dropout_p
 
 
@@ -166,47 +157,45 @@ def mask_scores(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, lookup_k, lookup_q, offset_table, padding, mask, seed, out, sums, log_sums,
+    q, k, v, lookup_k, lookup_q, offset_table, padding, mask, seed, out, kept, peaks, log_sums,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     lk_batch, lk_head, lk_row, lq_batch, lq_head, lq_row, mask_batch, mask_head, mask_query, mask_key,
-    heads, length, height, width, skip, table_size, scale, dropout_p,
+    heads, length, height, width, skip, table_size, scale, dropout_p, first, rows, kept_row,
     ON_K: tl.constexpr, ON_Q: tl.constexpr, ON_V: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, LEADING: tl.constexpr, PARTS: tl.constexpr, BUCKETS: tl.constexpr, COLUMNS: tl.constexpr,
+    DROPOUT: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A program takes BLOCK_M queries of one (batch, head) and runs over the keys with an online softmax (base 2)."""
-    tiles = tl.cdiv(length, BLOCK_M)
+    tiles = tl.cdiv(rows, BLOCK_M)
     plane = tl.program_id(0) // tiles
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
-    queries = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = first + tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    lookup_k += batch * lk_batch + head * lk_head
-    lookup_q += batch * lq_batch + head * lq_head
+    lookup_k += tl.multiple_of(batch * lk_batch + head * lk_head, 8)
+    lookup_q += tl.multiple_of(batch * lq_batch + head * lq_head, 8)
     mask += batch * mask_batch + head * mask_head
     padding += batch * length
     out += batch * length * heads * HEAD_DIM + head * HEAD_DIM
-    sums += plane.to(tl.int64) * length * (PARTS * BUCKETS)
+    peaks += plane.to(tl.int64) * rows * tl.cdiv(length, BLOCK_N)
     log_sums += plane.to(tl.int64) * length
 
     q_tile = load_rows(q, queries, q_row, length, HEAD, HEAD_DIM)
     m_query, m_key = positions(queries, length, height, width, skip)
-    lk0, lk1 = load_parts(lookup_k, queries, lk_row, length, COLUMNS, BUCKETS, PARTS, ON_K)
+    lk0, lk1 = load_parts(lookup_k, queries, lk_row // 8 * 8, length, COLUMNS, PADDED, PARTS, ON_K)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, HEAD], tl.float32)
-    sums0 = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    sums1 = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
     for start in range(0, length, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         n_query, n_key = positions(keys, length, height, width, skip)
         k_tile = load_rows(k, keys, k_row, length, HEAD, HEAD_DIM)
-        ids0, ids1 = pair_ids(offset_table, table_size, m_query, n_key, PARTS, ON_K or ON_V)
+        ids0, ids1 = pair_ids(offset_table, table_size, m_query, n_key, PARTS, ON_K)
         back0, back1 = pair_ids(offset_table, table_size, n_query, m_key, PARTS, ON_Q)
-        lq0, lq1 = load_parts(lookup_q, keys, lq_row, length, COLUMNS, BUCKETS, PARTS, ON_Q)
+        lq0, lq1 = load_parts(lookup_q, keys, lq_row // 8 * 8, length, COLUMNS, PADDED, PARTS, ON_Q)
         scores = encoded_scores(q_tile, k_tile, scale, lk0, lk1, ids0, ids1, lq0, lq1, back0, back1,
                                 ON_K, ON_Q, PARTS, PRECISION, INTERPRETED)  # fmt: skip
         scores = mask_scores(scores * LOG2_E, padding, mask, mask_query, mask_key, queries, keys, length, PADDING, MASK)
@@ -219,52 +208,50 @@ def forward_kernel(
         highest = new_highest
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
-            keep = keep_mask(seed, plane, queries, keys, length, dropout_p)
+            keep = keep_mask(seed, plane, queries, start, length, dropout_p, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights / (1 - dropout_p), 0.0)
         v_tile = load_rows(v, keys, v_row, length, HEAD, HEAD_DIM)
         result = result * shrink[:, None] + dot(weights.to(v_tile.dtype), v_tile, PRECISION, INTERPRETED)
-        if ON_V:
-            sums0 = add_bucket_sums(sums0 * shrink[:, None], weights, ids0, BUCKETS, COLUMNS, LEADING)
-            if PARTS == 2:
-                sums1 = add_bucket_sums(sums1 * shrink[:, None], weights, ids1, BUCKETS, COLUMNS, LEADING)
+        if ON_V:  # relative to the highest score so far, which the sums need to know
+            keep_rows(kept, plane, queries, first, rows, kept_row, keys, weights)
+            peak = peaks + (queries - first) * tl.cdiv(length, BLOCK_N) + start // BLOCK_N
+            tl.store(peak, highest, mask=queries < first + rows)
 
     empty = total == 0.0  # all keys masked: the answer is zero, and so are its gradients
     divisor = tl.where(empty, 1.0, total)
     store_rows(out, queries, heads * HEAD_DIM, length, result / divisor[:, None], HEAD, HEAD_DIM)
     log_sum = tl.where(empty, float("inf"), highest + tl.log2(divisor))
     tl.store(log_sums + queries, log_sum, mask=queries < length)
-    if ON_V:
-        store_parts(sums, queries, length, sums0 / divisor[:, None], sums1 / divisor[:, None], COLUMNS, BUCKETS, PARTS)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
     q, k, v, lookup_k, lookup_q, offset_table, padding, mask, seed, out, sums, log_sums,
-    grad_out, grad_sums, grad_q, grad_lookup_k, deltas,
+    grad_out, grad_sums, grad_q, kept, deltas,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     lk_batch, lk_head, lk_row, lq_batch, lq_head, lq_row, mask_batch, mask_head, mask_query, mask_key,
-    go_batch, go_head, go_row, heads, length, height, width, skip, table_size, scale, dropout_p,
+    go_batch, go_head, go_row, heads, length, height, width, skip, table_size, scale, dropout_p, first, rows, kept_row,
     ON_K: tl.constexpr, ON_Q: tl.constexpr, ON_V: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, LEADING: tl.constexpr, PARTS: tl.constexpr, BUCKETS: tl.constexpr, COLUMNS: tl.constexpr,
+    DROPOUT: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_M queries: gradients of q and lookup_k, and ``delta``, the softmax's sum of p * dp."""
-    tiles = tl.cdiv(length, BLOCK_M)
+    """A program takes BLOCK_M queries: gradients of q and of the scores, and ``delta``, the softmax's sum of p * dp."""
+    tiles = tl.cdiv(rows, BLOCK_M)
     plane = tl.program_id(0) // tiles
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
-    queries = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = first + tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    lookup_k += batch * lk_batch + head * lk_head
-    lookup_q += batch * lq_batch + head * lq_head
+    lookup_k += tl.multiple_of(batch * lk_batch + head * lk_head, 8)
+    lookup_q += tl.multiple_of(batch * lq_batch + head * lq_head, 8)
     mask += batch * mask_batch + head * mask_head
     padding += batch * length
     grad_out += batch * go_batch + head * go_head
     out += batch * length * heads * HEAD_DIM + head * HEAD_DIM
     grad_q += batch * length * heads * HEAD_DIM + head * HEAD_DIM
-    bucketed = plane.to(tl.int64) * length * (PARTS * BUCKETS)
+    bucketed = plane.to(tl.int64) * length * (PARTS * PADDED)
     log_sums += plane.to(tl.int64) * length
     deltas += plane.to(tl.int64) * length
 
@@ -272,8 +259,8 @@ def query_gradient_kernel(
     go_tile = load_rows(grad_out, queries, go_row, length, HEAD, HEAD_DIM)
     out_tile = load_rows(out, queries, heads * HEAD_DIM, length, HEAD, HEAD_DIM)
     delta = tl.sum(go_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    s0, s1 = load_parts(sums + bucketed, queries, PARTS * BUCKETS, length, COLUMNS, BUCKETS, PARTS, ON_V)
-    gs0, gs1 = load_parts(grad_sums + bucketed, queries, PARTS * BUCKETS, length, COLUMNS, BUCKETS, PARTS, ON_V)
+    s0, s1 = load_parts(sums + bucketed, queries, PARTS * PADDED, length, COLUMNS, PADDED, PARTS, ON_V)
+    gs0, gs1 = load_parts(grad_sums + bucketed, queries, PARTS * PADDED, length, COLUMNS, PADDED, PARTS, ON_V)
     if ON_V:
         delta += tl.sum(gs0.to(tl.float32) * s0.to(tl.float32), 1)
         if PARTS == 2:
@@ -281,10 +268,8 @@ def query_gradient_kernel(
     tl.store(deltas + queries, delta, mask=queries < length)
     log_sum = tl.load(log_sums + queries, mask=queries < length, other=float("inf"))
     m_query, m_key = positions(queries, length, height, width, skip)
-    lk0, lk1 = load_parts(lookup_k, queries, lk_row, length, COLUMNS, BUCKETS, PARTS, ON_K)
+    lk0, lk1 = load_parts(lookup_k, queries, lk_row // 8 * 8, length, COLUMNS, PADDED, PARTS, ON_K)
     gq = tl.zeros([BLOCK_M, HEAD], tl.float32)
-    glk0 = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    glk1 = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
 
     for start in range(0, length, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -293,7 +278,7 @@ def query_gradient_kernel(
         v_tile = load_rows(v, keys, v_row, length, HEAD, HEAD_DIM)
         ids0, ids1 = pair_ids(offset_table, table_size, m_query, n_key, PARTS, ON_K or ON_V)
         back0, back1 = pair_ids(offset_table, table_size, n_query, m_key, PARTS, ON_Q)
-        lq0, lq1 = load_parts(lookup_q, keys, lq_row, length, COLUMNS, BUCKETS, PARTS, ON_Q)
+        lq0, lq1 = load_parts(lookup_q, keys, lq_row // 8 * 8, length, COLUMNS, PADDED, PARTS, ON_Q)
         scores = encoded_scores(q_tile, k_tile, scale, lk0, lk1, ids0, ids1, lq0, lq1, back0, back1,
                                 ON_K, ON_Q, PARTS, PRECISION, INTERPRETED)  # fmt: skip
         grad = dot(go_tile, tl.trans(v_tile), PRECISION, INTERPRETED)
@@ -302,59 +287,54 @@ def query_gradient_kernel(
         scores = mask_scores(scores * LOG2_E, padding, mask, mask_query, mask_key, queries, keys, length, PADDING, MASK)
         weights = tl.exp2(scores - log_sum[:, None])
         if DROPOUT:
-            keep = keep_mask(seed, plane, queries, keys, length, dropout_p)
+            keep = keep_mask(seed, plane, queries, start, length, dropout_p, BLOCK_M, BLOCK_N)
             grad = tl.where(keep, grad / (1 - dropout_p), 0.0)
         grad = weights * (grad - delta[:, None])
         gq += dot(grad.to(k_tile.dtype), k_tile, PRECISION, INTERPRETED)
         if ON_K:
-            glk0 = add_bucket_sums(glk0, grad, ids0, BUCKETS, COLUMNS, LEADING)
-            if PARTS == 2:
-                glk1 = add_bucket_sums(glk1, grad, ids1, BUCKETS, COLUMNS, LEADING)
+            keep_rows(kept, plane, queries, first, rows, kept_row, keys, grad)
 
     store_rows(grad_q, queries, heads * HEAD_DIM, length, gq * scale, HEAD, HEAD_DIM)
-    if ON_K:
-        store_parts(grad_lookup_k + bucketed, queries, length, glk0, glk1, COLUMNS, BUCKETS, PARTS)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
     q, k, v, lookup_k, lookup_q, offset_table, padding, mask, seed, log_sums, deltas,
-    grad_out, grad_sums, grad_k, grad_v, grad_lookup_q,
+    grad_out, grad_sums, grad_k, grad_v, kept,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     lk_batch, lk_head, lk_row, lq_batch, lq_head, lq_row, mask_batch, mask_head, mask_query, mask_key,
-    go_batch, go_head, go_row, heads, length, height, width, skip, table_size, scale, dropout_p,
+    go_batch, go_head, go_row, heads, length, height, width, skip, table_size, scale, dropout_p, first, rows, kept_row,
     ON_K: tl.constexpr, ON_Q: tl.constexpr, ON_V: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, LEADING: tl.constexpr, PARTS: tl.constexpr, BUCKETS: tl.constexpr, COLUMNS: tl.constexpr,
+    DROPOUT: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_N keys and runs over the queries: gradients of k, v and lookup_q."""
-    tiles = tl.cdiv(length, BLOCK_N)
+    """A program takes BLOCK_N keys and runs over the queries: gradients of k, v and of the scores, transposed."""
+    tiles = tl.cdiv(rows, BLOCK_N)
     plane = tl.program_id(0) // tiles
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
-    keys = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_key = first + tl.program_id(0) % tiles * BLOCK_N
+    keys = first_key + tl.arange(0, BLOCK_N)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    lookup_k += batch * lk_batch + head * lk_head
-    lookup_q += batch * lq_batch + head * lq_head
+    lookup_k += tl.multiple_of(batch * lk_batch + head * lk_head, 8)
+    lookup_q += tl.multiple_of(batch * lq_batch + head * lq_head, 8)
     mask += batch * mask_batch + head * mask_head
     padding += batch * length
     grad_out += batch * go_batch + head * go_head
     grad_k += batch * length * heads * HEAD_DIM + head * HEAD_DIM
     grad_v += batch * length * heads * HEAD_DIM + head * HEAD_DIM
-    bucketed = plane.to(tl.int64) * length * (PARTS * BUCKETS)
+    bucketed = plane.to(tl.int64) * length * (PARTS * PADDED)
     log_sums += plane.to(tl.int64) * length
     deltas += plane.to(tl.int64) * length
 
     k_tile = load_rows(k, keys, k_row, length, HEAD, HEAD_DIM)
     v_tile = load_rows(v, keys, v_row, length, HEAD, HEAD_DIM)
     n_query, n_key = positions(keys, length, height, width, skip)
-    lq0, lq1 = load_parts(lookup_q, keys, lq_row, length, COLUMNS, BUCKETS, PARTS, ON_Q)
+    lq0, lq1 = load_parts(lookup_q, keys, lq_row // 8 * 8, length, COLUMNS, PADDED, PARTS, ON_Q)
     gk = tl.zeros([BLOCK_N, HEAD], tl.float32)
     gv = tl.zeros([BLOCK_N, HEAD], tl.float32)
-    glq0 = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
-    glq1 = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
 
     for start in range(0, length, BLOCK_M):
         queries = start + tl.arange(0, BLOCK_M)
@@ -365,29 +345,66 @@ def key_gradient_kernel(
         delta = tl.load(deltas + queries, mask=queries < length, other=0.0)
         ids0, ids1 = pair_ids(offset_table, table_size, m_query, n_key, PARTS, ON_K or ON_V)
         back0, back1 = pair_ids(offset_table, table_size, n_query, m_key, PARTS, ON_Q)
-        lk0, lk1 = load_parts(lookup_k, queries, lk_row, length, COLUMNS, BUCKETS, PARTS, ON_K)
+        lk0, lk1 = load_parts(lookup_k, queries, lk_row // 8 * 8, length, COLUMNS, PADDED, PARTS, ON_K)
         scores = encoded_scores(q_tile, k_tile, scale, lk0, lk1, ids0, ids1, lq0, lq1, back0, back1,
                                 ON_K, ON_Q, PARTS, PRECISION, INTERPRETED)  # fmt: skip
         grad = dot(go_tile, tl.trans(v_tile), PRECISION, INTERPRETED)
         if ON_V:
-            gs0, gs1 = load_parts(grad_sums + bucketed, queries, PARTS * BUCKETS, length, COLUMNS, BUCKETS, PARTS, ON_V)
+            gs0, gs1 = load_parts(grad_sums + bucketed, queries, PARTS * PADDED, length, COLUMNS, PADDED, PARTS, ON_V)
             grad += look_up(gs0, gs1, ids0, ids1, PARTS, INTERPRETED)
         scores = mask_scores(scores * LOG2_E, padding, mask, mask_query, mask_key, queries, keys, length, PADDING, MASK)
         weights = tl.exp2(scores - log_sum[:, None])
         dropped = weights
         if DROPOUT:
-            keep = keep_mask(seed, plane, queries, keys, length, dropout_p)
+            keep = keep_mask(seed, plane, queries, first_key, length, dropout_p, BLOCK_M, BLOCK_N)
             dropped = tl.where(keep, weights / (1 - dropout_p), 0.0)
             grad = tl.where(keep, grad / (1 - dropout_p), 0.0)
         gv += dot(tl.trans(dropped.to(go_tile.dtype)), go_tile, PRECISION, INTERPRETED)
         grad = weights * (grad - delta[:, None])
         gk += dot(tl.trans(grad.to(q_tile.dtype)), q_tile, PRECISION, INTERPRETED)
         if ON_Q:
-            glq0 = add_bucket_sums(glq0, tl.trans(grad), back0, BUCKETS, COLUMNS, LEADING)
-            if PARTS == 2:
-                glq1 = add_bucket_sums(glq1, tl.trans(grad), back1, BUCKETS, COLUMNS, LEADING)
+            keep_rows(kept, plane, keys, first, rows, kept_row, queries, tl.trans(grad))
 
     store_rows(grad_k, keys, heads * HEAD_DIM, length, gk * scale, HEAD, HEAD_DIM)
     store_rows(grad_v, keys, heads * HEAD_DIM, length, gv, HEAD, HEAD_DIM)
-    if ON_Q:
-        store_parts(grad_lookup_q + bucketed, keys, length, glq0, glq1, COLUMNS, BUCKETS, PARTS)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def sum_kernel(
+    kept, peaks, log_sums, offset_table, sums,
+    planes, length, height, width, skip, table_size, first, rows, kept_row,
+    RELATIVE: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """sums[p, i, n]: the sum of kept[p, i, j] over the tokens j with id(i, j) == n, of one token i in BLOCK_P planes.
+
+    The ids of a token are the same in all planes: a product with a matrix of zeros and ones, which has two ones a
+    key for two maps. RELATIVE values still have to be multiplied by 2 ** (peak of their tile - log_sum).
+    """
+    token = first + tl.program_id(0)
+    plane = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = plane.to(tl.int64) * rows + tl.program_id(0)
+    kept_row = kept_row // 8 * 8  # as it is, see keep_rows
+    as_query, unused = positions(token, length, height, width, skip)
+    columns = tl.arange(0, ALL_COLUMNS)
+    total = tl.zeros([BLOCK_P, ALL_COLUMNS], tl.float32)
+    if RELATIVE:
+        log_sum = tl.load(log_sums + plane.to(tl.int64) * length + token, mask=plane < planes, other=float("inf"))
+    for start in range(0, length, BLOCK_N):
+        others = start + tl.arange(0, BLOCK_N)
+        other_query, as_key = positions(others, length, height, width, skip)
+        pair = offset_table + (as_query - as_key)
+        ones = columns[:, None] == tl.load(pair).to(tl.int32)[None, :]  # (buckets, keys): few keys a thread
+        if PARTS == 2:
+            ones = ones | (columns[:, None] == tl.load(pair + table_size).to(tl.int32)[None, :] + PADDED)
+        mask = (plane < planes)[:, None] & (others < kept_row)[None, :]
+        values = tl.load(kept + row[:, None] * kept_row + others[None, :], mask=mask, other=0.0)
+        # Three products of TF32 parts are as exact as one of fp32; halves are exact as they are.
+        here = dot(values, tl.trans(tl.where(ones, 1.0, 0.0).to(values.dtype)), "tf32x3", INTERPRETED)
+        if RELATIVE:
+            peak = tl.load(peaks + row * tl.cdiv(length, BLOCK_N) + start // BLOCK_N, mask=plane < planes, other=0.0)
+            here = here * tl.exp2(peak - log_sum)[:, None]
+        total += here
+    where = (plane.to(tl.int64) * length + token)[:, None] * (PARTS * PADDED) + columns[None, :]
+    mask = (plane < planes)[:, None] & (columns < PARTS * PADDED)[None, :]
+    tl.store(sums + where, total.to(sums.dtype.element_ty), mask=mask)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_a_registered_mode():
 
 def test_several_tiles():
     assert_right(*example("rpe-0.5-product-ctx-1-qkv", (7, 10), 1, batch=1, heads=1))
+
+
+@pytest.mark.parametrize("spec", ["rpe-0.5-product-ctx-1-qkv", "rpe-0.5-cross-ctx-0-qkv"])
+def test_what_is_summed_by_bucket_is_kept_for_some_tokens_at_a_time(monkeypatch, spec):
+    case = example(spec, (8, 10), 1, batch=1)
+    whole = run(*case, "triton", torch.float32)
+    monkeypatch.setattr(triton_backend, "CHUNK_BYTES", 1)  # a tile of tokens, the least there is
+    for pieces, expected in zip(run(*case, "triton", torch.float32), whole, strict=True):
+        assert torch.equal(pieces, expected)
 
 
 def test_no_encoding():
@@ -203,9 +213,9 @@ def test_compiles_without_a_graph_break(spec):
 def test_operator_is_registered_correctly():
     packed, encodings, options = example(batch=1, heads=1)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
-    lookup = torch.randn(1, 1, 7, 26, device=DEVICE)
+    lookup, offsets = torch.randn(1, 1, 7, 32, device=DEVICE), triton_backend._offsets((encodings[1],), 2, 3, q.device)
     tensors = [x.detach().requires_grad_() for x in (q, k, v, lookup)]
-    arguments = (*tensors[:3], tensors[3], None, None, None, None, "product:1.0", 2, 3, 1, True, 0.0, 0.5)
+    arguments = (*tensors[:3], tensors[3], None, None, None, None, offsets, "product:1.0", 2, 3, 1, True, 0.0, 0.5)
     torch.library.opcheck(
         triton_backend.fused_attention, arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
@@ -233,6 +243,26 @@ def test_refusals_by_shape(change, words):
     packed, encodings, options = example(**change)
     with pytest.raises(ValueError, match="backend='triton' cannot run this call: .*" + words):
         rpe_attention(*packed.permute(2, 0, 3, 1, 4), *encodings, **options, backend="triton")
+
+
+@pytest.mark.parametrize(("switch", "words"), [("older", "ieee"), ("newer", "tf32"), ("newer ieee", "ieee")])
+def test_fp32_products_follow_either_of_the_switches(switch, words):
+    before = torch.backends.fp32_precision
+    try:
+        if switch != "older":
+            torch.backends.fp32_precision = "ieee" if "ieee" in switch else "tf32"
+        assert triton_backend.fp32_products() == words
+        assert triton_backend.constants(torch.bfloat16, 64, 56, 9)["PRECISION"] == "ieee"  # it is about fp32 alone
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_older_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(triton_backend, "_generation", lambda device: 7)
+    q = SimpleNamespace(device=torch.device("cuda"))
+    reason = triton_backend.why_not(SimpleNamespace(q=q, attn_mask=None, encodings=[]))
+    assert "compute capability 8.0" in reason and "backend='sdpa'" in reason
 
 
 def test_refusals():
