@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from irpe_train import zoo
 from irpe_train.errors import BadCheckpoint, RunError
 
 # The published checkpoints hold a Namespace, and a path in it where submitit ran. Python 3.13 moved the paths' module.
@@ -70,12 +71,19 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _download(url: str) -> Path:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / url.split("?")[0].rsplit("/", 1)[-1]
+    """The file in torch's cache, fetched if it is not there; the published names carry the start of their SHA-256."""
+    path = zoo.cache_folder() / url.split("?")[0].rsplit("/", 1)[-1]
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        digest = re.search(r"-([0-9a-f]{8,})\.", path.name)  # the published names carry the start of their SHA-256
-        torch.hub.download_url_to_file(url, str(path), digest and digest.group(1), progress=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        try:
+            zoo.download(url, part, most=zoo.LARGEST_FILE)
+        except OSError as error:
+            raise BadCheckpoint(f"checkpoint {url}: cannot fetch it ({error}). Put it here by hand: {path}") from error
+        os.replace(part, path)
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if digest and not (found := zoo.sha256(path)).startswith(digest[1]):
+        raise BadCheckpoint(f"checkpoint {path}: its sha256 is {found}, not as its name says. Delete it, fetch again.")
     return path
 
 

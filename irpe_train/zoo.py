@@ -122,7 +122,7 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None, quie
         if not quiet:
             print(f"fetching {entry.url} -> {target}", file=sys.stderr)
         try:
-            _download(entry.url, part, most=entry.size or LARGEST_FILE)
+            download(entry.url, part, most=entry.size or LARGEST_FILE)
         except (urllib.error.URLError, OSError) as error:
             raise ConnectionError(
                 f"model zoo: cannot fetch {entry.url} ({error}). Download {entry.file} on a machine with a network and "
@@ -180,7 +180,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(url: str, part: Path, *, most: int) -> None:
+def download(url: str, part: Path, *, most: int) -> None:
     """Append what is missing of ``url`` to ``part``; the announced length must have arrived in the end.
 
     Raises: OSError: the connection broke; ValueError: more than ``most`` bytes are announced, or come.

@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import pickle
+import random
 import re
 import resource
 import zipfile
@@ -12,6 +13,7 @@ import zipfile
 import pytest
 import torch
 
+from irpe_train import zoo
 from irpe_train.checkpoint import link, load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.state import Checkpoints, TrainState, plain
@@ -87,6 +89,145 @@ def test_truncated_file_is_named(tmp_path, fraction):
     (tmp_path / "a.pth").write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.raises(BadCheckpoint, match=r"a.pth: damaged"):
         read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, I am a text file\n" * 9, "damaged"),
+        (b"PK\x03\x04" + b"\0" * 100, "damaged"),
+    ],
+)
+def test_other_files_are_named(tmp_path, contents, words):
+    (tmp_path / "a.pth").write_bytes(contents)
+    with pytest.raises(BadCheckpoint, match=f"a.pth: {words}"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_missing_file_and_wrong_contents_are_named(tmp_path):
+    with pytest.raises(BadCheckpoint, match="none.pth: no such file"):
+        read_checkpoint(tmp_path / "none.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(BadCheckpoint, match="expected a dict with a 'model', got list"):
+        read_checkpoint(tmp_path / "list.pth")
+    with pytest.raises(BadCheckpoint, match="no 'model' in it; it has: weights"):
+        model_weights({"weights": 3}, source="a.pth")
+    with pytest.raises(BadCheckpoint, match="'model' is not a dict of tensors"):
+        model_weights({"model": {"a": 1}}, source="a.pth")
+
+
+def test_zip_bomb_is_refused_unread(tmp_path):
+    """A megabyte of file that claims a gigabyte; torch itself never compresses."""
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 2**20)
+        with archive.open("archive/data/0", "w") as member:
+            for _ in range(64):
+                member.write(b"\0" * 2**20)
+    with pytest.raises(BadCheckpoint, match=r"bomb.pth: refused: its members claim 68,157,440 bytes in a file of"):
+        read_checkpoint(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bad):
+    weights = torch.nn.Linear(3, 2).state_dict()
+    weights["weight"][1, 2] = bad
+    with pytest.raises(BadCheckpoint, match="a.pth: weight has values that are NaN or infinite"):
+        model_weights({"model": weights}, source="a.pth")
+
+
+def test_another_model_is_refused_with_keys_named_and_nothing_changed():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {
+        "0.weight": torch.zeros(4, 3),
+        "0.bias": torch.zeros(2),
+        "1.weight": torch.zeros(2, 2),
+        "head.bias": torch.zeros(1),
+    }
+    with pytest.raises(
+        BadCheckpoint,
+        match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
+        r"not \(2, 3\)",
+    ):
+        load_matching(model, weights, source="a.pth")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5), torch.nn.Linear(1, 1))
+    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
+    weights = other.state_dict() | {"1.more": torch.ones(2), "0.num_batches_tracked": torch.ones(1)}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key[0] in "12")
+    assert report == {
+        "1.weight": "starts fresh: (4, 2) there, (5, 2) here",
+        "1.bias": "starts fresh: (4,) there, (5,) here",
+        "2.weight": "starts fresh: not in the checkpoint",
+        "2.bias": "starts fresh: not in the checkpoint",
+        "1.more": "is not used",
+    }
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (weights if name[0] == "0" else before)[name])
+    with pytest.raises(BadCheckpoint, match=r"missing: 2.weight, 2.bias; unexpected: 1.more. Build"):
+        load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key in ("1.weight", "1.bias"))
+
+
+@pytest.mark.parametrize("name", ["right", "wrong", "without"])
+def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypatch, name):
+    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "theirs.pth")
+    digest = zoo.sha256(tmp_path / "theirs.pth")[:8]
+    file = {"right": f"net-{digest}.pth", "wrong": "net-01234567.pth", "without": "net.pth"}[name]
+    asked = []
+
+    def download(url, part, *, most):
+        asked.append(url)
+        part.write_bytes((tmp_path / "theirs.pth").read_bytes())
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(zoo, "download", download)
+    for _ in range(2):  # the second time it is there
+        with (
+            pytest.raises(BadCheckpoint, match="not as its name says") if name == "wrong" else contextlib.nullcontext()
+        ):
+            assert read_weights(f"https://example.org/a/{file}?download=1")["w"].sum() == 3
+    assert asked == [f"https://example.org/a/{file}?download=1"]
+
+
+def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
+    def download(url, part, *, most):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(zoo, "download", download)
+    with pytest.raises(BadCheckpoint, match=rf"cannot fetch it \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
+        read_checkpoint("https://example.org/a.pth")
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "torch.save"])
+def test_no_flipped_bit_and_no_cut_loads_in_silence(tmp_path, ours):
+    """400 flipped bits and 100 cuts. Other files have no checksum of their headers: there the weights must be right."""
+    model = torch.nn.Sequential(torch.nn.Linear(9, 17), torch.nn.Linear(17, 3))
+    contents, path = {"model": model.state_dict(), "epoch": 7}, tmp_path / "a.pth"
+    write_checkpoint(contents, path) if ours else torch.save(contents, path)
+    whole, draw, loaded = path.read_bytes(), random.Random(0), 0
+    assert torch.load(path, weights_only=True)["epoch"] == 7  # the seal is no obstacle to other programs
+    for number in range(500):
+        damaged = bytearray(whole)
+        if number < 400:
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        else:
+            damaged = damaged[: draw.randrange(len(whole))]
+        path.write_bytes(damaged)
+        try:
+            found = read_checkpoint(path)
+        except BadCheckpoint as error:
+            assert str(error).startswith(f"checkpoint {path}: ") and "\n" not in str(error)
+            continue
+        loaded += 1
+        assert not ours and number < 400 and found["epoch"] == 7
+        assert all(torch.equal(found["model"][name], value) for name, value in model.state_dict().items())
+    assert loaded < 400
 
 
 @pytest.mark.parametrize(
