@@ -163,6 +163,32 @@ def test_evaluation_transform_is_the_published_one():
     assert data.build_transform(False, (96, 160))(image).shape == (3, 96, 160)
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (37, 37)])
+@pytest.mark.parametrize("size", [35, (35, 48), (48, 35)])
+def test_the_centre_is_cut_out_to_the_pixel(height, width, size):
+    """The short side becomes 256/224 of the longer side asked for; the cut begins at half of what is too much."""
+    pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    want_h, want_w = (size, size) if isinstance(size, int) else size
+    short = int(256 / 224 * max(want_h, want_w))
+    scaled_h, scaled_w = (
+        (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+    )
+    scaled = np.asarray(Image.fromarray(pixels).resize((scaled_w, scaled_h), Image.Resampling.BICUBIC))
+    top, left = round((scaled_h - want_h) / 2), round((scaled_w - want_w) / 2)
+    wanted = scaled[top : top + want_h, left : left + want_w].astype(np.float32) / 255
+    wanted = (wanted - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
+    seen = data.build_transform(False, size)(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(seen, wanted, atol=1e-5)
+
+
+def test_an_image_like_a_thread_takes_no_memory():
+    """Its ends would be cut off anyway; scaled whole, this one would have 256 x 2,560,000 pixels."""
+    image = Image.new("RGB", (10_000, 1), (9, 9, 9))
+    assert data.build_transform(False, 224)(image).shape == (3, 224, 224)
+    resize = data.build_transform(False, 224).transforms[0]
+    assert resize(image).size == (64 * 256, 256) and resize(Image.new("RGB", (64, 1))).size == (64 * 256, 256)
+
+
 def test_training_transform_is_the_published_one():
     names = [type(step).__name__ for step in data.build_transform(True, 224).transforms]
     assert names == [

@@ -1,11 +1,14 @@
 """Which loss goes with which augmentation, and distillation against its formula in fp64."""
 
 import pytest
+import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
+from deit_irpe.args import get_args_parser
 from deit_irpe.losses import DistillationLoss, classification_loss
+from deit_irpe.train import build_criterion
 
 
 @pytest.mark.parametrize(
@@ -68,3 +71,28 @@ def test_distillation_says_what_it_needs():
 def test_losses_are_computed_in_fp32_for_bf16_outputs():
     loss = DistillationLoss(nn.CrossEntropyLoss())
     assert loss(torch.zeros(1), torch.zeros(1, 2, dtype=torch.bfloat16), torch.tensor([0])).dtype == torch.float32
+
+
+def test_a_teacher_is_asked_in_evaluation_mode_and_never_learns(tmp_path):
+    """Batch norm shows it: in training mode its answer for an image would depend on the others, and its means move."""
+    torch.manual_seed(0)
+    own = timm.create_model("resnet10t", num_classes=3)
+    for module in own.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+    torch.save(own.state_dict(), tmp_path / "teacher.pth")
+    flags = [
+        "--distillation-type",
+        "soft",
+        "--teacher-model",
+        "resnet10t",
+        "--teacher-path",
+        str(tmp_path / "teacher.pth"),
+    ]
+    args = get_args_parser().parse_args(flags)
+    teacher = build_criterion(args, list("abc"), torch.device("cpu"))._teacher[0]
+    images = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(teacher(images)[:1], teacher(images[:1]))
+    torch.testing.assert_close(teacher(images), own.eval()(images))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert torch.equal(teacher.bn1.running_mean, own.bn1.running_mean)

@@ -1,6 +1,8 @@
 """The registered names: keys, shapes, counts of the published models, and weights from other runs."""
 
+import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import timm
 import torch
 
 from deit_irpe import create_model
-from deit_irpe.models import RPE_MODELS, load_pretrained_weights, resize_pos_embed
+from deit_irpe.models import RPE_MODELS, load_pretrained_weights, resize_pos_embed, start_from
 from deit_irpe.optimizer import parameter_groups
 from irpe_ops import get_rpe_config
 
@@ -45,8 +47,20 @@ def test_keys_shapes_dtypes_and_parameters_are_the_published_ones(name):
     "name", ["deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_small_patch16_224_ctx_cross_56_shared_k"]
 )
 def test_a_checkpoint_with_the_published_keys_loads_strictly(name):
-    state = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, shape, dtype in published_entries(name)}
-    create_model(name).load_state_dict(state, strict=True)
+    """Each key to its own place: every tensor has another value."""
+    entries = list(published_entries(name))
+    values = {key: float(number) for number, (key, *_) in enumerate(entries)}
+    state = {key: torch.full(shape, values[key], dtype=getattr(torch, kind)) for key, shape, kind in entries}
+    model = create_model(name)
+    assert not any(model.load_state_dict(state, strict=True))
+    tables = [key for key, *_ in entries if "lookup_table" in key]
+    assert len(tables) == (24 if "cross" in name else 12)
+    for key in ("cls_token", "blocks.3.attn.qkv.weight", "head.bias", *tables):
+        *path, attribute = key.split(".")
+        owner = model
+        for part in path:
+            owner = getattr(owner, part) if not part.isdigit() else owner[int(part)]
+        assert getattr(owner, attribute).unique().tolist() == [values[key]], key
 
 
 def test_the_names_are_timm_models():
@@ -149,6 +163,42 @@ def test_position_embedding_is_resampled_bicubically_and_leading_tokens_stay():
     flat = torch.cat([grid[:, :1], torch.full((1, 12, 8), 0.5)], dim=1)
     assert torch.allclose(resize_pos_embed(flat, (3, 4), (7, 2))[:, 1:], torch.tensor(0.5))
     assert resize_pos_embed(grid, (3, 4), (3, 4)) is grid
+
+
+def keys_cubic(distance):
+    """Keys' cubic with a = -0.75, the weight of a pixel at this distance (PyTorch's bicubic)."""
+    d, a = abs(distance), -0.75
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+
+def test_the_resampled_positions_are_those_of_the_formula():
+    """Rows stay rows, and each value is the cubic mean of 4 x 4 neighbours (edges repeated), not the linear one."""
+    (h, w), (new_h, new_w) = (3, 5), (6, 4)
+    old = torch.randn(1, 1 + h * w, 2, dtype=torch.float64)
+    new = resize_pos_embed(old.float(), (h, w), (new_h, new_w))[0, 1:].view(new_h, new_w, 2)
+    grid = old[0, 1:].view(h, w, 2)
+    for row in range(new_h):
+        for col in range(new_w):
+            y, x = (row + 0.5) * h / new_h - 0.5, (col + 0.5) * w / new_w - 0.5
+            total = torch.zeros(2, dtype=torch.float64)
+            for i in range(math.floor(y) - 1, math.floor(y) + 3):
+                for j in range(math.floor(x) - 1, math.floor(x) + 3):
+                    weight = keys_cubic(y - i) * keys_cubic(x - j)
+                    total += weight * grid[min(max(i, 0), h - 1), min(max(j, 0), w - 1)]
+            torch.testing.assert_close(new[row, col].double(), total, atol=1e-5, rtol=0)
+
+
+def test_the_grid_that_a_checkpoint_was_trained_on_has_its_rows_first(tmp_path):
+    """48 x 32 pixels are 6 x 4 patches, not 4 x 6: the positions stay in their rows."""
+    old = tiny(img_size=(24, 16))
+    args = argparse.Namespace(input_size="24x16")
+    torch.save({"model": old.state_dict(), "args": args}, tmp_path / "old.pth")
+    new = tiny(img_size=(32, 32))
+    notes = start_from(new, str(tmp_path / "old.pth"), list("abcd"))
+    assert notes == {"pos_embed": "resampled from 6x4 to 8x8 patches"}
+    assert torch.equal(new.pos_embed, resize_pos_embed(old.pos_embed, (6, 4), (8, 8)))
 
 
 def test_fine_tuning_carries_over_what_fits_and_says_what_does_not():
