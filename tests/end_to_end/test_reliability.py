@@ -1,6 +1,5 @@
 """The promises of docs/reliability.md that both trees make together; the runtime's own tests are in tests/train."""
 
-import contextlib
 import json
 import time
 from functools import partial
@@ -132,8 +131,9 @@ VALUE = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys):
+def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys, monkeypatch):
     """Data never exists here: whatever else is asked for, a run ends before training, by its own words."""
+    monkeypatch.chdir(tmp_path)
     left_out = ("help", "help_all", "output_dir", "config", "print_config")
     flags = [
         (action.option_strings[-1], action.nargs != 0)
@@ -146,10 +146,7 @@ def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys):
     def fuzz(chosen):
         argv = [word for (flag, takes), value in chosen for word in ([f"{flag}={value}"] if takes else [flag])]
         where = ["--data-path" if tree == "deit" else "--coco_path", str(tmp_path / "none"), "--device", "cpu"]
-        with (
-            contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext(),
-            pytest.raises(SystemExit) as end,
-        ):
+        with pytest.raises(SystemExit) as end:
             launch(TREES[tree].train.main, TREES[tree].args.get_args_parser(), [*where, *argv])
         assert end.value.code in (1, 2)
         error = capsys.readouterr().err
@@ -161,9 +158,12 @@ def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys):
 
 @pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tree", TREES)
-def test_any_command_line_on_data_that_is_there_is_run_or_ends_in_a_message(tree, examples, data, tmp_path, capsys):
+def test_any_command_line_on_data_that_is_there_is_run_or_ends_in_a_message(
+    tree, examples, data, tmp_path, capsys, monkeypatch
+):
     """No epoch is trained: everything before the first step is made from the flags, or they are refused."""
     parser = TREES[tree].args.get_args_parser
+    monkeypatch.chdir(tmp_path)
     left_out = {
         "help",
         "help_all",
@@ -194,11 +194,10 @@ def test_any_command_line_on_data_that_is_there_is_run_or_ends_in_a_message(tree
     def fuzz(chosen):
         argv = [word for (flag, takes), value in chosen for word in ([f"{flag}={value}"] if takes else [flag])]
         code = 0
-        with contextlib.chdir(tmp_path):
-            try:
-                launch(TREES[tree].train.main, parser(), [*base, *nothing_to_do, *argv])
-            except SystemExit as end:
-                code = end.code
+        try:
+            launch(TREES[tree].train.main, parser(), [*base, *nothing_to_do, *argv])
+        except SystemExit as end:
+            code = end.code
         error = capsys.readouterr().err
         assert code in (0, 1, 2) and (code == 0 or "rror: " in error or "Bad" in error), (argv, error)
         trained.append(code == 0)
