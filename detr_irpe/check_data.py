@@ -129,6 +129,8 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
 
 def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
     """A set without one object that is no crowd, and whose box is inside its image."""
+    if not images:
+        return Problem("no images", 1)
     if train:
         return Problem("images, and not one object to learn: all are crowds or without a box", 0 if objects else images)
     return Problem(

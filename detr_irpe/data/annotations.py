@@ -130,8 +130,9 @@ def read_categories(entries: JsonList) -> dict[int, str]:
             "has an output for each id up to the largest. Number the categories from 1 on."
         )
     refuse_repeated(entries.path, "category ids", ids)
-    names = [entry.get("name") for entry in entries.entries]
-    return {i: str(i if name is None else name) for i, name in zip(ids.tolist(), names, strict=True)}
+    for entry in entries.entries:  # a number may be a name too
+        entry["name"] = str(entry["id"] if entry.get("name") is None else entry["name"])
+    return dict(zip(ids.tolist(), entries.texts("name"), strict=True))
 
 
 def refuse_repeated(path: Path, what: str, ids: np.ndarray) -> None:

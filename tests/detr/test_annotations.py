@@ -128,6 +128,7 @@ def test_area_is_that_of_the_box_where_it_is_missing(tmp_path):
         (lambda c: c["categories"].append({"id": -1, "name": "x"}), "category ids -1"),
         (lambda c: c["categories"].append({"id": 3, "name": "x"}), r"duplicate category ids: 1 \(3\)"),
         (lambda c: c.update(categories=None), "no 'categories'"),
+        (lambda c: c["categories"][0].update(name="\ud800"), r"categories\[0\]\['name'\] is"),
         (lambda c: c.update(categories={"3": "red"}), "its 'categories' is .*, a list is wanted"),
         (lambda c: c.update(annotations={}), "its 'annotations' is {}, a list is wanted"),
         (lambda c: c["annotations"].append(None), r"annotations\[6\] is null, an object is wanted"),

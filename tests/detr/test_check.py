@@ -140,6 +140,93 @@ def test_training_starts_with_a_quick_check(tmp_path, caplog):
         quick_check(both_splits(root), 9)
 
 
+def each(group, key, new):
+    """A change of every entry of a list."""
+    return lambda content: [entry.update({key: new(entry[key])}) for entry in content[group]]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (each("annotations", "iscrowd", lambda _: 1), "not one object to learn: all are crowds or without a box: 6"),
+        (each("annotations", "bbox", lambda box: [*box[:2], 0, 5]), "not one object to learn"),
+        (each("annotations", "bbox", lambda box: [99, 99, *box[2:]]), "not one object to learn"),
+        (lambda c: c.pop("annotations"), "not one object to learn"),
+        (lambda c: c.update(images=[], annotations=[]), "no images: 1"),
+        (
+            each("annotations", "bbox", lambda box: [side / 56 for side in box]),
+            "look like fractions of the image; .*: 6",
+        ),
+    ],
+)
+def test_what_cannot_be_learned_stops_check_and_training(tmp_path, capsys, change, words):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "train2017", change)
+    status, text = check(root, capsys)
+    assert status == 1 and re.search(f"error: instances_train2017.json: .*{words}", text), text
+    with pytest.raises(ValueError, match=f"instances_train2017.json: .*{words}"):
+        quick_check(both_splits(root), 10)
+
+
+@pytest.mark.parametrize("names", [["green", "red", "blue"], ["blue", "Green", "x"]])
+def test_splits_that_name_classes_otherwise_are_refused(tmp_path, capsys, names):
+    root = write_tiny_coco(tmp_path)
+
+    def rename(content):
+        for entry, name in zip(content["categories"], names, strict=True):
+            entry["name"] = name
+
+    edit_annotations(root, "val2017", rename)
+    status, text = check(root, capsys)
+    wanted = f"3 is 'red' in instances_train2017.json and '{names[0]}' in instances_val2017.json"
+    assert status == 1 and wanted in text
+    with pytest.raises(ValueError, match="stand for something else in training and in validation"):
+        quick_check(both_splits(root), 10)
+
+
+def test_capitals_and_new_classes_of_validation_are_no_mistake(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "val2017", lambda c: c["categories"][0].update(name=" Red"))
+    edit_annotations(root, "val2017", lambda c: c["categories"].append({"id": 12, "name": "grey"}))
+    status, text = check(root, capsys)
+    assert status == 0 and "warning: instances_train2017.json: categories of instances_val2017.json that" in text
+    quick_check(both_splits(root), 13)
+
+
+def test_photos_that_viewers_turn_are_a_warning(tmp_path, capsys):
+    root, exif = write_tiny_coco(tmp_path), Image.Exif()
+    exif[0x112] = 3
+    path = root / "train2017/000000000101.jpg"
+    Image.open(path).save(path, exif=exif)
+    status, text = check(root, capsys)
+    assert status == 0 and "read as stored and shown turned (EXIF): 1 (000000000101.jpg)" in text
+
+
+@pytest.mark.parametrize("images", ["wrong size", "unreadable"])
+def test_masks_need_readable_images_of_the_annotated_size(tmp_path, images):
+    root = write_tiny_coco(tmp_path)
+    if images == "unreadable":  # one is skipped in training, and stops an evaluation
+        (root / "train2017/000000000101.jpg").write_bytes(b"no image")
+        quick_check(both_splits(root, return_masks=True), 10)
+        (root / "val2017/000000000101.jpg").write_bytes(b"no image")
+    else:
+        Image.new("RGB", (30, 30)).save(root / "train2017/000000000101.jpg")
+        quick_check(both_splits(root), 10)  # boxes need not know
+    with pytest.raises(ValueError, match="unreadable images: 1|another size than annotated: 1"):
+        quick_check(both_splits(root, return_masks=True), 10)
+
+
+def test_masks_are_asked_for_and_not_there(tmp_path):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "train2017", lambda c: c["annotations"][0].update(segmentation=[]))
+    quick_check(both_splits(root), 10)
+    with pytest.raises(ValueError, match="objects without a mask, and --masks needs one for each: 1"):
+        quick_check(both_splits(root, return_masks=True), 10)
+    edit_annotations(root, "train2017", lambda c: [image.pop("height") for image in c["images"]])
+    with pytest.raises(ValueError, match="images without height and width, and --masks needs them: 6"):
+        quick_check(both_splits(root, return_masks=True), 10)
+
+
 def test_nothing_is_found_in_a_good_file(tmp_path):
     annotations = Annotations(write_tiny_coco(tmp_path) / "annotations/instances_train2017.json")
     assert annotation_problems(annotations, 10) == []

@@ -195,3 +195,30 @@ def test_an_unknown_or_missing_library_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install faster-coco-eval"):
         CocoEvaluator(tmp_path, backend="faster-coco-eval")
     assert CocoEvaluator(annotations_of(write_tiny_coco(tmp_path)))._coco.__module__ == "pycocotools.coco"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_beyond_the_precision_of_a_float_are_kept_apart(tmp_path, backend):
+    root, first = write_tiny_coco(tmp_path, val=9), 2**53
+    edit_annotations(root, "val2017", lambda c: [e.update(id=e["id"] - 100 + first) for e in c["images"]])
+    edit_annotations(
+        root, "val2017", lambda c: [e.update(image_id=e["image_id"] - 100 + first) for e in c["annotations"]]
+    )
+    exact = {i: {"boxes": b, "labels": c, "scores": torch.ones(len(b))} for i, (b, c) in truth(root).items()}
+    result = score(root, exact, backend=backend)["bbox"]
+    assert result.stats[0] == pytest.approx(1)
+    assert result.eval["params"]["imgIds"] == list(range(first, first + 9))
+
+
+def test_an_image_that_the_annotations_lack_is_named(tmp_path):
+    root = write_tiny_coco(tmp_path)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
+    with pytest.raises(ValueError, match="instances_val2017.json: image 5 was evaluated and is not in it"):
+        CocoEvaluator(annotations_of(root)).update({5: nothing})
+
+
+def test_masks_are_not_scored_without_sizes(tmp_path):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "val2017", lambda c: c["images"][2].pop("height"))
+    with pytest.raises(ValueError, match="masks are scored at the height and width of images, and some lack them"):
+        CocoEvaluator(annotations_of(root), ("segm",)).summarize()
