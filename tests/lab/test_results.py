@@ -61,16 +61,17 @@ def test_one_value_has_no_interval():
 def test_an_outcome_is_what_the_folder_says(tmp_path):
     figure = TASKS["deit_irpe"].figure
     assert read_outcome(tmp_path / "nothing", figure) == Outcome("waiting")
-    lines = [{"epoch": 0, "test_acc1": 50.0}, {"epoch": 1, "test_acc1": 40.0, "n_parameters": 9}]
+    figures = [45.0, 50.0, 40.0]
+    lines = [{"epoch": epoch, "test_acc1": value, "n_parameters": 9} for epoch, value in enumerate(figures)]
     (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_outcome(tmp_path, figure) == Outcome("waiting", 2)
+    assert read_outcome(tmp_path, figure) == Outcome("waiting", 3)
     (tmp_path / "done.json").write_text('{"rc": 0, "seconds": 5.0, "reason": null}')
     (tmp_path / "detail.log").write_text("Epoch:  [0]  8 img/s  max mem: 7\nEpoch:  [1]  10 img/s  max mem: 9\n")
     (tmp_path / "eval_at_48.log").write_text("* Acc@1 30.000 Acc@5 80.000 loss 2.000\n")
     (tmp_path / "model.json").write_text('{"n_parameters": 9, "buckets": 50}')
     outcome = read_outcome(tmp_path, figure, ("at 48", "at 64"))
     model = {"n_parameters": 9, "buckets": 50}
-    assert outcome == Outcome("done", 2, 40.0, 50.0, None, 5.0, 9.0, 9, model, {"at 48": 30.0})
+    assert outcome == Outcome("done", 3, 40.0, 50.0, None, 5.0, 9.0, 9, model, {"at 48": 30.0})
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
     assert read_outcome(tmp_path, figure).reason == "its log has no test_acc1"
     (tmp_path / "done.json").write_text('{"rc": 1, "seconds": 5.0, "reason": "broke"}')
