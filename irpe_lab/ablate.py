@@ -35,7 +35,11 @@ class Ablation:
     def __init__(self, grid: Grid, folder: Path):
         self.grid, self.folder = grid, folder
         self.folders = {(run, seed): folder / f"{run}_seed{seed}" for run in grid.runs for seed in grid.seeds}
-        self._finished: dict[Path, Outcome] = {}  # what does not change any more is read once
+        # What does not change (any more) is read once: the table is asked for every second.
+        self._finished: dict[Path, Outcome] = {}
+        self._flags = {run: shlex.join(grid.flags(run)) for run in grid.runs}
+        zoo = read_zoo() if grid.published else None
+        self._published = {run: zoo.find(name).expect[grid.task.main] for run, name in grid.published.items()}
 
     def command(self, run: str, seed: int, processes: int = 1) -> list[str]:
         """What to start for a run, after the interpreter."""
@@ -66,7 +70,7 @@ class Ablation:
         rows = {}
         for run in self.grid.runs:
             outcomes = {seed: self._outcome(self.folders[run, seed]) for seed in self.grid.seeds}
-            rows[run] = Row(run, shlex.join(self.grid.flags(run)), outcomes, self._published(run))
+            rows[run] = Row(run, self._flags[run], outcomes, self._published.get(run))
         baseline = rows.get(self.grid.baseline)
         return [row if row is baseline else dataclasses.replace(row, baseline=baseline) for row in rows.values()]
 
@@ -77,10 +81,6 @@ class Ablation:
         if outcome.state == "done":
             self._finished[folder] = outcome
         return outcome
-
-    def _published(self, run: str) -> float | None:
-        name = self.grid.published.get(run)
-        return read_zoo().find(name).expect[self.grid.task.main] if name else None
 
     def work(self, pool: jobs.LocalPool | jobs.SlurmPool, *, processes: int = 1) -> None:
         """Do what is not yet done. Returns when every run has an outcome or was stopped."""
@@ -125,6 +125,8 @@ class Ablation:
                 for here, there in names.items():
                     if (folder / here).is_file():
                         shutil.copyfile(folder / here, logs / there.format(f"{run}_seed{seed}"))
+                for console in folder.glob("eval_*.log"):
+                    shutil.copyfile(console, logs / f"{console.stem}_{run}_seed{seed}.log")
 
 
 def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:

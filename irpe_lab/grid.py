@@ -90,9 +90,11 @@ def read_grid(
     for name, row in published.items():
         _known(name, runs, f"{source}: published")
         try:
-            read_zoo().find(str(row))
+            found = read_zoo().find(str(row))
         except ValueError as error:
             raise ConfigError(f"{source}: published: {error}") from error
+        if found.package != raw["package"]:
+            raise ConfigError(f"{source}: published: {row} is of {found.package}, not of {raw['package']}")
     baseline = raw.get("baseline", "none" if "none" in runs else None)
     if baseline is not None:
         _known(baseline, runs, f"{source}: baseline")

@@ -136,7 +136,8 @@ def test_evaluations_after_training(place, capsys):
         f"-m deit_irpe --config {folder}/flags.yaml --seed 0 --input-size=288 --eval --resume {folder}/checkpoint.pth "
         "--output_dir ''"
     )
-    assert main(["grid.yaml", "-o", "out", "--only", "*k"]) == 0
+    assert main(["grid.yaml", "-o", "out", "--only", "*k", "--logs", "logs"]) == 0
+    assert (place / "logs" / "eval_at_288_rpe-1.9-product-ctx-1-k_seed1.log").is_file()
     assert starts(place) == began + [line[:-1] + "2" for line in began]  # resumed at their end
     for row in table(place / "out").values():
         assert (row["at 288: mean"], row["at 288: figures"]) == ("29.3", "28.8 29.8")
@@ -304,6 +305,12 @@ def test_nothing_at_a_time_is_refused(place, flag, capsys):
     with pytest.raises(SystemExit):
         main(["grid.yaml", flag, "0"])
     assert "expected 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_not_evaluated(tmp_path):
+    jobs.prepare(tmp_path, ["-c", "raise SystemExit('broke')"], "", {"later": ["-c", "print('evaluated')"]})
+    assert jobs.work(tmp_path) == 1 and jobs.done(tmp_path)["reason"] == "broke"
+    assert not jobs.evaluation_log(tmp_path, "later").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\xff"])

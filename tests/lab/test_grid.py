@@ -127,6 +127,10 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         ("package: deit_irpe\ngrid: " + str({f"f{i}": list(range(9)) for i in range(30)}), "expected 1 to 10000"),
         (GRID.replace("{rpe-1.9", "{rpe-2.9"), "published: no run is called 'rpe-2.9-product-ctx-1-k'"),
         (GRID.replace("k: deit_small", "k: x"), "published: model zoo: no published checkpoint 'x_patch"),
+        (
+            GRID.replace("deit_small_patch16_224_ctx_product_50_shared_k", "rpe-1.9-product-ctx-1-k"),
+            "published: rpe-1.9-product-ctx-1-k is of detr_irpe, not of deit_irpe",
+        ),
         (GRID + "baseline: nope\n", "baseline: no run is called 'nope'; there are none, rpe"),
         (GRID + "evaluations: {at 48: 48}\n", "evaluations: at 48: expected a name of its own and its flags"),
         (GRID + "evaluations: {a b: {}, a_b: {}}\n", "evaluations: a_b: expected a name of its own"),
