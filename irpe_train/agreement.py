@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from irpe_train.distributed import lost_ranks_named, world_size
+from irpe_train.distributed import report_lost_ranks, world_size
 
 
 class Votes(NamedTuple):
@@ -33,7 +33,7 @@ class Agreement:
         votes = torch.tensor(Votes(0, stop, save, bad_samples), dtype=torch.float32)
         self._message = votes.to(loss.device, non_blocking=True)
         self._message[0] = (~loss.detach().isfinite().all()).float()
-        with lost_ranks_named("step"):
+        with report_lost_ranks("step"):
             self._work = dist.all_reduce(self._message, async_op=True) if world_size() > 1 else None
         if loss.device.type == "cuda":
             self._copy_beside_the_backward_pass()
@@ -53,7 +53,7 @@ class Agreement:
 
     def answer(self) -> Votes:
         """The sum of all ranks' votes."""
-        with lost_ranks_named("step"):
+        with report_lost_ranks("step"):
             if self._arrived is not None:
                 self._arrived.synchronize()
                 return Votes(*self._host.tolist())

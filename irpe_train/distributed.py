@@ -148,7 +148,7 @@ def gather(value) -> list:
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    with lost_ranks_named("gather"):
+    with report_lost_ranks("gather"):
         dist.all_gather_object(values, value)
     return values
 
@@ -157,7 +157,7 @@ def from_main(value):
     """``value`` as rank 0 has it, on every rank."""
     values = [value]
     if world_size() > 1:
-        with lost_ranks_named("broadcast"):
+        with report_lost_ranks("broadcast"):
             dist.broadcast_object_list(values, src=0)
     return values[0]
 
@@ -167,18 +167,18 @@ def reduce_mean(value: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return value
     total = value.detach().clone()
-    with lost_ranks_named("reduce_mean"):
+    with report_lost_ranks("reduce_mean"):
         dist.all_reduce(total)
     return total / world_size()
 
 
 def barrier() -> None:
     if world_size() > 1:
-        with lost_ranks_named("barrier"):
+        with report_lost_ranks("barrier"):
             dist.barrier()
 
 
-class lost_ranks_named:
+class report_lost_ranks:
     """Turns the backend's error about a dead or silent peer into ``RankLost``."""
 
     def __init__(self, where: str):

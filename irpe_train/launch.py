@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from irpe_train.config import parse_args
-from irpe_train.distributed import lost_ranks_named
+from irpe_train.distributed import report_lost_ranks
 from irpe_train.errors import RunError, WorkerLost
 
 
@@ -24,7 +24,7 @@ def launch(
     ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
     """
     try:
-        with lost_ranks_named(parser.prog), lack_of_memory_named():
+        with report_lost_ranks(parser.prog), lack_of_memory_named():
             main(parse_args(parser, argv))
     except KeyboardInterrupt:  # where no state is kept: training notes it, see preemption.py
         sys.exit(130)
