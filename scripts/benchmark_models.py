@@ -111,7 +111,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     batch = 2 if args.quick else args.batch_size
     bench = Bench(device, 2 if args.quick else args.rounds)
-    print(describe(device))
+    print(describe(device, bench))
     build = detr if args.model.startswith("detr_") else deit
     models, images, loss_of, comparable = build(args.model, batch, device)
     base, plain = next(iter(models.items()))
@@ -133,7 +133,7 @@ def main() -> None:
     bench.compare("training step", shape, args.dtype, base, steps)
     if args.output:
         kind = "detr" if build is detr else "models"
-        print(write_csv(args.output, f"{kind}_{args.dtype}", device, FIELDS, bench.rows))
+        print(write_csv(args.output, f"{kind}_{args.dtype}", device, FIELDS, bench.rows, bench))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Peers: `clone()` of the lookup's output, `gather`, `scatter_add` for the lookup;
 `scaled_dot_product_attention` without encoding ("sdpa", the base of the ratios) and with the encoding as a float mask
 ("sdpa + mask", whose mask must be made anew for each input, which is part of its time), and plain PyTorch ("eager").
 Every round runs each candidate once, so a slow moment of the machine touches all; the median of the rounds is printed.
-On a CPU with one thread the clock is the processor time of this process: other programs cannot stretch it.
+On a CPU with one thread the clock is the processor time of this process: other programs cannot stretch it. The C
+library keeps freed memory, as for a trainer, for every candidate alike: else what one frees another faults in.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_ops.rpe_index import rpe_index_adjoint
+from irpe_train.freed_memory import keep_freed_memory
 
 SHAPES = {  # batch, heads, height, width, skip, head_dim, spec
     "DeiT-S B16 H6 L197 D64": (16, 6, 14, 14, 1, 64, "rpe-1.9-product-ctx-1-"),
@@ -42,6 +44,7 @@ class Bench:
 
     def __init__(self, device: torch.device, rounds: int) -> None:
         self.device, self.rounds, self.rows = device, rounds, []
+        self.keeps_memory = device.type == "cpu" and keep_freed_memory()
         self.clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def compare(self, operation: str, shape: str, dtype: str, base: str, candidates: dict[str, Callable]) -> None:
@@ -175,18 +178,22 @@ def processor_name() -> str:
     return f"{name} family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
 
 
-def describe(device: torch.device) -> str:
-    """Device, threads, versions: what a figure means nothing without."""
+def describe(device: torch.device, bench: Bench | None = None) -> str:
+    """Device, threads, versions, memory: what a figure means nothing without."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = processor_name()
         if hasattr(torch.ops.irpe, "cpu_capability"):
             name += f", {torch.ops.irpe.cpu_capability()}"
+    if bench is not None and bench.keeps_memory:
+        name += "; freed memory is kept"
     return f"{name}; {torch.get_num_threads()} thread(s); torch {torch.__version__}; Python {platform.python_version()}"
 
 
-def write_csv(folder: Path, kind: str, device: torch.device, fields: list[str], rows: list[list]) -> Path:
+def write_csv(
+    folder: Path, kind: str, device: torch.device, fields: list[str], rows: list[list], bench: Bench | None = None
+) -> Path:
     """``<kind>_<hardware>_<date>.csv``, the conditions in its first line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     if device.type == "cpu" and torch.get_num_threads() > 1:
@@ -195,7 +202,7 @@ def write_csv(folder: Path, kind: str, device: torch.device, fields: list[str], 
     path = folder / f"{kind}_{hardware.lower()}_{datetime.date.today():%Y-%m-%d}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.write(f"# {describe(device)}\n")
+        file.write(f"# {describe(device, bench)}\n")
         writer = csv.writer(file)
         writer.writerow(fields)
         writer.writerows(rows)
@@ -216,7 +223,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     bench = Bench(device, 2 if args.quick else args.rounds)
-    print(describe(device))
+    print(describe(device, bench))
     shapes = [shape for shape in SHAPES if args.only in shape]
     if not shapes:
         sys.exit(f"--only {args.only!r} matches no shape; there are: {', '.join(SHAPES)}")
@@ -224,7 +231,7 @@ def main() -> None:
         benchmark_lookup(bench, shape, args.dtype)
         benchmark_attention(bench, shape, args.dtype)
     if args.output:
-        print(write_csv(args.output, f"ops_{args.dtype}", device, FIELDS, bench.rows))
+        print(write_csv(args.output, f"ops_{args.dtype}", device, FIELDS, bench.rows, bench))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from irpe_ops.rpe_index import under_function_transform
 
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-MAX_BUCKETS, MAX_HEAD_DIM = 256, 128  # a row of lookups and a row of q are held in registers
+# A row of lookups and a row of q are held in registers.
+MAX_BUCKETS, MAX_HEAD_DIM = 256, {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 COLUMN_MULTIPLE = 8  # rows of halves then start at multiples of 16 bytes, which loads and products want
 CHUNK_BYTES = 64 << 20  # of weights, or gradients of scores, that wait to be summed by bucket; at least one tile a head
 
@@ -58,10 +59,10 @@ def why_not(call: AttentionCall) -> str | None:
         return "it needs a GPU of compute capability 8.0 (Ampere) or later; use backend='sdpa' or 'eager'"
     if under_function_transform():
         return "torch.func and forward-mode differentiation need plain PyTorch; use backend='eager'"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if q.dtype not in MAX_HEAD_DIM:
         return f"it takes float32, bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"it holds heads of up to {MAX_HEAD_DIM} dimensions, got D={q.shape[-1]}"
+    if q.shape[-1] > MAX_HEAD_DIM[q.dtype]:
+        return f"it holds heads of up to {MAX_HEAD_DIM[q.dtype]} dimensions in {q.dtype}, got D={q.shape[-1]}"
     if attn_mask is not None and attn_mask.requires_grad:
         return "it has no gradient for attn_mask; detach the mask or use backend='eager'"
     if any(_map_of(rpe) != _map_of(encodings[0]) for rpe in encodings):

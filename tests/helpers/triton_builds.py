@@ -44,7 +44,7 @@ VARIANTS = [  # compute capability, head_dim, buckets, dtype, flags; without fla
     (90, 80, 50, torch.bfloat16, _ALL | {"MASK": "float"}),  # ViT-H
     (120, 80, 50, torch.bfloat16, {}),
     (90, 64, 50, torch.float32, {}),
-    (80, 80, 81, torch.float32, _ALL | {"MASK": "bool", "DROPOUT": True}),
+    (80, 64, 81, torch.float32, _ALL | {"MASK": "bool", "DROPOUT": True}),
     (90, 32, 10, torch.bfloat16, _ALL | _DETR | {"MASK": "float", "PARTS": 2}),  # cross
 ]
 

@@ -235,7 +235,8 @@ def test_second_derivatives_are_refused_not_wrong():
     ("change", "words"),
     [
         ({"spec": "rpe-4.0-product-ctx-1-k"}, "up to 256 buckets, ratio=4 has 290"),
-        ({"head_dim": 136}, "heads of up to 128 dimensions, got D=136"),
+        ({"head_dim": 136, "dtype": torch.bfloat16}, "heads of up to 128 dimensions in torch.bfloat16, got D=136"),
+        ({"head_dim": 72}, "heads of up to 64 dimensions in torch.float32, got D=72"),
         ({"dtype": torch.float64}, "float32, bfloat16 and float16, not torch.float64"),
     ],
 )
