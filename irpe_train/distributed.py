@@ -59,7 +59,9 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
             store, _, _ = next(dist.rendezvous(dist_url, my_rank, world, timeout=limit))
             STOP.share(dist.PrefixStore("stop", store.clone()), my_rank, world)
             groups = dist.PrefixStore("groups", store)
-            dist.init_process_group(backend, store=groups, rank=my_rank, world_size=world, timeout=limit)
+            # Told its GPU, NCCL connects at once and need not guess it at the first barrier.
+            gpu = chosen if chosen.type == "cuda" else None
+            dist.init_process_group(backend, store=groups, rank=my_rank, world_size=world, timeout=limit, device_id=gpu)
             dist.barrier()
         except RuntimeError as error:
             STOP.leave_if_asked()

@@ -128,6 +128,19 @@ def test_absent_cuda_falls_back_to_the_cpu_with_a_note(monkeypatch, capsys):
     assert distributed.start(device="cpu").type == "cpu" and capsys.readouterr().out == ""
 
 
+def test_nccl_is_told_the_gpu_of_its_process(monkeypatch):
+    joined = {}
+    monkeypatch.setattr(distributed, "_place_in_the_world", lambda: (1, 2, 1))
+    monkeypatch.setattr(distributed, "choose_device", lambda name, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed.STOP, "share", lambda *args: None)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *args, **kwargs: iter([(store, 1, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **kwargs: joined.update(kwargs))
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
+    assert distributed.start() == joined["device_id"] == torch.device("cuda", 1)
+
+
 def test_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
