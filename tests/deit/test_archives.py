@@ -111,8 +111,10 @@ def test_what_is_no_folder_of_classes_is_refused(tmp_path, members, words):
         TarImages(tar_of(tmp_path / "val.tar", *members))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_pipes_and_devices_are_refused(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]
+)
+def test_links_pipes_devices_and_sparse_files_are_refused(tmp_path, kind):
     tar_of(tmp_path / "val.tar", "a/x.png")
     tar_of(tmp_path / "val.tar", "a/y.png", kind=kind, mode="a")
     with pytest.raises(ValueError, match="val.tar: 'a/y.png' is a link, a device or sparse: pack plain files"):
@@ -130,6 +132,15 @@ def test_an_archive_behind_the_archive_is_refused(tmp_path):
     one, other = tar_of(tmp_path / "1.tar", "a/x.png"), tar_of(tmp_path / "2.tar", "a/y.png")
     (tmp_path / "val.tar").write_bytes(one.read_bytes() + other.read_bytes())
     with pytest.raises(ValueError, match="it goes on behind its end marker .behind 'a/x.png'."):
+        TarImages(tmp_path / "val.tar")
+
+
+def test_a_damaged_header_is_told_from_a_cut(tmp_path):
+    tar_of(tmp_path / "val.tar", "a/x.png", ("a/y.png", b""))  # nothing but zeros behind the second header
+    data = bytearray((tmp_path / "val.tar").read_bytes())
+    data[1024] ^= 1
+    (tmp_path / "val.tar").write_bytes(data)
+    with pytest.raises(ValueError, match="val.tar: damaged behind 'a/x.png'"):
         TarImages(tmp_path / "val.tar")
 
 
