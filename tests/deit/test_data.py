@@ -204,6 +204,27 @@ def test_training_transform_is_the_published_one():
     assert data.build_transform(True, (96, 160))(Image.new("RGB", (300, 500))).shape == (3, 96, 160)
 
 
+def test_each_flag_reaches_its_step_of_the_augmentation():
+    steps = data.build_transform(
+        True,
+        64,
+        aa=None,
+        color_jitter=0.3,
+        hflip=0.25,
+        reprob=0.75,
+        remode="const",
+        recount=2,
+        interpolation="bilinear",
+    ).transforms
+    crop, flip, jitter, *_, erasing = steps
+    assert crop.interpolation == transforms.InterpolationMode.BILINEAR and flip.p == 0.25
+    np.testing.assert_allclose((jitter.brightness, jitter.contrast, jitter.saturation), [(0.7, 1.3)] * 3)
+    assert (erasing.probability, erasing.min_count, erasing.max_count) == (0.75, 1, 2)
+    assert not erasing.rand_color and not erasing.per_pixel  # const
+    pixel = data.build_transform(True, 64, remode="pixel").transforms[-1]
+    assert pixel.per_pixel and (pixel.probability, pixel.max_count) == (0.25, 1)
+
+
 @pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original", "v0"])
 def test_every_augmentation_works_at_its_extreme(policy):
     """Posterize to 0 bits, which newer Pillow refuses, is part of the published policy (magnitude 9, deviation 0.5)."""
