@@ -62,17 +62,8 @@ def main(args: argparse.Namespace) -> None:
     # --- data
     val_set = validation_set(args)
     val_loader = validation_loader(args, val_set, device)
-    stored = stored_classes(checkpoint.contents, source=checkpoint.source) if checkpoint is not None else None
-    if args.eval:
-        classes = stored or val_set.classes
-    else:
-        train_set = training_set(args)
-        classes = train_set.classes
-        check_same_classes(classes, val_set.classes)
-        if checkpoint is not None:
-            check_resumed_classes(stored, classes, source=checkpoint.source)
-        loader = training_loader(args, train_set, device)
-    renumber(val_set, classes, whose="the checkpoint" if args.eval else "train")
+    train_set = None if args.eval else training_set(args)
+    classes = agree_on_classes(checkpoint, train_set, val_set)
 
     # --- model
     model = model_of_flags(args, classes, weights=checkpoint is None).to(device)
@@ -85,6 +76,7 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # --- optimizer
+    loader = training_loader(args, train_set, device)
     lr = scaled_lr(args.lr, loader.batch_size, distributed.world_size(), args.accumulate)
     optimizer, lr_scheduler = build_optimization(args, model, lr)
     criterion = build_criterion(args, classes, device)
@@ -93,54 +85,18 @@ def main(args: argparse.Namespace) -> None:
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
+    state = TrainState(model, optimizer, lr_scheduler, ema=ema, scaler=precision.scaler, epoch=args.start_epoch)
     published = {"lr": lr, "nb_classes": len(classes), "distributed": distributed.world_size() > 1}
-    state = TrainState(
-        model,
-        optimizer,
-        lr_scheduler,
-        ema=ema,
-        scaler=precision.scaler,
-        flags=argparse.Namespace(**vars(args) | published),
-        epoch=args.start_epoch,
-        extra={"classes": list(classes)},
-    )
-    rows = {
-        "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} classes",
-        "model": f"{args.model}, encoding {args.rpe or 'of the name'}, {args.input_size} pixels, amp {precision.amp}",
-        "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
-        "training mode": "on, with dropout and stochastic depth (the published --finetune: off, --no-train-mode)"
-        if args.train_mode
-        else "off, without dropout or stochastic depth, as the published --finetune",
-    }
-    height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
-    with precision.autocast():
-        rows["attention"] = describe(model, batch=loader.batch_size, height=height, width=width, compiled=args.compile)
-    run = open_run(
-        args,
-        get_args_parser(),
-        state,
-        loader,
-        checkpoints,
-        checkpoint,
-        rows=rows,
-        stats=count(model),
-        data_flags=("data_path",),
-    )
+    state.flags, state.extra = argparse.Namespace(**vars(args) | published), {"classes": list(classes)}
+    rows = rows_of_banner(args, model, precision, (len(train_set), len(val_set)), classes, loader.batch_size, lr)
+    where = dict(checkpoints=checkpoints, checkpoint=checkpoint, data_flags=("data_path",))
+    run = open_run(args, get_args_parser(), state, loader, **where, rows=rows, stats=count(model))
 
     # --- loop
+    options = dict(mixup=mixup, max_norm=args.clip_grad, ema=ema, train_mode=args.train_mode)
     while state.epoch < args.epochs:
         if state.train_stats is None:  # else this epoch was stopped between its training and its evaluation
-            train_stats = train_one_epoch(
-                wrapped,
-                criterion,
-                run.steps,
-                optimizer,
-                precision,
-                mixup=mixup,
-                max_norm=args.clip_grad,
-                ema=ema,
-                train_mode=args.train_mode,
-            )
+            train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
             lr_scheduler.step(state.epoch)
             run.steps.finish_training(train_stats)
         test_stats = evaluate(ema.module if args.eval_ema else model, val_loader, precision)
@@ -196,6 +152,48 @@ def evaluate_only(
 
 
 # --- what the flags stand for
+
+
+def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, val_set: Dataset) -> list[str]:
+    """The classes in the order of the head: the training data's, or without them the checkpoint's.
+
+    The labels of ``val_set`` are renumbered where its order differs. Raises: ValueError: other classes.
+    """
+    stored = stored_classes(checkpoint.contents, source=checkpoint.source) if checkpoint is not None else None
+    if train_set is None:
+        classes = stored or val_set.classes
+    else:
+        classes = train_set.classes
+        check_same_classes(classes, val_set.classes)
+        if checkpoint is not None:
+            check_resumed_classes(stored, classes, source=checkpoint.source)
+    renumber(val_set, classes, whose="the checkpoint" if train_set is None else "train")
+    return classes
+
+
+def rows_of_banner(
+    args: argparse.Namespace,
+    model: nn.Module,
+    precision: Precision,
+    images: tuple[int, int],
+    classes: list[str],
+    batch_size: int,
+    lr: float,
+) -> dict[str, str]:
+    """What the start of a run says of its data, model and rate; ``images``: how many to train on, to validate on."""
+    height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
+    with precision.autocast():
+        attention = describe(model, batch=batch_size, height=height, width=width, compiled=args.compile)
+    mode = "on, with dropout and stochastic depth (the published --finetune: off, --no-train-mode)"
+    if not args.train_mode:
+        mode = "off, without dropout or stochastic depth, as the published --finetune"
+    return {
+        "data": f"{images[0]} training and {images[1]} validation images of {len(classes)} classes",
+        "model": f"{args.model}, encoding {args.rpe or 'of the name'}, {args.input_size} pixels, amp {precision.amp}",
+        "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
+        "training mode": mode,
+        "attention": attention,
+    }
 
 
 def validation_set(args: argparse.Namespace) -> Dataset:

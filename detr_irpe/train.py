@@ -55,15 +55,9 @@ def main(args: argparse.Namespace) -> None:
     # --- data
     val_set = build_dataset(args, "val2017", eval_transforms(args.image_size))
     val_loader = validation_loader(args, val_set, device)
-    sets = [val_set]
-    if not args.eval:
-        transforms = train_transforms if args.augment == "published" else eval_transforms
-        train_set = build_dataset(args, "train2017", transforms(args.image_size))
-        loader = training_loader(args, train_set, device)
-        sets.append(train_set)
-    num_classes = number_of_classes(sets, args.dataset_file) if args.num_classes == "auto" else args.num_classes
-    if args.eval and (source := checkpoint or start) and args.num_classes == "auto":
-        num_classes = classes_in(source.weights(), source=source.source)
+    train_set = None if args.eval else training_set(args)
+    sets = [val_set] if args.eval else [val_set, train_set]
+    num_classes = agree_on_classes(args, sets, checkpoint, start)
     quick_check(sets, num_classes)
 
     # --- model
@@ -85,53 +79,23 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # --- optimizer
+    loader = training_loader(args, train_set, device)
     optimizer, lr_scheduler = build_optimization(args, model, device)
-    if checkpoint is not None and "optimizer" in checkpoint.contents:  # weights alone are where a new run starts
-        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
-        compare_for_resume(trained, train_set.categories, source=checkpoint.source)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
-    state = TrainState(
-        model,
-        optimizer,
-        lr_scheduler,
-        scaler=precision.scaler,
-        flags=flags,
-        epoch=args.start_epoch,
-        extra={"categories": train_set.categories},
-    )
-    rows = {
-        "data": f"{len(train_set)} training, {len(val_set)} validation images, {len(train_set.categories)} categories",
-        "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {num_classes} class ids, amp {precision.amp}",
-        "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
-    }
-    side = max(args.image_size // 32, 1)  # of a photograph's map, which is about 4 : 3
-    with precision.autocast():
-        rows["attention"] = describe(
-            model, batch=loader.batch_size, height=side, width=side * 4 // 3, padding=True, dropout_p=args.dropout,
-            compiled=args.compile,
-        )  # fmt: skip
-    data_flags = ("coco_path", "coco_panoptic_path")
-    run = open_run(
-        args,
-        get_args_parser(),
-        state,
-        loader,
-        checkpoints,
-        checkpoint,
-        rows=rows,
-        stats=count(model),
-        data_flags=data_flags,
-    )
+    state = TrainState(model, optimizer, lr_scheduler, scaler=precision.scaler, epoch=args.start_epoch)
+    state.flags, state.extra = flags, {"categories": train_set.categories}
+    rows = rows_of_banner(args, model, precision, sets, num_classes)
+    where = dict(checkpoints=checkpoints, checkpoint=checkpoint, data_flags=("coco_path", "coco_panoptic_path"))
+    run = open_run(args, get_args_parser(), state, loader, **where, rows=rows, stats=count(model))
 
     # --- loop
+    options = dict(max_norm=args.clip_max_norm)
     while state.epoch < args.epochs:
         epoch = state.epoch
         if state.train_stats is None:  # else this epoch was stopped between its training and its evaluation
-            train_stats = train_one_epoch(
-                wrapped, criterion, run.steps, optimizer, precision, max_norm=args.clip_max_norm
-            )
+            train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
             lr_scheduler.step()
             kept = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
             run.steps.finish_training(train_stats, also=(f"checkpoint{epoch:04}.pth",) if kept else ())
@@ -210,6 +174,43 @@ def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> 
     if output_dir and curves is not None:
         for name in names:
             write_checkpoint(curves, Path(output_dir) / name)
+
+
+def training_set(args: argparse.Namespace) -> Dataset:
+    """The images of ``train2017``, augmented."""
+    transforms = train_transforms if args.augment == "published" else eval_transforms
+    return build_dataset(args, "train2017", transforms(args.image_size))
+
+
+def agree_on_classes(
+    args: argparse.Namespace, sets: list[Dataset], checkpoint: Checkpoint | None, start: Checkpoint | None
+) -> int:
+    """How many class ids the head has; a run that goes on keeps its categories (``compare_for_resume``)."""
+    if checkpoint is not None and not args.eval and "optimizer" in checkpoint.contents:  # else a new run starts there
+        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
+        compare_for_resume(trained, sets[-1].categories, source=checkpoint.source)
+    if args.num_classes != "auto":
+        return args.num_classes
+    if args.eval and (source := checkpoint or start):
+        return classes_in(source.weights(), source=source.source)
+    return number_of_classes(sets, args.dataset_file)
+
+
+def rows_of_banner(
+    args: argparse.Namespace, model: nn.Module, precision: Precision, sets: list[Dataset], num_classes: int
+) -> dict[str, str]:
+    """What the start of a run says of its data, model and rate."""
+    val_set, train_set = sets
+    side = max(args.image_size // 32, 1)  # of a photograph's map, which is about 4 : 3
+    shape = dict(batch=args.batch_size, height=side, width=side * 4 // 3)
+    with precision.autocast():
+        attention = describe(model, **shape, padding=True, dropout_p=args.dropout, compiled=args.compile)
+    return {
+        "data": f"{len(train_set)} training, {len(val_set)} validation images, {len(train_set.categories)} categories",
+        "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {num_classes} class ids, amp {precision.amp}",
+        "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
+        "attention": attention,
+    }
 
 
 def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -> Dataset:

@@ -151,7 +151,8 @@ def main(args):
         print(evaluate(model, eval_loader, device))
         return
 
-    run = open_run(args, get_parser(), state, loader, checkpoints, checkpoint, rows={}, stats={}, data_flags=())
+    where = dict(checkpoints=checkpoints, checkpoint=checkpoint, data_flags=())
+    run = open_run(args, get_parser(), state, loader, **where, rows={}, stats={})
     while state.epoch < args.epochs:
         if state.train_stats is None:
             stats = train_one_epoch(wrapped, run.steps, state, precision, device, args)
