@@ -325,3 +325,19 @@ def test_leading_tokens_are_counted():
     for name, skip in (("transformers DeiT", 2), ("transformers DINOv2 with registers", 4), ("torchvision ViT", 1)):
         model, _ = make(name, equipped=True, spec=parse_rpe_spec(SPEC, skip=7))
         assert {part.skip for attention in attentions(model) for part in attention.rpe_k.parts} == {skip}
+
+
+@pytest.mark.parametrize("name", ["transformers ViT", "TransformerEncoder", "timm EVA-02"])
+def test_dropout_of_attention_weights_when_training(name):
+    model, x = make(name, equipped=True)
+    for attention in attentions(model):
+        for dropout in ("attention_dropout", "dropout"):  # transformers, PyTorch
+            if isinstance(getattr(attention, dropout, None), float):
+                setattr(attention, dropout, 0.5)
+        if hasattr(attention, "attn_drop"):
+            attention.attn_drop.p = 0.5
+    with torch.no_grad():
+        assert torch.equal(answer(model, x), answer(model, x))
+        for attention in attentions(model):
+            attention.train()
+        assert not torch.allclose(answer(model, x), answer(model, x), atol=1e-4)

@@ -1,6 +1,7 @@
 """The backend sdpa against the definition: every mode and mask, gradients, and rows that its kernel need not copy."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.backends import sdpa
 from tests import oracles
+
+rpe_index = sys.modules["irpe_ops.rpe_index"]  # the package has a function of this name
 
 
 def example(spec="rpe-1.9-product-ctx-1-qk", grid=(2, 3), skip=1, dtype=torch.float64):
@@ -62,13 +65,29 @@ def test_equals_the_definition_forward_and_backward(spec, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_accurate_as_the_definition(dtype):
-    packed, encodings, options = example(grid=(5, 5), dtype=dtype)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_half_precision_is_as_accurate_as_the_definition(dtype, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(rpe_index, "compiled_devices", ())
+    packed, encodings, options = example("rpe-1.0-euc-ctx-1-qk", grid=(12, 12), dtype=dtype)
     ours, plain = (results(packed, encodings, options, backend) for backend in ("sdpa", "eager"))
     wide = [rpe and rpe.double() for rpe in encodings]
     exact = results(packed.detach().double().requires_grad_(), wide, options, "eager")
     for x, y, answer in zip(ours, plain, exact, strict=True):
         oracles.assert_as_accurate_as_torch(x, y, answer)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_sums_by_bucket_are_in_fp32_where_no_kernel_makes_them_so(kernels, monkeypatch):
+    """The backward pass of a plain gather adds in the dtype of its input, on a GPU hundreds of keys in bf16."""
+    if kernels and "cpu" not in rpe_index.compiled_devices:
+        pytest.skip("rpe_ops_cuda is not built")
+    if not kernels:
+        monkeypatch.setattr(rpe_index, "compiled_devices", ())
+    seen, real = [], sdpa.rpe_index
+    monkeypatch.setattr(sdpa, "rpe_index", lambda input, index: seen.append(input.dtype) or real(input, index))
+    results(*example(dtype=torch.bfloat16), "sdpa")
+    assert seen == [torch.bfloat16 if kernels else torch.float32] * 2
 
 
 @pytest.mark.parametrize("masks", ["none", "padding"])
