@@ -25,7 +25,15 @@ from deit_irpe.data import (
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
-from deit_irpe.models import build_model, create_model, head_names, resample_positions, start_from, trained_grid
+from deit_irpe.models import (
+    RPE_MODELS,
+    build_model,
+    create_model,
+    head_names,
+    resample_positions,
+    start_from,
+    trained_grid,
+)
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
@@ -40,6 +48,7 @@ from irpe_train.preemption import STOP
 from irpe_train.run import open_run
 from irpe_train.seeding import seed_everything
 from irpe_train.state import Checkpoint, Checkpoints, TrainState
+from irpe_train.zoo import fetch
 
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")  # published, in order
 
@@ -265,17 +274,18 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
 
     Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
     """
-    model = build_model(args, len(classes), pretrained=args.pretrained and weights)
+    from_zoo = args.pretrained and args.model in RPE_MODELS
+    model = build_model(args, len(classes), pretrained=args.pretrained and weights and not from_zoo)
     fresh = []
-    if args.pretrained and weights and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
-        fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
-    if args.finetune and weights:
-        notes = start_from(model, args.finetune, classes)
-        for key, what in notes.items():
-            logger.info(f"--finetune: {key} {what}")
+    if weights and (from_zoo or args.finetune):
+        flag, source = ("--pretrained", str(fetch(args.model))) if from_zoo else ("--finetune", args.finetune)
+        notes = {f"{flag}: {key} {what}": key for key, what in start_from(model, source, classes).items()}
+        for note in notes:
+            logger.info(note)
         heads = tuple(f"{name}." for name in head_names(model))
-        fresh = [f"--finetune: {key} {what}" for key, what in notes.items() if key.startswith(heads)]
-        fresh = [line for line in fresh if "starts fresh" in line]
+        fresh = [note for note, key in notes.items() if key.startswith(heads) and "starts fresh" in note]
+    elif args.pretrained and weights and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
+        fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
     if fresh and args.eval:
         raise ValueError(f"--eval would evaluate a class head that was never trained: {fresh[0]}")
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated

@@ -6,6 +6,7 @@ short after ``GRACE`` seconds by a thread: the state on disk is complete then. W
 all ranks learn from their common store, so that all leave alike.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -40,7 +41,7 @@ class Preemption:
         self._before: dict[int, object] = {}
         self._writing = False
         self._interrupts = 0
-        self._store = None
+        self._store = self._watcher = None
         self._uninstalled, self._all_heard = threading.Event(), threading.Event()
 
     def install(self) -> "Preemption":
@@ -56,8 +57,15 @@ class Preemption:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)  # tells the thread what this one, waiting for other ranks, is late to handle
-        threading.Thread(target=self._watch, args=(reading, self._uninstalled), daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(reading, self._uninstalled), daemon=True)
+        self._watcher.start()
+        atexit.register(self._end_watch)  # a thread inside the store, while Python ends, aborts the process
         return self
+
+    def _end_watch(self) -> None:
+        self._uninstalled.set()
+        if self._watcher is not None:
+            self._watcher.join(5)
 
     def uninstall(self) -> None:
         """As if nothing had been installed or noted."""
