@@ -66,7 +66,9 @@ def test_an_outcome_is_what_the_folder_says(tmp_path):
     (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_outcome(tmp_path, figure) == Outcome("waiting", 3)
     (tmp_path / "done.json").write_text('{"rc": 0, "seconds": 5.0, "reason": null}')
-    (tmp_path / "detail.log").write_text("Epoch:  [0]  8 img/s  max mem: 7\nEpoch:  [1]  10 img/s  max mem: 9\n")
+    (tmp_path / "detail.log").write_text(
+        "Epoch:  [0]  8 img/s  max mem: 7\nTest:  900 img/s\nEpoch:  [1]  10 img/s  max mem: 9\n"
+    )
     (tmp_path / "eval_at_48.log").write_text("* Acc@1 30.000 Acc@5 80.000 loss 2.000\n")
     (tmp_path / "model.json").write_text('{"n_parameters": 9, "buckets": 50}')
     outcome = read_outcome(tmp_path, figure, ("at 48", "at 64"))
