@@ -176,6 +176,9 @@ def test_the_html_trusts_nothing_it_reads(logs, tmp_path):
         f"![s]({secret}) ![t](file://{secret}) ![u](../secret.png) ![v](http://x/y.png)\n"
     )
     (logs / "mini" / "table.png").symlink_to(secret)
+    (logs / "p](evil)").mkdir()
+    (logs / "p](evil)" / "table.md").write_text("| a |\n| --- |\n")
+    (logs / "p](evil)" / "table.png").write_bytes(b"picture")
     (logs / "other").mkdir()
     (logs / "other" / "table.md").symlink_to(secret)
     page = tmp_path / "docs" / "results.md"
@@ -188,7 +191,7 @@ def test_the_html_trusts_nothing_it_reads(logs, tmp_path):
         if re.search(r"javascript:|\son\w+=|<script|<iframe|data:text|src=\"?(http|file)", tag, re.I)
     ]
     assert "TOP-SECRET" not in text and base64.b64encode(b"TOP-SECRET").decode()[:12] not in text
-    assert "TOP-SECRET" not in page.read_text()
+    assert "TOP-SECRET" not in page.read_text() and "p](evil)" not in page.read_text()
     assert {re.match(r"<(/?\w+)", tag)[1] for tag in tags if tag[1] != "!"} <= ALLOWED_TAGS
     for shown in ("[x](javascript:alert(1))", "&lt;script&gt;alert(1)", "a|b`c*d_e", "caf?"):
         assert f"<td>{shown}" in text, shown
