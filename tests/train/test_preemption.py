@@ -173,3 +173,16 @@ def wait_for(condition, seconds=30.0):
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.01)
+
+
+def test_the_watching_thread_ends_before_python_does():
+    """Inside the ranks' store it would abort a process that has finished."""
+    code = (
+        "import atexit\n"
+        "from irpe_train.preemption import STOP\n"
+        "atexit.register(lambda: print(STOP._watcher.is_alive()))\n"  # the last to be called
+        "STOP.install()\n"
+        "assert STOP._watcher.is_alive()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "False\n"), ended.stderr
