@@ -88,8 +88,7 @@ class RandomSizeCrop(nn.Module):
         target = dict(target)
         for name in ("boxes", "masks"):
             if name in target:
-                target[name] = F.crop(target[name], *window)
-        target["boxes"] = F.clamp_bounding_boxes(target["boxes"])
+                target[name] = F.crop(target[name], *window)  # boxes are clipped to the window
         target["area"] = (target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(1)
         return F.crop(image, *window), drop_empty_boxes(target)
 

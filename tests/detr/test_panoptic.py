@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality, match_segments, panoptic_quality
@@ -130,3 +131,51 @@ def test_evaluation_writes_pictures_and_predictions(tmp_path):
     assert [p["file_name"] for p in predictions] == [f"{i:012d}.png" for i in range(100, 105)]
     assert (tmp_path / "out/panoptic_eval/000000000104.png").is_file()
     assert "All     100.0 100.0 100.0" in format_quality(result)
+
+
+def edit(root, change):
+    path = root / "annotations/panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_the_order_of_the_file_changes_nothing(tmp_path):
+    root = write_tiny_coco(tmp_path, panoptic=True)
+    before = list(tiny_panoptic(root))
+    edit(root, lambda c: c["annotations"].reverse())
+    edit(root, lambda c: c["images"].append(c["images"].pop(1)))
+    for (image, target), (other_image, other_target) in zip(before, tiny_panoptic(root), strict=True):
+        assert torch.equal(image, other_image)
+        assert all(torch.equal(target[name], other_target[name]) for name in target)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["images"].pop(0), "do not pair up: image id 100 has only one of them"),
+        (lambda c: c["annotations"].pop(0), "do not pair up: image id 100 has only one of them"),
+        (lambda c: c["annotations"].append(c["annotations"][1]), r"duplicate annotations of images: 1 \(101\)"),
+        (lambda c: c["annotations"][1].pop("segments_info"), "segments_info of image 101 is no list"),
+        (
+            lambda c: c["annotations"][1]["segments_info"][0].update(id=0),
+            "segments_info of image 101.* from 1 to 16777215",
+        ),
+        (lambda c: c["annotations"][1]["segments_info"][0].update(category_id="x"), "segments_info of image 101"),
+        (lambda c: c["annotations"][2]["segments_info"][1].update(id=513), "duplicate segment ids in one image"),
+        (lambda c: c["annotations"][1]["segments_info"][0].update(category_id=5), r"does not list \(ids 5\)"),
+        (lambda c: c["annotations"][1].update(file_name=None), r"annotations\[1\] lacks 'file_name'"),
+    ],
+)
+def test_mistakes_in_panoptic_files_are_refused_by_their_place(tmp_path, change, words):
+    root = write_tiny_coco(tmp_path, panoptic=True)
+    edit(root, change)
+    with pytest.raises(ValueError, match=f"panoptic_val2017.json: .*{words}"):
+        tiny_panoptic(root)
+
+
+def test_a_segment_image_of_another_size_is_named(tmp_path):
+    root = write_tiny_coco(tmp_path, panoptic=True)
+    Image.new("RGB", (20, 20)).save(root / "panoptic_val2017/000000000101.png")
+    with pytest.raises(OSError, match=r"000000000101.png: \(20, 20\), its image is \(44, 56\)"):
+        tiny_panoptic(root)[1]

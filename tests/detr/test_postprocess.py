@@ -102,3 +102,13 @@ def test_a_segment_of_four_pixels_is_a_speck_and_one_of_five_is_not(pixels, segm
     masks[0, 1].view(-1)[:pixels] = 9.0
     (result,) = PostProcessPanoptic(THINGS)({"pred_logits": confident(0, 0), "pred_masks": masks}, [(8, 8)])
     assert [s["area"] for s in result["segments_info"]] == ([64 - pixels, pixels] if segments == 2 else [64])
+
+
+def test_a_query_that_is_not_sure_has_no_segment():
+    masks = torch.full((1, 2, 8, 8), -9.0)
+    masks[0, 0, :, :4], masks[0, 1, :, 4:] = 9.0, 9.0
+    logits = confident(0, 0)
+    logits[0, 1] = torch.tensor([2.0, 0.5, 0.0, 0.0])  # a probability of 0.68
+    outputs = {"pred_logits": logits, "pred_masks": masks}
+    assert [s["area"] for s in PostProcessPanoptic(THINGS)(outputs, [(8, 8)])[0]["segments_info"]] == [64]
+    assert len(PostProcessPanoptic(THINGS, threshold=0.6)(outputs, [(8, 8)])[0]["segments_info"]) == 2
