@@ -258,7 +258,7 @@ def test_a_folder_stands_for_its_images(tmp_path, photo):
 
 
 def test_images_of_one_name_have_their_own_annotations(tmp_path):
-    names = ["a/x.png", "b/x.png", "c/y.png"]
+    names = ["a/x.png", "b/x.png", "c/y.png", "b/z.png", "z.png"]
     truth = {
         "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
         "categories": [{"id": 1, "name": "seven"}],
