@@ -266,7 +266,7 @@ def test_images_of_one_name_have_their_own_annotations(tmp_path):
     }
     (tmp_path / "truth.json").write_text("\ufeff" + json.dumps(truth))  # a byte-order mark
     found = Truth(tmp_path / "truth.json", {})
-    assert [found.number_of(tmp_path / name) for name in names] == [0, 1, 2]
+    assert [found.number_of(tmp_path / name) for name in names] == [0, 1, 2, 3, 4]
     assert found.number_of(tmp_path / "elsewhere/y.png") == 2
     with pytest.raises(ValueError, match="2 images called x.png there"):
         found.number_of(tmp_path / "c/x.png")
