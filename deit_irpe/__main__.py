@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m deit_irpe``, and the console command ``deit-irpe``."""
 
 from deit_irpe.args import get_args_parser

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every flag of ``python -m deit_irpe``: published names and defaults first, then what is new here."""
 
 import argparse

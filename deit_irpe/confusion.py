@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which class is taken for which, as tables and as a picture: what ``--eval`` leaves in ``--output_dir``."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint of other code becomes one of ours: entries are renamed, and checked against the model they are for.
 
     python -m deit_irpe.convert theirs.pth ours.pth --model deit_tiny_patch16_224 --rpe SPEC [--prefix backbone.]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One epoch of training, and one evaluation."""
 
 from collections.abc import Callable, Iterable

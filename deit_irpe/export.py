@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export a trained DeiT: ``python -m deit_irpe.export --model NAME --resume best.pth --out deit.onnx``.
 
 Classes, image size, mean, deviation and encoding stand in its metadata, each as JSON; ``deit_irpe.predict`` runs the

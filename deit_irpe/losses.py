@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training losses: which cross entropy goes with which augmentation, and distillation from a teacher."""
 
 import torch

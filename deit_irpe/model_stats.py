@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters and multiply-accumulates of a model, counted the way the published table counts them.
 
     python -m deit_irpe.model_stats [MODEL ...]

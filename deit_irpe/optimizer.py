@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is optimised and how fast: DeiT's parameter groups, optimizer and learning-rate schedule."""
 
 import contextlib

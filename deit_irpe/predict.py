@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The five most likely classes of images, as pictures and JSON.
 
     python -m deit_irpe.predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]

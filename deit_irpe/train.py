@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``main(args)``: a run of DeiT, from the flags to the last line of its log."""
 
 import argparse

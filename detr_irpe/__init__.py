@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DETR with image relative position encoding in the encoder (Wu et al., ICCV 2021)."""
 
 from detr_irpe.models import build_model, create_model

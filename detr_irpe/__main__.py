@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m detr_irpe``, and the console command ``detr-irpe``: train or evaluate."""
 
 from detr_irpe.args import get_args_parser

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every flag of detection training, with its unit and its published default."""
 
 import argparse

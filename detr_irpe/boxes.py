@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Box formats and overlaps. A box is four numbers: corners ``x0, y0, x1, y1``, or centre and size ``cx, cy, w, h``."""
 
 import torch

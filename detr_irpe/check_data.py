@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m detr_irpe.check_data --coco_path DIR``: what is wrong with a data set, before hours are spent on it.
 
 The same checks, on a few images of each split instead of all, run at every start of training (``quick_check``).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes are identities: a category id of a checkpoint must mean what the same id means in the data."""
 
 from collections.abc import Mapping

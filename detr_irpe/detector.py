@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trained detector that takes images and answers with boxes: from a checkpoint, or from an exported ONNX file."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of detections, and of where the encoder looks."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export a trained DETR: ``python -m detr_irpe.export --resume best.pth --out detr.onnx``.
 
 The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Categories,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The detector of a checkpoint, built from the flags it was trained with."""
 
 import argparse

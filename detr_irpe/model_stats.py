@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a command line builds, as JSON: ``python -m detr_irpe.model_stats --json`` with the flags of ``detr_irpe``.
 
     {"n_parameters": 41317920, "buckets": 81}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A batch of images of different sizes: padded to one size, with a mask that says where the padding is."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detect objects in images of your own: pictures with boxes (and masks), and the same as JSON.
 
     python -m detr_irpe.predict IMG... --resume X.pth --out DIR [--attention]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks of mkdocs.yml: README.md is the first page, and links to files outside of docs/ lead to the repository."""
 
 import posixpath

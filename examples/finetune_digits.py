@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plain DeiT gains iRPE by fine-tuning, on the embedded handwritten digits; ends in a figure.
 
     python examples/finetune_digits.py --out outputs/finetune_digits [--epochs 6]

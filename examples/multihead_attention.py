@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nn.MultiheadAttention`` with iRPE, for models that are built on it; used by the two examples beside this file."""
 
 import torch

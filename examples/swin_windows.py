@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """timm's Swin with iRPE in its windows. Swin's own bias is a case of iRPE, so it moves over without loss.
 
     python examples/swin_windows.py

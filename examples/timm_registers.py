@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A timm ViT with a class token and four register tokens gains iRPE; the tokens that are no patches share one bucket.
 
 python examples/timm_registers.py [--pretrained]      # DINOv2's weights, downloaded

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchvision's ViT gains iRPE: its blocks are built on nn.MultiheadAttention.
 
 python examples/torchvision_vit.py

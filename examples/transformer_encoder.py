@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nn.TransformerEncoder over feature maps of different sizes, padded to one: the encoding follows the grid.
 
 python examples/transformer_encoder.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The front door: ``irpe`` is the command, and ``from irpe import ...`` hands on the names of `irpe_ops`."""
 
 from importlib.metadata import PackageNotFoundError, version

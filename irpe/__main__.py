@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``irpe COMMAND ...``: every program of the project under one name. The module forms stay, with the same flags."""
 
 import difflib

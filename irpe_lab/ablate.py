@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ablation runner: a grid file in, trained runs and one table out.
 
     python -m irpe_lab.ablate configs/ablation/demo.yaml [-o outputs/ablation/demo] [--seeds 0,1,2]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run printed, read back: ``detail_<name>.log``, ours and the published ones (plain text lines)."""
 
 import re

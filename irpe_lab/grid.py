@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A grid file of the ablation runner: values that multiply, single runs, seeds, and what to compare with.
 
 package: deit_irpe                     # python -m deit_irpe

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run of an ablation: a folder with its command, its console and its outcome; and who works through many.
 
     FOLDER/flags.yaml    its flags, a --config file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of runs: the curves of ``log.txt`` files, published and ours, and the intervals of an ablation.
 
 Every function returns a ``matplotlib.figure.Figure`` of its own: a notebook's backend stays as it is.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables from logs: what is published and what was measured here, side by side.
 
     python -m irpe_lab.report logs/ -o docs/results.md       the page, beside it results.png (curves) and results.html

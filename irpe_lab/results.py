@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runs of an ablation read back: figures, cost, and how far each is from the baseline, seed by seed."""
 
 import statistics

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of an ablation as a live table on the console, CSV, Markdown, LaTeX and a plot."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image relative position encoding (iRPE; Wu et al., ICCV 2021) for any PyTorch attention over a grid of tokens."""
 
 from irpe_ops.attention import rpe_attention

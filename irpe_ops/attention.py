@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention with relative position encoding: the definition in plain PyTorch, then the choice of a faster backend."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One call of `rpe_attention`, its arguments checked and its defaults filled in: what every backend is given."""
 
 from typing import NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From two positions on a grid to the number of a bucket: maps of whole grids, on any device, kept in one cache."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What kind of relative position encoding: a frozen config, and the spec strings that name one."""
 
 import math

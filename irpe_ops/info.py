@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backends exist here, why a missing one is missing, whether those that exist are right, and how fast they are.
 
 python -m irpe_ops.info                     the list

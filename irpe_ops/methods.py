@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The piecewise index and the methods made of it: a method is one row of `METHODS`, yours included."""
 
 import importlib

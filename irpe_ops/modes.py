@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a table holds for a bucket, and what the scores get from it: a mode is one row of `MODES`."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encodings as modules: one learned table each, on queries, keys or values."""
 
 import contextlib

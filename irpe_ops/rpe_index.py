@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lookup at the heart of iRPE and its adjoint, in plain PyTorch; and when the compiled kernel is taken instead."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw encodings: buckets around a patch, learned tables, what a patch is given, and where it looks. Needs matplotlib.
 
     python -m irpe_ops.visualize -o irpe.svg                                  the piecewise index, and all methods

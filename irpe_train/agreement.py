@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the ranks agree on at every step: one small all-reduce, which travels while the backward pass is computed."""
 
 from typing import NamedTuple

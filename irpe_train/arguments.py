@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The flags that both trees share, with the defaults that each published."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reproduction card: a figure measured here beside the published one, and PASS, partial or FAIL.
 
 Both command lines make one with ``--eval --expect``: the figure, the published figure, the difference, the verdict

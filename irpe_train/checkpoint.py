@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint files: read without running anything they contain, written so that a kill leaves the last good one."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``--config FILE.yaml``: a command line written down, and the one reader of YAML that users write.
 
 The file's entries become flags placed before the typed ones, so argparse checks both alike and typed flags win.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several processes or one: torchrun, SLURM, gloo or nccl, and what they tell each other.
 
 Every function also works in one process, where it is trivial, so that no caller asks which it is.

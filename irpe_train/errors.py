@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
 
 import contextlib

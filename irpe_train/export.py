@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write a trained model for other programs: ONNX, ``torch.export`` and safetensors, each compared with the original."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parser of every command: short help first, one line for a mistake, ``-`` and ``_`` alike in a flag's name."""
 
 import argparse

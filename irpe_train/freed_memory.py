@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the C library does with memory that a CPU run has freed."""
 
 import ctypes

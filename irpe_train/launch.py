@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the command line to ``main(args)``: here, or as a SLURM job through submitit."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data loaders whose position can be named: they start in mid-epoch, and evaluation counts each image once.
 
 ``TrainLoader`` replaces an unreadable image by its neighbour, counts it and names it; ``EvalLoader`` never does.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Running averages of a loop and its progress on the console. A value reaches the CPU when it is printed."""
 
 import datetime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results never replace what somebody else put in their place."""
 
 from collections.abc import Iterable

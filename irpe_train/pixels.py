@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image files become RGB pixels here, for training, evaluation and prediction alike."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``--amp {bf16,fp16,none}``: autocast, loss scaling, clipping, and the update."""
 
 from collections.abc import Iterable

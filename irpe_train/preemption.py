@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2.
 
 A signal is only noted, wherever it arrives. In an epoch's training ``Steps`` saves and stops all ranks after one and

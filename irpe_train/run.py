@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training run in its folder: opened once, and written to at the end of every epoch."""
 
 import argparse

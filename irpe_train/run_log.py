@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run writes down beside its checkpoints: log.txt, TensorBoard, its flags, and what it ran on."""
 
 import argparse

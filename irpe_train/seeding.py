@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Randomness as a function of the position in the run.
 
 Resume is exact in the middle of an epoch, with any number of workers, because no generator carries a history: every

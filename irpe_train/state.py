@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All that a run must remember, and the one place that saves and restores it."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From one step of an epoch to the next: seeds, agreement between ranks, saves, and orderly stops.
 
 An epoch's loop iterates over a ``Steps``; everything that must happen at the same step on every rank happens here:

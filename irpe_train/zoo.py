@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published model zoo: what there is, where it goes, and fetching it.
 
 ``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it. Where it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build backend: setuptools, with the torch that is already installed.
 
 pip builds in an isolated environment, where the installed torch is out of sight. Naming torch under

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds rpe_ops_cuda._C: CPU code always, CUDA code when its sources and a CUDA toolkit are there.
 
 FORCE_CUDA=1   fail instead of leaving the CUDA code out (and build it where no GPU is present)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a detection data set takes until its first batch, and what memory it then holds, beside torchvision's.
 
     python scripts/benchmark_coco_start.py [--annotations 100000] [--workers 4] [--rounds 5]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures how much memory one encoded attention takes at its peak, forward and backward, on a long sequence.
 
 Usage:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times whole training steps and inference with each encoding against the same model without one, side by side.
 
 Usage:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the encoded attention and its lookup against their peers, side by side, after checking the answers.
 
 Usage:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The detection half of the demo data: handwritten digits on crops of photographs, with exact boxes and masks.
 
 Everything comes with scikit-learn: its 1,797 handwritten digits (8 x 8) and its two photographs (``china.jpg``,

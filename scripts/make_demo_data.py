@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
 """Write the embedded demo data, real images without a download.
 
     python scripts/make_demo_data.py --out DIR [--task classification|detection|all]

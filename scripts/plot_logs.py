@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
 """Draw the curves of one or more runs: python scripts/plot_logs.py RUN... -o curves.png
 
 RUN is a run's folder or its log.txt; logs of the published code work too. Solid: training. Dashed: test. Seeds of a run

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What DeiT is trained on: class folders, tar files, shards, other data sets, their classes and their transforms."""
 
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes

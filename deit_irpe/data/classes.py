@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes are names in an order, not a number of them: those of data sets and of checkpoints are compared here."""
 
 from torch.utils.data import Dataset

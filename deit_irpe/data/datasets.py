@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data sets of DeiT by name, and repeated augmentation."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that Hugging Face ``datasets`` loads, through timm's reader: ``--data-set HFDS``."""
 
 import contextlib

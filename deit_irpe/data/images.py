@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labelled images where they lie: in class folders, or listed by iNaturalist's annotations."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """WebDataset shards, read by index: ``--data-set WDS``."""
 
 import re

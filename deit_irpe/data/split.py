@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One folder of classes becomes a training and a validation set: ``--val-split``."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Uncompressed tar files, read in place: every member is accounted for before the first one is used."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transforms of DeiT: its augmentation in training, resize and centre crop in evaluation."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeiT with any encoding: the table of names, timm registration, and weights of other runs."""
 
 from deit_irpe.models.finetune import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that come from another run: other resolution, other classes, other encoding."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of names: which plain model each starts from, and which encoding it carries."""
 
 # Every published name in full: the plain DeiT it starts from and the encoding it carries.

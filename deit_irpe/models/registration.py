@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeiT with iRPE: ``create_model``, and the registration of our names with timm."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO's instance annotations, read once: typed, checked, and in flat arrays that worker processes share."""
 
 import json

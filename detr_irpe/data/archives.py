@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A look at a zip archive of images before it is read: nothing in it may point outside or claim absurd sizes."""
 
 import zipfile

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO detection as DETR trains on it: images from a folder or an archive, targets as tensors."""
 
 from collections.abc import Callable, Sequence

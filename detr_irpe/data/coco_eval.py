@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO average precision over all processes: each collects the detections of its images, the whole set is scored once.
 
 Scoring is pycocotools' own, or faster-coco-eval's where that is installed (the same figures, sooner).

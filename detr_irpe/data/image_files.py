@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image files of one split, read from a folder or in place from a zip archive."""
 
 import os

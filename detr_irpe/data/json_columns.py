@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Annotation files as typed columns: exact integers, finite numbers, text; anything else is refused by its place."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A list of byte strings in two flat tensors, which worker processes share instead of copying."""
 
 from collections.abc import Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO panoptic segmentation, the data set: every pixel belongs to one segment, of a thing or of stuff."""
 
 import json

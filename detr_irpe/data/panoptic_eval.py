@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Panoptic quality over all processes.
 
 Source: Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4; crowd and unlabelled regions as COCO has them.

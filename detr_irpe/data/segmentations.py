@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The masks of COCO annotations: polygons, or run lengths (compressed or not), checked and decoded."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DETR's augmentation: torchvision's v2 operations on an image and its target together.
 
 A transform takes and returns ``(image, target)``: a PIL image (a float tensor after ``ToModelInput``) and a dict whose

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ResNet as DETR uses it: batch norm frozen, stem and first stage frozen, the classifier left out."""
 
 import timm

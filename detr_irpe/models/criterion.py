@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses of DETR: class, box and, with a mask head, mask; for every decoder layer.
 
 Source: Carion et al., ECCV 2020, Sec. 3.1 (set loss), A.2 (the terms).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DETR, and how to build one: ``create_model`` by arguments, ``build_model`` from the flags of a run.
 
 Source: Carion et al., ECCV 2020; Wu et al., ICCV 2021, Sec. 4.4.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Start a DETR from a checkpoint of another data set: all but the class head, and the queries as far as they go."""
 
 from pathlib import Path

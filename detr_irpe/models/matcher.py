@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which query answers for which object: the cheapest one-to-one assignment.
 
 Source: Carion et al., ECCV 2020, Sec. 3.1 and Eq. (1).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Absolute positions of the cells of a feature map, as DETR adds them to queries and keys."""
 
 import math

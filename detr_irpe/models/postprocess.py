@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the outputs of the network to boxes in pixels, masks, and panoptic maps."""
 
 from collections import defaultdict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mask for every query of a DETR: attention over the encoded image, refined with the backbone's finer maps.
 
 Source: Carion et al., ECCV 2020, Sec. 4.4 and Fig. 8.

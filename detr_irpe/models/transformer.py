@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DETR's transformer, batch first. iRPE acts in the self-attention of the encoder.
 
 Source: Carion et al., ECCV 2020, Sec. A.3; Wu et al., ICCV 2021, Sec. 4.4.

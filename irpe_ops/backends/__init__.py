@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One file for each way to compute `rpe_attention` beside the definition, ``irpe_ops/attention.py``; and the choice.
 
 A backend is a module with ``missing() -> str | None`` (why it does not exist on this machine), ``why_not(call) -> str |

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend ``auto`` takes: a fixed order, or on a GPU the fastest of those that are right, checked and timed once.
 
 On CUDA the first call of each kind (see `_kind`) runs every candidate forward and backward on a small grid against the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`rpe_attention` on CPU by the kernels of rpe_ops_cuda: no (L, L) tensor unless it is small enough to be kept."""
 
 import torch

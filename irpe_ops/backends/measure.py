@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Is a backend right, and how fast is it: checked on a small grid, timed at a call's own shape."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`rpe_attention` by PyTorch's own fused attention, with the encodings as its additive mask: any device, plain PyTorch.
 
 The mask is a ``(B, H, L, L)`` tensor, so memory grows with L squared, once, where the definition has several of them.

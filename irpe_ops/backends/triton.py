@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`rpe_attention` on CUDA in one pass over the scores: the backend ``triton``.
 
 Small products stay in PyTorch, so that autograd sums the gradients of the tables in a fixed order: ``lookup_k =

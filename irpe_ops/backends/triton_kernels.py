@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels of `irpe_ops.backends.triton`: forward, gradients by query and by key tiles, sums by bucket.
 
 Scores of a tile are ``q k^T * scale + lookup_k[i, id(i, j)] + lookup_q[j, id(j, i)]``. An id depends on the offset of

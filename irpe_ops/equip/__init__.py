@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other people's models with relative position encoding in every block: one function, one file a library."""
 
 from torch import nn

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of Hugging Face ``transformers``, through its own interface for attention functions. Needs transformers >= 5.
 
 An equipped model asks for the attention implementation ``irpe``. Attention without encodings that shares the model's

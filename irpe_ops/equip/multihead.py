@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models made of `torch.nn.MultiheadAttention`: torchvision's ViT, `torch.nn.TransformerEncoder` over a grid."""
 
 import dataclasses

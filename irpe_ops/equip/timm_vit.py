@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """timm's plain and rotary vision transformers. timm itself is imported only to rotate."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The token grid of a running forward pass, for attention that is only handed a sequence."""
 
 import threading

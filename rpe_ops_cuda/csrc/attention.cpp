@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Fused attention with relative position encoding on CPU tensors: schemas, and what must happen to tensors before and
 // after the kernels of cpu/attention.inl.
 #include <ATen/Parallel.h>

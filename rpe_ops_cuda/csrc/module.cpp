@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The Python module _C: empty, for importing it runs the operator registrations of this library.
 #include <Python.h>
 

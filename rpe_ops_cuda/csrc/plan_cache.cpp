@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // plan_for: plans are kept for the last few index tensors, as every layer of a model asks for the same one.
 #include <ATen/ops/aminmax.h>
 #include <c10/util/intrusive_ptr.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operator schemas, argument checks, and rpe_index and its adjoint on CPU tensors.
 #include "rpe_index.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Argument checks that the CPU and the CUDA operators share, and what CPU code needs of a map of bucket ids.
 #pragma once
 #include <ATen/core/Tensor.h>

@@ -77,6 +77,14 @@ def test_issue_forms_are_valid():
         assert all(item["type"] in ("textarea", "input") and item["attributes"]["label"] for item in form["body"])
 
 
+def test_every_source_file_says_its_licence():
+    endings = (".py", ".cpp", ".cu", ".h", ".inl")
+    sources = [name for name in TRACKED if name.endswith(endings) and not name.startswith("tests/")]
+    assert len(sources) > 100
+    missing = [name for name in sources if "SPDX-License-Identifier: Apache-2.0" not in read(name)[:200]]
+    assert not missing, f"put this into the first line of {', '.join(missing)}"
+
+
 def test_nothing_names_a_place_that_exists_on_one_machine_only():
     own = [name for name in TRACKED if name.endswith((".md", ".yml", ".yaml", ".cff", ".toml", ".sh", "Dockerfile"))]
     homes = re.compile(r"(?<![\w.])/(home|Users|root|work|mnt|scratch)/\w+")

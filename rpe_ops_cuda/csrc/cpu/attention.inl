@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention with relative position encoding, tile by tile: a tile is a few queries of one head with all their keys, so
 // that its scores stay in the second-level cache and no (L, L) matrix is ever needed.
 //

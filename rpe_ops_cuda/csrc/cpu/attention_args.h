@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arguments of the fused attention kernels. Plain data, for the reason given in plan.h.
 #pragma once
 #include "plan.h"

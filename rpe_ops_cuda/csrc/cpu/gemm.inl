@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // C (+)= A B for matrices that lie in the first- and second-level caches.
 
 // Rows of C held in registers: with two registers of columns they fill the register file (16 of AVX2, 32 of AVX-512).

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which instruction set runs: chosen once, by cpuid, and changed by set_cpu_capability (for tests).
 #include "kernels.h"
 

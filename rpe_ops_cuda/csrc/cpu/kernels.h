@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels of one instruction set, as a table of functions. See kernels.inl for their definition.
 #pragma once
 #include "attention_args.h"

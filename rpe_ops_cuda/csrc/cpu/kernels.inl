@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every kernel of one instruction set. Included by kernels_<instruction set>.cpp inside a namespace of its own, after the
 // pragma that selects the instruction set. No standard header may be included here: see plan.h.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Any processor, with the registers of AVX-512: a machine without AVX-512 tests that logic here.
 #include "kernels.h"
 

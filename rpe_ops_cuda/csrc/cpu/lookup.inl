@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lookups and bucket sums of one row: the two operations by which every encoding enters attention.
 
 // The places that a segment's keys take from a loaded register.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is worked out once for a map of bucket ids, so that the kernels need not look at single ids.
 // Plain data and no standard headers: the kernels are compiled for several instruction sets, and an inline function of a
 // header compiled for AVX-512 could be the copy the linker keeps for everybody.

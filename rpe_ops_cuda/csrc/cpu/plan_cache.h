@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Owning side of plan.h. Not for the kernels.
 #pragma once
 #include <memory>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A register of LANES 32-bit values, in GCC's vector extensions: the same source becomes AVX-512, AVX2 or plain code.
 
 typedef float vf __attribute__((vector_size(LANES * 4)));

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA kernels of rpe_index_adjoint: sums by bucket.
 #include "rpe_index_kernels.cuh"
 

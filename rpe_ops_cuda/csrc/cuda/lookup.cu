@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA kernels of rpe_index: a gather.
 #include "rpe_index_kernels.cuh"
 

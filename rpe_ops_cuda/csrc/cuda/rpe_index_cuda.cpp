@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // rpe_index and its adjoint on CUDA tensors: takes tensors apart and starts the kernels of lookup.cu and bucket_sums.cu.
 // Schemas, and what the arguments must look like, are in ../rpe_index.h and ../rpe_index.cpp.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What rpe_index_cuda.cpp asks of the kernel files. No torch header here or there: the kernels build in seconds.
 #pragma once
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled operators of image Relative Position Encoding, under ``torch.ops.irpe``, with fake and autograd.
 
 ``rpe_index`` and ``rpe_index_adjoint`` are each the other's gradient, so they have derivatives of every order.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fake and autograd of ``torch.ops.irpe.attention``; the schema is in csrc/attention.cpp."""
 
 import torch
