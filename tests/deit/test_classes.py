@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deit_irpe.data import build_dataset, check_resumed_classes, check_same_classes, renumber, stored_classes
+from deit_irpe.data.hugging_face import _numbered
 from deit_irpe.data.images import LabelledImages
 from deit_irpe.models import create_model, fit_classes
 from irpe_train.errors import BadCheckpoint
@@ -175,6 +176,15 @@ def test_hugging_face_labels_as_text_are_the_classes_of_the_folder(tmp_path, mon
             ValueError, match=f"{name}: train: image . has the label {labels[1] if name != 'floats' else 0.5}"
         ):
             build_dataset(written(labels, name), True, data_set="HFDS")
+
+
+def test_labels_count_from_zero_to_the_last_name():
+    assert _numbered([1, 0], ["a", "b"], "set") == (["a", "b"], [1, 0])
+    for label in (2, -1, True, "a"):
+        with pytest.raises(ValueError, match=f"set: image 1 has the label {label!r}; expected 0 to 1"):
+            _numbered([0, label], ["a", "b"], "set")
+    with pytest.raises(ValueError, match="set: no images"):
+        _numbered([], None, "set")
 
 
 def test_the_mistakes_of_inaturalist_files_are_named(tmp_path):

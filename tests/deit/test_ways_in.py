@@ -130,6 +130,17 @@ def test_flags_that_a_model_cannot_take_are_named(flags, words):
         build_model(argparse.Namespace(**{"model": "deit_tiny_patch16_224"} | flags), 10)
 
 
+def test_dropout_is_where_deit_has_it():
+    flags = dict(model="deit_tiny_patch16_224", model_kwargs=["depth=2"], drop=0.25, drop_path=0.5)
+    model = build_model(argparse.Namespace(**flags), 3)
+    last = model.blocks[-1]
+    rates = [
+        part.p for part in (model.pos_drop, last.attn.proj_drop, last.mlp.drop1, last.mlp.drop2, last.attn.attn_drop)
+    ]
+    assert rates == [0.25, 0.25, 0.25, 0.25, 0.0] and model.head_drop.p == 0
+    assert last.drop_path1.drop_prob == 0.5 and isinstance(model.blocks[0].drop_path1, torch.nn.Identity)
+
+
 def test_a_flag_that_is_off_stops_no_model():
     assert build_model(argparse.Namespace(model="densenet121", drop_path=0.0), 3).num_classes == 3
 
@@ -177,6 +188,15 @@ def checkpoint(path, **flags):
 def test_the_flags_that_matter_are_read(tmp_path):
     model, flags, classes = load_model(checkpoint(tmp_path / "x.pth", lr="none of its business", drop_path=0.9))
     assert classes == ["x", "y"] and flags.input_size == 32 and flags.drop_path == 0 and not model.training
+
+
+def test_the_moving_average_is_another_model(tmp_path):
+    source = checkpoint(tmp_path / "x.pth")
+    contents = torch.load(source, weights_only=False)
+    average = {key: value + 1 for key, value in contents["model"].items()}
+    torch.save(contents | {"model_ema": average}, source)
+    for ema, wanted in ((False, contents["model"]), (True, average)):
+        assert torch.equal(load_model(source, ema=ema)[0].head.weight, wanted["head.weight"])
 
 
 def test_the_number_of_classes_is_that_of_the_head(tmp_path):
