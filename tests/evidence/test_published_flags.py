@@ -20,6 +20,7 @@ FLAGS = [(tree, flag) for tree in TREES for flag in PUBLISHED[tree]]
 NARROWER = {  # what our types take of the numbers that the published int and float take
     "positive_int": ("int", "1 or more"),
     "nonnegative_int": ("int", "0 or more"),
+    "number_of_workers": ("int", "0 to 1000"),
     "positive_float": ("float", "above 0"),
     "nonnegative_float": ("float", "0 or more"),
     "clipping_norm": ("float", "above 0"),
