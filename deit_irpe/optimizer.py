@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is optimised and how fast: DeiT's parameter groups, optimizer and learning-rate schedule."""
 
-import contextlib
-
 from timm.optim import create_optimizer_v2
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn, optim
+
+from irpe_train.errors import blamed_on
 
 
 def scaled_lr(lr: float, batch_size: int, world_size: int, accumulate: int = 1) -> float:
@@ -43,7 +43,7 @@ def build_optimizer(
     """timm's optimizer of that name over ``parameter_groups``; ``None`` leaves the optimizer's own default."""
     options = {key: value for key, value in (("eps", eps), ("betas", betas)) if value is not None}
     groups = parameter_groups(model, weight_decay)
-    with _explained(f"--opt {name} with lr {lr:g}, momentum {momentum:g}, {options}"):
+    with blamed_on(f"--opt {name} with lr {lr:g}, momentum {momentum:g}, {options}"):
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
 
 
@@ -66,7 +66,7 @@ def build_scheduler(
 
     As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at ``warmup_lr``.
     """
-    with _explained(
+    with blamed_on(
         f"--sched {name} with {epochs} epochs, {warmup_epochs} of warm-up, from {warmup_lr:g} to {min_lr:g}"
     ):
         if name == "tanh":
@@ -99,11 +99,3 @@ def build_scheduler(
             noise_seed=seed,
         )
     return scheduler
-
-
-@contextlib.contextmanager
-def _explained(flags: str):
-    try:
-        yield
-    except Exception as error:  # timm and torch assert, index and divide
-        raise ValueError(f"{flags}: {error or type(error).__name__}") from error

@@ -306,31 +306,29 @@ def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number
 
 def build_optimization(args: argparse.Namespace, model: nn.Module, lr: float) -> tuple[optim.Optimizer, Scheduler]:
     """Optimizer and learning-rate schedule, with ``lr`` at the peak."""
-    with blamed_on("--opt, --lr, --weight-decay, --opt-eps, --opt-betas, --momentum"):
-        optimizer = build_optimizer(
-            model,
-            name=args.opt,
-            lr=lr,
-            weight_decay=args.weight_decay,
-            eps=args.opt_eps,
-            betas=args.opt_betas,
-            momentum=args.momentum,
-        )
-    with blamed_on("--sched, --epochs, --warmup-epochs, --warmup-lr, --min-lr, --decay-*, --lr-noise*"):
-        lr_scheduler = build_scheduler(
-            optimizer,
-            name=args.sched,
-            epochs=args.epochs,
-            warmup_epochs=args.warmup_epochs,
-            warmup_lr=args.warmup_lr,
-            min_lr=args.min_lr,
-            decay_epochs=args.decay_epochs,
-            decay_rate=args.decay_rate,
-            noise=args.lr_noise,
-            noise_pct=args.lr_noise_pct,
-            noise_std=args.lr_noise_std,
-            seed=args.seed,
-        )
+    optimizer = build_optimizer(
+        model,
+        name=args.opt,
+        lr=lr,
+        weight_decay=args.weight_decay,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        momentum=args.momentum,
+    )
+    lr_scheduler = build_scheduler(
+        optimizer,
+        name=args.sched,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate,
+        noise=args.lr_noise,
+        noise_pct=args.lr_noise_pct,
+        noise_std=args.lr_noise_std,
+        seed=args.seed,
+    )
     return optimizer, lr_scheduler
 
 
@@ -365,8 +363,7 @@ def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
 
 def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.device) -> DistillationLoss:
     """The loss that goes with the augmentation, and with the teacher if there is one."""
-    with blamed_on("--smoothing"):
-        base = classification_loss(mixes=mixes(args), smoothing=args.smoothing)
+    base = classification_loss(mixes=mixes(args), smoothing=args.smoothing)
     return DistillationLoss(
         base,
         build_teacher(args, classes, device),
