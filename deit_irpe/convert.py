@@ -8,6 +8,7 @@ For code that carries the published encoding in a DeiT or timm ViT of its own: n
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def convert(
 
 def main(args: argparse.Namespace) -> None:
     """Convert a file and write it, with the flags that build its model. Raises RunError: there is a file already."""
-    if args.out.exists():
+    if os.path.lexists(args.out):
         raise RunError(f"{args.out}: already there; give another name, or remove it")
     checkpoint = read_checkpoint(args.source)
     weights = convert(

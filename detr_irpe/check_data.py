@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,6 +24,7 @@ from irpe_train.arguments import nonnegative_int, positive_int
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
+from irpe_train.pixels import is_turned
 
 TOLERATED = 0.001  # COCO itself has two empty boxes among 860,001; training drops such boxes
 SAMPLE = 8  # images of a split that a start of training looks at
@@ -171,7 +171,7 @@ def image_problems(
     generator = torch.Generator()  # its own: a check that drew from torch's would change the run that it precedes
     data = _Decoded(annotations, images, only)
     decoded = DataLoader(data, batch_size=None, num_workers=num_workers, generator=generator)
-    for index, (height, width, orientation, error) in zip(only, decoded, strict=True):
+    for index, (height, width, other, error) in zip(only, decoded, strict=True):
         name, wanted = annotations.names[index].decode(), annotations.sizes[index].tolist()
         if name in absent:
             continue
@@ -179,7 +179,7 @@ def image_problems(
             unreadable.add(error)
         elif 0 not in wanted and wanted != [height, width]:
             other_size.add(f"{name} is {height} x {width}, annotated {wanted[0]} x {wanted[1]}")
-        elif orientation != 1:
+        elif other:
             turned.add(name)
     return [problem for problem in (missing, unreadable, other_size, turned) if problem.count]
 
@@ -322,7 +322,7 @@ def get_check_parser() -> argparse.ArgumentParser:
 
 
 class _Decoded(Dataset):
-    """Height, width and EXIF orientation of an image as training reads it, or why it cannot."""
+    """Height and width of an image as training reads it, whether people see it turned, or why it cannot be read."""
 
     def __init__(self, annotations: Annotations, images, only: Sequence[int]) -> None:
         self.annotations, self.images, self.only = annotations, images, only
@@ -330,13 +330,13 @@ class _Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.only)
 
-    def __getitem__(self, number: int) -> tuple[int, int, int, str]:
+    def __getitem__(self, number: int) -> tuple[int, int, bool, str]:
         index = self.only[number]
         try:
             image = read_image(self.images, index, self.annotations.sizes[index].tolist())
         except OSError as error:
-            return 0, 0, 1, str(error)
-        return image.height, image.width, image.getexif().get(ExifTags.Base.Orientation, 1), ""
+            return 0, 0, False, str(error)
+        return image.height, image.width, is_turned(image), ""
 
 
 def repeated(what: str, values: list, *, fatal: bool = True) -> Problem:

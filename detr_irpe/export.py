@@ -18,6 +18,8 @@ from irpe_train.export import add_export_arguments, export_model
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 
+SMALLEST = 64  # pixels: the second example is 32 narrower
+
 
 class TensorsInOut(nn.Module):
     """DETR with tensors alone: images ``(B, 3, H, W)``, padding ``(B, H, W)`` (True = padded) to logits and boxes."""
@@ -32,6 +34,8 @@ class TensorsInOut(nn.Module):
 
 
 def main(args: argparse.Namespace) -> None:
+    if min(args.height, args.width) < SMALLEST:
+        raise ValueError(f"--height {args.height} --width {args.width}: expected {SMALLEST} pixels or more")
     model, _, trained, categories = load_model(args.resume)
     if trained.masks:
         raise ValueError(f"{args.resume} has a mask head, which is not exported; export the detector it was trained on")

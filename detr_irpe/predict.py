@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from irpe_train.errors import BadData
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder
-from irpe_train.pixels import read_image
+from irpe_train.pixels import is_turned, read_image
 
 REACH = 8  # rows and columns in the pictures of learned tables, the patch itself counted
 MOST_POINTS = 3  # of attention, where none are given: the centres of the best detections
@@ -86,13 +86,17 @@ def main(args: argparse.Namespace) -> None:
 
 
 def files_of(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and those images that are in the folders named, in the order of their names."""
-    known = Image.registered_extensions()
-    return [
-        file
-        for path in paths
-        for file in (sorted(f for f in path.iterdir() if f.suffix.lower() in known) if path.is_dir() else [path])
-    ]
+    """The files named, and those images that are in the folders named, in the order of their names.
+
+    Raises: ValueError: a folder without images.
+    """
+    known, files = Image.registered_extensions(), []
+    for path in paths:
+        found = sorted(f for f in path.iterdir() if f.suffix.lower() in known) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: no image in this folder")
+        files += found
+    return files
 
 
 def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Image, str]:
@@ -102,7 +106,7 @@ def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Im
     Raises: OSError: it cannot be read; the message names it.
     """
     stored = read_image(path)
-    if stored.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+    if not is_turned(stored):
         return stored, "displayed"
     if annotated is None:
         return read_image(path, upright=True), "displayed"

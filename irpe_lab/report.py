@@ -30,6 +30,7 @@ from irpe_train.flags import FlagParser
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
+TITLE = "# Results\n\nMade by `python -m irpe_lab.report`"  # of every page, and how one is known
 MARKER = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
 MARKERS = {task.marker: task for task in TASKS.values()}
 PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Results</title>
@@ -154,10 +155,9 @@ class Report:
     def markdown(self, curves: Path | None) -> str:
         """The whole page."""
         parts = [
-            "# Results\n",
-            'Made by `python -m irpe_lab.report`; edit nothing here. "Published" is what the '
+            f'{TITLE}; edit nothing here. "Published" is what the '
             f'authors printed ({self.zoo.source}); "here" was measured by this repository, and links to its '
-            "log or reproduction card. The two are never mixed.\n",
+            "log or reproduction card. The two are never mixed.\n"
         ]
         for task in TASKS.values():
             parts += [f"## {task.title}\n", self.published_and_here(task)]
@@ -223,9 +223,25 @@ def to_html(text: str, pictures: dict[str, Path]) -> str:
     return PAGE.format(body=reader.render(text))
 
 
+def refuse_to_replace(report: Report) -> None:
+    """Raises RunError: the page, or a file beside it, would replace what is no page of ours: a log, a picture."""
+    page = report.page
+    others = [page.with_suffix(".html"), page.with_suffix(".png")]
+    if page in others:
+        raise RunError(f"report: -o {page}: expected the page, such as {page.with_suffix('.md')}; that is beside it")
+    others += [report.curves_of(folder) for folder in report.ablations()]
+    try:
+        ours = page.is_file() and page.read_text(encoding="utf-8").startswith(TITLE)
+    except UnicodeDecodeError:
+        ours = False
+    if found := [] if ours else [path for path in (page, *others) if os.path.lexists(path)]:
+        raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")
+
+
 def write_page(report: Report, curves: list[str]) -> list[Path]:
     """The page, its curves (if there is a run to draw) and its HTML twin; returns their paths."""
     page = report.page
+    refuse_to_replace(report)
     page.parent.mkdir(parents=True, exist_ok=True)
     picture = page.with_suffix(".png")
     drawn = [report.runs[name].log for name in curves or report.runs if report.runs[name].log.suffix == ".txt"]

@@ -3,11 +3,14 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from irpe_train.errors import RunError
 
 FORMATS = ("onnx", "pt2", "safetensors")
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}
@@ -50,10 +53,15 @@ def export_model(
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
     Returns: for each format the largest difference between its outputs and the model's, relative to the largest output.
-    Raises: ImportError: a package is missing (named, with the command). ValueError: the outputs differ.
+    Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already.
+        ValueError: the outputs differ.
     """
+    if not Path(out).name:
+        raise RunError(f"--out {str(out)!r}: expected the name of a file")
     for format in formats:
         _need_packages(format)
+        if os.path.lexists(path := _exported(Path(out), format)):
+            raise RunError(f"{path}: already there; give another --out, or remove it")
     model = model.eval()
     with torch.no_grad():
         expected = [_as_tuple(model(*example)) for example in examples]

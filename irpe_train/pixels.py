@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
 
@@ -43,12 +43,20 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             rgb = _to_rgb(image)
-            return ImageOps.exif_transpose(rgb) if upright else rgb
+            return ImageOps.exif_transpose(rgb) if upright and is_turned(rgb) else rgb
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{name}: too many pixels to be a photograph ({error}); scale it down") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = "it is no image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UnreadableImage(f"{name}: this image cannot be read ({reason})") from error
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the image is stored otherwise than people see it. Metadata that cannot be read say nothing."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # Pillow raises SyntaxError, struct.error, ...
+        return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -237,3 +237,11 @@ def test_a_check_leaves_the_random_state_alone(tmp_path):
     before = torch.get_rng_state()
     quick_check(sets, 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_damaged_metadata_of_a_photo_stop_nothing(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path)
+    path = root / "train2017" / "000000000101.jpg"
+    Image.open(path).save(path, exif=b"Exif\0\0garbage!!!")
+    status, text = check(root, capsys)
+    assert status == 0 and "EXIF" not in text

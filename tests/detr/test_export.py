@@ -62,3 +62,8 @@ def test_a_mask_head_is_refused(tmp_path):
     path = write_checkpoint(tmp_path / "x.pth", "--masks")
     with pytest.raises(ValueError, match="mask head, which is not exported"):
         run("--resume", path, "--out", tmp_path / "x")
+
+
+def test_sizes_that_cannot_be_traced_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--height 64 --width 8: expected 64 pixels or more"):
+        run("--resume", tmp_path / "x.pth", "--out", tmp_path / "x", "--height", "64", "--width", "8")

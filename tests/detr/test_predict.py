@@ -255,6 +255,9 @@ def test_one_bad_image_does_not_cost_the_others(tmp_path, photo, capsys):
 def test_a_folder_stands_for_its_images(tmp_path, photo):
     (tmp_path / "notes.txt").write_text("no image")
     assert files_of([tmp_path]) == [photo]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no image in this folder"):
+        files_of([photo, tmp_path / "empty"])
 
 
 def test_images_of_one_name_have_their_own_annotations(tmp_path):
@@ -293,3 +296,11 @@ def test_an_exported_file_predicts_as_its_checkpoint(tmp_path, photo):
         assert one["box"] == pytest.approx(other["box"], abs=0.02)
     with pytest.raises(ValueError, match="give the checkpoint, not the exported file"):
         predict(photo, "--resume", tmp_path / "x.onnx", "--out", tmp_path / "c", "--attention")
+
+
+def test_damaged_metadata_cost_no_prediction(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (6, 4)).save(path, exif=b"Exif\0\0garbage!!!")
+    for annotated in (None, (4, 6), (6, 4)):
+        image, frame = read_in_frame(path, annotated)
+        assert (image.size, frame) == ((6, 4), "displayed")

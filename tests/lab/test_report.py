@@ -229,3 +229,20 @@ def test_plot_logs_overlays_ours_and_a_published_one(logs, tmp_path):
     )
     assert "top-1 accuracy" in done.stdout and "box AP" in done.stdout
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["log_demo.txt", "mine.md", "other.md"])
+def test_a_page_replaces_no_file_of_somebody_else(logs, name):
+    (logs / "mine.md").write_text("written by hand")
+    (logs / "other.png").write_text("a picture")
+    before = {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="already there, and not made by report"):
+        report.main([str(logs), "-o", str(logs / name)])
+    assert {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()} == before
+
+
+def test_a_page_is_made_anew_and_is_not_its_own_twin(logs):
+    for _ in range(2):
+        assert report.main([str(logs), "-o", str(logs / "page.md")]) == 0
+    with pytest.raises(SystemExit, match=r"expected the page, such as .*page\.md"):
+        report.main([str(logs), "-o", str(logs / "page.html")])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from irpe_train.errors import RunError
 from irpe_train.export import export_model
 
 
@@ -60,3 +61,17 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises((ImportError, ValueError), match="safetensors"):
         export(Scores(), tmp_path / "m", ["safetensors"])
+
+
+@pytest.mark.parametrize("formats", [["safetensors"], ["pt2", "safetensors"]])
+def test_what_is_there_already_stays(tmp_path, formats):
+    (tmp_path / "m.safetensors").write_text("trained weights")
+    with pytest.raises(RunError, match=r"m\.safetensors: already there; give another --out"):
+        export(Scores(), tmp_path / "m.pt2", formats)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    assert (tmp_path / "m.safetensors").read_text() == "trained weights"
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(RunError, match="expected the name of a file"):
+        export(Scores(), "", ["safetensors"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irpe_train.pixels import UnreadableImage, decode_image, read_image
+from irpe_train.pixels import UnreadableImage, decode_image, is_turned, read_image
 
 NOISE = np.random.RandomState(0).randint(0, 256, (6, 9, 4), dtype=np.uint8)
 RAMP = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(6, 9)
@@ -130,3 +130,13 @@ def test_files_that_are_no_files_are_refused(tmp_path):
             read_image(tmp_path / name)
     (tmp_path / "x.png").write_bytes(PHOTO)
     assert np.array_equal(read_image(tmp_path / "x.png"), NOISE[..., :3])
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"garbage!!!", b"II*\0\x08\0\0\0\x05\0\x12\x01"], ids=["empty", "garbage", "cut"]
+)
+def test_damaged_metadata_cost_no_image(exif):
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(file, "JPEG", exif=b"Exif\0\0" + exif)
+    image = decode_image(file.getvalue(), "x.jpg", upright=True)
+    assert image.size == (6, 4) and not is_turned(image)
