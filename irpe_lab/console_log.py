@@ -1,16 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run printed, read back: ``detail_<name>.log``, ours and the published ones (plain text lines)."""
+"""What a run wrote, read back: ``log.txt``, and the console in ``detail_<name>.log``, ours and the published ones."""
 
+import json
 import re
 import statistics
 from pathlib import Path
 
 from irpe_lab.figures import TASKS
+from irpe_train.errors import BadData
 
 EPOCH = re.compile(r"Epoch: +\[(\d+)\]")
 PARAMETERS = re.compile(r"number of params(?:eters)?: *([\d,]+)")
 SPEED = re.compile(r"([\d.]+) img/s")
 MEMORY = re.compile(r"max mem: (\d+)")
+
+
+def read_log(run: str | Path) -> list[dict]:
+    """The epochs of a run.
+
+    Args:
+        run: a ``log.txt``, or the folder that has one.
+    Raises: BadData: no such file, no epochs, or a line that is not a JSON object with ``epoch`` (its number is named).
+    """
+    path = Path(run)
+    path = path / "log.txt" if path.is_dir() else path
+    if not path.is_file():
+        raise BadData(f"{path}: no such log; give a run's folder or its log.txt")
+    epochs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            epoch = json.loads(line)
+            whole = isinstance(epoch["epoch"], int) and abs(epoch["epoch"]) < 2**53
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise BadData(f"{path}: line {number} is not a JSON object with 'epoch'") from error
+        if not whole:
+            raise BadData(f"{path}: line {number}: 'epoch' is {epoch['epoch']!r:.80}, not a whole number")
+        epochs.append(epoch)
+    if not epochs:
+        raise BadData(f"{path}: no epoch in it yet")
+    return epochs
 
 
 def read_detail(path: str | Path) -> list[dict]:

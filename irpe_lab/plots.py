@@ -4,7 +4,6 @@
 Every function returns a ``matplotlib.figure.Figure`` of its own: a notebook's backend stays as it is.
 """
 
-import json
 import re
 import statistics
 from collections import defaultdict
@@ -12,45 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from irpe_lab.console_log import read_log
 from irpe_lab.figures import PANELS, Figure
+from irpe_lab.results import Row, bootstrap_interval, spread
 from irpe_train.errors import BadData
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
-    from irpe_lab.results import Row
-
 # Okabe and Ito, Color Universal Design (2008): colour-blind readers tell them apart. Without yellow, faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("", "o", "s", "^", "D", "v", "x")  # with more runs than colours, lines of one colour differ by their marks
-
-
-def read_log(run: str | Path) -> list[dict]:
-    """The epochs of a run.
-
-    Args:
-        run: a ``log.txt``, or the folder that has one.
-    Raises: BadData: no such file, no epochs, or a line that is not a JSON object with ``epoch`` (its number is named).
-    """
-    path = Path(run)
-    path = path / "log.txt" if path.is_dir() else path
-    if not path.is_file():
-        raise BadData(f"{path}: no such log; give a run's folder or its log.txt")
-    epochs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            epoch = json.loads(line)
-            whole = isinstance(epoch["epoch"], int) and abs(epoch["epoch"]) < 2**53
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BadData(f"{path}: line {number} is not a JSON object with 'epoch'") from error
-        if not whole:
-            raise BadData(f"{path}: line {number}: 'epoch' is {epoch['epoch']!r:.80}, not a whole number")
-        epochs.append(epoch)
-    if not epochs:
-        raise BadData(f"{path}: no epoch in it yet")
-    return epochs
 
 
 def curve(epochs: list[dict], key: str | None) -> tuple[list[int], list[float]]:
@@ -125,7 +96,7 @@ def _draw_seeds(axis, curves: list[tuple[list[int], list[float]]], dashes: str, 
 
 
 def plot_intervals(
-    rows: Sequence["Row"], *, title: str, figure: Figure, evaluations: Sequence[str] = ()
+    rows: Sequence[Row], *, title: str, figure: Figure, evaluations: Sequence[str] = ()
 ) -> "matplotlib.figure.Figure":
     """One line a run: every seed, mean and standard deviation, and the published figure where there is one.
 
@@ -133,8 +104,6 @@ def plot_intervals(
     the mean. Each of ``evaluations`` adds such panels.
     """
     from matplotlib.figure import Figure as Canvas
-
-    from irpe_lab.results import bootstrap_interval, spread
 
     baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
     panels = [

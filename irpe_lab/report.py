@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from irpe_lab.console_log import read_detail
+from irpe_lab.console_log import read_detail, read_log
 from irpe_lab.figures import TASKS, Figure, Task
-from irpe_lab.plots import plot_runs, read_log
+from irpe_lab.plots import plot_runs
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT
 from irpe_train.errors import BadData, RunError

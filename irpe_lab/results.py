@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from irpe_lab import jobs
-from irpe_lab.console_log import images_per_second, peak_memory, read_detail
+from irpe_lab.console_log import images_per_second, peak_memory, read_detail, read_log
 from irpe_lab.figures import Figure
-from irpe_lab.plots import read_log
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def bucket_map(method: str, ratio: float, height: int, width: int, skip: int, de
     uint8 where every id fits, int32 otherwise.
     """
     if type(torch.empty(0)) is not Tensor:  # shape propagation (FakeTensorMode): no cache, or it would keep fake maps
-        return _make_map(method, ratio, height, width, skip, device)
-    return _cached_map(method, ratio, height, width, skip, device)
+        return _make_map(bucket_map_named(method), ratio, height, width, skip, device)
+    return _cached_map(bucket_map_named(method), ratio, height, width, skip, device)
 
 
 def traced_bucket_map(
@@ -73,8 +73,8 @@ def traced_bucket_map(
 def offset_map(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
     """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)``, smallest first; cached: read only."""
     if type(torch.empty(0)) is not Tensor:
-        return _make_offsets(method, ratio, height, width, device)
-    return _cached_offsets(method, ratio, height, width, device)
+        return _make_offsets(bucket_map_named(method), ratio, height, width, device)
+    return _cached_offsets(bucket_map_named(method), ratio, height, width, device)
 
 
 def traced_offset_map(
@@ -92,24 +92,24 @@ def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Ten
     return lambda distance: table[distance.abs().clamp(max=gamma)] * distance.sign()
 
 
-def _make_offsets(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
+def _make_offsets(row: BucketMap, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
     """Of `offset_map`: sent to the device without waiting for it."""
     with torch.inference_mode(False), torch.no_grad():
-        offsets = offset_ids(bucket_map_named(method), ratio, height, width, f"method {method!r}")
-        offsets = offsets.to(_id_dtype(count_buckets(method, 2 * ratio, 1)))
+        offsets = offset_ids(row, ratio, height, width, "bucket map")
+        offsets = offsets.to(_id_dtype(row.num_buckets(int(2 * ratio)) + 1))
         if device.type == "cuda":
             offsets = offsets.pin_memory()
         return offsets.to(device, non_blocking=True)
 
 
-def _make_map(method: str, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
+def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
     """`get_bucket_ids_2d` for grids that change from step to step: offsets are few, and pairs are made where needed.
 
     Only ``(2 height - 1)(2 width - 1)`` ids are computed and sent to the device, without waiting for it.
     """
-    num_buckets = count_buckets(method, 2 * ratio, skip)
+    num_buckets = row.num_buckets(int(2 * ratio)) + (1 if skip else 0)
     with torch.inference_mode(False), torch.no_grad():
-        offsets = _make_offsets(method, ratio, height, width, device).to(_id_dtype(num_buckets))
+        offsets = _make_offsets(row, ratio, height, width, device).to(_id_dtype(num_buckets))
         # From query (r, c), key (0, 0) has offset (r, c), and further keys have smaller ones: windows of the reverse.
         windows = offsets.flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (height, width, height, width)
         ids = windows.flip(0, 1).reshape(height * width, height * width)
@@ -119,12 +119,6 @@ def _make_map(method: str, ratio: float, height: int, width: int, skip: int, dev
 # 32 maps of a 1,764-token DETR grid are 100 MB at one byte an id; a training run has more sizes than are worth keeping.
 _cached_map = functools.lru_cache(maxsize=32)(_make_map)
 _cached_offsets = functools.lru_cache(maxsize=256)(_make_offsets)
-
-
-def forget_maps() -> None:
-    """Empty the cache: a method has been registered anew."""
-    _cached_map.cache_clear()
-    _cached_offsets.cache_clear()
 
 
 def _table_of_index(ratio: str, device: torch.device) -> Tensor:

@@ -117,9 +117,6 @@ def register_bucket_method(
     for ratio in (0.5, 1.9, 20.0):
         offset_ids(row, ratio, 4, 5, f"register_bucket_method: {name!r}")
     METHODS[name] = row
-    from irpe_ops.buckets import forget_maps
-
-    forget_maps()
 
 
 def _origin(function: Callable) -> tuple[str, str]:

@@ -13,8 +13,9 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from irpe_lab.console_log import read_log
 from irpe_lab.figures import TASKS
-from irpe_lab.plots import COLOURS, curve, plot_intervals, plot_runs, read_log
+from irpe_lab.plots import COLOURS, curve, plot_intervals, plot_runs
 from irpe_lab.results import Outcome, Row
 from irpe_train.errors import BadData
 
