@@ -32,6 +32,7 @@ from pathlib import Path
 
 from irpe_lab.figures import TASKS, Task
 from irpe_lab.jobs import slug
+from irpe_train.arguments import LARGEST_SEED
 from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, same_name
 from irpe_train.zoo import read_zoo
 
@@ -99,7 +100,7 @@ def read_grid(
     baseline = raw.get("baseline", "none" if "none" in runs else None)
     if baseline is not None:
         _known(baseline, runs, f"{source}: baseline")
-    chosen = _seeds(seeds.split(",") if seeds else raw.get("seeds", [0]), source)
+    chosen = _seeds(seeds if seeds else raw.get("seeds", [0]), source)
     if len(kept) * len(chosen) > MOST_RUNS:
         raise ConfigError(f"{source}: {len(kept)} runs of {len(chosen)} seeds; {MOST_RUNS} in all at most")
     grid = Grid(
@@ -190,12 +191,17 @@ def _known(name: object, runs: dict, where: str) -> None:
 
 
 def _seeds(values: object, source: str) -> tuple[int, ...]:
+    values = values.split(",") if isinstance(values, str) else values
     try:
+        if not isinstance(values, list):
+            raise TypeError(f"got {values!r:.80}")
         seeds = tuple(int(seed) for seed in values if not isinstance(seed, bool | float))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: seeds: expected whole numbers such as 0,1,2 ({error})") from error
-    if not seeds or len(set(seeds)) < len(values) or min(seeds) < 0:
-        raise ConfigError(f"{source}: seeds: expected different whole numbers from 0 on, got {values!r:.80}")
+    if not seeds or len(set(seeds)) < len(values) or not 0 <= min(seeds) <= max(seeds) <= LARGEST_SEED:
+        raise ConfigError(
+            f"{source}: seeds: expected different whole numbers from 0 to {LARGEST_SEED}, got {values!r:.80}"
+        )
     return seeds
 
 

@@ -4,6 +4,7 @@
 Every function returns a ``matplotlib.figure.Figure`` of its own: a notebook's backend stays as it is.
 """
 
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -84,7 +85,8 @@ def _draw_seeds(axis, curves: list[tuple[list[int], list[float]]], dashes: str, 
     at: dict[int, list[float]] = defaultdict(list)
     for x, y in curves:
         for epoch, value in zip(x, y, strict=True):
-            at[epoch].append(value)
+            if math.isfinite(value):  # a loss that became infinite cannot be drawn
+                at[epoch].append(value)
     if not at:
         return
     x = sorted(at)

@@ -287,12 +287,17 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 print("\n".join(map(str, write_page(report, args.curves))))
         if args.readme:
-            text = args.readme.read_text()
+            try:
+                text = args.readme.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise BadData(f"--readme {args.readme}: not UTF-8 text ({error})") from error
+            if not MARKER.search(text):
+                raise RunError(f"--readme {args.readme}: no <!-- NAME:begin --> with its <!-- NAME:end --> in it")
             fresh = Report(args.logs, args.readme).fill(text)
             if args.check:
                 stale += [args.readme] * (fresh != text)
             else:
-                args.readme.write_text(fresh)
+                args.readme.write_text(fresh, encoding="utf-8")
                 print(args.readme)
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"irpe_lab.report: {error}")

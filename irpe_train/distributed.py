@@ -221,7 +221,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class _Console(logging.StreamHandler):
-    """Writes to whatever ``sys.stdout`` is now, so that redirecting it works."""
+    """Writes to whatever ``sys.stdout`` is now, so that redirecting it works. Names of files need not be text there."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -229,6 +229,10 @@ class _Console(logging.StreamHandler):
     @property
     def stream(self):
         return sys.stdout
+
+    def format(self, record):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def set_up_logging(my_rank: int) -> None:

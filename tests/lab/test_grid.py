@@ -141,6 +141,8 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         (GRID.replace("[0, 1]", "[0, 0]"), "seeds: expected different whole numbers"),
         (GRID.replace("[0, 1]", "[0, 1.5]"), "seeds: expected different whole numbers"),
         (GRID.replace("[0, 1]", "[-1]"), "seeds: expected different whole numbers"),
+        (GRID.replace("[0, 1]", "{1: 2}"), "seeds: expected whole numbers"),
+        (GRID.replace("[0, 1]", f"[{2**64}]"), "seeds: expected different whole numbers"),
         (GRID.replace("[0, 1]", "[]"), "seeds: expected different whole numbers"),
     ],
 )
@@ -203,3 +205,9 @@ def test_any_file_makes_runs_or_one_message(tmp_path_factory, text):
                 "output_dir": args.output_dir,
                 "resume": "auto",
             }
+
+
+def test_seeds_as_text_are_those_of_the_command_line(tmp_path):
+    path = tmp_path / "g.yaml"
+    path.write_text(GRID.replace("[0, 1]", "'12,3'"))
+    assert read_grid(path).seeds == (12, 3)

@@ -209,3 +209,13 @@ def test_script(tmp_path):
         [sys.executable, SCRIPT, tmp_path / "none", "-o", tmp_path / "y.png"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr.startswith("plot_logs.py: ") and "Traceback" not in done.stderr
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_is_finite(tmp_path):
+    lines = [deit(0), deit(1) | {"train_loss": float("nan")}, deit(2) | {"train_loss": float("inf")}]
+    path = write(tmp_path / "a" / "log.txt", lines)
+    (line,) = [line for line in plot_runs([path], tmp_path / "x.png").axes[0].lines if line.get_linestyle() == "-"]
+    assert list(line.get_xdata()) == [0]
+    lost = write(tmp_path / "b" / "log.txt", [{"epoch": 0, "train_loss": float("nan")}])
+    plot_runs([path, lost], tmp_path / "x.png")
+    plot_runs([lost], tmp_path / "x.png")

@@ -246,3 +246,12 @@ def test_a_page_is_made_anew_and_is_not_its_own_twin(logs):
         assert report.main([str(logs), "-o", str(logs / "page.md")]) == 0
     with pytest.raises(SystemExit, match=r"expected the page, such as .*page\.md"):
         report.main([str(logs), "-o", str(logs / "page.html")])
+
+
+@pytest.mark.parametrize("text", [b"# mine\n", b"<!-- results:begin -->\nno end\n", b"\xff<!-- results:begin -->"])
+def test_a_file_without_markers_is_said(logs, text):
+    path = logs / "mine.md"
+    path.write_bytes(text)
+    with pytest.raises(SystemExit, match=r"--readme .*mine\.md: (no <!--|not UTF-8)"):
+        report.main([str(logs), "--readme", str(path)])
+    assert path.read_bytes() == text

@@ -1,13 +1,14 @@
 """Averages and progress lines."""
 
 import io
+import os
 import re
 import sys
 
 import pytest
 import torch
 
-from irpe_train.distributed import set_up_logging
+from irpe_train.distributed import logger, set_up_logging
 from irpe_train.metrics import MetricLogger, SmoothedValue
 from irpe_train.run_log import log_details
 
@@ -153,3 +154,10 @@ def test_other_ranks_print_warnings_alone_with_their_rank(rank, capsys):
     logger.warning("look")
     set_up_logging(0)
     assert capsys.readouterr().out == ("* Acc@1 73.700\nwarning: look\n" if rank == 0 else "[rank 1] warning: look\n")
+
+
+def test_a_name_that_is_no_text_is_printed(capsys):
+    set_up_logging(0)
+    logger.info(f"caf\xe9 {os.fsdecode(b'caf' + bytes([0xE9]))}")
+    printed = capsys.readouterr()
+    assert printed.out == "caf\xe9 caf\\udce9\n" and not printed.err
