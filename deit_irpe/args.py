@@ -59,6 +59,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--eval-ema needs the moving average beside the model; leave out --model-ema-force-cpu")
     if args.pretrained and args.finetune:
         raise ValueError("--pretrained and --finetune both say what to start from; give one")
+    if args.expect and not args.eval:
+        raise ValueError("--expect compares an evaluation with the published figures: add --eval")
 
 
 def _add_schedule(group) -> None:

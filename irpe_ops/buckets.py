@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irpe_ops.methods import BucketMap, bucket_map_named, check_coefficients, find_map, offset_ids, piecewise_index
+from irpe_ops.methods import (
+    BucketMap,
+    bucket_map_named,
+    check_coefficients,
+    check_ids,
+    find_map,
+    offset_ids,
+    piecewise_index,
+)
 
 
 def get_bucket_ids_2d(
@@ -25,7 +33,8 @@ def get_bucket_ids_2d(
     Returns:
         ids: ``(L, L)`` int64 on the CPU, yours to change; row = query (the token that looks), column = key.
         num_buckets: ``N``; with ``skip > 0`` bucket ``N - 1`` is every pair with a leading token in it.
-    Raises: ValueError: for an unknown method, ``cross`` (two maps), an empty grid or impossible coefficients.
+    Raises: ValueError: for an unknown method, ``cross`` (two maps), an empty grid or impossible coefficients;
+        for ids of a registered method that are no int64 or no bucket on this grid.
     Source: Wu et al., ICCV 2021, section 3.2.2.
     """
     method = find_map(method)
@@ -36,8 +45,9 @@ def get_bucket_ids_2d(
     bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     # A map first made while evaluating must still serve training, which inference tensors cannot.
     with torch.inference_mode(False), torch.no_grad():
-        row = bucket_map_named(method)
-        ids = _pair_ids(row, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
+        row, name = bucket_map_named(method), f"get_bucket_ids_2d: {method!r}"
+        checked = row._replace(ids=lambda *args: check_ids(row.ids(*args), row.num_buckets(int(beta)), int(beta), name))
+        ids = _pair_ids(checked, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
     return ids, count_buckets(method, beta, skip)
 
 

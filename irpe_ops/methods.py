@@ -115,7 +115,8 @@ def register_bucket_method(
         raise ValueError(f"register_bucket_method: {name!r} is registered already, by {'.'.join(_origin(taken.ids))}")
     row = BucketMap(ids, num_buckets)
     for ratio in (0.5, 1.9, 20.0):
-        offset_ids(row, ratio, 4, 5, f"register_bucket_method: {name!r}")
+        for height, width in ((4, 5), (40, 1), (1, 40)):
+            offset_ids(row, ratio, height, width, f"register_bucket_method: {name!r}")
     METHODS[name] = row
 
 
@@ -185,10 +186,14 @@ def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str)
     index = partial(piecewise_index, alpha=ratio, beta=2 * ratio, gamma=8 * ratio)
     drow = torch.arange(1 - height, height, device="cpu")[:, None]
     dcol = torch.arange(1 - width, width, device="cpu")[None, :]
-    ids, count = row.ids(drow, dcol, index, beta), row.num_buckets(beta)
+    ids = check_ids(row.ids(drow, dcol, index, beta), row.num_buckets(beta), beta, name)
+    return ids.expand(2 * height - 1, 2 * width - 1)
+
+
+def check_ids(ids: Tensor, count: int, beta: int, name: str) -> Tensor:
+    """``ids``. Raises: ValueError: naming ``name``, unless they are int64 in ``[0, count)``."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise ValueError(f"{name}: ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
-    ids = ids.expand(2 * height - 1, 2 * width - 1)
     if type(ids) is Tensor and not (int(ids.min()) >= 0 and int(ids.max()) < count):  # a fake tensor has no values
         raise ValueError(
             f"{name}: ids must lie in [0, {count}) for beta={beta}, got {int(ids.min())} to {int(ids.max())}"

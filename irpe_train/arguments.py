@@ -9,18 +9,18 @@ LARGEST_SEED = 2**63 - 1  # of PyTorch
 
 
 def add_runtime_arguments(
-    parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str, output_dir: str = ""
+    parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str
 ) -> argparse._ArgumentGroup:
     """Add the group "run" to ``parser``: where and how to run, resume and log. No word on what is trained.
 
     Args:
-        seed, num_workers, amp, output_dir: the tree's published defaults.
+        seed, num_workers, amp: the tree's published defaults.
     Returns: the group, for a tree's own additions.
     """
     add_config_argument(parser)
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--output_dir", default=output_dir, metavar="DIR", help="for checkpoints and logs; empty: nothing is written")
+    add("--output_dir", default="", metavar="DIR", help="for checkpoints and logs; empty: nothing is written")
     add("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:N or cpu")
     add("--seed", default=seed, type=seed_int, help="random seed")
     add("--deterministic", action="store_true", help="the same command gives the same bits, somewhat slower")

@@ -47,9 +47,7 @@ def read_checkpoint(path: str | Path) -> dict:
         BadCheckpoint: missing, empty, truncated, not as its checksum says, larger inside than outside, or holding
             anything that could run, or tensors that are not plain numbers.
     """
-    if str(path).startswith("https://"):
-        path = _download(str(path))
-    path = Path(path)
+    path = local_file(path)
     if not path.is_file():
         raise BadCheckpoint(f"checkpoint {path}: no such file")
     size = path.stat().st_size
@@ -71,17 +69,28 @@ def read_checkpoint(path: str | Path) -> dict:
     return contents
 
 
+def local_file(path: str | Path) -> Path:
+    """The file on this machine: ``path``, or what its ``https://`` address names in torch's cache, fetched if missing.
+
+    Raises: BadCheckpoint: it cannot be fetched, or is not as the SHA-256 in its name says.
+    """
+    return _download(str(path)) if str(path).startswith("https://") else Path(path)
+
+
 def _download(url: str) -> Path:
-    """The file in torch's cache, fetched if it is not there; the published names carry the start of their SHA-256."""
+    """The file in torch's cache, fetched by one process; the published names carry the start of their SHA-256."""
     path = zoo.cache_folder() / url.split("?")[0].rsplit("/", 1)[-1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        try:
-            zoo.download(url, part, most=zoo.LARGEST_FILE)
-        except OSError as error:
-            raise BadCheckpoint(f"checkpoint {url}: cannot fetch it ({error}). Put it here by hand: {path}") from error
-        os.replace(part, path)
+        with zoo.alone(path.parent):
+            if not path.exists():  # else another process was faster
+                try:
+                    zoo.download(url, part, most=zoo.LARGEST_FILE)
+                except OSError as error:
+                    remedy = f"Put it here by hand: {path}"
+                    raise BadCheckpoint(f"checkpoint {url}: cannot fetch it ({error}). {remedy}") from error
+                os.replace(part, path)
     digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if digest and not (found := zoo.sha256(path)).startswith(digest[1]):
         raise BadCheckpoint(f"checkpoint {path}: its sha256 is {found}, not as its name says. Delete it, fetch again.")
@@ -95,28 +104,36 @@ def _check_archive(path: Path, size: int) -> None:
     """
     with open(path, "rb") as file:
         magic = file.read(4)
-        file.seek(max(0, size - len(_seal(0))))
+        file.seek(max(0, size - 2 - 0xFFFF))  # the longest comment, and its length
         tail = file.read()
     if magic != b"PK\x03\x04":  # torch's format before 1.6, which has no checksums
         return
     try:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
-            sealed = bool(archive.comment)
+            comment = archive.comment
+            sealed = comment[:4] == b"irpe" or comment[5:10] == b"crc32"  # ours, also with a letter damaged
             damaged = None if sealed or claimed > size else archive.testzip()
     except Exception as error:
         raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({_first_line(error)}){USE_ANOTHER}") from error
     if claimed > size:
         raise BadCheckpoint(f"checkpoint {path}: refused: its members claim {claimed:,} bytes in a file of {size:,}")
-    if sealed and tail != _seal(_crc32_of_archive(path, size - len(tail))):
+    ending = _ending(comment)
+    if sealed and ending != _seal(_crc32_of_archive(path, size - len(ending))):
         damaged = "its contents"
+    if not tail.endswith(ending):
+        raise BadCheckpoint(f"checkpoint {path}: damaged or truncated (its end){USE_ANOTHER}")
     if damaged:
         raise BadCheckpoint(f"checkpoint {path}: damaged: {damaged} and its checksum differ{USE_ANOTHER}")
 
 
 def _seal(crc32: int) -> bytes:
-    """The last bytes of a zip archive, from the length of its comment on, where the comment is a checksum."""
-    comment = b"irpe crc32 %08x" % crc32
+    """The last bytes of a zip archive whose comment is a checksum."""
+    return _ending(b"irpe crc32 %08x" % crc32)
+
+
+def _ending(comment: bytes) -> bytes:
+    """The last bytes of a zip archive: the length of its comment, and the comment."""
     return struct.pack("<H", len(comment)) + comment
 
 

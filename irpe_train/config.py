@@ -62,11 +62,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     The flags in the environment variable ``IRPE_EXTRA_FLAGS`` come last, for every command that takes ``--config``, so
     they win. ``--print-config`` ends here, with exit status 0.
 
-    Raises: ConfigError: no such file, no plain YAML mapping, an unknown name or a value no flag can carry.
+    Raises: ConfigError: no such file, no plain YAML mapping, an unknown name or a value no flag can carry; or the
+        variable has an open quotation.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(action.dest == "config" for action in parser._actions):
-        argv += shlex.split(os.environ.get("IRPE_EXTRA_FLAGS", ""))
+        argv += _extra_flags()
     find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     find.add_argument("--config", default=None)
     path = find.parse_known_args(argv)[0].config
@@ -81,6 +82,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         print(_as_yaml(parser, args), end="")
         parser.exit()
     return args
+
+
+def _extra_flags() -> list[str]:
+    text = os.environ.get("IRPE_EXTRA_FLAGS", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"IRPE_EXTRA_FLAGS={text}: {error}; write it as in a shell") from error
 
 
 def read_yaml(path: Path, source: str) -> dict:

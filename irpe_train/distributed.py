@@ -122,12 +122,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def wrap(
-    model: torch.nn.Module,
-    device: torch.device,
-    *,
-    compile: bool = False,
-    deterministic: bool = False,
-    find_unused_parameters: bool = False,
+    model: torch.nn.Module, device: torch.device, *, compile: bool = False, deterministic: bool = False
 ) -> torch.nn.Module:
     """``model`` made ready for training: compiled if asked, in DistributedDataParallel if there are several processes.
 
@@ -140,9 +135,7 @@ def wrap(
     # DistributedDataParallel orders its buckets anew after the first step, unless it looks for unused parameters; a
     # resumed run would sum its first step in another order than the uninterrupted one, and differ in the last bit.
     return torch.nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        find_unused_parameters=find_unused_parameters or deterministic,
+        model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=deterministic
     )
 
 
@@ -173,12 +166,6 @@ def reduce_mean(value: torch.Tensor) -> torch.Tensor:
     with report_lost_ranks("reduce_mean"):
         dist.all_reduce(total)
     return total / world_size()
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        with report_lost_ranks("barrier"):
-            dist.barrier()
 
 
 class report_lost_ranks:

@@ -25,7 +25,7 @@ def launch(
     ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
     """
     try:
-        with report_lost_ranks(parser.prog), lack_of_memory_named():
+        with report_lost_ranks(parser.prog), report_out_of_memory():
             main(parse_args(parser, argv))
     except KeyboardInterrupt:  # where no state is kept: training notes it, see preemption.py
         sys.exit(130)
@@ -42,7 +42,7 @@ def launch(
 
 
 @contextlib.contextmanager
-def lack_of_memory_named():
+def report_out_of_memory():
     """Turns PyTorch's errors about memory and killed workers, which can come at any line, into messages."""
     try:
         yield

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from irpe_train.distributed import logger, rank, world_size
 from irpe_train.errors import BadData
-from irpe_train.preemption import STOP, heed_the_parent_alone, held_back
+from irpe_train.preemption import STOP, held_back, ignore_signals_from_others
 from irpe_train.seeding import sample_randomness
 
 # What decoders raise on damaged files. PIL raises SyntaxError on a broken PNG.
@@ -75,7 +75,7 @@ class TrainLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            worker_init_fn=heed_the_parent_alone,
+            worker_init_fn=ignore_signals_from_others,
             generator=torch.Generator(),
         )
 
@@ -145,7 +145,7 @@ class EvalLoader:
             collate_fn=_CollateAndReport(collate_fn),
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=heed_the_parent_alone,
+            worker_init_fn=ignore_signals_from_others,
             generator=torch.Generator(),
         )
 

@@ -172,7 +172,7 @@ def held_back():
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def heed_the_parent_alone(worker_id: int = 0) -> None:
+def ignore_signals_from_others(worker_id: int = 0) -> None:
     """In a data loading worker: heed a stop signal only if it comes from the main process.
 
     torchrun, SLURM and terminals signal whole process groups, and the main process needs its workers to finish a step.

@@ -28,7 +28,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rp
 class RunLog:
     """``OUTPUT_DIR/log.txt``: a JSON object an epoch, each epoch once; and the same in TensorBoard, if installed.
 
-    Make it after ``Checkpoints.resume``. Only the main rank writes; nothing is written without an ``output_dir``.
+    Make it after ``Checkpoints.open``. Only the main rank writes; nothing is written without an ``output_dir``.
 
     Args:
         epoch: where this run goes on; lines from there on belong to an interrupted try and are dropped. A log of

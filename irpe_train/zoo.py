@@ -99,7 +99,7 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "hub" / "checkpoints"
 
 
-def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None, quiet: bool = False) -> Path:
+def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> Path:
     """The checked file of a zoo entry, downloaded if it is not there yet.
 
     A broken download is kept as ``FILE.part`` and taken up where it stopped. Several processes may ask at once: one
@@ -117,11 +117,10 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None, quie
         return target
     folder.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    with _alone(folder):
+    with alone(folder):
         if target.is_file():  # another process was faster, and has checked it
             return target
-        if not quiet:
-            print(f"fetching {entry.url} -> {target}", file=sys.stderr)
+        print(f"fetching {entry.url} -> {target}", file=sys.stderr)
         try:
             download(entry.url, part, most=entry.size or LARGEST_FILE)
         except (urllib.error.URLError, OSError) as error:
@@ -211,7 +210,7 @@ def download(url: str, part: Path, *, most: int) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Keep other processes' downloads out of ``folder``; the lock ends with the process, even a killed one."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -71,6 +71,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
         (("--resume", "absent.pth"), "absent.pth: no such file"),
         (("--finetune", "absent.pth"), "absent.pth: no such file"),
         (("--pretrained", "--finetune", "x.pth"), "give one"),
+        (("--expect",), "--expect compares an evaluation with the published figures: add --eval"),
         (("--opt", "adamm"), "adamm"),
         (("--opt-betas", "0.9"), "--opt adamw with lr"),
         (("--opt-betas", "0.9", "1.5"), "--opt adamw with lr"),

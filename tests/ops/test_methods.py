@@ -11,7 +11,7 @@ from torch import nn
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, register_bucket_method, rpe_attention
 from irpe_ops.attention import missing_backend
-from irpe_ops.methods import METHODS, maps_of
+from irpe_ops.methods import METHODS, BucketMap, maps_of
 
 PLUGIN = """
 import torch
@@ -133,6 +133,22 @@ def test_what_cannot_be_a_method(arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         register_bucket_method(*arguments)
     assert arguments[0] not in METHODS or arguments[0] == "product"
+
+
+def test_ids_that_only_a_larger_grid_shows_to_be_no_buckets():
+    def rows(drow, dcol, index, beta):
+        return drow.abs()
+
+    with pytest.raises(ValueError, match=r"'rows': ids must lie in \[0, 10\) for beta=1, got 0 to 39"):
+        register_bucket_method("rows", rows, lambda beta: 10)
+    assert "rows" not in METHODS
+
+
+def test_ids_are_checked_on_the_grid_that_is_asked_for(monkeypatch):
+    monkeypatch.setitem(METHODS, "rows", BucketMap(lambda drow, dcol, index, beta: drow.abs(), lambda beta: 41))
+    assert int(get_bucket_ids_2d("rows", 41, 1, 0, 2.0, 4.0, 16.0)[0].max()) == 40
+    with pytest.raises(ValueError, match=r"get_bucket_ids_2d: 'rows': ids must lie in \[0, 41\) for beta=4"):
+        get_bucket_ids_2d("rows", 42, 1, 1, 2.0, 4.0, 16.0)
 
 
 def test_the_parts_of_cross_are_named_after_it():

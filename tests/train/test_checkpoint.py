@@ -8,13 +8,23 @@ import pickle
 import random
 import re
 import resource
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from irpe_train import zoo
-from irpe_train.checkpoint import link, load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
+from irpe_train.checkpoint import (
+    link,
+    load_matching,
+    local_file,
+    model_weights,
+    read_checkpoint,
+    read_weights,
+    write_checkpoint,
+)
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.state import Checkpoints, TrainState, plain
 
@@ -202,6 +212,53 @@ def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "download", download)
     with pytest.raises(BadCheckpoint, match=rf"cannot fetch it \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
         read_checkpoint("https://example.org/a.pth")
+
+
+def test_one_process_fetches_and_the_others_wait(tmp_path, monkeypatch):
+    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "theirs.pth")
+    asked = []
+
+    def download(url, part, *, most):
+        asked.append(url)
+        time.sleep(0.2)  # time enough for another to begin
+        part.write_bytes((tmp_path / "theirs.pth").read_bytes())
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(zoo, "download", download)
+    with ThreadPoolExecutor(4) as pool:  # the lock is of an open folder, so threads are kept apart like processes
+        found = list(pool.map(local_file, ["https://example.org/a.pth"] * 4))
+    assert len(asked) == 1 and set(found) == {tmp_path / "hub" / "checkpoints" / "a.pth"}
+
+
+def test_a_comment_of_another_program_is_no_seal(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"w": torch.full((64,), 3.0)}}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"made by hand"
+    assert read_weights(path)["w"].sum() == 192
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\0\0\x40\x40" * 8, b"\0\0\x41\x40" * 8))
+    with pytest.raises(BadCheckpoint, match="and its checksum differ"):
+        read_checkpoint(path)
+    path.write_bytes(whole[:-3])
+    with pytest.raises(BadCheckpoint, match="damaged or truncated"):
+        read_checkpoint(path)
+
+
+def test_a_damaged_seal_is_no_comment_of_another_program(tmp_path):
+    path = tmp_path / "a.pth"
+    write_checkpoint({"model": {}}, path)
+    whole = path.read_bytes()
+    for bit in range(8 * 21):
+        damaged = bytearray(whole)
+        damaged[-1 - bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(BadCheckpoint, match="damaged"):
+            read_checkpoint(path)
+    for cut in range(1, 22):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(BadCheckpoint, match="damaged"):
+            read_checkpoint(path)
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "torch.save"])

@@ -43,6 +43,12 @@ def test_extra_flags_of_the_environment_win_over_file_and_typed_flags(tmp_path, 
     assert vars(parse_args(other, [])) == {}
 
 
+def test_extra_flags_with_an_open_quotation_are_one_message(monkeypatch):
+    monkeypatch.setenv("IRPE_EXTRA_FLAGS", "--model 'a")
+    with pytest.raises(ConfigError, match="IRPE_EXTRA_FLAGS=--model 'a: No closing quotation; write it as in a shell"):
+        parse_args(get_parser(), [])
+
+
 def test_file_becomes_flags_and_typed_flags_win(tmp_path):
     text = "batch-size: 8\nlr: 1e-3   # text to YAML\nopt_betas: [0.9, 0.95]\nmodel: base\n"
     args = parse(tmp_path, text, "--lr", "2")
