@@ -3,7 +3,7 @@
 
 import argparse
 
-from irpe_train.arguments import add_runtime_arguments, positive_int
+from irpe_train.arguments import add_runtime_arguments, nonnegative_int, positive_int
 from irpe_train.flags import FlagParser
 
 FIRST = [
@@ -75,8 +75,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     model("--dilation", action="store_true", help="no stride in the backbone's last stage (DC5)")
     model("--position_embedding", default="sine", choices=("sine", "learned"), help="of image features")
-    model("--enc_layers", default=6, type=int, help="encoder layers")
-    model("--dec_layers", default=6, type=int, help="decoder layers")
+    model("--enc_layers", default=6, type=nonnegative_int, help="encoder layers")
+    model("--dec_layers", default=6, type=positive_int, help="decoder layers")
     model("--dim_feedforward", default=2048, type=positive_int, help="hidden width of the feed-forward blocks")
     model("--hidden_dim", default=256, type=positive_int, help="width of the transformer")
     model("--dropout", default=0.1, type=float, help="in the transformer")
@@ -92,7 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="start from these weights; a class head or queries of another size start anew, and are named",
     )
     model("--pretrained", default="", metavar="NAME", help="start from, or --eval, a published checkpoint of the zoo")
-    model("--attn-backend", default="auto", help="of the encoder: auto, eager, sdpa, compiled or triton")
+    model("--attn-backend", default="auto", type=_backend, help="of the encoder: auto, eager, sdpa, compiled or triton")
 
     loss = parser.add_argument_group("losses").add_argument
     loss("--no_aux_loss", dest="aux_loss", action="store_false", help="no loss on each decoder layer but the last")
@@ -110,7 +110,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     train("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
     train("--batch_size", default=2, type=positive_int, help="images per process and step")
     train("--weight_decay", default=1e-4, type=float, help="of everything, encodings included")
-    train("--epochs", default=300, type=int, help="epochs in all")
+    train("--epochs", default=300, type=positive_int, help="epochs in all")
     train("--lr_drop", default=200, type=positive_int, help="epochs after which both learning rates fall to a tenth")
     train("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 does not clip")
 
@@ -133,10 +133,23 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--dataset_file coco_panoptic needs --coco_panoptic_path: the folder of its annotations")
     if args.frozen_weights and not args.masks:
         raise ValueError("--frozen_weights trains the segmentation head alone: add --masks")
+    if args.enc_rpe2d and not args.enc_layers:
+        raise ValueError(
+            f"--enc_rpe2d {args.enc_rpe2d}: --enc_layers 0 leaves no encoder for it; leave one of them out"
+        )
     if args.pretrained and args.finetune:
         raise ValueError("--pretrained and --finetune both say what to start from; give one")
     if args.expect and not args.eval:
         raise ValueError("--expect compares an evaluation with the published figures: add --eval")
+
+
+def _backend(text: str) -> str:
+    if text != "auto":
+        from irpe_ops.attention import BACKENDS  # here, because it imports PyTorch, and --help need not wait for it
+
+        if text not in BACKENDS:
+            raise argparse.ArgumentTypeError(f"unknown backend {text!r}; expected one of {', '.join(BACKENDS)}")
+    return text
 
 
 def _auto_or_positive_int(text: str) -> int | str:

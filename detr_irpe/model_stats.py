@@ -17,6 +17,7 @@ from detr_irpe.args import get_args_parser
 from detr_irpe.models import build_model
 from irpe_ops.modules import buckets_of
 from irpe_train.config import parse_args
+from irpe_train.errors import RunError
 from irpe_train.metrics import count_parameters
 
 
@@ -35,7 +36,10 @@ def count(model: nn.Module) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    print(json.dumps(stats_of_flags(argv[1:] if argv[:1] == ["--json"] else argv)))
+    try:
+        print(json.dumps(stats_of_flags(argv[1:] if argv[:1] == ["--json"] else argv)))
+    except (RunError, ValueError) as error:
+        sys.exit(f"detr_irpe.model_stats: {error}")
 
 
 if __name__ == "__main__":

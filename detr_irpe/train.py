@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     # --- checkpoint
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
     checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
-    start = starting_checkpoint(args)
+    start = starting_checkpoint(args) if checkpoint is None else None  # else nothing of it would be used
 
     # --- data
     val_set = build_dataset(args, "val2017", eval_transforms(args.image_size))
@@ -63,11 +63,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- model
     flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as checkpoints have them
-    filled = checkpoint is not None or args.eval or args.pretrained or args.finetune or args.frozen_weights
-    weights = "none" if filled else args.backbone_weights  # nothing is fetched that a checkpoint replaces
-    model, criterion, postprocessors = build_model(flags, backbone_weights=weights)
-    if "panoptic" in postprocessors:
-        postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(num_classes)}
+    model, criterion, postprocessors = parts_of_flags(flags, val_set, filled=checkpoint is not None)
     start_from(model, args, start, sets[-1].categories)
     model.to(device)
     criterion.to(device)
@@ -194,7 +190,17 @@ def agree_on_classes(
         return args.num_classes
     if args.eval and (source := checkpoint or start):
         return classes_in(source.weights(), source=source.source)
-    return number_of_classes(sets, args.dataset_file)
+    return classes_of_data(sets, args.dataset_file)
+
+
+def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool) -> tuple[nn.Module, nn.Module, dict]:
+    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model."""
+    filled = filled or flags.eval or flags.pretrained or flags.finetune or flags.frozen_weights
+    weights = "none" if filled else flags.backbone_weights  # nothing is fetched that a checkpoint replaces
+    model, criterion, postprocessors = build_model(flags, backbone_weights=weights)
+    if "panoptic" in postprocessors:
+        postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(flags.num_classes)}
+    return model, criterion, postprocessors
 
 
 def rows_of_banner(
@@ -224,7 +230,7 @@ def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -
     return CocoDetection(args.coco_path, split, transforms, return_masks=args.masks)
 
 
-def number_of_classes(sets: list[Dataset], dataset_file: str) -> int:
+def classes_of_data(sets: list[Dataset], dataset_file: str) -> int:
     """``--num_classes auto``: the largest category id plus one; 250, as published, for COCO's panoptic set."""
     largest = max(max(dataset.categories) for dataset in sets)
     return 250 if dataset_file == "coco_panoptic" and largest == 200 else largest + 1
@@ -280,7 +286,7 @@ def start_from(
         same = args.eval or not trained or not differences(trained, categories)
         report = load_for_finetuning(model, weights, source=start.source, same_classes=same)
         for key, what in report.items():
-            logger.info(f"--finetune: {key} {what}")
+            logger.info(f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}")
         if args.eval:
             if fresh := [key for key, what in report.items() if "class_embed" in key]:
                 raise BadCheckpoint(

@@ -12,7 +12,7 @@ from detr_irpe.args import get_args_parser
 from detr_irpe.train import main
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.distributed import rank
-from irpe_train.errors import Preempted
+from irpe_train.errors import BadCheckpoint, Preempted
 from tests.helpers.detr_runs import TINY, detr, detr_ok, log_of
 from tests.helpers.sabotage import be_stopped, change_a_loss
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
@@ -331,14 +331,26 @@ def test_finetuning_on_other_classes(trained, tmp_path):
     assert len(checkpoint["model"]["class_embed.bias"]) == 29 + 2 and set(checkpoint["categories"]) == {23, 24, 29}
 
 
+def test_pretrained_is_named_and_fetched_only_where_it_is_used(trained, data, tmp_path, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(train.zoo, "fetch", lambda name: fetched.append(name) or trained[0] / "checkpoint.pth")
+    flags = ["--coco_path", str(data), *TINY, "--dec_layers", "6", "--device", "cpu", "--num_workers", "0"]
+    flags += ["--output_dir", str(tmp_path), "--eval", "--pretrained", "NAME"]
+    train.main(get_args_parser().parse_args([*flags, "--resume", str(trained[0] / "checkpoint.pth")]))
+    assert not fetched and "--pretrained:" not in capsys.readouterr().out
+    with pytest.raises(BadCheckpoint, match="class_embed.weight"):
+        train.main(get_args_parser().parse_args([*flags, "--num_classes", "20"]))
+    assert fetched == ["NAME"] and "--pretrained: class_embed.weight" in capsys.readouterr().out
+
+
 def test_published_class_counts():
     class Of:
         def __init__(self, largest):
             self.categories = {1: "one", largest: "last"}
 
-    assert train.number_of_classes([Of(90)], "coco") == 91
-    assert train.number_of_classes([Of(200)], "coco_panoptic") == 250
-    assert train.number_of_classes([Of(7), Of(12)], "coco") == train.number_of_classes([Of(12)], "coco_panoptic") == 13
+    assert train.classes_of_data([Of(90)], "coco") == 91
+    assert train.classes_of_data([Of(200)], "coco_panoptic") == 250
+    assert train.classes_of_data([Of(7), Of(12)], "coco") == train.classes_of_data([Of(12)], "coco_panoptic") == 13
 
 
 @pytest.mark.parametrize(
@@ -350,6 +362,7 @@ def test_published_class_counts():
         (["--frozen_weights", "x.pth"], "add --masks"),
         (["--pretrained", "x", "--finetune", "y"], "give one"),
         (["--expect"], "add --eval"),
+        (["--enc_rpe2d", "rpe-2.0-product-ctx-1-k", "--enc_layers", "0"], "leaves no encoder for it"),
         (["--num_classes", "9"], r"category ids out of range \(0 to 8\)"),
         (["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"], "unknown method 'prodct'"),
         (["--backbone_weights", "nowhere.pth"], "nowhere.pth"),
