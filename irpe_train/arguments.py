@@ -6,6 +6,7 @@ import argparse
 from irpe_train.config import add_config_argument
 
 LARGEST_SEED = 2**63 - 1  # of PyTorch
+LARGEST_COUNT = 2**31 - 1  # of C
 
 
 def add_runtime_arguments(
@@ -22,7 +23,7 @@ def add_runtime_arguments(
     add = group.add_argument
     add("--output_dir", default="", metavar="DIR", help="for checkpoints and logs; empty: nothing is written")
     add("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:N or cpu")
-    add("--seed", default=seed, type=seed_int, help="random seed")
+    add("--seed", default=seed, type=int, help="random seed")
     add("--deterministic", action="store_true", help="the same command gives the same bits, somewhat slower")
     add(
         "--resume",
@@ -81,14 +82,10 @@ def add_runtime_arguments(
 
 
 def positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return value
-
-
-def seed_int(text: str) -> int:
-    if not -(2**63) <= (value := int(text)) <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"expected at most {LARGEST_SEED}, got {text}")
+    if not 1 <= (value := int(text)) <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(
+            f"expected {'1 or more' if value < 1 else f'at most {LARGEST_COUNT}'}, got {text}"
+        )
     return value
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from irpe_train.arguments import LARGEST_SEED
+
 
 def mix(*coordinates: int | str) -> int:
     """A 32-bit seed for the given coordinates; neighbours give unrelated seeds (BLAKE2b)."""
@@ -26,6 +28,8 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     Args:
         deterministic: also allow nothing but deterministic kernels; an operator without one raises.
     """
+    if not -(2**63) <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed {seed}: expected at most {LARGEST_SEED}")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

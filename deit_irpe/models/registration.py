@@ -113,6 +113,8 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         raise
     except Exception as error:  # what timm's models raise at sizes that do not go together: AssertionError, ...
         raise ValueError(f"model {name!r} cannot be built as asked for: {error or type(error).__name__}") from error
+    if 0 in (getattr(getattr(model, "patch_embed", None), "grid_size", None) or ()):
+        raise ValueError(f"model {name!r}: images of {timm_kwargs.get('img_size')} pixels are smaller than its patches")
     if base.startswith("deit_") and not pretrained:
         if getattr(model, "cls_token", None) is not None:
             trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6

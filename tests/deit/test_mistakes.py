@@ -90,6 +90,7 @@ def test_wrong_flags(colours, tmp_path, flags, words):
     ("flags", "words"),
     [
         (["--batch-size", "-4"], "argument --batch-size: expected 1 or more, got -4"),
+        (["--epochs", "9" * 20], "argument --epochs: expected at most 2147483647"),
         (["--input-size", "224x"], "argument --input-size: expected pixels, 224 or HEIGHTxWIDTH"),
         (["--drop-path", "2"], "argument --drop-path: expected a fraction from 0 to 1"),
         (["--min-lr", "-1"], "argument --min-lr: expected 0 or more, got -1"),

@@ -133,6 +133,12 @@ def test_a_wrong_model_or_spec_is_explained(arguments, words):
         create_model(*arguments)
 
 
+def test_images_smaller_than_a_patch_are_refused():
+    for size in (8, (32, 15)):
+        with pytest.raises(ValueError, match="pixels are smaller than its patches"):
+            create_model("vit_tiny_patch16_224", depth=1, img_size=size)
+
+
 def test_a_distilled_model_needs_its_position_embedding():
     with pytest.raises(ValueError, match="--no-abs-pos"):
         tiny("deit_small_distilled_patch16_224", pos_embed="none")

@@ -332,3 +332,10 @@ def test_two_deterministic_runs_are_equal(tmp_path):
     for name in ("a", "b"):
         assert tiny(tmp_path / name, "--deterministic", "--epochs", "2")[0].code == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_seed_that_pytorch_cannot_take_is_refused():
+    from irpe_train.seeding import seed_everything
+
+    with pytest.raises(ValueError, match=f"--seed {2**63}: expected at most"):
+        seed_everything(2**63)
