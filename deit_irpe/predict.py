@@ -13,7 +13,6 @@ are called by their folders too. Files that predict did not write are never repl
 """
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -25,20 +24,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.models import VisionTransformer
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit_irpe.args import image_size_text
 from deit_irpe.classifier import Classifier
 from irpe_ops.attention import attention_weights
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.modules import IRPE
-from irpe_ops.visualize import attention_bias, draw_maps, draw_over_image, draw_tables, save
+from irpe_ops.visualize import attention_bias, draw_maps, draw_over_image, draw_tables, plain_text, save
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder
-from irpe_train.pixels import UnreadableImage, read_image
+from irpe_train.pixels import UnreadableImage, files_of, read_image
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
@@ -71,16 +69,11 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) 
     left.imshow(image)
     left.axis("off")
     right.barh(range(len(names)), [100 * share for share in shares], color="tab:blue")
-    right.set_yticks(range(len(names)), [_plain(name.split(",")[0]) for name in names])
+    right.set_yticks(range(len(names)), [plain_text(name.split(",")[0]) for name in names])
     right.invert_yaxis()
     right.set_xlim(0, 100)
     right.set_xlabel("%")
     return figure
-
-
-def _plain(text: str) -> str:
-    """For Matplotlib, which takes what is between two dollars for a formula."""
-    return os.fsencode(text).decode(errors="replace").replace("$", r"\$")
 
 
 @torch.no_grad()
@@ -138,26 +131,6 @@ def main(args: argparse.Namespace) -> None:
 MAPS = ("attention", "encoding")  # the pictures of a patch
 
 
-def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
-    """The images that files, folders and patterns name, each once. Raises ValueError: one of them names none.
-
-    Args: besides: a folder whose files are results, and not found by searching.
-    """
-    files: dict[Path, None] = {}
-    for text in named:
-        path = Path(text)
-        if path.is_dir():
-            found = [Path(parent, file) for parent, _, names in os.walk(path) for file in names]
-            images = (file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
-            found = sorted(file for file in images if besides.absolute() not in file.absolute().parents)
-        else:
-            found = [path] if path.exists() or not glob.has_magic(text) else sorted(map(Path, glob.glob(text)))
-        if not found:
-            raise ValueError(f"{text}: no image {'in this folder' if path.is_dir() else 'fits this pattern'}")
-        files |= dict.fromkeys(found)
-    return list(files)
-
-
 def result_names(files: Sequence[Path]) -> dict[Path, str]:
     """What the results of each image are called: as the image, with its folders and suffix where that is needed."""
     whole = [Path(os.path.abspath(file)) for file in files]
@@ -192,11 +165,11 @@ def draw_attention(
     heads = attention_maps(model, pixels, row, col)
     looks = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}
     centre = ((col + 0.5) * seen.width / width, (row + 0.5) * seen.height / height)
-    title = f"{_plain(name)}: where patch {row},{col} looks in the last block"
+    title = f"{name}: where patch {row},{col} looks in the last block"
     _save(draw_over_image(seen, [centre], [looks], title), out, f"{name}_attention_{row}-{col}.png")
     if any(getattr(model.blocks[0].attn, role, None) is not None for role in ("rpe_q", "rpe_k")):
         added = attention_bias(model, pixels, height, width, row, col)
-        title = f"{_plain(name)}: added to the scores of patch {row},{col}, by layer and head"
+        title = f"{name}: added to the scores of patch {row},{col}, by layer and head"
         figure = draw_maps(added, mark=(row, col), signed=True, title=title)
         _save(figure, out, f"{name}_encoding_{row}-{col}.png")
 

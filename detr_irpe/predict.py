@@ -3,6 +3,8 @@
 
     python -m detr_irpe.predict IMG... --resume X.pth --out DIR [--attention]
 
+``IMG`` is a file, a folder (with all folders in it) or a pattern such as ``"photos/*.jpg"``.
+
 Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are ``[x0, y0, x1, y1]`` in pixels, categories have the ids
 and names of the data set the checkpoint was trained on. A photograph is turned as its EXIF orientation says, as people
 see it; ``frame`` in the JSON says so. ``--annotations`` draws the ground truth beside the prediction, in the frame that
@@ -34,7 +36,7 @@ from irpe_train.errors import BadData
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder
-from irpe_train.pixels import is_turned, read_image
+from irpe_train.pixels import files_of, is_turned, read_image
 
 REACH = 8  # rows and columns in the pictures of learned tables, the patch itself counted
 MOST_POINTS = 3  # of attention, where none are given: the centres of the best detections
@@ -45,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
-    images = files_of(args.images)
+    images = files_of(args.images, besides=args.out)
     _check_names(images)
     suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
     out = OutputFolder(args.out)
@@ -83,20 +85,6 @@ def main(args: argparse.Namespace) -> None:
         out.wrote("encodings.png")
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(images)} images could not be predicted: {'; '.join(unreadable[:3])}")
-
-
-def files_of(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and those images that are in the folders named, in the order of their names.
-
-    Raises: ValueError: a folder without images.
-    """
-    known, files = Image.registered_extensions(), []
-    for path in paths:
-        found = sorted(f for f in path.iterdir() if f.suffix.lower() in known) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path}: no image in this folder")
-        files += found
-    return files
 
 
 def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Image, str]:
@@ -247,7 +235,7 @@ def get_predict_parser() -> argparse.ArgumentParser:
         description=__doc__,
     )
     add = parser.add_argument
-    add("images", nargs="*", type=Path, metavar="IMG", help="image files, or folders of them")
+    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
     add(
         "--resume",
         required=True,

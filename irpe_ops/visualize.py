@@ -10,6 +10,7 @@ PNG, PDF or SVG, or let a notebook show it.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def draw_maps(
     """A picture of maps: one row a name, with one scale of colours, and one column a head.
 
     Args:
-        rows: ``(heads, height, width)`` by name.
+        rows: ``(heads, height, width)`` by name. Names and ``title`` are shown as they stand (`plain_text`).
         mark: (row, col) of the query, outlined in every map.
         signed: values may be below zero: zero is white, blue is below and red above. Else zero is the darkest colour.
         numbers: these are bucket ids, not heads: write each into its cell where there is room.
@@ -140,7 +141,7 @@ def draw_maps(
     columns = max(values.shape[0] for values in rows.values())
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
     figure = _figure(max(cell * columns + 1.2, 5), cell * len(rows) + 0.6)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(plain_text(title), fontsize=9)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
         values = values.detach().float().cpu()
@@ -153,7 +154,7 @@ def draw_maps(
             image = axis.imshow(values[head].numpy(), vmax=most, **scale)
             _frame(axis, mark)
             if head == 0:
-                axis.set_ylabel(name.replace(".", "\n"), fontsize=6)
+                axis.set_ylabel(plain_text(name.replace(".", "\n")), fontsize=6)
             if not numbers:
                 axis.set_title(f"head {head}" if values.shape[0] > 1 else "all heads", fontsize=6)
             elif max(values.shape[1:]) <= 20:
@@ -182,10 +183,11 @@ def draw_over_image(
     Args:
         image: a PIL image. points: ``(x, y)`` in its pixels.
         maps: for each point ``(height, width)`` maps by their titles, the same ones for all.
+        title: shown as it stands, as the titles of the maps are (`plain_text`).
     """
     columns = 1 + len(maps[0])
     figure = _figure(3 * columns, 3 * len(points) * image.height / image.width + 0.5)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(plain_text(title), fontsize=9)
     extent = (0, image.width, image.height, 0)
     for line, (x, y), of_point in zip(figure.subplots(len(points), columns, squeeze=False), points, maps, strict=True):
         most = max(float(values.max()) for values in of_point.values()) or 1.0
@@ -195,7 +197,7 @@ def draw_over_image(
                 values = values.detach().float().cpu().numpy()
                 axis.imshow(values, extent=extent, alpha=0.75, cmap="inferno", vmin=0.0, vmax=most)
             axis.plot(x, y, "o", color="cyan", markeredgecolor="black", markersize=5)
-            axis.set_title(name, fontsize=7)
+            axis.set_title(plain_text(name), fontsize=7)
             axis.set_axis_off()
     return figure
 
@@ -229,6 +231,11 @@ def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
         axis.text(reach + 0.5, reach + 0.5, "×", ha="center", va="center", color="red", fontsize=14)
         axis.set_title(f"{name}: {len(ids.unique())} buckets on {side} × {side}", fontsize=10)
     return figure
+
+
+def plain_text(text: str) -> str:
+    """For matplotlib, which takes what is between two dollars for a formula, and wants file names that are UTF-8."""
+    return os.fsencode(text).decode(errors="replace").replace("$", r"\$")
 
 
 def save(figure: "Figure", path: str | Path) -> None:

@@ -1,17 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files become RGB pixels here, for training, evaluation and prediction alike."""
+"""Image files are found and become RGB pixels here, for training, evaluation and prediction alike."""
 
+import glob
 import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
 
 
 class UnreadableImage(OSError):
     """An image file that is missing, damaged, empty, too large or no image at all; the message names it."""
+
+
+def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
+    """The images that files, folders and patterns name, each once. Raises ValueError: one of them names none.
+
+    Args: besides: a folder whose files are results, and not found by searching.
+    """
+    files: dict[Path, None] = {}
+    for text in named:
+        path = Path(text)
+        if path.is_dir():
+            found = [Path(parent, file) for parent, _, names in os.walk(path) for file in names]
+            images = (file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
+            found = sorted(file for file in images if besides.absolute() not in file.absolute().parents)
+        else:
+            found = [path] if path.exists() or not glob.has_magic(text) else sorted(map(Path, glob.glob(text)))
+        if not found:
+            raise ValueError(f"{text}: no image {'in this folder' if path.is_dir() else 'fits this pattern'}")
+        files |= dict.fromkeys(found)
+    return list(files)
 
 
 def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:

@@ -65,7 +65,7 @@ class CocoDetection(Dataset):
             segmentations = self.annotations.segmentations_of_image(index)
             chosen = [segmentations[i] for i in single.nonzero().flatten().tolist()]
             target["masks"] = decode_masks(chosen, image.height, image.width)
-        return self.transforms(image, drop_empty_boxes(target))
+        return transformed(self.transforms, image, target, self.describe(index))
 
     def describe(self, index: int) -> str:
         """Where image number ``index`` lies, for messages."""
@@ -90,6 +90,17 @@ def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
     if tuple(size) == image.size != image.size[::-1]:
         return decode_image(data, name, upright=True)
     return image
+
+
+def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tensor], name: str) -> tuple[Tensor, dict]:
+    """The item that ``transforms`` make, without empty boxes.
+
+    Raises: RuntimeError: they failed. It is not the image's fault: it must not be skipped as an unreadable one.
+    """
+    try:
+        return transforms(image, drop_empty_boxes(target))
+    except Exception as error:
+        raise RuntimeError(f"{name}: the augmentation failed on this image ({error})") from error
 
 
 def corners_inside(boxes: Tensor, height: int, width: int) -> tv_tensors.BoundingBoxes:

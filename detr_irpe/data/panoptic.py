@@ -13,11 +13,10 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 from detr_irpe.data.annotations import Annotations, read_categories, refuse_repeated, refuse_unknown
-from detr_irpe.data.coco import raise_if_missing, read_image
+from detr_irpe.data.coco import raise_if_missing, read_image, transformed
 from detr_irpe.data.image_files import open_images
 from detr_irpe.data.json_columns import FLAG, JsonList, read_json
 from detr_irpe.data.packed_strings import PackedStrings
-from detr_irpe.data.transforms import drop_empty_boxes
 from detr_irpe.models.postprocess import ids_of_colours
 from irpe_train.pixels import decode_image
 
@@ -125,7 +124,7 @@ class CocoPanoptic(Dataset):
         }
         if self.return_masks:
             target["masks"] = tv_tensors.Mask(masks.to(torch.uint8))
-        return self.transforms(image, drop_empty_boxes(target))
+        return transformed(self.transforms, image, target, self.describe(index))
 
     def truth(self, index: int) -> tuple[np.ndarray, list[dict]]:
         """Segment ids (height, width) int64 of image number ``index``, 0 where nothing is; and what each id is."""

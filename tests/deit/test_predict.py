@@ -12,7 +12,7 @@ from deit_irpe import create_model
 from deit_irpe.export import get_args_parser as export_flags
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
-from deit_irpe.predict import attention_maps, files_of, get_parser, main, result_names
+from deit_irpe.predict import attention_maps, get_parser, main, result_names
 from irpe_train.config import parse_args
 from tests.helpers.processes import run_ranks
 from tests.helpers.tiny_images import write_images
@@ -104,24 +104,6 @@ def test_one_bad_image_costs_the_others_nothing(checkpoint, tmp_path):
     assert [one["image"] for one in json.loads((tmp_path / "out/predictions.json").read_text())] == [
         str(tmp_path / "images" / "0.png")
     ]
-
-
-def test_folders_and_patterns(tmp_path, monkeypatch):
-    write_images(tmp_path, {"photos/a": 2, "photos/b": 1, "photos/out": 1})
-    (tmp_path / "photos/notes.txt").touch()
-    monkeypatch.chdir(tmp_path)
-    found = files_of(["photos"], besides=Path("photos/out"))
-    assert found == [Path("photos/a/0.png"), Path("photos/a/1.png"), Path("photos/b/0.png")]
-    assert files_of(["photos/a/*.png", "photos/a/1.png"], besides=Path("out")) == found[:2]
-    (tmp_path / "[x].png").touch()
-    assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
-    for text, words in (
-        ("photos/*.jpg", r"photos/\*.jpg: no image fits this pattern"),
-        ("empty", "empty: no image in"),
-    ):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(ValueError, match=words):
-            files_of([text], besides=Path("out"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.image_files import FilesInZip
 from detr_irpe.data.packed_strings import PackedStrings
+from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.segmentations import decode_masks
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.nested_tensor import collate
@@ -216,6 +217,18 @@ def test_an_unreadable_image_is_named(tmp_path):
     (root / "train2017/000000000101.jpg").write_bytes(b"\xff\xd8 not really")
     with pytest.raises(OSError, match="000000000101.jpg: this image cannot be read"):
         CocoDetection(root, "train2017", PLAIN)[1]
+
+
+@pytest.mark.parametrize("kind", ["coco", "panoptic"])
+def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(tmp_path, kind):
+    def broken(image, target):
+        raise ValueError("bits")
+
+    root = write_tiny_coco(tmp_path, panoptic=True)
+    sets = {"coco": lambda: CocoDetection(root, "val2017", broken)}
+    sets["panoptic"] = lambda: CocoPanoptic(root, root, "val2017", broken)
+    with pytest.raises(RuntimeError, match=r"\.jpg: the augmentation failed on this image \(bits\)"):
+        sets[kind]()[0]
 
 
 def write_zip(path, members):

@@ -10,7 +10,7 @@ from detr_irpe import build_model, export
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.detector import Detector
 from detr_irpe.drawing import PALETTE, attention_maps, cell_of, draw_objects, font_for, side_by_side
-from detr_irpe.predict import Truth, class_indices, files_of, get_predict_parser, main, read_in_frame
+from detr_irpe.predict import Truth, class_indices, get_predict_parser, main, read_in_frame
 from irpe_train.errors import BadData, RunError
 from irpe_train.launch import launch
 from tests.helpers.tiny_detr import published_flags, tiny_transformer
@@ -254,10 +254,21 @@ def test_one_bad_image_does_not_cost_the_others(tmp_path, photo, capsys):
 
 def test_a_folder_stands_for_its_images(tmp_path, photo):
     (tmp_path / "notes.txt").write_text("no image")
-    assert files_of([tmp_path]) == [photo]
+    resume = write_checkpoint(tmp_path / "x.pth")
+    for named in (tmp_path, tmp_path, tmp_path / "*.jpg"):  # results of before are not predicted
+        predict(named, "--resume", resume, "--out", tmp_path / "out")
+        assert sorted(f.name for f in (tmp_path / "out").glob("[!.]*")) == ["photo.json", "photo.png"]
+        (tmp_path / "out/photo.json").unlink()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no image in this folder"):
-        files_of([photo, tmp_path / "empty"])
+        predict(photo, tmp_path / "empty", "--resume", resume, "--out", tmp_path / "out")
+
+
+def test_names_with_dollars(tmp_path, photo):
+    named = photo.rename(tmp_path / "costs $5_and_$6.jpg")
+    resume = write_checkpoint(tmp_path / "x.pth")
+    predict(named, "--resume", resume, "--out", tmp_path / "out", "--attention")
+    assert (tmp_path / "out" / "costs $5_and_$6_attention.png").is_file()
 
 
 def test_images_of_one_name_have_their_own_annotations(tmp_path):

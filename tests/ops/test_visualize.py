@@ -111,6 +111,14 @@ def test_maps_over_an_image():
     assert figure.axes[1].images[1].get_clim() == figure.axes[2].images[1].get_clim() == (0, 1)
 
 
+def test_names_are_shown_as_they_stand(tmp_path):
+    name = "$5_and_$6 {\udce9.jpg"
+    image = pytest.importorskip("PIL.Image").new("RGB", (60, 40))
+    visualize.save(visualize.draw_over_image(image, [(5, 5)], [{name: torch.ones(2, 3)}], name), tmp_path / "a.png")
+    visualize.save(visualize.draw_maps({name: torch.ones(1, 2, 3)}, title=name), tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_text().count("$5_and_$6 {\ufffd") == 2
+
+
 def test_a_notebooks_backend_stays():
     code = (
         "import matplotlib, sys; before = dict.get(matplotlib.rcParams, 'backend')\n"

@@ -1,15 +1,20 @@
-"""The one decoder: bit-equal to Pillow for what the published data hold, a stated rule or a refusal for the rest."""
+"""The one decoder: bit-equal to Pillow for what the published data hold, a stated rule or a refusal for the rest.
+
+And how images are found for a prediction.
+"""
 
 import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from irpe_train.pixels import UnreadableImage, decode_image, is_turned, read_image
+from irpe_train.pixels import UnreadableImage, decode_image, files_of, is_turned, read_image
+from tests.helpers.tiny_images import write_images
 
 NOISE = np.random.RandomState(0).randint(0, 256, (6, 9, 4), dtype=np.uint8)
 RAMP = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(6, 9)
@@ -140,3 +145,21 @@ def test_damaged_metadata_cost_no_image(exif):
     Image.new("RGB", (6, 4)).save(file, "JPEG", exif=b"Exif\0\0" + exif)
     image = decode_image(file.getvalue(), "x.jpg", upright=True)
     assert image.size == (6, 4) and not is_turned(image)
+
+
+def test_folders_and_patterns(tmp_path, monkeypatch):
+    write_images(tmp_path, {"photos/a": 2, "photos/b": 1, "photos/out": 1})
+    (tmp_path / "photos/notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    found = files_of(["photos"], besides=Path("photos/out"))
+    assert found == [Path("photos/a/0.png"), Path("photos/a/1.png"), Path("photos/b/0.png")]
+    assert files_of(["photos/a/*.png", "photos/a/1.png"], besides=Path("out")) == found[:2]
+    (tmp_path / "[x].png").touch()
+    assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
+    for text, words in (
+        ("photos/*.jpg", r"photos/\*.jpg: no image fits this pattern"),
+        ("empty", "empty: no image in"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=words):
+            files_of([text], besides=Path("out"))
