@@ -15,6 +15,7 @@ COMMANDS = {  # what `python -m` would run, and what the overview says of it
     "classify eval": ("deit_irpe", "evaluate a checkpoint: top-1 and top-5"),
     "classify predict": ("deit_irpe.predict", "the classes of images"),
     "classify export": ("deit_irpe.export", "to ONNX, torch.export and safetensors"),
+    "classify check": ("deit_irpe.check_data", "find images that cannot be read, and classes that differ"),
     "detect train": ("detr_irpe", "train DETR with or without an encoding"),
     "detect eval": ("detr_irpe", "evaluate a checkpoint: COCO's average precision"),
     "detect predict": ("detr_irpe.predict", "boxes and masks in images, drawn and as JSON"),

@@ -74,12 +74,12 @@ class Zoo:
 def read_zoo(path: Path = ZOO_FILE) -> Zoo:
     """Read the zoo file.
 
-    Raises: FileNotFoundError: the package runs outside a checkout of the repository; ConfigError: a malformed file.
+    Raises: FileNotFoundError: there is none; ConfigError: a malformed file.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"model zoo: no file {path}. It is part of the repository, not of the installed package: "
-            "run from a checkout (pip install -e .), or give the checkpoint with --resume FILE."
+            f"model zoo: no file {path}. A checkout and an installed package both have one: install again, "
+            "or give the checkpoint with --resume FILE."
         )
     raw = read_yaml(path, f"model zoo {path}")
     try:

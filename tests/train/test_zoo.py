@@ -96,7 +96,7 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_outside_a_checkout(tmp_path):
-    with pytest.raises(FileNotFoundError, match="part of the repository, not of the installed package"):
+    with pytest.raises(FileNotFoundError, match="A checkout and an installed package both have one"):
         read_zoo(tmp_path / "model_zoo.yaml")
 
 

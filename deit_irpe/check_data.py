@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m deit_irpe.check_data --data-path DIR``: what is wrong with a data set, before hours are spent on it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from deit_irpe.args import INAT_CATEGORIES
+from deit_irpe.data import build_dataset, check_same_classes
+from deit_irpe.data.split import split_folder
+from irpe_train.arguments import fraction, nonnegative_int
+from irpe_train.distributed import logger, set_up_logging
+from irpe_train.errors import RunError
+from irpe_train.flags import FlagParser
+from irpe_train.loader import UNREADABLE
+
+MOST_SHOWN = 5  # unreadable images that are named
+
+
+class _Readable(Dataset):
+    """The class number of an image that can be decoded, or -1 and why it cannot."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        try:
+            return self.images[index][1], ""
+        except UNREADABLE as error:
+            return -1, str(error)
+
+
+def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str]]:
+    """Decode every image. Returns: readable images of each class, and why the others cannot be read."""
+    counts, reasons = torch.zeros(len(images.classes), dtype=torch.int64), []
+    loader = DataLoader(_Readable(images), batch_size=64, num_workers=num_workers)
+    for labels, texts in loader:
+        counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
+        reasons += [text for text in texts if text]
+    return counts.tolist(), reasons
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what was found. Returns: 1 where training would stop or a class has no readable image, else 0."""
+    args = get_check_parser().parse_args(argv)
+    set_up_logging(0)
+    options = {"data_set": args.data_set, "load_tar": args.load_tar, "inat_category": args.inat_category}
+    failed, classes = False, {}
+    for split in ("train", "val"):
+        try:
+            if args.val_split is None:
+                images = build_dataset(args.data_path, split == "train", **options)
+            else:
+                images = split_folder(Path(args.data_path), split == "train", args.val_split, seed=args.seed)
+        except (OSError, ValueError, ImportError, RunError) as error:
+            logger.error(f"{split}: {error}")
+            failed = True
+            continue
+        classes[split] = list(images.classes)
+        counts, reasons = check_split(images, args.num_workers)
+        logger.info(
+            f"{split}: {len(images):,} images of {len(counts)} classes, {min(counts):,} to {max(counts):,} a class"
+        )
+        for reason in reasons[:MOST_SHOWN]:
+            logger.error(f"{split}: {reason}")
+        if len(reasons) > MOST_SHOWN:
+            logger.error(f"{split}: {len(reasons):,} images cannot be read, {MOST_SHOWN} of them are named above")
+        empty = [name for name, count in zip(images.classes, counts, strict=True) if not count]
+        if empty:
+            logger.error(f"{split}: classes without a readable image: {', '.join(map(repr, empty[:MOST_SHOWN]))}")
+        failed |= bool(reasons or empty)
+    if len(classes) == 2:
+        try:
+            check_same_classes(classes["train"], classes["val"])
+        except ValueError as error:
+            logger.error(str(error))
+            failed = True
+    logger.info("not ready for training: see the errors above" if failed else "ready for training")
+    return int(failed)
+
+
+def get_check_parser() -> argparse.ArgumentParser:
+    """The parser of ``python -m deit_irpe.check_data``."""
+    parser = FlagParser("python -m deit_irpe.check_data", description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="as for training")
+    kinds = ("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS")
+    parser.add_argument("--data-set", default="IMNET", choices=kinds, help="as for training")
+    parser.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="as for training")
+    parser.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
+    parser.add_argument("--val-split", type=fraction, metavar="FRACTION", help="as for training")
+    parser.add_argument("--seed", default=0, type=int, help="as for training; of --val-split")
+    parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
