@@ -18,6 +18,7 @@ from deit_irpe.data import (
     build_transform,
     check_resumed_classes,
     check_same_classes,
+    folder_to_split,
     renumber,
     repeated_augmentation_sampler,
     split_folder,
@@ -39,7 +40,7 @@ from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.checkpoint import load_matching, local_file, model_weights, read_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint, blamed_on
 from irpe_train.loader import EvalLoader, TrainLoader
@@ -135,6 +136,11 @@ def evaluate_only(
             logger.info(f"--input-size {args.input_size}: {key} {note}")
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
+    if args.expect:
+        source = checkpoint.source if checkpoint is not None else starting_weights(args)
+        file = local_file(source) if source else None
+        about = dict(checkpoint=file, data=[validation_data(args)])
+        row = card.row_to_expect(args.expect, [file.stem if file else "", args.model], **about)
     number, confusion = len(val_set.classes), None
     if args.output_dir and number <= MOST_CONFUSED:
         confusion = torch.zeros(number, number, dtype=torch.int64)
@@ -146,18 +152,8 @@ def evaluate_only(
         files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
         logger.info(f"which class was taken for which: {', '.join(map(str, files))}")
     if args.expect and distributed.is_main():
-        folder = Path(args.data_path)
-        if args.data_set == "IMNET":
-            folder = folder / ("val.tar" if args.load_tar else "val")
-        source = checkpoint.source if checkpoint is not None else ""
-        if not card.expect(
-            args.expect,
-            [Path(source).stem, args.model],
-            {"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)},
-            checkpoint=source or None,
-            data=[folder],
-            output_dir=args.output_dir,
-        ):
+        measured = {"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}
+        if not card.expect(row, measured, **about, output_dir=args.output_dir):
             raise SystemExit(1)
 
 
@@ -210,6 +206,14 @@ def validation_set(args: argparse.Namespace) -> Dataset:
     """The images of ``val``, prepared as in the published evaluation."""
     transform = build_transform(False, image_size(args.input_size))
     return _images(args, False, transform)
+
+
+def validation_data(args: argparse.Namespace) -> Path:
+    """The folder or archive that ``validation_set`` reads."""
+    root = Path(args.data_path)
+    if args.val_split is not None:
+        return folder_to_split(root)
+    return root / ("val.tar" if args.load_tar else "val") if args.data_set == "IMNET" else root
 
 
 def training_set(args: argparse.Namespace) -> Dataset:
@@ -279,8 +283,8 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
     model = build_model(args, len(classes), pretrained=args.pretrained and weights and not from_zoo)
     fresh = []
     if weights and (from_zoo or args.finetune):
-        flag, source = ("--pretrained", str(fetch(args.model))) if from_zoo else ("--finetune", args.finetune)
-        notes = {f"{flag}: {key} {what}": key for key, what in start_from(model, source, classes).items()}
+        flag, started = "--pretrained" if from_zoo else "--finetune", start_from(model, starting_weights(args), classes)
+        notes = {f"{flag}: {key} {what}": key for key, what in started.items()}
         for note in notes:
             logger.info(note)
         heads = tuple(f"{name}." for name in head_names(model))
@@ -292,6 +296,11 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
         model.set_distilled_training(args.distillation_type != "none")
     return model
+
+
+def starting_weights(args: argparse.Namespace) -> str:
+    """The file of ``--pretrained`` or ``--finetune``; empty for neither, and for weights that timm fetches."""
+    return str(fetch(args.model)) if args.pretrained and args.model in RPE_MODELS else args.finetune
 
 
 def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number: int, *, source: str) -> None:

@@ -24,7 +24,7 @@ from detr_irpe.nested_tensor import collate
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed, zoo
-from irpe_train.checkpoint import load_matching, read_checkpoint, read_weights, write_checkpoint
+from irpe_train.checkpoint import load_matching, local_file, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint, blamed_on
 from irpe_train.loader import EvalLoader, TrainLoader
@@ -118,21 +118,18 @@ def evaluate_only(
         compare_for_evaluation(trained, val_loader.dataset.categories, source=checkpoint.source)
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
+    if args.expect:
+        source = checkpoint.source if checkpoint is not None else starting_weights(args)
+        file = local_file(source) if source else None
+        about = dict(checkpoint=file, data=[Path(args.coco_path) / "annotations" / "instances_val2017.json"])
+        candidates = [args.pretrained, file.stem if file else "", args.enc_rpe2d]
+        row = card.row_to_expect(args.expect, candidates, **about)
     stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
     write_eval(args.output_dir, curves, ("eval.pth",))
     if args.expect and distributed.is_main():
         names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
         measured = dict(zip(names, stats["coco_eval_bbox"], strict=False)) | count(model)
-        data = [Path(args.coco_path) / "annotations" / "instances_val2017.json"]
-        source = checkpoint.source if checkpoint is not None else ""
-        if not card.expect(
-            args.expect,
-            [args.pretrained, Path(source).stem, args.enc_rpe2d],
-            measured,
-            checkpoint=source or starting_weights(args) or None,
-            data=data,
-            output_dir=args.output_dir,
-        ):
+        if not card.expect(row, measured, **about, output_dir=args.output_dir):
             raise SystemExit(1)
 
 

@@ -98,9 +98,21 @@ def choose(wanted: str, candidates: Iterable[str], zoo: Zoo | None = None) -> st
     )
 
 
+def row_to_expect(
+    wanted: str, candidates: Iterable[str], *, checkpoint: str | Path | None = None, data: Iterable[str | Path] = ()
+) -> str:
+    """The zoo entry for `expect`; asked before an evaluation, so that nothing it says is found out after hours.
+
+    Raises: ValueError: see `choose`; FileNotFoundError: the checkpoint or data that the card will name are not there.
+    """
+    for path in (*([checkpoint] if checkpoint else []), *data):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--expect: the card would name {path}, which is not there")
+    return choose(wanted, candidates)
+
+
 def expect(
-    wanted: str,
-    candidates: Iterable[str],
+    name: str,
     measured: Mapping[str, float],
     *,
     checkpoint: str | Path | None = None,
@@ -110,11 +122,10 @@ def expect(
     """Print the card of this evaluation, save it as ``card.json`` and ``.md`` in ``output_dir``; tell if none failed.
 
     Args:
-        wanted, candidates: see `choose`. measured: see `compare`.
+        name: of `row_to_expect`. measured: see `compare`.
         checkpoint: the file that was evaluated. data: the validation folders or files.
     """
-    zoo = read_zoo()
-    card = make_card(choose(wanted, candidates, zoo), measured, checkpoint=checkpoint, data=data, zoo=zoo)
+    card = make_card(name, measured, checkpoint=checkpoint, data=data)
     logger.info(to_markdown(card))
     if output_dir:
         write_card(card, Path(output_dir) / "card")

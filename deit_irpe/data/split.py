@@ -24,7 +24,7 @@ def split_folder(
     """
     if (root / "val").exists():
         raise ValueError(f"--val-split: {root / 'val'} is there already; leave out --val-split, or move that folder")
-    folder = root / "train" if (root / "train").is_dir() else root
+    folder = folder_to_split(root)
     images = FolderImages(folder, transform)
     names = [Path(images.name(index)).relative_to(folder).as_posix() for index in range(len(images))]
     if written is not None and written.is_file():
@@ -43,6 +43,11 @@ def split_folder(
             logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out; {written} lists them")
     images.keep(held_out != train)
     return images
+
+
+def folder_to_split(root: Path) -> Path:
+    """``root/train``, or ``root`` where there is no such folder."""
+    return root / "train" if (root / "train").is_dir() else root
 
 
 def _draw(images: FolderImages, fraction: float, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import deit_irpe
+from deit_irpe import train
 from deit_irpe.load_model import load_model
 from deit_irpe.models import build_model, head_names, load_pretrained_weights
 from irpe_train.errors import BadCheckpoint
@@ -36,6 +37,14 @@ def no_downloads(monkeypatch, tmp_path):
         raise AssertionError("a download was tried")
 
     monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def test_the_file_that_a_run_starts_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fetch", lambda name: tmp_path / f"{name}.pth")
+    flags = dict(pretrained=True, finetune="")
+    assert train.starting_weights(argparse.Namespace(model=NAME, **flags)) == str(tmp_path / f"{NAME}.pth")
+    assert train.starting_weights(argparse.Namespace(model="vit_tiny_patch16_224", **flags)) == ""
+    assert train.starting_weights(argparse.Namespace(model=NAME, pretrained=False, finetune="x.pth")) == "x.pth"
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["weights", "our checkpoint"])

@@ -85,7 +85,7 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"123")
     name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
     measured = {"acc1": 73.68, "acc5": 92.04, "n_parameters": 5755816}
-    assert card.expect("auto", ["x", name], measured, checkpoint=tmp_path / "x.pth", output_dir=tmp_path / "out")
+    assert card.expect(name, measured, checkpoint=tmp_path / "x.pth", output_dir=tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "card.json").read_text())
     assert saved["verdict"] == "partial" and saved["checkpoint"]["sha256"].startswith("a665a459")
     assert saved["versions"]["torch"] and saved["hardware"]
@@ -94,7 +94,17 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
     assert text.startswith(f"# {name}: partial (2 of 6 figures not run)")
     assert "| acc1 | 73.68 | 73.7 | -0.02 | 0.15 | PASS |" in text
     assert "| n_parameters | 5,755,816 | 5,755,816 | +0 | 0 | PASS |" in text
-    assert not card.expect(name, [], measured | {"acc1": 70.0})
+    assert not card.expect(name, measured | {"acc1": 70.0})
+
+
+def test_what_the_card_will_name_is_looked_for_before_the_evaluation(tmp_path):
+    name, file = "deit_tiny_patch16_224_ctx_product_50_shared_k", tmp_path / "x.pth"
+    with pytest.raises(FileNotFoundError, match="--expect: the card would name .*x.pth, which is not there"):
+        card.row_to_expect(name, [], checkpoint=file)
+    file.write_bytes(b"123")
+    assert card.row_to_expect("auto", ["x", name], checkpoint=file, data=[tmp_path]) == name
+    with pytest.raises(FileNotFoundError, match="the card would name .*val, which is not there"):
+        card.row_to_expect(name, [], checkpoint=file, data=[tmp_path / "val"])
 
 
 def test_rows_that_need_no_data_pass(tmp_path, capsys):
