@@ -234,6 +234,9 @@ def load_matching(
     own = model.state_dict()
     # Counters of batch norm: published backbones freeze it and have none, checkpoints from elsewhere may.
     weights = {key: value for key, value in weights.items() if key in own or not key.endswith("num_batches_tracked")}
+    for key, value in weights.items():  # integers in place of fractions are quantised, in units that nothing here knows
+        if key in own and own[key].is_floating_point() and not value.is_floating_point():
+            raise BadCheckpoint(f"checkpoint {source}: {key} holds {value.dtype}; quantised weights are not read")
     missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own]
     shapes = {

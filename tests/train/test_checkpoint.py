@@ -482,3 +482,10 @@ def test_plain_keeps_what_can_be_read_back():
     value = plain({"a": np.float64(1.5), "b": [np.int64(2), (True, None)], "c": pathlib.Path("x"), 3: torch.ones(1)})
     assert value == {"a": 1.5, "b": [2, (True, None)], "c": "x", 3: torch.ones(1)}
     assert type(value["a"]) is float and type(value["b"][0]) is int
+
+
+def test_quantised_weights_are_refused():
+    model = torch.nn.Linear(2, 2)
+    weights = model.state_dict() | {"weight": torch.ones(2, 2, dtype=torch.int8)}
+    with pytest.raises(BadCheckpoint, match=r"a\.pth: weight holds torch\.int8; quantised"):
+        load_matching(model, weights, source="a.pth")
