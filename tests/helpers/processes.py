@@ -106,4 +106,7 @@ def _child(main, get_parser, argv, output, rank, world_size, port, environment):
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-    launch(main, get_parser(), argv)
+    try:
+        launch(main, get_parser(), argv)
+    except KeyboardInterrupt:  # before or behind launch, which ends so too
+        sys.exit(130)
