@@ -40,9 +40,10 @@ def faults(who: str, **environment: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_trainer_on_the_cpu_keeps_what_it_frees():
-    assert faults("trainer") < 100
-    assert faults("anyone") > 5000  # or the line above shows nothing
-    assert faults("trainer", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072") > 5000  # the user's word
+    kept = faults("trainer")
+    # The user's word wins; 48 MB are then faulted in anew, in small pages or in large ones.
+    handed_back = faults("trainer", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    assert kept + 20 <= handed_back
 
 
 def test_no_mallopt_is_no_error(monkeypatch):
