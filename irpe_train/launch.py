@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def report_out_of_memory():
     """Turns PyTorch's errors about memory and killed workers, which can come at any line, into messages."""
     try:
         yield
+    except ConnectionResetError as error:  # a killed worker's queue may say so before PyTorch sees it
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any("dataloader" in frame.f_code.co_filename for frame, _ in frames):
+            raise
+        raise WorkerLost(_worker_lost("unknown", "is gone")) from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             first = (str(error).strip().splitlines() or [""])[0]
@@ -53,10 +59,14 @@ def report_out_of_memory():
         found = re.search(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)", str(error))
         if found is None:
             raise
-        raise WorkerLost(
-            f"a data loading worker (process {found[1]}) {found[2].strip()}. Mostly there was too little memory: try "
-            "fewer --num_workers or smaller batches. --resume auto goes on from the last checkpoint."
-        ) from error
+        raise WorkerLost(_worker_lost(found[1], found[2].strip())) from error
+
+
+def _worker_lost(process: str, how: str) -> str:
+    return (
+        f"a data loading worker (process {process}) {how}. Mostly there was too little memory: try "
+        "fewer --num_workers or smaller batches. --resume auto goes on from the last checkpoint."
+    )
 
 
 class SlurmJob:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from deit_irpe import create_model
 from irpe_train.zoo import cache_folder, read_zoo, sha256
@@ -47,6 +48,7 @@ ELSEWHERE = {  # a command that is not run here, and who runs it
     r"python -m tests\.evidence": "test_same_numbers.py does what it does",
     r"git clone|pip install": "CI, and test_packaging.py",
     r".*(slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_scripts.py imitate it",
+    r"scripts/gpu_report\.sh": "needs a GPU",
     r".*timm/validate\.py": "timm's package does not have it: a stand-in in test_timm.py",
 }
 # Eight processes become two, other machines this one.
@@ -81,6 +83,11 @@ def things(tmp_path_factory) -> Path:
     for name in ("a", "b", "cat", "street"):
         shutil.copy(picture, root / f"{name}.jpg")
 
+    shutil.copytree(root / "ImageNet/train", root / "photos")
+    shutil.copytree(root / "ImageNet/val/ant", root / "new")
+    for number, file in enumerate(sorted((root / "new").iterdir())):
+        Image.open(file).save(root / f"new/{number}.jpg")
+
     for name, model in (("small_k", SMALL_K), ("small", "deit_small_patch16_224")):
         deit_ok(root / "ImageNet", root / "outputs" / name, "--epochs", "1", model=["--model", model, *TINY_VIT])
     detr_ok(root / "my_data", root / "outputs/mine", "--epochs", "1")
@@ -97,7 +104,8 @@ def things(tmp_path_factory) -> Path:
 
     hub = root / "torch" / cache_folder().relative_to(cache_folder().parents[1])
     hub.mkdir(parents=True)
-    for name, weights in ((SMALL_K, "small_k.pth"), ("rpe-2.0-product-ctx-1-k", "detr.pth")):
+    tiny_k = SMALL_K.replace("small", "tiny")  # made small by the same flags
+    for name, weights in ((SMALL_K, "small_k.pth"), (tiny_k, "small_k.pth"), ("rpe-2.0-product-ctx-1-k", "detr.pth")):
         file = read_zoo().find(name).file
         shutil.copy(root / weights, hub / file)
         (hub / f"{file}.sha256").write_text(sha256(hub / file))  # as if this had been the first download
@@ -184,12 +192,26 @@ class Command:
         return self.process.exitcode, self.output.read_text()
 
 
+def trained_into(text: str) -> str | None:
+    """The folder of a command that starts a new run, None for any other command."""
+    if "--eval" in text or "--resume" in text:
+        return None
+    if found := re.search(r"scripts/train_\w+\.sh (\S+)", text):
+        return f"outputs/{Path(found[1]).stem}"
+    if re.search(r"-m (?:deit|detr)_irpe |irpe (?:classify|detect) train ", text):
+        found = re.search(r"--output_dir (\S+)", text)
+        return found and found[1]
+    return None
+
+
 def run_page(page: Path, folder: Path) -> list[str]:
     """Run a page's commands in order; what went wrong."""
     wrong, first_node = [], None
     for line, text in documented_commands(page):
         if any(re.match(pattern, text) for pattern in ELSEWHERE):
             continue
+        if "NODE_RANK=1" not in text and (trained := trained_into(text)):
+            shutil.rmtree(folder / trained, ignore_errors=True)  # the things' run is there; a reader's folder is new
         command = Command(text, folder)
         if "NODE_RANK=0" in text:
             first_node = command

@@ -16,7 +16,7 @@ SETUP = Path(__file__).parents[2] / "rpe_ops_cuda" / "setup.py"
 def built(monkeypatch):
     """Run setup.py as far as the call of setuptools, whose one extension it returns."""
     extensions = []
-    monkeypatch.setattr(setuptools, "setup", lambda ext_modules, cmdclass: extensions.extend(ext_modules))
+    monkeypatch.setattr(setuptools, "setup", lambda ext_modules, **_: extensions.extend(ext_modules))
     monkeypatch.setenv("FORCE_CUDA", "0")
 
     def run(platform):
