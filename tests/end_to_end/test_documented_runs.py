@@ -83,10 +83,11 @@ def things(tmp_path_factory) -> Path:
     for name in ("a", "b", "cat", "street"):
         shutil.copy(picture, root / f"{name}.jpg")
 
-    shutil.copytree(root / "ImageNet/train", root / "photos")
+    write_images(root / "photos", {"cat": 16, "dog": 16})
     shutil.copytree(root / "ImageNet/val/ant", root / "new")
     for number, file in enumerate(sorted((root / "new").iterdir())):
         Image.open(file).save(root / f"new/{number}.jpg")
+    shutil.copy(file, root / "more.png")
 
     for name, model in (("small_k", SMALL_K), ("small", "deit_small_patch16_224")):
         deit_ok(root / "ImageNet", root / "outputs" / name, "--epochs", "1", model=["--model", model, *TINY_VIT])
