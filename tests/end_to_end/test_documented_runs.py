@@ -49,7 +49,6 @@ ELSEWHERE = {  # a command that is not run here, and who runs it
     r"git clone|pip install": "CI, and test_packaging.py",
     r".*(slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_scripts.py imitate it",
     r"scripts/gpu_report\.sh": "needs a GPU",
-    r".*GPUS=4 scripts/train_detr\.sh .*--accumulate": "open: ends with 1 on the tiny set in two processes",
     r".*timm/validate\.py": "timm's package does not have it: a stand-in in test_timm.py",
 }
 # Eight processes become two, other machines this one.
@@ -199,7 +198,7 @@ def trained_into(text: str) -> str | None:
     if "--eval" in text or "--resume" in text:
         return None
     if found := re.search(r"scripts/train_\w+\.sh (\S+)", text):
-        return f"outputs/{Path(found[1]).stem}"
+        return f"outputs/{Path(found[1]).name.removesuffix('.yaml')}"
     if re.search(r"-m (?:deit|detr)_irpe |irpe (?:classify|detect) train ", text):
         found = re.search(r"--output_dir (\S+)", text)
         return found and found[1]
