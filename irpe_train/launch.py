@@ -17,6 +17,8 @@ from irpe_train.config import parse_args
 from irpe_train.distributed import report_lost_ranks
 from irpe_train.errors import RunError, WorkerLost
 
+LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # as PyTorch says it
+
 
 def launch(
     main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: list[str] | None = None
@@ -45,6 +47,13 @@ def launch(
 @contextlib.contextmanager
 def report_out_of_memory():
     """Turns PyTorch's errors about memory and killed workers, which can come at any line, into messages."""
+    print_unraisable = sys.unraisablehook
+
+    def unless_worker_lost(unraisable) -> None:  # said inside a callback or a destructor; the loader says it again
+        if not LOST_WORKER.search(str(unraisable.exc_value)):
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = unless_worker_lost
     try:
         yield
     except ConnectionResetError as error:  # a killed worker's queue may say so before PyTorch sees it
@@ -56,10 +65,12 @@ def report_out_of_memory():
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             first = (str(error).strip().splitlines() or [""])[0]
             raise RunError(f"out of memory ({first[:200]}). Try smaller batches, images or models.") from error
-        found = re.search(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)", str(error))
+        found = LOST_WORKER.search(str(error))
         if found is None:
             raise
         raise WorkerLost(_worker_lost(found[1], found[2].strip())) from error
+    finally:
+        sys.unraisablehook = print_unraisable
 
 
 def _worker_lost(process: str, how: str) -> str:

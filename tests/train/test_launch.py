@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from irpe_train.errors import BadData
-from irpe_train.launch import SlurmJob, launch, submit
+from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
 from tests.helpers import tiny_run
 
 
@@ -152,3 +152,27 @@ def test_submit_without_submitit_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ImportError, match="pip install submitit"):
         submit(tiny_run.main, tiny_run.get_parser(), [])
+
+
+class Dropped:
+    """Python can only print what its destructor raises, as PyTorch's signal handler may in any callback."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def __del__(self):
+        raise RuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    ("message", "printed"),
+    [("DataLoader worker (pid 7) is killed by signal: Killed. ", False), ("something else", True)],
+)
+def test_a_killed_worker_noticed_in_a_destructor_is_no_traceback(message, printed, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
+    with report_out_of_memory():
+        Dropped(message)
+    assert seen == [message] * printed
+    Dropped(message)  # and the hook is what it was
+    assert len(seen) == 1 + printed
