@@ -24,16 +24,18 @@ from detr_irpe.nested_tensor import collate
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed, zoo
-from irpe_train.checkpoint import load_matching, local_file, read_checkpoint, read_weights, write_checkpoint
+from irpe_train.checkpoint import load_matching, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.distributed import logger
+from irpe_train.download import local_file
 from irpe_train.errors import BadCheckpoint, blamed_on
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
 from irpe_train.run import open_run
+from irpe_train.run_folder import Checkpoint, Checkpoints
 from irpe_train.seeding import seed_everything
-from irpe_train.state import Checkpoint, Checkpoints, TrainState
+from irpe_train.state import TrainState
 
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "args")  # published, in this order
 

@@ -22,10 +22,11 @@ import torch
 
 from irpe_train.config import ROOT
 from irpe_train.distributed import logger
+from irpe_train.download import sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
 from irpe_train.run_log import PACKAGES, surroundings
-from irpe_train.zoo import Entry, Zoo, read_zoo, sha256
+from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
 

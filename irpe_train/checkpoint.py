@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from irpe_train import zoo
+from irpe_train.download import local_file
 from irpe_train.errors import BadCheckpoint, RunError
 
 # The published checkpoints hold a Namespace, and a path in it where submitit ran. Python 3.13 moved the paths' module.
@@ -67,34 +67,6 @@ def read_checkpoint(path: str | Path) -> dict:
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
     _refuse_odd_tensors(contents, path)
     return contents
-
-
-def local_file(path: str | Path) -> Path:
-    """The file on this machine: ``path``, or what its ``https://`` address names in torch's cache, fetched if missing.
-
-    Raises: BadCheckpoint: it cannot be fetched, or is not as the SHA-256 in its name says.
-    """
-    return _download(str(path)) if str(path).startswith("https://") else Path(path)
-
-
-def _download(url: str) -> Path:
-    """The file in torch's cache, fetched by one process; the published names carry the start of their SHA-256."""
-    path = zoo.cache_folder() / url.split("?")[0].rsplit("/", 1)[-1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with zoo.alone(path.parent):
-            if not path.exists():  # else another process was faster
-                try:
-                    zoo.download(url, part, most=zoo.LARGEST_FILE)
-                except OSError as error:
-                    remedy = f"Put it here by hand: {path}"
-                    raise BadCheckpoint(f"checkpoint {url}: cannot fetch it ({error}). {remedy}") from error
-                os.replace(part, path)
-    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    if digest and not (found := zoo.sha256(path)).startswith(digest[1]):
-        raise BadCheckpoint(f"checkpoint {path}: its sha256 is {found}, not as its name says. Delete it, fetch again.")
-    return path
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -8,8 +8,9 @@ from irpe_train.distributed import gather, logger, world_size
 from irpe_train.loader import TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.preemption import STOP
+from irpe_train.run_folder import Checkpoint, Checkpoints
 from irpe_train.run_log import RunLog, banner, changed_flags, record_start
-from irpe_train.state import Checkpoint, Checkpoints, TrainState
+from irpe_train.state import TrainState
 from irpe_train.steps import Steps
 
 # Flags that say where a run happens, not what is run.

@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that a run must remember, and the one place that saves and restores it."""
+"""All that a run must remember: into a checkpoint's contents, and back."""
 
 import argparse
-import errno
-import fcntl
-import os
-import socket
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from irpe_train.checkpoint import link, load_matching, model_weights, read_checkpoint, write_checkpoint
-from irpe_train.distributed import from_main, gather, is_main, logger, rank, world_size
-from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.checkpoint import load_matching, model_weights
+from irpe_train.distributed import gather, logger, rank, world_size
+from irpe_train.errors import BadCheckpoint
 from irpe_train.metrics import MetricLogger
-from irpe_train.preemption import STOP
-from irpe_train.run_log import log_details
 
 FORMAT = 1  # of our own keys; raised when an older program could not resume from them
 
@@ -211,151 +204,6 @@ def _check_form(part, given) -> None:
     compare(own, given, "its state")
     if methods := [key for key in given if key not in own and callable(getattr(type(part), str(key), None))]:
         raise TypeError(f"{methods[0]} is no value")
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint that was read: its contents, and its path or address for messages."""
-
-    source: str
-    contents: dict
-
-    def weights(self, key: str = "model") -> dict[str, torch.Tensor]:
-        """Its state dict; see ``model_weights``."""
-        return model_weights(self.contents, source=self.source, key=key)
-
-
-class Checkpoints:
-    """The checkpoints of a run's folder: ``checkpoint.pth`` and, as ``checkpoint_previous.pth``, the one before.
-
-    Args:
-        output_dir: "" for a run that writes nothing.
-        keys: the published keys, in the published order.
-    """
-
-    NAME, PREVIOUS, BEST, LOCK = "checkpoint.pth", "checkpoint_previous.pth", "best.pth", ".lock"
-
-    def __init__(self, output_dir: str | Path, keys: tuple[str, ...]):
-        self.folder = Path(output_dir) if str(output_dir) else None
-        self.keys = keys
-
-    def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
-        """Write the state; call it on every rank, the main one writes.
-
-        Args:
-            also: further names in the same folder, for instance ``best.pth``.
-        """
-        if self.folder is None:
-            return
-        contents = state.to_dict(self.keys)
-        contents["progress"]["also"] = list(also)  # where a kill comes before the names: see _name_again
-        if is_main():
-            with STOP.writing():
-                write_checkpoint(
-                    contents,
-                    self.folder / self.NAME,
-                    previous=self.folder / self.PREVIOUS,
-                    also=tuple(self.folder / name for name in also),
-                )
-
-    def open(self, where: str, *, evaluate: bool = False) -> Checkpoint | None:
-        """The checkpoint that ``--resume`` names; call it on every rank. For training, the folder is this run's alone.
-
-        Args:
-            where: a path or address; ``auto`` for this folder's newest good checkpoint, if it has any; "" for none.
-            evaluate: the folder is not trained in, and ``auto`` must find a checkpoint.
-        Raises:
-            BadCheckpoint: it cannot be used; for ``auto``, neither can the one before.
-            RunError: another process trains in the folder, or it holds the checkpoints of another run.
-        """
-        found, problem = None, None
-        if is_main():  # one rank chooses, so that all take the same file
-            try:
-                if self.folder is not None and not evaluate:
-                    self._claim(where)
-                if where:
-                    found = self._newest_good() if where == "auto" else _checked(where)
-                if where == "auto" and found is None and evaluate:
-                    raise BadCheckpoint(f"--resume auto: no checkpoint in {self.folder}")
-                if found is not None and where == "auto" and not evaluate:
-                    self._name_again(found)
-            except RunError as error:
-                problem = error
-        source, problem = from_main((found and found.source, problem))
-        if problem is not None:
-            raise problem
-        if source is None:
-            if where:
-                logger.info(f"--resume auto: no checkpoint in {self.folder}, a new run")
-            return None
-        return found or Checkpoint(source, read_checkpoint(source))
-
-    def _claim(self, where: str) -> None:
-        """Lock the folder until this process ends, and begin its log of details.
-
-        A folder is refused where another run's checkpoints would be replaced.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / self.LOCK, "a+")  # noqa: SIM115
-        except OSError as error:
-            raise RunError(f"--output_dir {self.folder}: cannot write there ({error.strerror})") from error
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; its children do not have it
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self._lock.seek(0)
-                raise RunError(
-                    f"--output_dir {self.folder}: another run is writing there ({self._lock.read()[:200].strip()}). "
-                    "Wait for its end, or choose another folder."
-                ) from error
-            logger.warning(f"--output_dir {self.folder} cannot be locked ({error.strerror}): start no second run there")
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
-        old = [name for name in (self.NAME, self.PREVIOUS, self.BEST) if (self.folder / name).exists()]
-        own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
-        if old and not own:
-            raise RunError(
-                f"--output_dir {self.folder} holds {', '.join(old)} of another run. "
-                "Go on with --resume auto, or choose another folder."
-            )
-        log_details(self.folder)
-
-    def _name_again(self, found: Checkpoint) -> None:
-        """Give the checkpoint its further names, as ``best.pth``, if the run ended between writing and naming it."""
-        names = found.contents.get("progress", {}).get("also", [])
-        for name in names if isinstance(names, list) else []:
-            path = self.folder / str(name)
-            inside = path.parent == self.folder and path.suffix == ".pth"
-            if inside and not (path.exists() and path.samefile(found.source)):
-                link(Path(found.source), path)
-
-    def _newest_good(self) -> Checkpoint | None:
-        if self.folder is None:
-            raise BadCheckpoint("--resume auto looks into --output_dir: give one")
-        problems = []
-        for path in (self.folder / self.NAME, self.folder / self.PREVIOUS):
-            if not path.exists():
-                continue
-            try:
-                found = _checked(path)
-                progress_of(found.contents, source=path)
-            except BadCheckpoint as error:
-                problems.append(str(error))
-                continue
-            for problem in problems:
-                logger.warning(f"{problem}. Falling back to {path}")
-            return found
-        if problems:
-            raise BadCheckpoint("--resume auto: no usable checkpoint. " + " ".join(problems))
-        return None
-
-
-def _checked(path: str | Path) -> Checkpoint:
-    """A checkpoint whose weights are there and finite."""
-    found = Checkpoint(str(path), read_checkpoint(path))
-    found.weights()
-    return found
 
 
 def plain(value):

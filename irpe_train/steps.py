@@ -24,8 +24,9 @@ from irpe_train.distributed import gather, is_main, rank, world_size
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.preemption import STOP
+from irpe_train.run_folder import Checkpoints
 from irpe_train.seeding import mix, seed_step
-from irpe_train.state import Checkpoints, TrainState
+from irpe_train.state import TrainState
 
 
 class Steps:

@@ -9,23 +9,16 @@ has no hash, that of the first download is kept beside the file, ``FILE.sha256``
 """
 
 import contextlib
-import fcntl
-import hashlib
-import os
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from irpe_train.config import ROOT, ConfigError, read_yaml
+from irpe_train.download import cache_folder, fetch_once, sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
 
 ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
-CHUNK = 1 << 20
-LARGEST_FILE = 4 << 30  # bytes; where the zoo has no size, an answer is cut off here
 
 
 @dataclass(frozen=True)
@@ -93,17 +86,10 @@ def read_zoo(path: Path = ZOO_FILE) -> Zoo:
         raise ConfigError(f"model zoo {path}: not in the form of {ZOO_FILE.name} ({error!r:.200})") from error
 
 
-def cache_folder() -> Path:
-    """Where torch.hub keeps checkpoints, by its documented rule; asking torch itself would take seconds to import."""
-    home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
-    return Path(home).expanduser() / "hub" / "checkpoints"
-
-
 def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> Path:
     """The checked file of a zoo entry, downloaded if it is not there yet.
 
-    A broken download is kept as ``FILE.part`` and taken up where it stopped. Several processes may ask at once: one
-    downloads, the others wait for it. A file that is there is checked too, also one that was put there by hand.
+    A file that is there is checked too, also one that was put there by hand. See ``download.fetch_once`` for the rest.
 
     Returns: its path in ``folder`` (default: torch hub's cache).
     Raises: ValueError: unknown name, or what is there or arrived is not the file; ConnectionError: no network, and what
@@ -115,25 +101,15 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> P
     if target.is_file():
         verify(target, entry)
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with alone(folder):
-        if target.is_file():  # another process was faster, and has checked it
-            return target
-        print(f"fetching {entry.url} -> {target}", file=sys.stderr)
-        try:
-            download(entry.url, part, most=entry.size or LARGEST_FILE)
-        except (urllib.error.URLError, OSError) as error:
-            raise ConnectionError(
-                f"model zoo: cannot fetch {entry.url} ({error}). Download {entry.file} on a machine with a network and "
-                f"put it here: {target}" + (f" (what has arrived so far is kept in {part})." if part.exists() else ".")
-            ) from error
-        try:
-            verify(part, entry, record=_record(target))
-        except ValueError:
-            part.unlink()  # a wrong file must not be "resumed"
-            raise
-        part.replace(target)
+    print(f"fetching {entry.url} -> {target}", file=sys.stderr)
+    try:
+        fetch_once(entry.url, target, most=entry.size, check=lambda part: verify(part, entry, record=_record(target)))
+    except OSError as error:
+        part = target.with_name(target.name + ".part")
+        raise ConnectionError(
+            f"model zoo: cannot fetch {entry.url} ({error}). Download {entry.file} on a machine with a network and "
+            f"put it here: {target}" + (f" (what has arrived so far is kept in {part})." if part.exists() else ".")
+        ) from error
     return target
 
 
@@ -169,55 +145,6 @@ def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
 def _record(target: Path) -> Path:
     """As ``sha256sum --check`` reads it."""
     return target.with_name(target.name + ".sha256")
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def download(url: str, part: Path, *, most: int) -> None:
-    """Append what is missing of ``url`` to ``part``; the announced length must have arrived in the end.
-
-    Raises: OSError: the connection broke; ValueError: more than ``most`` bytes are announced, or come.
-    """
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing beyond what we have, so the part is whole (or not ours: verify will tell)
-            raise
-        return
-    with response:
-        resumed = response.status == 206
-        announced = response.headers.get("Content-Length")
-        expected = None if announced is None else int(announced) + (have if resumed else 0)
-        arrived = have if resumed else 0
-        with part.open("ab" if resumed else "wb") as file:
-            while (expected or 0) <= most and arrived <= most and (chunk := response.read(CHUNK)):
-                file.write(chunk)
-                arrived += len(chunk)
-    if max(arrived, expected or 0) > most:
-        part.unlink()
-        raise ValueError(f"{url}: more than {most} bytes; that is no checkpoint of the zoo, and was not kept")
-    if expected is not None and arrived != expected:
-        raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again to go on")
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes' downloads out of ``folder``; the lock ends with the process, even a killed one."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def main(argv: list[str] | None = None) -> None:

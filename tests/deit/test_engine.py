@@ -7,7 +7,8 @@ from torch.utils.data import SequentialSampler, TensorDataset
 from deit_irpe.engine import train_one_epoch
 from irpe_train.loader import TrainLoader
 from irpe_train.precision import Precision
-from irpe_train.state import Checkpoints, TrainState
+from irpe_train.run_folder import Checkpoints
+from irpe_train.state import TrainState
 from irpe_train.steps import Steps
 
 

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from deit_irpe import create_model
-from irpe_train.zoo import cache_folder, read_zoo, sha256
+from irpe_train.download import cache_folder, sha256
+from irpe_train.zoo import read_zoo
 from tests.deit.test_data_at_scale import write_parquet, write_shards
 from tests.end_to_end.test_documented_commands import PAGES, PROJECT, RUN_BY_THEIR_OWN_TEST, documented_commands
 from tests.helpers.deit_runs import deit_ok

@@ -20,8 +20,9 @@ from irpe_train.metrics import MetricLogger
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
 from irpe_train.run import open_run
+from irpe_train.run_folder import Checkpoints
 from irpe_train.seeding import seed_everything
-from irpe_train.state import Checkpoints, TrainState
+from irpe_train.state import TrainState
 
 KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")
 

@@ -15,18 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from irpe_train import zoo
-from irpe_train.checkpoint import (
-    link,
-    load_matching,
-    local_file,
-    model_weights,
-    read_checkpoint,
-    read_weights,
-    write_checkpoint,
-)
+from irpe_train import download as downloads
+from irpe_train.checkpoint import link, load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
 from irpe_train.errors import BadCheckpoint, RunError
-from irpe_train.state import Checkpoints, TrainState, plain
+from irpe_train.run_folder import Checkpoints
+from irpe_train.state import TrainState, plain
 
 DEIT = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")
 DETR = ("model", "optimizer", "lr_scheduler", "epoch", "args")
@@ -186,7 +179,7 @@ def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
 @pytest.mark.parametrize("name", ["right", "wrong", "without"])
 def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypatch, name):
     torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "theirs.pth")
-    digest = zoo.sha256(tmp_path / "theirs.pth")[:8]
+    digest = downloads.sha256(tmp_path / "theirs.pth")[:8]
     file = {"right": f"net-{digest}.pth", "wrong": "net-01234567.pth", "without": "net.pth"}[name]
     asked = []
 
@@ -195,13 +188,13 @@ def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypat
         part.write_bytes((tmp_path / "theirs.pth").read_bytes())
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(zoo, "download", download)
+    monkeypatch.setattr(downloads, "download", download)
     for _ in range(2):  # the second time it is there
         with (
             pytest.raises(BadCheckpoint, match="not as its name says") if name == "wrong" else contextlib.nullcontext()
         ):
             assert read_weights(f"https://example.org/a/{file}?download=1")["w"].sum() == 3
-    assert asked == [f"https://example.org/a/{file}?download=1"]
+    assert asked == [f"https://example.org/a/{file}?download=1"] * (2 if name == "wrong" else 1)
 
 
 def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
@@ -209,7 +202,7 @@ def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(zoo, "download", download)
+    monkeypatch.setattr(downloads, "download", download)
     with pytest.raises(BadCheckpoint, match=rf"cannot fetch it \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
         read_checkpoint("https://example.org/a.pth")
 
@@ -224,9 +217,9 @@ def test_one_process_fetches_and_the_others_wait(tmp_path, monkeypatch):
         part.write_bytes((tmp_path / "theirs.pth").read_bytes())
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(zoo, "download", download)
+    monkeypatch.setattr(downloads, "download", download)
     with ThreadPoolExecutor(4) as pool:  # the lock is of an open folder, so threads are kept apart like processes
-        found = list(pool.map(local_file, ["https://example.org/a.pth"] * 4))
+        found = list(pool.map(downloads.local_file, ["https://example.org/a.pth"] * 4))
     assert len(asked) == 1 and set(found) == {tmp_path / "hub" / "checkpoints" / "a.pth"}
 
 

@@ -13,7 +13,7 @@ from irpe_train import checkpoint
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
 from irpe_train.loader import TrainLoader
-from irpe_train.state import Checkpoints
+from irpe_train.run_folder import Checkpoints
 from tests.helpers import tiny_run
 from tests.helpers.processes import Ranks, run_ranks
 

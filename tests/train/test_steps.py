@@ -10,7 +10,8 @@ from irpe_train.arguments import parse_save_interval
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.precision import Precision
-from irpe_train.state import Checkpoints, TrainState
+from irpe_train.run_folder import Checkpoints
+from irpe_train.state import TrainState
 from irpe_train.steps import Steps
 
 CPU = torch.device("cpu")

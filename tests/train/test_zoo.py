@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from irpe_train import download
 from irpe_train import zoo as zoo_module
 from irpe_train.config import ROOT
 from irpe_train.zoo import fetch, main, read_zoo
@@ -29,6 +30,8 @@ def server():
             if start >= len(whole) and first:
                 return self.send_error(416)
             self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
             if server.announces:
                 self.send_header("Content-Length", str(len(whole) - start))
             self.end_headers()
@@ -142,14 +145,14 @@ def test_a_wrong_file_is_not_kept(zoo, tmp_path, changes, message):
 
 
 def test_known_hash_and_size(server, zoo, tmp_path):
-    digest = zoo_module.sha256(tmp_path / "net.pth")
+    digest = download.sha256(tmp_path / "net.pth")
     whole = with_entry(zoo, sha256=digest, size=len(server.files["net.pth"]))
     assert fetch("net", folder=tmp_path / "hub", zoo=whole).is_file()
 
 
 def test_the_first_download_is_trusted_and_compared_with_ever_after(server, zoo, tmp_path):
     path, record = fetch("net", folder=tmp_path / "hub", zoo=zoo), tmp_path / "hub" / "net.pth.sha256"
-    assert record.read_text() == f"{zoo_module.sha256(path)}  net.pth\n"
+    assert record.read_text() == f"{download.sha256(path)}  net.pth\n"
     first = path.read_bytes()
     torch.save({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}}, path)  # as good a checkpoint, and another one
     message = "net.pth: sha256 .*, expected .* written when it was first downloaded. Delete it, fetch again"
@@ -176,9 +179,9 @@ def test_a_file_put_there_by_hand_is_checked(zoo, tmp_path):
 @pytest.mark.parametrize("announced", [True, False])
 def test_an_endless_answer_is_cut_off(server, zoo, tmp_path, monkeypatch, announced):
     """Announced (nothing is read) or not (it is read up to the limit); nothing is kept."""
-    monkeypatch.setattr(zoo_module, "LARGEST_FILE", 5 * zoo_module.CHUNK)
+    monkeypatch.setattr(download, "LARGEST_FILE", 5 * download.CHUNK)
     server.files["net.pth"], server.announces = bytes(64 << 20), announced
-    with pytest.raises(ValueError, match="more than 5242880 bytes; that is no checkpoint of the zoo"):
+    with pytest.raises(ValueError, match="more than 5242880 bytes; that is no checkpoint"):
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert list((tmp_path / "hub").iterdir()) == []
     assert server.sent < 40  # the limit, and what the system holds on the way
@@ -239,4 +242,4 @@ def test_the_cache_is_torch_hubs(monkeypatch, tmp_path, variable):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     if variable:
         monkeypatch.setenv(variable, str(tmp_path))
-    assert zoo_module.cache_folder() == Path(torch.hub.get_dir()) / "checkpoints"
+    assert download.cache_folder() == Path(torch.hub.get_dir()) / "checkpoints"

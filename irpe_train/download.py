@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downloads: into torch's cache, by one process at a time, continued where they broke off, never without end."""
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from irpe_train.errors import BadCheckpoint
+
+CHUNK = 1 << 20
+LARGEST_FILE = 4 << 30  # bytes; where no size is known, an answer is cut off here
+
+
+def cache_folder() -> Path:
+    """Where torch.hub keeps checkpoints, by its documented rule; asking torch itself would take seconds to import."""
+    home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
+    return Path(home).expanduser() / "hub" / "checkpoints"
+
+
+def local_file(path: str | Path) -> Path:
+    """The file on this machine: ``path``, or what its ``https://`` address names in torch's cache, fetched if missing.
+
+    Raises: BadCheckpoint: it cannot be fetched, or is not as the SHA-256 in its name says.
+    """
+    url = str(path)
+    if not url.startswith("https://"):
+        return Path(path)
+    target = cache_folder() / url.split("?")[0].rsplit("/", 1)[-1]
+    digest = re.search(r"-([0-9a-f]{8,})\.", target.name)  # the published names carry the start of their SHA-256
+
+    def check(file: Path) -> None:
+        if digest and not (found := sha256(file)).startswith(digest[1]):
+            raise BadCheckpoint(
+                f"checkpoint {file}: its sha256 is {found}, not as its name says. Delete it, fetch again."
+            )
+
+    if target.exists():
+        check(target)
+        return target
+    try:
+        fetch_once(url, target, check=check)
+    except OSError as error:
+        raise BadCheckpoint(f"checkpoint {url}: cannot fetch it ({error}). Put it here by hand: {target}") from error
+    return target
+
+
+def fetch_once(url: str, target: Path, *, check: Callable[[Path], None], most: int | None = None) -> None:
+    """Download ``url`` to ``target``. Several processes may ask at once: one downloads, the others wait for it.
+
+    A broken download is kept as ``FILE.part`` and continued next time; one that ``check`` raises for is not kept.
+
+    Raises: OSError: the network failed; BadCheckpoint: more than ``most`` bytes (default: ``LARGEST_FILE``) came.
+    """
+    part = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with alone(target.parent):
+        if target.exists():  # another process was faster, and has checked it
+            return
+        download(url, part, most=most or LARGEST_FILE)
+        try:
+            check(part)
+        except ValueError:
+            part.unlink()  # a wrong file must not be continued
+            raise
+        os.replace(part, target)
+
+
+def download(url: str, part: Path, *, most: int) -> None:
+    """Append what is missing of ``url`` to ``part``; the announced length must have arrived in the end.
+
+    Raises: OSError: the connection broke; BadCheckpoint: more than ``most`` bytes are announced, or come.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing beyond what we have, so the part is whole (or not ours: check will tell)
+            raise
+        return
+    except http.client.HTTPException as error:
+        raise OSError(f"no answer of a web server: {error!r:.100}") from error
+    with response:
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        announced = response.headers.get("Content-Length") or ""
+        arrived = have if resumed else 0
+        expected = int(announced) + arrived if announced.isdecimal() else None
+        with part.open("ab" if resumed else "wb") as file:
+            try:
+                while (expected or 0) <= most and arrived <= most and (chunk := response.read(CHUNK)):
+                    file.write(chunk)
+                    arrived += len(chunk)
+            except http.client.HTTPException as error:
+                raise OSError(f"the connection ended after {arrived} bytes ({error!r:.100})") from error
+    if max(arrived, expected or 0) > most:
+        part.unlink()
+        raise BadCheckpoint(f"{url}: more than {most} bytes; that is no checkpoint, and was not kept")
+    if expected is not None and arrived != expected:
+        raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again to go on")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes' downloads out of ``folder``; the lock ends with the process, even a killed one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
