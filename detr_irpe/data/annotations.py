@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO's instance annotations, read once: typed, checked, and in flat arrays that worker processes share."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from detr_irpe.data.json_columns import FLAG, JsonList, read_json
-from detr_irpe.data.packed_strings import PackedStrings
-from detr_irpe.data.segmentations import MOST_PIXELS, problem_of
+from detr_irpe.data.packed_strings import PackedStrings, shared
+from detr_irpe.data.segmentations import MOST_PIXELS, PackedMasks, problem_of
 
 LARGEST_CATEGORY_ID = 20_000  # the model has an output for each id up to the largest; no published set has more classes
 CATEGORY_IDS = range(LARGEST_CATEGORY_ID + 1)
@@ -53,11 +52,11 @@ class Annotations:
 
         ids = images.integers("id")
         order = np.argsort(ids, kind="stable")
-        self.image_ids = _shared(ids[order])
+        self.image_ids = shared(ids[order])
         names = images.texts("file_name")
         self.names = PackedStrings(names[i].encode() for i in order)
         sizes = np.stack([images.integers(side, default=0, valid=SIDES) for side in ("height", "width")], axis=1)
-        self.sizes = _shared(sizes[order])
+        self.sizes = shared(sizes[order])
         refuse_repeated(path, "image ids", ids)
 
         owner, labels = objects.integers("image_id"), objects.integers("category_id")
@@ -65,21 +64,20 @@ class Annotations:
         refuse_unknown(path, "annotations of categories", labels, np.array(list(self.categories)))
         order = np.argsort(owner, kind="stable")  # objects of an image stay in the order of the file
         edges = [np.searchsorted(owner[order], self.image_ids.numpy(), side=side) for side in ("left", "right")]
-        self._ranges = _shared(np.stack(edges, 1).astype(np.int64))
+        self._ranges = shared(np.stack(edges, 1).astype(np.int64))
         boxes = objects.boxes("bbox")
         area = objects.numbers("area", default=(boxes[:, 2] * boxes[:, 3]).tolist())
         object_ids = objects.integers("id", default=range(1, len(objects) + 1))
         refuse_repeated(path, "annotation ids", object_ids)
-        self.boxes, self.labels = _shared(boxes[order]), _shared(labels[order])
-        self.ids, self.area = _shared(object_ids[order]), _shared(area[order])
-        self.iscrowd = _shared(objects.integers("iscrowd", default=0, valid=FLAG)[order])
+        self.boxes, self.labels = shared(boxes[order]), shared(labels[order])
+        self.ids, self.area = shared(object_ids[order]), shared(area[order])
+        self.iscrowd = shared(objects.integers("iscrowd", default=0, valid=FLAG)[order])
 
-        self.without_mask, self._segmentations = None, None
+        self.without_mask, self._masks = None, None
         if with_masks:
             shapes = [objects.entries[i].get("segmentation") or [] for i in order]
-            self._check_masks(shapes)
             self.without_mask = sum(not shape for shape in shapes)
-            self._segmentations = PackedStrings(json.dumps(s, separators=(",", ":")).encode() for s in shapes)
+            self._masks = self._checked_masks(shapes)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -96,9 +94,8 @@ class Annotations:
         return {name: v.float() if v.is_floating_point() else v.clone() for name, v in fields.items()}
 
     def segmentations_of_image(self, index: int) -> list:
-        """Polygons, or run lengths, of every object of image number ``index``, as the file has them; [] for none."""
-        start, end = self._ranges[index].tolist()
-        return [json.loads(self._segmentations[i]) for i in range(start, end)]
+        """Polygons, or run lengths, of every object of image number ``index``; [] for none, or no size of the image."""
+        return [self._masks[i] for i in range(*self._ranges[index].tolist())]
 
     def place_of_object(self, index: int) -> str:
         """Which entry of the file object number ``index`` is, for messages."""
@@ -108,15 +105,27 @@ class Annotations:
 
     def unsized(self) -> list[str]:
         """Images whose height and width a mask cannot do with: missing, or absurd."""
-        pixels = self.sizes.prod(1)
-        return [self.names[i].decode() for i in ((pixels <= 0) | (pixels >= MOST_PIXELS)).nonzero()[:, 0].tolist()]
+        return [self.names[i].decode() for i in (~self._sized()).nonzero()[:, 0].tolist()]
 
-    def _check_masks(self, shapes: list) -> None:
-        owners, sizes = self.image_of_object().tolist(), self.sizes.tolist()
-        for index, (owner, shape) in enumerate(zip(owners, shapes, strict=True)):
-            height, width = sizes[owner]
-            if 0 < height * width < MOST_PIXELS and (wrong := problem_of(shape, height, width)):
+    def _sized(self) -> Tensor:
+        pixels = self.sizes.prod(1)
+        return (pixels > 0) & (pixels < MOST_PIXELS)
+
+    def _checked_masks(self, shapes: list) -> PackedMasks:
+        owners = self.image_of_object()
+        sizes, sized = self.sizes[owners], self._sized()[owners].tolist()
+        shapes = [shape if fits else [] for shape, fits in zip(shapes, sized, strict=True)]
+        try:
+            packed = PackedMasks(shapes)
+            polygons_fit = packed.polygons_fit(sizes)  # all at once
+        except (TypeError, OverflowError):
+            polygons_fit = False
+        for index, shape in enumerate(shapes):
+            if polygons_fit and isinstance(shape, list):
+                continue
+            if wrong := problem_of(shape, *sizes[index].tolist()):
                 raise ValueError(f"{self.path}: segmentation of {self.place_of_object(index)}: {wrong}")
+        return packed
 
 
 def read_categories(entries: JsonList) -> dict[int, str]:
@@ -154,7 +163,3 @@ def refuse_unknown(path: Path, what: str, used: np.ndarray, listed: np.ndarray) 
 
 def _first(values: np.ndarray) -> str:
     return ", ".join(map(str, values[:3].tolist())) + (", ..." if len(values) > 3 else "")
-
-
-def _shared(column: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(column)).share_memory_()

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class PackedStrings:
@@ -16,9 +17,8 @@ class PackedStrings:
 
     def __init__(self, items: Iterable[bytes]) -> None:
         items = list(items)
-        ends = np.cumsum([0] + [len(item) for item in items], dtype=np.int64)
-        self._ends = torch.from_numpy(ends).share_memory_()
-        self._bytes = torch.from_numpy(np.frombuffer(b"".join(items) or b"\0", dtype=np.uint8).copy()).share_memory_()
+        self._ends = shared(np.cumsum([0, *map(len, items)], dtype=np.int64))
+        self._bytes = shared(np.frombuffer(b"".join(items) or b"\0", dtype=np.uint8).copy())
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -28,3 +28,8 @@ class PackedStrings:
             raise IndexError(f"item {index} of {len(self)}")
         start, end = self._ends[index : index + 2].tolist()
         return self._bytes[start:end].numpy().tobytes()
+
+
+def shared(column: np.ndarray) -> Tensor:
+    """The array as a tensor in memory that worker processes share."""
+    return torch.from_numpy(np.ascontiguousarray(column)).share_memory_()

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.json_columns import FLAG, JsonList
-from detr_irpe.data.segmentations import decode_masks, problem_of, to_rle
+from detr_irpe.data.segmentations import PackedMasks, decode_masks, problem_of, to_rle
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 HEIGHT, WIDTH = 40, 56
@@ -193,6 +195,7 @@ def test_no_damaged_run_length_reaches_the_decoder():
         ([["1", 1, 9, 9, 5, 5]], "no list of numbers"),
         ([[1, 1, 9, 9, 5, float("nan")]], "far outside"),
         ([[1, 1, 9, 9, 5, 1e9]], "far outside"),
+        ([[1, 1, 9, 9, 5, 10**400]], "far outside"),
         ([[1, 1, 9, 9, 5, 5], [-1000, 1, 9, 9, 5, 5]], "far outside"),
         ("polygon", "neither polygons nor run lengths"),
         ({"size": [56, 40], "counts": [2240]}, r"size \[56, 40\], the image is \[40, 56\]"),
@@ -206,6 +209,7 @@ def test_no_damaged_run_length_reaches_the_decoder():
         ({"size": [40, 56], "counts": "zzzz"}, "no counts of pixels"),
         ({"size": [40, 56], "counts": ""}, "no counts of pixels"),
         ({"size": [40, 56], "counts": "ü"}, "no counts of pixels"),
+        ({"size": [40, 56], "counts": "\ud800"}, "no counts of pixels"),
         ({"size": [40, 56], "counts": "oooooooooooooooooooooooooooo0"}, "no counts of pixels"),
     ],
 )
@@ -216,3 +220,20 @@ def test_masks_that_do_not_fit_are_refused_by_their_place(tmp_path, shape, words
     with pytest.raises(ValueError, match=rf"segmentation of annotation 2 of image 102: .*{words}"):
         read(root, with_masks=True)
     read(root)  # boxes alone are not its business
+
+
+COORDINATES = st.sampled_from(
+    [0, 1, 30.5, -40, -56, 80, 112, -40.01, -56.01, 80.01, 112.01, float("nan"), 1e300, -1e300]
+)
+POLYGONS = st.lists(st.one_of(st.integers(0, 9), COORDINATES), min_size=4, max_size=9)
+SHAPES = st.lists(st.one_of(st.lists(POLYGONS, max_size=3), st.just({"size": [40, 56], "counts": [2240]})), max_size=4)
+
+
+@settings(deadline=None)
+@given(SHAPES)
+def test_all_polygons_at_once_fit_where_each_does_and_come_back(shapes):
+    packed, sizes = PackedMasks(shapes), torch.tensor([[HEIGHT, WIDTH]] * len(shapes)).reshape(-1, 2)
+    assert packed.polygons_fit(sizes) == (not any(problem_of(shape, HEIGHT, WIDTH) for shape in shapes))
+    assert str([packed[i] for i in range(len(shapes))]) == str(
+        [shape if isinstance(shape, dict) else [list(map(float, polygon)) for polygon in shape] for shape in shapes]
+    )
