@@ -45,7 +45,8 @@ def rpe_attention(
             attention), ``compiled`` (CPU) or ``triton`` (CUDA).
     Returns: ``(B, H, L, D)``. A query whose keys are all masked gets zeros. Under autocast, inputs are taken in its
         dtype and the softmax is fp32. Lookups and sums over buckets are fp32 in ``eager`` and ``compiled``; on a GPU
-        ``triton`` and ``sdpa`` add in fp32 and round the results to that dtype, as a linear layer does.
+        ``triton`` and ``sdpa`` add in fp32 and round the results to that dtype, as a linear layer does. The gradient
+        of an fp32 table is summed in fp32 and stays so in all of them.
     Raises: ValueError: for arguments that do not fit together, or a call the named backend cannot run;
         ImportError: for a named backend that does not exist on this machine.
     """

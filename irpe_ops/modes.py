@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a table holds for a bucket, and what the scores get from it: a mode is one row of `MODES`."""
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from irpe_ops.rpe_index import under_function_transform
 
 
 class Mode(NamedTuple):
@@ -14,7 +18,8 @@ class Mode(NamedTuple):
         parameter: the name of the table in checkpoints.
         shape: ``(heads, head_dim, num_buckets) -> shape`` of the table on queries and keys.
         lookup: ``(x (B, H, L, D), table) -> `` what each bucket adds to the scores of each token, to be broadcast to
-            ``(B, H, L, N)``; linear in the table.
+            ``(B, H, L, N)``; linear in the table. Under autocast ``x`` may be half precision beside an fp32 table:
+            `product` takes both.
         uses_tokens: whether ``x`` matters beyond its shape; then it must have the table's head dimension.
         on_values: whether it exists on values too; the last two dimensions of the table are swapped, ``(heads, N, D)``.
     """
@@ -26,9 +31,53 @@ class Mode(NamedTuple):
     on_values: bool
 
 
-def _product(x: Tensor, table: Tensor) -> Tensor:
-    # One table for all heads is one product of matrices, and so is its gradient.
-    return x @ (table[0] if table.shape[0] == 1 else table)
+def product(x: Tensor, table: Tensor) -> Tensor:
+    """``(B, H, L, D)`` times ``(H or 1, D, N)`` in the dtype of ``x``; the gradient of ``table`` in its own dtype."""
+    # torch.compile differentiates under the autocast around the call, even what was computed without it.
+    plain = x.dtype == table.dtype and not torch.compiler.is_compiling()
+    if plain or torch.compiler.is_exporting() or under_function_transform():
+        return _matmul(x, table.to(x.dtype))
+    return _Product.apply(x, table)
+
+
+def _matmul(x: Tensor, table: Tensor) -> Tensor:
+    with without_autocast(x.device):
+        # One table for all heads is one product of matrices, and so is its gradient.
+        return x @ (table[0] if table.shape[0] == 1 else table)
+
+
+class _Product(torch.autograd.Function):
+    """Autograd would round the table's gradient, a sum over 300,000 rows in DeiT-S, to half precision."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(x, table)
+        return _matmul(x, table.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, table = ctx.saved_tensors
+        grad_x = grad_table = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _matmul(grad, table.to(x.dtype).mT)
+        if ctx.needs_input_grad[1]:
+            a, b = (_rows(t, len(table)) for t in (x, grad))
+            with without_autocast(x.device):
+                if x.is_cuda and table.dtype == torch.float32:  # sums in fp32 without copies in fp32
+                    grad_table = torch.bmm(a.mT, b, out_dtype=torch.float32)
+                else:
+                    grad_table = a.mT.to(table.dtype) @ b.to(table.dtype)
+        return grad_x, grad_table
+
+
+def _rows(x: Tensor, tables: int) -> Tensor:
+    """``(tables, rows, columns)``: the rows that meet each table."""
+    return x.flatten(0, 2)[None] if tables == 1 else x.transpose(0, 1).flatten(1, 2)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A block without autocast; there is none to switch off on ``meta``."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _table_alone(x: Tensor, table: Tensor) -> Tensor:
@@ -36,6 +85,6 @@ def _table_alone(x: Tensor, table: Tensor) -> Tensor:
 
 
 MODES = {
-    "ctx": Mode("lookup_table_weight", lambda heads, dim, buckets: (heads, dim, buckets), _product, True, True),
+    "ctx": Mode("lookup_table_weight", lambda heads, dim, buckets: (heads, dim, buckets), product, True, True),
     "bias": Mode("lookup_table_bias", lambda heads, dim, buckets: (heads, buckets), _table_alone, False, False),
 }

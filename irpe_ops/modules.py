@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encodings as modules: one learned table each, on queries, keys or values."""
 
-import contextlib
 import functools
 import math
 import operator
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from irpe_ops.buckets import bucket_map, count_buckets, offset_map, traced_bucket_map, traced_offset_map
 from irpe_ops.config import RPEConfig
 from irpe_ops.methods import find_map, maps_of
-from irpe_ops.modes import MODES
+from irpe_ops.modes import MODES, product, without_autocast
 from irpe_ops.rpe_index import rpe_index, rpe_index_adjoint
 
 
@@ -22,10 +21,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class IRPE(nn.Module):
@@ -103,14 +98,13 @@ class IRPE(nn.Module):
         Returns: ``(B, H, L, N)``, or what broadcasts to it; column ``N - 1`` is for leading tokens, where there are.
         """
         mode = MODES[self.mode]
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             table = self.table
             if columns_multiple > 1:
                 table = F.pad(table, (0, -self.num_buckets % columns_multiple))
             if mode.uses_tokens:
                 table = table if scale == 1.0 else table * scale
-                table = table if dtype is None else table.to(dtype)
-                x = x.to(table.dtype)
+                x = x.to(dtype or table.dtype)
             return mode.lookup(x, table)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
@@ -128,9 +122,9 @@ class IRPE(nn.Module):
         ids = self.bucket_ids(length, height, width, x.device)
         if not self.on_values:
             return rpe_index(self.lookup(x), ids)  # (B, H, L, L)
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             sums = rpe_index_adjoint(x.to(self.table.dtype), ids, self.num_buckets)  # (B, H, L, N)
-            return sums @ self.table  # (B, H, L, D)
+            return product(sums, self.table)  # (B, H, L, D)
 
     def _check(self, x: Tensor) -> None:
         name, table = f"rpe_{self.role}", self.table

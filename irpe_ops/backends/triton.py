@@ -18,6 +18,7 @@ from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.buckets import count_buckets
+from irpe_ops.modes import product
 from irpe_ops.modules import IRPE, autocast_dtype
 from irpe_ops.rpe_index import under_function_transform
 
@@ -105,8 +106,7 @@ def attention(call: AttentionCall) -> Tensor:
         )  # fmt: skip
         if rpe_v is not None:
             tables = [F.pad(part.table, (0, 0, 0, -part.num_buckets % COLUMN_MULTIPLE)) for part in rpe_v.parts]
-            tables = torch.cat(tables, 1).to(q.dtype)  # (H or 1, N, D)
-            out = out + sums @ (tables[0] if tables.shape[0] == 1 else tables)
+            out = out + product(sums, torch.cat(tables, 1))  # (H or 1, N, D)
     return out
 
 

@@ -1,12 +1,16 @@
 """A mode is one row: one added here works in every backend that takes lookups, and is refused by name in the other."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.attention import missing_backend
-from irpe_ops.modes import MODES, Mode
+from irpe_ops.modes import MODES, Mode, _Product, product
 
 SPEC = "rpe-1.9-product-both-0-qk"
 
@@ -72,3 +76,81 @@ def test_lookup_has_a_column_for_every_bucket(mode, shared):
     if mode == "ctx":
         torch.testing.assert_close(rpe_k.lookup(x, scale=0.5), rpe_k.lookup(x * 0.5))
         assert rpe_k.lookup(x, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def strided(*shape, dtype):
+    """Heads inside the tokens, as a packed projection leaves them."""
+    batch, heads, length, width = shape
+    return torch.randn(batch, length, heads, width).to(dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tables", [1, 3])
+def test_the_gradient_of_an_fp32_table_is_fp32_whatever_the_tokens_are(tables, dtype):
+    torch.manual_seed(0)
+    x = strided(4, 3, 500, 8, dtype=dtype).requires_grad_()
+    table = torch.randn(tables, 8, 10, requires_grad=True)
+    grad = strided(4, 3, 500, 10, dtype=dtype)
+    out = product(x, table)
+    rounded = table.detach().to(dtype)
+    torch.testing.assert_close(out, x @ rounded)
+    grad_x, grad_table = torch.autograd.grad(out, (x, table), grad)
+    torch.testing.assert_close(grad_x, grad @ rounded.mT)
+    exact = torch.einsum("bhld,bhln->hdn", x.double(), grad.double())
+    exact = exact.sum(0, keepdim=True) if tables == 1 else exact
+    assert grad_table.dtype == torch.float32 and grad_x.dtype == dtype
+    torch.testing.assert_close(grad_table.double(), exact, rtol=1e-5, atol=1e-4)  # bf16 would be wrong by 0.2
+    with torch.autocast("cpu", torch.bfloat16):  # backward called inside
+        inside = torch.autograd.grad(product(x, table), table, grad)[0]
+    assert torch.equal(inside, grad_table)
+
+
+def test_a_frozen_table_and_frozen_tokens():
+    x, table = (
+        torch.randn(2, 2, 5, 4, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(1, 4, 3, requires_grad=True),
+    )
+    assert product(x.detach(), table).sum().backward() is None and x.grad is None
+    assert product(x, table.detach()).sum().backward() is None and x.grad is not None
+
+
+def test_on_a_gpu_the_product_of_halves_is_asked_for_in_fp32():
+    """No GPU runs here: the shapes and dtypes that PyTorch would give."""
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 5, 4, device="cuda", dtype=torch.bfloat16)
+        for tables in (1, 3):
+            table = torch.empty(tables, 4, 7, device="cuda")
+            ctx = SimpleNamespace(saved_tensors=(x, table), needs_input_grad=(True, True))
+            grad_x, grad_table = _Product.backward(ctx, product(x, table))
+            assert (grad_x.dtype, grad_table.dtype) == (torch.bfloat16, torch.float32)
+            assert grad_x.shape == x.shape and grad_table.shape == table.shape
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "compiled"])
+@pytest.mark.parametrize("rpe_on", ["qk", "qkv"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_under_autocast_no_backend_rounds_the_gradient_of_a_table(backend, rpe_on, compiles):
+    if missing_backend(backend) or (backend, rpe_on) == ("sdpa", "qkv"):
+        pytest.skip("does not exist here")
+    torch.manual_seed(0)
+    encodings = build_rpe(parse_rpe_spec(f"rpe-1.9-product-ctx-1-{rpe_on}", skip=1), 8, 2)
+    tables = [nn.init.normal_(rpe.table, std=0.5) for rpe in encodings if rpe is not None]
+    qkv = [strided(8, 2, 50, 8, dtype=torch.float32) for _ in range(3)]
+
+    def gradients(dtype, name, autocast):
+        attention = torch.compile(rpe_attention, backend="aot_eager", fullgraph=True) if compiles else rpe_attention
+        modules = [None if rpe is None else copy.deepcopy(rpe).to(dtype) for rpe in encodings]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attention(*(x.bfloat16().to(dtype) for x in qkv), *modules, backend=name)
+        weights = strided(8, 2, 50, 8, dtype=torch.bfloat16)
+        return torch.autograd.grad(
+            (out.double() * weights.double()).sum(), [p for m in modules if m for p in m.parameters()]
+        )
+
+    torch.manual_seed(1)
+    exact = gradients(torch.float64, "eager", False)
+    torch.manual_seed(1)
+    for ours, answer, table in zip(gradients(torch.float32, backend, True), exact, tables, strict=True):
+        assert ours.dtype == table.dtype
+        assert (ours != ours.bfloat16()).float().mean() > 0.9  # of a random fp32 number the last 16 bits are not zero
+        assert (ours.double() - answer).norm() < 2**-8 * answer.norm()
