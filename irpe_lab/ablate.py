@@ -115,19 +115,30 @@ class Ablation:
         names = tuple(self.grid.evaluations)
         return tables.write(self.rows(), self.folder, self.grid.task.figure, title=self.grid.name, evaluations=names)
 
-    def publish(self, logs: Path) -> None:
-        """Copy tables, logs and flags of the finished runs to ``logs``, called as in the published zoo."""
-        logs.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("table.*"):
-            shutil.copyfile(path, logs / path.name)
-        names = {"log.txt": "log_{}.txt", "detail.log": "detail_{}.log", "config.yaml": "{}.yaml"}
+    def published_files(self) -> dict[str, Path]:
+        """What ``publish`` copies, by its new name, which is that of the published zoo; the table is the first."""
+        files = {name: self.folder / name for name in tables.NAMES}
         for (run, seed), folder in self.folders.items():
-            if jobs.finished(folder):
-                for here, there in names.items():
-                    if (folder / here).is_file():
-                        shutil.copyfile(folder / here, logs / there.format(f"{run}_seed{seed}"))
-                for console in folder.glob("eval_*.log"):
-                    shutil.copyfile(console, logs / f"{console.stem}_{run}_seed{seed}.log")
+            name = f"{run}_seed{seed}"
+            files |= {f"log_{name}.txt": folder / "log.txt", f"detail_{name}.log": folder / "detail.log"}
+            files[f"{name}.yaml"] = folder / "config.yaml"
+            for evaluation in self.grid.evaluations:
+                console = jobs.evaluation_log(folder, evaluation)
+                files[f"{console.stem}_{name}.log"] = console
+        return files
+
+    def refuse_to_replace(self, logs: Path | None) -> None:
+        """Raises RunError: tables, or what ``publish`` would copy to ``logs``, would replace somebody's files."""
+        tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.runs)
+        if logs is not None:
+            tables.refuse_to_replace(logs, self.published_files(), self.grid.runs)
+
+    def publish(self, logs: Path) -> None:
+        """Copy tables, logs and flags of the finished runs to ``logs``."""
+        logs.mkdir(parents=True, exist_ok=True)
+        for name, path in self.published_files().items():
+            if path.is_file() and (path.parent == self.folder or jobs.finished(path.parent)):
+                shutil.copyfile(path, logs / name)
 
 
 def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:
@@ -203,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
                 for command in (ablation.command(run, seed, args.gpus_per_run), *then.values()):
                     print(shlex.join([sys.executable, *command]))
             return 0
+        ablation.refuse_to_replace(args.logs)
         if not args.table:
             if args.slurm:
                 options = {"gpus_per_node": args.gpus_per_run, **dict(args.slurm_option)}

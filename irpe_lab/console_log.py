@@ -8,6 +8,7 @@ from pathlib import Path
 
 from irpe_lab.figures import TASKS
 from irpe_train.errors import BadData
+from irpe_train.text_files import read_text
 
 EPOCH = re.compile(r"Epoch: +\[(\d+)\]")
 PARAMETERS = re.compile(r"number of params(?:eters)?: *([\d,]+)")
@@ -27,7 +28,7 @@ def read_log(run: str | Path) -> list[dict]:
     if not path.is_file():
         raise BadData(f"{path}: no such log; give a run's folder or its log.txt")
     epochs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -86,4 +87,4 @@ def last_words(path: str | Path) -> str:
 
 def _lines(path: str | Path) -> list[str]:
     path = Path(path)
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return read_text(path).splitlines() if path.is_file() else []

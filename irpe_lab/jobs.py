@@ -27,6 +27,7 @@ from typing import TextIO
 
 from irpe_lab.console_log import last_words
 from irpe_train.errors import Preempted, RunError
+from irpe_train.text_files import read_text, write_text
 
 BUSY = 3  # exit status of a worker that found another one at work
 
@@ -42,17 +43,17 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
     job, written = folder / "job.json", folder / "flags.yaml"
     known = read_json(job)
     old = known.get("command")
-    if old == command and written.is_file() and written.read_text(encoding="utf-8") == flags:
+    if old == command and written.is_file() and read_text(written) == flags:
         if known.get("then", {}) != (then or {}):
             (folder / "done.json").unlink(missing_ok=True)
-            _write(job, json.dumps(known | {"then": then or {}}, indent=1) + "\n")
+            write_text(job, json.dumps(known | {"then": then or {}}, indent=1) + "\n")
         return
     if done(folder) or (folder / "log.txt").exists():
         other = "other flags (see its flags.yaml)" if old == command else f"another command ({' '.join(old or [])})"
         raise RunError(f"{folder} holds the results of {other}. Choose another folder (-o), or delete this one.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(written, flags)
-    _write(job, json.dumps({"command": command, "then": then or {}}, indent=1) + "\n")
+    write_text(written, flags)
+    write_text(job, json.dumps({"command": command, "then": then or {}}, indent=1) + "\n")
 
 
 def done(folder: Path) -> dict | None:
@@ -106,11 +107,11 @@ def work(folder: Path) -> int:
                 status, stopped = _run(command, console, lock)
                 reason = None if status == 0 else f"{name}: {last_words(console)}"
         job["seconds"] = job.get("seconds", 0) + time.monotonic() - began
-        _write(folder / "job.json", json.dumps(job, indent=1) + "\n")
+        write_text(folder / "job.json", json.dumps(job, indent=1) + "\n")
         if status == Preempted.EXIT_CODE or stopped:
             return status or Preempted.EXIT_CODE
         outcome = {"rc": status, "seconds": job["seconds"], "reason": reason}
-        _write(folder / "done.json", json.dumps(outcome, indent=1) + "\n")
+        write_text(folder / "done.json", json.dumps(outcome, indent=1) + "\n")
         return status
 
 
@@ -217,13 +218,13 @@ class SlurmPool:
 
     def start(self, folder: Path) -> None:
         ticket = folder / "slurm.json"
-        if ticket.is_file() and self._executor.cluster == "slurm":
-            job = self._submitit.SlurmJob(folder=self._folder, job_id=json.loads(ticket.read_text())["job_id"])
+        if (number := read_json(ticket).get("job_id")) and self._executor.cluster == "slurm":
+            job = self._submitit.SlurmJob(folder=self._folder, job_id=number)
             if not job.done():
                 self._jobs[folder] = job
                 return
         self._jobs[folder] = self._executor.submit(work, folder)
-        _write(ticket, json.dumps({"job_id": self._jobs[folder].job_id}) + "\n")
+        write_text(ticket, json.dumps({"job_id": self._jobs[folder].job_id}) + "\n")
 
     def working(self) -> set[Path]:
         self._jobs = {folder: job for folder, job in self._jobs.items() if not job.done()}
@@ -236,16 +237,10 @@ class SlurmPool:
 def read_json(path: Path) -> dict:
     """The object in a file; empty where there is none, or none that can be read (its writer was killed)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

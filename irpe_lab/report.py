@@ -16,17 +16,19 @@ import json
 import os
 import re
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from irpe_lab.console_log import read_detail, read_log
 from irpe_lab.figures import TASKS, Figure, Task
-from irpe_lab.plots import plot_runs
+from irpe_lab.plots import plot_runs, save
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT
 from irpe_train.errors import BadData, RunError
 from irpe_train.flags import FlagParser
+from irpe_train.text_files import read_text, write_text
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
@@ -93,7 +95,7 @@ class Report:
 
     def _ablation(self, folder: Path) -> list[str]:
         texts = [folder / name for name in ("README.md", "table.md")]
-        return [path.read_text(encoding="utf-8", errors="replace") for path in texts if self.inside(path)]
+        return [read_text(path) for path in texts if self.inside(path)]
 
     def ablations(self) -> list[Path]:
         """Folders of logs that an ablation left its table in."""
@@ -106,6 +108,13 @@ class Report:
     def curves_of(self, folder: Path) -> Path:
         """Where the curves of an ablation's runs are drawn."""
         return self.page.with_name(f"{self.page.stem}_{folder.name}.png")
+
+    def to_draw(self, names: Sequence[str] = ()) -> dict[Path, list[Path]]:
+        """The logs that are drawn, by picture: those of ``names`` (default: all in the folder), and each ablation's."""
+        logs = [self.runs[name].log for name in names or self.runs]
+        drawn = {self.page.with_suffix(".png"): [log for log in logs if log.suffix == ".txt"]}
+        drawn |= {self.curves_of(folder): sorted(folder.glob("log_*_seed*.txt")) for folder in self.ablations()}
+        return {picture: logs for picture, logs in drawn.items() if logs}
 
     def published_and_here(self, task: Task) -> str:
         """One row a published model with its weights; each figure in two columns, "published" and "here"."""
@@ -152,8 +161,8 @@ class Report:
             )
         return markdown(["run", "flags", "epochs", "parameters", "last figure"], body) if body else ""
 
-    def markdown(self, curves: Path | None) -> str:
-        """The whole page."""
+    def markdown(self, pictures: Collection[Path]) -> str:
+        """The whole page, with those of its ``pictures`` that there are (see ``to_draw``)."""
         parts = [
             f'{TITLE}; edit nothing here. "Published" is what the '
             f'authors printed ({self.zoo.source}); "here" was measured by this repository, and links to its '
@@ -163,12 +172,12 @@ class Report:
             parts += [f"## {task.title}\n", self.published_and_here(task)]
         for folder in self.ablations():
             parts += [f"## {as_text(folder.name.replace('_', ' '))}, measured here\n", *self._ablation(folder)]
-            pictures = [path for path in (folder / "table.png",) if self.inside(path)]
-            pictures += [path for path in (self.curves_of(folder),) if path.is_file()]
-            parts += [f"!{self._link(folder.name, picture)}\n" for picture in pictures]
+            shown = [path for path in (folder / "table.png",) if self.inside(path)]
+            shown += [path for path in (self.curves_of(folder),) if path in pictures]
+            parts += [f"!{self._link(folder.name, path)}\n" for path in shown]
         if others := self.other_runs():
             parts += ["## Other runs, measured here\n", others]
-        if curves is not None:
+        if (curves := self.page.with_suffix(".png")) in pictures:
             parts += [f"!{self._link('curves', curves)}\n"]
         return "\n".join(parts)
 
@@ -193,7 +202,7 @@ def as_text(text: str) -> str:
 def _card(path: Path) -> dict:
     """A reproduction card. Raises: BadData: a file that is none."""
     try:
-        card = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        card = json.loads(read_text(path))
         for line in card["figures"]:
             number = isinstance(line["here"], int | float | None)
             if not (number and line["verdict"] in ("PASS", "FAIL", NOT_RUN) and isinstance(line["figure"], str)):
@@ -230,10 +239,7 @@ def refuse_to_replace(report: Report) -> None:
     if page in others:
         raise RunError(f"report: -o {page}: expected the page, such as {page.with_suffix('.md')}; that is beside it")
     others += [report.curves_of(folder) for folder in report.ablations()]
-    try:
-        ours = page.is_file() and page.read_text(encoding="utf-8").startswith(TITLE)
-    except UnicodeDecodeError:
-        ours = False
+    ours = page.is_file() and read_text(page).startswith(TITLE)
     if found := [] if ours else [path for path in (page, *others) if os.path.lexists(path)]:
         raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")
 
@@ -243,20 +249,14 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
     page = report.page
     refuse_to_replace(report)
     page.parent.mkdir(parents=True, exist_ok=True)
-    picture = page.with_suffix(".png")
-    drawn = [report.runs[name].log for name in curves or report.runs if report.runs[name].log.suffix == ".txt"]
-    if drawn:
-        plot_runs(drawn, picture)
-    pictures = [picture] if drawn else []
-    for folder in report.ablations():
-        if runs := sorted(folder.glob("log_*_seed*.txt")):
-            plot_runs(runs, report.curves_of(folder))
-            pictures.append(report.curves_of(folder))
-    text = report.markdown(picture if drawn else None)
-    page.write_text(text, encoding="utf-8")
+    pictures = {path: plot_runs(logs) for path, logs in report.to_draw(curves).items()}
+    text = report.markdown(pictures)
+    write_text(page, text)  # first: by it the files beside it are known as ours, should a kill come between
+    for path, canvas in pictures.items():
+        save(canvas, path)
     tables = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
     shown = {report.address(path): path for path in [*pictures, *tables]}
-    page.with_suffix(".html").write_text(to_html(text, shown), encoding="utf-8")
+    write_text(page.with_suffix(".html"), to_html(text, shown))
     return [page, page.with_suffix(".html"), *pictures]
 
 
@@ -281,9 +281,8 @@ def main(argv: list[str] | None = None) -> int:
             if unknown := [name for name in args.curves if name not in report.runs]:
                 raise RunError(f"report: no run {unknown[0]!r} in {args.logs}; there are {', '.join(report.runs)}")
             if args.check:
-                drawn = args.output.with_suffix(".png")
-                fresh = report.markdown(drawn if drawn.is_file() else None)
-                stale += [args.output] * (not args.output.is_file() or args.output.read_text() != fresh)
+                fresh = report.markdown(report.to_draw(args.curves))
+                stale += [args.output] * (not args.output.is_file() or read_text(args.output) != fresh)
             else:
                 print("\n".join(map(str, write_page(report, args.curves))))
         if args.readme:

@@ -2,18 +2,23 @@
 """The rows of an ablation as a live table on the console, CSV, Markdown, LaTeX and a plot."""
 
 import csv
+import io
+import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from irpe_lab.figures import Figure
 from irpe_lab.plots import plot_intervals, save
 from irpe_lab.results import Row, bootstrap_interval, spread
+from irpe_train.errors import RunError
+from irpe_train.text_files import read_text, write_text
 
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 NOT_PUBLISHED = "not published here"
+NAMES = tuple(f"table.{kind}" for kind in ("csv", "md", "tex", "png", "pdf"))
 
 
 def cells(row: Row, figure: Figure, *, baseline: str | None = None, evaluations: Sequence[str] = ()) -> dict[str, str]:
@@ -102,22 +107,31 @@ def _escape(text: str) -> str:
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))
 
 
+def refuse_to_replace(folder: Path, names: Iterable[str], runs: Iterable[str]) -> None:
+    """Raises RunError: one of the files is there, and no table.csv in ``folder`` says that it is of one of ``runs``."""
+    table = folder / NAMES[0]
+    header, *lines = read_text(table).splitlines() or [""] if table.is_file() else [""]
+    ours = header.startswith("run,flags,") and not {line.partition(",")[0] for line in lines}.isdisjoint(runs)
+    if found := [] if ours else [folder / name for name in names if os.path.lexists(folder / name)]:
+        raise RunError(f"{found[0]}: already there, and not of these runs; give another folder, or move it away")
+
+
 def write(
     rows: Sequence[Row], folder: Path, figure: Figure, *, title: str, evaluations: Sequence[str] = ()
 ) -> list[Path]:
     """``table.csv`` (full precision, every seed), ``.md``, ``.tex``, and the plot as ``.png`` and ``.pdf``."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"table.{kind}" for kind in ("csv", "md", "tex", "png", "pdf")]
-    with open(paths[0], "w", newline="", encoding="utf-8") as file:
-        lines = [_full_precision(row, evaluations) for row in rows]
-        out = csv.DictWriter(file, lines[0])
-        out.writeheader()
-        out.writerows(lines)
+    paths = [folder / name for name in NAMES]
+    lines = [_full_precision(row, evaluations) for row in rows]
+    out = csv.DictWriter(text := io.StringIO(newline=""), lines[0])
+    out.writeheader()
+    out.writerows(lines)
+    write_text(paths[0], text.getvalue())  # first: by it the others are known as ours
     baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
     body = [cells(row, figure, baseline=baseline, evaluations=evaluations) for row in rows]
     header, lines = list(body[0]), [list(line.values()) for line in body]
-    paths[1].write_text(markdown(header, lines), encoding="utf-8")
-    paths[2].write_text(latex(header, lines, ["failed" in row.states for row in rows]), encoding="utf-8")
+    write_text(paths[1], markdown(header, lines))
+    write_text(paths[2], latex(header, lines, ["failed" in row.states for row in rows]))
     canvas = plot_intervals(rows, title=title, figure=figure, evaluations=evaluations)
     for path in paths[3:]:
         save(canvas, path)

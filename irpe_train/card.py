@@ -26,6 +26,7 @@ from irpe_train.download import sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
 from irpe_train.run_log import PACKAGES, surroundings
+from irpe_train.text_files import write_text
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
@@ -185,8 +186,8 @@ def to_markdown(card: Mapping) -> str:
 def write_card(card: Mapping, path: Path) -> None:
     """Write ``path`` + ``.json`` and ``path`` + ``.md``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".json").write_text(json.dumps(card, indent=1) + "\n")
-    path.with_name(path.name + ".md").write_text(to_markdown(card))
+    write_text(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
+    write_text(path.with_name(path.name + ".md"), to_markdown(card))
 
 
 def fingerprint(path: Path) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from irpe_train.errors import RunError
+from irpe_train.text_files import read_text, write_text
 
 LARGEST_FILE = 1 << 20  # bytes; a config has hundreds
 
@@ -99,7 +100,7 @@ def read_yaml(path: Path, source: str) -> dict:
     if (size := path.stat().st_size) > LARGEST_FILE:
         raise ConfigError(f"{source}: {size} bytes; expected lines 'name: value', {LARGEST_FILE} bytes at most")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, errors="strict")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read ({error})") from error
     values = parse_yaml(text, source)
@@ -223,9 +224,7 @@ def same_name(name: str) -> str:
 
 def write_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: Path) -> None:
     """Write every flag's value to ``path``, so that ``--config path`` gives ``args`` again."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(_as_yaml(parser, args), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, _as_yaml(parser, args))
 
 
 def _as_yaml(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:

@@ -21,6 +21,7 @@ import torch
 from irpe_train.config import write_config
 from irpe_train.distributed import Plain, is_main, logger, world_size
 from irpe_train.errors import RunError
+from irpe_train.text_files import read_text, write_text
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
 
@@ -87,18 +88,15 @@ class RunLog:
             os.replace(self.path, old)
             logger.info(f"{self.path} was of another run: it is now {old.name}")
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _epoch_of(line) < epoch]
-        temporary = self.path.with_name(".log.txt.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        kept = [line for line in read_text(self.path).splitlines() if _epoch_of(line) < epoch]
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def _epoch_of(line: str) -> float:
     """The epoch of a log line; infinity for a line that a kill cut short."""
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 
@@ -158,7 +156,7 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(parser, args, folder / "config.yaml")
-        (folder / "model.json").write_text(json.dumps(stats) + "\n")
+        write_text(folder / "model.json", json.dumps(stats) + "\n")
         with open(folder / "starts.jsonl", "a") as file:
             file.write(json.dumps(surroundings()) + "\n")
     except OSError as error:

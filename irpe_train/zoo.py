@@ -17,6 +17,7 @@ from irpe_train.config import ROOT, ConfigError, read_yaml
 from irpe_train.download import cache_folder, fetch_once, sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
+from irpe_train.text_files import read_text
 
 ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
 
@@ -126,7 +127,7 @@ def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
         raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. {again}")
     expected, whose = entry.sha256, "by the model zoo"
     if expected is None and record.is_file():
-        expected, whose = record.read_text(errors="replace")[:64], f"by {record}, written when it was first downloaded"
+        expected, whose = read_text(record)[:64], f"by {record}, written when it was first downloaded"
         again += f" If the authors have replaced it, delete {record.name} too."
     found = sha256(path)
     if expected == found:

@@ -330,3 +330,34 @@ def test_other_results_are_refused_early(tmp_path):
     with pytest.raises(RunError, match="holds the results of other flags"):
         jobs.prepare(tmp_path, ["b"], "lr: 2\n")
     assert (tmp_path / "flags.yaml").read_text() == "lr: 1\n"
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("table.md", "my notes"),
+        ("table.csv", "a,b\n1,2\n"),
+        ("table.csv", "run,flags,mean\nanother,--rpe x,1\n"),
+        ("table.csv", ""),
+        ("table.png", "a picture"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--table"]])
+def test_tables_replace_no_file_of_somebody_else(place, name, text, more):
+    (place / "out").mkdir()
+    (place / "out" / name).write_text(text)
+    with pytest.raises(SystemExit, match=rf"out/{name}: already there, and not of these runs; give another folder"):
+        main(["grid.yaml", "-o", "out", *more])
+    assert [path.name for path in (place / "out").iterdir()] == [name] and (place / "out" / name).read_text() == text
+
+
+def test_published_logs_replace_their_own_alone(place):
+    for _ in range(2):
+        assert main(["grid.yaml", "-o", "out", "--jobs", "2", "--only", "none", "--logs", "logs"]) == 0
+    assert {path.name for path in (place / "logs").iterdir()} >= {"table.csv", "table.png", "log_none_seed0.txt"}
+    (place / "logs" / "table.csv").unlink()
+    log = place / "logs" / "log_none_seed0.txt"
+    log.write_text("somebody else's")
+    with pytest.raises(SystemExit, match=r"logs/(table.md|log_none_seed0.txt): already there"):
+        main(["grid.yaml", "-o", "out", "--table", "--logs", "logs"])
+    assert log.read_text() == "somebody else's"

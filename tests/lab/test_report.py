@@ -248,6 +248,34 @@ def test_a_page_is_made_anew_and_is_not_its_own_twin(logs):
         report.main([str(logs), "-o", str(logs / "page.html")])
 
 
+def test_a_report_that_was_killed_between_its_files_is_made_again(logs, monkeypatch):
+    def killed(canvas, path):
+        path.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(report, "save", killed)
+        report.main([str(logs), "-o", str(logs / "page.md")])
+    assert report.main([str(logs), "-o", str(logs / "page.md")]) == 0
+    assert (logs / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(logs):
+    """An editor under Windows writes one."""
+    log = logs / f"log_{MODEL}.txt"
+    card = {"figures": [{"figure": "buckets", "here": 50, "verdict": "PASS"}]}
+    (logs / "cards").mkdir(exist_ok=True)
+    (logs / "cards" / f"{MODEL}.json").write_text(json.dumps(card), encoding="utf-8-sig")
+    plain = console_log.read_log(log)
+    log.write_text(log.read_text(), encoding="utf-8-sig")
+    assert console_log.read_log(log) == plain and len(plain) == 2
+    for _ in range(2):
+        assert report.main([str(logs), "-o", str(logs / "page.md")]) == 0
+        page = logs / "page.md"
+        assert "\ufeff" not in page.read_text()
+        page.write_text(page.read_text(), encoding="utf-8-sig")
+
+
 @pytest.mark.parametrize("text", [b"# mine\n", b"<!-- results:begin -->\nno end\n", b"\xff<!-- results:begin -->"])
 def test_a_file_without_markers_is_said(logs, text):
     path = logs / "mine.md"

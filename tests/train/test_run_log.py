@@ -43,6 +43,14 @@ def test_each_epoch_once_after_a_resume(tmp_path):
     assert epochs(tmp_path) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("line", ["\ufeff", "[]\n", '{"epoch": "x"}\n', '{"epoch": null}\n', "[" * 100_000 + "\n"])
+def test_a_resumed_log_that_an_editor_has_touched(tmp_path, line):
+    """A byte-order mark costs no line; what is no epoch goes."""
+    (tmp_path / "log.txt").write_text(line + '{"epoch": 0}\n{"epoch": 1}\n', encoding="utf-8")
+    RunLog(tmp_path, epoch=1, resumed=True, tensorboard=False)
+    assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n'
+
+
 def test_log_of_another_run_is_kept(tmp_path, capsys):
     set_up_logging(0)
     for _ in range(3):
