@@ -43,6 +43,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--val-split {args.val_split:g}: give the share of images to hold out, such as 0.2")
     if args.val_split is not None and (args.data_set != "IMNET" or args.load_tar):
         raise ValueError("--val-split is for folders of images: leave out --data-set and --load-tar")
+    keywords(args.model_kwargs)
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
@@ -285,12 +286,16 @@ def _keyword(text: str) -> str:
 
 
 def keywords(pairs: list[str]) -> dict:
-    """``["depth=4", "pos_embed=none"]`` -> ``{"depth": 4, "pos_embed": "none"}``; Python literals, else text."""
+    """``["depth=4", "pos_embed=none"]`` -> ``{"depth": 4, "pos_embed": "none"}``; Python literals (``true`` and
+    ``false`` too), else text. Raises ValueError: a key comes twice.
+    """
     values = {}
-    for pair in pairs:
+    for pair in map(_keyword, pairs):
         key, _, text = pair.partition("=")
+        if key in values:
+            raise ValueError(f"--model-kwargs: {key} is there twice; give it once")
         try:
-            values[key] = ast.literal_eval(text)
+            values[key] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             values[key] = text
     return values

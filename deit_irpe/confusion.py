@@ -14,10 +14,10 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
     """Write ``eval_confusion.csv``, ``eval_classes.csv`` and ``eval_confusion.png``.
 
     Args:
+        folder: is there already.
         counts: ``(C, C)`` whole numbers: images of the class of the row that were taken for the class of the column.
     Returns: the files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     matrix, table, picture = (folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png"))
     with open(matrix, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["true \\ predicted", *classes]])

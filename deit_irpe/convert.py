@@ -8,7 +8,6 @@ For code that carries the published encoding in a DeiT or timm ViT of its own: n
 """
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from torch import Tensor
 from deit_irpe.args import image_size, image_size_text
 from deit_irpe.models import create_model, head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
-from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.errors import BadCheckpoint
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
+from irpe_train.outputs import refuse_existing
 
 
 def convert(
@@ -59,8 +59,7 @@ def convert(
 
 def main(args: argparse.Namespace) -> None:
     """Convert a file and write it, with the flags that build its model. Raises RunError: there is a file already."""
-    if os.path.lexists(args.out):
-        raise RunError(f"{args.out}: already there; give another name, or remove it")
+    refuse_existing(args.out, "OURS.pth")
     checkpoint = read_checkpoint(args.source)
     weights = convert(
         model_weights(checkpoint, source=args.source, key=args.key),

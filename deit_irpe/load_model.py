@@ -15,7 +15,13 @@ from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint
 
 # The flags in a checkpoint are data from whoever wrote it: these describe its network, and no others are read.
-MODEL_FLAGS = ("model", "rpe", "no_abs_pos", "model_kwargs", "input_size")
+MODEL_FLAGS = {
+    "model": str | None,
+    "rpe": str | None,
+    "no_abs_pos": bool,
+    "model_kwargs": list,
+    "input_size": int | str,
+}
 LARGEST_INPUT = 4096  # pixels a side, as told by a checkpoint; a larger one has to be typed
 
 
@@ -59,6 +65,9 @@ def _flags(checkpoint: dict, *, source: str) -> dict:
         raise BadCheckpoint(f"checkpoint {source}: its 'args' are no flags but a {type(stored).__name__}")
     defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
     flags = defaults | {name: stored[name] for name in MODEL_FLAGS if name in stored}
+    for name, kind in MODEL_FLAGS.items():
+        if not isinstance(flags[name], kind):
+            raise BadCheckpoint(f"checkpoint {source}: its flags describe no model: {name} is {flags[name]!r:.100}")
     size = flags["input_size"]
     try:
         largest = max(int(side) for side in str(image_size_text(str(size))).split("x"))
@@ -66,8 +75,6 @@ def _flags(checkpoint: dict, *, source: str) -> dict:
         raise BadCheckpoint(f"checkpoint {source}: its input_size: {error}; give --input-size") from error
     if largest > LARGEST_INPUT:
         raise BadCheckpoint(f"checkpoint {source}: its input_size is {size}; if that is right, give --input-size")
-    if not isinstance(flags["model"], str | None):
-        raise BadCheckpoint(f"checkpoint {source}: its model {flags['model']!r} is no name; give --model")
     return flags
 
 

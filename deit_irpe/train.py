@@ -142,7 +142,7 @@ def evaluate_only(
         source = checkpoint.source if checkpoint is not None else starting_weights(args)
         file = local_file(source) if source else None
         about = dict(checkpoint=file, data=[validation_data(args)])
-        row = card.row_to_expect(args.expect, [file.stem if file else "", args.model], **about)
+        row = card.row_to_expect(args.expect, [file.stem if file else "", args.model], figure="acc1", **about)
     number, confusion = len(val_set.classes), None
     if args.output_dir and number <= MOST_CONFUSED:
         confusion = torch.zeros(number, number, dtype=torch.int64)

@@ -125,7 +125,7 @@ def evaluate_only(
         file = local_file(source) if source else None
         about = dict(checkpoint=file, data=[Path(args.coco_path) / "annotations" / "instances_val2017.json"])
         candidates = [args.pretrained, file.stem if file else "", args.enc_rpe2d]
-        row = card.row_to_expect(args.expect, candidates, **about)
+        row = card.row_to_expect(args.expect, candidates, figure="AP", **about)
     stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
     write_eval(args.output_dir, curves, ("eval.pth",))
     if args.expect and distributed.is_main():

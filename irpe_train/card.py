@@ -25,6 +25,7 @@ from irpe_train.distributed import logger
 from irpe_train.download import sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
+from irpe_train.outputs import writable_folder
 from irpe_train.run_log import PACKAGES, surroundings
 from irpe_train.text_files import write_text
 from irpe_train.zoo import Entry, Zoo, read_zoo
@@ -101,16 +102,26 @@ def choose(wanted: str, candidates: Iterable[str], zoo: Zoo | None = None) -> st
 
 
 def row_to_expect(
-    wanted: str, candidates: Iterable[str], *, checkpoint: str | Path | None = None, data: Iterable[str | Path] = ()
+    wanted: str,
+    candidates: Iterable[str],
+    *,
+    figure: str,
+    checkpoint: str | Path | None = None,
+    data: Iterable[str | Path] = (),
 ) -> str:
     """The zoo entry for `expect`; asked before an evaluation, so that nothing it says is found out after hours.
 
-    Raises: ValueError: see `choose`; FileNotFoundError: the checkpoint or data that the card will name are not there.
+    Args: figure: what the evaluation measures, such as ``acc1``.
+    Raises: ValueError: see `choose`, or the row has no such figure; FileNotFoundError: the checkpoint or data that the
+        card will name are not there.
     """
     for path in (*([checkpoint] if checkpoint else []), *data):
         if not Path(path).exists():
             raise FileNotFoundError(f"--expect: the card would name {path}, which is not there")
-    return choose(wanted, candidates)
+    name = choose(wanted, candidates)
+    if figure not in (published := read_zoo().find(name).expect):
+        raise ValueError(f"--expect {name}: its figures are {', '.join(published)}; this evaluation measures {figure}")
+    return name
 
 
 def expect(
@@ -264,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     zoo, failed = read_zoo(), 0
     try:
+        writable_folder(args.output, "-o")
         for entry in [zoo.find(name) for name in args.names or zoo.models]:
             card = make_card(entry.name, count_without_data(entry), zoo=zoo)
             write_card(card, args.output / entry.name)

@@ -70,8 +70,11 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if any(action.dest == "config" for action in parser._actions):
         argv += _extra_flags()
     find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    find.add_argument("--config", default=None)
-    path = find.parse_known_args(argv)[0].config
+    find.add_argument("--config", action="append", default=[])
+    given = find.parse_known_args(argv)[0].config
+    if len(given) > 1:
+        raise ConfigError(f"--config {' --config '.join(given)}: give one file; typed flags change it")
+    path = given[0] if given else None
     written = []
     if path:
         source = f"--config {path}"

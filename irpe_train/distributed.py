@@ -103,15 +103,18 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device {name!r}: expected cuda, cuda:N or cpu") from error
     if device.type == "cpu":
+        if device.index:
+            raise ValueError(f"--device {name}: the CPU is one device; expected cpu")
         return device
     if device.type != "cuda":
         raise ValueError(f"--device {name}: expected cuda, cuda:N or cpu; nothing here was tried on other devices")
-    if not torch.cuda.is_available():
+    if device.index is None and not torch.cuda.is_available():
         logger.info(f"--device {name}: no CUDA device here, so this runs on the CPU (--device cpu says so silently)")
         return torch.device("cpu")
     if local_rank is None:
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            where = f"there are {count} GPUs, counted from cuda:0" if count else "there is no GPU; use cpu"
+            raise ValueError(f"--device {name}: {where}")
         return device
     if local_rank >= torch.cuda.device_count():
         raise ValueError(

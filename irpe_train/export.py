@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_train.errors import RunError
+from irpe_train.outputs import refuse_existing
 
 FORMATS = ("onnx", "pt2", "safetensors")
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}
@@ -56,12 +56,11 @@ def export_model(
     Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already.
         ValueError: the outputs differ.
     """
-    if not Path(out).name:
+    if not Path(out).name or Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
     for format in formats:
         _need_packages(format)
-        if os.path.lexists(path := _exported(Path(out), format)):
-            raise RunError(f"{path}: already there; give another --out, or remove it")
+        refuse_existing(_exported(Path(out), format))
     model = model.eval()
     with torch.no_grad():
         expected = [_as_tuple(model(*example)) for example in examples]
@@ -73,7 +72,6 @@ def export_model(
         differences = {}
         for format in formats:
             path = _exported(Path(out), format)
-            path.parent.mkdir(parents=True, exist_ok=True)
             if format == "onnx":
                 names = {name: axes for name, axes in zip(input_names, dynamic, strict=True)}
                 exported = torch.onnx.export(

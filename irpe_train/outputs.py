@@ -1,12 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results never replace what somebody else put in their place."""
+"""Results never replace what somebody else put in their place, and a place that cannot be written is refused early."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from irpe_train.errors import RunError
 
 LIST = ".written_by_predict"
+
+
+def writable_folder(folder: Path, flag: str = "--out") -> Path:
+    """``folder``, made if need be; asked before any work. Raises RunError: it cannot be written; names ``flag``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(0, "no permission")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{flag} {folder}: cannot write there ({reason}); expected a folder") from error
+    return folder
+
+
+def refuse_existing(file: Path, flag: str = "--out") -> None:
+    """To be called before any work. Raises RunError: ``file`` is there already, or cannot be written."""
+    if os.path.lexists(file):
+        raise RunError(f"{flag} {file}: already there; give another name, or remove it")
+    writable_folder(file.parent, flag)
 
 
 class OutputFolder:
@@ -24,10 +44,13 @@ class OutputFolder:
         self._written = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
-        """To be called before any work. Raises RunError: one of the files exists and was not written by ``predict``."""
-        others = [
-            name for name in names if (self.folder / name).exists() and self._written.get(name) != self._state(name)
-        ]
+        """To be called before any work. Raises RunError: one of the files exists and was not written by ``predict``, or
+        cannot be written.
+        """
+        names = list(names)
+        for folder in {(self.folder / name).parent for name in [LIST, *names]}:
+            writable_folder(folder)
+        others = [name for name in names if self._state(name) not in (None, self._written.get(name))]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise RunError(
@@ -36,8 +59,7 @@ class OutputFolder:
             )
 
     def path(self, name: str) -> Path:
-        """Where the file ``name`` goes; the folder is made if need be."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Where the file ``name`` goes."""
         return self.folder / name
 
     def wrote(self, *names: str) -> None:
@@ -46,6 +68,9 @@ class OutputFolder:
         lines = "".join(f"{name}\t{state}\n" for name, state in sorted(self._written.items()) if "\n" not in name)
         (self.folder / LIST).write_text(lines)
 
-    def _state(self, name: str) -> str:
-        found = (self.folder / name).stat()
+    def _state(self, name: str) -> str | None:
+        try:
+            found = (self.folder / name).lstat()  # a link was made by somebody
+        except FileNotFoundError:
+            return None
         return f"{found.st_size} {found.st_mtime_ns}"

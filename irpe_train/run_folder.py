@@ -13,6 +13,7 @@ import torch
 from irpe_train.checkpoint import link, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.distributed import from_main, is_main, logger
 from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.outputs import writable_folder
 from irpe_train.preemption import STOP
 from irpe_train.run_log import log_details
 from irpe_train.state import TrainState, progress_of
@@ -83,6 +84,8 @@ class Checkpoints:
                     found = self._newest_good() if where == "auto" else _checked(where)
                 if where == "auto" and found is None and evaluate:
                     raise BadCheckpoint(f"--resume auto: no checkpoint in {self.folder}")
+                if self.folder is not None and evaluate:
+                    writable_folder(self.folder, "--output_dir")
                 if found is not None and where == "auto" and not evaluate:
                     self._name_again(found)
             except RunError as error:
@@ -154,7 +157,7 @@ def lock(folder: Path) -> TextIO:
     Raises: RunError: it cannot be written, or another process holds it (named).
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(folder, "--output_dir")
         file = open(folder / LOCK, "a+")  # noqa: SIM115
     except OSError as error:
         raise RunError(f"--output_dir {folder}: cannot write there ({error.strerror})") from error

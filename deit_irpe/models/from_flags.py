@@ -2,7 +2,9 @@
 """The model that a command line stands for."""
 
 import argparse
+import inspect
 
+from timm.models import VisionTransformer
 from torch import nn
 
 from deit_irpe.args import get_args_parser, image_size, keywords
@@ -17,6 +19,14 @@ OTHERWISE = {  # what --model-kwargs may not say, because it is said elsewhere
     "num_classes": "the data say how many classes there are",
     "in_chans": "images have three channels",
     "features_only": "a classifier is trained",
+    "name": "give --model",
+    "model_name": "give --model",
+    "rpe": "give --rpe",
+    "rpe_config": "give --rpe",
+    "attn_backend": "give --attn-backend",
+}
+SWITCHES = {
+    name for name, one in inspect.signature(VisionTransformer).parameters.items() if isinstance(one.default, bool)
 }
 
 
@@ -30,6 +40,11 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
     if wrong := extra.keys() & OTHERWISE.keys():
         name = min(wrong)
         raise ValueError(f"--model-kwargs {name}=...: {OTHERWISE[name]}")
+    for name, value in extra.items():
+        if name in SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"--model-kwargs {name}={value}: expected true or false")
+    if extra.get("global_pool", "token") == "":
+        raise ValueError("--model-kwargs global_pool='': without pooling there is one answer a patch, not an image")
     size = image_size(args.input_size)
     if extra.get("img_size", size) != size:
         raise ValueError(f"--model-kwargs img_size={extra['img_size']}: give --input-size, here {args.input_size}")

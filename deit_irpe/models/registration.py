@@ -112,7 +112,9 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     except (UnknownArgument, OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # what timm's models raise at sizes that do not go together: AssertionError, ...
-        raise ValueError(f"model {name!r} cannot be built as asked for: {error or type(error).__name__}") from error
+        raise ValueError(f"model {name!r} cannot be built as asked for: {_in_one_line(error)}") from error
+    if hasattr(model, "blocks") and not len(model.blocks):
+        raise ValueError(f"model {name!r}: depth=0 leaves no block")
     if 0 in (getattr(getattr(model, "patch_embed", None), "grid_size", None) or ()):
         raise ValueError(f"model {name!r}: images of {timm_kwargs.get('img_size')} pixels are smaller than its patches")
     if base.startswith("deit_") and not pretrained:
@@ -124,6 +126,10 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     if fixed:
         _fix_positions(model)
     return model
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _fix_positions(model: VisionTransformer) -> None:
@@ -143,7 +149,7 @@ def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         argument = found and found[1]
         if argument != "img_size":
-            raise UnknownArgument(f"model {name!r}: {error}", argument) from error
+            raise UnknownArgument(f"model {name!r}: {_in_one_line(error)}", argument) from error
     return _build(name, pretrained, {key: value for key, value in timm_kwargs.items() if key != "img_size"})
 
 

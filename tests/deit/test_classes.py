@@ -51,6 +51,12 @@ def test_malformed_classes_of_a_checkpoint(classes):
         stored_classes({"classes": classes}, source="x.pth")
 
 
+def test_classes_that_are_no_text():
+    stored_classes({"classes": ["caf\udce9"]}, source="x.pth")  # a folder's name in Latin-1
+    with pytest.raises(BadCheckpoint, match=r"checkpoint x.pth: its class '\\ud800' is no text"):
+        stored_classes({"classes": ["a", "\ud800"]}, source="x.pth")
+
+
 def test_published_checkpoints_keep_no_classes():
     assert stored_classes({"model": {}}, source="x.pth") is None
     check_resumed_classes(None, ["a"], source="x.pth")

@@ -100,11 +100,18 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
 def test_what_the_card_will_name_is_looked_for_before_the_evaluation(tmp_path):
     name, file = "deit_tiny_patch16_224_ctx_product_50_shared_k", tmp_path / "x.pth"
     with pytest.raises(FileNotFoundError, match="--expect: the card would name .*x.pth, which is not there"):
-        card.row_to_expect(name, [], checkpoint=file)
+        card.row_to_expect(name, [], figure="acc1", checkpoint=file)
     file.write_bytes(b"123")
-    assert card.row_to_expect("auto", ["x", name], checkpoint=file, data=[tmp_path]) == name
+    assert card.row_to_expect("auto", ["x", name], figure="acc5", checkpoint=file, data=[tmp_path]) == name
     with pytest.raises(FileNotFoundError, match="the card would name .*val, which is not there"):
-        card.row_to_expect(name, [], checkpoint=file, data=[tmp_path / "val"])
+        card.row_to_expect(name, [], figure="acc1", checkpoint=file, data=[tmp_path / "val"])
+
+
+def test_a_row_of_the_other_task_is_refused_before_the_evaluation():
+    with pytest.raises(ValueError, match="--expect deit_tiny.*: its figures are acc1, .*; this evaluation measures AP"):
+        card.row_to_expect("deit_tiny_patch16_224_ctx_product_50_shared_k", [], figure="AP")
+    with pytest.raises(ValueError, match="--expect rpe-2.0-.*: its figures are AP.*; this evaluation measures acc1"):
+        card.row_to_expect("auto", ["rpe-2.0-product-ctx-1-k"], figure="acc1")
 
 
 def test_rows_that_need_no_data_pass(tmp_path, capsys):

@@ -117,6 +117,13 @@ def test_a_shortened_config_flag_is_not_ignored(tmp_path):
     assert parse_args(get_parser(), [f"--config={tmp_path / 'c.yaml'}"]).lr == 3
 
 
+def test_a_second_file_is_not_ignored(tmp_path):
+    files = [str(tmp_path / f"{name}.yaml") for name in "ab"]
+    for flags in (["--config", files[0], "--config", files[1]], [f"--config={files[0]}", "--lr", "1", "--config", "b"]):
+        with pytest.raises(ConfigError, match="--config .*a.yaml --config .*b.*: give one file"):
+            parse_args(get_parser(), flags)
+
+
 def test_missing_file_is_named():
     with pytest.raises(ConfigError, match="--config none.yaml: no file none.yaml in "):
         parse_args(get_parser(), ["--config", "none.yaml"])

@@ -126,6 +126,10 @@ def test_absent_cuda_falls_back_to_the_cpu_with_a_note(monkeypatch, capsys):
     assert distributed.start(device="cuda").type == "cpu"
     assert "--device cuda: no CUDA device here, so this runs on the CPU" in capsys.readouterr().out
     assert distributed.start(device="cpu").type == "cpu" and capsys.readouterr().out == ""
+    for named in ("cuda:0", "cuda:9"):  # one of several GPUs is not any device
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(ValueError, match=f"--device {named}: there is no GPU; use cpu"):
+            distributed.choose_device(named)
 
 
 def test_nccl_is_told_the_gpu_of_its_process(monkeypatch):
@@ -153,6 +157,7 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
     ("name", "words"),
     [
         ("cuda:2", "--device cuda:2: there are 2 GPUs, counted from cuda:0"),
+        ("cpu:7", "--device cpu:7: the CPU is one device"),
         ("mps", "--device mps: expected cuda, cuda:N or cpu"),
         ("meta", "--device meta: expected cuda, cuda:N or cpu"),
         ("banana", "--device 'banana': expected cuda, cuda:N or cpu"),

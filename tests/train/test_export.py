@@ -66,7 +66,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("formats", [["safetensors"], ["pt2", "safetensors"]])
 def test_what_is_there_already_stays(tmp_path, formats):
     (tmp_path / "m.safetensors").write_text("trained weights")
-    with pytest.raises(RunError, match=r"m\.safetensors: already there; give another --out"):
+    with pytest.raises(RunError, match=r"m\.safetensors: already there; give another name"):
         export(Scores(), tmp_path / "m.pt2", formats)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     assert (tmp_path / "m.safetensors").read_text() == "trained weights"

@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
 from irpe_train.errors import RunError
-from irpe_train.outputs import OutputFolder
+from irpe_train.outputs import OutputFolder, refuse_existing, writable_folder
 
 
 def test_only_what_was_written_before_is_replaced(tmp_path):
@@ -29,3 +31,38 @@ def test_a_damaged_list_protects_everything(tmp_path):
     (tmp_path / ".written_by_predict").write_bytes(b"\xff\xfe a.json")
     with pytest.raises(RunError, match="a.json"):
         OutputFolder(tmp_path).refuse_to_replace(["a.json"])
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("file", "File exists"),
+        ("file/below", "Not a directory"),
+        ("dangling", "File exists"),
+        ("n" * 300, "File name too long"),
+        ("closed/x", "no permission|Permission denied"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch, place, reason):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "closed").mkdir(mode=0o555)
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path))  # root may write anywhere
+    words = rf"--out .*{place}: cannot write there \(({reason})\); expected a folder"
+    with pytest.raises(RunError, match=words):
+        writable_folder(tmp_path / place)
+    with pytest.raises(RunError, match=words):
+        OutputFolder(tmp_path / place).refuse_to_replace(["a.json"])
+    with pytest.raises(RunError, match=words):
+        refuse_existing(tmp_path / place / "x.onnx")
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_links_are_somebodys(tmp_path):
+    (tmp_path / "photo").write_text("photo")
+    for name, target in (("a.png", "photo"), ("b.png", "nowhere"), ("c.png", "c.png")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(RunError, match=f"{name}: already there, and not a result of predict"):
+            OutputFolder(tmp_path).refuse_to_replace([name])
+        with pytest.raises(RunError, match=f"--out .*{name}: already there; give another name"):
+            refuse_existing(tmp_path / name)
