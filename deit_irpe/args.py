@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every flag of ``python -m deit_irpe``: published names and defaults first, then what is new here."""
+"""Every flag of classification, read before PyTorch is: training first, then predict, export and check."""
 
 import argparse
 import ast
+from pathlib import Path
 
 from irpe_train.arguments import (
+    add_export_arguments,
     add_runtime_arguments,
     fraction,
     nonnegative_float,
@@ -15,7 +17,25 @@ from irpe_train.arguments import (
 from irpe_train.flags import FlagParser
 
 FIRST = ["config", "data-path", "output_dir", "model", "rpe", "batch-size", "epochs", "lr", "finetune", "resume"]
+SETS = ("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+EXPORT = """A trained DeiT as ONNX, torch.export or safetensors.
+
+The metadata has classes, image size, mean, deviation and encoding, each as JSON; predict runs the ONNX file too.
+"""
+CHECK = "What is wrong with a data set, before hours are spent on it."
+PREDICT = """The five most likely classes of images, as pictures and JSON.
+
+    irpe classify predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]
+
+IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.jpg". The model is built from
+the flags kept in the checkpoint; --model and --rpe tell them where they are not; an ONNX file needs none.
+
+Writes DIR/<image>.png and DIR/predictions.json; with --attention also where the chosen patches look
+(<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png); with --tables,
+which needs no image, and --attention the learned tables (tables.png). Where two images have one name, results
+are called by their folders too. Files that predict did not write are never replaced.
+"""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -161,7 +181,7 @@ def _add_data(group) -> None:
     add(
         "--data-set",
         default="IMNET",
-        choices=("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS"),
+        choices=SETS,
         help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
         "datasets (docs/data.md)",
     )
@@ -232,6 +252,65 @@ def _add_distillation(group) -> None:
     add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
     add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
     add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft")
+
+
+def get_predict_parser() -> argparse.ArgumentParser:
+    """The parser of ``irpe classify predict`` and ``python -m deit_irpe.predict``."""
+    parser = FlagParser("python -m deit_irpe.predict", description=PREDICT)
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
+    add("--resume", required=True, metavar="PATH|URL", help="checkpoint, or an exported .onnx")
+    add(
+        "--out",
+        type=Path,
+        default=Path("predictions"),
+        metavar="DIR",
+        help="folder of the results (default predictions)",
+    )
+    add("--ema", action="store_true", help="its moving average")
+    add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
+    add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
+    add("--model", default=None, help="where the checkpoint does not say")
+    add("--rpe", default=None, help="where the checkpoint does not say")
+    add(
+        "--input-size",
+        default=None,
+        type=image_size_text,
+        metavar="N|HxW",
+        help="pixels, where the checkpoint does not say",
+    )
+    add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
+    return parser
+
+
+def get_export_parser() -> argparse.ArgumentParser:
+    """The parser of ``irpe classify export`` and ``python -m deit_irpe.export``."""
+    parser = FlagParser("python -m deit_irpe.export", description=EXPORT, allow_abbrev=False)
+    add_export_arguments(parser)
+    parser.add_argument("--model", help="default: what the checkpoint was trained as")
+    parser.add_argument("--rpe", metavar="SPEC", help="default: what the checkpoint was trained with")
+    parser.add_argument("--eval-ema", action="store_true", help="export the moving average of the weights")
+    return parser
+
+
+def get_check_parser() -> argparse.ArgumentParser:
+    """The parser of ``irpe classify check`` and ``python -m deit_irpe.check_data``."""
+    parser = FlagParser("python -m deit_irpe.check_data", description=CHECK)
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="as for training")
+    parser.add_argument("--data-set", default="IMNET", choices=SETS, help="as for training")
+    parser.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="as for training")
+    parser.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
+    parser.add_argument("--val-split", type=fraction, metavar="FRACTION", help="as for training")
+    parser.add_argument("--seed", default=0, type=int, help="as for training; of --val-split")
+    parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
+    return parser
+
+
+def _point(text: str) -> tuple[int, int]:
+    row, comma, col = text.partition(",")
+    if not (comma and row.isdigit() and col.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected ROW,COL of a patch, got {text!r}")
+    return int(row), int(col)
 
 
 def schedule(text: str) -> str:

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m deit_irpe.check_data --data-path DIR``: what is wrong with a data set, before hours are spent on it."""
+"""``irpe classify check``: what is wrong with a data set, before hours are spent on it."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from deit_irpe.args import INAT_CATEGORIES
+from deit_irpe.args import get_check_parser
 from deit_irpe.data import build_dataset, check_same_classes
 from deit_irpe.data.split import split_folder
-from irpe_train.arguments import fraction, nonnegative_int
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
-from irpe_train.flags import FlagParser
+from irpe_train.launch import launch
 from irpe_train.loader import UNREADABLE
 
 MOST_SHOWN = 5  # unreadable images that are named
@@ -46,9 +44,8 @@ def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str]
     return counts.tolist(), reasons
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(args: argparse.Namespace) -> int:
     """Print what was found. Returns: 1 where training would stop or a class has no readable image, else 0."""
-    args = get_check_parser().parse_args(argv)
     set_up_logging(0)
     options = {"data_set": args.data_set, "load_tar": args.load_tar, "inat_category": args.inat_category}
     failed, classes = False, {}
@@ -85,19 +82,5 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def get_check_parser() -> argparse.ArgumentParser:
-    """The parser of ``python -m deit_irpe.check_data``."""
-    parser = FlagParser("python -m deit_irpe.check_data", description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="as for training")
-    kinds = ("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS")
-    parser.add_argument("--data-set", default="IMNET", choices=kinds, help="as for training")
-    parser.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="as for training")
-    parser.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
-    parser.add_argument("--val-split", type=fraction, metavar="FRACTION", help="as for training")
-    parser.add_argument("--seed", default=0, type=int, help="as for training; of --val-split")
-    parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
-    return parser
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    launch(main, get_check_parser())

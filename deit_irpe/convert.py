@@ -92,12 +92,7 @@ def _rename(text: str) -> tuple[str, str]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        "python -m deit_irpe.convert",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = FlagParser("python -m deit_irpe.convert", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("source", metavar="THEIRS.pth", help="a state dict, or a checkpoint that holds one")
     add("out", type=Path, metavar="OURS.pth")

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained DeiT: ``python -m deit_irpe.export --model NAME --resume best.pth --out deit.onnx``.
-
-Classes, image size, mean, deviation and encoding stand in its metadata, each as JSON; ``deit_irpe.predict`` runs the
-ONNX file too.
-"""
+"""``irpe classify export``: a trained DeiT for other programs."""
 
 import argparse
 import json
 
 import torch
 
-from deit_irpe.args import image_size
+from deit_irpe.args import get_export_parser, image_size
 from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.load_model import load_model
 from deit_irpe.models import RPE_MODELS
-from irpe_train.export import add_export_arguments, export_model
-from irpe_train.flags import FlagParser
+from irpe_train.export import export_model
 from irpe_train.launch import launch
 
 
@@ -51,14 +46,5 @@ def main(args: argparse.Namespace) -> None:
         )
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser("python -m deit_irpe.export", description=__doc__, allow_abbrev=False)
-    add_export_arguments(parser)
-    parser.add_argument("--model", help="default: what the checkpoint was trained as")
-    parser.add_argument("--rpe", metavar="SPEC", help="default: what the checkpoint was trained with")
-    parser.add_argument("--eval-ema", action="store_true", help="export the moving average of the weights")
-    return parser
-
-
 if __name__ == "__main__":
-    launch(main, get_args_parser())
+    launch(main, get_export_parser())

@@ -19,7 +19,6 @@ them. Models with other parts than these are refused. The last column counts the
 it: weights are summed into buckets first, ``H L L`` additions, then multiplied by the table, ``H L N D``.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -120,9 +119,7 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = FlagParser(
-        "deit_irpe.model_stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser("deit_irpe.model_stats", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: every registered one and the plain DeiTs")
     parser.add_argument("--rpe", help="this encoding instead of the one in the name, e.g. rpe-2.0-product-ctx-1-k")
     try:

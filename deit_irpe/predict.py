@@ -1,21 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The five most likely classes of images, as pictures and JSON.
-
-    python -m deit_irpe.predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]
-
-``IMG`` is a file, a folder (with all folders in it) or a pattern such as ``"photos/*.jpg"``. The model is built from
-the flags kept in the checkpoint; ``--model`` and ``--rpe`` tell them where they are not; an ONNX file needs none.
-
-Writes ``DIR/<image>.png`` and ``DIR/predictions.json``; with ``--attention`` also where the chosen patches look
-(``<image>_attention.png``) and what their encodings add to the scores (``<image>_encoding.png``); with ``--tables``,
-which needs no image, and ``--attention`` the learned tables (``tables.png``). Where two images have one name, results
-are called by their folders too. Files that predict did not write are never replaced.
-"""
+"""``irpe classify predict``: the classes of images. Files, flags and results: `get_predict_parser`."""
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +13,7 @@ from PIL import Image
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from deit_irpe.args import image_size_text
+from deit_irpe.args import get_predict_parser
 from deit_irpe.classifier import Classifier
 from irpe_ops.attention import attention_weights
 from irpe_ops.attention_call import AttentionCall
@@ -33,7 +21,6 @@ from irpe_ops.modules import IRPE
 from irpe_ops.visualize import attention_bias, draw_maps, draw_over_image, draw_tables, plain_text, save
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
-from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder
 from irpe_train.pixels import UnreadableImage, files_of, read_image
@@ -78,7 +65,7 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """The command line of the module's docstring; what would destroy a file is refused before any work."""
+    """Predict for every image of ``args.images``; what would destroy a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
@@ -188,34 +175,5 @@ def _shown(path: Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def _point(text: str) -> tuple[int, int]:
-    row, comma, col = text.partition(",")
-    if not (comma and row.isdigit() and col.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected ROW,COL of a patch, got {text!r}")
-    return int(row), int(col)
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = FlagParser("deit_irpe.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
-    add("--resume", required=True, metavar="PATH|URL", help="checkpoint, or an exported .onnx")
-    add("--out", type=Path, default=Path("predictions"), metavar="DIR")
-    add("--ema", action="store_true", help="its moving average")
-    add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
-    add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
-    add("--model", default=None, help="where the checkpoint does not say")
-    add("--rpe", default=None, help="where the checkpoint does not say")
-    add(
-        "--input-size",
-        default=None,
-        type=image_size_text,
-        metavar="N|HxW",
-        help="pixels, where the checkpoint does not say",
-    )
-    add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
-    return parser
-
-
 if __name__ == "__main__":
-    launch(main, get_parser(), sys.argv[1:])
+    launch(main, get_predict_parser())

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every flag of detection training, with its unit and its published default."""
+"""Every flag of detection, read before PyTorch is: training first, then predict, export and check."""
 
 import argparse
+from pathlib import Path
 
-from irpe_train.arguments import add_runtime_arguments, nonnegative_int, positive_int
+from irpe_train.arguments import add_export_arguments, add_runtime_arguments, fraction, nonnegative_int, positive_int
 from irpe_train.flags import FlagParser
 
 FIRST = [
@@ -18,6 +19,24 @@ FIRST = [
     "finetune",
     "resume",
 ]
+EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
+
+The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Categories,
+image size, mean, deviation and encoding stand in its metadata, and predict runs the ONNX file too.
+"""
+CHECK = "What is wrong with a data set, before hours are spent on it."
+PREDICT = """Detect objects in images of your own: pictures with boxes (and masks), and the same as JSON.
+
+    irpe detect predict IMG... --resume X.pth --out DIR [--attention]
+
+IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.jpg".
+
+Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are [x0, y0, x1, y1] in pixels, categories have the ids
+and names of the data set the checkpoint was trained on. A photograph is turned as its EXIF orientation says, as people
+see it; frame in the JSON says so. --annotations draws the ground truth beside the prediction, in the frame that
+its height and width are in. --attention adds DIR/NAME_attention.png, where the last encoder layer looks from chosen
+points, and, as --tables does without images, DIR/encodings.png, what the encodings learned for each offset.
+"""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -143,6 +162,60 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--expect compares an evaluation with the published figures: add --eval")
 
 
+def get_predict_parser() -> argparse.ArgumentParser:
+    """The parser of ``irpe detect predict`` and ``python -m detr_irpe.predict``."""
+    parser = FlagParser("python -m detr_irpe.predict", description=PREDICT, allow_abbrev=False)
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
+    add(
+        "--resume",
+        required=True,
+        metavar="X.pth",
+        help="checkpoint of a training run, a published one, or an exported .onnx",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("predictions"),
+        metavar="DIR",
+        help="folder of the results (default predictions)",
+    )
+    add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
+    add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")
+    add("--attention", action="store_true", help="also draw encoder attention and the learned encodings")
+    add("--tables", action="store_true", help="also draw the learned encodings (needs no image)")
+    add(
+        "--point",
+        type=_point,
+        action="append",
+        metavar="X,Y",
+        help="pixel to look from, may be repeated (default: the centres of the best detections)",
+    )
+    add("--device", default="cuda", help="cuda falls back to the CPU (default cuda)")
+    return parser
+
+
+def get_export_parser() -> argparse.ArgumentParser:
+    """The parser of ``irpe detect export`` and ``python -m detr_irpe.export``."""
+    parser = FlagParser("python -m detr_irpe.export", description=EXPORT, allow_abbrev=False)
+    add_export_arguments(parser)
+    parser.add_argument("--height", type=int, default=256, help="pixels of the traced example; any size runs later")
+    parser.add_argument("--width", type=int, default=320, help="pixels of the traced example")
+    return parser
+
+
+def get_check_parser() -> argparse.ArgumentParser:
+    """The parser of ``irpe detect check`` and ``python -m detr_irpe.check_data``."""
+    parser = FlagParser("python -m detr_irpe.check_data", description=CHECK)
+    parser.add_argument("--coco_path", required=True, metavar="DIR", help="as for training")
+    parser.add_argument("--coco_panoptic_path", metavar="DIR", help="check the panoptic annotations there too")
+    parser.add_argument("--splits", nargs="+", default=["train2017", "val2017"], help="which to check, training first")
+    parser.add_argument("--num_classes", default=None, type=positive_int, help="as for training, if given there")
+    parser.add_argument("--masks", action="store_true", help="as for training: every object needs a mask")
+    parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
+    return parser
+
+
 def _backend(text: str) -> str:
     if text != "auto":
         from irpe_ops.attention import BACKENDS  # here, because it imports PyTorch, and --help need not wait for it
@@ -154,3 +227,11 @@ def _backend(text: str) -> str:
 
 def _auto_or_positive_int(text: str) -> int | str:
     return text if text == "auto" else positive_int(text)
+
+
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected X,Y in pixels, got {text!r}") from None
+    return x, y

@@ -5,7 +5,6 @@ The same checks, on a few images of each split instead of all, run at every star
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detr_irpe.args import get_check_parser
 from detr_irpe.classes import same_name
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection, read_image
 from detr_irpe.data.image_files import open_images
 from detr_irpe.data.panoptic import CocoPanoptic
-from irpe_train.arguments import nonnegative_int, positive_int
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
-from irpe_train.flags import FlagParser
+from irpe_train.launch import launch
 from irpe_train.pixels import is_turned
 
 TOLERATED = 0.001  # COCO itself has two empty boxes among 860,001; training drops such boxes
@@ -270,9 +269,8 @@ def check_panoptic_split(
     return dataset.categories, problems, summary
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(args: argparse.Namespace) -> int:
     """Check both splits; returns the exit status: 0 when training can start."""
-    args = get_check_parser().parse_args(argv)
     set_up_logging(0)
     root, panoptic_root = Path(args.coco_path), args.coco_panoptic_path and Path(args.coco_panoptic_path)
     failed = False
@@ -309,18 +307,6 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def get_check_parser() -> argparse.ArgumentParser:
-    """The parser of ``python -m detr_irpe.check_data``."""
-    parser = FlagParser("python -m detr_irpe.check_data", description=__doc__.partition("\n")[0])
-    parser.add_argument("--coco_path", required=True, metavar="DIR", help="as for training")
-    parser.add_argument("--coco_panoptic_path", metavar="DIR", help="check the panoptic annotations there too")
-    parser.add_argument("--splits", nargs="+", default=["train2017", "val2017"], help="which to check, training first")
-    parser.add_argument("--num_classes", default=None, type=positive_int, help="as for training, if given there")
-    parser.add_argument("--masks", action="store_true", help="as for training: every object needs a mask")
-    parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
-    return parser
-
-
 class _Decoded(Dataset):
     """Height and width of an image as training reads it, whether people see it turned, or why it cannot be read."""
 
@@ -350,4 +336,4 @@ def repeated(what: str, values: list, *, fatal: bool = True) -> Problem:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch(main, get_check_parser())

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained DETR: ``python -m detr_irpe.export --resume best.pth --out detr.onnx``.
-
-The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Categories,
-image size, mean, deviation and encoding stand in its metadata, and ``detr_irpe.predict`` runs the ONNX file too.
-"""
+"""``irpe detect export``: a trained DETR for other programs."""
 
 import argparse
 import json
@@ -11,11 +7,11 @@ import json
 import torch
 from torch import Tensor, nn
 
+from detr_irpe.args import get_export_parser
 from detr_irpe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from detr_irpe.load_model import load_model
 from detr_irpe.nested_tensor import NestedTensor
-from irpe_train.export import add_export_arguments, export_model
-from irpe_train.flags import FlagParser
+from irpe_train.export import export_model
 from irpe_train.launch import launch
 
 SMALLEST = 64  # pixels: the second example is 32 narrower
@@ -68,13 +64,5 @@ def main(args: argparse.Namespace) -> None:
         print(f"{format}: any batch and size; largest difference {difference:.1e} of the largest output")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser("python -m detr_irpe.export", description=__doc__, allow_abbrev=False)
-    add_export_arguments(parser)
-    parser.add_argument("--height", type=int, default=256, help="pixels of the traced example; any size runs later")
-    parser.add_argument("--width", type=int, default=320, help="pixels of the traced example")
-    return parser
-
-
 if __name__ == "__main__":
-    launch(main, get_args_parser())
+    launch(main, get_export_parser())

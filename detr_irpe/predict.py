@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detect objects in images of your own: pictures with boxes (and masks), and the same as JSON.
-
-    python -m detr_irpe.predict IMG... --resume X.pth --out DIR [--attention]
-
-``IMG`` is a file, a folder (with all folders in it) or a pattern such as ``"photos/*.jpg"``.
-
-Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are ``[x0, y0, x1, y1]`` in pixels, categories have the ids
-and names of the data set the checkpoint was trained on. A photograph is turned as its EXIF orientation says, as people
-see it; ``frame`` in the JSON says so. ``--annotations`` draws the ground truth beside the prediction, in the frame that
-its height and width are in. ``--attention`` adds DIR/NAME_attention.png, where the last encoder layer looks from chosen
-points, and, as ``--tables`` does without images, DIR/encodings.png, what the encodings learned for each offset.
-"""
+"""``irpe detect predict``: the objects in images. Files, flags and results: `get_predict_parser`."""
 
 import argparse
 import json
@@ -23,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+from detr_irpe.args import get_predict_parser
 from detr_irpe.boxes import xyxy_to_cxcywh
 from detr_irpe.check_data import naming_problems
 from detr_irpe.data.annotations import Annotations
@@ -30,10 +20,8 @@ from detr_irpe.data.coco import decode_in_frame
 from detr_irpe.detector import Detector
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from irpe_ops.visualize import draw_over_image, draw_tables, save
-from irpe_train.arguments import fraction
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
-from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder
 from irpe_train.pixels import files_of, is_turned, read_image
@@ -219,43 +207,6 @@ def _check_names(images: Sequence[Path]) -> None:
             f"more than one image is called {', '.join(twice)}, and one result would overwrite the other: "
             "predict them one folder at a time."
         )
-
-
-def _point(text: str) -> tuple[float, float]:
-    x, _, y = text.partition(",")
-    return float(x), float(y)
-
-
-def get_predict_parser() -> argparse.ArgumentParser:
-    """The parser of ``python -m detr_irpe.predict``."""
-    parser = FlagParser(
-        "python -m detr_irpe.predict",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-    )
-    add = parser.add_argument
-    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
-    add(
-        "--resume",
-        required=True,
-        metavar="X.pth",
-        help="checkpoint of a training run, a published one, or an exported .onnx",
-    )
-    add("--out", required=True, type=Path, metavar="DIR", help="where pictures and JSON go")
-    add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
-    add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")
-    add("--attention", action="store_true", help="also draw encoder attention and the learned encodings")
-    add("--tables", action="store_true", help="also draw the learned encodings (needs no image)")
-    add(
-        "--point",
-        type=_point,
-        action="append",
-        metavar="X,Y",
-        help="pixel to look from, may be repeated (default: the centres of the best detections)",
-    )
-    add("--device", default="cuda", help="cuda falls back to the CPU (default cuda)")
-    return parser
 
 
 if __name__ == "__main__":

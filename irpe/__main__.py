@@ -2,22 +2,22 @@
 """``irpe COMMAND ...``: every program of the project under one name. The module forms stay, with the same flags."""
 
 import difflib
+import importlib
 import importlib.util
-import runpy
 import sys
 from pathlib import Path
 
 import irpe
 
 TASKS = {"classify": "deit_irpe", "detect": "detr_irpe"}
-COMMANDS = {  # what `python -m` would run, and what the overview says of it
-    "classify train": ("deit_irpe", "train DeiT, or any ViT of timm, with or without an encoding"),
-    "classify eval": ("deit_irpe", "evaluate a checkpoint: top-1 and top-5"),
+COMMANDS = {  # the module that does it, and what the overview says of it
+    "classify train": ("deit_irpe.train", "train DeiT, or any ViT of timm, with or without an encoding"),
+    "classify eval": ("deit_irpe.train", "evaluate a checkpoint: top-1 and top-5"),
     "classify predict": ("deit_irpe.predict", "the classes of images"),
     "classify export": ("deit_irpe.export", "to ONNX, torch.export and safetensors"),
     "classify check": ("deit_irpe.check_data", "find images that cannot be read, and classes that differ"),
-    "detect train": ("detr_irpe", "train DETR with or without an encoding"),
-    "detect eval": ("detr_irpe", "evaluate a checkpoint: COCO's average precision"),
+    "detect train": ("detr_irpe.train", "train DETR with or without an encoding"),
+    "detect eval": ("detr_irpe.train", "evaluate a checkpoint: COCO's average precision"),
     "detect predict": ("detr_irpe.predict", "boxes and masks in images, drawn and as JSON"),
     "detect export": ("detr_irpe.export", "to ONNX, torch.export and safetensors"),
     "detect check": ("detr_irpe.check_data", "find what is wrong in annotations and images"),
@@ -26,32 +26,26 @@ COMMANDS = {  # what `python -m` would run, and what the overview says of it
     "visualize": ("irpe_ops.visualize", "draw an encoding's buckets"),
     "info": ("irpe_ops.info", "which backends this machine has, and why one is missing"),
     "zoo": ("irpe_train.zoo", "list and fetch the published checkpoints"),
-    "completion": ("", "print a completion script: irpe completion {bash,zsh}"),
+    "completion": ("", "print a completion script: irpe completion {bash,zsh,...}"),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``irpe ARGV``."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--version"]:
-        print(f"irpe {irpe.__version__}")
-        return
-    words = argv[: 2 if argv and argv[0] in TASKS else 1]
+    task = argv[0] if argv and argv[0] in TASKS else ""
+    words = argv[: 2 if task else 1]
     name, rest = " ".join(words), argv[len(words) :]
-    if not words or words[-1] in ("-h", "--help", *TASKS):
-        print(overview(words[0] if words and words[0] in TASKS else ""))
+    if name in ("--version", "-V"):
+        print(f"irpe {irpe.__version__}")
+    elif name == task or words[-1] in ("-h", "--help", "--help-all", "help"):
+        print(overview(task))
     elif name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "irpe --help lists them"
-        print(f"irpe: error: no command {name!r}; {hint}", file=sys.stderr)
+        print(f"irpe: error: no command {name!r}; {nearest(argv)}", file=sys.stderr)
         sys.exit(2)
-    elif name == "completion":
-        print(completion(rest))
-    elif name.endswith((" train", " eval")):
-        train(name, ["--eval", *rest] if name.endswith(" eval") else rest)
     else:
-        sys.argv = [f"irpe {name}", *rest]
-        runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+        sys.argv = [f"irpe {name}", *rest]  # the name of the program in its messages
+        run(name, ["--eval", *rest] if name.endswith(" eval") else rest)
 
 
 def overview(task: str = "") -> str:
@@ -60,42 +54,65 @@ def overview(task: str = "") -> str:
     return "\n".join(["usage: irpe COMMAND [flags]   (irpe COMMAND --help; irpe --version)", "", *lines])
 
 
-def train(name: str, argv: list[str]) -> None:
-    """Train or evaluate. Help and mistakes come first, in less time than importing PyTorch takes."""
+def nearest(argv: list[str]) -> str:
+    """What a command that does not exist was probably meant to be."""
+    verbs = [name for name in COMMANDS if name.endswith(f" {argv[0]}")]
+    close = verbs or difflib.get_close_matches(" ".join(argv[:2]), [*COMMANDS, *TASKS], n=1)
+    close = close or difflib.get_close_matches(argv[0], [*COMMANDS, *TASKS], n=1)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "irpe --help lists them"
+
+
+def run(name: str, argv: list[str]) -> None:
+    """Help and mistakes come first, in less time than importing PyTorch takes."""
+    if name == "completion":
+        print(completion(argv))
+        return
     from irpe_train.config import ConfigError, parse_args
 
-    package = COMMANDS[name][0]
-    parser = parser_of(package)
-    parser.prog = f"irpe {name}"
-    parser.others = {f"irpe {other} train": parser_of(kind) for other, kind in TASKS.items() if kind != package}
+    parser = parser_of(name)
+    if name.endswith((" train", " eval")):
+        parser.others = {f"irpe {task} train": parser_of(f"{task} train") for task in TASKS if task not in name}
     try:
         parse_args(parser, argv)
     except ConfigError as error:
         parser.error(str(error))
-
+    main = importlib.import_module(COMMANDS[name][0]).main
+    if name.split()[0] not in TASKS:
+        sys.exit(main(argv) or 0)
     from irpe_train.launch import launch
 
-    launch(importlib.import_module(f"{package}.train").main, parser, argv)
+    launch(main, parser, argv)
 
 
-def parser_of(package: str):
-    """The parser in ``PACKAGE/args.py``, without the package: importing that imports timm, which takes seconds."""
+def parser_of(name: str):
+    """The parser of a command; a task's in ``PACKAGE/args.py`` comes without the package, which takes seconds."""
+    from irpe_train.flags import FlagParser
+
+    module = COMMANDS[name][0]
+    task, _, verb = name.rpartition(" ")
+    if module.startswith("irpe_ops."):
+        return importlib.import_module(module).get_parser(FlagParser)
+    if not task:
+        return importlib.import_module(module).get_parser()
+    package = TASKS[task]
     file = Path(importlib.util.find_spec(package).origin).with_name("args.py")
     spec = importlib.util.spec_from_file_location(f"_{package}_args", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_args_parser()
+    flags = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flags)
+    return getattr(flags, "get_args_parser" if verb in ("train", "eval") else f"get_{verb}_parser")()
 
 
 def completion(argv: list[str]) -> str:
-    """The completion script of a shell; the training commands complete their flags too."""
+    """The completion script of a shell, for the commands and their flags."""
     import argparse
+
+    from irpe_train.flags import FlagParser
 
     try:
         import shtab
     except ImportError:
         sys.exit("irpe completion needs shtab: pip install shtab")
-    asked = argparse.ArgumentParser("irpe completion")
+    asked = FlagParser("irpe completion", description="Print a completion script; it says where to put it.")
     asked.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     shell = asked.parse_args(argv).shell
 
@@ -105,7 +122,7 @@ def completion(argv: list[str]) -> str:
     tasks = {task: commands.add_parser(task, help=task).add_subparsers() for task in TASKS}
     for name, (module, what) in COMMANDS.items():
         task, _, verb = name.rpartition(" ")
-        parents = [parser_of(module)] if module in TASKS.values() else []
+        parents = [parser_of(name)] if module else [asked]
         tasks.get(task, commands).add_parser(verb, help=what, parents=parents, add_help=False)
     return shtab.complete(parser, shell=shell)
 

@@ -164,9 +164,7 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        "python -m irpe_lab.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser("python -m irpe_lab.ablate", description=__doc__)
     add = parser.add_argument
     add("grid", type=Path, metavar="GRID.yaml", help="see irpe_lab/grid.py")
     add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
@@ -200,7 +198,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns: 0, or 1 if a run failed."""
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # So that the runs are told to save.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -227,9 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.logs:
             ablation.publish(args.logs)
     except KeyboardInterrupt:
-        sys.exit("irpe_lab.ablate: stopped; the same command goes on")
+        sys.exit(f"{parser.prog}: stopped; the same command goes on")
     except (RunError, OSError, ImportError, ValueError) as error:
-        sys.exit(f"irpe_lab.ablate: {error}")
+        sys.exit(f"{parser.prog}: {error}")
     finally:
         signal.signal(signal.SIGTERM, before)
     return 1 if any("failed" in row.states for row in ablation.rows()) else 0

@@ -260,17 +260,20 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
     return [page, page.with_suffix(".html"), *pictures]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns: 1 when ``--check`` finds a file that is stale."""
-    parser = FlagParser(
-        "python -m irpe_lab.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def get_parser() -> argparse.ArgumentParser:
+    parser = FlagParser("python -m irpe_lab.report", description=__doc__)
     add = parser.add_argument
     add("logs", nargs="?", type=Path, default=Path("logs"), help="folder (default logs)")
     add("-o", "--output", type=Path, help="write the page, its picture and HTML here, e.g. docs/results.md")
     add("--curves", nargs="+", default=[], metavar="NAME", help="the runs to draw (default: all in the folder itself)")
     add("--readme", type=Path, metavar="FILE.md", help="make the tables between the markers of this file anew")
     add("--check", action="store_true", help="write nothing; fail if --output or --readme is stale")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns: 1 when ``--check`` finds a file that is stale."""
+    parser = get_parser()
     args = parser.parse_args(argv)
     if not (args.output or args.readme):
         parser.error("say what to write: -o FILE.md, --readme FILE.md or both")
@@ -299,9 +302,9 @@ def main(argv: list[str] | None = None) -> int:
                 args.readme.write_text(fresh, encoding="utf-8")
                 print(args.readme)
     except (RunError, OSError, ValueError) as error:
-        sys.exit(f"irpe_lab.report: {error}")
+        sys.exit(f"{parser.prog}: {error}")
     for path in stale:
-        print(f"{path} is stale: make it anew with python -m irpe_lab.report", file=sys.stderr)
+        print(f"{path} is stale: make it anew with irpe report", file=sys.stderr)
     return 1 if stale else 0
 
 

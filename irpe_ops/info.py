@@ -57,12 +57,17 @@ def backends() -> list[Backend]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m irpe_ops.info", description=__doc__.splitlines()[0])
+def get_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """``kind`` is the class of the parser: the command ``irpe`` has one of its own."""
+    parser = kind("python -m irpe_ops.info", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
     parser.add_argument("--benchmark", type=Path, metavar="DIR", help="write times at full batches as a CSV")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
+    args = get_parser().parse_args(argv)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
     wrong = 0
     for backend in backends():

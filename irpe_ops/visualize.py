@@ -273,16 +273,20 @@ def _write_numbers(axis, values: Tensor, is_light) -> None:
             axis.text(j, i, f"{value:g}", ha="center", va="center", fontsize=6, color=colour)
 
 
+def get_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """``kind`` is the class of the parser: the command ``irpe`` has one of its own."""
+    parser = kind("python -m irpe_ops.visualize", description="Draw an encoding's buckets, as PNG, PDF or SVG.")
+    add = parser.add_argument
+    add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
+    add("--grid", type=_pair("x", "HxW"), default=(14, 14), metavar="HxW", help="patches (default 14x14)")
+    add("--query", type=_pair(",", "ROW,COL"), metavar="ROW,COL", help="the patch that looks (default: middle)")
+    add("-o", "--output", type=Path, default=Path("encoding.png"), metavar="FILE", help="default: encoding.png")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line of the module's docstring."""
-    parser = argparse.ArgumentParser(
-        "python -m irpe_ops.visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("spec", nargs="?", help="draw its buckets; default: an overview of all methods")
-    parser.add_argument("--grid", type=_pair("x"), default=(14, 14), metavar="HxW", help="patches (default 14x14)")
-    parser.add_argument("--query", type=_pair(","), metavar="ROW,COL", help="the patch that looks (default: middle)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("encoding.png"))
-    args = parser.parse_args(argv)
+    args = get_parser().parse_args(argv)
     try:
         if args.spec is None:
             figure = draw_overview()
@@ -304,12 +308,14 @@ def main(argv: list[str] | None = None) -> None:
     print(args.output)
 
 
-def _pair(separator: str):
+def _pair(separator: str, wanted: str):
     def parse(text: str) -> tuple[int, int]:
-        first, _, second = text.partition(separator)
-        return int(first), int(second)
+        try:
+            first, second = map(int, text.split(separator))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {wanted} in patches, got {text!r}") from None
+        return first, second
 
-    parse.__name__ = f"A{separator}B"
     return parse
 
 

@@ -7,6 +7,7 @@ from irpe_train.config import add_config_argument
 
 LARGEST_SEED = 2**63 - 1  # of PyTorch
 LARGEST_COUNT = 2**31 - 1  # of C
+SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of each format of export
 
 
 def add_runtime_arguments(
@@ -79,6 +80,18 @@ def add_runtime_arguments(
         help="how long to wait for a process that is missing or hangs, before the others end",
     )
     return group
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every export command has."""
+    parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint to export")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="where to write; each format has its own suffix, added if need be: " + ", ".join(SUFFIX.values()),
+    )
+    parser.add_argument("--formats", nargs="+", choices=tuple(SUFFIX), default=["onnx"], help="which (default: onnx)")
 
 
 def positive_int(text: str) -> int:

@@ -7,7 +7,6 @@ within the tolerance that ``configs/model_zoo.yaml`` states, the hashes of check
     python -m irpe_train.card [NAME ...] [-o logs/cards]     the columns that need no data: parameters, MACs, buckets
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -267,9 +266,7 @@ def count_without_data(entry: Entry) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Make the cards that need no data. Returns: 1 if one fails."""
-    parser = FlagParser(
-        "python -m irpe_train.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser("python -m irpe_train.card", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows of configs/model_zoo.yaml (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("logs/cards"), help="folder (default logs/cards)")
     args = parser.parse_args(argv)
@@ -282,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
             print(to_markdown(card))
             failed += card["verdict"] == "FAIL"
     except (RunError, ValueError, OSError) as error:
-        sys.exit(f"irpe_train.card: {error}")
+        sys.exit(f"{parser.prog}: {error}")
     return 1 if failed else 0
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a trained model for other programs: ONNX, ``torch.export`` and safetensors, each compared with the original."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,26 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from irpe_train.arguments import SUFFIX
 from irpe_train.errors import RunError
 from irpe_train.outputs import refuse_existing
 
-FORMATS = ("onnx", "pt2", "safetensors")
-SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
 # fp32 sums in another order: seen differences are 1e-6 of the largest output; a wrong table is off by far more.
 TOLERANCE = 1e-4
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every export command has."""
-    parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint to export")
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help="where to write; each format has its own suffix, added if need be: " + ", ".join(SUFFIX.values()),
-    )
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="which (default: onnx)")
 
 
 def export_model(
@@ -48,7 +34,7 @@ def export_model(
         model: takes tensors, returns a tensor or a tuple of tensors. It is exported as in evaluation.
         examples: inputs. The first is traced; all are compared, so they should differ in every dynamic dimension.
         out: a suffix of any of the formats is replaced by that of each; to another name (``m_lr0.1``) it is added.
-        formats: of ``FORMATS``.
+        formats: keys of ``SUFFIX``.
         dynamic: for each input, ``{dimension: name}`` of those that may vary.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).

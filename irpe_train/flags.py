@@ -3,6 +3,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -20,10 +21,12 @@ class FlagParser(argparse.ArgumentParser):
         others: parsers of other commands by name; a flag that one of them knows is named as such.
     """
 
-    def __init__(self, *args, first: Sequence[str] = (), **kwargs) -> None:
-        if first:
-            kwargs = {"usage": "%(prog)s [flags]", "formatter_class": _Defaults} | kwargs
-        super().__init__(*args, add_help=False, **kwargs)
+    def __init__(self, prog: str | None = None, *, first: Sequence[str] = (), description: str = "", **kwargs) -> None:
+        if sys.argv[0].startswith("irpe "):  # written there by the front door
+            prog = sys.argv[0]
+        kwargs["formatter_class"] = _Defaults if first else argparse.RawDescriptionHelpFormatter
+        usage = "%(prog)s [flags]" if first else None
+        super().__init__(prog, usage, description.replace("``", ""), add_help=False, **kwargs)
         self.first = first
         self.others: Mapping[str, argparse.ArgumentParser] = {}
         if first:
@@ -37,7 +40,9 @@ class FlagParser(argparse.ArgumentParser):
         return super().parse_known_args([self._spelt_as_known(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message.replace('unrecognized arguments', 'unexpected argument')}\n")
+        message = message.replace("unrecognized arguments", "unexpected argument")
+        message = re.sub(r"invalid (\w+) value: ", _said_of_numbers, message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def format_short_help(self) -> str:
         """The description and the flags of ``first``, in that order."""
@@ -69,6 +74,11 @@ class FlagParser(argparse.ArgumentParser):
         self.error(
             f"unknown flag {name}; " + (f"did you mean {known[close[0]]}?" if close else f"{everything} lists all")
         )
+
+
+def _said_of_numbers(found: re.Match) -> str:
+    """For argparse's ``invalid positive_int value: ``, the name of a function."""
+    return f"expected a {'whole number' if 'int' in found[1] else 'number'}, got "
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):

@@ -21,15 +21,16 @@ LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\
 
 
 def launch(
-    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: list[str] | None = None
+    main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> None:
     """Parse the flags and run ``main``; what the user can mend ends in one message and exit status 1.
 
+    A number other than 0 that ``main`` returns is the exit status.
     ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
     """
     try:
         with report_lost_ranks(parser.prog), report_out_of_memory():
-            main(parse_args(parser, argv))
+            status = main(parse_args(parser, argv))
     except KeyboardInterrupt:  # where no state is kept: training notes it, see preemption.py
         sys.exit(130)
     except (RunError, ValueError, OSError, ImportError) as error:
@@ -42,6 +43,8 @@ def launch(
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 @contextlib.contextmanager

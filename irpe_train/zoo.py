@@ -8,6 +8,7 @@ has no hash, that of the first download is kept beside the file, ``FILE.sha256``
     python -m irpe_train.zoo NAME|all           fetch into the torch hub cache, print the paths
 """
 
+import argparse
 import contextlib
 import sys
 from dataclasses import dataclass, field
@@ -148,18 +149,23 @@ def _record(target: Path) -> Path:
     return target.with_name(target.name + ".sha256")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """List the zoo, or fetch from it."""
-    parser = FlagParser("python -m irpe_train.zoo", description="the published checkpoints")
+def get_parser() -> argparse.ArgumentParser:
+    parser = FlagParser("python -m irpe_train.zoo", description="List the published checkpoints, or fetch them.")
     parser.add_argument("names", nargs="*", metavar="NAME|CONFIG|all", help="what to fetch; without a name, list")
     parser.add_argument("--folder", type=Path, help="where to put it (default: torch hub's cache)")
     parser.add_argument("--where", action="store_true", help="print where it is or would be, fetch nothing")
     parser.add_argument("--zoo", type=Path, default=ZOO_FILE, help="the zoo file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """List the zoo, or fetch from it."""
+    parser = get_parser()
     args = parser.parse_args(argv)
     try:
         zoo = read_zoo(args.zoo)
     except (RunError, OSError) as error:
-        sys.exit(f"irpe_train.zoo: {error}")
+        sys.exit(f"{parser.prog}: {error}")
     if not args.names:
         folder = args.folder or cache_folder()
         for name, entry in zoo.models.items():
@@ -175,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
                 else fetch(entry.name, folder=args.folder, zoo=zoo)
             )
     except (ValueError, OSError) as error:
-        sys.exit(f"irpe_train.zoo: {error}")
+        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deit_irpe.args import get_args_parser as training_flags
-from deit_irpe.export import get_args_parser, main
+from deit_irpe.export import get_export_parser, main
 from deit_irpe.models import create_model
 from irpe_train.config import parse_args
 
@@ -36,7 +36,7 @@ def checkpoint(tmp_path):
 
 
 def run(*flags):
-    main(parse_args(get_args_parser(), [str(flag) for flag in flags]))
+    main(parse_args(get_export_parser(), [str(flag) for flag in flags]))
 
 
 def test_onnx_holds_gathers_and_no_operator_of_ours(checkpoint, tmp_path, capsys):

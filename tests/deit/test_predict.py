@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from deit_irpe import create_model
-from deit_irpe.export import get_args_parser as export_flags
+from deit_irpe.args import get_export_parser as export_flags
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
-from deit_irpe.predict import attention_maps, get_parser, main, result_names
+from deit_irpe.predict import attention_maps, get_predict_parser, main, result_names
 from irpe_train.config import parse_args
 from tests.helpers.processes import run_ranks
 from tests.helpers.tiny_images import write_images
@@ -39,7 +39,10 @@ def checkpoint(tmp_path):
 
 def predict(tmp_path, *flags):
     return run_ranks(
-        main, get_parser, [*map(str, flags), "--device", "cpu", "--out", str(tmp_path / "out")], tmp_path / "outputs"
+        main,
+        get_predict_parser,
+        [*map(str, flags), "--device", "cpu", "--out", str(tmp_path / "out")],
+        tmp_path / "outputs",
     )[0]
 
 

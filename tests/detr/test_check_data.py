@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from detr_irpe.args import get_check_parser
 from detr_irpe.check_data import annotation_problems, main, quick_check
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
@@ -14,7 +15,7 @@ from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 
 def check(root, capsys, *flags):
-    status = main(["--coco_path", str(root), "--num_workers", "0", *flags])
+    status = main(get_check_parser().parse_args(["--coco_path", str(root), "--num_workers", "0", *flags]))
     return status, capsys.readouterr().out
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detr_irpe.args import get_args_parser as training_parser
-from detr_irpe.export import get_args_parser, main
+from detr_irpe.export import get_export_parser, main
 from detr_irpe.models import build_model
 from irpe_train.config import parse_args
 
@@ -41,7 +41,7 @@ def write_checkpoint(path, *flags):
 
 
 def run(*flags):
-    main(parse_args(get_args_parser(), [str(flag) for flag in flags]))
+    main(parse_args(get_export_parser(), [str(flag) for flag in flags]))
 
 
 def test_safetensors_holds_the_same_network(tmp_path, capsys):

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_irpe import check_data
+from detr_irpe.args import get_check_parser
 from detr_irpe.check_data import quick_check
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.coco_eval import CocoEvaluator
@@ -109,7 +110,7 @@ def outcome_of(root, original: str, changes) -> str:
     content = json.loads(original)
     mutate(content, changes)
     path.write_text(json.dumps(content))
-    status = check_data.main(["--coco_path", str(root), "--num_workers", "0", "--masks"])
+    status = check_data.main(get_check_parser().parse_args(["--coco_path", str(root), "--num_workers", "0", "--masks"]))
     try:
         sets = [CocoDetection(root, s, train_transforms(40), return_masks=True) for s in ("val2017", "train2017")]
         quick_check(sets, 20_000)

@@ -17,6 +17,12 @@ from tests.helpers.snippets import REPOSITORY
 from tests.helpers.tiny_images import write_images
 
 
+@pytest.fixture(autouse=True)
+def restored_argv(monkeypatch):
+    """The command writes its name into ``sys.argv``."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
+
 def message(capsys, *argv: str) -> str:
     """What ``irpe ARGV`` prints to stderr before it ends with status 2."""
     with pytest.raises(SystemExit) as end:
@@ -31,7 +37,8 @@ def test_every_command_is_a_module_and_stands_in_the_overview(capsys):
         assert f"  {name} " in overview() and what in overview()
     main(["--help"])
     main([])
-    assert capsys.readouterr().out == 2 * f"{overview()}\n"
+    main(["help"])
+    assert capsys.readouterr().out == 3 * f"{overview()}\n"
     main(["detect"])
     assert capsys.readouterr().out == f"{overview('detect')}\n"
     assert "classify" not in overview("detect")
@@ -43,7 +50,23 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["classify"], ["classify", "train", "--help"], ["detect", "eval", "--help-all"], ["detect", "--lr=x"]]
+    "argv",
+    [
+        [],
+        ["classify"],
+        ["classify", "train", "--help"],
+        ["classify", "predict", "--help"],
+        ["classify", "export"],
+        ["classify", "check", "--dta-path", "x"],
+        ["detect", "eval", "--help-all"],
+        ["detect", "predict", "--point", "x"],
+        ["detect", "export", "--help"],
+        ["detect", "check", "--help"],
+        ["detect", "--lr=x"],
+        ["ablate", "--help"],
+        ["report", "--help"],
+        ["zoo", "--help"],
+    ],
 )
 def test_help_and_mistakes_do_not_wait_for_pytorch(argv):
     code = f"import sys, irpe.__main__ as m\ntry: m.main({argv})\nfinally: assert 'torch' not in sys.modules"
@@ -74,7 +97,7 @@ def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
         ("detect train images", "unexpected argument: images"),
         ("classify train --coco-path x", "--coco-path is a flag of `irpe detect train`, not of this command"),
         ("detect eval --data_path x", "--data_path is a flag of `irpe classify train`, not of this command"),
-        ("detect train --epochs many", "argument --epochs: invalid"),
+        ("detect train --epochs many", "error: argument --epochs: expected a whole number, got 'many'"),
         ("classify train --attn-backend gpu", "argument --attn-backend: unknown backend 'gpu'; expected one of auto"),
         ("detect train --attn-backend gpu", "argument --attn-backend: unknown backend 'gpu'; expected one of auto"),
         ("detect train --enc_layers -1", "argument --enc_layers: expected 0 or more, got -1"),
@@ -84,7 +107,19 @@ def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
         ("classify predict --resum x a.jpg --attentin", "unknown flag --attentin; did you mean --attention?"),
         ("detect check --coco_pth x", "unknown flag --coco_pth; did you mean --coco_path?"),
         ("detect check --coco_path x y", "unexpected argument: y"),
-        ("zoo --flder x", "unknown flag --flder; did you mean --folder?"),
+        ("zoo --flder x", "irpe zoo: error: unknown flag --flder; did you mean --folder?"),
+        ("info --chek", "irpe info: error: unknown flag --chek; did you mean --check?"),
+        ("visualize --gird 3x3", "irpe visualize: error: unknown flag --gird; did you mean --grid?"),
+        ("visualize --grid 3", "argument --grid: expected HxW in patches, got '3'"),
+        ("visualize --query 3,x", "argument --query: expected ROW,COL in patches, got '3,x'"),
+        ("detect predict --resume x --point 3", "argument --point: expected X,Y in pixels, got '3'"),
+        ("detect train --lr fast", "argument --lr: expected a number, got 'fast'"),
+        ("classify predict a.jpg", "irpe classify predict: error: the following arguments are required: --resume"),
+        ("completion", "irpe completion: error: the following arguments are required: shell"),
+        ("report", "irpe report: error: say what to write: -o FILE.md, --readme FILE.md or both"),
+        ("clasify", "no command 'clasify'; did you mean 'classify'?"),
+        ("clasify train --lr 1", "no command 'clasify'; did you mean 'classify train'?"),
+        ("train", "no command 'train'; did you mean 'classify train' or 'detect train'?"),
         ("classify evaluate", "no command 'classify evaluate'; did you mean 'classify eval'?"),
         ("frobnicate", "no command 'frobnicate'; irpe --help lists them"),
     ],
@@ -115,10 +150,9 @@ def test_it_trains_and_evaluates(tmp_path):
         assert ran.returncode == 0 and "* Acc@1" in ran.stdout, ran.stdout + ran.stderr
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy, as another test imported it
-def test_other_programs_run_as_they_are(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["irpe"])
-    main(["zoo"])
+def test_other_programs_run_as_they_are(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["zoo"])
     assert "rpe-2.0-product-ctx-1-k_300epochs" in capsys.readouterr().out
 
 
@@ -126,7 +160,8 @@ def test_other_programs_run_as_they_are(capsys, monkeypatch):
 def test_completion_knows_commands_and_flags(shell):
     pytest.importorskip("shtab")
     script = completion([shell])
-    assert "--enc_rpe2d" in script and "--rpe" in script and "visualize" in script
+    for flag in ("--enc_rpe2d", "--rpe", "--threshold", "--formats", "--coco_panoptic_path", "--seeds", "--grid"):
+        assert flag in script
 
 
 def test_the_front_door_hands_on_the_names_of_the_library():
