@@ -123,7 +123,8 @@ def test_autocast_is_in_half_precision_with_fp32_tables():
         ours = run(packed, encodings, options, "triton", torch.float32)
         plain = run(packed, encodings, options, "eager", torch.float32)
     assert ours[0].dtype == torch.bfloat16 and {x.dtype for x in ours[1:]} == {torch.float32}
-    assert all((x != x.bfloat16()).float().mean() > 0.9 for x in ours[2:])  # tables: no rounding at the end
+    for table in ours[2:]:  # no rounding at the end; buckets that this grid has not are zero
+        assert (table != table.bfloat16())[table != 0].float().mean() > 0.9
     for x, y, answer in zip(ours, plain, exact, strict=True):
         assert (x.double() - answer).norm() <= 2 * (y.double() - answer).norm() + 2e-3 * answer.norm()
 
