@@ -14,8 +14,8 @@ from irpe_ops.methods import (
     BucketMap,
     bucket_map_named,
     check_coefficients,
-    check_ids,
     find_map,
+    ids_of,
     offset_ids,
     piecewise_index,
 )
@@ -45,9 +45,7 @@ def get_bucket_ids_2d(
     bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     # A map first made while evaluating must still serve training, which inference tensors cannot.
     with torch.inference_mode(False), torch.no_grad():
-        row, name = bucket_map_named(method), f"get_bucket_ids_2d: {method!r}"
-        checked = row._replace(ids=lambda *args: check_ids(row.ids(*args), row.num_buckets(int(beta)), int(beta), name))
-        ids = _pair_ids(checked, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
+        ids = _pair_ids(method, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
     return ids, count_buckets(method, beta, skip)
 
 
@@ -76,7 +74,7 @@ def traced_bucket_map(
     ``beta`` is ``int(2 * ratio)`` and ``gamma`` ``ceil(8 * ratio)``.
     """
     bucket_of = _traced_index(ratio, gamma, device)
-    ids = _pair_ids(bucket_map_named(method), height, width, skip, beta, bucket_of, device)
+    ids = _pair_ids(method, height, width, skip, beta, bucket_of, device)
     return ids.to(_id_dtype(count_buckets(method, beta, skip)))
 
 
@@ -93,8 +91,8 @@ def traced_offset_map(
     """`offset_map` for ``torch.compile``, as `traced_bucket_map`."""
     rows, cols = torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
     bucket_of = _traced_index(ratio, gamma, device)
-    ids = bucket_map_named(method).ids(rows[:, None], cols[None, :], bucket_of, beta)
-    return ids.expand(2 * height - 1, 2 * width - 1).to(_id_dtype(count_buckets(method, beta, 1)))
+    ids = ids_of(bucket_map_named(method), rows[:, None], cols[None, :], bucket_of, beta, f"bucket map {method!r}")
+    return ids.to(_id_dtype(count_buckets(method, beta, 1)))
 
 
 def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -156,7 +154,7 @@ def _id_dtype(num_buckets: int) -> torch.dtype:
 
 
 def _pair_ids(
-    row: BucketMap,
+    method: str,
     height: int,
     width: int,
     skip: int,
@@ -168,7 +166,6 @@ def _pair_ids(
     rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
     drow = (rows[:, None] - rows)[:, None, :, None]  # (height, 1, height, 1)
     dcol = (cols[:, None] - cols)[None, :, None, :]  # (1, width, 1, width)
-    num_patches = height * width
-    ids = row.ids(drow, dcol, bucket_of, centre)
-    ids = ids.expand(height, width, height, width).reshape(num_patches, num_patches)
+    row, num_patches = bucket_map_named(method), height * width
+    ids = ids_of(row, drow, dcol, bucket_of, centre, f"bucket map {method!r}").reshape(num_patches, num_patches)
     return F.pad(ids, (skip, 0, skip, 0), value=row.num_buckets(centre)) if skip else ids

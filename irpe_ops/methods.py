@@ -89,6 +89,7 @@ METHODS: dict[str, BucketMap | dict[str, BucketMap]] = {
     "product": BucketMap(_rows_by_columns, lambda beta: (2 * beta + 1) ** 2),
 }
 _PUBLISHED = tuple(METHODS)
+_PUBLISHED_IDS = (_euclidean, _squared, _rows, _columns, _rows_by_columns)
 
 
 def register_bucket_method(
@@ -180,22 +181,33 @@ def _import_plugins() -> None:
 def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str) -> Tensor:
     """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)`` int64 on the CPU, the smallest one first.
 
-    Raises: ValueError: naming ``name``, for ids that are no int64 or no bucket.
+    Raises: ValueError: as `ids_of`.
     """
-    beta = int(2 * ratio)
     index = partial(piecewise_index, alpha=ratio, beta=2 * ratio, gamma=8 * ratio)
     drow = torch.arange(1 - height, height, device="cpu")[:, None]
     dcol = torch.arange(1 - width, width, device="cpu")[None, :]
-    ids = check_ids(row.ids(drow, dcol, index, beta), row.num_buckets(beta), beta, name)
-    return ids.expand(2 * height - 1, 2 * width - 1)
+    return ids_of(row, drow, dcol, index, int(2 * ratio), name)
 
 
-def check_ids(ids: Tensor, count: int, beta: int, name: str) -> Tensor:
-    """``ids``. Raises: ValueError: naming ``name``, unless they are int64 in ``[0, count)``."""
+def ids_of(
+    row: BucketMap, drow: Tensor, dcol: Tensor, index: Callable[[Tensor], Tensor], beta: int, name: str
+) -> Tensor:
+    """``row.ids`` of these offsets, as large as both together.
+
+    Raises: ValueError: naming ``name``, unless they are int64, of a shape that fits, in ``[0, num_buckets(beta))``;
+        in a graph of ``torch.compile``, values of a registered method: RuntimeError, when the graph runs.
+    """
+    ids, count, shape = row.ids(drow, dcol, index, beta), row.num_buckets(beta), (drow + dcol).shape
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise ValueError(f"{name}: ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
-    if type(ids) is Tensor and not (int(ids.min()) >= 0 and int(ids.max()) < count):  # a fake tensor has no values
+    if ids.dim() > len(shape) or any(a not in (1, b) for a, b in zip(ids.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name}: ids must broadcast to {tuple(shape)}, as drow and dcol do, got {tuple(ids.shape)}")
+    if torch.compiler.is_compiling():
+        if row.ids not in _PUBLISHED_IDS and not torch.compiler.is_exporting():  # exported, plain gathers check
+            wanted = f"{name}: ids must lie in [0, {count}) for beta={beta}"
+            torch._assert_async((ids.min() >= 0) & (ids.max() < count), wanted)
+    elif type(ids) is Tensor and not (int(ids.min()) >= 0 and int(ids.max()) < count):  # a fake tensor has no values
         raise ValueError(
             f"{name}: ids must lie in [0, {count}) for beta={beta}, got {int(ids.min())} to {int(ids.max())}"
         )
-    return ids
+    return ids.expand(shape)

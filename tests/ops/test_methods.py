@@ -1,5 +1,6 @@
 """A method of the user's own: registered once, then good everywhere a published one is."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -126,6 +127,10 @@ def test_a_cell_run_twice_replaces_and_another_function_does_not():
         ),
         (("none", lambda drow, dcol, index, beta: None), "'none': ids must be an int64 tensor, got NoneType"),
         (("signed", lambda drow, dcol, index, beta: index(drow)), "[0, 3) for beta=1, got -1 to 1"),
+        (
+            ("flat", lambda drow, dcol, index, beta: index(drow).flatten() + beta),
+            "'flat': ids must broadcast to (7, 9)",
+        ),
         (("few", ring, lambda beta: 1), "'few': ids must lie in [0, 1) for beta=1, got 0 to 1"),
     ],
 )
@@ -147,8 +152,31 @@ def test_ids_that_only_a_larger_grid_shows_to_be_no_buckets():
 def test_ids_are_checked_on_the_grid_that_is_asked_for(monkeypatch):
     monkeypatch.setitem(METHODS, "rows", BucketMap(lambda drow, dcol, index, beta: drow.abs(), lambda beta: 41))
     assert int(get_bucket_ids_2d("rows", 41, 1, 0, 2.0, 4.0, 16.0)[0].max()) == 40
-    with pytest.raises(ValueError, match=r"get_bucket_ids_2d: 'rows': ids must lie in \[0, 41\) for beta=4"):
+    with pytest.raises(ValueError, match=r"bucket map 'rows': ids must lie in \[0, 41\) for beta=4"):
         get_bucket_ids_2d("rows", 42, 1, 1, 2.0, 4.0, 16.0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_ids_are_checked_in_a_compiled_graph_too(monkeypatch, backend, compiler):
+    """There are no values while it is traced; a wrong one would be a read outside of the lookup."""
+    monkeypatch.setitem(METHODS, "rows", BucketMap(lambda drow, dcol, index, beta: drow.abs(), lambda beta: 5))
+    _, rpe_k, _ = build_rpe(parse_rpe_spec("rpe-1.9-rows-ctx-1-k"), 8, 2)
+    torch.compiler.reset()
+    attention = torch.compile(rpe_attention, backend=compiler, fullgraph=True)
+    for height, right in ((5, True), (6, False)):
+        q = torch.randn(1, 2, 2 * height, 8)
+        with contextlib.nullcontext() if right else pytest.raises(RuntimeError, match=r"'rows': ids .* in \[0, 5\)"):
+            attention(q, q, q, rpe_k=rpe_k, height=height, width=2, backend=backend)
+
+
+def test_a_published_method_costs_no_check_in_a_compiled_graph(monkeypatch):
+    monkeypatch.setattr(torch, "_assert_async", None)
+    torch.compiler.reset()
+    attention, q = torch.compile(rpe_attention, backend="eager", fullgraph=True), torch.randn(1, 2, 12, 8)
+    for method in ("product", "euc", "quant", "cross"):
+        _, rpe_k, _ = build_rpe(parse_rpe_spec(f"rpe-1.9-{method}-ctx-1-k"), 8, 2)
+        attention(q, q, q, rpe_k=rpe_k, height=3, width=4, backend="eager")
 
 
 def test_the_parts_of_cross_are_named_after_it():
