@@ -6,7 +6,6 @@ runs small. Programs start in forked processes that have imported PyTorch alread
 
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from tests.deit.test_data_at_scale import write_parquet, write_shards
 from tests.end_to_end.test_documented_commands import PAGES, PROJECT, RUN_BY_THEIR_OWN_TEST, documented_commands
 from tests.helpers.deit_runs import deit_ok
 from tests.helpers.detr_runs import detr_ok
-from tests.helpers.processes import SERVER
+from tests.helpers.processes import Program
 from tests.helpers.smaller import TINY_VIT, extra_flags, smaller
 from tests.helpers.snippets import REPOSITORY
 from tests.helpers.tiny_coco import write_tiny_coco
@@ -123,25 +122,6 @@ def copy(things, tmp_path) -> Path:
     return tmp_path
 
 
-def _child(words: list[str], folder: Path, environment: dict[str, str], output: Path) -> None:
-    """What ``python WORDS`` does, in a process that has imported PyTorch."""
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    stream = open(output, "w", buffering=1)  # noqa: SIM115
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    sys.stdout = sys.stderr = stream
-    sys.argv = words[1:] if words[0] == "-m" else words
-    sys.path.insert(0, str(folder))
-    if words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(folder / Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
-
-
 class Command:
     """A documented command that has been started in ``folder``."""
 
@@ -171,8 +151,7 @@ class Command:
         if words[0].endswith(".py"):
             words = ["python", *words]
         if words[0] == "python":
-            self.process = SERVER.Process(target=_child, args=(words[1:], folder, environment, self.output))
-            self.process.start()
+            self.process = Program(words[1:], folder, self.output, environment)
         else:
             ends = " --inspect" if words[0] == "tensorboard" else ""
             with open(self.output, "w") as output:
@@ -182,16 +161,13 @@ class Command:
 
     def ended(self, timeout: float = 180) -> tuple[int, str]:
         """Exit status and what it printed; a command that does not end is killed, and so fails."""
-        if isinstance(self.process, subprocess.Popen):
-            try:
-                self.process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-            return self.process.wait(), self.output.read_text()
-        self.process.join(timeout)
-        self.process.kill()
-        self.process.join()
-        return self.process.exitcode, self.output.read_text()
+        if isinstance(self.process, Program):
+            return self.process.ended(timeout)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        return self.process.wait(), self.output.read_text()
 
 
 def trained_into(text: str) -> str | None:

@@ -21,6 +21,7 @@ from irpe_lab.grid import read_grid
 from irpe_lab.results import Outcome, Row
 from irpe_train.config import ROOT
 from irpe_train.errors import RunError
+from tests.helpers.processes import Program
 from tests.helpers.tiny_images import write_images
 
 # Stands in for deit_irpe: two "epochs" to log.txt, resuming; every start and every epoch is noted in trace.txt.
@@ -74,6 +75,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "grid.yaml").write_text(GRID)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(jobs.LocalPool, "poll_seconds", 0.1)
     return tmp_path
 
 
@@ -150,9 +152,27 @@ def test_evaluations_after_training(place, capsys):
     assert table(place / "out")["rpe-1.9-product-bias-1-k"]["reason"] == "at 77: ValueError: no such size"
 
 
+class OneAfterTheOther:
+    """Works in this process, which has imported PyTorch."""
+
+    poll_seconds = 0.0
+    start = staticmethod(jobs.work)
+
+    def free(self):
+        return True
+
+    def working(self):
+        return set()
+
+    def stop(self):
+        pass
+
+
 def test_a_table_counts_the_model_that_was_trained_and_evaluates_it_at_another_size(tmp_path, monkeypatch):
     """Three classes: parameters, multiply-accumulates and buckets are the run's, not those of 1000 classes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "LocalPool", lambda slots: OneAfterTheOther())
+    monkeypatch.setattr(jobs, "_run", lambda command, log, lock: (Program(command, tmp_path, log).ended()[0], False))
     for split in ("train", "val"):
         write_images(tmp_path / split, {"ant": 2, "bee": 2, "cat": 2})
     (tmp_path / "grid.yaml").write_text(
@@ -172,7 +192,7 @@ def test_a_table_counts_the_model_that_was_trained_and_evaluates_it_at_another_s
 
 
 def run_in_background(place, *more):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "4"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "2"}
     return subprocess.Popen(
         [sys.executable, "-m", "irpe_lab.ablate", "grid.yaml", "-o", "out", *more],
         env=environment,

@@ -4,14 +4,11 @@ import base64
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from irpe_lab import console_log, report
 from irpe_lab.tables import markdown
-from irpe_train.config import ROOT
 from irpe_train.errors import BadData
 
 MODEL = "deit_small_patch16_224_ctx_product_50_shared_k"
@@ -210,25 +207,6 @@ def test_bad_input(tmp_path):
     (tmp_path / "log_x.txt").write_text("{}\n")
     with pytest.raises(BadData, match="log_x.txt: line 1 is not a JSON object with 'epoch'"):
         report.find_runs(tmp_path)
-
-
-def test_plot_logs_overlays_ours_and_a_published_one(logs, tmp_path):
-    ours, published = logs / "log_demo.txt", logs / f"log_{DETR}.txt"
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "scripts" / "plot_logs.py"),
-            str(ours),
-            str(published),
-            "-o",
-            str(tmp_path / "x.png"),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "top-1 accuracy" in done.stdout and "box AP" in done.stdout
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["log_demo.txt", "mine.md", "other.md"])
