@@ -208,7 +208,7 @@ def get_check_parser() -> argparse.ArgumentParser:
     """The parser of ``irpe detect check`` and ``python -m detr_irpe.check_data``."""
     parser = FlagParser("python -m detr_irpe.check_data", description=CHECK)
     parser.add_argument("--coco_path", required=True, metavar="DIR", help="as for training")
-    parser.add_argument("--coco_panoptic_path", metavar="DIR", help="check the panoptic annotations there too")
+    parser.add_argument("--coco_panoptic_path", metavar="DIR", help="check the panoptic annotations there instead")
     parser.add_argument("--splits", nargs="+", default=["train2017", "val2017"], help="which to check, training first")
     parser.add_argument("--num_classes", default=None, type=positive_int, help="as for training, if given there")
     parser.add_argument("--masks", action="store_true", help="as for training: every object needs a mask")

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
     images = files_of(args.images, besides=args.out)
-    _check_names(images)
+    _check_names(images, taken={"encodings"} if args.tables or args.attention else set())
     suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
     out = OutputFolder(args.out)
     out.refuse_to_replace([image.stem + suffix for image in images for suffix in suffixes])
@@ -96,10 +97,9 @@ class Truth:
     def __init__(self, path: Path, names: dict[int, str]):
         self.annotations = Annotations(path, categories=names)
         self.files = [name.decode() for name in self.annotations.names]
-        for problem in (
-            naming_problems(names, self.annotations.categories, "the checkpoint", path.name) if names else ()
-        ):
-            logger.warning(str(problem))
+        if names:
+            for _, problem in naming_problems(names, self.annotations.categories, Path("the checkpoint"), path):
+                logger.warning(str(problem))
 
     def number_of(self, path: Path) -> int:
         """Which of its images a file is: the one whose name, folders included, ends its path, or the only one so named.
@@ -198,14 +198,14 @@ def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
     return [tuple(point) for point in points] or [(image.width / 2, image.height / 2)]
 
 
-def _check_names(images: Sequence[Path]) -> None:
-    """Raises ValueError: two images would have one result, or the result of one would have the name of another's."""
-    stems = [path.stem.casefold() for path in images]  # one file on some systems, if only the case differs
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1} | ({f"{s}_attention" for s in stems} & set(stems)))
-    if twice:
+def _check_names(images: Sequence[Path], taken: set[str]) -> None:
+    """Raises ValueError: two images would have one result, or the result of one has another's name or one ``taken``."""
+    stems = Counter(path.stem.casefold() for path in images)  # one file on some systems, if only the case differs
+    twice = {stem for stem, count in stems.items() if count > 1}
+    if twice := sorted(twice | ({f"{stem}_attention" for stem in stems} | taken) & set(stems)):
         raise ValueError(
-            f"more than one image is called {', '.join(twice)}, and one result would overwrite the other: "
-            "predict them one folder at a time."
+            f"more than one result would be called {', '.join(twice[:3])}, and one would overwrite the other: predict "
+            "these images one folder at a time, or rename them."
         )
 
 

@@ -24,7 +24,7 @@ from detr_irpe.nested_tensor import collate
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed, zoo
-from irpe_train.checkpoint import load_matching, read_checkpoint, read_weights, write_checkpoint
+from irpe_train.checkpoint import load_matching, read_checkpoint, write_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.download import local_file
 from irpe_train.errors import BadCheckpoint, blamed_on
@@ -66,7 +66,8 @@ def main(args: argparse.Namespace) -> None:
     # --- model
     flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as checkpoints have them
     model, criterion, postprocessors = parts_of_flags(flags, val_set, filled=checkpoint is not None)
-    start_from(model, args, start, sets[-1].categories)
+    if checkpoint is None:
+        start_from(model, args, start, sets[-1].categories)
     model.to(device)
     criterion.to(device)
     logger.info(f"number of params: {count_parameters(model)}")
@@ -293,7 +294,10 @@ def start_from(
                 )
             compare_for_evaluation(trained, categories, source=start.source)
     if args.frozen_weights:
-        load_matching(model.detr, read_weights(args.frozen_weights), source=args.frozen_weights)
+        frozen = Checkpoint(args.frozen_weights, read_checkpoint(args.frozen_weights))
+        load_matching(model.detr, frozen.weights(), source=frozen.source)
+        trained = categories_of(frozen.contents, frozen.weights(), source=frozen.source)
+        compare_for_evaluation(trained, categories, source=frozen.source)  # its class head is not trained any more
 
 
 def build_optimization(

@@ -116,6 +116,6 @@ def raise_if_missing(images, annotations: Path) -> None:
     if images.missing:
         first = ", ".join(images.missing[:3])
         raise FileNotFoundError(
-            f"{images.path}: {len(images.missing)} images that {annotations} names are missing, {first}"
-            f"{' and more' if len(images.missing) > 3 else ''}. Extract or download the set again."
+            f"{images.path}: images that {annotations} names are missing: {len(images.missing)} ({first}"
+            f"{', ...' if len(images.missing) > 3 else ''}). Extract or download the set again."
         )

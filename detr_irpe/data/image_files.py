@@ -130,6 +130,6 @@ def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
 def _checked_name(name: str, where: Path) -> str:
     """``name``, unless it could lead outside ``where``."""
     path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):
+    if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0\r\n"):
         raise ValueError(f"{where}: unsafe file name {name!r}; names must be relative and stay inside the folder")
     return name

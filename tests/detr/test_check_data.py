@@ -2,6 +2,7 @@ import json
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from detr_irpe.args import get_check_parser
 from detr_irpe.check_data import annotation_problems, main, quick_check
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
+from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.transforms import eval_transforms
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
@@ -63,8 +65,13 @@ def test_a_good_set_passes(tmp_path, capsys, zips):
         (add([5, 5, 9, 9], id=1), r"duplicate annotation ids: 1 \(1\)"),
         (lambda c: c["images"].append(c["images"][0]), r"duplicate image ids: 1 \(100\)"),
         (lambda c: c["images"][1].update(file_name=c["images"][0]["file_name"]), "duplicate file names: 1"),
+        (lambda c: [i.pop("width") for i in c["images"]] and c.pop("annotations"), "not one object to learn.*: 6"),
+        (lambda c: c["images"][1].update(file_name="a\nb.jpg"), r"unsafe file name 'a\\nb.jpg'"),
         (lambda c: c["images"][1].update(height=30), "another size than annotated: 1 .*44 x 56, annotated 30 x 56"),
-        (lambda c: c["images"][1].update(file_name="nowhere.jpg"), r"missing images: 1 \(nowhere.jpg\)"),
+        (
+            lambda c: c["images"][1].update(file_name="nowhere.jpg"),
+            r"images that .*_train2017.json names are missing: 1 \(nowhere.jpg\)",
+        ),
         (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] lacks 'bbox'"),
     ],
 )
@@ -107,6 +114,54 @@ def test_panoptic_annotations(tmp_path, capsys):
     status, text = check(root, capsys, "--coco_panoptic_path", str(root))
     assert status == 1 and "'segments_info' does not list: 1" in text
     assert "is 20 x 20, not 40 x 56" in text and "unreadable segment images: 1" in text
+
+
+def edit_panoptic(root, change, split="val2017"):
+    path = root / f"annotations/panoptic_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def grey_segments(root):
+    """The segment images with the ids as 16-bit grey, as some tools export them."""
+    for path in (root / "panoptic_val2017").glob("*.png"):
+        ids = np.asarray(Image.open(path)).astype(np.uint16) @ np.array([1, 0, 0], np.uint16)
+        Image.fromarray(ids).save(path)
+    edit_panoptic(root, lambda c: [s.update(id=s["id"] - 512) for a in c["annotations"] for s in a["segments_info"]])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (grey_segments, r"panoptic_val2017.json: segments that 'segments_info' lists and no pixel has: 4 \(1 of"),
+        (
+            lambda root: edit_annotations(root, "val2017", lambda c: c["categories"][0].update(name="pink")),
+            "3 is 'red' in panoptic_val2017.json and 'pink' in instances_val2017.json",
+        ),
+        (
+            lambda root: edit_annotations(root, "val2017", lambda c: c["annotations"][0].update(segmentation=[])),
+            "instances_val2017.json: objects without a mask, and --masks needs one for each: 1",
+        ),
+        (
+            lambda root: edit_annotations(root, "val2017", lambda c: [i.pop("height") for i in c["images"]]),
+            "instances_val2017.json: images without height and width, and --masks needs them: 5",
+        ),
+    ],
+)
+def test_the_boxes_that_score_a_panoptic_set_are_looked_at_too(tmp_path, capsys, change, words):
+    root = write_tiny_coco(tmp_path, panoptic=True)
+
+    def opened(split, instances):
+        return CocoPanoptic(root, root, split, None, return_masks=True, instances=instances)
+
+    file = root / "annotations/instances_val2017.json"
+    quick_check([opened("val2017", file), opened("train2017", None)], 10)
+    change(root)
+    with pytest.raises(ValueError, match=words):
+        quick_check([opened("val2017", file), opened("train2017", None)], 10)
+    status, text = check(root, capsys, "--coco_panoptic_path", str(root), "--masks")
+    assert status == 1 and re.search(f"error: (?:{words}|.*{words})", text), text
 
 
 def test_few_bad_boxes_in_a_large_set_are_a_warning(tmp_path, capsys):
@@ -158,6 +213,8 @@ def each(group, key, new):
             each("annotations", "bbox", lambda box: [side / 56 for side in box]),
             "look like fractions of the image; .*: 6",
         ),
+        (each("annotations", "bbox", lambda box: [side * 4 for side in box]), "reach outside their image, .*: [56]"),
+        (each("images", "height", lambda _: 400), "images of another size than annotated: 6"),
     ],
 )
 def test_what_cannot_be_learned_stops_check_and_training(tmp_path, capsys, change, words):
@@ -181,7 +238,7 @@ def test_splits_that_name_classes_otherwise_are_refused(tmp_path, capsys, names)
     status, text = check(root, capsys)
     wanted = f"3 is 'red' in instances_train2017.json and '{names[0]}' in instances_val2017.json"
     assert status == 1 and wanted in text
-    with pytest.raises(ValueError, match="stand for something else in training and in validation"):
+    with pytest.raises(ValueError, match="stand for something else in instances_val2017.json"):
         quick_check(both_splits(root), 10)
 
 
@@ -228,9 +285,12 @@ def test_masks_are_asked_for_and_not_there(tmp_path):
         quick_check(both_splits(root, return_masks=True), 10)
 
 
-def test_nothing_is_found_in_a_good_file(tmp_path):
-    annotations = Annotations(write_tiny_coco(tmp_path) / "annotations/instances_train2017.json")
-    assert annotation_problems(annotations, 10) == []
+@pytest.mark.parametrize("sides", [[], ["width"], ["height"], ["width", "height"]])
+def test_nothing_is_found_in_a_good_file(tmp_path, sides):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "train2017", lambda c: [image.pop(side) for image in c["images"] for side in sides])
+    annotations = Annotations(root / "annotations/instances_train2017.json")
+    assert not any(problem.count for problem in annotation_problems(annotations, 10))
 
 
 def test_a_check_leaves_the_random_state_alone(tmp_path):

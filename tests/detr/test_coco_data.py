@@ -205,7 +205,7 @@ def test_missing_files_are_named(tmp_path):
         CocoDetection(root, "train2017", PLAIN)
     os.rename(root / "elsewhere", root / "train2017")
     (root / "train2017/000000000103.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="1 images .* are missing, 000000000103.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"images .* are missing: 1 \(000000000103.jpg\)"):
         CocoDetection(root, "train2017", PLAIN)
     (root / "annotations/instances_train2017.json").write_text("{not json")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_irpe.check_data import check_split
+from detr_irpe.check_data import problems_of, summary_of
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.transforms import eval_transforms
 
@@ -35,8 +35,9 @@ def out(demo, tmp_path_factory):
 
 def test_the_real_loader_reads_it_and_the_check_finds_nothing(out):
     for split, count in (("train2017", 12), ("val2017", 5)):
-        _, problems, summary = check_split(out / "coco_digits", split)
-        assert problems == [] and f"{split}: {count} images (0 without objects)" in summary
+        dataset = CocoDetection(out / "coco_digits", split, None)
+        summary = summary_of(dataset)
+        assert problems_of(dataset, train=True) == [] and f"{split}: {count} images (0 without objects)" in summary
         assert "10 categories, largest id 29" in summary
 
 

@@ -110,8 +110,11 @@ def test_what_cannot_be_predicted(tmp_path, photo):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(BadData, match="1 of 1 images could not be predicted: .*text.png: this image cannot be read"):
         predict(tmp_path / "text.png", "--resume", resume, "--out", tmp_path / "out")
-    with pytest.raises(ValueError, match="more than one image is called photo"):
+    with pytest.raises(ValueError, match="more than one result would be called photo"):
         predict(photo, tmp_path / "a" / "photo.png", "--resume", resume, "--out", tmp_path / "out")
+    for name, flag in (("encodings.png", "--tables"), ("photo_attention.png", "--attention")):
+        with pytest.raises(ValueError, match=f"would be called {name[:-4]}, and one would overwrite"):
+            predict(photo, tmp_path / "a" / name, "--resume", resume, "--out", tmp_path / "out", flag)
     torch.save({"model": torch.load(resume, weights_only=False)["model"]}, tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="bare.pth has no 'args': the flags it was trained with"):
         predict(photo, "--resume", tmp_path / "bare.pth", "--out", tmp_path / "out")

@@ -343,6 +343,16 @@ def test_pretrained_is_named_and_fetched_only_where_it_is_used(trained, data, tm
     assert fetched == ["NAME"] and "--pretrained: class_embed.weight" in capsys.readouterr().out
 
 
+def test_a_frozen_detector_of_other_classes_is_refused(trained, data, tmp_path):
+    contents = torch.load(trained[0] / "checkpoint.pth", weights_only=False)
+    contents["categories"] = {3: "green", 4: "red", 9: "blue"}
+    torch.save(contents, tmp_path / "other.pth")
+    flags = ["--coco_path", str(data), *TINY, "--dec_layers", "6", "--device", "cpu", "--num_workers", "0", "--masks"]
+    args = get_args_parser().parse_args([*flags, "--frozen_weights", str(tmp_path / "other.pth")])
+    with pytest.raises(BadCheckpoint, match="other.pth numbers its categories in another way .* 'red' is 3 here and 4"):
+        train.main(args)
+
+
 def test_published_class_counts():
     class Of:
         def __init__(self, largest):
