@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
 
 
@@ -27,8 +28,9 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
     for text in named:
         path = Path(text)
         if path.is_dir():
-            found = [Path(parent, file) for parent, _, names in os.walk(path) for file in names]
+            found = (Path(parent, file) for parent, _, names in os.walk(path) for file in names)
             images = (file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
+            images = (file for file in images if not is_hidden(file.relative_to(path).parts))
             found = sorted(file for file in images if besides.absolute() not in file.absolute().parents)
         else:
             found = [path] if path.exists() or not glob.has_magic(text) else sorted(map(Path, glob.glob(text)))
@@ -36,6 +38,11 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
             raise ValueError(f"{text}: no image {'in this folder' if path.is_dir() else 'fits this pattern'}")
         files |= dict.fromkeys(found)
     return list(files)
+
+
+def is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a file or one of its folders is hidden: a program's own, as ``.ipynb_checkpoints`` or ``._x.jpg``."""
+    return any(part.startswith(".") for part in parts)
 
 
 def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:
@@ -54,8 +61,8 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
     """An encoded image in RGB.
 
     8-bit images are what ``Image.convert("RGB")`` makes of them, as in the published code: transparency is dropped,
-    CMYK converted, the first frame of an animation taken. 16-bit grey is scaled to 8 bits. Floating-point and 32-bit
-    pixels are refused: no file says what is black and white in them.
+    CMYK converted, the first frame of an animation taken. Grey of 12 or 16 bits is scaled to 8. Floating-point and
+    32-bit pixels are refused: no file says what is black and white in them.
 
     Args:
         data: the bytes of the file.
@@ -65,8 +72,15 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":
+                raise ValueError("it is a PostScript program, which is not run")
+            turn = _orientation(image) if image.format == "TIFF" else 1
             image.load()
             rgb = _to_rgb(image)
+            if turn != 1:  # Pillow turns a TIFF while it loads it, and forgets that it did: back to as stored
+                rgb.getexif()[ORIENTATION] = {6: 8, 8: 6}.get(turn, turn)
+                rgb = ImageOps.exif_transpose(rgb)
+                rgb.getexif()[ORIENTATION] = turn
             return ImageOps.exif_transpose(rgb) if upright and is_turned(rgb) else rgb
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{name}: too many pixels to be a photograph ({error}); scale it down") from error
@@ -77,15 +91,22 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
 
 def is_turned(image: Image.Image) -> bool:
     """Whether the image is stored otherwise than people see it. Metadata that cannot be read say nothing."""
+    return _orientation(image) != 1
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow raises SyntaxError, struct.error, ...
-        return False
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS):
-        grey = (np.asarray(image).astype(np.int64) + 128) // 257  # 65535 / 255 = 257
+        tags = getattr(image, "tag_v2", {})  # of a TIFF: it may have 12 bits, or 0 for white
+        most = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+        grey = (np.asarray(image).astype(np.int64) * 255 + most // 2) // most
+        grey = 255 - grey if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else grey
         rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
         rgb.info = dict(image.info)  # where the orientation is
         return rgb

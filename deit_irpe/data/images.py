@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from irpe_train.pixels import UnreadableImage, decode_image
+from irpe_train.distributed import logger
+from irpe_train.pixels import UnreadableImage, decode_image, is_hidden
 
 MOST_CLASSES = 100_000  # where they are numbers only; a larger number is a mistake, or an attack on the memory
 
@@ -62,6 +63,8 @@ class LabelledImages(Dataset):
 class FolderImages(LabelledImages):
     """``root/<class>/**/*.jpg``: one folder a class, numbered in alphabetical order. Links to folders are followed.
 
+    What is hidden (``.ipynb_checkpoints``, ``._x.jpg``) is left out.
+
     Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or what stands
         where an image should be is none (a pipe, a link to nothing, a link back to a folder that was already read).
     """
@@ -73,6 +76,7 @@ class FolderImages(LabelledImages):
             f'{root}: no such folder. It should hold one folder for each class; see README, "Data"',
         )
         folders, flat = _entries(root)
+        report_hidden(root, {name for name in os.listdir(root) if is_hidden([name])})
         _need(
             folders,
             ValueError,
@@ -109,6 +113,8 @@ def _entries(folder: str | Path) -> tuple[list[str], list[str]]:
     folders, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if is_hidden([entry.name]):
+                continue
             if entry.is_dir():
                 folders.append(entry.path)
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
@@ -121,6 +127,12 @@ def _entries(folder: str | Path) -> tuple[list[str], list[str]]:
                     f"{entry.path}: a link to nothing; was it a folder of images?",
                 )
     return sorted(folders), sorted(images)
+
+
+def report_hidden(where: Path, names: set[str]) -> None:
+    """A note on hidden ``names`` among the classes: they are left out, and somebody may have meant one."""
+    if names:
+        logger.info(f"{where}: hidden, so no classes: {', '.join(sorted(names))}")
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from deit_irpe.data.images import MOST_CLASSES, LabelledImages
 from deit_irpe.data.tar_files import tar_members
+from irpe_train.pixels import is_hidden
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions of the image of a sample, as WebDataset has them
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation")}  # words in the name of a shard
@@ -120,8 +121,10 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
         if not member.isreg():
             continue
         path = PurePosixPath(member.name)
+        if is_hidden(path.parts):  # macOS packs ._x.jpg with x.jpg
+            continue
         stem, _, extension = path.name.partition(".")
-        key = str(path.with_name(stem)) if stem else str(path)
+        key = str(path.with_name(stem))
         if key != current and members:
             yield current, members
             members = {}

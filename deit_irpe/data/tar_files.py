@@ -11,7 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from deit_irpe.data.images import LabelledImages
+from deit_irpe.data.images import LabelledImages, report_hidden
+from irpe_train.pixels import is_hidden
 
 BLOCK = 512  # bytes: a tar file is made of such blocks, and two of zeros are its end
 
@@ -90,12 +91,15 @@ class TarImages(LabelledImages):
     def __init__(self, file: Path, transform=None):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file (--load-tar reads train.tar and val.tar)")
-        images, folders = [], []
+        images, folders, hidden = [], [], set()
         for path, place, size in _listing(file):
-            if size is None:
+            if is_hidden(path):
+                hidden |= {path[0]} if is_hidden(path[:1]) else set()
+            elif size is None:
                 folders.append(path)
             elif path[-1].lower().endswith(IMG_EXTENSIONS):
                 images.append((path, place, size))
+        report_hidden(file, hidden)
         if not images:
             raise ValueError(f"{file}: no images in it (looked for {', '.join(IMG_EXTENSIONS)})")
         below = [path[0] == file.stem and len(path) > 2 for path, *_ in images]
@@ -134,7 +138,7 @@ def _listing(file: Path) -> Iterator[tuple[tuple[str, ...], int, int | None]]:
         path = PurePosixPath(member.name).parts
         if member.isdir():
             yield path, 0, None
-        elif member.name.lower().endswith(".tar"):
+        elif member.name.lower().endswith(".tar") and not is_hidden(path):
             yield (*path[:-1], path[-1][:-4]), 0, None
             with tarfile.open(file, "r:") as outer:
                 for image in tar_members(file, outer.extractfile(member), member.name):

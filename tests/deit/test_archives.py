@@ -313,3 +313,34 @@ def test_a_pipe_among_the_images_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "val/a/1.png")
     with pytest.raises(ValueError, match="val/a/1.png: neither a file nor a folder"):
         FolderImages(tmp_path / "val")
+
+
+HIDDEN = [
+    ".ipynb_checkpoints/x.png",
+    "a/.ipynb_checkpoints/0.png",
+    "a/._0.png",
+    ".DS_Store",
+    "._a",
+    "._b.tar",
+    ".net/y.jpg",
+]
+
+
+@pytest.mark.parametrize("around", ["", "./", "val/"])
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, around):
+    said = []
+    monkeypatch.setattr("deit_irpe.data.images.logger.info", said.append)
+    names = ["a/0.png", "b/1.png"]
+    folder = FolderImages(write_files(tmp_path / ".cache/val", names + HIDDEN))  # a hidden place is no matter
+    archive = TarImages(tar_of(tmp_path / "val.tar", *(around + name for name in HIDDEN + names)))
+    assert folder.classes == archive.classes == ["a", "b"] and len(folder) == len(archive) == 2
+    assert said[0].endswith("hidden, so no classes: .DS_Store, ._a, ._b.tar, .ipynb_checkpoints, .net")
+    if around != "val/":
+        assert said[1] == said[0].replace(str(tmp_path / ".cache/val"), str(tmp_path / "val.tar"))
+
+
+def test_hidden_members_of_a_shard_are_left_out(tmp_path):
+    tar_of(
+        tmp_path / "x-val-0.tar", ("._0.jpg", b"mac"), "0.jpg", ("._0.cls", b"mac"), ("0.cls", b"0"), (".x/1.jpg", b"")
+    )
+    assert len(ShardImages(tmp_path, False)) == 1

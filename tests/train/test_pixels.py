@@ -92,10 +92,32 @@ def test_pixels_without_a_known_range_are_refused_by_name(pixels):
         decode_image(encoded(Image.fromarray(pixels), "TIFF"), "scan.tif")
 
 
+def small_tiff(bits: int, white: int, data: bytes) -> bytes:
+    """A TIFF of 9 x 6 grey pixels; ``white``: 0 where zero is white."""
+    tags = ((256, 9), (257, 6), (258, bits), (259, 1), (262, white), (273, 8), (277, 1), (278, 6), (279, len(data)))
+    entries = b"".join(struct.pack("<HHIHxx", tag, 3, 1, value) for tag, value in tags)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", 9) + entries + bytes(4)
+
+
+def test_a_tiff_of_twelve_bits_or_with_zero_for_white_is_the_same_picture():
+    rows = (int("".join(f"{value >> 4:012b}" for value in row) + "0000", 2) for row in RAMP.tolist())
+    twelve, wanted = small_tiff(12, 1, b"".join(row.to_bytes(14, "big") for row in rows)), (RAMP / 257).round()
+    for data in (small_tiff(16, 1, RAMP.tobytes()), twelve, small_tiff(16, 0, (65535 - RAMP).tobytes())):
+        assert abs(np.asarray(decode_image(data, "x"))[..., 0] - wanted).max() <= 1
+
+
+def test_a_program_that_calls_itself_an_image_is_not_run():
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n%%EndComments\nshowpage\n"
+    with pytest.raises(UnreadableImage, match="x.jpg: .*a PostScript program, which is not run"):
+        decode_image(text, "x.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])  # Pillow turns a TIFF while it loads it
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_obeyed_when_asked_for_only(orientation):
-    data = encoded(Image.fromarray(NOISE[..., :3]), "PNG", exif=turned(orientation))
-    assert np.array_equal(decode_image(data, "x"), NOISE[..., :3])  # as stored
+def test_orientation_is_obeyed_when_asked_for_only(orientation, suffix):
+    data = encoded(Image.fromarray(NOISE[..., :3]), suffix, exif=turned(orientation))
+    stored = decode_image(data, "x")
+    assert np.array_equal(stored, NOISE[..., :3]) and is_turned(stored) == (orientation > 1)
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}[
         orientation
     ]
@@ -105,8 +127,9 @@ def test_orientation_is_obeyed_when_asked_for_only(orientation):
 
 
 def test_sixteen_bits_and_an_orientation_go_together():
-    data = encoded(Image.fromarray(RAMP), "PNG", exif=turned(6))
-    assert decode_image(data, "x").size == (9, 6) and decode_image(data, "x", upright=True).size == (6, 9)
+    for suffix in ("PNG", "TIFF"):
+        data = encoded(Image.fromarray(RAMP), suffix, exif=turned(6))
+        assert decode_image(data, "x").size == (9, 6) and decode_image(data, "x", upright=True).size == (6, 9)
 
 
 def test_a_bomb_is_refused_in_one_line():
@@ -148,7 +171,8 @@ def test_damaged_metadata_cost_no_image(exif):
 
 
 def test_folders_and_patterns(tmp_path, monkeypatch):
-    write_images(tmp_path, {"photos/a": 2, "photos/b": 1, "photos/out": 1})
+    write_images(tmp_path, {"photos/a": 2, "photos/b": 1, "photos/out": 1, "photos/.ipynb_checkpoints": 1})
+    (tmp_path / "photos/._0.png").touch()
     (tmp_path / "photos/notes.txt").touch()
     monkeypatch.chdir(tmp_path)
     found = files_of(["photos"], besides=Path("photos/out"))
