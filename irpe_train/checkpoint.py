@@ -35,6 +35,7 @@ ORDINARY = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8),
     *(torch.int64, torch.int32, torch.int16, torch.int8),
 }
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 USE_ANOTHER = "; copy it again or use an earlier one"
 
 
@@ -49,7 +50,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     path = local_file(path)
     if not path.is_file():
-        raise BadCheckpoint(f"checkpoint {path}: no such file")
+        raise BadCheckpoint(f"checkpoint {path}: " + ("not a plain file" if path.exists() else "no such file"))
     size = path.stat().st_size
     if size == 0:
         raise BadCheckpoint(f"checkpoint {path}: the file is empty; use an earlier one")
@@ -58,14 +59,14 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error)}") from error
+        raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error, path)}") from error
     except Exception as error:
         raise BadCheckpoint(
             f"checkpoint {path}: damaged or truncated ({type(error).__name__}: {_first_line(error)}){USE_ANOTHER}"
         ) from error
     if not isinstance(contents, dict):
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
-    _refuse_odd_tensors(contents, path)
+    _refuse_odd_contents(contents, path, size)
     return contents
 
 
@@ -119,14 +120,25 @@ def _crc32_of_archive(path: Path, size: int) -> int:
     return zlib.crc32(struct.pack("<H", 0), crc32)
 
 
-def _refuse_odd_tensors(contents: dict, path: Path) -> None:
-    """Raises BadCheckpoint unless every tensor is a dense one of ordinary numbers, whole in the file."""
-    seen, waiting = set(), [("", contents)]
+def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
+    """Raises BadCheckpoint unless every tensor is a dense one of ordinary numbers, whole in the file, and dicts and
+    lists are a tree: a few that hold each other can stand for any number of values, or for one without end.
+    """
+    waiting, count = [("", contents)], 0
     while waiting:
         name, value = waiting.pop()
+        count += 1
+        if count > size:
+            raise BadCheckpoint(f"checkpoint {path}: refused: it names more values than the {size:,} bytes of the file")
         if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in ORDINARY:
-                kind = f"{value.layout}, {value.dtype}, on {value.device}".replace("torch.", "")
+            if (
+                value.is_nested
+                or value.layout != torch.strided
+                or value.device.type != "cpu"
+                or value.dtype not in ORDINARY
+            ):
+                layout = "nested" if value.is_nested else value.layout
+                kind = f"{layout}, {value.dtype}, on {value.device}".replace("torch.", "")
                 wanted = "a dense tensor of fp64, fp32, fp16, bf16, integers or bool"
                 raise BadCheckpoint(f"checkpoint {path}: {name} is {kind}; expected {wanted}")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -134,29 +146,27 @@ def _refuse_odd_tensors(contents: dict, path: Path) -> None:
                     f"checkpoint {path}: {name} has {value.numel():,} elements, and the file stores "
                     f"{value.untyped_storage().nbytes():,} bytes of it; save a contiguous copy"
                 )
-        elif isinstance(value, (dict, list, tuple, argparse.Namespace)) and id(value) not in seen:
-            seen.add(id(value))
+        elif isinstance(value, (dict, list, tuple, argparse.Namespace)):
             value = vars(value) if isinstance(value, argparse.Namespace) else value
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            waiting += [(f"{name}.{key}" if name else str(key), item) for key, item in items]
+            waiting += [(f"{name}.{key}".lstrip(".")[-100:], item) for key, item in items]
 
 
-def _why_refused(error: BaseException) -> str:
-    found = re.search(r"Unsupported (?:global|class|operand)[^\n]*?((?:\w+\.)+\w+)", str(error)) or re.search(
-        r"GLOBAL ((?:\w+\.)+\w+)", str(error)
-    )
-    if found:
+def _why_refused(error: BaseException, path: Path) -> str:
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
             f"refused: it holds a reference to {found.group(1)}, which could run code. Nothing was run. "
             "Only tensors, numbers, text and argparse.Namespace are read."
         )
-    return f"damaged, or not a checkpoint ({_first_line(error)}); nothing was run"
+    with open(path, "rb") as file:
+        return f"damaged, or not a file that torch.save wrote (it begins with {file.read(20)!r}); nothing was run"
 
 
 def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
-    """The state dict in ``checkpoint[key]``, or ``checkpoint`` itself if it is one, without a ``module.`` prefix.
+    """The state dict in ``checkpoint[key]``, or ``checkpoint`` itself if it is one, without the prefixes that
+    DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``) put before its names.
 
-    Raises: BadCheckpoint: there is none, or a weight is NaN or infinite (named).
+    Raises: BadCheckpoint: there is none, or a weight is NaN or infinite (named), or two have one name.
     """
     weights = checkpoint.get(key)
     if weights is None:
@@ -165,7 +175,10 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
         weights = checkpoint
     if not _is_state_dict(weights):
         raise BadCheckpoint(f"checkpoint {source}: {key!r} is not a dict of tensors by name")
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    stored, weights = weights, {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
+    if len(weights) < len(stored):
+        twice = next(name for name in stored if WRAPPERS.sub("", name) != name)
+        raise BadCheckpoint(f"checkpoint {source}: {key!r} holds a weight twice, as {twice} and without the prefix")
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise BadCheckpoint(
@@ -239,7 +252,8 @@ def load_matching(
 
 
 def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = [name if name.isprintable() and len(name) < 100 else ascii(name)[:60] for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None, also: tuple[Path, ...] = ()) -> None:
@@ -311,4 +325,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.partition(". In PyTorch")[0][:300]  # what follows is advice to read the file without care

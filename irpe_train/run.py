@@ -2,6 +2,7 @@
 """A training run in its folder: opened once, and written to at the end of every epoch."""
 
 import argparse
+import math
 import time
 
 from irpe_train.distributed import gather, logger, world_size
@@ -84,7 +85,7 @@ class Run:
             figure: by which epochs are compared; the best one's checkpoint is kept as ``best.pth``.
         """
         state = self.state
-        improved = state.best is None or figure > state.best
+        improved = state.best is None or figure > state.best or math.isnan(state.best)
         state.best = figure if improved else state.best
         self.log.write(
             {

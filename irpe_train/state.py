@@ -11,6 +11,7 @@ from irpe_train.checkpoint import load_matching, model_weights
 from irpe_train.distributed import gather, logger, rank, world_size
 from irpe_train.errors import BadCheckpoint
 from irpe_train.metrics import MetricLogger
+from irpe_train.state_check import MISFITS, load_checked
 
 FORMAT = 1  # of our own keys; raised when an older program could not resume from them
 
@@ -111,29 +112,28 @@ class TrainState:
         Returns: whether it had a position too, and not weights alone.
         Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
         """
-        weights = model_weights(checkpoint, source=source)
-        average = (
-            model_weights(checkpoint, source=source, key="model_ema")
-            if self.ema is not None and checkpoint.get("model_ema")
-            else None
-        )
+        there = {name for name, value in checkpoint.items() if not isinstance(value, dict | None) or value}
+        weights, average = model_weights(checkpoint, source=source), None
+        if self.ema is not None and "model_ema" in there:
+            average = model_weights(checkpoint, source=source, key="model_ema")
         load_matching(self.model, weights, source=source)
         if self.ema is not None:
             if average is None:
                 logger.warning(f"checkpoint {source} has no moving average: it starts from the weights")
             load_matching(self.ema.module, average or weights, source=source)
-        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-            logger.warning(f"checkpoint {source} has weights only: training starts at epoch {self.epoch}")
+        if missing := [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in there]:
+            only = f"has weights only (no {', '.join(missing)})"
+            logger.warning(f"checkpoint {source} {only}: training starts at epoch {self.epoch}")
             return False
         progress = progress_of(checkpoint, source=source)
         for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", self.scaler)):
-            if part is not None and checkpoint.get(name):
+            if part is not None and name in there:
                 try:
-                    _check_form(part, checkpoint[name])
-                    part.load_state_dict(checkpoint[name])
-                except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+                    load_checked(part, checkpoint[name], epoch=progress["epoch"])
+                except MISFITS as error:
+                    reason = " ".join(str(error).split())[:200]
                     raise BadCheckpoint(
-                        f"checkpoint {source}: its {name} does not fit this run ({error}); "
+                        f"checkpoint {source}: its {name} does not fit this run ({reason}); "
                         "use the flags it was trained with, or --finetune for the weights"
                     ) from error
         self.start_of_epoch()
@@ -162,12 +162,15 @@ def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
         stats, fits = progress["train_stats"] or {}, progress["fits"] or [progress["step"]]
         right = (
             all(type(progress[name]) is int and progress[name] >= 0 for name in ("epoch", "step"))
-            and all(isinstance(number, (int, float)) for number in (*meters, *stats.values(), progress["best"] or 0))
+            and all(isinstance(number, (int, float)) for number in (*meters, *stats.values()))
+            and isinstance(progress["best"], int | float | None)
             and all(isinstance(name, str) for name in stats)
             and all(type(number) is int for number in fits)
             and progress["step"] <= fits[0]
         )
-    except (AttributeError, TypeError, KeyError, IndexError):
+    except MISFITS as error:
+        if isinstance(error, BadCheckpoint):
+            raise
         right = False
     if not right:
         raise BadCheckpoint(
@@ -179,31 +182,6 @@ def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
 
 def _numbers(meter: dict) -> list:
     return [meter["total"], meter["count"], *meter["window"]]
-
-
-def _check_form(part, given) -> None:
-    """Raises TypeError where a stored state has other kinds of values than ``part`` has now.
-
-    Schedulers take every name and value they are given, and fail an epoch later.
-    """
-
-    def compare(own, given, where):
-        pairs = []
-        if isinstance(own, dict) and isinstance(given, dict):
-            pairs = [(own[key], given[key], f"{where} {key}".strip()) for key in own if key in given]
-        elif isinstance(own, (list, tuple)) and isinstance(given, (list, tuple)):
-            pairs = [(x, y, f"{where} {i}") for i, (x, y) in enumerate(zip(own, given, strict=False))]
-        elif own is not None and given is not None:
-            number = isinstance(own, (int, float))
-            if not isinstance(given, (int, float) if number else type(own)):
-                raise TypeError(f"{where} is a {type(given).__name__}, not a {type(own).__name__}")
-        for pair in pairs:
-            compare(*pair)
-
-    own = part.state_dict()
-    compare(own, given, "its state")
-    if methods := [key for key in given if key not in own and callable(getattr(type(part), str(key), None))]:
-        raise TypeError(f"{methods[0]} is no value")
 
 
 def plain(value):

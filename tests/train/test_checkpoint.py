@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import copy
+import math
 import os
 import pathlib
 import pickle
@@ -10,13 +12,16 @@ import re
 import resource
 import time
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
 import pytest
 import torch
 
 from irpe_train import download as downloads
 from irpe_train.checkpoint import link, load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
+from irpe_train.distributed import set_up_logging
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.run_folder import Checkpoints
 from irpe_train.state import TrainState, plain
@@ -314,7 +319,10 @@ def test_names_that_are_no_text_are_refused(name):
 
 
 def whole_checkpoint():
-    return a_state().to_dict(DETR)
+    state = a_state()
+    state.model(torch.ones(1, 3)).sum().backward()
+    state.optimizer.step()
+    return state.to_dict(DETR)
 
 
 @pytest.mark.parametrize(
@@ -365,6 +373,131 @@ def test_a_state_of_another_form_is_refused_before_it_is_used(part, change):
     contents[part] = contents[part] | change
     with pytest.raises(BadCheckpoint, match=f"a.pth: its {part} does not fit this run"):
         a_state().load_dict(contents, source="a.pth")
+
+
+def changed(contents, where, change):
+    """``contents`` with ``change`` at the place ``where``; None removes what is there."""
+    *path, last = where
+    place = contents
+    for key in path:
+        place = place[key]
+    if change is None:
+        del place[last]
+    else:
+        place[last] = change
+    return contents
+
+
+GROUP, MOMENTS = ("optimizer", "param_groups", 0), ("optimizer", "state", 0)
+MISFITS = {
+    "no lr": ((*GROUP, "lr"), None),
+    "no betas": ((*GROUP, "betas"), None),
+    "one beta": ((*GROUP, "betas"), (0.9,)),
+    "lr of NaN": ((*GROUP, "lr"), math.nan),
+    "capturable on a CPU": ((*GROUP, "capturable"), True),
+    "no first moment": ((*MOMENTS, "exp_avg"), None),
+    "moment of another shape": ((*MOMENTS, "exp_avg"), torch.ones(2, 2)),
+    "moment that broadcasts": ((*MOMENTS, "exp_avg"), torch.ones(2, 1)),
+    "moment of NaN": ((*MOMENTS, "exp_avg"), torch.full((2, 3), math.nan)),
+    "negative second moment": ((*MOMENTS, "exp_avg_sq"), -torch.ones(2, 3)),
+    "negative step": ((*MOMENTS, "step"), torch.tensor(-5.0)),
+    "step of many": ((*MOMENTS, "step"), torch.ones(3)),
+    "no dict": (MOMENTS, torch.ones(3)),
+    "parameter by name": (("optimizer", "state", "0"), {"step": torch.tensor(1.0)}),
+    "another optimizer": (("optimizer", "state"), {0: {"momentum_buffer": torch.ones(2, 3)}}),
+    "no tensor but a set": (("optimizer",), {1, 2}),
+    "a tensor": (("optimizer",), torch.ones(3)),
+    "optimizer in a schedule": (("lr_scheduler", "optimizer"), 3),
+    "schedule of NaN": (("lr_scheduler", "last_epoch"), math.nan),
+    "schedule of steps of 0": (("lr_scheduler", "step_size"), 0),
+    "schedule of two groups": (("lr_scheduler", "base_lrs"), [0.1, 0.1]),
+    "another schedule": (("lr_scheduler",), {"t_initial": 3, "warmup_t": 0}),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_state_that_would_fail_later_is_refused_when_it_is_loaded(name):
+    where, change = MISFITS[name]
+    contents = changed(whole_checkpoint(), where, change)
+    with pytest.raises(BadCheckpoint, match=f"a.pth: its {where[0]} does not fit this run .*; use the flags") as error:
+        a_state().load_dict(contents, source="a.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adafactor"])
+def test_the_trial_step_changes_nothing(kind):
+    """Neither weights nor state, and any optimizer that was stored is taken back."""
+    states = [a_state(), a_state()]
+    for state in states:
+        state.optimizer = getattr(torch.optim, kind)(state.model.parameters(), lr=0.1)
+        state.lr_scheduler = torch.optim.lr_scheduler.StepLR(state.optimizer, 2)
+    for _ in range(3):
+        states[0].model(torch.ones(1, 3)).sum().backward()
+        states[0].optimizer.step()
+    states[0].lr_scheduler.step()
+    stored = copy.deepcopy(states[0].to_dict(DETR))
+    assert states[1].load_dict(copy.deepcopy(stored), source="a.pth")
+    for key in ("model", "optimizer", "lr_scheduler"):
+        torch.testing.assert_close(states[1].to_dict(DETR)[key], stored[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gone", ["optimizer", "lr_scheduler", "epoch"])
+@pytest.mark.parametrize("value", [None, {}])
+def test_what_lacks_a_part_of_the_state_is_weights_alone(gone, value, capsys):
+    set_up_logging(0)
+    state = a_state(epoch=4)
+    assert not state.load_dict(whole_checkpoint() | {gone: value}, source="a.pth")
+    assert state.epoch == 4 and f"has weights only (no {gone}): training starts at epoch 4" in capsys.readouterr().out
+
+
+def nest(levels):
+    value = ["x"]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("where", [("args",), ("extra",), ("progress", "also"), (*MOMENTS, "x")])
+@pytest.mark.parametrize("kind", ["many", "endless"])
+def test_lists_that_stand_for_more_than_the_file_are_refused(tmp_path, where, kind):
+    value = nest(50)
+    if kind == "endless":
+        value.append(value)
+    torch.save(changed(whole_checkpoint(), where, value), tmp_path / "a.pth")
+    with pytest.raises(BadCheckpoint, match=r"a\.pth: refused: it names more values than the [\d,]+ bytes of the file"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrapped_and_compiled_models_are_taken_off(prefix):
+    plain_weights = torch.nn.Linear(3, 2).state_dict()
+    weights = {prefix + name: value for name, value in plain_weights.items()}
+    assert list(model_weights({"model": weights}, source="a.pth")) == list(plain_weights)
+    with pytest.raises(BadCheckpoint, match=f"a.pth: 'model' holds a weight twice, as {prefix}weight"):
+        model_weights({"model": weights | plain_weights}, source="a.pth")
+
+
+def test_names_in_messages_stay_on_their_line():
+    with pytest.raises(BadCheckpoint) as error:
+        load_matching(torch.nn.Linear(1, 1), {"a\n\x1b[31m": torch.ones(1), "b" * 9999: torch.ones(1)}, source="a.pth")
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("value", [frozenset([1]), int, Decimal(1), deque([1])], ids=repr)
+def test_what_is_refused_is_called_by_its_name(tmp_path, value):
+    torch.save({"model": {}, "extra": value}, tmp_path / "a.pth")
+    kind = value if isinstance(value, type) else type(value)
+    with pytest.raises(BadCheckpoint, match=rf"it holds a reference to ([\w.]+\.)?{kind.__name__}, which could run"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("content", [b"<html>sign in</html>", b"version https://git-lfs", b"{}", b"\x50\x02{"])
+def test_other_files_are_shown_by_their_beginning(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    words = "not a file that torch.save wrote (it begins with " + repr(content[:20])
+    with pytest.raises(BadCheckpoint, match=re.escape(words)) as error:
+        read_checkpoint(tmp_path / "a.pth")
+    assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize("keys", [DEIT, DETR], ids=["deit", "detr"])
