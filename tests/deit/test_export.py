@@ -1,8 +1,12 @@
 """python -m deit_irpe.export: the encoding leaves as plain gathers, and the file computes the same."""
 
+import argparse
+import json
+
 import onnx
 import pytest
 import torch
+from safetensors import safe_open
 
 from deit_irpe.args import get_args_parser as training_flags
 from deit_irpe.export import get_export_parser, main
@@ -52,3 +56,17 @@ def test_a_bare_state_dict_needs_the_model_name(checkpoint, tmp_path):
     torch.save({"model": torch.load(checkpoint, weights_only=False)["model"]}, bare)
     with pytest.raises(ValueError, match="--model NAME"):
         run("--resume", bare, "--out", tmp_path / "x")
+
+
+def test_the_average_of_a_model_for_oblong_images_and_what_a_user_must_know(tmp_path):
+    name, sizes = "deit_tiny_patch16_224_ctx_product_50_shared_k", dict(depth=1, num_classes=2, img_size=(32, 48))
+    weights, average = (create_model(name, **sizes).state_dict() for _ in range(2))
+    flags = argparse.Namespace(model=name, rpe=None, model_kwargs=["depth=1"], input_size="32x48")
+    contents = {"model": weights, "model_ema": average, "args": flags, "classes": ["ant", "bee"]}
+    torch.save(contents, tmp_path / "best.pth")
+    run("--resume", tmp_path / "best.pth", "--out", tmp_path / "x", "--formats", "safetensors", "--eval-ema")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("head.weight"), average["head.weight"])
+        told = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert (told["classes"], told["input_size"], told["model"]) == (["ant", "bee"], "32x48", name)
+    assert told["rpe"] == "rpe-1.9-product-ctx-1-k" and told["mean"] == [0.485, 0.456, 0.406]

@@ -47,6 +47,11 @@ def test_tanh_has_the_published_bounds():
     assert rates(9, 1e-3, name="tanh", noise=[0.5]) != rates(9, 1e-3, name="tanh", noise=[0.9, 1.0])
 
 
+def test_steps_come_as_often_and_are_as_large_as_asked_for():
+    seen = rates(9, 1e-3, name="step", warmup_epochs=0, decay_epochs=3, decay_rate=0.5)
+    assert seen == pytest.approx([1e-3 * 0.5 ** (max(epoch - 1, 0) // 3) for epoch in range(9)], rel=1e-12)
+
+
 def test_linear_scaling_counts_every_image_of_an_update():
     assert scaled_lr(5e-4, 64, 1) == 6.25e-5
     assert scaled_lr(5e-4, 64, 2, accumulate=4) == 5e-4

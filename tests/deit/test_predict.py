@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deit_irpe import create_model
+from deit_irpe import predict as prediction
 from deit_irpe.args import get_export_parser as export_flags
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
@@ -85,9 +86,25 @@ def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint):
     assert (on_patches > 0).all() and (on_patches < 1).all()  # the rest is on the class token
 
 
+def test_pictures_show_the_classes_best_first_and_the_patch_that_looks(checkpoint, tmp_path, monkeypatch):
+    """On 4 x 4 patches of a 32-pixel image, patch 1,3 (row, column) has its middle at 28,12 (x, y)."""
+    write_images(tmp_path, {"images": 1}, side=50)
+    tops, looks = [], []
+    monkeypatch.setattr(prediction, "draw_top", lambda image, names, shares: tops.append((names, shares)))
+    monkeypatch.setattr(prediction, "draw_over_image", lambda *drawn: looks.append(drawn))
+    monkeypatch.setattr(prediction, "_save", lambda figure, out, name: None)
+    flags = [str(tmp_path / "images/0.png"), "--resume", str(checkpoint), "--out", str(tmp_path / "out")]
+    main(get_predict_parser().parse_args([*flags, "--device", "cpu", "--attention", "1,3"]))
+    ((names, shares),) = tops
+    assert names[0] == "cat" and shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
+    ((image, points, (maps,), title),) = looks
+    assert image.size == (32, 32) and points == [(28.0, 12.0)] and "patch 1,3 looks" in title
+    assert torch.allclose(maps["mean of the heads"], (maps["head 0"] + maps["head 1"]) / 2)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(("--attention", "9,9"), "outside the 4x4 patches"), (("--rpe", "none"), "is of another model")],
+    [(("--attention", "0,4"), "outside the 4x4 patches"), (("--rpe", "none"), "is of another model")],
 )
 def test_mistakes_are_explained(checkpoint, tmp_path, flags, words):
     write_images(tmp_path, {"images": 1})

@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import deit_irpe
 from deit_irpe import train
-from deit_irpe.load_model import load_model
+from deit_irpe.load_model import class_names, load_model
 from deit_irpe.models import build_model, head_names, load_pretrained_weights
 from irpe_train.errors import BadCheckpoint
 
@@ -288,3 +288,9 @@ def test_as_many_names_as_outputs(tmp_path):
     torch.save(torch.load(source, weights_only=False) | {"classes": ["x"]}, source)
     with pytest.raises(BadCheckpoint, match="1 classes are named, the class head has 2"):
         load_model(source)
+
+
+def test_classes_without_names_are_those_of_imagenet_or_numbers():
+    assert class_names(2) == ["class 0", "class 1"]
+    names = class_names(1000)
+    assert len(names) == 1000 and names[0].startswith("tench") and names[999].startswith("toilet tissue")

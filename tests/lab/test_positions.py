@@ -82,11 +82,11 @@ def test_only_without_positions_is_a_picture_a_bag_of_patches(run):
 
 
 def test_sine_and_cosine_are_those_of_row_and_column():
-    model = model_of("demo", "sine-cosine")
-    table = model.pos_embed[0, 1:].unflatten(0, (4, 4))  # (4, 4, 64)
+    model = model_of("demo", "sine-cosine", "--input-size", "32x48")
+    table = model.pos_embed[0, 1:].unflatten(0, (4, 6))  # (4, 6, 64)
     assert not model.pos_embed.requires_grad and not model.pos_embed[0, 0].any()
     rates = 10000 ** -(torch.arange(16) / 16)
-    row, column = 2, 3
+    row, column = 2, 5
     expected = torch.cat([wave(at * rates) for wave in (torch.sin, torch.cos) for at in (row, column)])
     found = table[row, column]
     assert torch.allclose(found.sort().values, expected.sort().values, atol=1e-6)

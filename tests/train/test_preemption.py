@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import irpe_train.preemption
 from irpe_train import distributed
 from irpe_train.errors import Preempted
 from irpe_train.loader import EvalLoader, TrainLoader
@@ -74,6 +75,7 @@ def test_uninstalled_handlers_are_as_they_were():
 
 def busy(args):
     """What lists data, builds a model, reads a checkpoint: nothing that looks at ``STOP``. Rank 1 waits for rank 0."""
+    irpe_train.preemption.GRACE = 0.5  # in this process alone
     STOP.install()
     distributed.start(device="cpu", timeout=20)
     print("at it")
