@@ -98,7 +98,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     model("--dec_layers", default=6, type=positive_int, help="decoder layers")
     model("--dim_feedforward", default=2048, type=positive_int, help="hidden width of the feed-forward blocks")
     model("--hidden_dim", default=256, type=positive_int, help="width of the transformer")
-    model("--dropout", default=0.1, type=float, help="in the transformer")
+    model("--dropout", default=0.1, type=fraction, help="in the transformer")
     model("--nheads", default=8, type=positive_int, help="attention heads")
     model("--num_queries", default=100, type=positive_int, help="objects that can be found in an image")
     model("--pre_norm", action="store_true", help="normalise before each block, not after")

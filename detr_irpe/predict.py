@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> None:
     out = OutputFolder(args.out)
     out.refuse_to_replace([image.stem + suffix for image in images for suffix in suffixes])
     detector = Detector(args.resume, choose_device(args.device))
+    if args.attention and not len(detector.encoder.layers):
+        raise ValueError(f"--attention: {args.resume} has no encoder layer to look into")
     with_tables = args.tables or args.attention and detector.flags.enc_rpe2d
     out.refuse_to_replace(["encodings.png"] if with_tables else [])
     truth = Truth(args.annotations, detector.names) if args.annotations else None

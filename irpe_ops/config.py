@@ -10,6 +10,7 @@ from irpe_ops.methods import find_method, maps_of
 from irpe_ops.modes import MODES
 
 RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
+LARGEST_RATIO = 10**6  # beyond all images; the tables of larger ones have sizes that are no 64-bit number
 SPEC_FORMAT = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
 
 
@@ -132,10 +133,12 @@ def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
 
 def _check_ratio(ratio: float) -> float:
     """``ratio`` as a float; ValueError unless it is finite and leaves room for at least one bucket a side."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) or ratio <= 0:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")
     if 2 * ratio < 1:
         raise ValueError(f"ratio {ratio!r} leaves a single bucket for all distances; use at least 0.5")
+    if ratio > LARGEST_RATIO:
+        raise ValueError(f"ratio {ratio!r} asks for more buckets than fit in any memory; use at most {LARGEST_RATIO}")
     return float(ratio)
 
 

@@ -186,7 +186,7 @@ def draw_over_image(
         title: shown as it stands, as the titles of the maps are (`plain_text`).
     """
     columns = 1 + len(maps[0])
-    figure = _figure(3 * columns, 3 * len(points) * image.height / image.width + 0.5)
+    figure = _figure(3 * columns, 3 * len(points) * min(image.height / image.width, 8) + 0.5)
     figure.suptitle(plain_text(title), fontsize=9)
     extent = (0, image.width, image.height, 0)
     for line, (x, y), of_point in zip(figure.subplots(len(points), columns, squeeze=False), points, maps, strict=True):

@@ -38,7 +38,7 @@ class OutputFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            lines = (folder / LIST).read_text().splitlines()
+            lines = (folder / LIST).read_text(errors="surrogateescape").splitlines()
         except (OSError, ValueError):
             lines = []
         self._written = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
@@ -66,7 +66,7 @@ class OutputFolder:
         """These files are written, and may be replaced by a later prediction."""
         self._written |= {name: self._state(name) for name in names}
         lines = "".join(f"{name}\t{state}\n" for name, state in sorted(self._written.items()) if "\n" not in name)
-        (self.folder / LIST).write_text(lines)
+        (self.folder / LIST).write_text(lines, errors="surrogateescape")  # names need not be UTF-8
 
     def _state(self, name: str) -> str | None:
         try:

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def test_boxes_json_and_pictures(tmp_path, photo):
         assert x0 < x1 and y0 < y1
     assert Image.open(tmp_path / "out" / "photo.png").size == (720, 480)  # enlarged twelve times
     assert not (tmp_path / "out" / "photo_attention.png").exists()
+
+
+@pytest.mark.parametrize(
+    "size, name", [((1, 1), b"a"), ((2, 900), b"thin"), ((900, 2), b"flat"), ((9, 9), b"no utf-8 \xff")]
+)
+def test_odd_sizes_and_names(tmp_path, size, name):
+    image = tmp_path / (os.fsdecode(name) + ".png")
+    Image.new("RGB", size).save(image)
+    for _ in range(2):  # its own results may be replaced
+        predict(image, "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out", "--attention")
+    assert len(list((tmp_path / "out").glob("[!.]*"))) == 4
+    assert max(Image.open(tmp_path / "out" / f"{image.stem}_attention.png").size) < 20_000
 
 
 def test_attention_and_encodings(tmp_path, photo):
@@ -115,6 +128,9 @@ def test_what_cannot_be_predicted(tmp_path, photo):
     for name, flag in (("encodings.png", "--tables"), ("photo_attention.png", "--attention")):
         with pytest.raises(ValueError, match=f"would be called {name[:-4]}, and one would overwrite"):
             predict(photo, tmp_path / "a" / name, "--resume", resume, "--out", tmp_path / "out", flag)
+    with pytest.raises(ValueError, match="--attention: .*no_encoder.pth has no encoder layer to look into"):
+        no_encoder = write_checkpoint(tmp_path / "no_encoder.pth", enc_layers=0)
+        predict(photo, "--resume", no_encoder, "--out", tmp_path / "out", "--attention")
     torch.save({"model": torch.load(resume, weights_only=False)["model"]}, tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="bare.pth has no 'args': the flags it was trained with"):
         predict(photo, "--resume", tmp_path / "bare.pth", "--out", tmp_path / "out")

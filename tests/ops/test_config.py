@@ -90,6 +90,8 @@ def test_wrong_specs_say_what_is_wrong(spec, words):
         ({"rpe_on": "v", "mode": "bias"}, "values have none"),
         ({"ratio": "1.9"}, "ratio is a positive number, not '1.9'"),
         ({"ratio": float("inf")}, "not inf"),
+        ({"ratio": 1e9}, "ratio 1000000000.0 asks for more buckets than fit in any memory; use at most 1000000"),
+        ({"ratio": 10**400}, "asks for more buckets"),
         ({"shared_head": "yes"}, "shared_head is True or False"),
         ({"skip": -1}, "skip is the number of leading tokens, 0 or more, not -1"),
         ({"skip": 1.0}, "skip is the number of leading tokens"),
