@@ -12,7 +12,7 @@ from torchvision.transforms import Compose
 from deit_irpe.args import image_size
 from deit_irpe.data import build_transform, stored_classes
 from deit_irpe.data.transforms import MEAN, STD
-from deit_irpe.load_model import load_model
+from deit_irpe.load_model import load_model, stored_size
 from irpe_train.errors import BadCheckpoint
 
 
@@ -26,8 +26,8 @@ class Classifier:
 
     def __init__(self, source: str, device: torch.device, **flags):
         """Args: flags: see ``load_model``; an ONNX file needs none."""
-        self.device = device
-        if Path(source).suffix == ".onnx":
+        self.source, self.device = source, device
+        if Path(source).suffix.lower() == ".onnx":
             if any(flags.values()):
                 raise ValueError(f"{source} is exported as it is: leave out --model, --rpe, --ema and --input-size")
             self._model, self.classes, size = load_onnx(Path(source))
@@ -52,7 +52,10 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Tensor:
         """The probability of each class, ``(C,)``, on the CPU."""
-        return self._model(self.pixels(image)).float().softmax(1)[0].cpu()
+        shares = self._model(self.pixels(image)).float().softmax(1)[0].cpu()
+        if not shares.isfinite().all():
+            raise BadCheckpoint(f"checkpoint {self.source}: its answer is not finite")
+        return shares
 
 
 class OnnxModel:
@@ -79,13 +82,15 @@ def load_onnx(path: Path) -> tuple[OnnxModel, list[str], int | tuple[int, int]]:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-        classes, size = stored_classes(told, source=str(path)), image_size(told["input_size"])
+        classes, size = stored_classes(told, source=str(path)), stored_size(told["input_size"], source=str(path))
         if (told["mean"], told["std"]) != (list(MEAN), list(STD)):
             raise ValueError(f"mean {told['mean']} and deviation {told['std']} are not those of this program")
+        if classes is None:
+            raise ValueError("it names no classes")
+        model, sides = OnnxModel(session), size if isinstance(size, tuple) else (size, size)
+        if (answer := model(torch.zeros(1, 3, *sides)).shape) != (1, len(classes)):
+            raise ValueError(f"of {len(classes)} classes, and its answer to an image is {tuple(answer)}")
     except Exception as error:  # onnxruntime's own errors derive from Exception alone
-        raise BadCheckpoint(
-            f"{path}: not a classifier that deit_irpe.export wrote ({type(error).__name__}: {error})"
-        ) from error
-    if classes is None:
-        raise BadCheckpoint(f"{path}: not a classifier that deit_irpe.export wrote (it names no classes)")
-    return OnnxModel(session), classes, size
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise BadCheckpoint(f"{path}: not a classifier that deit_irpe.export wrote ({reason})") from error
+    return model, classes, size

@@ -8,7 +8,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from deit_irpe.args import get_args_parser, image_size_text, keywords
+from deit_irpe.args import get_args_parser, image_size, image_size_text, keywords
 from deit_irpe.data import stored_classes
 from deit_irpe.models import build_model, head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
@@ -68,14 +68,19 @@ def _flags(checkpoint: dict, *, source: str) -> dict:
     for name, kind in MODEL_FLAGS.items():
         if not isinstance(flags[name], kind):
             raise BadCheckpoint(f"checkpoint {source}: its flags describe no model: {name} is {flags[name]!r:.100}")
-    size = flags["input_size"]
-    try:
-        largest = max(int(side) for side in str(image_size_text(str(size))).split("x"))
-    except argparse.ArgumentTypeError as error:
-        raise BadCheckpoint(f"checkpoint {source}: its input_size: {error}; give --input-size") from error
-    if largest > LARGEST_INPUT:
-        raise BadCheckpoint(f"checkpoint {source}: its input_size is {size}; if that is right, give --input-size")
+    stored_size(flags["input_size"], source=source)
     return flags
+
+
+def stored_size(size: object, *, source: str) -> int | tuple[int, int]:
+    """The ``input_size`` of a checkpoint or exported file, as `image_size` gives it. Raises: BadCheckpoint."""
+    try:
+        sides = image_size(image_size_text(str(size)))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise BadCheckpoint(f"checkpoint {source}: its input_size: {error}; give --input-size") from error
+    if max(sides if isinstance(sides, tuple) else (sides,)) > LARGEST_INPUT:
+        raise BadCheckpoint(f"checkpoint {source}: its input_size is {size}; if that is right, give --input-size")
+    return sides
 
 
 def _shapes(args: argparse.Namespace, num_classes: int, weights: dict[str, Tensor]) -> nn.Module:

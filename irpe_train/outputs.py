@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results never replace what somebody else put in their place, and a place that cannot be written is refused early."""
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,10 +39,9 @@ class OutputFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            lines = (folder / LIST).read_text(errors="surrogateescape").splitlines()
-        except (OSError, ValueError):
-            lines = []
-        self._written = dict(line.rsplit("\t", 1) for line in lines if "\t" in line)
+            self._written = dict(json.loads((folder / LIST).read_text()))
+        except (OSError, ValueError, TypeError):
+            self._written = {}
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
         """To be called before any work. Raises RunError: one of the files exists and was not written by ``predict``, or
@@ -65,8 +65,7 @@ class OutputFolder:
     def wrote(self, *names: str) -> None:
         """These files are written, and may be replaced by a later prediction."""
         self._written |= {name: self._state(name) for name in names}
-        lines = "".join(f"{name}\t{state}\n" for name, state in sorted(self._written.items()) if "\n" not in name)
-        (self.folder / LIST).write_text(lines, errors="surrogateescape")  # names need not be UTF-8
+        self.path(LIST).write_text(json.dumps(self._written, indent=0))
 
     def _state(self, name: str) -> str | None:
         try:

@@ -35,7 +35,9 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
         else:
             found = [path] if path.exists() or not glob.has_magic(text) else sorted(map(Path, glob.glob(text)))
         if not found:
-            raise ValueError(f"{text}: no image {'in this folder' if path.is_dir() else 'fits this pattern'}")
+            raise ValueError(
+                f"{text}: no image {'in this folder (--out left aside)' if path.is_dir() else 'fits this pattern'}"
+            )
         files |= dict.fromkeys(found)
     return list(files)
 

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx import helper
 
 from deit_irpe import create_model
 from deit_irpe import predict as prediction
 from deit_irpe.args import get_export_parser as export_flags
+from deit_irpe.classifier import Classifier, load_onnx
+from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
 from deit_irpe.predict import attention_maps, get_predict_parser, main, result_names
 from irpe_train.config import parse_args
+from irpe_train.errors import BadCheckpoint
 from tests.helpers.processes import run_ranks
 from tests.helpers.tiny_images import write_images
 
@@ -186,6 +190,70 @@ def test_an_exported_file_predicts_the_same(checkpoint, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     ended = predict(tmp_path, tmp_path / "images", "--resume", tmp_path / "bad.onnx")
     assert ended.code == 1 and "bad.onnx: not a classifier that deit_irpe.export wrote" in ended.text
+
+
+def small_onnx(path: Path, *, input="images", output="logits", channels=3, batch=None, kind=1, **told) -> Path:
+    """An exported classifier: the answer is the mean of each channel; ``told``: metadata that differ."""
+    images, logits = ([batch, channels, 32, 32], [batch, channels])
+    nodes = [helper.make_node("ReduceMean", [input, "axes"], [output], keepdims=0)]
+    places = [helper.make_tensor_value_info(*one) for one in ((input, kind, images), (output, kind, logits))]
+    axes = helper.make_tensor("axes", 7, [2], [2, 3])
+    graph = helper.make_graph(nodes, "g", places[:1], places[1:], [axes])
+    model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)])
+    told = {"classes": ["a", "b", "c"], "input_size": 32, "mean": MEAN, "std": STD} | told
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in told.items() if value is not None})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_an_exported_file_is_tried_before_it_is_used(tmp_path):
+    pixels = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    model, classes, size = load_onnx(small_onnx(tmp_path / "x.onnx", author="me", input_size="32x32"))
+    assert (classes, size) == (["a", "b", "c"], (32, 32))
+    assert torch.allclose(model(pixels), pixels.mean((2, 3)), atol=1e-6)
+    bad = Classifier(str(small_onnx(tmp_path / "X.ONNX")), torch.device("cpu"))
+    bad.pixels = lambda image: torch.full((1, 3, 32, 32), torch.nan)
+    with pytest.raises(BadCheckpoint, match="X.ONNX: its answer is not finite"):
+        bad(None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (dict(classes=["a", "b"]), r"of 2 classes, and its answer to an image is \(1, 3\)"),
+        (dict(classes=["a", "b", "c", "d"]), "of 4 classes"),
+        (dict(classes=["a", "a", "b"]), "no list of different names"),
+        (dict(classes=["a", "b", "\ud800"]), "is no text"),
+        (dict(classes=None), "it names no classes"),
+        (dict(input_size=64), "Got: 64 Expected: 32"),
+        (dict(input_size=None), "KeyError: 'input_size'"),
+        (dict(input_size=0), "its input_size: expected pixels"),
+        (dict(input_size=True), "its input_size: expected pixels"),
+        (dict(input_size=[32, 32]), "its input_size: expected pixels"),
+        (dict(input_size=10**6), "its input_size is 1000000"),
+        (dict(input_size="9" * 5000), "its input_size: Exceeds the limit"),
+        (dict(mean=[0, 0, 0]), "are not those of this program"),
+        (dict(channels=4), "Got: 3 Expected: 4"),
+        (dict(batch=2), "Got: 1 Expected: 2"),
+        (dict(input="pixels"), "pixels"),
+        (dict(output="scores"), "logits"),
+        (dict(kind=11), r"expected: \(tensor\(double\)\)"),
+    ],
+    ids=str,
+)
+def test_exported_files_of_others_are_refused_by_name(tmp_path, wrong, words):
+    with pytest.raises(BadCheckpoint, match=rf"x\.onnx: not a classifier that deit_irpe.export wrote .*{words}"):
+        load_onnx(small_onnx(tmp_path / "x.onnx", **wrong))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_that_are_no_text_are_replaced_by_a_second_prediction(checkpoint, tmp_path):
+    write_images(tmp_path, {"images": 2})
+    for number, name in enumerate(("caf\udce9.png", "x\ny\tz.png")):
+        (tmp_path / f"images/{number}.png").rename(tmp_path / "images" / name)
+    for _ in range(2):
+        ended = predict(tmp_path, tmp_path / "images", "--resume", checkpoint)
+        assert ended.code == 0, ended.text
 
 
 def test_weights_alone_need_the_model_named(checkpoint, tmp_path):
