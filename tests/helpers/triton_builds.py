@@ -16,8 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from irpe_ops.backends import triton as triton_backend
-from irpe_ops.backends import triton_kernels
+from irpe_ops.backends import triton_kernels, triton_launch
 
 KERNELS = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "sum_kernel")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -52,11 +51,11 @@ VARIANTS = [  # compute capability, head_dim, buckets, dtype, flags; without fla
 def compile_kernel(name: str, *, head_dim: int, buckets: int, arch: int, dtype=torch.bfloat16, tiles=None, **flags):
     """Kernel ``name`` as a launch would compile it for ``sm_{arch}``; ``tiles`` replaces some of its constants."""
     kernel = getattr(triton_kernels, name)
-    padded = buckets + -buckets % triton_backend.COLUMN_MULTIPLE
-    constants = triton_backend.constants(dtype, head_dim, padded, arch // 10) | _NO_FLAGS | flags | (tiles or {})
+    padded = buckets + -buckets % triton_launch.COLUMN_MULTIPLE
+    constants = triton_launch.constants(dtype, head_dim, padded, arch // 10) | _NO_FLAGS | flags | (tiles or {})
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
     if name == "sum_kernel":
-        columns = max(16, triton_backend._power_of_two(padded * constants["PARTS"]))
+        columns = max(16, triton_launch.power_of_two(padded * constants["PARTS"]))
         constants |= {"RELATIVE": constants["ON_V"], "BLOCK_P": 64 if columns <= 128 else 32, "ALL_COLUMNS": columns}
         options = {"num_warps": 4, "num_stages": 3}
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}

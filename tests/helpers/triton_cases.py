@@ -10,6 +10,7 @@ import torch
 from irpe_ops import attention as attention_module
 from irpe_ops import build_rpe, methods, modes, parse_rpe_spec, rpe_attention
 from irpe_ops.backends import triton as triton_backend
+from irpe_ops.backends import triton_launch
 from tests import oracles
 
 DEVICE = "cpu" if triton_backend.INTERPRETED else "cuda"
@@ -83,7 +84,7 @@ def test_several_tiles():
 def test_what_is_summed_by_bucket_is_kept_for_some_tokens_at_a_time(monkeypatch, spec):
     case = example(spec, (8, 10), 1, batch=1)
     whole = run(*case, "triton", torch.float32)
-    monkeypatch.setattr(triton_backend, "CHUNK_BYTES", 1)  # a tile of tokens, the least there is
+    monkeypatch.setattr(triton_launch, "CHUNK_BYTES", 1)  # a tile of tokens, the least there is
     for pieces, expected in zip(run(*case, "triton", torch.float32), whole, strict=True):
         assert torch.equal(pieces, expected)
 
@@ -254,15 +255,15 @@ def test_fp32_products_follow_either_of_the_switches(switch, words):
     try:
         if switch != "older":
             torch.backends.fp32_precision = "ieee" if "ieee" in switch else "tf32"
-        assert triton_backend.fp32_products() == words
-        assert triton_backend.constants(torch.bfloat16, 64, 56, 9)["PRECISION"] == "ieee"  # it is about fp32 alone
+        assert triton_launch.fp32_products() == words
+        assert triton_launch.constants(torch.bfloat16, 64, 56, 9)["PRECISION"] == "ieee"  # it is about fp32 alone
     finally:
         torch.backends.fp32_precision = before
 
 
 def test_older_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(triton_backend, "INTERPRETED", False)
-    monkeypatch.setattr(triton_backend, "_generation", lambda device: 7)
+    monkeypatch.setattr(triton_backend, "generation", lambda device: 7)
     q = SimpleNamespace(device=torch.device("cuda"))
     reason = triton_backend.why_not(SimpleNamespace(q=q, attn_mask=None, encodings=[]))
     assert "compute capability 8.0" in reason and "backend='sdpa'" in reason
