@@ -11,6 +11,7 @@ from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.backends import NAMES, module_of
 from irpe_ops.backends.choice import choose
 from irpe_ops.modules import IRPE, IRPESum, autocast_dtype, resolve_grid
+from irpe_ops.rpe_index import DTYPES
 
 BACKENDS = ("auto", "eager", *NAMES)
 
@@ -50,6 +51,10 @@ def rpe_attention(
     Raises: ValueError: for arguments that do not fit together, or a call the named backend cannot run;
         ImportError: for a named backend that does not exist on this machine.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            kind = x.layout if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"rpe_attention: {name} must be a dense tensor (B, H, L, D), not {kind}")
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -59,7 +64,7 @@ def rpe_attention(
         raise ValueError(f"rpe_attention: dropout_p is a probability in [0, 1), not {dropout_p!r}")
     if backend not in BACKENDS:
         raise ValueError(f"rpe_attention: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    height, width = _resolve_encodings(q.shape, height, width, rpe_q, rpe_k, rpe_v)
+    height, width = _resolve_encodings(q, height, width, rpe_q, rpe_k, rpe_v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = AttentionCall(
         q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale
@@ -116,10 +121,10 @@ def missing_backend(name: str) -> str | None:
 
 
 def _resolve_encodings(
-    shape: torch.Size, height: int | None, width: int | None, *encodings: Encoding | None
+    q: Tensor, height: int | None, width: int | None, *encodings: Encoding | None
 ) -> tuple[int | None, int | None]:
-    """Check the encodings against ``(B, H, L, D)`` and each other; the grid they agree on."""
-    _, heads, length, head_dim = shape
+    """Check the encodings against q and each other; the grid they agree on."""
+    _, heads, length, head_dim = shape = q.shape
     for role, rpe in zip("qkv", encodings, strict=True):
         if rpe is None:
             continue
@@ -132,21 +137,23 @@ def _resolve_encodings(
                 raise ValueError(f"rpe_{role}: built for head_dim={part.head_dim}, got D={head_dim} in {tuple(shape)}")
             if not part.shared_head and part.num_heads != heads:
                 raise ValueError(f"rpe_{role}: built for {part.num_heads} heads, got H={heads} in {tuple(shape)}")
+            part.check_table(q)
             height, width = resolve_grid(length, height, width, part.skip, f"rpe_{role}")
     return height, width
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4:
+    if q.dim() != 4 or q.shape[3] == 0:
         raise ValueError(f"rpe_attention: expected q, k, v of shape (B, H, L, D), got q {tuple(q.shape)}")
     if q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
             f"rpe_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} differ; queries and keys "
             "must be the same tokens of one grid (see docs/equip.md on cross-attention)"
         )
-    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+    if q.dtype not in DTYPES or q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(
-            f"rpe_attention: q, k, v must share one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+            f"rpe_attention: q, k, v must share one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; "
+            f"expected {' or '.join(map(str, DTYPES))}"
         )
     if q.device != k.device or q.device != v.device:
         raise ValueError(f"rpe_attention: q, k, v must share one device, got {q.device}, {k.device}, {v.device}")

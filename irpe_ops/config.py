@@ -9,8 +9,8 @@ from irpe_ops.buckets import count_buckets
 from irpe_ops.methods import find_method, maps_of
 from irpe_ops.modes import MODES
 
+MAX_BUCKETS = 1 << 24  # of a table: a slip of the pen, not a grid
 RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
-LARGEST_RATIO = 10**6  # beyond all images; the tables of larger ones have sizes that are no 64-bit number
 SPEC_FORMAT = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
 
 
@@ -53,7 +53,10 @@ class RPEConfig:
             raise ValueError(f"shared_head is True or False (1 or 0 in a spec), not {self.shared_head!r}")
         if not isinstance(self.skip, int) or isinstance(self.skip, bool) or self.skip < 0:
             raise ValueError(f"skip is the number of leading tokens, 0 or more, not {self.skip!r}")
-        checked = {"ratio": _check_ratio(self.ratio), "method": method, "mode": mode, "rpe_on": rpe_on}
+        ratio = _check_ratio(self.ratio)
+        if any((most := count_buckets(name, 2 * ratio, 1)) > MAX_BUCKETS for name in maps_of(method)):
+            raise ValueError(f"ratio {ratio:g} makes a table of {most:g} buckets for {method!r}; use a smaller one")
+        checked = {"ratio": ratio, "method": method, "mode": mode, "rpe_on": rpe_on}
         for name, value in {**checked, "shared_head": bool(self.shared_head)}.items():
             object.__setattr__(self, name, value)
 
@@ -133,17 +136,17 @@ def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
 
 def _check_ratio(ratio: float) -> float:
     """``ratio`` as a float; ValueError unless it is finite and leaves room for at least one bucket a side."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(8 * ratio) or ratio <= 0:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")
     if 2 * ratio < 1:
         raise ValueError(f"ratio {ratio!r} leaves a single bucket for all distances; use at least 0.5")
-    if ratio > LARGEST_RATIO:
-        raise ValueError(f"ratio {ratio!r} asks for more buckets than fit in any memory; use at most {LARGEST_RATIO}")
     return float(ratio)
 
 
 def _number(text: str) -> float:
     try:
+        if re.search(r"[^-+.0-9a-z]", text, flags=re.IGNORECASE):  # Python would take 1_9 for 19
+            raise ValueError
         return float(text)
     except ValueError:
         raise ValueError(f"ratio is a positive number, not {text!r}") from None

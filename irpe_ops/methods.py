@@ -127,7 +127,7 @@ def _origin(function: Callable) -> tuple[str, str]:
 
 def find_method(name: object) -> str:
     """``name`` in lower case. Raises: ValueError: no such method, even after importing ``IRPE_PLUGINS``."""
-    method = name.lower() if isinstance(name, str) else name
+    method = name.lower() if isinstance(name, str) else None
     if method not in METHODS:
         _import_plugins()
     if method not in METHODS:
@@ -146,7 +146,7 @@ def maps_of(method: str) -> dict[str, BucketMap]:
 
 def find_map(name: object) -> str:
     """``name`` in lower case. Raises: ValueError: unless it names one map."""
-    wanted = name.lower() if isinstance(name, str) else name
+    wanted = name.lower() if isinstance(name, str) else None
     if wanted not in _map_names() and wanted not in METHODS:
         _import_plugins()
     if wanted in _map_names():

@@ -48,7 +48,12 @@ class IRPE(nn.Module):
         shape = mode.shape(1 if self.shared_head else num_heads, head_dim, self.num_buckets)
         if self.on_values:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        self.register_parameter(mode.parameter, nn.Parameter(torch.zeros(shape)))
+        self.register_parameter(mode.parameter, nn.Parameter(torch.empty(shape)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A table of zeros; for models made on the device ``meta`` too, whose weights come later."""
+        nn.init.zeros_(self.table)
 
     @property
     def on_values(self) -> bool:
@@ -127,7 +132,7 @@ class IRPE(nn.Module):
             return product(sums, self.table)  # (B, H, L, D)
 
     def _check(self, x: Tensor) -> None:
-        name, table = f"rpe_{self.role}", self.table
+        name = f"rpe_{self.role}"
         last = "L" if self.on_values else "D"
         if x.dim() != 4 or (self.on_values and x.shape[2] != x.shape[3]):
             raise ValueError(f"{name}: expected (B, H, L, {last}), got {tuple(x.shape)}")
@@ -135,6 +140,11 @@ class IRPE(nn.Module):
             raise ValueError(f"{name}: built for head_dim={self.head_dim}, got {tuple(x.shape)} with D={x.shape[3]}")
         if not self.shared_head and x.shape[1] != self.num_heads:
             raise ValueError(f"{name}: built for {self.num_heads} heads, got {tuple(x.shape)} with H={x.shape[1]}")
+        self.check_table(x)
+
+    def check_table(self, x: Tensor) -> None:
+        """Raises: ValueError: the table is on another device than ``x``, or of another dtype without autocast."""
+        name, table = f"rpe_{self.role}", self.table
         if x.device != table.device:
             raise ValueError(f"{name}: its table is on {table.device} and its input on {x.device}; move one of them")
         if x.dtype != table.dtype and autocast_dtype(x.device) is None:
@@ -183,7 +193,7 @@ def build_rpe(
     if not isinstance(config, RPEConfig):
         raise TypeError(f"build_rpe: expected get_rpe_config(...) or parse_rpe_spec(...), got {config!r}")
     for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"build_rpe: {name} must be a positive integer, not {value!r}")
     kind = IRPE if len(maps_of(config.method)) == 1 else IRPESum
     return tuple(kind(config, head_dim, num_heads, role) if role in config.rpe_on else None for role in "qkv")

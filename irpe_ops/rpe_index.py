@@ -15,7 +15,7 @@ except (ImportError, OSError) as error:
     extension_error = str(error)
 
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _devices_with_kernels() -> tuple[str, ...]:
@@ -72,7 +72,7 @@ def has_kernel(tensor: Tensor) -> bool:
     return (
         tensor.device.type in compiled_devices
         and (tensor.device.type != "cuda" or built_for(tensor.device.index))
-        and tensor.dtype in _KERNEL_DTYPES
+        and tensor.dtype in DTYPES
         and not under_function_transform()
         and not torch.compiler.is_exporting()  # what is exported runs where our operators are unknown: plain gathers
     )
@@ -97,13 +97,16 @@ def under_function_transform() -> bool:
 
 
 def _check(tensor: Tensor, index: Tensor, function: str, name: str, last: str, compared: int) -> None:
+    if not isinstance(tensor, Tensor) or not isinstance(index, Tensor):
+        kinds = f"{type(tensor).__name__} and {type(index).__name__}"
+        raise ValueError(f"{function}: {name} and index must be tensors, not {kinds}")
     if tensor.dim() != 4 or index.dim() != 2:
         raise ValueError(
             f"{function}: expected {name} (B, H, L_query, {last}) and index (L_query, L_key); "
             f"got {name} {tuple(tensor.shape)} and index {tuple(index.shape)}"
         )
-    if not tensor.is_floating_point():
-        raise ValueError(f"{function}: {name} must have a floating-point dtype, not {tensor.dtype}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{function}: {name} must have a floating-point dtype, not {tensor.dtype}; use {name}.float()")
     if index.dtype not in INDEX_DTYPES:
         raise ValueError(f"{function}: index must be uint8, int16, int32 or int64, not {index.dtype}; use index.long()")
     if tensor.device != index.device:

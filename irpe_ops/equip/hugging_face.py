@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from irpe_ops.attention import rpe_attention
 from irpe_ops.config import RPEConfig
-from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings
+from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe
 
 # Class names begin with these. The first have patches and leading tokens, the others a feature map.
@@ -49,34 +49,38 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
         embeddings = names[f"{family}Embeddings"]
         config = dataclasses.replace(config, skip=_leading_tokens(embeddings))
         grid = TokenGrid(config.skip, varies=True)
-        embeddings.patch_embeddings.register_forward_hook(_RememberImage(grid))
         _add_to_layers(model, f"{family}Layer", f"{family}Attention", config, grid, backend)
+        embeddings.patch_embeddings.register_forward_hook(_RememberImage(grid))
     elif family == "Detr":
         config = dataclasses.replace(config, skip=0)
         grid = TokenGrid(config.skip, varies=True)
-        names["DetrModel"].input_projection.register_forward_hook(_RememberMap(grid))
         _add_to_layers(names["DetrEncoder"], "DetrEncoderLayer", "DetrSelfAttention", config, grid, backend)
+        names["DetrModel"].input_projection.register_forward_hook(_RememberMap(grid))
     else:
         config = dataclasses.replace(config, skip=0)
         for module in model.modules():
             if type(module).__name__ == "RTDetrAIFILayer":  # one for each scale that has attention
                 grid = TokenGrid(config.skip, varies=True)
-                module.register_forward_pre_hook(_RememberMap(grid))
                 _add_to_layers(module, "RTDetrEncoderLayer", "RTDetrSelfAttention", config, grid, backend)
+                module.register_forward_pre_hook(_RememberMap(grid))
     model.set_attn_implementation({"": "irpe"})
 
 
 def _add_to_layers(
     model: nn.Module, layer_name: str, attention_name: str, config: RPEConfig, grid: TokenGrid, backend: str
 ) -> None:
-    layers = [module for module in model.modules() if type(module).__name__ == layer_name]
-    for layer in layers:
+    found = {}
+    for layer in model.modules():
+        if any(kind.__name__ == layer_name for kind in type(layer).__mro__):
+            inside = [module for module in layer.modules() if type(module).__name__ == attention_name]
+            reason = why_changed(inside[0]) if len(inside) == 1 else f"expected one {attention_name}, got {len(inside)}"
+            if reason:
+                raise ValueError(f"equip: the attention of a {type(layer).__name__}: {reason}. {HELP}")
+            found[layer] = inside[0]
+    for layer, attention in found.items():
         layer.register_forward_hook(grid.after_block)
-        for attention in layer.modules():
-            if type(attention).__name__ == attention_name:
-                heads = attention.o_proj.in_features // attention.head_dim
-                encodings = build_rpe(config, attention.head_dim, heads)
-                add_encodings(attention, attention.o_proj.weight, encodings, grid, backend)
+        heads = attention.o_proj.in_features // attention.head_dim
+        add_encodings(attention, attention.o_proj.weight, build_rpe(config, attention.head_dim, heads), grid, backend)
 
 
 def irpe_attention(

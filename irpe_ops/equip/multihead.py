@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from irpe_ops.attention import attention_weights, rpe_attention
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.config import RPEConfig
-from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings
+from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe
 
 
 def is_torchvision_vit(model: nn.Module) -> bool:
     """Whether it is torchvision's ``VisionTransformer``; torchvision is not imported."""
-    return type(model).__module__.startswith("torchvision.") and type(model).__name__ == "VisionTransformer"
+    kinds = type(model).__mro__
+    return any(k.__name__ == "VisionTransformer" and k.__module__.startswith("torchvision.") for k in kinds)
 
 
 def equip_torchvision_vit(model: nn.Module, config: RPEConfig, backend: str) -> None:
@@ -107,5 +108,5 @@ def _check(attention: nn.Module) -> None:
         reason = "its keys and values have other sizes than its queries"
     elif attention.bias_k is not None or attention.add_zero_attn:
         reason = "it attends to a learned or a zero key, which has no place on the grid"
-    if reason:
+    if reason := reason or why_changed(attention):
         raise ValueError(f"equip: {reason}. {HELP}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from irpe_ops.attention import rpe_attention
 from irpe_ops.config import RPEConfig
-from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings
+from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe
 
 # What an attention of timm's may consist of, by its class. Anything else computes something that is not known here.
@@ -151,8 +151,10 @@ def _why_unknown(attention: nn.Module | None) -> str | None:
     if attention is None:
         return "it has no attn"
     kind = type(attention).__name__
-    if kind not in _PARTS:
-        return f"its attention is a {kind}, not timm's {', '.join(_PARTS)}"
+    if kind not in _PARTS or not type(attention).__module__.startswith("timm."):
+        return f"its attention is a {kind} of {type(attention).__module__}, not timm's {', '.join(_PARTS)}"
+    if reason := why_changed(attention):
+        return reason
     names = [name for name, _ in (*attention.named_children(), *attention.named_parameters(recurse=False))]
     if extra := [name for name in names if name not in _PARTS[kind]]:
         return f"its {kind} has unknown parts: {', '.join(extra)}"

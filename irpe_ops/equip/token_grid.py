@@ -79,6 +79,16 @@ class _PutBack(torch.autograd.Function):
         return grad, None
 
 
+def why_changed(attention: nn.Module) -> str | None:
+    """Why an attention of a known class does not compute what its class does, or None where it does."""
+    if "forward" in vars(attention):
+        return "its forward was replaced by another function"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(attention, name) for name in hooks):
+        return "it has hooks; equip the model first and add them afterwards"
+    return None
+
+
 def add_encodings(attention: nn.Module, weight: Tensor, encodings: tuple, grid: TokenGrid, backend: str) -> None:
     """Give an attention what every equipped one has: ``rpe_q, rpe_k, rpe_v``, ``grid`` and ``attn_backend``."""
     for role, rpe in zip("qkv", encodings, strict=True):

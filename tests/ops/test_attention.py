@@ -286,6 +286,13 @@ WRONG = {
     "cross": (lambda: rpe_attention(Q, Q[:, :, :5], Q), "must be the same tokens of one grid (see docs/equip.md"),
     "dtype": (lambda: rpe_attention(Q, Q.half(), Q), "one floating-point dtype, got torch.float32, torch.float16"),
     "integers": (lambda: rpe_attention(Q.long(), Q.long(), Q.long()), "must share one floating-point dtype"),
+    "eight bits": (lambda: rpe_attention(*[Q.to(torch.float8_e4m3fn)] * 3),
+                   "torch.float8_e4m3fn; expected torch.float32 or"),
+    "list": (lambda: rpe_attention(Q, Q.tolist(), Q), "k must be a dense tensor (B, H, L, D), not list"),
+    "sparse": (lambda: rpe_attention(Q, Q, Q.to_sparse()), "v must be a dense tensor (B, H, L, D), not torch.sparse"),
+    "no dimensions": (lambda: rpe_attention(*[Q[..., :0]] * 3), "(B, H, L, D), got q (2, 2, 7, 0)"),
+    "table device": (lambda: rpe_attention(Q, Q, Q, rpe_k=example()[4].to("meta"), height=2, width=3),
+                     "rpe_k: its table is on meta and its input on cpu; move one of them"),
     "device": (lambda: rpe_attention(Q, Q.to("meta"), Q), "must share one device, got cpu, meta, cpu"),
     "dropout": (lambda: rpe_attention(Q, Q, Q, dropout_p=1.0), "dropout_p is a probability in [0, 1), not 1.0"),
     "backend": (lambda: rpe_attention(Q, Q, Q, backend="fast"),
@@ -319,6 +326,15 @@ def test_wrong_arguments_say_what_is_wrong(case):
     call, words = WRONG[case]
     with pytest.raises(ValueError, match=re.escape(words)):
         call()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "compiled", "auto"])
+@pytest.mark.parametrize("change", [{"dtype": torch.float16}, {"dtype": torch.float64}, {"device": "meta"}])
+def test_every_backend_refuses_the_same_tables(backend, change):
+    if backend != "auto" and missing_backend(backend):
+        pytest.skip(missing_backend(backend))
+    with pytest.raises(ValueError, match="rpe_k: its table is "):
+        rpe_attention(Q, Q, Q, rpe_k=example()[4].to(**change), height=2, width=3, backend=backend)
 
 
 @pytest.fixture

@@ -321,6 +321,54 @@ def test_attention_with_a_learned_key_is_refused():
         equip(torchvision_vit(), SPEC, grid=(4, 4))
 
 
+def hooked(attention):
+    attention.register_forward_hook(lambda module, inputs, output: None)
+
+
+def replaced(attention):
+    attention.forward = lambda *args, **kwargs: args[0]
+
+
+def subclassed(attention):
+    """Of the same name, as people call theirs."""
+    kind = type(attention)
+    attention.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x, *args, **kwargs: x})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(hooked, "it has hooks; equip the model first"), (replaced, "its forward was replaced"), (subclassed, " is a ")],
+)
+@pytest.mark.parametrize("name", ["timm DeiT", "transformers ViT", "torchvision ViT", "TransformerEncoder"])
+def test_attention_that_computes_something_else_is_refused(name, change, words):
+    if name == "transformers ViT" and change is subclassed:
+        pytest.skip("its attention stays, whatever it computes")
+    model = rotary("deit_tiny_patch16_224") if name == "timm DeiT" else make(name)[0]
+    named = ("Attention", "ViTAttention", "MultiheadAttention")
+    change([module for module in model.modules() if type(module).__name__ in named][-1])
+    with pytest.raises(ValueError, match=words):
+        equip(model, SPEC)
+    assert not attentions(model)  # refused before anything was changed
+
+
+def test_subclasses_of_models_and_layers_are_what_they_were():
+    class Ours(type(torchvision_vit())):
+        pass
+
+    assert len(attentions(equip(Ours(32, 8, 2, 2, 16, 32), SPEC))) == 2
+    model = hugging_face("ViTForImageClassification")
+    layer = next(module for module in model.modules() if type(module).__name__ == "ViTLayer")
+    layer.__class__ = type("OurLayer", (type(layer),), {})
+    assert len(attentions(equip(model, SPEC))) == 2
+    attention = next(module for module in model.modules() if type(module).__name__ == "ViTAttention")
+    model = hugging_face("ViTForImageClassification")
+    next(module for module in model.modules() if type(module).__name__ == "ViTAttention").__class__ = type(
+        "OurAttention", (type(attention),), {}
+    )
+    with pytest.raises(ValueError, match="the attention of a ViTLayer: expected one ViTAttention, got 0"):
+        equip(model, SPEC)
+
+
 def test_leading_tokens_are_counted():
     for name, skip in (("transformers DeiT", 2), ("transformers DINOv2 with registers", 4), ("torchvision ViT", 1)):
         model, _ = make(name, equipped=True, spec=parse_rpe_spec(SPEC, skip=7))

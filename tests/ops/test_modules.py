@@ -219,10 +219,23 @@ def test_wrong_dtype_device_and_weights_say_what_is_wrong():
         rpe_v(torch.zeros(1, 2, 4, 3))
 
 
-@pytest.mark.parametrize(("head_dim", "heads", "words"), [(0, 2, "head_dim must be"), (4, 1.5, "num_heads must be")])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "words"),
+    [(0, 2, "head_dim must be"), (True, 2, "head_dim must be"), (4, 1.5, "num_heads must be")],
+)
 def test_build_refuses_impossible_sizes(head_dim, heads, words):
     with pytest.raises(ValueError, match=words):
         build_rpe(get_rpe_config(), head_dim, heads)
+
+
+def test_tables_made_without_memory_are_zero_once_they_have_some():
+    with torch.device("meta"):
+        rpes = build_rpe(get_rpe_config(rpe_on="qkv"), 4, 2)
+    for rpe in rpes:
+        assert rpe.table.is_meta
+        torch.nn.init.ones_(rpe.to_empty(device="cpu").table)
+        rpe.reset_parameters()  # what FSDP calls for every module with parameters of its own
+        assert not rpe.table.any() and rpe.table.requires_grad
 
 
 def test_build_wants_a_config():

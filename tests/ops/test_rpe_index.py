@@ -195,6 +195,8 @@ def test_exports():
         (lambda x, i: (x, i[:3]), "input (2, 3, 4, 5) and index (3, 6) differ in L_query"),
         (lambda x, i: (x, i.double()), "must be uint8, int16, int32 or int64, not torch.float64; use index.long()"),
         (lambda x, i: (x, i > 0), "not torch.bool"),
+        (lambda x, i: (x.to(torch.float8_e5m2), i), "input must have a floating-point dtype, not torch.float8_e5m2"),
+        (lambda x, i: (x, i.tolist()), "input and index must be tensors, not Tensor and list"),
         (lambda x, i: (x.long(), i), "input must have a floating-point dtype, not torch.int64"),
         (lambda x, i: (x.to("meta"), i), "input is on meta and index on cpu; use index.to(input.device)"),
     ],
