@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how much memory one encoded attention takes at its peak, forward and backward, on a long sequence.
+"""Measures the peak memory of one encoded attention, forward and backward, on longer and longer sequences.
 
 Usage:
-    python scripts/benchmark_memory.py [--device cpu] [--side 64] [--heads 8] [--head-dim 32] [--output docs/benchmarks]
+    python scripts/benchmark_memory.py [--device cpu] [--grids 32x32 32x64 64x64] [--heads 8] [--head-dim 32]
+                                       [--output docs/benchmarks]
 
-Each candidate runs in a process of its own: the growth of its resident set (Linux) or of its allocations (CUDA) from
-before the call to its peak, inputs included; beside it one fp32 (heads, L, L) tensor. A first call with one small head
-makes what all layers share and keep, the bucket map of the grid, which is one byte or four a pair.
+Beside ours: PyTorch's fused attention without encoding ("sdpa") and the definition with plain gathers, without our
+extension ("gather"). Each candidate runs in a process of its own: the growth of its resident set (Linux) or of its
+allocations (CUDA) from before the call to its peak, inputs included; beside it one fp32 (heads, L, L) tensor. A first
+call with one small head makes what all layers share and keep, the bucket map of the grid: one byte or four a pair.
 """
 
 import argparse
 import multiprocessing
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from benchmark_ops import describe, write_csv  # noqa: E402  its neighbour
 
-CANDIDATES = ["sdpa", "ours k", "ours qkv", "eager k", "eager qkv"]
+CANDIDATES = ["sdpa", "ours k", "ours qkv", "gather k", "gather qkv"]
 
 
 def reset_peak(device: torch.device) -> None:
@@ -42,55 +45,60 @@ def now_and_peak(device: torch.device) -> tuple[float, float]:
     return int(fields["VmRSS"]) / 1024, int(fields["VmHWM"]) / 1024
 
 
-def run(candidate: str, side: int, heads: int, head_dim: int, device: torch.device) -> None:
+def run(candidate: str, height: int, width: int, heads: int, head_dim: int, device: torch.device) -> None:
     kind, _, rpe_on = candidate.partition(" ")
-    q, k, v = torch.randn(3, 1, heads, side * side, head_dim, device=device, requires_grad=True)
+    q, k, v = torch.randn(3, 1, heads, height * width, head_dim, device=device, requires_grad=True)
     if kind == "sdpa":
         out = F.scaled_dot_product_attention(q, k, v)
     else:
         encodings = build_rpe(parse_rpe_spec(f"rpe-2.0-product-ctx-1-{rpe_on}"), head_dim, heads)
         encodings = [None if rpe is None else rpe.to(device) for rpe in encodings]
         backend = "auto" if kind == "ours" else "eager"
-        out = rpe_attention(q, k, v, *encodings, height=side, width=side, backend=backend)
+        out = rpe_attention(q, k, v, *encodings, height=height, width=width, backend=backend)
     out.sum().backward()
 
 
-def measure(candidate: str, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+def measure(candidate: str, grid: tuple[int, int], args: argparse.Namespace, results: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
+    if candidate.startswith("gather"):
+        sys.modules["irpe_ops.rpe_index"].compiled_devices = ()
     device = torch.device(args.device)
-    run(candidate, args.side, 1, 8, device)
+    run(candidate, *grid, 1, 8, device)
     reset_peak(device)
     before, _ = now_and_peak(device)
-    run(candidate, args.side, args.heads, args.head_dim, device)
+    run(candidate, *grid, args.heads, args.head_dim, device)
     results.put(now_and_peak(device)[1] - before)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--side", type=int, default=64, help="of the square grid: L = side * side")
+    parser.add_argument("--grids", nargs="+", default=["32x32", "32x64", "64x64"], help="L = height x width")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--output", type=Path, help="folder to write a CSV into")
     args = parser.parse_args()
-    device, length = torch.device(args.device), args.side**2
+    device = torch.device(args.device)
     if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         sys.exit("the peak of a process is measured by Linux's /proc; there is none here (--device cuda needs none)")
     torch.set_num_threads(1)
-    matrix = args.heads * length * length * 4 / 2**20
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then gives back at once what is freed
     print(describe(device))
-    print(f"L = {length}, {args.heads} heads of {args.head_dim}, fp32; one (heads, L, L) tensor: {matrix:,.0f} MiB")
     context, rows = multiprocessing.get_context("spawn"), []
-    for candidate in CANDIDATES:
-        results = context.Queue()
-        process = context.Process(target=measure, args=(candidate, args, results))
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(f"{candidate} ended with {process.exitcode}")
-        megabytes = results.get()
-        print(f"{candidate:10}  {megabytes:8,.0f} MiB  {megabytes / matrix:6.2f} of that tensor")
-        rows.append([candidate, length, args.heads, args.head_dim, f"{megabytes:.0f}", f"{megabytes / matrix:.3f}"])
+    for height, width in (map(int, grid.split("x")) for grid in args.grids):
+        length = height * width
+        matrix = args.heads * length * length * 4 / 2**20
+        print(f"L = {length}, {args.heads} heads of {args.head_dim}, fp32; one (heads, L, L) tensor: {matrix:,.0f} MiB")
+        for candidate in CANDIDATES:
+            results = context.Queue()
+            process = context.Process(target=measure, args=(candidate, (height, width), args, results))
+            process.start()
+            process.join()
+            if process.exitcode:
+                sys.exit(f"{candidate} ended with {process.exitcode}")
+            megabytes = results.get()
+            print(f"{candidate:10}  {megabytes:8,.0f} MiB  {megabytes / matrix:6.2f} of that tensor", flush=True)
+            rows.append([candidate, length, args.heads, args.head_dim, f"{megabytes:.0f}", f"{megabytes / matrix:.3f}"])
     if args.output:
         fields = ["candidate", "length", "heads", "head_dim", "peak_MiB", "of_one_matrix"]
         print(write_csv(args.output, "memory_fp32", device, fields, rows))
