@@ -1,8 +1,10 @@
-"""What every test shares: one thread for each worker, no GPU test where there is no GPU, Ctrl-C as it was."""
+"""What every test shares: one thread for each worker, no GPU test where there is no GPU, Ctrl-C as it was, no waiting
+for disks."""
 
 import pytest
 import torch
 
+import tests.helpers.quick_disk  # noqa: F401
 from irpe_train.preemption import STOP
 
 torch.set_num_threads(1)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import tests.helpers.quick_disk  # noqa: F401
 from irpe_train.launch import launch
 
 SERVER = multiprocessing.get_context("forkserver")
