@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.hub.load("OWNER/irpe", NAME)``: the DeiT models under their published names, and ``detr_resnet50``.
+"""``torch.hub.load(REPOSITORY, NAME)``: the DeiT models under their published names, and ``detr_resnet50``.
 
 model = torch.hub.load(".", "deit_small_patch16_224_ctx_product_50_shared_k", source="local", pretrained=True)
 model = torch.hub.load(".", "detr_resnet50", source="local", enc_rpe2d="rpe-2.0-product-ctx-1-k")

@@ -159,7 +159,8 @@ def draw_maps(
                 axis.set_title(f"head {head}" if values.shape[0] > 1 else "all heads", fontsize=6)
             elif max(values.shape[1:]) <= 20:
                 _write_numbers(axis, values[head], lambda value, image=image: image.norm(value) > 0.6)
-        figure.colorbar(image, ax=line.tolist(), shrink=0.8).ax.tick_params(labelsize=5)
+        bar = figure.colorbar(image, ax=line.tolist(), shrink=0.8, format="%.2g")
+        bar.ax.tick_params(labelsize=5)
     return figure
 
 
@@ -191,7 +192,7 @@ def draw_over_image(
     extent = (0, image.width, image.height, 0)
     for line, (x, y), of_point in zip(figure.subplots(len(points), columns, squeeze=False), points, maps, strict=True):
         most = max(float(values.max()) for values in of_point.values()) or 1.0
-        for axis, (name, values) in zip(line, {f"{x:.0f}, {y:.0f}": None, **of_point}.items(), strict=True):
+        for axis, (name, values) in zip(line, {f"from {x:.0f}, {y:.0f}": None, **of_point}.items(), strict=True):
             axis.imshow(image, extent=extent)
             if values is not None:
                 values = values.detach().float().cpu().numpy()

@@ -4,8 +4,8 @@
 ``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it. Where it
 has no hash, that of the first download is kept beside the file, ``FILE.sha256``, and later uses are compared with it.
 
-    python -m irpe_train.zoo                    list the zoo and what is already here
-    python -m irpe_train.zoo NAME|all           fetch into the torch hub cache, print the paths
+    irpe zoo                    list the zoo and what is already here
+    irpe zoo NAME|all           fetch into the torch hub cache, print the paths
 """
 
 import argparse

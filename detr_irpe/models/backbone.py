@@ -36,12 +36,12 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
         raise ValueError(f"--backbone {name!r}: expected resnet_micro or one of {', '.join(resnet_names())}.")
     if dilation and name in ("resnet18", "resnet34"):
         raise ValueError(f"--dilation: torchvision's {name} has no dilated form; take resnet50 or a larger one.")
-    return torchvision.models.get_model(
-        name,
-        weights="IMAGENET1K_V1" if pretrained else None,
-        norm_layer=FrozenBatchNorm2d,
-        replace_stride_with_dilation=[False, False, dilation],
+    resnet = torchvision.models.get_model(
+        name, weights=None, norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation]
     )
+    if pretrained:  # not by torchvision, whose message without a network is no help
+        load_backbone_weights(resnet, torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url)
+    return resnet
 
 
 def resnet_names() -> list[str]:
@@ -50,7 +50,7 @@ def resnet_names() -> list[str]:
 
 
 def load_backbone_weights(resnet: nn.Module, path: str) -> None:
-    """Fill a ResNet from a classification checkpoint: one of ``deit_irpe``, or a plain state dict.
+    """Fill a ResNet from a classification checkpoint (a file or an address): of ``deit_irpe``, or a plain state dict.
 
     The classifier, the counters of batch norm and a ``module.`` prefix are dropped; all else must fit.
 

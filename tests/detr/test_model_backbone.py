@@ -77,21 +77,18 @@ class AskedForWeights(Exception):
 
 @pytest.fixture
 def no_downloads(monkeypatch):
-    """Whoever asks torchvision for weights gets an exception in place of a download."""
+    """Whoever asks for weights gets an exception in place of a download."""
 
-    def get_model(name, weights=None, **options):
-        if weights is not None:
-            raise AskedForWeights(weights)
-        return original(name, weights=None, **options)
+    def load(resnet, path):
+        raise AskedForWeights(path)
 
-    original = torchvision.models.get_model
-    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    monkeypatch.setattr(backbones, "load_backbone_weights", load)
 
 
 def test_imagenet_weights_are_the_default_of_a_training_run(no_downloads):
     args = published_flags(backbone="resnet18")
     del args.backbone_weights
-    with pytest.raises(AskedForWeights, match="IMAGENET1K_V1"):
+    with pytest.raises(AskedForWeights, match="/resnet18-f37072fd.pth"):
         build_model(args)
     with pytest.raises(AskedForWeights):
         create_model("resnet18", pretrained_backbone=True)

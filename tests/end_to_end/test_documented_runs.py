@@ -35,6 +35,7 @@ COPIED = (
     "detr_irpe",
     "docs",
     "examples",
+    "irpe",
     "irpe_lab",
     "irpe_ops",
     "irpe_train",

@@ -139,12 +139,6 @@ def test_ablations(tmp_path, monkeypatch, script, runs, which):
         assert args.seed == 3 and (args.data_path if which == "deit" else args.coco_path) == "x"
 
 
-def test_download(tmp_path):
-    assert run(tmp_path, "download_zoo.sh", "all").split()[1:] == ["-m", "irpe_train.zoo", "all"]
-    listed = run(tmp_path, "download_zoo.sh", DRY_RUN="", TORCH_HOME=str(tmp_path))
-    assert len(listed.splitlines()) == 9 and "iRPE-model-zoo" in listed
-
-
 @pytest.mark.parametrize(
     "script, arguments, environment, message",
     [
@@ -160,7 +154,6 @@ def test_download(tmp_path):
         ("slurm.sh", ["train", "small"], {"DATA": "x"}, "train: expected train_deit, train_detr"),
         ("ablate_modes.sh", ["deit"], {}, "where is the data"),
         ("ablate_modes.sh", ["vit"], {"DATA": "x"}, "usage: DATA=DIR scripts/ablate_modes.sh"),
-        ("download_zoo.sh", ["nope"], {"DRY_RUN": ""}, "no published checkpoint 'nope'"),
     ],
 )
 def test_mistakes(tmp_path, script, arguments, environment, message):
@@ -174,16 +167,7 @@ def test_every_script_opens_with_its_usage():
             assert "usage:" in lines[1], path.name
             sourced = "usage: source" in lines[1]
             assert sourced or "set -euo pipefail" in lines, path.name
-    for name in (
-        "train_deit",
-        "train_detr",
-        "eval_deit",
-        "eval_detr",
-        "ablate_buckets",
-        "ablate_modes",
-        "download_zoo",
-        "slurm",
-    ):
+    for name in ("train_deit", "train_detr", "eval_deit", "eval_detr", "ablate_buckets", "ablate_modes", "slurm"):
         assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
 
 

@@ -107,7 +107,7 @@ def test_maps_over_an_image():
     image = pytest.importorskip("PIL.Image").new("RGB", (60, 40))
     maps = [{"one": torch.ones(2, 3), "two": torch.rand(2, 3)}, {"one": torch.zeros(2, 3), "two": torch.zeros(2, 3)}]
     figure = visualize.draw_over_image(image, [(5, 5), (59, 39)], maps, "title")
-    assert [axis.get_title() for axis in figure.axes] == ["5, 5", "one", "two", "59, 39", "one", "two"]
+    assert [axis.get_title() for axis in figure.axes] == ["from 5, 5", "one", "two", "from 59, 39", "one", "two"]
     assert figure.axes[1].images[1].get_clim() == figure.axes[2].images[1].get_clim() == (0, 1)
 
 
