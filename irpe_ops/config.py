@@ -53,10 +53,7 @@ class RPEConfig:
             raise ValueError(f"shared_head is True or False (1 or 0 in a spec), not {self.shared_head!r}")
         if not isinstance(self.skip, int) or isinstance(self.skip, bool) or self.skip < 0:
             raise ValueError(f"skip is the number of leading tokens, 0 or more, not {self.skip!r}")
-        ratio = _check_ratio(self.ratio)
-        if any((most := count_buckets(name, 2 * ratio, 1)) > MAX_BUCKETS for name in maps_of(method)):
-            raise ValueError(f"ratio {ratio:g} makes a table of {most:g} buckets for {method!r}; use a smaller one")
-        checked = {"ratio": ratio, "method": method, "mode": mode, "rpe_on": rpe_on}
+        checked = {"ratio": _check_ratio(self.ratio, method), "method": method, "mode": mode, "rpe_on": rpe_on}
         for name, value in {**checked, "shared_head": bool(self.shared_head)}.items():
             object.__setattr__(self, name, value)
 
@@ -134,12 +131,14 @@ def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
         raise ValueError(f"rpe spec {spec!r}: {error}. Format: {SPEC_FORMAT}") from None
 
 
-def _check_ratio(ratio: float) -> float:
-    """``ratio`` as a float; ValueError unless it is finite and leaves room for at least one bucket a side."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(8 * ratio) or ratio <= 0:
+def _check_ratio(ratio: float, method: str) -> float:
+    """``ratio`` as a float; ValueError unless it is finite, with at least one bucket a side and tables of some size."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")
     if 2 * ratio < 1:
         raise ValueError(f"ratio {ratio!r} leaves a single bucket for all distances; use at least 0.5")
+    if ratio > MAX_BUCKETS or any(count_buckets(name, 2 * ratio, 1) > MAX_BUCKETS for name in maps_of(method)):
+        raise ValueError(f"ratio {ratio!r} asks {method!r} for more buckets than any grid has; use a smaller one")
     return float(ratio)
 
 
