@@ -47,9 +47,8 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
         with torch.device("meta"):  # allocates nothing: no flag may cost more memory than the stored weights do
             shapes = build_model(args)[0]
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        raise BadCheckpoint(
-            f"checkpoint {source}: its flags describe no DETR ({str(error).splitlines()[0]})"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise BadCheckpoint(f"checkpoint {source}: its flags describe no DETR ({reason})") from error
     load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
     model, _, postprocessors = build_model(args)
     load_matching(model, weights, source=source)

@@ -1,5 +1,6 @@
 """Archives of images: hostile members are refused before anything is read."""
 
+import random
 import struct
 import zipfile
 
@@ -8,6 +9,7 @@ import pytest
 from detr_irpe.data.archives import check_archive
 from detr_irpe.data.image_files import FilesInZip
 from irpe_train.errors import BadData
+from tests.helpers.tiny_coco import write_tiny_coco
 
 
 def write_zip(path, *names, contents=b"x" * 100):
@@ -52,3 +54,28 @@ def test_damaged_and_missing_archives_are_named(tmp_path):
         (tmp_path / "b.zip").write_bytes(whole[:cut])
         with pytest.raises(BadData, match="b.zip: damaged"):
             check_archive(tmp_path / "b.zip")
+
+
+def test_no_flipped_bit_and_no_cut_gives_another_image_in_silence(tmp_path):
+    path = write_tiny_coco(tmp_path, zips=True) / "train2017.zip"
+    names, whole, rng = [f"{i:012d}.jpg" for i in range(100, 106)], path.read_bytes(), random.Random(0)
+
+    def images():
+        files = FilesInZip(path, names)
+        if files.missing:
+            raise FileNotFoundError(f"{path}: {files.missing}")
+        return [files.read(i) for i in range(len(names))]
+
+    right, refused = images(), 0
+    for number in range(500):
+        damaged = bytearray(whole)
+        if number < 400:  # half of the flips in the directory at the end
+            place = rng.randrange(0 if number % 2 else len(whole) - 700, len(whole))
+            damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged if number < 400 else damaged[: rng.randrange(len(whole))])
+        try:
+            assert images() == right  # dates and the like have no meaning here
+        except (OSError, BadData) as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 400
