@@ -4,7 +4,14 @@
 import argparse
 from pathlib import Path
 
-from irpe_train.arguments import add_export_arguments, add_runtime_arguments, fraction, nonnegative_int, positive_int
+from irpe_train.arguments import (
+    add_export_arguments,
+    add_runtime_arguments,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    positive_int,
+)
 from irpe_train.flags import FlagParser
 
 FIRST = [
@@ -115,23 +122,23 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     loss = parser.add_argument_group("losses").add_argument
     loss("--no_aux_loss", dest="aux_loss", action="store_false", help="no loss on each decoder layer but the last")
-    loss("--set_cost_class", default=1, type=float, help="weight of the class in matching")
-    loss("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in matching")
-    loss("--set_cost_giou", default=2, type=float, help="weight of the generalised IoU in matching")
-    loss("--mask_loss_coef", default=1, type=float, help="weight of the mask's focal loss")
-    loss("--dice_loss_coef", default=1, type=float, help="weight of the mask's dice loss")
-    loss("--bbox_loss_coef", default=5, type=float, help="weight of the L1 loss")
-    loss("--giou_loss_coef", default=2, type=float, help="weight of the generalised IoU loss")
-    loss("--eos_coef", default=0.1, type=float, help="weight of the class 'no object'")
+    loss("--set_cost_class", default=1, type=nonnegative_float, help="weight of the class in matching")
+    loss("--set_cost_bbox", default=5, type=nonnegative_float, help="weight of the L1 distance in matching")
+    loss("--set_cost_giou", default=2, type=nonnegative_float, help="weight of the generalised IoU in matching")
+    loss("--mask_loss_coef", default=1, type=nonnegative_float, help="weight of the mask's focal loss")
+    loss("--dice_loss_coef", default=1, type=nonnegative_float, help="weight of the mask's dice loss")
+    loss("--bbox_loss_coef", default=5, type=nonnegative_float, help="weight of the L1 loss")
+    loss("--giou_loss_coef", default=2, type=nonnegative_float, help="weight of the generalised IoU loss")
+    loss("--eos_coef", default=0.1, type=nonnegative_float, help="weight of the class 'no object'")
 
     train = parser.add_argument_group("training").add_argument
-    train("--lr", default=1e-4, type=float, help="learning rate of all but the backbone; not scaled with the batch")
-    train("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
+    train("--lr", default=1e-4, type=nonnegative_float, help="of all but the backbone; not scaled with the batch")
+    train("--lr_backbone", default=1e-5, type=nonnegative_float, help="learning rate of the backbone; 0 freezes it")
     train("--batch_size", default=2, type=positive_int, help="images per process and step")
-    train("--weight_decay", default=1e-4, type=float, help="of everything, encodings included")
+    train("--weight_decay", default=1e-4, type=nonnegative_float, help="of everything, encodings included")
     train("--epochs", default=300, type=positive_int, help="epochs in all")
     train("--lr_drop", default=200, type=positive_int, help="epochs after which both learning rates fall to a tenth")
-    train("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 does not clip")
+    train("--clip_max_norm", default=0.1, type=nonnegative_float, help="largest norm of the gradient; 0 does not clip")
 
     run = add_runtime_arguments(parser, seed=42, num_workers=4, amp="none").add_argument
     run(

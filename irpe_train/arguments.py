@@ -32,7 +32,7 @@ def add_runtime_arguments(
         metavar="auto|PATH|URL",
         help="resume from a checkpoint; auto: the newest good one in --output_dir, or a new run if there is none",
     )
-    add("--start_epoch", default=0, type=int, metavar="N", help="first epoch of a new run")
+    add("--start_epoch", default=0, type=nonnegative_int, metavar="N", help="first epoch of a new run")
     add("--eval", action="store_true", help="evaluate only")
     add(
         "--num_workers",

@@ -28,15 +28,12 @@ def train_transforms(image_size: int = 800) -> nn.Module:
     a short side of 400, 500 or 600, a random crop of 384 to 600 a side, and the random short side after that.
     Source: Carion et al., ECCV 2020, section 4 and appendix A.4.
     """
-    scaled = [round(short * image_size / 800) for short in range(480, 801, 32)]
-    to_random_size = RandomShortSide(scaled, max_size=_max_size(image_size))
-    cropped = v2.Compose(
-        [
-            RandomShortSide([round(short * image_size / 800) for short in (400, 500, 600)]),
-            RandomSizeCrop(round(384 * image_size / 800), round(600 * image_size / 800)),
-            to_random_size,
-        ]
-    )
+
+    def scaled(*sides: int) -> list[int]:
+        return [max(round(side * image_size / 800), 1) for side in sides]
+
+    to_random_size = RandomShortSide(scaled(*range(480, 801, 32)), max_size=_max_size(image_size))
+    cropped = v2.Compose([RandomShortSide(scaled(400, 500, 600)), RandomSizeCrop(*scaled(384, 600)), to_random_size])
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([to_random_size, cropped]), ToModelInput()])
 
 

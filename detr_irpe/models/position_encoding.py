@@ -25,10 +25,7 @@ class PositionEmbeddingSine(nn.Module):
         """``num_pos_feats``: channels for each of the two axes, even."""
         super().__init__()
         if num_pos_feats % 2:
-            raise ValueError(
-                f"sine positions need an even number of channels an axis; got {num_pos_feats}. "
-                "Take a hidden_dim that divides by 4."
-            )
+            raise ValueError(f"sine positions need an even number of channels an axis; got {num_pos_feats}")
         self.num_pos_feats = num_pos_feats
 
     def forward(self, features: NestedTensor) -> Tensor:
@@ -80,4 +77,7 @@ def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
     }
     if name not in kinds:
         raise ValueError(f"--position_embedding {name!r}: expected one of {', '.join(kinds)}.")
+    divisor = 4 if kinds[name] is PositionEmbeddingSine else 2  # two axes, sine and cosine
+    if hidden_dim % divisor:
+        raise ValueError(f"--hidden_dim {hidden_dim}: positions of kind {name!r} need one that divides by {divisor}")
     return kinds[name](hidden_dim // 2)

@@ -54,5 +54,10 @@ def test_names():
     assert isinstance(build_position_encoding("learned", 16), PositionEmbeddingLearned)
     with pytest.raises(ValueError, match="--position_embedding 'cosine': expected one of sine, v2, learned, v3"):
         build_position_encoding("cosine", 16)
+    for kind, channels, divisor in (("sine", 10, 4), ("sine", 17, 4), ("v3", 17, 2)):
+        with pytest.raises(
+            ValueError, match=f"--hidden_dim {channels}: .* '{kind}' need one that divides by {divisor}"
+        ):
+            build_position_encoding(kind, channels)
     with pytest.raises(ValueError, match="even number of channels an axis; got 5"):
-        build_position_encoding("sine", 10)
+        PositionEmbeddingSine(5)

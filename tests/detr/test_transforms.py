@@ -69,6 +69,12 @@ def test_published_sizes_are_the_default():
     assert train_transforms(80).transforms[1].transforms[0].sizes[0] == 48
 
 
+def test_no_size_shrinks_to_nothing():
+    for _ in range(9):
+        image, _ = train_transforms(1)(*sample())
+        assert min(image.shape) >= 1
+
+
 def test_resizing_scales_boxes_masks_and_area():
     image, target = RandomShortSide([120])(*sample())
     assert image.size == (180, 120) and target["boxes"].tolist() == [[20, 40, 80, 100]]
