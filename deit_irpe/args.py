@@ -59,8 +59,6 @@ def check_args(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size}: Mixup and CutMix pair the images of a batch, so it must be "
             "even (or use --mixup 0 --cutmix 0)"
         )
-    if args.val_split is not None and not 0 < args.val_split < 1:
-        raise ValueError(f"--val-split {args.val_split:g}: give the share of images to hold out, such as 0.2")
     if args.val_split is not None and (args.data_set != "IMNET" or args.load_tar):
         raise ValueError("--val-split is for folders of images: leave out --data-set and --load-tar")
     keywords(args.model_kwargs)

@@ -8,6 +8,7 @@ import numpy as np
 
 from deit_irpe.data.images import FolderImages
 from irpe_train.distributed import is_main, logger
+from irpe_train.text_files import read_text
 
 
 def split_folder(
@@ -20,18 +21,28 @@ def split_folder(
     Args:
         written: a file that lists the images held out, one a line. It is followed where it exists, so that images which
             are added later are trained on and those held out stay so; else it is written.
-    Raises: ValueError: there is a validation folder, a class of one image, or a file of the list is gone.
+    Raises: ValueError: nothing or everything is to be held out, of any class; there is a validation folder, or a name
+        with a line break; a file of the list is gone.
     """
+    if not 0 < fraction < 1:
+        raise ValueError(f"--val-split {fraction:g}: give the share of images to hold out, such as 0.2")
     if (root / "val").exists():
         raise ValueError(f"--val-split: {root / 'val'} is there already; leave out --val-split, or move that folder")
     folder = folder_to_split(root)
     images = FolderImages(folder, transform)
     names = [Path(images.name(index)).relative_to(folder).as_posix() for index in range(len(images))]
+    if broken := [name for name in names if len(name.splitlines()) > 1]:
+        raise ValueError(f"--val-split: {broken[0]!r} has a line break in its name; rename this file")
     if written is not None and written.is_file():
-        listed = set(written.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        listed = set(filter(None, read_text(written, errors="surrogateescape").splitlines()))
         if gone := sorted(listed - set(names)):
             raise ValueError(f"{written}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not")
         held_out = np.array([name in listed for name in names])
+        for label, name in enumerate(images.classes):
+            held = held_out[images.labels == label]
+            if held.all() or not held.any():
+                count = f"{held.sum()} of {len(held)} images of class {name!r} are held out"
+                raise ValueError(f"{written}: {count}; expected some, not all. Edit the list, or remove it")
     else:
         held_out = _draw(images, fraction, seed)
         if written is not None and is_main():
@@ -57,5 +68,5 @@ def _draw(images: FolderImages, fraction: float, seed: int) -> np.ndarray:
         if len(members) < 2:
             raise ValueError(f"--val-split: class {name!r} has one image; it takes two, one for each part")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held_out[np.random.default_rng([seed, label]).permutation(members)[:count]] = True
+        held_out[np.random.default_rng([seed % 2**64, label]).permutation(members)[:count]] = True
     return held_out

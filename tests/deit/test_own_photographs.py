@@ -50,6 +50,41 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     write_images(tmp_path / "two/val", {"a": 2})
     with pytest.raises(ValueError, match="two/val is there already; leave out --val-split"):
         split_folder(tmp_path / "two", True, 0.2)
+    for fraction in (0, 1, float("nan")):
+        with pytest.raises(ValueError, match="--val-split .*: give the share of images to hold out"):
+            split_folder(tmp_path / "one", True, fraction)
+    for name in ("x\ny.png", "x\u2028y.png"):  # the list has a name a line
+        (tmp_path / "one/a" / name).touch()
+        with pytest.raises(ValueError, match="has a line break in its name; rename this file"):
+            split_folder(tmp_path / "one", True, 0.2)
+        (tmp_path / "one/a" / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "0 of 3 images of class 'a' are held out; expected some, not all"),
+        ("a/0.png\n", "0 of 3 images of class 'b' are held out"),
+        ("a/0.png\nb/0.png\nb/1.png\nb/2.png\n", "3 of 3 images of class 'b' are held out"),
+        ("/x/a/0.png\nb/0.png\n", "val_split.txt: /x/a/0.png is not in"),
+        ("a\\0.png\nb/0.png\n", r"val_split.txt: a.0.png is not in"),
+    ],
+)
+def test_a_list_that_leaves_a_class_without_images_is_refused(tmp_path, text, words):
+    write_images(tmp_path / "data", {"a": 3, "b": 3})
+    written = tmp_path / "val_split.txt"
+    written.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        split_folder(tmp_path / "data", True, 0.5, written=written)
+
+
+def test_a_list_that_went_through_an_editor(tmp_path):
+    write_images(tmp_path / "data", {"a": 3, "b": 3})
+    (tmp_path / "data/a/2.png").rename(tmp_path / "data/a/caf\udce9.png")
+    written = tmp_path / "val_split.txt"
+    written.write_bytes(b"\xef\xbb\xbfa/caf\xe9.png\r\n\r\nb/1.png")
+    held = names_of(split_folder(tmp_path / "data", False, 0.5, written=written))
+    assert held == {str(tmp_path / "data" / name) for name in ("a/caf\udce9.png", "b/1.png")}
 
 
 COUNTS = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
