@@ -37,6 +37,10 @@ def equip(
         raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     if grid is not None and not isinstance(model, nn.TransformerEncoder):
         raise ValueError(f"equip: {type(model).__name__} tells its grid itself; leave grid out")
+    if grid is not None:
+        sizes = grid if isinstance(grid, (tuple, list)) else ()
+        if [type(size) for size in sizes] != [int, int] or min(sizes) < 1:
+            raise ValueError(f"equip: grid is (height, width) in tokens, not {grid!r}")
     if isinstance(model, nn.TransformerEncoder):
         multihead.equip_encoder(model, config, backend, grid)
     elif multihead.is_torchvision_vit(model):

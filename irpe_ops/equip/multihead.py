@@ -35,6 +35,8 @@ def equip_encoder(
     encoder: nn.TransformerEncoder, config: RPEConfig, backend: str, size: tuple[int, int] | None
 ) -> None:
     """Encodings for every layer; ``encoder.token_grid`` can be told of other sizes."""
+    if not len(encoder.layers):
+        raise ValueError("equip: this TransformerEncoder has no layers")
     for layer in encoder.layers:
         if not isinstance(layer, nn.TransformerEncoderLayer):
             kind = type(layer).__name__

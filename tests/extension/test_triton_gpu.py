@@ -101,3 +101,50 @@ def test_inductor_compiles_a_training_step_without_a_graph_break():
     compiled(x).sum().backward()
     step(y).sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("grid", [(14, 14), (13, 17)])  # the second is no square
+def test_a_training_step_in_a_cuda_graph_equals_the_step_outside(backend, grid):
+    """Nothing waits for the host, and offset tables that are cached outlive the graph's own pool of memory."""
+    encodings = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-qk", 1), 32, 2)
+    for seed, rpe in enumerate(encodings[:2]):
+        oracles.fill_tables(rpe, seed, std=0.1)
+        rpe.cuda()
+    packed = torch.randn(2, grid[0] * grid[1] + 1, 3, 2, 32, device="cuda", requires_grad=True)
+    leaves = [packed, *(p for rpe in encodings[:2] for p in rpe.parameters())]
+
+    def step():
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        out = rpe_attention(q, k, v, *encodings, height=grid[0], width=grid[1], backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    expected = [x.detach().clone() for x in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles, and makes what is kept
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    for ours, answer in zip(captured, expected, strict=True):
+        torch.testing.assert_close(ours, answer, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_compiled_with_cuda_graphs_over_several_sizes(backend):
+    """``reduce-overhead``: what one size has left in the graph's memory is not read by the next."""
+    encodings = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k", 1), 32, 2)
+    oracles.fill_tables(encodings[1], 0, std=0.1)
+    encodings[1].cuda()
+    compiled = torch.compile(rpe_attention, mode="reduce-overhead", fullgraph=True)
+    for height, width in [(6, 7), (7, 6), (5, 9), (6, 7)] * 2:
+        q, k, v = torch.randn(3, 2, 2, height * width + 1, 32, device="cuda").unbind()
+        options = {"height": height, "width": width, "backend": backend}
+        torch.compiler.cudagraph_mark_step_begin()
+        ours = compiled(q, k, v, *encodings, **options).clone()
+        torch.testing.assert_close(ours, rpe_attention(q, k, v, *encodings, **options), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import threading
 
 import pytest
@@ -309,6 +310,17 @@ def test_two_threads_with_two_image_sizes(name):
 def test_what_cannot_be_equipped_says_why(build, words):
     with pytest.raises(ValueError, match=words):
         equip(build(), SPEC)
+
+
+@pytest.mark.parametrize("grid", [3, "34", (0, 12), (3.0, 4), (3, 4, 1), (True, 12)])
+def test_a_grid_is_two_numbers_of_tokens(grid):
+    with pytest.raises(ValueError, match=re.escape(f"equip: grid is (height, width) in tokens, not {grid!r}")):
+        equip(encoder(), SPEC, grid=grid)
+
+
+def test_an_encoder_without_layers_is_refused():
+    with pytest.raises(ValueError, match="this TransformerEncoder has no layers"):
+        equip(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16), 0), SPEC)
 
 
 def test_attention_with_a_learned_key_is_refused():
