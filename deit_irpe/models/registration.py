@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeiT with iRPE: ``create_model``, and the registration of our names with timm."""
 
+import contextlib
 import dataclasses
 import re
 
 import timm
+import torch
 from timm.layers import build_sincos2d_pos_embed, trunc_normal_
 from timm.models import (
     Eva,
@@ -77,7 +79,8 @@ def create_model(
     if checkpoint_path is not None:
         load_matching(model, read_weights(checkpoint_path), source=checkpoint_path)
     if wanted_features is not None:
-        model = FeatureGetterNet(model, wanted_features)
+        with _named(name):
+            model = FeatureGetterNet(model, wanted_features)
         model.pretrained_cfg = model.default_cfg = config
     return model
 
@@ -107,12 +110,8 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     fixed = timm_kwargs.get("pos_embed") == "sincos"
     if fixed:
         timm_kwargs = timm_kwargs | {"pos_embed": "learn"}
-    try:
+    with _named(name):
         model = _build(base, pretrained, size | timm_kwargs)
-    except (UnknownArgument, OSError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # what timm's models raise at sizes that do not go together: AssertionError, ...
-        raise ValueError(f"model {name!r} cannot be built as asked for: {_in_one_line(error)}") from error
     if hasattr(model, "blocks") and not len(model.blocks):
         raise ValueError(f"model {name!r}: depth=0 leaves no block")
     if 0 in (getattr(getattr(model, "patch_embed", None), "grid_size", None) or ()):
@@ -126,6 +125,16 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     if fixed:
         _fix_positions(model)
     return model
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    try:
+        yield
+    except (UnknownArgument, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # what timm's models raise at sizes that do not go together: AssertionError, ...
+        raise ValueError(f"model {name!r} cannot be built as asked for: {_in_one_line(error)}") from error
 
 
 def _in_one_line(error: Exception) -> str:
@@ -142,15 +151,19 @@ def _fix_positions(model: VisionTransformer) -> None:
 
 
 def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
-    """timm's model; ``img_size`` is left out where it takes none: then it takes any (timm's ``fixed_input_size``)."""
+    """timm's model; ``img_size`` is left out where it takes none: then it takes any, or any that is not too small."""
     try:
         return timm.create_model(name, pretrained=pretrained, **timm_kwargs)
     except TypeError as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        found = re.search(r"unexpected keyword argument(?:\(s\))?\W+(\w+)", str(error))
         argument = found and found[1]
         if argument != "img_size":
             raise UnknownArgument(f"model {name!r}: {_in_one_line(error)}", argument) from error
-    return _build(name, pretrained, {key: value for key, value in timm_kwargs.items() if key != "img_size"})
+    size = timm_kwargs.pop("img_size")
+    model = _build(name, pretrained, timm_kwargs).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, timm_kwargs.get("in_chans", 3), *(size if isinstance(size, tuple) else (size, size))))
+    return model.train()
 
 
 def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) -> None:

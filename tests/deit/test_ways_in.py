@@ -112,6 +112,20 @@ def test_a_size_reaches_the_models_that_need_it(name, side, rpe):
         assert model(torch.zeros(1, 3, side, side)).shape == (1, 1000)
 
 
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "resnet18"])
+def test_a_model_that_takes_any_size_is_tried_with_this_one(name):
+    """HRNet refuses the argument in other words."""
+    model = deit_irpe.create_model(name, img_size=(64, 32), in_chans=1)
+    assert model.training and model.conv1.in_channels == 1
+    with pytest.raises(ValueError, match="model 'inception_v3' cannot be built as asked for: Calculated padded input"):
+        deit_irpe.create_model("inception_v3", img_size=64)
+
+
+def test_feature_maps_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=f"model '{DEMO}' cannot be built as asked for: feature index 9 is out of"):
+        deit_irpe.create_model(DEMO, features_only=True, out_indices=(9,))
+
+
 def test_a_size_that_a_model_cannot_take_is_refused():
     with pytest.raises(ValueError, match="model 'swin_tiny_patch4_window7_224' cannot be built as asked for"):
         deit_irpe.create_model("swin_tiny_patch4_window7_224", img_size=-3)
