@@ -132,7 +132,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     loss("--eos_coef", default=0.1, type=nonnegative_float, help="weight of the class 'no object'")
 
     train = parser.add_argument_group("training").add_argument
-    train("--lr", default=1e-4, type=nonnegative_float, help="of all but the backbone; not scaled with the batch")
+    train("--lr", default=1e-4, type=nonnegative_float, help="learning rate of all but the backbone; never scaled")
     train("--lr_backbone", default=1e-5, type=nonnegative_float, help="learning rate of the backbone; 0 freezes it")
     train("--batch_size", default=2, type=positive_int, help="images per process and step")
     train("--weight_decay", default=1e-4, type=nonnegative_float, help="of everything, encodings included")
