@@ -117,6 +117,7 @@ def annotation_problems(
     again[order[1:][(rows[order[1:]] == rows[order[:-1]]).all(1)]] = True
     names = Counter(name.decode() for name in annotations.names)
     twice = [name for name, count in names.items() if count > 1]
+    unsized = annotations.unsized() if masks else []
 
     def boxes_that(what: str, bad: Tensor) -> Problem:
         places = [annotations.place_of_object(i) for i in bad.nonzero()[:3, 0].tolist()]
@@ -131,15 +132,7 @@ def annotation_problems(
         Problem("duplicate file names", len(annotations) - len(names), twice[:3]),
         boxes_that("duplicate objects (same image, category and box)", again),
         nothing_to_learn(int(learnable.sum()), len(annotations), train),
-        *(mask_problems(annotations) if masks else ()),
-    ]
-
-
-def mask_problems(annotations: Annotations) -> list[Problem]:
-    """What masks need, and boxes do without."""
-    unsized = annotations.unsized()
-    return [
-        Problem("objects without a mask, and --masks needs one for each", annotations.without_mask or 0),
+        Problem("objects without a mask, and --masks needs one for each", masks and annotations.without_mask or 0),
         Problem("images without height and width, and --masks needs them", len(unsized), unsized[:3]),
     ]
 

@@ -89,6 +89,8 @@ class DETRsegm(nn.Module):
         if freeze_detr:
             detr.requires_grad_(False)
         hidden_dim, nheads = detr.transformer.d_model, detr.transformer.nhead
+        if hidden_dim < 16:  # the mask head's last layer has a sixteenth of it
+            raise ValueError(f"--hidden_dim {hidden_dim}: --masks needs 16 or more")
         self.bbox_attention = MHAttentionMap(hidden_dim, nheads)
         self.mask_head = MaskHeadSmallConv(hidden_dim + nheads, detr.backbone.channels[-2::-1], hidden_dim)
 

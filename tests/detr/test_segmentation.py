@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from detr_irpe import create_model
 from detr_irpe.models.segmentation import MaskHeadSmallConv, MHAttentionMap
 from tests.helpers.tiny_detr import tiny_model
 
@@ -64,3 +65,8 @@ def test_freezing(freeze_detr):
     model = tiny_model(masks=True, freeze_detr=freeze_detr)
     assert model.detr.class_embed.weight.requires_grad is not freeze_detr
     assert model.mask_head.lay1.weight.requires_grad and model.bbox_attention.q_linear.weight.requires_grad
+
+
+def test_a_width_without_channels_for_the_last_layer_is_refused():
+    with pytest.raises(ValueError, match="--hidden_dim 12: --masks needs 16 or more"):
+        create_model("resnet_micro", hidden_dim=12, nheads=2, masks=True)
