@@ -6,14 +6,14 @@ import re
 import statistics
 from pathlib import Path
 
-from irpe_lab.figures import TASKS
+from irpe_lab.figures import NUMBER, TASKS
 from irpe_train.errors import BadData
 from irpe_train.text_files import read_text
 
-EPOCH = re.compile(r"Epoch: +\[(\d+)\]")
-PARAMETERS = re.compile(r"number of params(?:eters)?: *([\d,]+)")
-SPEED = re.compile(r"([\d.]+) img/s")
-MEMORY = re.compile(r"max mem: (\d+)")
+EPOCH = re.compile(r"Epoch: +\[(\d{1,9})\]")
+PARAMETERS = re.compile(r"number of params(?:eters)?: *(\d[\d,]{,20})")
+SPEED = re.compile(rf"({NUMBER}) img/s")
+MEMORY = re.compile(r"max mem: (\d{1,9})\b")
 
 
 def read_log(run: str | Path) -> list[dict]:

@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
+NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # as consoles print one
 LARGEST = 1e300  # whole numbers in JSON may be larger than any float
 
 
@@ -84,7 +85,7 @@ TASKS = {
                 Figure("acc5", "top-5 (%)", "test_acc5"),
             ),
             evaluation=re.compile(
-                r"\* Acc@1 (?P<test_acc1>[\d.]+) Acc@5 (?P<test_acc5>[\d.]+)(?: loss (?P<test_loss>[\d.]+))?"
+                rf"\* Acc@1 (?P<test_acc1>{NUMBER}) Acc@5 (?P<test_acc5>{NUMBER})(?: loss (?P<test_loss>{NUMBER}))?"
             ),
         ),
         Task(
@@ -100,7 +101,7 @@ TASKS = {
             ),
             evaluation=re.compile(
                 r"Average Precision +\(AP\) @\[ IoU=0\.50:0\.95 \| area= +all \| maxDets=100 \] = "
-                r"(?P<test_coco_eval_bbox>-?[\d.]+)"
+                rf"(?P<test_coco_eval_bbox>-?{NUMBER})"
             ),
         ),
     )

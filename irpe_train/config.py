@@ -17,7 +17,8 @@ import yaml
 from irpe_train.errors import RunError
 from irpe_train.text_files import read_text, write_text
 
-LARGEST_FILE = 1 << 20  # bytes; a config has hundreds
+LARGEST_FILE = 1 << 18  # bytes; a config has hundreds
+DEEPEST = 20  # lists and mappings in each other; a grid has four
 
 
 class ConfigError(RunError, ValueError):
@@ -44,7 +45,7 @@ def find_config(name: str | Path, *folders: Path, source: str) -> Path:
         if (folder / name).exists():
             return folder / name
     looked = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in places))
-    raise ConfigError(f"{source}: no file {name} in {looked}")
+    raise ConfigError(f"{source}: no file {' '.join(str(name).split())} in {looked}")
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +118,14 @@ def parse_yaml(text: str, source: str) -> object:
 
     Raises: ConfigError: anything else; names the line.
     """
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # PyYAML takes minutes for some thousand brackets
+                raise ConfigError(
+                    f"{source}: line {event.start_mark.line + 1}: more than {DEEPEST} lists in each other"
+                )
             if getattr(event, "tag", None):
                 raise ConfigError(
                     f"{source}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "
@@ -126,8 +133,10 @@ def parse_yaml(text: str, source: str) -> object:
                 )
             if isinstance(event, yaml.AliasEvent):
                 raise ConfigError(f"{source}: line {event.start_mark.line + 1}: aliases (*name) are refused")
-        _refuse_repeated_names(yaml.compose(text, Loader=yaml.SafeLoader), source)
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        _refuse_repeated_names(root, source)
+        return None if root is None else loader.construct_document(root)
     except ConfigError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -4,6 +4,7 @@
 Every function also works in one process, where it is trivial, so that no caller asks which it is.
 """
 
+import contextlib
 import datetime
 import logging
 import os
@@ -220,9 +221,21 @@ class _Console(logging.StreamHandler):
     def stream(self):
         return sys.stdout
 
+    def handleError(self, record):
+        if isinstance(sys.exc_info()[1], OSError):
+            stop_printing()
+        else:
+            super().handleError(record)
+
     def format(self, record):
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def stop_printing() -> None:
+    """Nobody reads the console, or its disk is full: that is no reason to end, nor to complain at every line."""
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def set_up_logging(my_rank: int) -> None:

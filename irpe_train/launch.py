@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from irpe_train.config import parse_args
-from irpe_train.distributed import report_lost_ranks
+from irpe_train.distributed import report_lost_ranks, stop_printing
 from irpe_train.errors import RunError, WorkerLost
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # as PyTorch says it
@@ -28,6 +28,8 @@ def launch(
     A number other than 0 that ``main`` returns is the exit status.
     ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
     """
+    if sys.stdout is None:  # closed by who started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         with report_lost_ranks(parser.prog), report_out_of_memory():
             status = main(parse_args(parser, argv))
@@ -36,7 +38,10 @@ def launch(
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            stop_printing()
         print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, WorkerLost):
             os._exit(1)  # the loader's own end would raise it again, with a traceback

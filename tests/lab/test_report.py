@@ -81,6 +81,26 @@ def test_detail_logs(logs):
     assert console_log.last_words(logs / "no") == "it printed nothing"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "* Acc@1 ... Acc@5 ... loss ...",
+        "* Acc@1 1.2.3 Acc@5 4.5",
+        "* Acc@1 " + "1" * 5000 + " Acc@5 2.0",
+        "number of params: ,,,",
+        "number of params: " + "9" * 5000,
+        "Epoch: [" + "9" * 5000 + "]",
+        "Epoch: [0] . img/s max mem: " + "9" * 5000,
+        "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = -.",
+    ],
+)
+def test_a_line_that_only_looks_like_a_figure_is_none(tmp_path, line):
+    file = tmp_path / "detail_x.log"
+    file.write_text(f"{line}\nnumber of params: 7\nEpoch: [3] 5 img/s max mem: 9\n* Acc@1 70.0 Acc@5 90\n")
+    assert console_log.read_detail(file) == [{"epoch": 3, "n_parameters": 7, "test_acc1": 70.0, "test_acc5": 90.0}]
+    assert (console_log.images_per_second(file), console_log.peak_memory(file)) == (5.0, 9)
+
+
 def test_published_and_here_side_by_side(logs, tmp_path):
     made = report.Report(logs, tmp_path / "docs" / "results.md")
     rows = {line.split("]")[0][3:]: line for line in made.block("imagenet").splitlines()}

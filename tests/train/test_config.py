@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from irpe_train.arguments import add_runtime_arguments
-from irpe_train.config import ConfigError, parse_args, write_config
+from irpe_train.config import ConfigError, parse_args, parse_yaml, write_config
 
 
 def get_parser():
@@ -95,7 +95,7 @@ def test_values_reach_their_flags(tmp_path, text, name, value):
         ("lr: 1\nlr: 2", "lr is there 2 times"),
         ("- lr", "expected lines 'name: value', got a list"),
         ("lr: [", "not valid YAML"),
-        ("[" * 1100, "not valid YAML"),
+        ("[" * 1100, "line 1: more than 20 lists in each other"),
         ("lr: 2001-02-30", "not valid YAML"),
     ],
 )
@@ -198,3 +198,10 @@ def test_print_config_is_a_config_file(tmp_path, capsys):
     assert yaml.safe_load(printed)["lr"] == 0.1 and "print_config" not in printed
     again = parse(tmp_path, printed)
     assert (again.batch_size, again.lr, again.repeated_aug, again.print_config) == (8, 0.1, False, False)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{" * 50_000 + "}" * 50_000, "- " * 50_000, "a: [[[" + "[" * 50_000])
+def test_brackets_in_each_other_are_refused_at_once(text):
+    """PyYAML takes minutes for them."""
+    with pytest.raises(ConfigError, match="x.yaml: line 1: more than 20 lists in each other"):
+        parse_yaml(text, "x.yaml")

@@ -1,10 +1,12 @@
 """From the command line to main: messages without tracebacks, and SLURM jobs that come back."""
 
 import argparse
+import os
 import sys
 
 import pytest
 
+from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import BadData
 from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
 from tests.helpers import tiny_run
@@ -26,6 +28,27 @@ def test_a_users_mistake_is_one_line(error, capsys):
         launch(raising(error), tiny_run.get_parser(), [])
     assert end.value.code == 1
     assert capsys.readouterr().err == f"tiny_run: {type(error).__name__}: the file x is broken\n"
+
+
+@pytest.mark.parametrize("how", ["nobody reads it", "full disk"])
+def test_a_console_that_takes_nothing_costs_no_traceback(how, monkeypatch, capfd):
+    reading, console = os.pipe()
+    os.close(reading)
+    if how == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), console)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(console, "w"))
+    set_up_logging(0)
+    for _ in range(3):
+        logger.info("a line")
+    with pytest.raises(SystemExit):
+        launch(raising(BadData("the file x is broken")), tiny_run.get_parser(), [])
+    sys.stdout.flush()
+    assert capfd.readouterr().err == "tiny_run: BadData: the file x is broken\n"
+
+
+def test_no_console_at_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    launch(lambda args: print("into nothing"), tiny_run.get_parser(), [])
 
 
 def test_traceback_on_request(monkeypatch):
