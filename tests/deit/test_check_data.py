@@ -4,9 +4,11 @@ import io
 import tarfile
 
 import pytest
+from PIL import Image
 
 from deit_irpe.args import get_check_parser
 from deit_irpe.check_data import main
+from tests.deit.test_archives import tar_of
 from tests.helpers.tiny_images import write_images
 
 FLAGS = ["--num_workers", "0"]
@@ -68,6 +70,16 @@ def test_a_cut_tar(data, capsys):
     (data / "val.tar").write_bytes(whole[: len(whole) // 2])
     assert check(["--data-path", str(data), "--load-tar"]) == 1
     assert "val.tar" in capsys.readouterr().out
+
+
+def test_a_class_that_is_listed_and_has_no_image(tmp_path, capsys):
+    for split in ("train", "val"):
+        image = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(image, "PNG")
+        tar_of(tmp_path / f"x-{split}-0.tar", ("1.png", image.getvalue()), ("1.cls", b"1"))
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    assert check(["--data-path", str(tmp_path), "--data-set", "WDS"]) == 1
+    assert "train: classes without a readable image: 'ant'" in capsys.readouterr().out
 
 
 def test_one_folder_that_training_would_split(data, capsys):

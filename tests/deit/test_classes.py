@@ -161,6 +161,9 @@ def test_a_teacher_of_other_classes_is_refused(colours, trained, tmp_path):
     flags = ("--distillation-type", "hard", "--teacher-path", tmp_path / "teacher.pth", "--epochs", "1")
     (ended,) = deit(colours, tmp_path / "out", *flags)
     assert ended.code == 1 and "only in the training data: cat" in ended.text, ended.text
+    torch.save(other | {"classes": ["bee", "ant", "cat", "dog"]}, tmp_path / "teacher.pth")
+    (ended,) = deit(colours, tmp_path / "out", *flags)
+    assert ended.code == 1 and "teacher.pth: the training data have its classes in another order" in ended.text
 
 
 def test_hugging_face_labels_as_text_are_the_classes_of_the_folder(tmp_path, monkeypatch):

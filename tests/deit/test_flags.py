@@ -1,5 +1,6 @@
 """Every flag of a run reaches what it is for, with its own value."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,7 +79,7 @@ def test_distillation(monkeypatch):
 def test_training_batches(colours):
     images = build_dataset(colours, True)
 
-    def order(*argv):
+    def order(*argv, images=images):
         made = train.training_loader(flags("--num_workers", 0, *argv), images, CPU)
         made._order.place(0, 0)
         return made.batch_size, made._order.indices
@@ -87,6 +88,10 @@ def test_training_batches(colours):
     assert once == again != other and once[0] == 5 and sorted(once[1]) == list(range(48))
     size, repeated = order("--batch-size", 16)
     assert size == 16 and len(set(repeated)) == 16 and len(repeated) == 48  # three copies of each
+    seven = build_dataset(colours, True)
+    seven.keep(np.arange(len(seven)) < 7)
+    assert order(images=seven)[0] == 6  # Mixup pairs images
+    assert order("--mixup", 0, "--cutmix", 0, images=seven)[0] == 7
 
 
 @pytest.mark.parametrize(("more", "steps"), [([], 2), (["--no-dist-eval"], 4)])

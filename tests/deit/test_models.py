@@ -116,8 +116,9 @@ def test_without_absolute_positions_only_the_encoding_tells_patches_apart():
     assert (equipped(images) - equipped(moved)).abs().max() > 0.01
 
 
-def test_the_class_token_starts_as_published():
+def test_the_class_token_starts_as_published_and_a_demo_with_strong_positions():
     assert 0.01 < tiny(embed_dim=256).cls_token.std() < 0.03
+    assert 0.4 < create_model("deit_demo_patch4_32", depth=1).pos_embed.std() < 0.6
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,14 @@ def test_tables_of_another_size_and_new_tables_start_at_zero():
         )
         for i in (0, 1)
     }
+
+
+def test_oblong_positions_of_the_same_grid_stay_as_they_are():
+    """Also those of a checkpoint that does not say its grid: 24 patches are those of 4 x 6 here."""
+    old, new = tiny(img_size=(16, 24)), tiny(img_size=(16, 24))
+    torch.nn.init.normal_(old.pos_embed)
+    assert load_pretrained_weights(new, old.state_dict(), source="a.pth") == {}
+    assert torch.equal(new.pos_embed, old.pos_embed)
 
 
 def test_weights_of_another_model_are_refused_with_their_keys():

@@ -72,9 +72,14 @@ def test_tables_need_no_image(checkpoint, tmp_path):
     assert ended.code == 1 and "name images, or ask for --tables" in ended.text
 
 
-def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint, qk_norm):
     """Where only one token has a value, and that is 1, the block gives every other token its weight for that one."""
     model, _, _ = load_model(str(checkpoint))
+    if qk_norm:
+        norms = {"norm_layer": torch.nn.LayerNorm, "qk_norm": True}
+        sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        model = create_model("deit_tiny_patch16_224", SPEC, **sizes, **norms).eval()
     attn, images, got = model.blocks[-1].attn, torch.randn(1, 3, 32, 32), []
     attn.rpe_v = None
     with torch.no_grad():

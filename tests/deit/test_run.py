@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from deit_irpe import create_model
+from deit_irpe import create_model, train
 from deit_irpe.train import main
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
@@ -84,10 +84,36 @@ def test_the_checkpoint_is_as_published(trained):
     assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.0, 0.05]
 
 
-def test_the_best_weights_are_kept(trained):
-    folder, _ = trained
-    best = max(log_of(folder), key=lambda line: (line["test_acc1"], -line["epoch"]))
-    assert read_checkpoint(folder / "best.pth")["epoch"] == best["epoch"]
+def best_in_the_middle(args):
+    figures = iter([(50.0, 90.0), (80.0, 91.0), (60.0, 99.0), (80.0, 99.0)])  # top-1, top-5
+    train.evaluate = lambda *_: dict(zip(("acc1", "acc5"), next(figures), strict=True))
+    main(args)
+
+
+def test_the_weights_of_the_highest_top_1_are_kept(colours, tmp_path):
+    """Of two epochs with the same, the first one's."""
+    text = deit_ok(colours, tmp_path / "run", *PLAIN, "--epochs", "4", main=best_in_the_middle)
+    assert re.findall(r"Max accuracy: (\S+)%", text) == ["50.00", "80.00", "80.00", "80.00"]
+    best, last = (read_checkpoint(tmp_path / "run" / f"{name}.pth") for name in ("best", "checkpoint"))
+    assert best["epoch"] == 1 and last["progress"]["best"] == 80.0
+
+
+def weighed(weights):
+    return sum(value.double().abs().sum().item() for value in weights.values())
+
+
+def weigh(args):
+    """The figure of an epoch is the weight of the model that is evaluated."""
+    train.evaluate = lambda model, *_: {"acc1": weighed(model.state_dict())}
+    main(args)
+
+
+@pytest.mark.parametrize(("flags", "key"), [([], "model"), (["--eval-ema"], "model_ema")])
+def test_which_model_an_epoch_is_evaluated_with(colours, tmp_path, flags, key):
+    deit_ok(colours, tmp_path / "run", *PLAIN, "--epochs", "1", "--lr", "0.3", *flags, main=weigh)
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert log_of(tmp_path / "run")[0]["test_acc1"] == weighed(checkpoint[key])
+    assert weighed(checkpoint["model"]) != weighed(checkpoint["model_ema"])
 
 
 def test_evaluation_needs_the_validation_set_only(trained, colours, tmp_path):
@@ -206,6 +232,8 @@ def test_two_processes_train_and_evaluate_each_image_once(trained, colours, tmp_
         figures = [line for line in one.splitlines() if line.startswith("* Acc@1")]
         assert figures == [line for line in two.text.splitlines() if line.startswith("* Acc@1")] and len(figures) == 1
         assert "Acc@1" not in other.text
+        counted = [(tmp_path / ranks / "eval_classes.csv").read_text() for ranks in ("one", "two")]
+        assert counted[0] == counted[1]
     for ended in deit(colours, tmp_path / "train", "--epochs", "1", world_size=2):
         assert ended.code == 0, ended.text
     (line,) = log_of(tmp_path / "train")

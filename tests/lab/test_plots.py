@@ -16,7 +16,7 @@ from PIL import Image
 from irpe_lab.console_log import read_log
 from irpe_lab.figures import TASKS
 from irpe_lab.plots import COLOURS, curve, plot_intervals, plot_runs
-from irpe_lab.results import Outcome, Row
+from irpe_lab.results import Outcome, Row, bootstrap_interval
 from irpe_train.errors import BadData
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_logs.py"
@@ -164,6 +164,8 @@ def test_intervals_show_every_seed_the_published_figure_and_the_difference():
     points = [list(line.get_xdata()) for line in left.lines]
     assert [80.0, 82.0] in points and [81.0, 84.0] in points and [82.5] in points and [81.5] in points
     assert [1.0, 2.0] in [list(line.get_xdata()) for line in right.lines]
+    (interval,) = (segment for bar in right.collections for segment in bar.get_segments())
+    assert [float(x) for x, _ in interval] == list(bootstrap_interval([1.0, 2.0]))
     assert "minus none" in right.get_xlabel() and left.get_legend().get_texts()[0].get_text() == "published"
     alone = plot_intervals(rows[:1], title="", figure=TASKS["deit_irpe"].figure)
     assert len(alone.axes) == 1 and alone.axes[0].get_legend() is None

@@ -151,6 +151,8 @@ def test_the_cache_is_bounded():
 def test_maps_are_compact():
     assert bucket_map("product", 3.0, 4, 4, 0, CPU).dtype == torch.uint8  # 169 buckets
     assert bucket_map("product", 20.0, 4, 4, 0, CPU).dtype == torch.int32  # 6,561 buckets
+    assert bucket_map("euc", 63.9, 2, 2, 1, CPU).dtype == torch.uint8  # 256 buckets, that of the leading token included
+    assert bucket_map("euc", 64.0, 2, 2, 0, CPU).dtype == torch.int32  # 257
 
 
 def test_a_map_made_in_inference_mode_serves_training():

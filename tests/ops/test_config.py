@@ -99,6 +99,7 @@ def test_wrong_specs_say_what_is_wrong(spec, words):
         ({"ratio": 1e9}, "ratio 1000000000.0 asks 'product' for more buckets than any grid has; use a smaller one"),
         ({"ratio": 10**400}, "more buckets"),
         ({"shared_head": "yes"}, "shared_head is True or False"),
+        ({"shared_head": 2}, "shared_head is True or False"),
         ({"skip": -1}, "skip is the number of leading tokens, 0 or more, not -1"),
         ({"skip": 1.0}, "skip is the number of leading tokens"),
     ],

@@ -106,6 +106,8 @@ def test_unreadable_training_image_is_replaced_counted_and_named(workers, capsys
     assert printed.count("a/5.png") == 1
     assert "unreadable training image, its neighbour was taken: a/5.png (OSError: image file is truncated" in printed
     assert loader.samples(1) == ["a/4.png", "a/5.png", "a/6.png", "a/7.png"]
+    batches(loader, 1, start=2)
+    assert loader.bad == {}  # of the epoch that is read
 
 
 def test_many_unreadable_training_images_in_a_row_stop(capsys):
