@@ -13,6 +13,7 @@ import datetime
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,12 @@ def get_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
     args = get_parser().parse_args(argv)
+    if args.benchmark:  # minutes of work: first see that its result can be kept
+        try:
+            args.benchmark.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.benchmark).close()
+        except OSError as error:
+            sys.exit(f"--benchmark {args.benchmark}: nothing can be written there ({error})")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
     wrong = 0
     for backend in backends():
@@ -146,7 +153,6 @@ def _call(batch_, heads, height, width, skip, head_dim, spec, padded, batch, dev
 
 def _write_csv(folder: Path, rows: list[list[str]]) -> Path:
     """The rows in a file that says on which device and day, and in its first line with what."""
-    folder.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
     device = re.sub(r"[^a-z0-9]+", "-", _device().lower()).strip("-")
     path = folder / f"attention_{device}_{today}.csv"

@@ -239,15 +239,22 @@ def plain_text(text: str) -> str:
     return os.fsencode(text).decode(errors="replace").replace("$", r"\$")
 
 
-def save(figure: "Figure", path: str | Path) -> None:
-    """Write a figure as its suffix says (PNG, PDF, SVG ...); the same figure gives the same file."""
+def save(figure: "Figure", path: str | Path) -> Path:
+    """Write a figure as its suffix says (PNG, PDF, SVG ...; none is PNG); the same figure gives the same file.
+
+    Returns: what was written. Raises: OSError: where nothing can be; ValueError: for a suffix that is no picture's.
+    """
     from matplotlib import rc_context
 
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    path = path if path.suffix else path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
     with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150, metadata=undated)
+    return path
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -279,7 +286,7 @@ def get_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser = kind("python -m irpe_ops.visualize", description="Draw an encoding's buckets, as PNG, PDF or SVG.")
     add = parser.add_argument
     add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
-    add("--grid", type=_pair("x", "HxW"), default=(14, 14), metavar="HxW", help="patches (default 14x14)")
+    add("--grid", type=_pair("x", "HxW"), metavar="HxW", help="patches (default 14x14)")
     add("--query", type=_pair(",", "ROW,COL"), metavar="ROW,COL", help="the patch that looks (default: middle)")
     add("-o", "--output", type=Path, default=Path("encoding.png"), metavar="FILE", help="default: encoding.png")
     return parser
@@ -290,10 +297,12 @@ def main(argv: list[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     try:
         if args.spec is None:
+            if args.grid or args.query:
+                raise ValueError("--grid and --query are of one encoding; name it, such as rpe-1.9-product-ctx-1-k")
             figure = draw_overview()
         else:
-            height, width = args.grid
-            if not 1 <= min(args.grid) <= max(args.grid) <= LARGEST_SIDE:
+            height, width = grid = args.grid or (14, 14)
+            if not 1 <= min(grid) <= max(grid) <= LARGEST_SIDE:
                 raise ValueError(f"--grid {height}x{width}: from 1 to {LARGEST_SIDE} patches a side")
             row, col = query = args.query or (height // 2, width // 2)
             maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
@@ -303,10 +312,10 @@ def main(argv: list[str] | None = None) -> None:
                 numbers=True,
                 title=f"{args.spec}: buckets around patch {row},{col} of {height}x{width}",
             )
-        save(figure, args.output)
+        path = save(figure, args.output)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(args.output)
+    print(path)
 
 
 def _pair(separator: str, wanted: str):

@@ -149,6 +149,31 @@ def test_the_command_line_draws(tmp_path):
             visualize.main(arguments)
 
 
+def test_what_is_printed_is_what_was_written(tmp_path, capsys):
+    for name, written in (("plain", "plain.png"), ("a.svg", "a.svg"), ("v1.pdf", "v1.pdf")):
+        visualize.main(["-o", str(tmp_path / name)])
+        assert capsys.readouterr().out.strip() == str(tmp_path / written) and (tmp_path / written).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-o", "."], "IsADirectoryError: . is a folder; name a file in it"),
+        (["-o", "there.txt/x.png"], "there.txt"),
+        (["-o", "x.xyz"], "Format 'xyz' is not supported"),
+        (["--grid", "3x3"], "--grid and --query are of one encoding; name it"),
+        (["--query", "1,1"], "--grid and --query are of one encoding; name it"),
+        (["rpe-1.9-product-ctx-1-k", "--grid", "0x3"], "--grid 0x3: from 1 to 1000"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    Path("there.txt").write_text("")
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        visualize.main(flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.txt"]
+
+
 def test_the_picture_of_the_readme_is_current(tmp_path):
     pytest.importorskip("matplotlib")
     visualize.main(["-o", str(tmp_path / "irpe.svg")])
