@@ -267,6 +267,7 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # whatever it is: a file is not written through a link
         with open(temporary, "wb") as file:
             summed = _Summed(file)
             torch.save(contents, summed)

@@ -78,15 +78,15 @@ def download(url: str, part: Path, *, most: int) -> None:
     Raises: OSError: the connection broke; BadCheckpoint: more than ``most`` bytes are announced, or come.
     """
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing beyond what we have, so the part is whole (or not ours: check will tell)
-            raise
+            raise OSError(" ".join(str(error).split())) from error
         return
-    except http.client.HTTPException as error:
-        raise OSError(f"no answer of a web server: {error!r:.100}") from error
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"no address, or no answer, of a web server: {error!r:.100}") from error
     with response:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         announced = response.headers.get("Content-Length") or ""

@@ -82,14 +82,19 @@ class RunLog:
         if not self.path.exists():
             return
         if not resumed:
-            number = 1
-            while (old := self.path.with_name(f"log.{number}.txt")).exists():
-                number += 1
-            os.replace(self.path, old)
-            logger.info(f"{self.path} was of another run: it is now {old.name}")
+            keep_aside(self.path)
             return
         kept = [line for line in read_text(self.path).splitlines() if _epoch_of(line) < epoch]
         write_text(self.path, "".join(line + "\n" for line in kept))
+
+
+def keep_aside(path: Path) -> None:
+    """Rename a file of somebody else, before one of this run takes its place: ``log.txt`` to ``log.1.txt``."""
+    number = 1
+    while os.path.lexists(old := path.with_name(f"{path.stem}.{number}{path.suffix}")):
+        number += 1
+    os.replace(path, old)
+    logger.info(f"{path} was not of this run: it is now {old.name}")
 
 
 def _epoch_of(line: str) -> float:
@@ -148,13 +153,18 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
     """Write the resolved flags to ``config.yaml``, the model in numbers to ``model.json``, and a line on versions,
     machine and git state to ``starts.jsonl``.
 
-    ``config.yaml`` is a ``--config`` file: it repeats the run. The main rank writes, if there is an output folder.
+    ``config.yaml`` is a ``--config`` file: it repeats the run. One that was there before the folder's first run is kept
+    aside. The main rank writes, if there is an output folder.
     """
     if not is_main() or not args.output_dir:
         return
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "starts.jsonl").exists():
+            for path in (folder / "config.yaml", folder / "model.json"):
+                if path.is_file():
+                    keep_aside(path)
         write_config(parser, args, folder / "config.yaml")
         write_text(folder / "model.json", json.dumps(stats) + "\n")
         with open(folder / "starts.jsonl", "a") as file:

@@ -14,6 +14,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace ``path`` as a whole: a kill or a full disk leaves the old file. What is no UTF-8 becomes ``?``."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # whatever it is: a file is not written through a link
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="")
         os.replace(temporary, path)
     finally:

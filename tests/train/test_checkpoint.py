@@ -596,6 +596,21 @@ def test_full_disk_fails_loudly_and_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
+@pytest.mark.parametrize("kind", ["file", "fifo", "link", "loop"])
+def test_what_has_the_temporary_name_is_in_nobodys_way(tmp_path, kind):
+    (tmp_path / "mine").write_text("mine")
+    temporary = tmp_path / ".checkpoint.pth.tmp"
+    {
+        "file": lambda: temporary.write_text("of a run that was killed"),
+        "fifo": lambda: os.mkfifo(temporary),
+        "link": lambda: temporary.symlink_to(tmp_path / "mine"),
+        "loop": lambda: temporary.symlink_to(temporary),
+    }[kind]()
+    write_checkpoint({"epoch": 1}, tmp_path / "checkpoint.pth")
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1 and (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "mine"]
+
+
 def test_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write .*file/checkpoint.pth"):

@@ -114,6 +114,19 @@ def test_start_is_recorded(tmp_path):
     assert starts[0]["git"] == git_state()
 
 
+def test_a_config_that_a_user_put_into_the_folder_is_kept(tmp_path, capsys):
+    """It may be the very one that the run was started with; one that a run wrote is written anew."""
+    set_up_logging(0)
+    parser, mine = tiny_run.get_parser(), "lr: 0.25  # as in the paper\n"
+    (tmp_path / "config.yaml").write_text(mine)
+    for _ in range(2):
+        argv = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path)]
+        record_start(parser, parse_args(parser, argv), {})
+    assert (tmp_path / "config.1.yaml").read_text() == mine and "it is now config.1.yaml" in capsys.readouterr().out
+    assert parse_args(parser, ["--config", str(tmp_path / "config.yaml")]).lr == 0.25
+    assert not (tmp_path / "config.2.yaml").exists()
+
+
 def test_banner_and_changed_flags(capsys):
     set_up_logging(0)
     parser = tiny_run.get_parser()

@@ -21,6 +21,8 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if server.raw:
+                return self.wfile.write(server.raw)
             whole = server.files.get(self.path.rpartition("/")[2])
             if whole is None:
                 return self.send_error(404)
@@ -47,6 +49,7 @@ def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.sent = 0  # in MiB
     server.files, server.asked, server.cut, server.ranges, server.announces = {}, [], None, True, True
+    server.raw = b""  # instead of an answer
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -203,6 +206,45 @@ def test_a_malformed_zoo_file(zoo, tmp_path, change, message):
     (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(SystemExit, match=f"zoo.yaml: .*{message}"):
         main(["--zoo", str(tmp_path / "zoo.yaml")])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH\r\n",
+        b"\x00\xff\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\nshort",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 301 Moved\r\nLocation: /net.pth\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_any_other_answer_is_one_message(server, zoo, tmp_path, answer):
+    server.raw = answer
+    with pytest.raises(ConnectionError, match="cannot fetch http://127.*Download net.pth on a machine with a") as error:
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert "\n" not in str(error.value) and not (tmp_path / "hub" / "net.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["", "net.pth", "http://", "http://[", "http://a b/", "http://127.0.0.1:x/", "file:///no"]
+)
+def test_an_address_that_is_none_is_one_message(zoo, tmp_path, url):
+    with pytest.raises(ConnectionError, match="model zoo: cannot fetch .*Download net.pth on a machine with a network"):
+        fetch("net", folder=tmp_path / "hub", zoo=with_entry(zoo, url=url))
+
+
+def test_a_part_of_another_range_is_not_joined_to_what_is_here(server, zoo, tmp_path):
+    whole = server.files["net.pth"]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "net.pth.part").write_bytes(whole[:40])
+    head = b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-9/10\r\nContent-Length: %d\r\n\r\n" % len(whole)
+    server.raw = head + whole
+    assert fetch("net", folder=tmp_path / "hub", zoo=zoo).read_bytes() == whole
 
 
 def test_something_else_arrives(server, zoo, tmp_path):
