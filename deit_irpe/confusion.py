@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from irpe_ops.visualize import plain_text
+
 MOST_CONFUSED = 5000  # classes; a table of more is of no use, and takes a gigabyte
 MOST_NAMES, MOST_NUMBERS = 60, 15  # classes in a picture that still has room for their names, and for counts
 
@@ -56,7 +58,7 @@ def draw_confusion(counts: Tensor, classes: list[str]):
     image = axis.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     axis.set(xlabel="predicted", ylabel="true class", title="share of the true class")
     if len(classes) <= MOST_NAMES:
-        names = [name.replace("$", r"\$")[:30] for name in classes]
+        names = [plain_text(name[:30]) for name in classes]
         axis.set_xticks(range(len(classes)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(classes)), names, fontsize=7)
     if len(classes) <= MOST_NUMBERS:

@@ -97,10 +97,11 @@ def test_the_figures_of_each_class():
 
 
 def test_tables_and_picture(tmp_path):
-    files = write_confusion(COUNTS, ["a,b", "$x_1$ and $", "é"], tmp_path)
+    names = ["a,b", "$x_1$ and $" + 30 * "$", "caf\udce9"]  # the last is a folder's name in Latin-1
+    files = write_confusion(COUNTS, names, tmp_path)
     assert [file.name for file in files] == ["eval_confusion.csv", "eval_classes.csv", "eval_confusion.png"]
-    with open(files[0], newline="", encoding="utf-8") as file:
-        assert list(csv.reader(file))[:2] == [["true \\ predicted", "a,b", "$x_1$ and $", "é"], ["a,b", "3", "1", "0"]]
+    with open(files[0], newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert list(csv.reader(file))[:2] == [["true \\ predicted", *names], ["a,b", "3", "1", "0"]]
     shares = draw_confusion(COUNTS, ["a", "b", "c"]).axes[0].images[0].get_array()
     assert shares[0].tolist() == [0.75, 0.25, 0.0] and shares.mask[2].all()  # a class without images is blank
 
