@@ -197,7 +197,7 @@ def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
     """Where to look from when no point is given: inside the best detections, or the middle of the image."""
     limit = torch.tensor([image.width, image.height]) - 1
     points = xyxy_to_cxcywh(boxes[:MOST_POINTS])[:, :2].clamp(min=0).minimum(limit).tolist()
-    return [tuple(point) for point in points] or [(image.width / 2, image.height / 2)]
+    return list(dict.fromkeys(map(tuple, points))) or [(image.width / 2, image.height / 2)]
 
 
 def _check_names(images: Sequence[Path], taken: set[str]) -> None:

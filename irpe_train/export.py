@@ -2,6 +2,8 @@
 """Write a trained model for other programs: ONNX, ``torch.export`` and safetensors, each compared with the original."""
 
 import json
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,13 +62,16 @@ def export_model(
             path = _exported(Path(out), format)
             if format == "onnx":
                 names = {name: axes for name, axes in zip(input_names, dynamic, strict=True)}
-                exported = torch.onnx.export(
-                    program,
-                    input_names=list(input_names),
-                    output_names=list(output_names),
-                    dynamic_shapes=names,
-                    verbose=False,
-                )
+                logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it lists what it does not simplify
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "# The axis name")  # inputs share "batch", as they should
+                    exported = torch.onnx.export(
+                        program,
+                        input_names=list(input_names),
+                        output_names=list(output_names),
+                        dynamic_shapes=names,
+                        verbose=False,
+                    )
                 exported.model.metadata_props.update(metadata or {})
                 exported.save(path, external_data=False)
                 outputs = _run_onnx(path, input_names, examples)
