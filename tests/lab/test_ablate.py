@@ -67,7 +67,7 @@ published: {rpe-1.9-product-ctx-1-k: deit_small_patch16_224_ctx_product_50_share
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, coarse_pictures):
     """A folder with the stand-in package and a grid; commands run from there."""
     (tmp_path / "deit_irpe").mkdir()
     (tmp_path / "deit_irpe" / "__init__.py").touch()

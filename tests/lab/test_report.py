@@ -44,7 +44,7 @@ def detr_line(epoch, ap):
 
 
 @pytest.fixture
-def logs(tmp_path):
+def logs(tmp_path, coarse_pictures):
     folder = tmp_path / "logs"
     folder.mkdir()
     (folder / f"log_{MODEL}.txt").write_text(deit_line(0, 10.0) + "\n" + deit_line(1, 80.93) + "\n")
