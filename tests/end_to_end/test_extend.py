@@ -59,7 +59,8 @@ def carry_out(title: str, folder: Path, *flags: str) -> None:
         "CUDA_VISIBLE_DEVICES": "",
     }
     commands = "".join(content for language, content in blocks if language == "bash")
-    commands = commands.replace("irpe_lab.ablate rings.yaml", "irpe_lab.ablate rings.yaml --seeds 0 --gpus-per-run 1")
+    fewer = "irpe_lab.ablate rings.yaml --seeds 0 --gpus-per-run 1 --only '*rings*'"  # one run of three
+    commands = commands.replace("irpe_lab.ablate rings.yaml", fewer)
     ran = subprocess.run(["bash", "-e", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
@@ -82,8 +83,8 @@ def test_a_bucket_method_trains_and_is_a_row_of_an_ablation(folder):
     (table,) = folder.glob("outputs/**/table.csv")
     with table.open(newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["none", "rpe-1.9-product-ctx-1-k", "rpe-1.9-rings-ctx-1-k"]
-    assert [row["buckets"] for row in rows.values()] == ["0", "50", "5"]  # rings: 0 to 3, and the class token's
+    assert list(rows) == ["rpe-1.9-rings-ctx-1-k"]
+    assert [row["buckets"] for row in rows.values()] == ["5"]  # rings: 0 to 3, and the class token's
 
 
 def test_an_attention_of_your_own_trains(folder):

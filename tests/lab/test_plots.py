@@ -164,13 +164,20 @@ def test_intervals_show_every_seed_the_published_figure_and_the_difference():
     points = [list(line.get_xdata()) for line in left.lines]
     assert [80.0, 82.0] in points and [81.0, 84.0] in points and [82.5] in points and [81.5] in points
     assert [1.0, 2.0] in [list(line.get_xdata()) for line in right.lines]
-    (interval,) = (segment for bar in right.collections for segment in bar.get_segments())
-    assert [float(x) for x, _ in interval] == list(bootstrap_interval([1.0, 2.0]))
     assert "minus none" in right.get_xlabel() and left.get_legend().get_texts()[0].get_text() == "published"
     alone = plot_intervals(rows[:1], title="", figure=TASKS["deit_irpe"].figure)
     assert len(alone.axes) == 1 and alone.axes[0].get_legend() is None
     both = plot_intervals(rows, title="", figure=TASKS["deit_irpe"].figure, evaluations=("at 48",))
     assert ["at 48" in axis.get_xlabel() for axis in both.axes] == [False, False, True, True]
+
+
+def test_an_interval_reaches_as_far_as_it_is_on_either_side():
+    none, irpe = ({seed: Outcome("done", 1, x, x) for seed, x in enumerate(xs)} for xs in ([0.0] * 3, [1.0, 2.0, 9.0]))
+    rows = [baseline := Row("none", "", none), Row("irpe", "", irpe, None, baseline)]
+    _, right = plot_intervals(rows, title="", figure=TASKS["deit_irpe"].figure).axes
+    (interval,) = (segment for bar in right.collections for segment in bar.get_segments())
+    assert [x for x, _ in interval] == pytest.approx(bootstrap_interval([1.0, 2.0, 9.0]))
+    assert interval[0][0] < 4 - 2 < 4 + 2 < interval[1][0] and interval[0][0] + interval[1][0] != pytest.approx(8)
 
 
 def test_curve_takes_ap_from_the_list():
