@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's ViT gains iRPE: its blocks are built on nn.MultiheadAttention.
+"""torchvision's ViT gains iRPE: its blocks are built on nn.MultiheadAttention, which `equip` replaces.
 
 python examples/torchvision_vit.py
 """
 
 import torch
-from multihead_attention import RPEMultiheadAttention
 from torchvision.models import VisionTransformer
 
-from irpe_ops import parse_rpe_spec
+from irpe_ops import equip
 
 torch.manual_seed(0)
 # torchvision.models.vit_b_16(weights="IMAGENET1K_V1") is the same class with trained weights.
@@ -17,11 +16,7 @@ torch.nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero:
 images = torch.randn(2, 3, 64, 64)
 before = model(images)
 
-config = parse_rpe_spec("rpe-1.9-product-ctx-1-qkv", skip=1)  # one class token
-for block in model.encoder.layers:
-    block.self_attention = RPEMultiheadAttention(block.self_attention, config)
-
-model.eval()
+equip(model, "rpe-1.9-product-ctx-1-qkv")
 torch.testing.assert_close(model(images), before, atol=1e-4, rtol=0)
 for block in model.encoder.layers:
     torch.nn.init.normal_(block.self_attention.rpe_k.lookup_table_weight)

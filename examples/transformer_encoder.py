@@ -5,10 +5,9 @@ python examples/transformer_encoder.py
 """
 
 import torch
-from multihead_attention import RPEMultiheadAttention
 from torch import Tensor, nn
 
-from irpe_ops import parse_rpe_spec
+from irpe_ops import equip
 
 
 class MapEncoder(nn.Module):
@@ -17,13 +16,10 @@ class MapEncoder(nn.Module):
     def __init__(self, channels: int, nhead: int, layers: int, spec: str):
         super().__init__()
         layer = nn.TransformerEncoderLayer(channels, nhead, 4 * channels, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        for layer in self.encoder.layers:
-            layer.self_attn = RPEMultiheadAttention(layer.self_attn, parse_rpe_spec(spec))
+        self.encoder = equip(nn.TransformerEncoder(layer, layers, enable_nested_tensor=False), spec)
 
     def forward(self, maps: Tensor, padding: Tensor) -> Tensor:
-        for layer in self.encoder.layers:
-            layer.self_attn.grid = tuple(maps.shape[-2:])
+        self.encoder.token_grid.remember(*maps.shape[-2:])
         tokens = self.encoder(maps.flatten(2).transpose(1, 2), src_key_padding_mask=padding.flatten(1))
         return tokens.transpose(1, 2).unflatten(2, maps.shape[-2:])
 

@@ -7,7 +7,8 @@ Usage:
 Peers: `clone()` of the lookup's output, `gather`, `scatter_add` for the lookup; for attention
 `scaled_dot_product_attention` without encoding ("sdpa", the base of the ratios) and with the encoding as a float mask
 ("sdpa + mask", whose mask must be made anew for each input, which is part of its time), and plain PyTorch ("eager").
-Every round runs each candidate once, so a slow moment of the machine touches all; the median of the rounds is printed.
+Every round runs each candidate once, so a slow moment of the machine touches all; medians are printed, and their ratio
+beside that of the fastest rounds.
 On a CPU with one thread the clock is the processor time of this process: other programs cannot stretch it. The C
 library keeps freed memory, as for a trainer, for every candidate alike: else what one frees another faults in.
 """
@@ -37,7 +38,7 @@ SHAPES = {  # batch, heads, height, width, skip, head_dim, spec
     "DETR encoder B2 H8 L850 D32": (2, 8, 25, 34, 0, 32, "rpe-2.0-product-ctx-1-"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FIELDS = ["operation", "shape", "dtype", "candidate", "median_ms", "fastest_ms", "base", "ratio"]
+FIELDS = ["operation", "shape", "dtype", "candidate", "median_ms", "fastest_ms", "base", "ratio", "ratio_of_fastest"]
 
 
 class Bench:
@@ -49,7 +50,7 @@ class Bench:
         self.clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def compare(self, operation: str, shape: str, dtype: str, base: str, candidates: dict[str, Callable]) -> None:
-        """Time every candidate, print its median and the ratio to ``base``."""
+        """Time every candidate, print its median and the ratios to ``base``, of medians and of the fastest rounds."""
         times = {name: [] for name in candidates}
         for round_ in range(self.rounds + 2):
             for name, run in candidates.items():
@@ -61,10 +62,11 @@ class Bench:
                     times[name].append(1e3 * (self.clock() - start))
         medians = {name: statistics.median(t) for name, t in times.items()}
         for name, median in medians.items():
-            ratio = median / medians[base]
-            figures = [f"{median:.3f}", f"{min(times[name]):.3f}", base, f"{ratio:.2f}"]
+            ratio, fastest = median / medians[base], min(times[name]) / min(times[base])
+            figures = [f"{median:.3f}", f"{min(times[name]):.3f}", base, f"{ratio:.2f}", f"{fastest:.2f}"]
             self.rows.append([operation, shape, dtype, name, *figures])
-            print(f"{operation:28} {shape:28} {dtype:5} {name:12} {median:9.2f} ms   {ratio:5.2f} x {base}", flush=True)
+            ratios = f"{ratio:5.2f} ({fastest:.2f}) x {base}"
+            print(f"{operation:28} {shape:28} {dtype:5} {name:12} {median:9.2f} ms   {ratios}", flush=True)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -94,27 +96,12 @@ def benchmark_lookup(bench: Bench, shape: str, dtype_name: str) -> None:
     sums = torch.zeros_like(input, dtype=torch.float64).scatter_add_(-1, expanded, output.double())
     check("rpe_index_adjoint", rpe_index_adjoint(output, ids, buckets), sums, 32 * torch.finfo(dtype).eps)
     with torch.no_grad():
-        bench.compare(
-            "lookup forward",
-            shape,
-            dtype_name,
-            "clone",
-            {
-                "ours": lambda: rpe_index(input, ids),
-                "clone": output.clone,
-                "gather": lambda: input.gather(-1, expanded),
-            },
-        )
-        bench.compare(
-            "lookup backward",
-            shape,
-            dtype_name,
-            "scatter_add",
-            {
-                "ours": lambda: rpe_index_adjoint(output, ids, buckets),
-                "scatter_add": lambda: torch.zeros_like(input).scatter_add(-1, expanded, output),
-            },
-        )
+        forward = {"ours": lambda: rpe_index(input, ids), "clone": output.clone}
+        forward["gather"] = lambda: input.gather(-1, expanded)
+        bench.compare("lookup forward", shape, dtype_name, "clone", forward)
+        backward = {"ours": lambda: rpe_index_adjoint(output, ids, buckets)}
+        backward["scatter_add"] = lambda: torch.zeros_like(input).scatter_add(-1, expanded, output)
+        bench.compare("lookup backward", shape, dtype_name, "scatter_add", backward)
 
 
 def benchmark_attention(bench: Bench, shape: str, dtype_name: str) -> None:
