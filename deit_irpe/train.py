@@ -309,9 +309,9 @@ def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number
     """Raises BadCheckpoint if the class head in ``weights`` is of another size: its classes cannot be told apart."""
     for name in head_names(model):
         bias = weights.get(f"{name}.bias")
-        if bias is not None and len(bias) != number:
+        if bias is not None and bias.numel() != number:
             raise BadCheckpoint(
-                f"checkpoint {source}: its head has {len(bias)} outputs and names no classes; the data have {number}"
+                f"checkpoint {source}: its head has {bias.numel()} outputs and names no classes; the data have {number}"
             )
 
 

@@ -57,6 +57,7 @@ def fit_classes(
         notes = dict.fromkeys(keys, f"starts fresh: other classes, {len(theirs)} there, {len(ours)} here")
         return {key: value for key, value in weights.items() if key not in keys}, notes
     order = [theirs.index(name) for name in ours]
+    keys = [key for key in keys if weights[key].shape[:1] == (len(order),)]  # others are no head of these classes
     return {key: value[order] if key in keys else value for key, value in weights.items()}, dict.fromkeys(
         keys, "has its classes in the order of the data"
     )
@@ -98,13 +99,14 @@ def resample_positions(
     if "pos_embed" in weights and "pos_embed" in own and isinstance(model, (VisionTransformer, Eva)):
         new_grid = tuple(model.patch_embed.grid_size)
         leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds the positions to patches alone
-        tokens = weights["pos_embed"].shape[1] - leading
+        shape = tuple(weights["pos_embed"].shape)
+        tokens = shape[1] - leading if len(shape) == 3 and shape[0] == 1 else 0
         if old_grid is None or math.prod(old_grid) != tokens:
             old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
-        if math.prod(old_grid) != tokens:
+        if tokens < 1 or math.prod(old_grid) != tokens:
             raise BadCheckpoint(
-                f"checkpoint {source}: pos_embed has {weights['pos_embed'].shape[1]} tokens: with "
-                f"{leading} leading token(s) that is no square grid; was it trained as another model?"
+                f"checkpoint {source}: pos_embed is {shape}: with {leading} leading token(s) that is no square grid; "
+                "was it trained as another model?"
             )
         if old_grid != new_grid:
             notes["pos_embed"] = f"resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches"

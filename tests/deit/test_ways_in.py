@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 import deit_irpe
 from deit_irpe import train
 from deit_irpe.load_model import class_names, load_model
-from deit_irpe.models import build_model, head_names, load_pretrained_weights
+from deit_irpe.models import build_model, fit_classes, head_names, load_pretrained_weights
 from irpe_train.errors import BadCheckpoint
 
 NAME, DEMO = "deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_demo_patch4_32"
@@ -204,6 +204,27 @@ def test_positions_without_a_place_for_the_class_token_are_resampled(name):
     old, new = (timm.create_model(name, img_size=side, **sizes) for side in (32, 48))
     notes = load_pretrained_weights(new, old.state_dict(), source="x.pth")
     assert notes == {"pos_embed": "resampled from 4x4 to 6x6 patches"} and new.pos_embed.shape == (1, 36, 16)
+
+
+@pytest.mark.parametrize("shape", [(), (17, 16), (1, 4, 4, 16), (2, 17, 16), (1, 0, 16), (1, 1, 16), (1, 15, 16)])
+def test_positions_of_no_grid_are_refused_by_name(shape):
+    model = deit_irpe.create_model(DEMO, depth=1, embed_dim=16, num_heads=2, num_classes=2)
+    weights = model.state_dict() | {"pos_embed": torch.zeros(shape)}
+    with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: pos_embed is \(.*that is no square grid"):
+        load_pretrained_weights(model, weights, source="x.pth")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_head_of_another_shape_is_no_head_of_these_classes(shape):
+    model = deit_irpe.create_model(DEMO, depth=1, embed_dim=16, num_heads=2, num_classes=2)
+    stored = model.state_dict() | {"head.bias": torch.zeros(shape)}
+    weights, notes = fit_classes(model, stored, ["x", "y"], ["y", "x"])
+    started = load_pretrained_weights(model, weights, source="x.pth") | notes
+    assert started["head.weight"] == "has its classes in the order of the data"
+    assert started["head.bias"].startswith("starts fresh")
+    if shape:
+        with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: its head has \d outputs and names no classes"):
+            train.check_number_of_classes(model, stored, 2, source="x.pth")
 
 
 # --- flags in a stranger's checkpoint are data
