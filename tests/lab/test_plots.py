@@ -180,6 +180,13 @@ def test_an_interval_reaches_as_far_as_it_is_on_either_side():
     assert interval[0][0] < 4 - 2 < 4 + 2 < interval[1][0] and interval[0][0] + interval[1][0] != pytest.approx(8)
 
 
+def test_each_figure_of_a_list_has_its_place():
+    figures = {figure.name: figure for figure in TASKS["detr_irpe"].figures}
+    line = {"test_coco_eval_bbox": [0.5, 0.7, 0.6, 0.2, 0.4, 0.8, 0.9]}
+    assert [figures[name].of(line) for name in ("AP", "AP50", "AP75", "AP_large")] == [0.5, 0.7, 0.6, 0.8]
+    assert figures["AP50"].of({"test_coco_eval_bbox": [0.5]}) is None
+
+
 def test_curve_takes_ap_from_the_list():
     assert curve([detr(0), detr(2), {"epoch": 3}], "test_coco_eval_bbox") == ([0, 2], [0.0, 0.2])
     assert curve([{"epoch": 0, "x": 10**400}, {"epoch": 1, "x": -(10**400)}], "x")[1] == [float("inf"), -float("inf")]

@@ -139,6 +139,7 @@ def test_a_part_that_is_whole_already(server, zoo, tmp_path):
         ({"size": 7}, "more than 7 bytes"),
         ({"size": 70_000}, "bytes, 70000 expected"),
         ({"entries": 3}, "2 tensors in 'model', 3 expected"),
+        ({"entries": 1}, "2 tensors in 'model', 1 expected"),
     ],
 )
 def test_a_wrong_file_is_not_kept(zoo, tmp_path, changes, message):
