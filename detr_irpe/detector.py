@@ -84,9 +84,8 @@ def load_onnx(path: Path) -> tuple[OnnxModel, argparse.Namespace, dict[int, str]
         categories = {int(i): str(name) for i, name in json.loads(metadata["categories"]).items()}
         image_size = int(metadata["image_size"])
     except Exception as error:  # onnxruntime's own errors derive from Exception alone
-        raise BadCheckpoint(
-            f"{path}: not a detector that detr_irpe.export wrote ({type(error).__name__}: {error})"
-        ) from error
+        reason = " ".join(str(error).split())[:300]  # onnxruntime writes several lines
+        raise BadCheckpoint(f"{path}: not a detector that detr_irpe.export wrote ({reason})") from error
     if not 0 < image_size <= LARGEST_IMAGE_SIZE:
         raise BadCheckpoint(f"{path}: its image_size is {image_size}, beyond all photographs")
     return (

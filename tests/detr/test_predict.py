@@ -12,7 +12,7 @@ from detr_irpe.data.coco import CocoDetection
 from detr_irpe.detector import Detector
 from detr_irpe.drawing import PALETTE, attention_maps, cell_of, draw_objects, font_for, side_by_side
 from detr_irpe.predict import Truth, class_indices, get_predict_parser, main, read_in_frame
-from irpe_train.errors import BadData, RunError
+from irpe_train.errors import BadCheckpoint, BadData, RunError
 from irpe_train.launch import launch
 from tests.helpers.tiny_detr import published_flags, tiny_transformer
 
@@ -326,6 +326,13 @@ def test_an_exported_file_predicts_as_its_checkpoint(tmp_path, photo):
         assert one["box"] == pytest.approx(other["box"], abs=0.02)
     with pytest.raises(ValueError, match="give the checkpoint, not the exported file"):
         predict(photo, "--resume", tmp_path / "x.onnx", "--out", tmp_path / "c", "--attention")
+    onnx = pytest.importorskip("onnx")
+    changed = onnx.load(tmp_path / "x.onnx")
+    changed.graph.output[0].name = "other"  # onnxruntime says so in two lines
+    onnx.save(changed, tmp_path / "y.onnx")
+    with pytest.raises(BadCheckpoint, match="y.onnx: not a detector that detr_irpe.export wrote") as error:
+        predict(photo, "--resume", tmp_path / "y.onnx", "--out", tmp_path / "c")
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_metadata_cost_no_prediction(tmp_path):
