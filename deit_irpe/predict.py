@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deit_irpe.args import get_predict_parser
 from deit_irpe.classifier import Classifier
-from irpe_ops.attention import attention_weights
 from irpe_ops.attention_call import AttentionCall
+from irpe_ops.backends.eager import attention_weights
 from irpe_ops.modules import IRPE
 from irpe_ops.visualize import attention_bias, draw_maps, draw_over_image, draw_tables, plain_text, save
 from irpe_train.distributed import choose_device, logger, set_up_logging

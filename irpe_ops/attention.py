@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with relative position encoding: the definition in plain PyTorch, then the choice of a faster backend."""
-
-import math
+"""Attention with relative position encoding: what is asked for is checked, and a backend computes it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
@@ -13,7 +10,7 @@ from irpe_ops.backends.choice import choose
 from irpe_ops.modules import IRPE, IRPESum, autocast_dtype, resolve_grid
 from irpe_ops.rpe_index import DTYPES
 
-BACKENDS = ("auto", "eager", *NAMES)
+BACKENDS = ("auto", *NAMES)
 
 
 def rpe_attention(
@@ -70,10 +67,7 @@ def rpe_attention(
         q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale
     )  # fmt: skip
     if backend == "auto":
-        name = choose(call, eager_attention)
-        return eager_attention(call) if name == "eager" else module_of(name).attention(call)
-    if backend == "eager":
-        return eager_attention(call)
+        return module_of(choose(call)).attention(call)
     if reason := missing_backend(backend):
         raise ImportError(f"backend={backend!r} does not exist here: {reason} (python -m irpe_ops.info says more)")
     if reason := module_of(backend).why_not(call):
@@ -81,43 +75,9 @@ def rpe_attention(
     return module_of(backend).attention(call)
 
 
-def eager_attention(call: AttentionCall) -> Tensor:
-    """What `rpe_attention` means; every other backend is measured against it."""
-    weights, v = attention_weights(call), call.v
-    if call.dropout_p > 0:
-        weights = F.dropout(weights, call.dropout_p)
-    out = weights.to(v.dtype) @ v  # (B, H, L, D)
-    return out if call.rpe_v is None else out + call.rpe_v(weights, call.height, call.width).to(out.dtype)
-
-
-def attention_weights(call: AttentionCall) -> Tensor:
-    """How much each token attends to each, ``(B, H, L, L)``, before dropout: rows sum to one, or are zero."""
-    q, k, _, rpe_q, rpe_k, _, height, width, key_padding_mask, attn_mask, _, scale = call
-    q = q * scale
-    scores = q @ k.transpose(2, 3)  # (B, H, L, L)
-    if rpe_k is not None:
-        scores = scores + rpe_k(q, height, width)
-    if rpe_q is not None:
-        scores = scores + rpe_q(k * scale, height, width).transpose(2, 3)
-    if autocast_dtype(q.device) is not None:
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(attn_mask, -math.inf)
-        else:
-            scores = scores + attn_mask.to(scores.dtype)
-    if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
-    if attn_mask is None and key_padding_mask is None:
-        return scores.softmax(-1)
-    # The softmax of a row of minus infinities is NaN, and so is its gradient: take such rows out before and after.
-    empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-
-
 def missing_backend(name: str) -> str | None:
     """Why the backend ``name`` does not exist on this machine, with the remedy; None where it does."""
-    return None if name == "eager" else module_of(name).missing()
+    return module_of(name).missing()
 
 
 def _resolve_encodings(

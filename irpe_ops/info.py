@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from irpe_ops.attention import eager_attention, missing_backend, rpe_attention
+from irpe_ops.attention import missing_backend, rpe_attention
 from irpe_ops.attention_call import AttentionCall
-from irpe_ops.backends import NAMES, choice, module_of
+from irpe_ops.backends import NAMES, choice, eager, module_of
 from irpe_ops.config import parse_rpe_spec
 from irpe_ops.modules import build_rpe
 from irpe_ops.rpe_index import built_for, compiled_devices, extension_error, rpe_index
@@ -122,11 +122,10 @@ def _rows(batch: int | None = None) -> Iterator[list[str]]:
         for rpe_on in ("k", "qkv"):
             for training in (False, True):
                 call = _call(*sizes[:6], sizes[6] + rpe_on, sizes[7], batch or sizes[0], device, dtype, training)
-                names = [name for name in ("eager", *NAMES) if choice.can_run(name, call)]
-                runs = {name: eager_attention if name == "eager" else module_of(name).attention for name in names}
-                found = choice.measure(call, runs, eager_attention)
+                names = [name for name in NAMES if choice.can_run(name, call)]
+                found = choice.measure(call, {name: module_of(name).attention for name in names}, eager.attention)
                 with torch.set_grad_enabled(training):
-                    taken = choice.choose(call, eager_attention)
+                    taken = choice.choose(call)
                 work = "forward + backward" if training else "forward"
                 shown = shape if batch is None else re.sub(r"B\d+", f"B{batch}", shape)
                 print(f"{shown}, {rpe_on}, {work}, {_short(dtype)}: {found}; auto takes {taken}")

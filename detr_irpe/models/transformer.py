@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
-from irpe_ops.attention import attention_weights
 from irpe_ops.attention_call import AttentionCall
+from irpe_ops.backends.eager import attention_weights
 
 
 class MultiheadAttention(nn.Module):

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file for each way to compute `rpe_attention` beside the definition, ``irpe_ops/attention.py``; and the choice.
+"""One file for each way to compute `rpe_attention`, ``eager.py`` being the definition; and the choice between them.
 
 A backend is a module with ``missing() -> str | None`` (why it does not exist on this machine), ``why_not(call) -> str |
 None`` (why it cannot run this call) and ``attention(call) -> Tensor``.
 """
 
-NAMES = ("sdpa", "compiled", "triton")
+NAMES = ("eager", "sdpa", "compiled", "triton")
 
 
 def module_of(name: str):
-    """The module of a backend other than ``eager``, imported when it is first asked for."""
+    """The module of a backend, imported when it is first asked for."""
     # Import statements, not importlib: torch.compile can follow these.
-    if name == "sdpa":
+    if name == "eager":
+        from irpe_ops.backends import eager as module
+    elif name == "sdpa":
         from irpe_ops.backends import sdpa as module
     elif name == "compiled":
         from irpe_ops.backends import compiled as module

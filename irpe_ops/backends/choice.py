@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_ops.attention_call import AttentionCall
-from irpe_ops.backends import module_of
+from irpe_ops.backends import eager, module_of
 from irpe_ops.backends.measure import Measurement, measure, trains
 from irpe_ops.modules import autocast_dtype
 from irpe_ops.rpe_index import under_function_transform
@@ -38,19 +38,15 @@ _known: dict[str, "Measurement"] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def choose(call: AttentionCall, eager: Callable[[AttentionCall], Tensor]) -> str:
-    """The name of the backend that ``auto`` means for this call; ``eager`` is the definition, a candidate as well."""
+def choose(call: AttentionCall) -> str:
+    """The name of the backend that ``auto`` means for this call."""
     if torch.compiler.is_exporting():
         return "eager"
     device = call.q.device.type
     if device in MEASURED and may_measure(call):
-        candidates = {
-            name: eager if name == "eager" else module_of(name).attention
-            for name in MEASURED[device]
-            if can_run(name, call)
-        }
+        candidates = {name: module_of(name).attention for name in MEASURED[device] if can_run(name, call)}
         if len(candidates) > 1:
-            ms = measurement(call, candidates, eager).ms
+            ms = measurement(call, candidates).ms
             return min((name for name in candidates if name in ms), key=ms.get, default="eager")
     return next(name for name in _order(call) if can_run(name, call))
 
@@ -64,7 +60,7 @@ def _order(call: AttentionCall) -> tuple[str, ...]:
 
 def can_run(name: str, call: AttentionCall) -> bool:
     """Whether a backend exists here and has nothing against the call."""
-    return name == "eager" or (module_of(name).missing() is None and module_of(name).why_not(call) is None)
+    return module_of(name).missing() is None and module_of(name).why_not(call) is None
 
 
 def may_measure(call: AttentionCall) -> bool:
@@ -78,13 +74,11 @@ def may_measure(call: AttentionCall) -> bool:
     return call.q.numel() > 0 and os.environ.get("IRPE_ATTENTION_TUNING") != "0"
 
 
-def measurement(
-    call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]], eager: Callable
-) -> Measurement:
+def measurement(call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]]) -> Measurement:
     """The measurement of this kind of call: known to this process, to the group or to the cache, or made now."""
     kind = _kind(call)
     if kind not in _known:
-        _known[kind] = _agreed(kind, lambda: _cached(kind, lambda: measure(call, candidates, eager)))
+        _known[kind] = _agreed(kind, lambda: _cached(kind, lambda: measure(call, candidates, eager.attention)))
         logger.info("attention %s: %s", kind, _known[kind])
         for name, reason in _known[kind].left_out.items():
             if (name, reason) not in _warned:
@@ -183,8 +177,6 @@ def describe(
 
     Call it under the run's autocast.
     """
-    from irpe_ops.attention import eager_attention
-
     for layer in model.modules():
         encodings = [getattr(layer, f"rpe_{role}", None) for role in "qkv"]
         if hasattr(layer, "attn_backend") and any(encodings):
@@ -200,7 +192,7 @@ def describe(
     q, k, v = torch.zeros(3, *shape, device=device, dtype=dtype).requires_grad_().unbind()
     mask = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device) if padding else None
     call = AttentionCall(q, k, v, *encodings, height, width, mask, None, dropout_p, part.head_dim**-0.5)
-    name = choose(call, eager_attention) if measures else next(name for name in _order(call) if can_run(name, call))
+    name = choose(call) if measures else next(name for name in _order(call) if can_run(name, call))
     measured = _known.get(_kind(call))
     if measured is None:
         return f"{name} (the first of {', '.join(_order(call))} that can run here)"

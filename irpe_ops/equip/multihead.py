@@ -6,8 +6,9 @@ import dataclasses
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irpe_ops.attention import attention_weights, rpe_attention
+from irpe_ops.attention import rpe_attention
 from irpe_ops.attention_call import AttentionCall
+from irpe_ops.backends.eager import attention_weights
 from irpe_ops.config import RPEConfig
 from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe

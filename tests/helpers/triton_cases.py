@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from irpe_ops import attention as attention_module
 from irpe_ops import build_rpe, methods, modes, parse_rpe_spec, rpe_attention
+from irpe_ops.backends import eager, triton_launch
 from irpe_ops.backends import triton as triton_backend
-from irpe_ops.backends import triton_launch
 from tests import oracles
 
 DEVICE = "cpu" if triton_backend.INTERPRETED else "cuda"
@@ -166,7 +165,7 @@ def test_dropout_forward_and_gradients(monkeypatch):
     packed, encodings, options = example("rpe-1.0-cross-ctx-1-qkv", (2, 4), 0, batch=1, head_dim=8)
     torch.manual_seed(3)
     kept = dropped_weights(2, 8, 0.25) > 0
-    monkeypatch.setattr(attention_module.F, "dropout", lambda weights, p, **_: weights * kept / (1 - p))
+    monkeypatch.setattr(eager.F, "dropout", lambda weights, p, **_: weights * kept / (1 - p))
     exact = run(packed, encodings, dropout_options(options), "eager", torch.float64)
     torch.manual_seed(3)
     for ours, answer in zip(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
-from irpe_ops.attention import eager_attention
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import choice, measure
+from irpe_ops.backends.eager import attention as eager_attention
 from tests import oracles
 
 
@@ -125,7 +125,11 @@ class Fakes:
             return FAKES[name](call)
 
         module = type("Module", (), {})
-        module.attention, module.missing, module.why_not = attention, lambda: None, lambda call: self.why
+        module.attention, module.missing, module.why_not = (
+            attention,
+            lambda: None,
+            lambda call: None if name == "eager" else self.why,
+        )
         return module
 
 
@@ -146,64 +150,64 @@ def fakes(monkeypatch, tmp_path):
 
 def test_the_fastest_is_taken_measured_once_and_failures_warned_of_once(fakes):
     with pytest.warns(UserWarning, match="'raising' is left out on this machine: RuntimeError: ptxas fatal") as caught:
-        assert choice.choose(make_call(), eager_attention) == "eager"
+        assert choice.choose(make_call()) == "eager"
     assert len(caught) == 1
     runs = dict(fakes.runs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choice.choose(make_call(), eager_attention) == "eager"
+        assert choice.choose(make_call()) == "eager"
         assert fakes.runs == runs
-        assert choice.choose(make_call("rpe-1.9-product-ctx-1-k"), eager_attention) == "eager"  # another kind
+        assert choice.choose(make_call("rpe-1.9-product-ctx-1-k")) == "eager"  # another kind
     assert fakes.runs["slow"] > runs["slow"]
 
 
 @pytest.mark.filterwarnings("ignore:attention backend")
 def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
-    choice.choose(make_call(), eager_attention)
+    choice.choose(make_call())
     runs, kept = dict(fakes.runs), choice.cache_file()
     (entry,) = json.loads(kept.read_text()).values()
     assert set(entry["ms"]) == {"slow", "eager"} and set(entry["left_out"]) == {"raising"}
     choice._known.clear()
-    assert choice.choose(make_call(), eager_attention) == "eager" and fakes.runs == runs
+    assert choice.choose(make_call()) == "eager" and fakes.runs == runs
     for damage in ("", "[]", '{"cpu": 3}'):  # measured again, and mended
         choice._known.clear()
         kept.write_text(damage)
-        assert choice.choose(make_call(), eager_attention) == "eager"
+        assert choice.choose(make_call()) == "eager"
         assert '"slow"' in kept.read_text()
     assert fakes.runs["slow"] == 4 * runs["slow"]
     choice._known.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: no folder can be made there
-    assert choice.choose(make_call(), eager_attention) == "eager"
+    assert choice.choose(make_call()) == "eager"
 
 
 @pytest.mark.filterwarnings("ignore:attention backend")
 def test_what_cannot_run_the_call_is_no_candidate(fakes):
     fakes.why = "heads of 8 dimensions are too small"
-    assert choice.choose(make_call(), eager_attention) == "eager"
+    assert choice.choose(make_call()) == "eager"
     assert sum(fakes.runs.values()) == 0  # one candidate: nothing to measure
 
 
 def test_a_fixed_order_where_nothing_may_be_measured(fakes, monkeypatch):
     monkeypatch.setenv("IRPE_ATTENTION_TUNING", "0")
-    assert choice.choose(make_call(), eager_attention) == "slow"
+    assert choice.choose(make_call()) == "slow"
     with torch.no_grad():
-        assert choice.choose(make_call(), eager_attention) == "wrong"
+        assert choice.choose(make_call()) == "wrong"
     fakes.why = "no"
-    assert choice.choose(make_call(), eager_attention) == "eager"
+    assert choice.choose(make_call()) == "eager"
     fakes.why = None
     monkeypatch.delenv("IRPE_ATTENTION_TUNING")
     for name in ("is_compiling", "is_exporting"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, name, lambda: True)
-            assert choice.choose(make_call(), eager_attention) == ("eager" if name == "is_exporting" else "slow")
+            assert choice.choose(make_call()) == ("eager" if name == "is_exporting" else "slow")
     torch.use_deterministic_algorithms(True)
     try:
-        assert choice.choose(make_call(), eager_attention) == "slow"
+        assert choice.choose(make_call()) == "slow"
     finally:
         torch.use_deterministic_algorithms(False)
     chosen = []
     call = make_call()
-    torch.func.vmap(lambda q: chosen.append(choice.choose(call._replace(q=q), eager_attention)) or q)(call.q)
+    torch.func.vmap(lambda q: chosen.append(choice.choose(call._replace(q=q))) or q)(call.q)
     assert chosen == ["slow"] and sum(fakes.runs.values()) == 0
 
 
@@ -212,12 +216,12 @@ def test_ranks_go_by_what_the_first_of_them_measured(fakes, monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
-    assert choice.choose(make_call(), eager_attention) == "eager"
+    assert choice.choose(make_call()) == "eager"
     choice._known.clear()  # another rank, where the same call would have come out otherwise
     monkeypatch.setattr(choice, "measure", lambda *a: choice.Measurement({"slow": 1.0}, {}))
     monkeypatch.setattr(choice, "_cached", lambda kind, find: find())
-    assert choice.choose(make_call(), eager_attention) == "eager"
-    assert choice.choose(make_call("rpe-1.9-product-ctx-1-k"), eager_attention) == "slow"  # it is the first here
+    assert choice.choose(make_call()) == "eager"
+    assert choice.choose(make_call("rpe-1.9-product-ctx-1-k")) == "slow"  # it is the first here
 
 
 def test_calls_of_one_kind():
