@@ -129,9 +129,9 @@ class Ablation:
 
     def refuse_to_replace(self, logs: Path | None) -> None:
         """Raises RunError: tables, or what ``publish`` would copy to ``logs``, would replace somebody's files."""
-        tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.runs)
+        tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.every_run)
         if logs is not None:
-            tables.refuse_to_replace(logs, self.published_files(), self.grid.runs)
+            tables.refuse_to_replace(logs, self.published_files(), self.grid.every_run)
 
     def publish(self, logs: Path) -> None:
         """Copy tables, logs and flags of the finished runs to ``logs``."""

@@ -43,7 +43,10 @@ MOST_RUNS = 10_000
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid file says: ``runs`` maps each run's name to all its flags, those of the config included, in order."""
+    """What a grid file says: ``runs`` maps each run's name to all its flags, those of the config included, in order.
+
+    ``every_run``: names, also of the runs that ``--only`` left out.
+    """
 
     name: str
     task: Task
@@ -52,6 +55,7 @@ class Grid:
     published: dict[str, str] = field(default_factory=dict)
     baseline: str | None = None
     evaluations: dict[str, list[str]] = field(default_factory=dict)  # typed after the run's own flags, with --eval
+    every_run: tuple[str, ...] = ()
 
     def flags(self, run: str) -> list[str]:
         """A run as a command line, without seed and folder. Raises: ConfigError: a name or value no flag can carry."""
@@ -79,7 +83,7 @@ def read_grid(
     if unknown := [str(key) for key in raw if key not in KEYS]:
         raise ConfigError(f"{source}: unknown key {', '.join(sorted(unknown))}; expected {', '.join(KEYS)}")
     if raw.get("package") not in list(TASKS):
-        raise ConfigError(f"{source}: package: {raw.get('package')!r}; expected one of {', '.join(TASKS)}")
+        raise ConfigError(f"{source}: package: {raw.get('package')!r:.80}; expected one of {', '.join(TASKS)}")
     base = {}
     if raw.get("config") is not None:
         config = find_config(str(raw["config"]), path.parent, source=f"{source}: config")
@@ -92,7 +96,7 @@ def read_grid(
     for name, row in published.items():
         _known(name, runs, f"{source}: published")
         try:
-            found = read_zoo().find(str(row))
+            found = read_zoo().find(str(row)[:80])
         except ValueError as error:
             raise ConfigError(f"{source}: published: {error}") from error
         if found.package != raw["package"]:
@@ -110,6 +114,7 @@ def read_grid(
         chosen,
         {name: row for name, row in published.items() if name in kept},
         baseline if baseline in kept else None,
+        every_run=tuple(runs),
     )
     grid = dataclasses.replace(grid, evaluations=_evaluations(raw, grid.parser(), source))
     _parse_all(grid)

@@ -42,10 +42,10 @@ def find_config(name: str | Path, *folders: Path, source: str) -> Path:
     """
     places = [*folders, Path(), ROOT]
     for folder in places:
-        if (folder / name).exists():
+        if os.path.exists(folder / name):  # Path.exists raises for a name that is too long
             return folder / name
     looked = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in places))
-    raise ConfigError(f"{source}: no file {' '.join(str(name).split())} in {looked}")
+    raise ConfigError(f"{source}: no file {' '.join(str(name).split()):.200} in {looked}")
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:

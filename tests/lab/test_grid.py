@@ -109,6 +109,7 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         ("grid: {a: 1, a: 2}\n", "a is there 2 times"),
         ("x: " + "1" * 2_000_000, "bytes at most"),
         ("package: deit_irpe\nconfig: nope.yaml\n", "config: no file nope.yaml in .*grid|config: no file nope.yaml"),
+        ("package: deit_irpe\nconfig: [" + "1, " * 9999 + "]\nruns: {a: {}}\n", "config: no file .1, 1, 1"),
         ("package: deit_irpe\nconfig: configs\nruns: {a: {}}\n", "config configs: cannot be read: not a file"),
         ("package: deit_irpe\nconfig: configs/deit/small.yaml\n", "neither 'grid' nor 'runs'"),
         (GRID + "runs: {none: {}}\n", "two runs are called none"),
