@@ -174,8 +174,8 @@ def test_opcheck():
 
 
 def test_each_is_the_gradient_of_the_other():
-    index, num_buckets = MAPS["quant 6x7"]()
-    input = torch.randn(1, 1, 42, num_buckets, dtype=torch.float64, requires_grad=True)
+    index = torch.arange(30).remainder(4).view(5, 6)
+    input = torch.randn(2, 1, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ops.rpe_index, (input, index))
     assert torch.autograd.gradgradcheck(ops.rpe_index, (input, index))
 
