@@ -21,6 +21,7 @@ BEHIND = {  # by program
     "irpe_train.card": "deit_tiny_patch16_224_ctx_product_50_shared_k",
     "scripts/benchmark_ops.py": "--quick --only 'DeiT-S B16'",
     "scripts/benchmark_models.py": "--quick --model deit_tiny_patch16_224",
+    "scripts/benchmark_coco_start.py": "--annotations 200 --workers 1 --rounds 1",
     "scripts/benchmark_memory.py": "--grids 12x12",
     "scripts/make_demo_data.py": "--task classification",  # detection takes longer; a test of its own has it
     "examples/finetune_digits.py": "--epochs 1",
