@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a backend right, and how fast is it: checked on a small grid, timed at a call's own shape."""
+"""Check a backend on a small grid, and time it at the shape of the call."""
 
 import copy
 import functools

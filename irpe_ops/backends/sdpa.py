@@ -56,9 +56,7 @@ def attention(call: AttentionCall) -> Tensor:
     if excluded is not None:
         mask = q.new_zeros((1,) * 4) if mask is None else mask
         mask = _in_place(mask, torch.Tensor.masked_fill_, excluded, -math.inf, ours=ours)
-    empty = (
-        None  # queries without any key get zeros, where kernels differ between NaN, zeros and the mean of all values
-    )
+    empty = None  # queries without a key get zeros; kernels give NaN, zeros or the mean of all values
     if attn_mask is not None:
         empty = mask.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1), or what broadcasts to it
     elif key_padding_mask is not None:

@@ -49,7 +49,7 @@ def equip_encoder(
         grid.remember(*size)
     for layer in encoder.layers:
         layer.self_attn = RPEMultiheadAttention(layer.self_attn, config, grid, backend)
-        layer.activation_relu_or_gelu = 0  # or PyTorch's fast path would pass by self_attn when evaluating
+        layer.activation_relu_or_gelu = 0  # else PyTorch's fast path skips self_attn in eval mode
         layer.register_forward_hook(grid.after_block)
     encoder.use_nested_tensor = False  # which have no grid
 

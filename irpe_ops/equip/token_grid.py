@@ -35,7 +35,7 @@ class TokenGrid:
 
     def __init__(self, skip: int, varies: bool = False, tokens_dim: int = 1) -> None:
         self.skip, self.varies, self.tokens_dim = skip, varies, tokens_dim
-        self.by_length: dict[int, tuple[int, int]] = {}  # of whichever thread came last
+        self.by_length: dict[int, tuple[int, int]] = {}  # from the thread that ran last
 
     def remember(self, height: int, width: int) -> None:
         """The tokens that come next on this thread lie on a ``height x width`` grid."""
