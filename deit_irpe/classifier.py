@@ -17,7 +17,7 @@ from irpe_train.errors import BadCheckpoint
 
 
 class Classifier:
-    """A trained model with what it needs to speak of images.
+    """A trained model with its class names and its preprocessing.
 
     Attributes:
         classes: their names, in the order of the outputs.

@@ -32,7 +32,7 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
 
 
 def class_rows(counts: Tensor, classes: list[str]) -> list[tuple]:
-    """For each class: images, those that were right, their share in percent; how often it was said, and rightly so.
+    """For each class: images, correct ones, recall in percent; how often it was predicted, and precision in percent.
 
     A share of nothing is empty.
     """

@@ -70,10 +70,8 @@ def main(args: argparse.Namespace) -> None:
     size = image_size(args.input_size)
     with torch.device("meta"):
         head = f"{head_names(create_model(args.model, args.rpe, img_size=size))[0]}.weight"
-    if head not in weights:
-        raise BadCheckpoint(
-            f"checkpoint {args.source}: no class head ({head}) in it, and a classifier is nothing without"
-        )
+    if head not in weights or weights[head].ndim != 2:
+        raise BadCheckpoint(f"checkpoint {args.source}: no class head ({head}) in it; expected a classifier")
     num_classes = len(weights[head])
     model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=size)
     load_matching(model, weights, source=args.source)

@@ -50,8 +50,9 @@ def test_a_table_that_is_zero_in_part_is_not_dropped():
         convert(ours.state_dict(), drop_zero_tables=True)
 
 
-def test_weights_without_a_class_head_are_refused_by_what_is_missing(tmp_path):
-    torch.save(timm.create_model(TINY, num_classes=0, img_size=32).state_dict(), tmp_path / "theirs.pth")
+@pytest.mark.parametrize("head", [{}, {"head.weight": torch.tensor(1.0)}, {"head.weight": torch.zeros(3)}])
+def test_weights_without_a_class_head_are_refused_by_what_is_missing(tmp_path, head):
+    torch.save(timm.create_model(TINY, num_classes=0, img_size=32).state_dict() | head, tmp_path / "theirs.pth")
     with pytest.raises(BadCheckpoint, match=r"theirs.pth: no class head \(head.weight\) in it"):
         run(tmp_path / "theirs.pth", tmp_path / "ours.pth", "--model", TINY)
     assert not (tmp_path / "ours.pth").exists()
