@@ -88,7 +88,9 @@ def test_a_bucket_method_trains_and_is_a_row_of_an_ablation(folder):
 
 
 def test_an_attention_of_your_own_trains(folder):
-    carry_out("An attention of your own", folder, "--input-size", "224", *TINY_VIT[2:], "patch_size=56")
+    carry_out(
+        "An attention of your own", folder, "--input-size", "224", "--model-kwargs", "patch_size=56", *TINY_VIT[4:]
+    )
     assert all(math.isfinite(loss) for loss in losses(folder / "outputs" / "sharper"))
 
 
