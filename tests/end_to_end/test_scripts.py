@@ -71,6 +71,11 @@ def test_train_and_eval(tmp_path, script, config, module):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_config_is_named_as_seen_from_the_repository(tmp_path):
+    out = run(tmp_path, "train_deit.sh", "configs/deit/small_k.yaml", DATA="x", CUDA_VISIBLE_DEVICES="")
+    assert parsed(out)[2].config == str(ROOT / "configs/deit/small_k.yaml")
+
+
 def test_a_checkpoint_of_ones_own(tmp_path):
     args = parsed(run(tmp_path, "eval_deit.sh", "small", "mine.pth", "--expect", DATA="x"))[2]
     assert (args.resume, args.expect) == ("mine.pth", "auto")

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -72,7 +73,7 @@ def test_which_row():
         card.choose("nte", ["net"], ZOO)
 
 
-def test_fingerprint(tmp_path):
+def test_fingerprint(tmp_path, monkeypatch):
     data = tmp_path / "val"
     (data / "a").mkdir(parents=True)
     (data / "a" / "1.png").write_bytes(b"123")
@@ -80,6 +81,17 @@ def test_fingerprint(tmp_path):
     assert (first["path"], first["files"], first["bytes"]) == ("val", 1, 3)
     (data / "a" / "2.png").write_bytes(b"")
     assert card.fingerprint(data)["sha256"] != first["sha256"]
+    (data / "b").mkdir()
+    (data / "b" / "3.png").write_bytes(b"4")
+    told, walk = card.fingerprint(data), os.walk
+
+    def backwards(*args, **kwargs):
+        for folder, subfolders, files in walk(*args, **kwargs):
+            subfolders.reverse()
+            yield folder, subfolders, files[::-1]
+
+    monkeypatch.setattr(card.os, "walk", backwards)
+    assert card.fingerprint(data) == told  # in whatever order a file system lists them
     whole = card.fingerprint(data / "a" / "1.png")
     assert whole["sha256"].startswith("a665a459")  # sha256 of "123"
     with pytest.raises(FileNotFoundError, match="no data at"):

@@ -110,6 +110,14 @@ def test_unreadable_training_image_is_replaced_counted_and_named(workers, capsys
     assert loader.bad == {}  # of the epoch that is read
 
 
+def test_an_image_that_comes_again_is_named_once(capsys):
+    from irpe_train.distributed import set_up_logging
+
+    set_up_logging(0)
+    batches(TrainLoader(Draws(6, unreadable=(5,)), [5, 5, 5], batch_size=1, seed=0), 0)
+    assert capsys.readouterr().out.count("a/5.png") == 1
+
+
 def test_many_unreadable_training_images_in_a_row_stop(capsys):
     data = Draws(40, unreadable=range(40))
     with pytest.raises(BadData, match=r"16 training images in a row are unreadable, the last: a/\d+.png \(OSError"):

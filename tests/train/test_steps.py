@@ -178,6 +178,13 @@ def test_saves_within_the_epoch_fall_on_updates(tmp_path, monkeypatch):
     assert saved == [4, 8]  # every 3 batches is every 2 updates of 2; at 12 the epoch's end saves
 
 
+def test_a_position_that_was_counted_with_another_seed_is_the_epochs_start():
+    for seed, step in ((0, 2), (1, 0)):
+        state, steps, _ = set_up()
+        state.step = 2
+        assert Steps(steps.loader, state, steps.checkpoints, seed=seed).state.step == step
+
+
 def test_saves_by_the_clock(tmp_path, monkeypatch):
     from irpe_train import steps as steps_module
 
