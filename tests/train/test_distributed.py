@@ -179,7 +179,8 @@ def test_first_host_of_a_slurm_list(nodes, first):
 
 def test_place_under_slurm(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script's own shell: one process
     assert distributed._place_in_the_world() == (0, 1, 0)
     for name, value in (
