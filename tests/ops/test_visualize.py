@@ -175,10 +175,13 @@ def test_a_wrong_command_line_ends_in_one_line(tmp_path, monkeypatch, flags, wor
 
 
 def test_the_picture_of_the_readme_is_current(tmp_path):
-    pytest.importorskip("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib")
+    kept = PICTURE.read_text()
+    if f"Matplotlib v{matplotlib.__version__}," not in kept:
+        pytest.skip("another version of matplotlib draws the same picture in other words")
     visualize.main(["-o", str(tmp_path / "irpe.svg")])
-    kept, drawn = (re.sub("Matplotlib v[^,]*,", "", path.read_text()) for path in (PICTURE, tmp_path / "irpe.svg"))
-    assert kept == drawn, "python -m irpe_ops.visualize -o docs/irpe.svg"
+    same = kept == (tmp_path / "irpe.svg").read_text()  # a bool: to show where two long lines differ takes minutes
+    assert same, "python -m irpe_ops.visualize -o docs/irpe.svg"
 
 
 def test_matplotlib_is_only_needed_to_draw():
