@@ -78,7 +78,7 @@ def _add_to_layers(
                 raise ValueError(f"equip: the attention of a {type(layer).__name__}: {reason}. {HELP}")
             found[layer] = inside[0]
     for layer, attention in found.items():
-        layer.register_forward_hook(grid.after_block)
+        grid.follow(layer)
         heads = attention.o_proj.in_features // attention.head_dim
         add_encodings(attention, attention.o_proj.weight, build_rpe(config, attention.head_dim, heads), grid, backend)
 

@@ -50,7 +50,7 @@ def equip_encoder(
     for layer in encoder.layers:
         layer.self_attn = RPEMultiheadAttention(layer.self_attn, config, grid, backend)
         layer.activation_relu_or_gelu = 0  # else PyTorch's fast path skips self_attn in eval mode
-        layer.register_forward_hook(grid.after_block)
+        grid.follow(layer)
     encoder.use_nested_tensor = False  # which have no grid
 
 

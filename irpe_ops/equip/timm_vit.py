@@ -26,7 +26,7 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     model.patch_embed.register_forward_hook(_RememberPatches(grid))
     for block, attention in zip(model.blocks, attentions, strict=True):
         block.attn = RPEAttention(attention, config, grid, backend)
-        block.register_forward_hook(grid.after_block)
+        grid.follow(block)
 
 
 class _RememberPatches:

@@ -6,6 +6,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from irpe_ops.rpe_index import under_function_transform
 
@@ -20,6 +21,8 @@ class _Here(threading.local):
 
 
 _here = _Here()
+# Of reentrant checkpointing: the storage of a block's input -> the grid of the forward pass that it came from.
+_first_runs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class TokenGrid:
@@ -56,13 +59,29 @@ class TokenGrid:
             )
         return self.by_length[length]
 
-    def after_block(self, block: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
-        """Forward hook of a block."""
+    def follow(self, block: nn.Module) -> None:
+        """``block`` finds the grid of its own forward pass again when it runs during the backward pass."""
+        block.register_forward_pre_hook(self._before_block)
+        block.register_forward_hook(self._after_block)
+
+    def _before_block(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # Reentrant checkpointing runs a block without gradients, then on a detached input of the same storage.
+        if not inputs or not self._will_have_gradient(inputs[0]):
+            return
+        storage = StorageWeakRef(inputs[0].untyped_storage())
+        if not torch.is_grad_enabled():
+            alive = {key: run for key, run in _first_runs.get(self, {}).items() if not run[0].expired()}
+            _first_runs[self] = alive | {storage.cdata: (storage, self.of(inputs[0].shape[self.tokens_dim]))}
+        elif storage.cdata in (runs := _first_runs.get(self, {})):
+            self.remember(*runs[storage.cdata][1])
+
+    def _after_block(self, block: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor | None:
+        return _PutBack.apply(tokens, self) if self._will_have_gradient(tokens) else None
+
+    def _will_have_gradient(self, tokens: Tensor) -> bool:
         if not self.varies or not self.by_length or not isinstance(tokens, Tensor) or not tokens.requires_grad:
-            return None
-        if torch.compiler.is_compiling() or under_function_transform():
-            return None
-        return _PutBack.apply(tokens, self)
+            return False
+        return not (torch.compiler.is_compiling() or under_function_transform())
 
 
 class _PutBack(torch.autograd.Function):

@@ -158,9 +158,11 @@ def test_the_backend_is_an_argument_and_an_attribute():
         model(images(model))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(32, 64), (64, 32)], [(32, 64), (96, 32), (64, 32)]])
-def test_gradient_checkpointing_gives_the_same_gradients(sizes):
+def test_gradient_checkpointing_gives_the_same_gradients(sizes, reentrant, monkeypatch):
     # Several forward passes before one backward pass: blocks run again must find the grid of their own pass.
+    monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: reentrant)
     grads = []
     for checkpointing in (False, True):
         model = equipped(dynamic_img_size=True).train()
