@@ -34,6 +34,8 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
         tarfile.open(file, "r:") if inside is None else tarfile.open(fileobj=inside, mode="r:") as tar,
     ):
         seen, last = set(), "at its start"
+        if not tar.offset:  # no members: tarfile of Python 3.10 would look for the next one before the start
+            tar.fileobj.seek(0)
         while (member := tar.next()) is not None:
             tar.members.clear()  # tarfile keeps them all
             path = str(PurePosixPath(member.name))
