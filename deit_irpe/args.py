@@ -3,10 +3,10 @@
 
 import argparse
 import ast
-from pathlib import Path
 
 from irpe_train.arguments import (
     add_export_arguments,
+    add_predict_arguments,
     add_runtime_arguments,
     fraction,
     nonnegative_float,
@@ -255,19 +255,10 @@ def _add_distillation(group) -> None:
 def get_predict_parser() -> argparse.ArgumentParser:
     """The parser of ``irpe classify predict`` and ``python -m deit_irpe.predict``."""
     parser = FlagParser("python -m deit_irpe.predict", description=PREDICT)
+    add_predict_arguments(parser)
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
-    add("--resume", required=True, metavar="PATH|URL", help="checkpoint, or an exported .onnx")
-    add(
-        "--out",
-        type=Path,
-        default=Path("predictions"),
-        metavar="DIR",
-        help="folder of the results (default predictions)",
-    )
     add("--ema", action="store_true", help="its moving average")
     add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
-    add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
     add("--model", default=None, help="where the checkpoint does not say")
     add("--rpe", default=None, help="where the checkpoint does not say")
     add(
@@ -277,7 +268,6 @@ def get_predict_parser() -> argparse.ArgumentParser:
         metavar="N|HxW",
         help="pixels, where the checkpoint does not say",
     )
-    add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
     return parser
 
 

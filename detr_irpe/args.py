@@ -6,6 +6,7 @@ from pathlib import Path
 
 from irpe_train.arguments import (
     add_export_arguments,
+    add_predict_arguments,
     add_runtime_arguments,
     fraction,
     nonnegative_float,
@@ -172,25 +173,11 @@ def check_args(args: argparse.Namespace) -> None:
 def get_predict_parser() -> argparse.ArgumentParser:
     """The parser of ``irpe detect predict`` and ``python -m detr_irpe.predict``."""
     parser = FlagParser("python -m detr_irpe.predict", description=PREDICT, allow_abbrev=False)
+    add_predict_arguments(parser)
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
-    add(
-        "--resume",
-        required=True,
-        metavar="X.pth",
-        help="checkpoint of a training run, a published one, or an exported .onnx",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("predictions"),
-        metavar="DIR",
-        help="folder of the results (default predictions)",
-    )
     add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
     add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")
     add("--attention", action="store_true", help="also draw encoder attention and the learned encodings")
-    add("--tables", action="store_true", help="also draw the learned encodings (needs no image)")
     add(
         "--point",
         type=_point,
@@ -198,7 +185,6 @@ def get_predict_parser() -> argparse.ArgumentParser:
         metavar="X,Y",
         help="pixel to look from, may be repeated (default: the centres of the best detections)",
     )
-    add("--device", default="cuda", help="cuda falls back to the CPU (default cuda)")
     return parser
 
 

@@ -2,6 +2,7 @@
 """The flags that both trees share, with the defaults that each published."""
 
 import argparse
+from pathlib import Path
 
 from irpe_train.config import add_config_argument
 
@@ -80,6 +81,17 @@ def add_runtime_arguments(
         help="how long to wait for a process that is missing or hangs, before the others end",
     )
     return group
+
+
+def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every prediction command has."""
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
+    add("--resume", required=True, metavar="FILE|URL", help="checkpoint, ours or published, or an exported .onnx")
+    out = Path("predictions")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder of the results (default {out})")
+    add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
+    add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
