@@ -5,7 +5,9 @@
 """
 
 import struct
+import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -89,9 +91,7 @@ class TrainLoader:
         self.bad = {}
         if start == len(self):
             return
-        with held_back():
-            batches = iter(self._loader)
-        for batch, bad in batches:
+        for batch, bad in _start(self._loader):
             for name, reason in bad:
                 if name not in self.bad:
                     logger.warning(f"unreadable training image, its neighbour was taken: {name} ({reason})")
@@ -153,9 +153,7 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator:
-        with held_back():
-            batches = iter(self._loader)
-        for batch, bad in batches:
+        for batch, bad in _start(self._loader):
             STOP.leave_if_asked()
             if bad:
                 name, reason = bad[0]
@@ -164,6 +162,15 @@ class EvalLoader:
                     "mend or remove this file."
                 )
             yield batch
+
+
+def _start(loader: DataLoader) -> Iterator:
+    if sys.version_info < (3, 11) and world_size() > 1:
+        # In Python 3.10 a forked worker hangs if a thread of gloo, still clearing up after the last collective, asks
+        # for the GIL during the fork (_PyThreadState_DeleteExcept takes a lock that is only renewed after it).
+        time.sleep(0.05)
+    with held_back():
+        return iter(loader)
 
 
 class _Order(Sampler):
