@@ -205,6 +205,7 @@ def get_check_parser() -> argparse.ArgumentParser:
     parser.add_argument("--splits", nargs="+", default=["train2017", "val2017"], help="which to check, training first")
     parser.add_argument("--num_classes", default=None, type=positive_int, help="as for training, if given there")
     parser.add_argument("--masks", action="store_true", help="as for training: every object needs a mask")
+    parser.add_argument("--max-bad", default=0.001, type=fraction, metavar="FRACTION", help="as for training")
     parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
     return parser
 

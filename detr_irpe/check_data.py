@@ -5,6 +5,7 @@ The same checks, on a few images of each split instead of all, run at every star
 """
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,7 @@ from irpe_train.errors import RunError
 from irpe_train.launch import launch
 from irpe_train.pixels import is_turned
 
-TOLERATED = 0.001  # COCO itself has two empty boxes among 860,001; training drops such boxes
-MOST = 0.5  # so many boxes or images that are wrong are no oversight: training does not start on them
+MOST = 0.5  # so many boxes or images that are wrong are no oversight; single ones, which COCO has too, are dropped
 SAMPLE = 8  # images of a split that a start of training looks at
 FRACTIONS = 0.9  # of all boxes within one pixel: then they are no pixels
 
@@ -37,23 +37,21 @@ class Problem:
     """One kind of mistake: what it is, how often, and the first few places.
 
     Attributes:
-        fatal: training cannot go on.
-        of: among how many; what is not fatal is refused where it is too large a part of them. 0: it never is.
+        allowed: how often it may come before training does not start.
     """
 
     what: str
     count: int = 0
     places: list[str] = field(default_factory=list)
-    fatal: bool = True
-    of: int = 0
+    allowed: float = 0
 
     def add(self, place: str) -> None:
         self.count += 1
         if len(self.places) < 3:
             self.places.append(place)
 
-    def stops(self, tolerated: float) -> bool:
-        return self.fatal or 0 < self.of * tolerated < self.count
+    def stops(self) -> bool:
+        return self.count > self.allowed
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.places) else ""
@@ -69,6 +67,7 @@ def problems_of(
     *,
     train: bool,
     masks: bool = False,
+    max_bad: float = 0.001,
     only: Sequence[int] | None = None,
     num_workers: int = 0,
 ) -> Found:
@@ -78,19 +77,20 @@ def problems_of(
         num_classes: ids from this on have no logit; None does not look.
         train: the set is learned from, and not only evaluated on.
         masks: masks are trained, or scored.
+        max_bad: the part of a training set that may be unreadable.
         only: the numbers of the images to look at, a sample of them; all by default.
         num_workers: processes that decode images.
     """
     known, path, looked_at = dataset.annotations, dataset.path, range(len(dataset)) if only is None else only
-    skipping = train and only is not None  # training leaves single unreadable images out (--max-bad)
+    unreadable = min(max_bad * len(dataset), MOST * len(looked_at)) if train else 0
     found = []
     if isinstance(dataset, CocoPanoptic):
         found += [(path, problem) for problem in panoptic_problems(dataset, num_classes, train=train)]
-        found += [(path, problem) for problem in segment_image_problems(dataset, looked_at, skipping=skipping)]
+        found += [(path, problem) for problem in segment_image_problems(dataset, looked_at, unreadable)]
         if known is not None:
             found += naming_problems(dataset.categories, known.categories, path, known.path)
     else:
-        how = dict(masks=masks, skipping=skipping, num_workers=num_workers)
+        how = dict(masks=masks, allowed=unreadable, num_workers=num_workers)
         found += [(path, problem) for problem in image_problems(known, dataset.images, looked_at, **how)]
     if known is not None:
         problems = annotation_problems(known, num_classes, train=train, masks=masks)
@@ -121,7 +121,7 @@ def annotation_problems(
 
     def boxes_that(what: str, bad: Tensor) -> Problem:
         places = [annotations.place_of_object(i) for i in bad.nonzero()[:3, 0].tolist()]
-        return Problem(what, int(bad.sum()), places, fatal=False, of=len(boxes))
+        return Problem(what, int(bad.sum()), places, MOST * len(boxes))
 
     return [
         *class_problems(labels, num_classes),
@@ -166,14 +166,14 @@ def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
         return Problem("no images", 1)
     if train:
         return Problem("images, and not one object to learn: all are crowds or without a box", 0 if objects else images)
-    return Problem("images, and not one object to find: AP will be -1", 0 if objects else images, fatal=False)
+    return Problem("images, and not one object to find: AP will be -1", 0 if objects else images, allowed=math.inf)
 
 
 def naming_problems(ours: dict[int, str], theirs: dict[int, str], our_file: Path, their_file: Path) -> Found:
     """Categories that two files call by different names or ids: what is learned is scored wrong."""
     first, second = our_file.name, their_file.name
     other = Problem(f"category ids that stand for something else in {second}")
-    new = Problem(f"categories of {second} that {first} does not list", fatal=False)
+    new = Problem(f"categories of {second} that {first} does not list", allowed=math.inf)
     for i, name in theirs.items():
         elsewhere = [j for j, other_name in ours.items() if same_name(other_name, name)]
         if i in ours and not same_name(ours[i], name):
@@ -191,13 +191,13 @@ def image_problems(
     looked_at: Sequence[int],
     *,
     masks: bool,
-    skipping: bool,
+    allowed: float,
     num_workers: int,
 ) -> list[Problem]:
     """What shows when images are decoded: unreadable files, sizes other than annotated, turned photos."""
-    unreadable = Problem("unreadable images", fatal=not skipping, of=len(looked_at))
-    other_size = Problem("images of another size than annotated", fatal=masks, of=len(looked_at))
-    turned = Problem("photos that are read as stored and shown turned (EXIF)", fatal=False)
+    unreadable = Problem("unreadable images", allowed=allowed)
+    other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
+    turned = Problem("photos that are read as stored and shown turned (EXIF)", allowed=math.inf)
     generator = torch.Generator()  # its own: a check that drew from torch's would change the run that it precedes
     data = _Decoded(annotations, images, looked_at)
     decoded = DataLoader(data, batch_size=None, num_workers=num_workers, generator=generator)
@@ -212,12 +212,12 @@ def image_problems(
     return [unreadable, other_size, turned]
 
 
-def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], *, skipping: bool) -> list[Problem]:
+def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allowed: float) -> list[Problem]:
     """Segment images that cannot be read, or do not fit their image or ``segments_info``."""
-    unreadable = Problem("unreadable segment images", fatal=not skipping, of=len(looked_at))
+    unreadable = Problem("unreadable segment images", allowed=allowed)
     other_size = Problem("segment images of another size than their image")
     unlisted = Problem("segment images with ids that 'segments_info' does not list")
-    absent = Problem("segments that 'segments_info' lists and no pixel has", fatal=False)
+    absent = Problem("segments that 'segments_info' lists and no pixel has")
     for index in looked_at:
         name = dataset.segment_images.describe(index)
         try:
@@ -229,7 +229,7 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], *, s
         if ids.shape != (image.height, image.width):
             other_size.add(f"{name} is {ids.shape[0]} x {ids.shape[1]}, not {image.height} x {image.width}")
         seen, listed = set(np.unique(ids).tolist()) - {0}, {segment["id"] for segment in segments}
-        absent.of += len(listed)
+        absent.allowed += MOST * len(listed)
         for segment_id in sorted(listed - seen):
             absent.add(f"{segment_id} of {name}")
         if seen - listed:
@@ -237,28 +237,30 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], *, s
     return [unreadable, other_size, unlisted, absent]
 
 
-def tell(found: Found, tolerated: float) -> list[str]:
+def tell(found: Found) -> list[str]:
     """Log what was found, and return what stops training."""
     for path, problem in found:
-        logger.log(40 if problem.stops(tolerated) else 30, f"{path.name}: {problem}")
-    return [f"{path}: {problem}" for path, problem in found if problem.stops(tolerated)]
+        logger.log(40 if problem.stops() else 30, f"{path.name}: {problem}")
+    return [f"{path}: {problem}" for path, problem in found if problem.stops()]
 
 
-def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int) -> None:
+def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, max_bad: float = 0.001) -> None:
     """Stop on data that cannot be trained on; warn of the rest.
 
     Args:
         sets: the validation set, then the training set if there is one.
+        num_classes, max_bad: as for ``problems_of``.
     Raises: ValueError: what is wrong, how often, and the first places.
     """
     found = []
     for dataset, train in zip(sets, (False, True), strict=False):
         only = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int).tolist()
-        found += problems_of(dataset, num_classes, train=train, masks=dataset.return_masks, only=only)
+        how = dict(masks=dataset.return_masks, max_bad=max_bad, only=only)
+        found += problems_of(dataset, num_classes, train=train, **how)
     if len(sets) == 2:
         val, train = sets
         found += naming_problems(train.categories, val.categories, train.path, val.path)
-    if fatal := tell(found, MOST):
+    if fatal := tell(found):
         raise ValueError(f"{'; '.join(fatal)}. `python -m detr_irpe.check_data` tells all.")
 
 
@@ -292,11 +294,11 @@ def main(args: argparse.Namespace) -> int:
             logger.error(str(error))
             continue
         logger.info(summary_of(dataset))
-        options = dict(train=train, masks=args.masks, num_workers=args.num_workers)
-        fatal += tell(problems_of(dataset, args.num_classes, **options), TOLERATED)
+        options = dict(train=train, masks=args.masks, max_bad=args.max_bad, num_workers=args.num_workers)
+        fatal += tell(problems_of(dataset, args.num_classes, **options))
         sets.append(dataset)
     for other in sets[1:]:
-        fatal += tell(naming_problems(sets[0].categories, other.categories, sets[0].path, other.path), TOLERATED)
+        fatal += tell(naming_problems(sets[0].categories, other.categories, sets[0].path, other.path))
     logger.info("not ready for training: see the errors above" if fatal else "ready for training")
     return int(bool(fatal))
 

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     train_set = None if args.eval else training_set(args)
     sets = [val_set] if args.eval else [val_set, train_set]
     num_classes = agree_on_classes(args, sets, checkpoint, start)
-    quick_check(sets, num_classes)
+    quick_check(sets, num_classes, args.max_bad)
 
     # --- model
     flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as checkpoints have them

@@ -75,12 +75,31 @@ def test_a_good_set_passes(tmp_path, capsys, zips):
         (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] lacks 'bbox'"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, capsys, change, words):
+def test_what_is_wrong_is_said_and_the_start_agrees(tmp_path, capsys, change, words):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", change)
     status, text = check(root, capsys, "--num_classes", "10")
-    assert status == 1 and re.search(words, text), text
-    assert "not ready for training" in text and "val2017: 5 images" in text
+    assert re.search(words, text) and "val2017: 5 images" in text, text
+    assert ("not ready for training" in text) == status
+    try:
+        quick_check(both_splits(root), 10)
+        assert status == 0, text
+    except (ValueError, OSError) as error:
+        assert status == 1 and re.search(words, str(error)), error
+
+
+@pytest.mark.parametrize("bad, ready", [(0, True), (1, True), (2, False)])
+def test_as_many_images_may_be_unreadable_as_training_skips(tmp_path, capsys, bad, ready):
+    root = write_tiny_coco(tmp_path, train=20)
+    for number in range(bad):
+        (root / f"train2017/{100 + number:012d}.jpg").write_bytes(b"nothing")
+    status, text = check(root, capsys, "--max-bad", "0.05")
+    assert status == (not ready) and ("unreadable images" in text) == (bad > 0)
+    assert check(root, capsys)[0] == (bad > 0)  # a thousandth of 20 is none
+    if bad:  # the first image is in the sample
+        with pytest.raises(ValueError, match="unreadable images: 1"):
+            quick_check(both_splits(root), 10)
+    quick_check(both_splits(root), 10, 0.05)
 
 
 def test_unreadable_images_are_counted_and_the_first_named(tmp_path, capsys):
@@ -265,7 +284,7 @@ def test_masks_need_readable_images_of_the_annotated_size(tmp_path, images):
     root = write_tiny_coco(tmp_path)
     if images == "unreadable":  # one is skipped in training, and stops an evaluation
         (root / "train2017/000000000101.jpg").write_bytes(b"no image")
-        quick_check(both_splits(root, return_masks=True), 10)
+        quick_check(both_splits(root, return_masks=True), 10, 0.2)
         (root / "val2017/000000000101.jpg").write_bytes(b"no image")
     else:
         Image.new("RGB", (30, 30)).save(root / "train2017/000000000101.jpg")
