@@ -85,20 +85,19 @@ def run(name: str, argv: list[str]) -> None:
 
 
 def parser_of(name: str):
-    """The parser of a command; a task's in ``PACKAGE/args.py`` comes without the package, which takes seconds."""
+    """The parser of a command; one in ``PACKAGE/args.py`` comes without the package, whose import takes seconds."""
     from irpe_train.flags import FlagParser
 
     module = COMMANDS[name][0]
-    task, _, verb = name.rpartition(" ")
-    if module.startswith("irpe_ops."):
-        return importlib.import_module(module).get_parser(FlagParser)
-    if not task:
+    package, verb = module.split(".")[0], name.split()[-1]
+    if package not in (*TASKS.values(), "irpe_ops"):
         return importlib.import_module(module).get_parser()
-    package = TASKS[task]
     file = Path(importlib.util.find_spec(package).origin).with_name("args.py")
     spec = importlib.util.spec_from_file_location(f"_{package}_args", file)
     flags = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(flags)
+    if package == "irpe_ops":
+        return getattr(flags, f"get_{verb}_parser")(FlagParser)
     return getattr(flags, "get_args_parser" if verb in ("train", "eval") else f"get_{verb}_parser")()
 
 

@@ -6,7 +6,6 @@ python -m irpe_ops.info --check             each against an fp64 reference; then
 python -m irpe_ops.info --benchmark DIR     these times, with full batches, as a CSV in DIR
 """
 
-import argparse
 import copy
 import csv
 import datetime
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from irpe_ops.args import get_info_parser
 from irpe_ops.attention import missing_backend, rpe_attention
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import NAMES, choice, eager, module_of
@@ -58,17 +58,9 @@ def backends() -> list[Backend]:
     ]
 
 
-def get_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """``kind`` is the class of the parser: the command ``irpe`` has one of its own."""
-    parser = kind("python -m irpe_ops.info", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
-    parser.add_argument("--benchmark", type=Path, metavar="DIR", help="write times at full batches as a CSV")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
-    args = get_parser().parse_args(argv)
+    args = get_info_parser().parse_args(argv)
     if args.benchmark:  # minutes of work: first see that its result can be kept
         try:
             args.benchmark.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ What a trained model has learned is drawn by ``python -m deit_irpe.predict`` and
 PNG, PDF or SVG, or let a notebook show it.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from irpe_ops.args import get_visualize_parser
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
 from irpe_ops.modules import IRPE, IRPESum
@@ -281,20 +281,9 @@ def _write_numbers(axis, values: Tensor, is_light) -> None:
             axis.text(j, i, f"{value:g}", ha="center", va="center", fontsize=6, color=colour)
 
 
-def get_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """``kind`` is the class of the parser: the command ``irpe`` has one of its own."""
-    parser = kind("python -m irpe_ops.visualize", description="Draw an encoding's buckets, as PNG, PDF or SVG.")
-    add = parser.add_argument
-    add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
-    add("--grid", type=_pair("x", "HxW"), metavar="HxW", help="patches (default 14x14)")
-    add("--query", type=_pair(",", "ROW,COL"), metavar="ROW,COL", help="the patch that looks (default: middle)")
-    add("-o", "--output", type=Path, default=Path("encoding.png"), metavar="FILE", help="default: encoding.png")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line of the module's docstring."""
-    args = get_parser().parse_args(argv)
+    args = get_visualize_parser().parse_args(argv)
     try:
         if args.spec is None:
             if args.grid or args.query:
@@ -316,17 +305,6 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(path)
-
-
-def _pair(separator: str, wanted: str):
-    def parse(text: str) -> tuple[int, int]:
-        try:
-            first, second = map(int, text.split(separator))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {wanted} in patches, got {text!r}") from None
-        return first, second
-
-    return parse
 
 
 if __name__ == "__main__":

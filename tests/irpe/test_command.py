@@ -67,6 +67,8 @@ def test_version(capsys):
         ["ablate", "--help"],
         ["report", "--help"],
         ["zoo", "--help"],
+        ["info", "--chek"],
+        ["visualize", "--grid", "14"],
     ],
 )
 def test_help_and_mistakes_do_not_wait_for_pytorch(argv):

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of ``irpe info`` and ``irpe visualize``, which the command reads before PyTorch is imported.
+
+``kind`` is the class of the parser: the command has one of its own.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    what = "Which backends exist here, why a missing one is missing, whether those that exist are right, and how fast."
+    parser = kind("python -m irpe_ops.info", description=what)
+    parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
+    parser.add_argument("--benchmark", type=Path, metavar="DIR", help="write times at full batches as a CSV")
+    return parser
+
+
+def get_visualize_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = kind("python -m irpe_ops.visualize", description="Draw an encoding's buckets, as PNG, PDF or SVG.")
+    add = parser.add_argument
+    add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
+    add("--grid", type=_pair("x", "HxW"), metavar="HxW", help="patches (default 14x14)")
+    add("--query", type=_pair(",", "ROW,COL"), metavar="ROW,COL", help="the patch that looks (default: middle)")
+    add("-o", "--output", type=Path, default=Path("encoding.png"), metavar="FILE", help="default: encoding.png")
+    return parser
+
+
+def _pair(separator: str, wanted: str):
+    def parse(text: str) -> tuple[int, int]:
+        try:
+            first, second = map(int, text.split(separator))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {wanted} in patches, got {text!r}") from None
+        return first, second
+
+    return parse
