@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from irpe_ops.visualize import plain_text
+from irpe_train.text_files import plain_file
 
 MOST_CONFUSED = 5000  # classes; a table of more is of no use, and takes a gigabyte
 MOST_NAMES, MOST_NUMBERS = 60, 15  # classes in a picture that still has room for their names, and for counts
@@ -21,10 +22,10 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
     Returns: the files.
     """
     matrix, table, picture = (folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png"))
-    with open(matrix, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(plain_file(matrix), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["true \\ predicted", *classes]])
         csv.writer(file).writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
-    with open(table, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(plain_file(table), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["class", "images", "correct", "recall", "predicted", "precision"]])
         csv.writer(file).writerows(class_rows(counts, classes))
     draw_confusion(counts, classes).savefig(picture, dpi=300)

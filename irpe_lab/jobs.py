@@ -27,7 +27,7 @@ from typing import TextIO
 
 from irpe_lab.console_log import last_words
 from irpe_train.errors import Preempted, RunError
-from irpe_train.text_files import read_text, write_text
+from irpe_train.text_files import plain_file, read_text, write_text
 
 BUSY = 3  # exit status of a worker that found another one at work
 
@@ -76,7 +76,7 @@ def busy(folder: Path) -> bool:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[TextIO | None]:
     """Try to hold ``folder/lock``; yields the file, None if others have it. It is free when all who opened it ended."""
-    with open(folder / "lock", "w") as lock:
+    with open(plain_file(folder / "lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -127,7 +127,7 @@ def slug(name: str) -> str:
 
 def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
     """Run it with its console behind ``log``. Returns: its exit status; whether it was told to stop."""
-    with open(log, "a") as console:
+    with open(plain_file(log), "a") as console:
         # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
         child = subprocess.Popen(
             [sys.executable, "-u", *command],

@@ -70,7 +70,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(action.dest == "config" for action in parser._actions):
         argv += _extra_flags()
-    find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    find = argparse.ArgumentParser(add_help=False)  # --conf is --config, as argparse has it
     find.add_argument("--config", action="append", default=[])
     given = find.parse_known_args(argv)[0].config
     if len(given) > 1:
@@ -81,8 +81,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         source = f"--config {path}"
         written = flags_of(parser, read_yaml(find_config(path, source=source), source), source)
     args = parser.parse_args(written + argv)
-    if getattr(args, "config", path) != path:  # argparse takes --conf for it; some commands have no --config
-        raise ConfigError(f"--config {args.config}: write --config in full, so that it is read before the other flags")
+    if getattr(args, "config", path) != path:  # some commands have no --config
+        raise ConfigError(f"--config {args.config}: write --config in small letters, so that it is read first")
     if getattr(args, "print_config", False):
         print(_as_yaml(parser, args), end="")
         parser.exit()

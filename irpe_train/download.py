@@ -7,15 +7,20 @@ import hashlib
 import http.client
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
 from irpe_train.errors import BadCheckpoint
+from irpe_train.text_files import plain_file
 
 CHUNK = 1 << 20
 LARGEST_FILE = 4 << 30  # bytes; where no size is known, an answer is cut off here
+PATIENCE = 120.0  # seconds until an answer has begun
 
 
 def cache_folder() -> Path:
@@ -80,7 +85,7 @@ def download(url: str, part: Path, *, most: int) -> None:
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        response = urllib.request.urlopen(request, timeout=30)
+        response = _answer(request)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing beyond what we have, so the part is whole (or not ours: check will tell)
             raise OSError(" ".join(str(error).split())) from error
@@ -92,7 +97,7 @@ def download(url: str, part: Path, *, most: int) -> None:
         announced = response.headers.get("Content-Length") or ""
         arrived = have if resumed else 0
         expected = int(announced) + arrived if announced.isdecimal() else None
-        with part.open("ab" if resumed else "wb") as file:
+        with plain_file(part).open("ab" if resumed else "wb") as file:
             try:
                 while (expected or 0) <= most and arrived <= most and (chunk := response.read(CHUNK)):
                     file.write(chunk)
@@ -104,6 +109,25 @@ def download(url: str, part: Path, *, most: int) -> None:
         raise BadCheckpoint(f"{url}: more than {most} bytes; that is no checkpoint, and was not kept")
     if expected is not None and arrived != expected:
         raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again to go on")
+
+
+def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
+    """The answer's headers, within ``PATIENCE``: a server that sends one "100 Continue" after another has no end."""
+    answer: Future = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(urllib.request.urlopen(request, timeout=30))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(PATIENCE)
+    except FutureTimeout as error:
+        if answer.done():  # of a connection, after its 30 s
+            raise
+        raise OSError(f"no answer within {PATIENCE:g} s") from error
 
 
 @contextlib.contextmanager
@@ -120,7 +144,7 @@ def alone(folder: Path) -> Iterator[None]:
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with plain_file(path).open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

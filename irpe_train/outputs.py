@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from irpe_train.errors import RunError
+from irpe_train.text_files import read_text, write_text
 
 LIST = ".written_by_predict"
 
@@ -39,7 +40,7 @@ class OutputFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self._written = dict(json.loads((folder / LIST).read_text()))
+            self._written = dict(json.loads(read_text(folder / LIST)))
         except (OSError, ValueError, TypeError):
             self._written = {}
 
@@ -65,7 +66,7 @@ class OutputFolder:
     def wrote(self, *names: str) -> None:
         """These files are written, and may be replaced by a later prediction."""
         self._written |= {name: self._state(name) for name in names}
-        self.path(LIST).write_text(json.dumps(self._written, indent=0))
+        write_text(self.path(LIST), json.dumps(self._written, indent=0))
 
     def _state(self, name: str) -> str | None:
         try:

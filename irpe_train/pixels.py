@@ -13,6 +13,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
+# Folders that macOS, network disks, Windows and Linux make beside a user's own, some with pictures in them.
+OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 class UnreadableImage(OSError):
@@ -43,8 +45,8 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
-    """Whether a file or one of its folders is hidden: a program's own, as ``.ipynb_checkpoints`` or ``._x.jpg``."""
-    return any(part.startswith(".") for part in parts)
+    """Whether a file or one of its folders is a program's own: ``.ipynb_checkpoints``, ``._x.jpg``, ``@eaDir``."""
+    return any(part.startswith(".") or part in OF_SYSTEMS for part in parts)
 
 
 def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:

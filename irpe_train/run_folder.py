@@ -17,6 +17,7 @@ from irpe_train.outputs import writable_folder
 from irpe_train.preemption import STOP
 from irpe_train.run_log import log_details
 from irpe_train.state import TrainState, progress_of
+from irpe_train.text_files import plain_file
 
 LOCK = ".lock"
 
@@ -158,7 +159,7 @@ def lock(folder: Path) -> TextIO:
     """
     try:
         writable_folder(folder, "--output_dir")
-        file = open(folder / LOCK, "a+")  # noqa: SIM115
+        file = open(plain_file(folder / LOCK), "a+")  # noqa: SIM115
     except OSError as error:
         raise RunError(f"--output_dir {folder}: cannot write there ({error.strerror})") from error
     try:

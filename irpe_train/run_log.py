@@ -21,7 +21,7 @@ import torch
 from irpe_train.config import write_config
 from irpe_train.distributed import Plain, is_main, logger, world_size
 from irpe_train.errors import RunError
-from irpe_train.text_files import read_text, write_text
+from irpe_train.text_files import plain_file, read_text, write_text
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
 
@@ -58,7 +58,7 @@ class RunLog:
         if self.path is None:
             return
         try:
-            with open(self.path, "a") as file:
+            with open(plain_file(self.path), "a") as file:
                 file.write(json.dumps(stats) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -121,8 +121,8 @@ def _wandb_run(project: str, folder: Path, resumed: bool):
         raise ImportError(f"--wandb {project} needs Weights & Biases: pip install wandb") from error
     file = folder / "wandb_id.txt"  # what makes a resumed run the same one there
     if not (resumed and file.exists()):
-        file.write_text(uuid.uuid4().hex[:8])
-    return wandb.init(project=project, dir=str(folder), name=folder.name, id=file.read_text(), resume="allow")
+        write_text(file, uuid.uuid4().hex[:8])
+    return wandb.init(project=project, dir=str(folder), name=folder.name, id=read_text(file), resume="allow")
 
 
 def _summary_writer(folder: Path, epoch: int):
@@ -142,7 +142,7 @@ def _summary_writer(folder: Path, epoch: int):
 
 def log_details(folder: Path) -> None:
     """From now on, write what is printed to ``folder/detail_NAME.log`` too, there with all terms of each step."""
-    handler = logging.FileHandler(folder / f"detail_{folder.resolve().name}.log")
+    handler = logging.FileHandler(plain_file(folder / f"detail_{folder.resolve().name}.log"))
     handler.setFormatter(Plain(""))
     handler.addFilter(lambda record: getattr(record, "only", "file") == "file")
     handler.handleError = lambda record: None  # a full disk: the log is no reason to stop, nor to print a traceback
@@ -167,7 +167,7 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
                     keep_aside(path)
         write_config(parser, args, folder / "config.yaml")
         write_text(folder / "model.json", json.dumps(stats) + "\n")
-        with open(folder / "starts.jsonl", "a") as file:
+        with open(plain_file(folder / "starts.jsonl"), "a") as file:
             file.write(json.dumps(surroundings()) + "\n")
     except OSError as error:
         raise RunError(f"--output_dir {folder}: cannot write there ({error.strerror})") from error

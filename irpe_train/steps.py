@@ -21,12 +21,13 @@ import torch
 from irpe_train.agreement import Agreement, Votes
 from irpe_train.arguments import parse_save_interval
 from irpe_train.distributed import gather, is_main, rank, world_size
-from irpe_train.errors import BadData, NonFiniteLoss
+from irpe_train.errors import BadData, NonFiniteLoss, RunError
 from irpe_train.loader import TrainLoader
 from irpe_train.preemption import STOP
 from irpe_train.run_folder import Checkpoints
 from irpe_train.seeding import mix, seed_step
 from irpe_train.state import TrainState
+from irpe_train.text_files import write_text
 
 
 class Steps:
@@ -177,8 +178,8 @@ class Steps:
             path = self.checkpoints.folder / "nonfinite_loss.json"
             where = f"report: {path}"
             if is_main():
-                with contextlib.suppress(OSError):  # a full disk must not hide why the run stops
-                    path.write_text(json.dumps(guilty, indent=2) + "\n")
+                with contextlib.suppress(OSError, RunError):  # a full disk must not hide why the run stops
+                    write_text(path, json.dumps(guilty, indent=2) + "\n")
         raise NonFiniteLoss(
             f"loss is not finite on rank {', '.join(str(r['rank']) for r in guilty)} at epoch {state.epoch}, step "
             f"{state.step}: {_terms(guilty[0]['terms'])}, lr {self._lr:g}. The weights were not changed ({where}). "

@@ -4,15 +4,24 @@
 import os
 from pathlib import Path
 
+from irpe_train.errors import RunError
+
+
+def plain_file(path: Path) -> Path:
+    """``path``, to be opened. Raises RunError: a pipe, which may never end, a device or a folder has this name."""
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path}: expected a plain file, and this is none (a folder, a pipe or a device); move it away")
+    return path
+
 
 def read_text(path: Path, *, errors: str = "replace") -> str:
     """The text of a file without its byte-order mark; bytes that are no UTF-8 are replaced, or as ``errors`` says."""
-    return path.read_text(encoding="utf-8-sig", errors=errors)
+    return plain_file(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` as a whole: a kill or a full disk leaves the old file. What is no UTF-8 becomes ``?``."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = plain_file(path).with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # whatever it is: a file is not written through a link
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="")

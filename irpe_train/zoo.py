@@ -18,7 +18,7 @@ from irpe_train.config import ROOT, ConfigError, read_yaml
 from irpe_train.download import cache_folder, fetch_once, sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
-from irpe_train.text_files import read_text
+from irpe_train.text_files import read_text, write_text
 
 ZOO_FILE = ROOT / "configs" / "model_zoo.yaml"
 
@@ -100,7 +100,7 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> P
     entry = (zoo or read_zoo()).find(name)
     folder = folder or cache_folder()
     target = folder / entry.file
-    if target.is_file():
+    if target.exists():
         verify(target, entry)
         return target
     print(f"fetching {entry.url} -> {target}", file=sys.stderr)
@@ -141,7 +141,7 @@ def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
     if len(weights) != entry.entries:
         raise ValueError(f"{path}: {len(weights)} tensors in 'model', {entry.entries} expected for {entry.name}.")
     with contextlib.suppress(OSError):  # a cache that others own
-        record.write_text(f"{found}  {entry.file}\n")
+        write_text(record, f"{found}  {entry.file}\n")
 
 
 def _record(target: Path) -> Path:
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
                 if args.where
                 else fetch(entry.name, folder=args.folder, zoo=zoo)
             )
-    except (ValueError, OSError) as error:
+    except (RunError, ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """WebDataset shards, read by index: ``--data-set WDS``."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ import numpy as np
 from deit_irpe.data.images import MOST_CLASSES, LabelledImages
 from deit_irpe.data.tar_files import tar_members
 from irpe_train.pixels import is_hidden
+from irpe_train.text_files import read_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions of the image of a sample, as WebDataset has them
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation")}  # words in the name of a shard
@@ -40,14 +42,12 @@ class ShardImages(LabelledImages):
             raise ValueError(f"{root}: no samples in {self.files[0].name} and the like (looked for .cls and an image)")
         shards, names, places, sizes, labels = zip(*samples, strict=True)
         listed, count = root / "classes.txt", max(labels) + 1
-        classes = (
-            class_list(listed) if listed.is_file() else [str(number) for number in range(min(count, MOST_CLASSES))]
-        )
+        named = os.path.lexists(listed)
+        classes = class_list(listed) if named else [str(number) for number in range(min(count, MOST_CLASSES))]
         if count > len(classes):
             raise ValueError(
                 f"{root}: class numbers from {min(labels)} to {max(labels)}; expected 0 to "
-                f"{len(classes) - 1}"
-                + (f", as {listed} lists" if listed.is_file() else "; or list them in classes.txt")
+                f"{len(classes) - 1}" + (f", as {listed} lists" if named else "; or list them in classes.txt")
             )
         super().__init__(classes, list(names), list(labels), transform)
         self.shards, self.places, self.sizes = (np.array(values, dtype=np.int64) for values in (shards, places, sizes))
@@ -64,7 +64,7 @@ class ShardImages(LabelledImages):
 def class_list(file: Path) -> list[str]:
     """The names of the classes, one a line, in order. Raises: ValueError: two are alike, or one is empty."""
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        names = [line.strip() for line in read_text(file, errors="strict").rstrip().splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from error
     seen: set[str] = set()
@@ -83,12 +83,14 @@ def _split_of(file: Path) -> bool | None:
     Raises: ValueError: the name says both, says it inside of a word (``retrieval``), or the shard is compressed.
     """
     name = file.name.lower()
-    if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or not file.is_file():
+    if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or is_hidden([name]):
         return None
     words = set(re.split(r"[^a-z]+", name))
     found = [train for train, of_split in SPLITS.items() if words & set(of_split)]
     if len(found) > 1 or not found and ("train" in name or "val" in name) and "test" not in words:
         raise ValueError(f"{file}: is it for training or for validation? Call it imagenet-train-0000.tar, or -val-")
+    if found and not file.is_file():
+        raise ValueError(f"{file}: called like a shard, and no file (a link to nothing?); mend or remove it")
     if found and not name.endswith(".tar"):
         raise ValueError(f"{file}: a compressed shard: unpack it to a plain .tar, which can be read at any place")
     return found[0] if found else None

@@ -33,7 +33,7 @@ def split_folder(
     names = [Path(images.name(index)).relative_to(folder).as_posix() for index in range(len(images))]
     if broken := [name for name in names if len(name.splitlines()) > 1]:
         raise ValueError(f"--val-split: {broken[0]!r} has a line break in its name; rename this file")
-    if written is not None and written.is_file():
+    if written is not None and os.path.lexists(written):
         listed = set(filter(None, read_text(written, errors="surrogateescape").splitlines()))
         if gone := sorted(listed - set(names)):
             raise ValueError(f"{written}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not")

@@ -119,22 +119,25 @@ def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
     """A measurement from the user's cache folder, or a new one left there. A folder that cannot be used is no error."""
     path = cache_file()
     try:
-        entries = json.loads(path.read_text())
-        return Measurement(**entries[kind])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Measurement(**_entries(path)[kind])
+    except (KeyError, TypeError):
         found = find()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            entries = dict(json.loads(path.read_text()))  # others may have written meanwhile
-        except (OSError, ValueError, TypeError):
-            entries = {}
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(entries | {kind: found._asdict()}, indent=1))
+        part.write_text(json.dumps(_entries(path) | {kind: found._asdict()}, indent=1))
         os.replace(part, path)
     except OSError:
         pass
     return found
+
+
+def _entries(path: Path) -> dict:
+    """What is in the cache file now: others may have written meanwhile."""
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}  # a pipe would never end
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def cache_file() -> Path:

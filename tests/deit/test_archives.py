@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deit_irpe.data.images import FolderImages
 from deit_irpe.data.shards import ShardImages
 from deit_irpe.data.tar_files import TarImages
+from irpe_train.errors import RunError
 
 
 def tar_of(file: Path, *members: str | tuple[str, bytes], kind: bytes = tarfile.REGTYPE, mode: str = "w") -> Path:
@@ -228,6 +229,17 @@ def test_a_compressed_shard_beside_the_others_is_not_left_out(tmp_path, name):
         ShardImages(tmp_path, False)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("x-val-1.tar", "x-val-1.tar: called like a shard, and no file"), ("classes.txt", "classes.txt")],
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("gone")])
+def test_what_is_called_like_a_shard_or_the_list_of_classes_and_is_no_file_is_refused(tmp_path, name, words, make):
+    make(shards(tmp_path, "x-val-0.tar") / name)
+    with pytest.raises((ValueError, OSError, RunError), match=words):
+        ShardImages(tmp_path, False)
+
+
 def test_the_key_of_a_sample_ends_at_the_first_dot_of_its_file(tmp_path):
     """As in WebDataset: ``seg.png`` is another part of the sample, and dots of folders are the folder's."""
     members = [("v1.0/7.jpg", b"image"), ("v1.0/7.seg.png", b"mask"), ("v1.0/7.cls", b"1"), ("v1.0/8.x.jpg", b"?")]
@@ -323,6 +335,9 @@ HIDDEN = [
     "._a",
     "._b.tar",
     ".net/y.jpg",
+    "@eaDir/z.jpg",
+    "a/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
+    "__MACOSX/a/._0.png",
 ]
 
 
@@ -334,7 +349,9 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, around):
     folder = FolderImages(write_files(tmp_path / ".cache/val", names + HIDDEN))  # a hidden place is no matter
     archive = TarImages(tar_of(tmp_path / "val.tar", *(around + name for name in HIDDEN + names)))
     assert folder.classes == archive.classes == ["a", "b"] and len(folder) == len(archive) == 2
-    assert said[0].endswith("hidden, so no classes: .DS_Store, ._a, ._b.tar, .ipynb_checkpoints, .net")
+    assert said[0].endswith(
+        "hidden, so no classes: .DS_Store, ._a, ._b.tar, .ipynb_checkpoints, .net, @eaDir, __MACOSX"
+    )
     if around != "val/":
         assert said[1] == said[0].replace(str(tmp_path / ".cache/val"), str(tmp_path / "val.tar"))
 
@@ -343,4 +360,5 @@ def test_hidden_members_of_a_shard_are_left_out(tmp_path):
     tar_of(
         tmp_path / "x-val-0.tar", ("._0.jpg", b"mac"), "0.jpg", ("._0.cls", b"mac"), ("0.cls", b"0"), (".x/1.jpg", b"")
     )
+    (tmp_path / "._x-val-0.tar").write_bytes(b"what macOS leaves on other disks")
     assert len(ShardImages(tmp_path, False)) == 1

@@ -13,7 +13,8 @@ import pytest
 from irpe_train.config import parse_args
 from irpe_train.distributed import set_up_logging
 from irpe_train.errors import RunError
-from irpe_train.run_log import RunLog, banner, changed_flags, git_state, record_start
+from irpe_train.run_folder import lock
+from irpe_train.run_log import RunLog, banner, changed_flags, git_state, log_details, record_start
 from tests.helpers import tiny_run
 
 
@@ -96,8 +97,8 @@ def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, cap
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     log = RunLog(tmp_path, epoch=0, resumed=True, tensorboard=False)
-    (tmp_path / "log.txt").mkdir()
-    with pytest.raises(RunError, match="cannot write .*log.txt: Is a directory"):
+    (tmp_path / "log.txt").symlink_to("unmounted/log.txt")
+    with pytest.raises(RunError, match="cannot write .*log.txt: No such file"):
         log.write({"epoch": 0})
 
 
@@ -125,6 +126,31 @@ def test_a_config_that_a_user_put_into_the_folder_is_kept(tmp_path, capsys):
     assert (tmp_path / "config.1.yaml").read_text() == mine and "it is now config.1.yaml" in capsys.readouterr().out
     assert parse_args(parser, ["--config", str(tmp_path / "config.yaml")]).lr == 0.25
     assert not (tmp_path / "config.2.yaml").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        (".lock", lock),
+        ("detail_run.log", log_details),
+        ("log.txt", lambda folder: RunLog(folder, epoch=1, resumed=True, tensorboard=False)),
+        ("log.txt", lambda folder: RunLog.write(argparse.Namespace(path=folder / "log.txt"), {"epoch": 0})),
+        ("starts.jsonl", lambda folder: started(folder)),
+        ("config.yaml", lambda folder: started(folder)),
+        ("model.json", lambda folder: started(folder)),
+    ],
+)
+def test_what_is_called_like_a_file_of_the_run_and_is_none_is_refused_and_not_waited_for(tmp_path, name, use, make):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    make(folder / name)
+    with pytest.raises(RunError, match=f"run/{name}: expected a plain file, and this is none"):
+        use(folder)
+
+
+def started(folder):
+    record_start(tiny_run.get_parser(), parse_args(tiny_run.get_parser(), ["--output_dir", str(folder)]), {})
 
 
 def test_banner_and_changed_flags(capsys):

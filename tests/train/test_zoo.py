@@ -2,7 +2,9 @@
 
 import contextlib
 import http.server
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from irpe_train import download
 from irpe_train import zoo as zoo_module
 from irpe_train.config import ROOT
+from irpe_train.errors import RunError
 from irpe_train.zoo import fetch, main, read_zoo
 
 
@@ -22,7 +25,10 @@ def server():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if server.raw:
-                return self.wfile.write(server.raw)
+                with contextlib.suppress(ConnectionError):
+                    while self.wfile.write(server.raw) and server.raw.startswith(b"HTTP/1.1 100"):
+                        time.sleep(0.01)
+                return None
             whole = server.files.get(self.path.rpartition("/")[2])
             if whole is None:
                 return self.send_error(404)
@@ -229,6 +235,22 @@ def test_any_other_answer_is_one_message(server, zoo, tmp_path, answer):
     with pytest.raises(ConnectionError, match="cannot fetch http://127.*Download net.pth on a machine with a") as error:
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert "\n" not in str(error.value) and not (tmp_path / "hub" / "net.pth").exists()
+
+
+def test_an_answer_that_never_begins_is_not_waited_for(server, zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE", 0.5)
+    server.raw = b"HTTP/1.1 100 Continue\r\n\r\n"
+    with pytest.raises(ConnectionError, match=r"cannot fetch http://127.*no answer within 0.5 s"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    server.raw = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"  # ends the thread that still listens
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pth.part", "net.pth.sha256"])
+def test_a_pipe_in_the_cache_is_refused_and_not_waited_for(server, zoo, tmp_path, name):
+    (tmp_path / "hub").mkdir()
+    os.mkfifo(tmp_path / "hub" / name)
+    with pytest.raises(RunError, match=f"hub/{name}: expected a plain file"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
 
 
 @pytest.mark.parametrize(
