@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1, SIGUSR2.
+"""Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1, SIGUSR2.
 
 A signal is only noted, wherever it arrives. In an epoch's training ``Steps`` saves and stops all ranks after one and
 the same step; evaluation leaves between two batches. Anything else, as listing the data or building the model, is cut
@@ -20,7 +20,8 @@ from irpe_train.errors import Preempted
 
 logger = logging.getLogger("irpe")
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 GRACE = 3.0  # seconds in which a run may come to a point where it leaves by itself
 PAUSE = 0.1  # seconds between two looks at the ranks' store
 
@@ -29,7 +30,8 @@ class Preemption:
     """The stop request of this process. There is one for all, ``STOP``, since signals are the process's.
 
     A handler that was there before, as submitit's, which puts the job back into SLURM's queue, is called once the
-    state is saved. SIGTERM is left to such a handler altogether: submitit ignores it on purpose.
+    state is saved. SIGTERM is left to such a handler altogether: submitit ignores it on purpose. SIGHUP stays ignored
+    under nohup.
 
     Attributes:
         signal: the last one noted, here or on another rank; None before.
@@ -51,7 +53,9 @@ class Preemption:
             return self
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if number == signal.SIGTERM and callable(before):
+            if (number == signal.SIGTERM and callable(before)) or (
+                number == signal.SIGHUP and before == signal.SIG_IGN
+            ):
                 continue
             self._before[number] = before if before is not signal.default_int_handler else None
             signal.signal(number, self._note)

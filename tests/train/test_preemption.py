@@ -66,6 +66,23 @@ def test_a_handler_that_was_there_is_called_once_the_state_is_saved(preemption):
             signal.signal(number, handler)
 
 
+def test_a_closed_terminal_is_a_request_unless_started_under_nohup(preemption):
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        preemption.install()
+        signal.raise_signal(signal.SIGHUP)
+        assert preemption.signal is None
+        preemption.uninstall()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        preemption.install()
+        signal.raise_signal(signal.SIGHUP)
+        assert preemption.signal == signal.SIGHUP
+    finally:
+        preemption.uninstall()
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_uninstalled_handlers_are_as_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     STOP.install().uninstall()
