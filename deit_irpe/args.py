@@ -17,6 +17,7 @@ from irpe_train.arguments import (
 from irpe_train.flags import FlagParser
 
 FIRST = ["config", "data-path", "output_dir", "model", "rpe", "batch-size", "epochs", "lr", "finetune", "resume"]
+BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which would import PyTorch
 SETS = ("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 EXPORT = """A trained DeiT as ONNX, torch.export or safetensors.
@@ -87,27 +88,9 @@ def _add_schedule(group) -> None:
     add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
     add("--epochs", default=300, type=positive_int, help="epochs")
     add("--sched", default="cosine", type=schedule, metavar="{cosine,tanh,step}", help="learning-rate schedule")
-    add(
-        "--lr",
-        default=5e-4,
-        type=nonnegative_float,
-        help="learning rate for 512 images per update; scaled by batch size x processes x --accumulate / 512",
-    )
-    add(
-        "--lr-noise",
-        default=None,
-        type=fraction,
-        nargs="+",
-        metavar="FRACTION",
-        help="add noise to the rate between these two points of the run",
-    )
-    add(
-        "--lr-noise-pct",
-        default=0.67,
-        type=nonnegative_float,
-        metavar="FRACTION",
-        help="largest noise, relative to the rate",
-    )
+    add("--lr", default=5e-4, type=nonnegative_float, help="at 512 images per update; scaled with their number")
+    add("--lr-noise", type=fraction, nargs="+", metavar="FRACTION", help="add noise between these points of the run")
+    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="FRACTION", help="largest noise, of the rate")
     add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="standard deviation of the noise")
     add("--warmup-lr", default=1e-6, type=nonnegative_float, help="rate at the start of warm-up; not scaled")
     add("--min-lr", default=1e-5, type=nonnegative_float, help="rate at the end of the schedule; not scaled")
@@ -120,18 +103,15 @@ def _add_schedule(group) -> None:
 
 def _add_model(group) -> None:
     add = group.add_argument
-    add(
-        "--model", default="deit_base_patch16_224", metavar="NAME", help="a name of deit_irpe.models, or any timm model"
-    )
+    add("--model", default="deit_base_patch16_224", metavar="NAME", help="of deit_irpe.models, or any timm model")
     add(
         "--rpe",
-        default=None,
         metavar="SPEC",
         help="the encoding, instead of the one in the name: rpe-{ratio}-{method}-{mode}-{shared_head 0|1}-{rpe_on}, "
         "or none",
     )
     add("--no-abs-pos", action="store_true", help="no absolute position embedding")
-    add("--attn-backend", default="auto", type=_backend, help="what computes attention with an encoding (irpe info)")
+    add("--attn-backend", default="auto", choices=BACKENDS, help="what computes attention with an encoding (irpe info)")
     add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
     add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="image size in pixels")
     add("--drop", default=0.0, type=fraction, help="dropout")
@@ -160,12 +140,10 @@ def _add_optimizer(group) -> None:
     add = group.add_argument
     add("--opt", default="adamw", help="any optimizer of timm")
     add("--opt-eps", default=1e-8, type=float, help="epsilon of the optimizer")
-    add("--opt-betas", default=None, type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
-    add("--clip-grad", default=None, type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
+    add("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
+    add("--clip-grad", type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
     add("--momentum", default=0.9, type=nonnegative_float, help="momentum of sgd")
-    add(
-        "--weight-decay", default=0.05, type=nonnegative_float, help="not of vectors, biases, class token and positions"
-    )
+    add("--weight-decay", default=0.05, type=nonnegative_float, help="not of vectors, biases, class token, positions")
 
 
 def _add_data(group) -> None:
@@ -185,7 +163,6 @@ def _add_data(group) -> None:
     )
     add(
         "--val-split",
-        default=None,
         type=fraction,
         metavar="FRACTION",
         help="hold out this share of every class, where there is no val: --data-path is then one folder of classes",
@@ -194,23 +171,10 @@ def _add_data(group) -> None:
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
     add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
     add("--no-dist-eval", dest="dist_eval", action="store_false", help="each process evaluates everything")
-    add("--pin-mem", dest="pin_mem", default=True, action="store_true", help="pinned memory for batches")
+    add("--pin-mem", default=True, action="store_true", help="pinned memory for batches")
     add("--no-pin-mem", dest="pin_mem", action="store_false", help="no pinned memory")
-    add(
-        "--repeated-aug",
-        dest="repeated_aug",
-        default=True,
-        action="store_true",
-        help="repeated augmentation: three copies of an image per update",
-    )
+    add("--repeated-aug", default=True, action="store_true", help="three augmented copies of an image per update")
     add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once per epoch")
-    add(
-        "--expect",
-        nargs="?",
-        const="auto",
-        metavar="NAME",
-        help="with --eval: compare with the published row NAME, or the one found by the model's name",
-    )
 
 
 def _add_augmentation(group) -> None:
@@ -232,7 +196,7 @@ def _add_augmentation(group) -> None:
     add("--resplit", action="store_true", help="no effect, as published")
     add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
     add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
-    add("--cutmix-minmax", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
+    add("--cutmix-minmax", type=float, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
     add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
     add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")
@@ -240,12 +204,7 @@ def _add_augmentation(group) -> None:
 
 def _add_distillation(group) -> None:
     add = group.add_argument
-    add(
-        "--distillation-type",
-        default="none",
-        choices=("none", "soft", "hard"),
-        help="learn from the teacher's probabilities, or from its decisions",
-    )
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="probabilities or decisions")
     add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
     add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
     add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
@@ -259,15 +218,9 @@ def get_predict_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ema", action="store_true", help="its moving average")
     add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
-    add("--model", default=None, help="where the checkpoint does not say")
-    add("--rpe", default=None, help="where the checkpoint does not say")
-    add(
-        "--input-size",
-        default=None,
-        type=image_size_text,
-        metavar="N|HxW",
-        help="pixels, where the checkpoint does not say",
-    )
+    add("--model", help="where the checkpoint does not say")
+    add("--rpe", help="where the checkpoint does not say")
+    add("--input-size", type=image_size_text, metavar="N|HxW", help="pixels, where the checkpoint does not say")
     return parser
 
 
@@ -334,15 +287,6 @@ def image_size(value: int | str) -> int | tuple[int, int]:
         return value
     height, width = value.split("x")
     return int(height), int(width)
-
-
-def _backend(text: str) -> str:
-    if text != "auto":
-        from irpe_ops.attention import BACKENDS  # here, because it imports PyTorch, and --help need not wait for it
-
-        if text not in BACKENDS:
-            raise argparse.ArgumentTypeError(f"unknown backend {text!r}; expected one of {', '.join(BACKENDS)}")
-    return text
 
 
 def _keyword(text: str) -> str:

@@ -27,6 +27,7 @@ FIRST = [
     "finetune",
     "resume",
 ]
+BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which would import PyTorch
 EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
 
 The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Categories,
@@ -72,12 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="short side in evaluation, longest in training; all other sizes scale with it",
     )
-    data(
-        "--augment",
-        default="published",
-        choices=("published", "none"),
-        help="of training images; none: as in evaluation (digits must not be mirrored)",
-    )
+    data("--augment", default="published", choices=("published", "none"), help="none: images as in evaluation")
     data(
         "--eval_batch_size",
         default=1,
@@ -94,12 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="encoding of the encoder: rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}; empty: none",
     )
     model("--backbone", default="resnet50", help="a torchvision ResNet, or resnet_micro for the demo")
-    model(
-        "--backbone_weights",
-        default="imagenet",
-        metavar="imagenet|none|FILE",
-        help="where the backbone starts; not read when a checkpoint is loaded anyway",
-    )
+    model("--backbone_weights", default="imagenet", metavar="imagenet|none|FILE", help="where no checkpoint is loaded")
     model("--dilation", action="store_true", help="no stride in the backbone's last stage (DC5)")
     model("--position_embedding", default="sine", choices=("sine", "learned"), help="of image features")
     model("--enc_layers", default=6, type=nonnegative_int, help="encoder layers")
@@ -112,14 +103,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     model("--pre_norm", action="store_true", help="normalise before each block, not after")
     model("--masks", action="store_true", help="train the segmentation head")
     model("--frozen_weights", metavar="FILE", help="a trained detector: only the segmentation head is trained on it")
-    model(
-        "--finetune",
-        default="",
-        metavar="FILE",
-        help="start from these weights; a class head or queries of another size start anew, and are named",
-    )
+    model("--finetune", default="", metavar="FILE", help="start from these weights; what cannot fit starts anew")
     model("--pretrained", default="", metavar="NAME", help="start from, or --eval, a published checkpoint of the zoo")
-    model("--attn-backend", default="auto", type=_backend, help="of the encoder: auto, eager, sdpa, compiled or triton")
+    model("--attn-backend", default="auto", choices=BACKENDS, help="what computes the encoder's attention")
 
     loss = parser.add_argument_group("losses").add_argument
     loss("--no_aux_loss", dest="aux_loss", action="store_false", help="no loss on each decoder layer but the last")
@@ -141,14 +127,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     train("--lr_drop", default=200, type=positive_int, help="epochs after which both learning rates fall to a tenth")
     train("--clip_max_norm", default=0.1, type=nonnegative_float, help="largest norm of the gradient; 0 does not clip")
 
-    run = add_runtime_arguments(parser, seed=42, num_workers=4, amp="none").add_argument
-    run(
-        "--expect",
-        nargs="?",
-        const="auto",
-        metavar="NAME",
-        help="with --eval: compare with the published row (default: found by name)",
-    )
+    add_runtime_arguments(parser, seed=42, num_workers=4, amp="none")
     return parser
 
 
@@ -203,20 +182,11 @@ def get_check_parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco_path", required=True, metavar="DIR", help="as for training")
     parser.add_argument("--coco_panoptic_path", metavar="DIR", help="check the panoptic annotations there instead")
     parser.add_argument("--splits", nargs="+", default=["train2017", "val2017"], help="which to check, training first")
-    parser.add_argument("--num_classes", default=None, type=positive_int, help="as for training, if given there")
+    parser.add_argument("--num_classes", type=positive_int, help="as for training, if given there")
     parser.add_argument("--masks", action="store_true", help="as for training: every object needs a mask")
     parser.add_argument("--max-bad", default=0.001, type=fraction, metavar="FRACTION", help="as for training")
     parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
     return parser
-
-
-def _backend(text: str) -> str:
-    if text != "auto":
-        from irpe_ops.attention import BACKENDS  # here, because it imports PyTorch, and --help need not wait for it
-
-        if text not in BACKENDS:
-            raise argparse.ArgumentTypeError(f"unknown backend {text!r}; expected one of {', '.join(BACKENDS)}")
-    return text
 
 
 def _auto_or_positive_int(text: str) -> int | str:

@@ -35,28 +35,12 @@ def add_runtime_arguments(
     )
     add("--start_epoch", default=0, type=nonnegative_int, metavar="N", help="first epoch of a new run")
     add("--eval", action="store_true", help="evaluate only")
-    add(
-        "--num_workers",
-        default=num_workers,
-        type=number_of_workers,
-        metavar="N",
-        help="data loading workers per process; 0: load in the process itself",
-    )
-    add(
-        "--amp",
-        default=amp,
-        choices=("bf16", "fp16", "none"),
-        help="automatic mixed precision: the number format of the model",
-    )
+    add("--expect", nargs="?", const="auto", metavar="NAME", help="with --eval: compare with the published row NAME")
+    add("--num_workers", default=num_workers, type=number_of_workers, help="data loading workers per process; 0: none")
+    add("--amp", default=amp, choices=("bf16", "fp16", "none"), help="number format of the model (mixed precision)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--accumulate", default=1, type=positive_int, metavar="K", help="gradient accumulation: batches per update")
-    add(
-        "--save-interval",
-        default=None,
-        type=save_interval,
-        metavar="N|Nm",
-        help="also save within an epoch, every N steps or every N minutes (10m)",
-    )
+    add("--save-interval", type=save_interval, metavar="N|Nm", help="save every N steps or N minutes (10m) too")
     add(
         "--max-bad",
         default=0.001,
@@ -64,12 +48,7 @@ def add_runtime_arguments(
         metavar="FRACTION",
         help="unreadable training images are skipped; more than this fraction of the set stops the run",
     )
-    add(
-        "--tensorboard",
-        default=True,
-        action=argparse.BooleanOptionalAction,
-        help="also write TensorBoard files, if it is installed",
-    )
+    add("--tensorboard", default=True, action=argparse.BooleanOptionalAction, help="TensorBoard files, if installed")
     add("--wandb", default="", metavar="PROJECT", help="also log to this project of Weights & Biases")
     add("--world_size", default=1, type=int, help="set by torchrun or SLURM; kept from the published command")
     add("--dist_url", default="env://", help="rendezvous address of the processes")

@@ -11,6 +11,7 @@ import irpe_ops
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
 from irpe.__main__ import COMMANDS, completion, main, overview
+from irpe_ops.attention import BACKENDS
 from irpe_train.precision import DTYPES
 from tests.helpers.deit_runs import MODEL, QUICK
 from tests.helpers.processes import Program
@@ -101,8 +102,8 @@ def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
         ("classify train --coco-path x", "--coco-path is a flag of `irpe detect train`, not of this command"),
         ("detect eval --data_path x", "--data_path is a flag of `irpe classify train`, not of this command"),
         ("detect train --epochs many", "error: argument --epochs: expected a whole number, got 'many'"),
-        ("classify train --attn-backend gpu", "argument --attn-backend: unknown backend 'gpu'; expected one of auto"),
-        ("detect train --attn-backend gpu", "argument --attn-backend: unknown backend 'gpu'; expected one of auto"),
+        ("classify train --attn-backend gpu", "argument --attn-backend: invalid choice: 'gpu' (choose from "),
+        ("detect train --attn-backend gpu", "argument --attn-backend: invalid choice: 'gpu' (choose from "),
         ("detect train --set_cost_giou nan", "argument --set_cost_giou: expected 0 or more, got nan"),
         ("detect train --dropout nan", "argument --dropout: expected a fraction from 0 to 1, got nan"),
         ("detect train --start_epoch -5", "argument --start_epoch: expected 0 or more, got -5"),
@@ -140,6 +141,11 @@ def test_dash_and_underscore_are_alike(capsys):
         with pytest.raises(SystemExit):
             main(["detect", "train", spelling, "7", f"{spelling.replace('atch', 'ATCH')}=7", "--print-config"])
         assert "batch_size: 7\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("parser", [deit_parser, detr_parser])
+def test_backends_are_those_of_the_attention(parser):
+    assert next(a for a in parser()._actions if a.dest == "attn_backend").choices == BACKENDS
 
 
 def test_number_formats_are_those_that_training_knows():
