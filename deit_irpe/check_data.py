@@ -2,6 +2,8 @@
 """``irpe classify check``: what is wrong with a data set, before hours are spent on it."""
 
 import argparse
+import hashlib
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ MOST_SHOWN = 5  # unreadable images that are named
 
 
 class _Readable(Dataset):
-    """The class number of an image that can be decoded, or -1 and why it cannot."""
+    """The class number of an image that can be decoded and a hash of its pixels, or -1 and why it cannot."""
 
     def __init__(self, images: Dataset) -> None:
         self.images = images
@@ -27,28 +29,33 @@ class _Readable(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[int, str]:
+    def __getitem__(self, index: int) -> tuple[int, int, str]:
         try:
-            return self.images[index][1], ""
+            image, label = self.images[index]
         except UNREADABLE as error:
-            return -1, str(error)
+            return -1, 0, str(error)
+        pixels = hashlib.blake2b(b"%d %d " % image.size + image.tobytes(), digest_size=7).digest()
+        return label, int.from_bytes(pixels, "big"), ""
 
 
-def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str]]:
-    """Decode every image. Returns: readable images of each class, and why the others cannot be read."""
-    counts, reasons = torch.zeros(len(images.classes), dtype=torch.int64), []
+def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str], dict[int, int]]:
+    """Decode every image. Returns: readable images of each class, why the others cannot be read, and how often each
+    picture comes, by a hash of its pixels.
+    """
+    counts, reasons, pictures = torch.zeros(len(images.classes), dtype=torch.int64), [], Counter()
     loader = DataLoader(_Readable(images), batch_size=64, num_workers=num_workers)
-    for labels, texts in loader:
+    for labels, hashes, texts in loader:
         counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
+        pictures.update(hashes[labels >= 0].tolist())
         reasons += [text for text in texts if text]
-    return counts.tolist(), reasons
+    return counts.tolist(), reasons, pictures
 
 
 def main(args: argparse.Namespace) -> int:
     """Print what was found. Returns: 1 where training would stop or a class has no readable image, else 0."""
     set_up_logging(0)
     options = {"data_set": args.data_set, "load_tar": args.load_tar, "inat_category": args.inat_category}
-    failed, classes = False, {}
+    failed, classes, pictures = False, {}, {}
     for split in ("train", "val"):
         try:
             if args.val_split is None:
@@ -60,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
             failed = True
             continue
         classes[split] = list(images.classes)
-        counts, reasons = check_split(images, args.num_workers)
+        counts, reasons, pictures[split] = check_split(images, args.num_workers)
         logger.info(
             f"{split}: {len(images):,} images of {len(counts)} classes, {min(counts):,} to {max(counts):,} a class"
         )
@@ -78,6 +85,8 @@ def main(args: argparse.Namespace) -> int:
         except ValueError as error:
             logger.error(str(error))
             failed = True
+        if again := sum(number for picture, number in pictures["val"].items() if picture in pictures["train"]):
+            logger.warning(f"val: {again:,} of {pictures['val'].total():,} images are in train too, pixel for pixel")
     logger.info("not ready for training: see the errors above" if failed else "ready for training")
     return int(failed)
 

@@ -23,6 +23,7 @@ from deit_irpe.data import (
     repeated_augmentation_sampler,
     split_folder,
     stored_classes,
+    warn_of_shared_origins,
 )
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.losses import DistillationLoss, classification_loss
@@ -77,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
     val_loader = validation_loader(args, val_set, device)
     train_set = None if args.eval else training_set(args)
     classes = agree_on_classes(checkpoint, train_set, val_set)
+    warn_of_shared_origins(train_set, val_set)
 
     # --- model
     model = model_of_flags(args, classes, weights=checkpoint is None).to(device)

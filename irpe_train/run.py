@@ -15,7 +15,7 @@ from irpe_train.state import TrainState
 from irpe_train.steps import Steps
 
 # Flags that say where a run happens, not what is run.
-PLACES = ("config", "output_dir", "device", "num_workers", "resume", "tensorboard")
+PLACES = ("config", "output_dir", "device", "num_workers", "resume", "tensorboard", "world_size", "dist_url")
 
 
 def open_run(
@@ -44,6 +44,13 @@ def open_run(
             f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}"
             + (", to be evaluated" if state.train_stats is not None else "")
         )
+        there = checkpoint.contents.get("args")
+        stored = vars(there) if isinstance(there, argparse.Namespace) else {}
+        others = changed_flags(parser, state.flags, PLACES + data_flags, stored)
+        if others != "nothing":
+            logger.warning(
+                f"other flags than the checkpoint's: {others}. Its optimizer and schedule go on as they were"
+            )
     record_start(parser, args, stats)
     images = loader.batch_size * world_size()
     banner(

@@ -21,6 +21,7 @@ import torch
 from irpe_train.config import write_config
 from irpe_train.distributed import Plain, is_main, logger, world_size
 from irpe_train.errors import RunError
+from irpe_train.state import plain
 from irpe_train.text_files import plain_file, read_text, write_text
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
@@ -218,11 +219,17 @@ def banner(title: str, rows: dict) -> None:
     logger.info("\n".join([title] + [f"  {name:<{width}}  {value}" for name, value in rows.items()]))
 
 
-def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, ignore: tuple[str, ...] = ()) -> str:
-    """``name=value (published: default)`` of each flag that is not at its default, for the banner."""
-    changed = [
-        f"{action.dest}={getattr(args, action.dest)} (published: {action.default})"
-        for action in parser._actions
-        if action.dest not in ignore and hasattr(args, action.dest) and getattr(args, action.dest) != action.default
-    ]
+def changed_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, ignore: tuple[str, ...] = (), stored: dict | None = None
+) -> str:
+    """``name=value (published: default)`` of each flag that is not at its default, or not as ``stored`` in a checkpoint
+    (then ``stored: value``); "nothing" without any.
+    """
+    changed = []
+    for action in parser._actions:
+        here = getattr(args, action.dest, action.default)
+        other = action.default if stored is None else stored.get(action.dest, here)
+        if action.dest not in ignore and repr(plain(here)) != repr(plain(other)):  # stored may be tensors
+            was = " ".join(str(other).split())[:80]
+            changed.append(f"{action.dest}={here} ({'published' if stored is None else 'stored'}: {was})")
     return ", ".join(dict.fromkeys(changed)) or "nothing"

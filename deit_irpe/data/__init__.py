@@ -3,6 +3,7 @@
 
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
 from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
+from deit_irpe.data.images import warn_of_shared_origins
 from deit_irpe.data.split import folder_to_split, split_folder
 from deit_irpe.data.transforms import build_transform
 
@@ -16,4 +17,5 @@ __all__ = [
     "repeated_augmentation_sampler",
     "split_folder",
     "stored_classes",
+    "warn_of_shared_origins",
 ]

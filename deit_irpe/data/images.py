@@ -41,6 +41,7 @@ class LabelledImages(Dataset):
     def keep(self, chosen: np.ndarray) -> None:
         """Forget the images where ``chosen`` is False."""
         self.names, self.labels = self.names[chosen], self.labels[chosen]
+        self.origins = []  # the rest of the folder is another set
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.names[index])
@@ -95,6 +96,7 @@ class FolderImages(LabelledImages):
             names += files
             labels += [label] * len(files)
         super().__init__([os.path.basename(folder) for folder in folders], names, labels, transform)
+        self.origins = folders
 
 
 def _images_below(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
@@ -133,6 +135,13 @@ def report_hidden(where: Path, names: set[str]) -> None:
     """A note on hidden ``names`` among the classes: they are left out, and somebody may have meant one."""
     if names:
         logger.info(f"{where}: hidden, so no classes: {', '.join(sorted(names))}")
+
+
+def warn_of_shared_origins(train: Dataset | None, val: Dataset) -> None:
+    """A warning where folders or archives of ``val`` are those of ``train`` by another name, as through a link."""
+    trained = {_identity(path) for path in getattr(train, "origins", [])}
+    if shared := [path for path in getattr(val, "origins", []) if _identity(path) in trained]:
+        logger.warning(f"{shared[0]}: read for train and for val ({len(shared)} in all): the same images in both")
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:

@@ -50,6 +50,7 @@ class ShardImages(LabelledImages):
                 f"{len(classes) - 1}" + (f", as {listed} lists" if named else "; or list them in classes.txt")
             )
         super().__init__(classes, list(names), list(labels), transform)
+        self.origins = self.files
         self.shards, self.places, self.sizes = (np.array(values, dtype=np.int64) for values in (shards, places, sizes))
 
     def name(self, index: int) -> str:

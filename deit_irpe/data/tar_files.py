@@ -125,7 +125,7 @@ class TarImages(LabelledImages):
         ]
         labels, paths, places, sizes = zip(*members, strict=True)
         super().__init__(classes, [f"{file}:{'/'.join(path)}" for path in paths], list(labels), transform)
-        self.file = file
+        self.file, self.origins = file, [file]
         self.places, self.sizes = np.array(places, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
     def read(self, index: int) -> bytes:

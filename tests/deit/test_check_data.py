@@ -1,6 +1,7 @@
 """``python -m deit_irpe.check_data``: what would stop training is found, and what would not is not called so."""
 
 import io
+import os
 import tarfile
 
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from deit_irpe.args import get_check_parser
 from deit_irpe.check_data import main
+from deit_irpe.data import build_dataset, split_folder, warn_of_shared_origins
 from tests.deit.test_archives import tar_of
 from tests.helpers.tiny_images import write_images
 
@@ -30,6 +32,38 @@ def test_a_sound_set_is_ready(data, capsys):
     told = capsys.readouterr().out
     assert "train: 5 images of 2 classes, 2 to 3 a class" in told and told.endswith("ready for training\n")
     assert "not ready" not in told
+
+
+def test_images_of_both_splits_are_counted(tmp_path, capsys):
+    write_images(tmp_path / "train", {"ant": 2, "bee": 3})
+    write_images(tmp_path / "val", {"ant": 2, "bee": 3}, seed=1)
+    assert check(["--data-path", str(tmp_path)]) == 0 and "pixel for pixel" not in capsys.readouterr().out
+    Image.open(tmp_path / "train/bee/0.png").save(tmp_path / "val/ant/copy.bmp")
+    assert check(["--data-path", str(tmp_path)]) == 0
+    assert "warning: val: 1 of 6 images are in train too, pixel for pixel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["folder", "class", "tar", "shards"])
+def test_validation_on_the_training_images_is_said(tmp_path, kind, monkeypatch):
+    """By another name; parts of one folder are no such case."""
+    said = []
+    monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
+    write_images(tmp_path / "train", {"ant": 2, "bee": 2})
+    options = {"load_tar": kind == "tar", "data_set": "WDS" if kind == "shards" else "IMNET"}
+    if kind == "folder":
+        (tmp_path / "val").symlink_to("train")
+    elif kind == "class":
+        write_images(tmp_path / "val", {"ant": 1})
+        (tmp_path / "val/bee").symlink_to("../train/bee")
+    elif kind == "tar":
+        os.link(tar_of(tmp_path / "train.tar", "ant/0.jpg"), tmp_path / "val.tar")
+    else:
+        tar_of(tmp_path / "x-train-0.tar", "0.jpg", ("0.cls", b"0"))
+        (tmp_path / "x-val-0.tar").symlink_to("x-train-0.tar")
+    warn_of_shared_origins(*(build_dataset(tmp_path, train, **options) for train in (True, False)))
+    assert len(said) == 1 and f"({2 if kind == 'folder' else 1} in all): the same images in both" in said[0]
+    warn_of_shared_origins(*(split_folder(tmp_path / "train", train, 0.5) for train in (True, False)))
+    assert len(said) == 1
 
 
 def test_unreadable_images_are_named_and_counted(data, capsys):

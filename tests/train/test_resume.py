@@ -215,7 +215,12 @@ def test_auto_starts_anew_goes_on_and_knows_when_it_is_finished(tmp_path):
     (ended,) = tiny(tmp_path / "run", "--resume", "auto")
     assert "epoch 3, step 0" in ended.text and "Epoch: [" not in ended.text
     assert (tmp_path / "run" / "log.txt").read_text() == log
-    (ended,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "4")
+    assert "other flags" not in ended.text
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "4", "--lr", "0.5")
+    others = (
+        "other flags than the checkpoint's: epochs=4 (stored: 3), lr=0.5 (stored: 0.05). Its optimizer and schedule"
+    )
+    assert others in ended.text
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert epochs == [0, 1, 2, 3]
 

@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from irpe_train.config import parse_args
 from irpe_train.distributed import set_up_logging
@@ -159,6 +160,9 @@ def test_banner_and_changed_flags(capsys):
     args = parse_args(parser, ["--lr", "0.25", "--batch-size", "4", "--amp", "bf16"])
     assert changed_flags(parser, args, ignore=("amp",)) == "lr=0.25 (published: 0.05)"
     assert changed_flags(parser, parse_args(parser, [])) == "nothing"
+    stored = {"lr": 0.25, "amp": torch.ones(9), "batch_size": "4\n", "of_another_program": 1}
+    told = "batch_size=4 (stored: 4), amp=bf16 (stored: tensor([1., 1., 1., 1., 1., 1., 1., 1., 1.]))"
+    assert changed_flags(parser, args, stored=stored) == told
     banner("tiny", {"effective batch": 8, "lr": 0.25})
     assert capsys.readouterr().out == "tiny\n  effective batch  8\n  lr               0.25\n"
 
