@@ -5,6 +5,7 @@ The same checks, on a few images of each split instead of all, run at every star
 """
 
 import argparse
+import filecmp
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -169,6 +170,14 @@ def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
     return Problem("images, and not one object to find: AP will be -1", 0 if objects else images, allowed=math.inf)
 
 
+def split_problems(train: CocoDetection | CocoPanoptic, val: CocoDetection | CocoPanoptic) -> Found:
+    """What is wrong between two splits: other names, or one file for both."""
+    same = Problem(f"the very annotations of {val.path.name}: figures on images that are trained on", allowed=math.inf)
+    same.count = int(filecmp.cmp(train.path, val.path, shallow=False))
+    found = naming_problems(train.categories, val.categories, train.path, val.path)
+    return [(train.path, same)] * same.count + found
+
+
 def naming_problems(ours: dict[int, str], theirs: dict[int, str], our_file: Path, their_file: Path) -> Found:
     """Categories that two files call by different names or ids: what is learned is scored wrong."""
     first, second = our_file.name, their_file.name
@@ -259,7 +268,7 @@ def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, 
         found += problems_of(dataset, num_classes, train=train, **how)
     if len(sets) == 2:
         val, train = sets
-        found += naming_problems(train.categories, val.categories, train.path, val.path)
+        found += split_problems(train, val)
     if fatal := tell(found):
         raise ValueError(f"{'; '.join(fatal)}. `python -m detr_irpe.check_data` tells all.")
 
@@ -298,7 +307,7 @@ def main(args: argparse.Namespace) -> int:
         fatal += tell(problems_of(dataset, args.num_classes, **options))
         sets.append(dataset)
     for other in sets[1:]:
-        fatal += tell(naming_problems(sets[0].categories, other.categories, sets[0].path, other.path))
+        fatal += tell(split_problems(sets[0], other))
     logger.info("not ready for training: see the errors above" if fatal else "ready for training")
     return int(bool(fatal))
 

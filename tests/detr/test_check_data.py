@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -268,6 +269,21 @@ def test_capitals_and_new_classes_of_validation_are_no_mistake(tmp_path, capsys)
     status, text = check(root, capsys)
     assert status == 0 and "warning: instances_train2017.json: categories of instances_val2017.json that" in text
     quick_check(both_splits(root), 13)
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_validation_on_the_training_images_is_said(tmp_path, capsys, link):
+    root = write_tiny_coco(tmp_path)
+    train, val = (root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val"))
+    content = train.read_bytes()
+    val.unlink()
+    val.symlink_to(train.name) if link else val.write_bytes(content)
+    shutil.rmtree(root / "val2017")
+    (root / "val2017").symlink_to("train2017")
+    status, text = check(root, capsys)
+    assert status == 0 and "warning: instances_train2017.json: the very annotations of instances_val2017.json" in text
+    quick_check(both_splits(root), 10)
+    assert "the very annotations of instances_val2017.json" in capsys.readouterr().out
 
 
 def test_photos_that_viewers_turn_are_a_warning(tmp_path, capsys):
