@@ -17,7 +17,7 @@ MEMORY = re.compile(r"max mem: (\d{1,9})\b")
 
 
 def read_log(run: str | Path) -> list[dict]:
-    """The epochs of a run.
+    """The epochs of a run, in their order; of one that is there twice, the last counts, as in ``read_detail``.
 
     Args:
         run: a ``log.txt``, or the folder that has one.
@@ -27,8 +27,8 @@ def read_log(run: str | Path) -> list[dict]:
     path = path / "log.txt" if path.is_dir() else path
     if not path.is_file():
         raise BadData(f"{path}: no such log; give a run's folder or its log.txt")
-    epochs = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    epochs: dict[int, dict] = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -38,10 +38,10 @@ def read_log(run: str | Path) -> list[dict]:
             raise BadData(f"{path}: line {number} is not a JSON object with 'epoch'") from error
         if not whole:
             raise BadData(f"{path}: line {number}: 'epoch' is {epoch['epoch']!r:.80}, not a whole number")
-        epochs.append(epoch)
+        epochs[epoch["epoch"]] = epoch
     if not epochs:
         raise BadData(f"{path}: no epoch in it yet")
-    return epochs
+    return [epochs[number] for number in sorted(epochs)]
 
 
 def read_detail(path: str | Path) -> list[dict]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TextIO
 
 from irpe_lab.console_log import last_words
+from irpe_lab.figures import LARGEST
 from irpe_train.errors import Preempted, RunError
 from irpe_train.text_files import plain_file, read_text, write_text
 
@@ -49,7 +50,8 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
             write_text(job, json.dumps(known | {"then": then or {}}, indent=1) + "\n")
         return
     if done(folder) or (folder / "log.txt").exists():
-        other = "other flags (see its flags.yaml)" if old == command else f"another command ({' '.join(old or [])})"
+        shown = " ".join(map(str, old)) if isinstance(old, list) else old
+        other = "other flags (see its flags.yaml)" if old == command else f"another command ({shown})"
         raise RunError(f"{folder} holds the results of {other}. Choose another folder (-o), or delete this one.")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(written, flags)
@@ -59,7 +61,8 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
 def done(folder: Path) -> dict | None:
     """The outcome: ``rc``, ``seconds`` of all tries, ``reason`` (None after a success); None while there is none."""
     outcome = read_json(folder / "done.json")
-    return outcome if {"rc", "seconds", "reason"} <= outcome.keys() else None
+    counted = type(outcome.get("seconds")) in (int, float) and 0 <= outcome["seconds"] < LARGEST
+    return outcome if counted and type(outcome.get("rc")) is int and "reason" in outcome else None
 
 
 def finished(folder: Path) -> bool:

@@ -29,7 +29,7 @@ def curve(epochs: list[dict], key: str | None) -> tuple[list[int], list[float]]:
     """Epoch numbers and values of ``key``; the first figure (AP) where the value is a list."""
     figure = Figure("", "", key)
     points = [(epoch["epoch"], value) for epoch in epochs if (value := figure.of(epoch)) is not None]
-    return [x for x, _ in points], [y for _, y in points]
+    return [x for x, _ in points], [float(y) for _, y in points]
 
 
 def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "matplotlib.figure.Figure":

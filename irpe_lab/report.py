@@ -25,7 +25,7 @@ from irpe_lab.console_log import read_detail, read_log
 from irpe_lab.figures import TASKS, Figure, Task
 from irpe_lab.plots import plot_runs, save
 from irpe_lab.tables import markdown
-from irpe_train.config import ROOT
+from irpe_train.config import ROOT, read_yaml
 from irpe_train.errors import BadData, RunError
 from irpe_train.flags import FlagParser
 from irpe_train.text_files import read_text, write_text
@@ -133,7 +133,9 @@ class Report:
         """What was measured here, linked to its log or card."""
         run = self.runs.get(entry.name) or self.runs.get(Path(entry.config).stem)
         if run is not None and run.epochs and (value := figure.of(run.epochs[-1])) is not None:
-            return self._link(f"{value:.4g}", run.log)
+            epochs, came = read_yaml(ROOT / entry.config, entry.name).get("epochs"), run.epochs[-1]["epoch"] + 1
+            early = f" after {came} of {epochs} epochs" if run.log.suffix == ".txt" and came < (epochs or 0) else ""
+            return self._link(f"{value:.4g}{early}", run.log)
         card = self.logs / "cards" / f"{entry.name}.json"
         for line in _card(card)["figures"] if self.inside(card) else ():
             if line["figure"] == figure.name and line["here"] is not None:
@@ -195,7 +197,7 @@ class Report:
 
 def as_text(text: str) -> str:
     """``text`` in Markdown, standing for itself: names of files and runs may hold anything."""
-    text = text.encode("utf-8", "replace").decode()
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
     return re.sub(r"([\\`*{}\[\]<>&])", r"\\\1", text)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runs of an ablation read back: figures, cost, and how far each is from the baseline, seed by seed."""
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from irpe_lab import jobs
 from irpe_lab.console_log import images_per_second, peak_memory, read_detail, read_log
 from irpe_lab.figures import Figure
+from irpe_train.errors import BadData
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,15 @@ def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()
         return Outcome("running" if folder.is_dir() and jobs.busy(folder) else "waiting", epochs)
     if outcome["rc"]:
         return Outcome("failed", epochs, reason=outcome["reason"], seconds=outcome["seconds"])
-    log = read_log(folder) if epochs else []
-    values = [value for epoch in log if (value := figure.of(epoch)) is not None]
-    if not values:
-        return Outcome("failed", epochs, reason=f"its log has no {figure.key}", seconds=outcome["seconds"])
-    model = {key: log[-1][key] for key in ("n_parameters",) if key in log[-1]} | jobs.read_json(folder / "model.json")
+    try:
+        log = read_log(folder)
+        values = [figure.of(epoch) for epoch in log]
+        if values[-1] is None or not math.isfinite(values[-1]):
+            raise BadData(f"the last epoch of its log has no finite {figure.key}")
+    except BadData as error:
+        return Outcome("failed", epochs, reason=str(error), seconds=outcome["seconds"])
+    known = {"n_parameters": log[-1].get("n_parameters")} | jobs.read_json(folder / "model.json")
+    model = {key: value for key in known if (value := Figure(key, key, key).of(known)) is not None}
     evaluated = {}
     for name in evaluations:
         printed = read_detail(jobs.evaluation_log(folder, name))
@@ -54,7 +60,7 @@ def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()
         "done",
         epochs,
         values[-1],
-        max(values),
+        max(value for value in values if value is not None and math.isfinite(value)),
         None,
         outcome["seconds"],
         images_per_second(folder / "detail.log"),

@@ -78,15 +78,10 @@ def duration(seconds: float) -> str:
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; ``|`` inside a cell is escaped."""
+    """A Markdown table; ``|`` inside a cell is escaped, and a line break is a space."""
     lines = [header, ["---"] * len(header), *body]
-    return (
-        "\n".join(
-            "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-            for line in lines
-        )
-        + "\n"
-    )
+    cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def latex(header: Sequence[str], body: Sequence[Sequence[str]], failed: Sequence[bool]) -> str:

@@ -337,7 +337,16 @@ def test_a_failed_run_is_not_evaluated(tmp_path):
     assert not jobs.evaluation_log(tmp_path, "later").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\xff"])
+ODD_OUTCOMES = [{"seconds": value} for value in ("5", None, float("nan"), -1, 10**400)] + [{"rc": "0"}, {"rc": None}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", "\xff"),
+        *(json.dumps({"rc": 0, "seconds": 1.0, "reason": None} | odd) for odd in ODD_OUTCOMES),
+    ],
+)
 def test_a_damaged_outcome_is_none(tmp_path, text):
     jobs.prepare(tmp_path, ["-c", ""], "")
     (tmp_path / "done.json").write_text(text, encoding="latin-1")
@@ -353,6 +362,9 @@ def test_other_results_are_refused_early(tmp_path):
         jobs.prepare(tmp_path, ["c"], "lr: 1\n")
     with pytest.raises(RunError, match="holds the results of other flags"):
         jobs.prepare(tmp_path, ["b"], "lr: 2\n")
+    (tmp_path / "job.json").write_text('{"command": 3}')
+    with pytest.raises(RunError, match="another command .3."):
+        jobs.prepare(tmp_path, ["b"], "lr: 1\n")
     assert (tmp_path / "flags.yaml").read_text() == "lr: 1\n"
 
 

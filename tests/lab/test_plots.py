@@ -235,3 +235,5 @@ def test_a_run_that_diverged_is_drawn_as_far_as_it_is_finite(tmp_path):
     lost = write(tmp_path / "b" / "log.txt", [{"epoch": 0, "train_loss": float("nan")}])
     plot_runs([path, lost], tmp_path / "x.png")
     plot_runs([lost], tmp_path / "x.png")
+    huge = [write(tmp_path / f"c_seed{i}" / "log.txt", [{"epoch": 0, "train_loss": (-10) ** 30}]) for i in range(2)]
+    plot_runs(huge, tmp_path / "x.png")

@@ -47,8 +47,8 @@ def detr_line(epoch, ap):
 def logs(tmp_path, coarse_pictures):
     folder = tmp_path / "logs"
     folder.mkdir()
-    (folder / f"log_{MODEL}.txt").write_text(deit_line(0, 10.0) + "\n" + deit_line(1, 80.93) + "\n")
-    (folder / f"log_{DETR}.txt").write_text(detr_line(0, 0.1) + "\n" + detr_line(1, 0.4213) + "\n")
+    (folder / f"log_{MODEL}.txt").write_text(deit_line(0, 10.0) + "\n" + deit_line(299, 80.93) + "\n")
+    (folder / f"log_{DETR}.txt").write_text(detr_line(0, 0.1) + "\n" + detr_line(299, 0.4213) + "\n")
     (folder / "log_demo.txt").write_text(deit_line(0, 97.2) + "\n")
     (folder / "demo.yaml").write_text("epochs: 1\n")
     (folder / "detail_other.log").write_text(
@@ -117,6 +117,12 @@ def test_published_and_here_side_by_side(logs, tmp_path):
     assert made.block("imagenet") in made.block("results") and coco in made.block("results")
     with pytest.raises(report.RunError, match="nothing to put at nope:begin; expected results, imagenet, coco or demo"):
         made.block("nope")
+
+
+def test_a_run_that_was_stopped_early_says_so_beside_the_published_figure(logs, tmp_path):
+    (logs / f"log_{MODEL}.txt").write_text(deit_line(0, 10.0) + "\n" + deit_line(9, 41.5) + "\n")
+    block = report.Report(logs, tmp_path / "results.md").block("imagenet")
+    assert f"| 80.9 | [41.5 after 10 of 300 epochs](logs/log_{MODEL}.txt) |" in block
 
 
 def test_cards_fill_what_needs_no_data(logs, tmp_path):

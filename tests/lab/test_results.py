@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from irpe_lab.console_log import read_log
 from irpe_lab.figures import TASKS
 from irpe_lab.results import Outcome, Row, bootstrap_interval, read_outcome, spread
+from irpe_lab.tables import cells, write
 
 
 def done(**figures):
@@ -75,6 +77,46 @@ def test_an_outcome_is_what_the_folder_says(tmp_path):
     model = {"n_parameters": 9, "buckets": 50}
     assert outcome == Outcome("done", 3, 40.0, 50.0, None, 5.0, 9.0, 9, model, {"at 48": 30.0})
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
-    assert read_outcome(tmp_path, figure).reason == "its log has no test_acc1"
+    assert read_outcome(tmp_path, figure).reason == "the last epoch of its log has no finite test_acc1"
     (tmp_path / "done.json").write_text('{"rc": 1, "seconds": 5.0, "reason": "broke"}')
     assert read_outcome(tmp_path, figure) == Outcome("failed", 1, reason="broke", seconds=5.0)
+
+
+def finished(folder, figures, **model):
+    folder.mkdir()
+    lines = [{"epoch": epoch, "test_acc1": value} for epoch, value in enumerate(figures)]
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "done.json").write_text('{"rc": 0, "seconds": 5, "reason": null}')
+    (folder / "model.json").write_text(json.dumps(model))
+    return read_outcome(folder, TASKS["deit_irpe"].figure)
+
+
+NO_NUMBERS = [None, "73", [73.0], {}, True, float("nan"), float("inf"), -float("inf"), 10**400]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_figures_that_are_none_fail_a_run_at_its_end_and_count_for_nothing_before(tmp_path, value, coarse_pictures):
+    figure = TASKS["deit_irpe"].figure
+    lost = finished(tmp_path / "lost", [50.0, value])
+    assert lost.state == ("done" if isinstance(value, list) else "failed") and lost.epochs == 2
+    kept = finished(tmp_path / "kept", [value, 50.0, 40.0], n_parameters=value, buckets=value, macs_M=value)
+    assert (kept.state, kept.last, kept.best) == ("done", 40.0, 73.0 if isinstance(value, list) else 50.0)
+    row = Row("x", "", {0: kept, 1: lost, 2: kept})
+    shown = cells(row, figure)
+    assert shown["top-1 (%), last epoch"].startswith("51.00" if isinstance(value, list) else "40.00 ± 0.00, failed: ")
+    write([row], tmp_path, figure, title="x")
+
+
+@pytest.mark.parametrize("text", ["", "null\n", "{}\n", '{"epoch": "1"}\n', "\x00\n", '{"epoch": 1'])
+def test_a_log_that_is_none_fails_its_own_run_alone(tmp_path, text):
+    assert finished(tmp_path / "run", [1.0]).state == "done"
+    (tmp_path / "run/log.txt").write_text(text)
+    outcome = read_outcome(tmp_path / "run", TASKS["deit_irpe"].figure)
+    assert outcome.state == "failed" and "log.txt: " in outcome.reason
+
+
+def test_of_an_epoch_that_is_logged_twice_the_last_counts(tmp_path):
+    assert finished(tmp_path / "run", [10.0, 20.0]).last == 20.0
+    with (tmp_path / "run/log.txt").open("a") as log:
+        log.write('{"epoch": 0, "test_acc1": 11.0, "note": "line\u2028separator"}\n')
+    assert [epoch["test_acc1"] for epoch in read_log(tmp_path / "run")] == [11.0, 20.0]
