@@ -2,6 +2,7 @@
 """A trained classifier that takes images and answers with classes: from a checkpoint, or from an exported ONNX file."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from deit_irpe.data import build_transform, stored_classes
 from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.load_model import load_model, stored_size
 from irpe_train.errors import BadCheckpoint
+from irpe_train.export import read_onnx
 
 
 class Classifier:
@@ -41,7 +43,7 @@ class Classifier:
     @property
     def model(self) -> nn.Module:
         """Raises ValueError: an exported file has no modules to look into."""
-        if isinstance(self._model, OnnxModel):
+        if not isinstance(self._model, nn.Module):
             raise ValueError("--attention and --tables look into a model: give the checkpoint, not the exported file")
         return self._model
 
@@ -58,39 +60,23 @@ class Classifier:
         return shares
 
 
-class OnnxModel:
-    """What ``deit_irpe.export`` wrote, called as a model is, on the CPU."""
-
-    def __init__(self, session):
-        self.session = session
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(["logits"], {"images": images.cpu().numpy()})[0])
-
-
-def load_onnx(path: Path) -> tuple[OnnxModel, list[str], int | tuple[int, int]]:
-    """An exported classifier: the model, its classes, and the size of its images.
+def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | tuple[int, int]]:
+    """An exported classifier: images to logits, its classes, and the size of its images.
 
     Raises: ImportError, BadCheckpoint: onnxruntime is missing; the file is none that ``deit_irpe.export`` wrote.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(f"{path} runs with onnxruntime: pip install onnxruntime") from error
-    if not path.is_file():
-        raise BadCheckpoint(f"{path}: no such file")
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    with read_onnx(path, "classifier that deit_irpe.export wrote") as exported:
+        told = {key: json.loads(value) for key, value in exported.metadata.items()}
         classes, size = stored_classes(told, source=str(path)), stored_size(told["input_size"], source=str(path))
         if (told["mean"], told["std"]) != (list(MEAN), list(STD)):
             raise ValueError(f"mean {told['mean']} and deviation {told['std']} are not those of this program")
         if classes is None:
             raise ValueError("it names no classes")
-        model, sides = OnnxModel(session), size if isinstance(size, tuple) else (size, size)
+
+        def model(images: Tensor) -> Tensor:
+            return exported.run(["logits"], images=images)[0]
+
+        sides = size if isinstance(size, tuple) else (size, size)
         if (answer := model(torch.zeros(1, 3, *sides)).shape) != (1, len(classes)):
             raise ValueError(f"of {len(classes)} classes, and its answer to an image is {tuple(answer)}")
-    except Exception as error:  # onnxruntime's own errors derive from Exception alone
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise BadCheckpoint(f"{path}: not a classifier that deit_irpe.export wrote ({reason})") from error
     return model, classes, size

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from detr_irpe.data.transforms import prepare_image
 from detr_irpe.load_model import LARGEST_IMAGE_SIZE, load_model
 from detr_irpe.models.postprocess import PostProcess
-from irpe_train.errors import BadCheckpoint
+from irpe_train.export import read_onnx
 
 
 class Detector:
@@ -34,7 +35,7 @@ class Detector:
     @property
     def encoder(self) -> nn.Module:
         """Raises ValueError: an exported file has no modules to look into."""
-        if isinstance(self.model, OnnxModel):
+        if not isinstance(self.model, nn.Module):
             raise ValueError("--attention and --tables look into a model: give the checkpoint, not the exported file")
         return getattr(self.model, "detr", self.model).transformer.encoder
 
@@ -53,43 +54,22 @@ class Detector:
         return {name: values.cpu()[order] for name, values in results[0].items()}
 
 
-class OnnxModel:
-    """What ``detr_irpe.export`` wrote, called as a DETR is: on the CPU, one image at a time."""
-
-    def __init__(self, session):
-        self.session = session
-
-    def __call__(self, images: list[Tensor]) -> dict[str, Tensor]:
-        (image,) = images
-        padding = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
-        feed = {"images": image[None].cpu().numpy(), "padding": padding.numpy()}
-        logits, boxes = self.session.run(["pred_logits", "pred_boxes"], feed)
-        return {"pred_logits": torch.from_numpy(logits), "pred_boxes": torch.from_numpy(boxes)}
-
-
-def load_onnx(path: Path) -> tuple[OnnxModel, argparse.Namespace, dict[int, str]]:
-    """An exported detector: the model, its flags as far as prediction needs them, and its categories.
+def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:
+    """An exported detector: called as a DETR is, with one image; its flags as far as prediction needs them; categories.
 
     Raises: ImportError, BadCheckpoint: onnxruntime is missing; the file is none that ``detr_irpe.export`` wrote.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(f"{path} runs with onnxruntime: pip install onnxruntime") from error
-    if not path.is_file():
-        raise BadCheckpoint(f"{path}: no such file")
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        metadata = session.get_modelmeta().custom_metadata_map
-        categories = {int(i): str(name) for i, name in json.loads(metadata["categories"]).items()}
-        image_size = int(metadata["image_size"])
-    except Exception as error:  # onnxruntime's own errors derive from Exception alone
-        reason = " ".join(str(error).split())[:300]  # onnxruntime writes several lines
-        raise BadCheckpoint(f"{path}: not a detector that detr_irpe.export wrote ({reason})") from error
-    if not 0 < image_size <= LARGEST_IMAGE_SIZE:
-        raise BadCheckpoint(f"{path}: its image_size is {image_size}, beyond all photographs")
-    return (
-        OnnxModel(session),
-        argparse.Namespace(image_size=image_size, enc_rpe2d=metadata.get("enc_rpe2d", "")),
-        categories,
-    )
+    with read_onnx(path, "detector that detr_irpe.export wrote") as exported:
+        categories = {int(i): str(name) for i, name in json.loads(exported.metadata["categories"]).items()}
+        image_size = int(exported.metadata["image_size"])
+        if not 0 < image_size <= LARGEST_IMAGE_SIZE:
+            raise ValueError(f"its image_size is {image_size}, beyond all photographs")
+
+    def model(images: list[Tensor]) -> dict[str, Tensor]:
+        (image,) = images
+        padding = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
+        names = ["pred_logits", "pred_boxes"]
+        return dict(zip(names, exported.run(names, images=image[None], padding=padding), strict=True))
+
+    flags = argparse.Namespace(image_size=image_size, enc_rpe2d=exported.metadata.get("enc_rpe2d", ""))
+    return model, flags, categories

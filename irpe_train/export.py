@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a trained model for other programs: ONNX, ``torch.export`` and safetensors, each compared with the original."""
 
+import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from irpe_train.arguments import SUFFIX
-from irpe_train.errors import RunError
+from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.outputs import refuse_existing
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
@@ -74,7 +75,9 @@ def export_model(
                     )
                 exported.model.metadata_props.update(metadata or {})
                 exported.save(path, external_data=False)
-                outputs = _run_onnx(path, input_names, examples)
+                written = OnnxModel(path)
+                feeds = [dict(zip(input_names, example, strict=True)) for example in examples]
+                outputs = [tuple(written.run(output_names, **feed)) for feed in feeds]
             elif format == "pt2":
                 torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata or {})})
                 loaded = torch.export.load(path).module()
@@ -88,6 +91,38 @@ def export_model(
                     f"largest; at most {TOLERANCE:g} was expected. Do not use this file."
                 )
     return differences
+
+
+class OnnxModel:
+    """What ``export_model`` wrote as ONNX, run on the CPU. ``metadata``: the texts written with it, by name."""
+
+    def __init__(self, path: Path):
+        import onnxruntime
+
+        self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+
+    def run(self, outputs: Sequence[str], **inputs: Tensor) -> list[Tensor]:
+        """The named outputs for the inputs, which may be on any device."""
+        feed = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
+        return [torch.from_numpy(array) for array in self._session.run(list(outputs), feed)]
+
+
+@contextlib.contextmanager
+def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
+    """Inside, ``path`` is tried out; whatever goes wrong there shows that it is not a ``what``.
+
+    Raises: ImportError: onnxruntime is missing. BadCheckpoint: no such file, or not a ``what``, with the reason.
+    """
+    if not path.is_file():
+        raise BadCheckpoint(f"{path}: no such file")
+    try:
+        yield OnnxModel(path)
+    except ImportError as error:
+        raise ImportError(f"{path} runs with onnxruntime: pip install onnxruntime") from error
+    except Exception as error:  # onnxruntime's own errors derive from Exception alone, and have several lines
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise BadCheckpoint(f"{path}: not a {what} ({reason})") from error
 
 
 def _exported(out: Path, format: str) -> Path:
@@ -104,14 +139,6 @@ def _need_packages(format: str) -> None:
             f"--formats {format} needs {', '.join(missing)}: pip install {' '.join(missing)} "
             "(or install this project with [export])"
         )
-
-
-def _run_onnx(path: Path, names: Sequence[str], examples: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = [{name: tensor.numpy() for name, tensor in zip(names, example, strict=True)} for example in examples]
-    return [tuple(torch.from_numpy(array) for array in session.run(None, feed)) for feed in feeds]
 
 
 def _reload_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:
