@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from irpe_lab.console_log import read_log
 from irpe_lab.figures import PANELS, Figure
 from irpe_lab.results import Row, bootstrap_interval, spread
+from irpe_ops.visualize import plain_text, save
 from irpe_train.errors import BadData
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
                 _draw_seeds(axis, [curve(log, key) for log in logs], dashes, styles[name])
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-    legend = [Line2D([], [], label=_plain(name), **style) for name, style in styles.items()]
+    legend = [Line2D([], [], label=plain_text(name), **style) for name, style in styles.items()]
     legend += [
         Line2D([], [], color="gray", linestyle=dashes, label=of) for dashes, of in (("-", "train"), ("--", "test"))
     ]
     canvas.legend(handles=legend, loc="outside lower center", ncols=entries, fontsize="small")
     if out is not None:
-        save(canvas, out)
+        save(canvas, Path(out), dpi=300)
     return canvas
 
 
@@ -130,30 +131,13 @@ def plot_intervals(
         if against is not None:
             axis.axvline(0, color="black", linewidth=0.8)
         what = "mean, standard deviation, seeds" if against is None else f"minus {against}, by seed: mean, 95% interval"
-        axis.set(xlabel=_plain(", ".join(filter(None, [figure.title, name])) + f"\n{what}"))
+        axis.set(xlabel=plain_text(", ".join(filter(None, [figure.title, name])) + f"\n{what}"))
         axis.grid(axis="x", alpha=0.3)
-    names = [_plain(f"{row.run} (failed)" if "failed" in row.states else row.run) for row in rows]
+    names = [plain_text(f"{row.run} (failed)" if "failed" in row.states else row.run) for row in rows]
     axes[0].set_yticks(range(len(rows)), names, fontsize="small")
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    canvas.suptitle(_plain(title))
+    canvas.suptitle(plain_text(title))
     return canvas
-
-
-def save(canvas: "matplotlib.figure.Figure", path: str | Path) -> None:
-    """Write a figure in the format of the suffix, 300 dpi where it has pixels. Raises: BadData: an unknown suffix."""
-    path = Path(path)
-    known = canvas.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise BadData(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the date, so that the same figures give the same file.
-    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    canvas.savefig(path, dpi=300, metadata=undated.get(path.suffix.lower()))
-
-
-def _plain(text: str) -> str:
-    """``text`` as it stands: matplotlib reads what is between two dollar signs as a formula, and wants UTF-8."""
-    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _labels(runs: Sequence[str | Path]) -> list[str]:

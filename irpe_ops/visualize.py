@@ -9,7 +9,7 @@ What a trained model has learned is drawn by ``python -m deit_irpe.predict`` and
 PNG, PDF or SVG, or let a notebook show it.
 """
 
-import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -236,10 +236,10 @@ def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
 
 def plain_text(text: str) -> str:
     """For matplotlib, which takes what is between two dollars for a formula, and wants file names that are UTF-8."""
-    return os.fsencode(text).decode(errors="replace").replace("$", r"\$")
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("$", r"\$")
 
 
-def save(figure: "Figure", path: str | Path) -> Path:
+def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     """Write a figure as its suffix says (PNG, PDF, SVG ...; none is PNG); the same figure gives the same file.
 
     Returns: what was written. Raises: OSError: where nothing can be; ValueError: for a suffix that is no picture's.
@@ -250,10 +250,12 @@ def save(figure: "Figure", path: str | Path) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     path = path if path.suffix else path.with_suffix(".png")
+    if (kind := path.suffix[1:].lower()) not in (known := figure.canvas.get_supported_filetypes()):
+        raise ValueError(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=150, metadata=undated)
+        figure.savefig(path, dpi=dpi, metadata=undated)
     return path
 
 

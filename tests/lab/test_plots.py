@@ -124,7 +124,7 @@ def test_a_figure_of_ones_own_in_the_format_of_the_suffix(tmp_path):
         plot_runs([run], tmp_path / f"x.{suffix}")
         assert (tmp_path / f"x.{suffix}").read_bytes().startswith(begins)
     assert matplotlib.get_backend() == before and pyplot.get_fignums() == []
-    with pytest.raises(BadData, match="x.nope: expected a picture's suffix, one of .*pdf.*png"):
+    with pytest.raises(ValueError, match="x.nope: expected a picture's suffix, one of .*pdf.*png"):
         plot_runs([run], tmp_path / "x.nope")
 
 

@@ -143,7 +143,7 @@ def test_the_command_line_draws(tmp_path):
         (["rpe-1-euc-ctx-1-k", "--grid", "0x3"], "--grid 0x3: from 1 to 1000 patches a side"),
         (["rpe-1-euc-ctx-1-k", "--grid", "3x100000"], "--grid 3x100000: from 1 to 1000"),
         (["rpe-1-euc-ctx-1-k", "--query", "14,0"], "query 14,0: outside the 14x14 grid"),
-        (["rpe-1-euc-ctx-1-k", "-o", str(tmp_path / "a.doc")], "Format 'doc' is not supported"),
+        (["rpe-1-euc-ctx-1-k", "-o", str(tmp_path / "a.doc")], "a.doc: expected a picture's suffix, one of"),
     ):
         with pytest.raises(SystemExit, match=words):
             visualize.main(arguments)
@@ -160,7 +160,7 @@ def test_what_is_printed_is_what_was_written(tmp_path, capsys):
     [
         (["-o", "."], "IsADirectoryError: . is a folder; name a file in it"),
         (["-o", "there.txt/x.png"], "there.txt"),
-        (["-o", "x.xyz"], "Format 'xyz' is not supported"),
+        (["-o", "x.xyz"], "x.xyz: expected a picture's suffix, one of"),
         (["--grid", "3x3"], "--grid and --query are of one encoding; name it"),
         (["--query", "1,1"], "--grid and --query are of one encoding; name it"),
         (["rpe-1.9-product-ctx-1-k", "--grid", "0x3"], "--grid 0x3: from 1 to 1000"),
