@@ -45,3 +45,32 @@ def test_ended_at_any_moment_and_started_again_equals_uninterrupted(tree, name, 
             early = ended.code in usual and not ended.text
             assert ended.code == Preempted.EXIT_CODE or early, (ended.code, ended.text)
     print(f"{tree} {name}: {sent} sent in {folder} runs, statuses {sorted(set(codes))}")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("tree", TREES)
+def test_two_ranks_told_to_stop_at_any_moment_leave_alike_and_equal_uninterrupted(tree, data, tmp_path):  # noqa: F811
+    """One of them or both, with their workers, six times. One that is not told must learn it from the other."""
+    flags, began, draw = [*FLAGS, "--dist_timeout", "20"], time.monotonic(), random.Random(tree)
+    for ended in starting(tree, data, tmp_path / "whole", *flags, world_size=2).wait(120):
+        assert ended.code == 0, ended.text
+    whole, heard, folder, told = time.monotonic() - began, 0, 0, []
+    while heard < 6 or told[-1][1] != [0, 0]:
+        began, ranks = time.monotonic(), starting(tree, data, tmp_path / f"cut{folder}", *flags, world_size=2)
+        whom = draw.choice(([0], [1], [0, 1])) if heard < 6 else []
+        ranks.processes[0].join(draw.uniform(0, whole) if whom else 0)
+        for rank in whom:
+            if ranks.processes[rank].is_alive():
+                os.killpg(ranks.processes[rank].pid, signal.SIGTERM)
+        ended = ranks.wait(120)
+        told.append((whom, codes := [one.code for one in ended]))
+        if codes == [0, 0]:
+            assert_same_run(tmp_path / f"cut{folder}", tmp_path / "whole")
+            folder, whole = folder + 1, min(whole, time.monotonic() - began)  # the first one is slow
+        elif codes == [Preempted.EXIT_CODE] * 2:
+            heard += 1
+        else:  # before the program's first line a signal has its usual effect, and the other rank waits for this one
+            early = [one for one in ended if one.code == -signal.SIGTERM and not one.text]
+            assert early and all(one in early or one.code in (1, Preempted.EXIT_CODE) for one in ended), ended
+    print(f"{tree}: (told, statuses) {told}")
