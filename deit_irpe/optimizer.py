@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is optimised and how fast: DeiT's parameter groups, optimizer and learning-rate schedule."""
 
+import argparse
+
 from timm.optim import create_optimizer_v2
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -30,72 +32,48 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def build_optimizer(
-    model: nn.Module,
-    *,
-    name: str = "adamw",
-    lr: float,
-    weight_decay: float = 0.05,
-    eps: float | None = 1e-8,
-    betas: tuple[float, ...] | None = None,
-    momentum: float = 0.9,
-) -> optim.Optimizer:
-    """timm's optimizer of that name over ``parameter_groups``; ``None`` leaves the optimizer's own default."""
-    options = {key: value for key, value in (("eps", eps), ("betas", betas)) if value is not None}
-    groups = parameter_groups(model, weight_decay)
-    with blamed_on(f"--opt {name} with lr {lr:g}, momentum {momentum:g}, {options}"):
-        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
+def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> optim.Optimizer:
+    """timm's optimizer ``--opt`` over ``parameter_groups``; without ``--opt-eps`` or ``--opt-betas`` its own."""
+    options = {key: value for key, value in (("eps", args.opt_eps), ("betas", args.opt_betas)) if value is not None}
+    options |= dict(weight_decay=args.weight_decay, momentum=args.momentum)
+    with blamed_on(f"--opt {args.opt} with lr {lr:g}, {options}"):
+        return create_optimizer_v2(parameter_groups(model, args.weight_decay), opt=args.opt, lr=lr, **options)
 
 
-def build_scheduler(
-    optimizer: optim.Optimizer,
-    *,
-    name: str = "cosine",
-    epochs: int,
-    warmup_epochs: int = 5,
-    warmup_lr: float = 1e-6,
-    min_lr: float = 1e-5,
-    decay_epochs: float = 30,
-    decay_rate: float = 0.1,
-    noise: list[float] | None = None,
-    noise_pct: float = 0.67,
-    noise_std: float = 1.0,
-    seed: int = 0,
-) -> Scheduler:
-    """Warm-up, then ``name``; to be stepped with the number of the epoch just finished.
+def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Scheduler:
+    """Warm-up, then ``--sched``; to be stepped with the number of the epoch just finished.
 
-    As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at ``warmup_lr``.
+    As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at
+    ``--warmup-lr``.
     """
+    noise = dict(noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed)
     with blamed_on(
-        f"--sched {name} with {epochs} epochs, {warmup_epochs} of warm-up, from {warmup_lr:g} to {min_lr:g}"
+        f"--sched {args.sched} with {args.epochs} epochs, {args.warmup_epochs} of warm-up, "
+        f"from {args.warmup_lr:g} to {args.min_lr:g}"
     ):
-        if name == "tanh":
-            span = [share * epochs for share in noise or ()]
+        if args.sched == "tanh":
+            span = [share * args.epochs for share in args.lr_noise or ()]
             return TanhLRScheduler(
                 optimizer,
-                epochs,
+                args.epochs,
                 lb=-6.0,  # the published bounds; in today's timm -7 and 3
                 ub=4.0,
-                lr_min=min_lr,
-                warmup_t=warmup_epochs,
-                warmup_lr_init=warmup_lr,
+                lr_min=args.min_lr,
+                warmup_t=args.warmup_epochs,
+                warmup_lr_init=args.warmup_lr,
                 noise_range_t=span if len(span) > 1 else next(iter(span), None),
-                noise_pct=noise_pct,
-                noise_std=noise_std,
-                noise_seed=seed,
+                **noise,
             )
         scheduler, _ = create_scheduler_v2(
             optimizer,
-            sched=name,
-            num_epochs=epochs,
-            warmup_epochs=warmup_epochs,
-            warmup_lr=warmup_lr,
-            min_lr=min_lr,
-            decay_epochs=decay_epochs,
-            decay_rate=decay_rate,
-            noise=noise,
-            noise_pct=noise_pct,
-            noise_std=noise_std,
-            noise_seed=seed,
+            sched=args.sched,
+            num_epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr,
+            min_lr=args.min_lr,
+            decay_epochs=args.decay_epochs,
+            decay_rate=args.decay_rate,
+            noise=args.lr_noise,
+            **noise,
         )
     return scheduler

@@ -5,47 +5,40 @@ import argparse
 from pathlib import Path
 
 import torch
-from timm.data import Mixup
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV2
-from torch import Tensor, nn, optim
-from torch.utils.data import Dataset, DistributedSampler
+from torch import nn
+from torch.utils.data import Dataset
 
-from deit_irpe.args import check_args, get_args_parser, image_size
+from deit_irpe.args import check_args, get_args_parser
 from deit_irpe.confusion import MOST_CONFUSED, write_confusion
-from deit_irpe.data import (
-    build_dataset,
-    build_transform,
-    check_resumed_classes,
-    check_same_classes,
-    folder_to_split,
-    renumber,
-    repeated_augmentation_sampler,
-    split_folder,
-    stored_classes,
-    warn_of_shared_origins,
+from deit_irpe.data import check_resumed_classes, check_same_classes, renumber, stored_classes, warn_of_shared_origins
+from deit_irpe.data.from_flags import (
+    build_mixup,
+    mixes,
+    training_loader,
+    training_set,
+    validation_data,
+    validation_loader,
+    validation_set,
 )
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
-from deit_irpe.models import (
-    RPE_MODELS,
-    build_model,
-    create_model,
-    head_names,
-    resample_positions,
-    start_from,
-    trained_grid,
+from deit_irpe.models import resample_positions, trained_grid
+from deit_irpe.models.from_flags import (
+    build_ema,
+    build_teacher,
+    check_number_of_classes,
+    model_of_flags,
+    starting_weights,
 )
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.checkpoint import load_matching
 from irpe_train.distributed import logger
 from irpe_train.download import local_file
-from irpe_train.errors import BadCheckpoint, blamed_on
-from irpe_train.loader import EvalLoader, TrainLoader
+from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
@@ -53,7 +46,6 @@ from irpe_train.run import open_run
 from irpe_train.run_folder import Checkpoint, Checkpoints
 from irpe_train.seeding import seed_everything
 from irpe_train.state import TrainState
-from irpe_train.zoo import fetch
 
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")  # published, in order
 
@@ -93,7 +85,8 @@ def main(args: argparse.Namespace) -> None:
     # --- optimizer
     loader = training_loader(args, train_set, device)
     lr = scaled_lr(args.lr, loader.batch_size, distributed.world_size(), args.accumulate)
-    optimizer, lr_scheduler = build_optimization(args, model, lr)
+    optimizer = build_optimizer(args, model, lr)
+    lr_scheduler = build_scheduler(args, optimizer)
     criterion = build_criterion(args, classes, device)
     mixup = build_mixup(args, len(classes))
     ema = build_ema(args, model)
@@ -206,174 +199,6 @@ def rows_of_banner(
     }
 
 
-def validation_set(args: argparse.Namespace) -> Dataset:
-    """The images of ``val``, prepared as in the published evaluation."""
-    transform = build_transform(False, image_size(args.input_size))
-    return _images(args, False, transform)
-
-
-def validation_data(args: argparse.Namespace) -> Path:
-    """The folder or archive that ``validation_set`` reads."""
-    root = Path(args.data_path)
-    if args.val_split is not None:
-        return folder_to_split(root)
-    return root / ("val.tar" if args.load_tar else "val") if args.data_set == "IMNET" else root
-
-
-def training_set(args: argparse.Namespace) -> Dataset:
-    """The images of ``train``, augmented."""
-    transform = build_transform(
-        not args.no_aug,
-        image_size(args.input_size),
-        color_jitter=args.color_jitter,
-        aa=None if args.aa == "none" else args.aa,
-        hflip=args.hflip,
-        interpolation=args.train_interpolation,
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
-    )
-    return _images(args, True, transform)
-
-
-def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
-    if args.val_split is not None:
-        written = Path(args.output_dir, "val_split.txt") if args.output_dir else None
-        root = Path(args.data_path)
-        return split_folder(root, train, args.val_split, seed=args.seed, written=written, transform=transform)
-    options = dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)
-    return build_dataset(args.data_path, train, **options, transform=transform)
-
-
-def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
-    """Batches half as large again as in training."""
-    return EvalLoader(
-        val_set,
-        batch_size=int(1.5 * args.batch_size),
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        shard=args.dist_eval,
-        name_of=getattr(val_set, "name", None),
-    )
-
-
-def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
-    """Batches of training images; a set smaller than the batch gives one batch an epoch, not none."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    if args.repeated_aug:
-        sampler = repeated_augmentation_sampler(train_set, world_size, rank)
-    else:
-        sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    batch_size = min(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
-    if batch_size < args.batch_size:
-        logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
-    return TrainLoader(
-        train_set,
-        sampler,
-        batch_size=batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        name_of=getattr(train_set, "name", None),
-    )
-
-
-def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: bool) -> nn.Module:
-    """The model of ``--model`` and ``--rpe``, with the ``weights`` of ``--pretrained`` or ``--finetune`` if wanted.
-
-    Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
-    """
-    from_zoo = args.pretrained and args.model in RPE_MODELS
-    model = build_model(args, len(classes), pretrained=args.pretrained and weights and not from_zoo)
-    fresh = []
-    if weights and (from_zoo or args.finetune):
-        flag, started = "--pretrained" if from_zoo else "--finetune", start_from(model, starting_weights(args), classes)
-        notes = {f"{flag}: {key} {what}": key for key, what in started.items()}
-        for note in notes:
-            logger.info(note)
-        heads = tuple(f"{name}." for name in head_names(model))
-        fresh = [note for note, key in notes.items() if key.startswith(heads) and "starts fresh" in note]
-    elif args.pretrained and weights and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
-        fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
-    if fresh and args.eval:
-        raise ValueError(f"--eval would evaluate a class head that was never trained: {fresh[0]}")
-    if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
-        model.set_distilled_training(args.distillation_type != "none")
-    return model
-
-
-def starting_weights(args: argparse.Namespace) -> str:
-    """The file of ``--pretrained`` or ``--finetune``; empty for neither, and for weights that timm fetches."""
-    return str(fetch(args.model)) if args.pretrained and args.model in RPE_MODELS else args.finetune
-
-
-def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number: int, *, source: str) -> None:
-    """Raises BadCheckpoint if the class head in ``weights`` is of another size: its classes cannot be told apart."""
-    for name in head_names(model):
-        bias = weights.get(f"{name}.bias")
-        if bias is not None and bias.numel() != number:
-            raise BadCheckpoint(
-                f"checkpoint {source}: its head has {bias.numel()} outputs and names no classes; the data have {number}"
-            )
-
-
-def build_optimization(args: argparse.Namespace, model: nn.Module, lr: float) -> tuple[optim.Optimizer, Scheduler]:
-    """Optimizer and learning-rate schedule, with ``lr`` at the peak."""
-    optimizer = build_optimizer(
-        model,
-        name=args.opt,
-        lr=lr,
-        weight_decay=args.weight_decay,
-        eps=args.opt_eps,
-        betas=args.opt_betas,
-        momentum=args.momentum,
-    )
-    lr_scheduler = build_scheduler(
-        optimizer,
-        name=args.sched,
-        epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr,
-        decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate,
-        noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct,
-        noise_std=args.lr_noise_std,
-        seed=args.seed,
-    )
-    return optimizer, lr_scheduler
-
-
-def mixes(args: argparse.Namespace) -> bool:
-    """Whether images are mixed, by Mixup or CutMix; batches are even then."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """Mixup and CutMix; None where both are off."""
-    if not mixes(args):
-        return None
-    with blamed_on("--mixup*, --cutmix*, --smoothing"):
-        return Mixup(
-            args.mixup,
-            args.cutmix,
-            args.cutmix_minmax,
-            args.mixup_prob,
-            args.mixup_switch_prob,
-            args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
-
-
-def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
-    """The moving average of the weights; None without ``--model-ema``."""
-    if not args.model_ema:
-        return None
-    return ModelEmaV2(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
-
-
 def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.device) -> DistillationLoss:
     """The loss that goes with the augmentation, and with the teacher if there is one."""
     base = classification_loss(mixes=mixes(args), smoothing=args.smoothing)
@@ -384,20 +209,3 @@ def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.
         args.distillation_alpha,
         args.distillation_tau,
     )
-
-
-def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device) -> nn.Module | None:
-    """The frozen ``--teacher-model`` with the weights of ``--teacher-path``; None without distillation."""
-    if args.distillation_type == "none":
-        return None
-    source = args.teacher_path
-    checkpoint = read_checkpoint(source)
-    taught = stored_classes(checkpoint, source=source)
-    if taught is not None and taught != list(classes):
-        check_same_classes(taught, classes, (f"--teacher-path {source}", "the training data"))
-        raise ValueError(f"--teacher-path {source}: the training data have its classes in another order")
-    teacher = create_model(args.teacher_model, num_classes=len(classes))
-    weights = model_weights(checkpoint, source=source)
-    check_number_of_classes(teacher, weights, len(classes), source=source)
-    load_matching(teacher, weights, source=source)
-    return teacher.to(device).eval().requires_grad_(False)

@@ -2,9 +2,9 @@
 """What DeiT is trained on: class folders, tar files, shards, other data sets, their classes and their transforms."""
 
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
-from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
+from deit_irpe.data.datasets import build_dataset
 from deit_irpe.data.images import warn_of_shared_origins
-from deit_irpe.data.split import folder_to_split, split_folder
+from deit_irpe.data.split import split_folder
 from deit_irpe.data.transforms import build_transform
 
 __all__ = [
@@ -12,9 +12,7 @@ __all__ = [
     "build_transform",
     "check_resumed_classes",
     "check_same_classes",
-    "folder_to_split",
     "renumber",
-    "repeated_augmentation_sampler",
     "split_folder",
     "stored_classes",
     "warn_of_shared_origins",

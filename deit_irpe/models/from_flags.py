@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that a command line stands for."""
+"""The model that a command line stands for, where its weights start, and its teacher."""
 
 import argparse
 import inspect
 
+import torch
 from timm.models import VisionTransformer
-from torch import nn
+from timm.utils import ModelEmaV2
+from torch import Tensor, nn
 
 from deit_irpe.args import get_args_parser, image_size, keywords
+from deit_irpe.data.classes import check_same_classes, stored_classes
+from deit_irpe.models.finetune import head_names, start_from
+from deit_irpe.models.names import RPE_MODELS
 from deit_irpe.models.registration import UnknownArgument, create_model
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.distributed import logger
+from irpe_train.errors import BadCheckpoint
+from irpe_train.zoo import fetch
 
 FLAGS = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}  # of timm's arguments
 OTHERWISE = {  # what --model-kwargs may not say, because it is said elsewhere
@@ -62,3 +71,66 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
             raise ValueError(f"--model-kwargs: {error}") from error
         flag = FLAGS[error.argument]
         raise ValueError(f"{flag}: model {args.model!r} has no such dropout; give {flag} 0") from error
+
+
+def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: bool) -> nn.Module:
+    """The model of ``--model`` and ``--rpe``, with the ``weights`` of ``--pretrained`` or ``--finetune`` if wanted.
+
+    Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
+    """
+    from_zoo = args.pretrained and args.model in RPE_MODELS
+    model = build_model(args, len(classes), pretrained=args.pretrained and weights and not from_zoo)
+    fresh = []
+    if weights and (from_zoo or args.finetune):
+        flag, started = "--pretrained" if from_zoo else "--finetune", start_from(model, starting_weights(args), classes)
+        notes = {f"{flag}: {key} {what}": key for key, what in started.items()}
+        for note in notes:
+            logger.info(note)
+        heads = tuple(f"{name}." for name in head_names(model))
+        fresh = [note for note, key in notes.items() if key.startswith(heads) and "starts fresh" in note]
+    elif args.pretrained and weights and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
+        fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
+    if fresh and args.eval:
+        raise ValueError(f"--eval would evaluate a class head that was never trained: {fresh[0]}")
+    if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
+        model.set_distilled_training(args.distillation_type != "none")
+    return model
+
+
+def starting_weights(args: argparse.Namespace) -> str:
+    """The file of ``--pretrained`` or ``--finetune``; empty for neither, and for weights that timm fetches."""
+    return str(fetch(args.model)) if args.pretrained and args.model in RPE_MODELS else args.finetune
+
+
+def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number: int, *, source: str) -> None:
+    """Raises BadCheckpoint if the class head in ``weights`` is of another size: its classes cannot be told apart."""
+    for name in head_names(model):
+        bias = weights.get(f"{name}.bias")
+        if bias is not None and bias.numel() != number:
+            raise BadCheckpoint(
+                f"checkpoint {source}: its head has {bias.numel()} outputs and names no classes; the data have {number}"
+            )
+
+
+def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
+    """The moving average of the weights; None without ``--model-ema``."""
+    if not args.model_ema:
+        return None
+    return ModelEmaV2(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
+
+
+def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device) -> nn.Module | None:
+    """The frozen ``--teacher-model`` with the weights of ``--teacher-path``; None without distillation."""
+    if args.distillation_type == "none":
+        return None
+    source = args.teacher_path
+    checkpoint = read_checkpoint(source)
+    taught = stored_classes(checkpoint, source=source)
+    if taught is not None and taught != list(classes):
+        check_same_classes(taught, classes, (f"--teacher-path {source}", "the training data"))
+        raise ValueError(f"--teacher-path {source}: the training data have its classes in another order")
+    teacher = create_model(args.teacher_model, num_classes=len(classes))
+    weights = model_weights(checkpoint, source=source)
+    check_number_of_classes(teacher, weights, len(classes), source=source)
+    load_matching(teacher, weights, source=source)
+    return teacher.to(device).eval().requires_grad_(False)

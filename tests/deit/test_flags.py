@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from deit_irpe import optimizer as optimizers
 from deit_irpe import train
 from deit_irpe.args import get_args_parser
-from deit_irpe.data import build_dataset
+from deit_irpe.data import build_dataset, from_flags
+from deit_irpe.models.from_flags import build_ema
 from irpe_train import loader as loaders
 
 CPU = torch.device("cpu")
@@ -16,55 +18,58 @@ def flags(*argv):
     return get_args_parser().parse_args(list(map(str, argv)))
 
 
-def given_to(monkeypatch, name: str) -> list:
-    """What ``train`` calls ``name`` with from now on: (arguments, keywords) of each call."""
+def given_to(monkeypatch, module, name: str) -> list:
+    """What ``module`` calls ``name`` with from now on: (arguments, keywords) of each call."""
     calls = []
-    monkeypatch.setattr(train, name, lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append((args, kwargs)) or (None, None))
     return calls
 
 
 def test_mixup():
     words = "--mixup 0.3 --cutmix 0.4 --mixup-prob 0.5 --mixup-switch-prob 0.6 --mixup-mode pair --smoothing 0.2"
-    made = train.build_mixup(flags(*words.split()), 7)
+    made = from_flags.build_mixup(flags(*words.split()), 7)
     assert (made.mixup_alpha, made.cutmix_alpha, made.mix_prob, made.switch_prob) == (0.3, 0.4, 0.5, 0.6)
     assert (made.mode, made.label_smoothing, made.num_classes) == ("pair", 0.2, 7)
-    made = train.build_mixup(flags("--mixup", 0, "--cutmix", 0, "--cutmix-minmax", 0.2, 0.6), 7)
+    made = from_flags.build_mixup(flags("--mixup", 0, "--cutmix", 0, "--cutmix-minmax", 0.2, 0.6), 7)
     assert made.cutmix_minmax == [0.2, 0.6] and made.mixup_alpha == 0
-    assert train.build_mixup(flags("--mixup", 0, "--cutmix", 0), 7) is None
+    assert from_flags.build_mixup(flags("--mixup", 0, "--cutmix", 0), 7) is None
 
 
 def test_augmentation(monkeypatch):
-    made = given_to(monkeypatch, "build_transform")
-    monkeypatch.setattr(train, "_images", lambda *args: None)
+    made = given_to(monkeypatch, from_flags, "build_transform")
+    monkeypatch.setattr(from_flags, "_images", lambda *args: None)
     words = "--color-jitter 0.1 --aa none --hflip 0.2 --train-interpolation random --reprob 0.3 --remode rand"
-    train.training_set(flags(*words.split(), "--recount", 4, "--input-size", "64x96"))
+    from_flags.training_set(flags(*words.split(), "--recount", 4, "--input-size", "64x96"))
     wanted = dict(color_jitter=0.1, aa=None, hflip=0.2, interpolation="random", reprob=0.3, remode="rand", recount=4)
     assert made == [((True, (64, 96)), wanted)]
-    train.training_set(flags("--no-aug"))
+    from_flags.training_set(flags("--no-aug"))
     assert made[1][0] == (False, 224) and made[1][1]["aa"] == "rand-m9-mstd0.5-inc1"
-    train.validation_set(flags("--input-size", 64))
+    from_flags.validation_set(flags("--input-size", 64))
     assert made[2] == ((False, 64), {})
 
 
 def test_optimizer_and_schedule(monkeypatch):
-    optimizer, schedule = given_to(monkeypatch, "build_optimizer"), given_to(monkeypatch, "build_scheduler")
+    optimizer = given_to(monkeypatch, optimizers, "create_optimizer_v2")
+    schedule = given_to(monkeypatch, optimizers, "create_scheduler_v2")
     words = (
         "--opt sgd --weight-decay 0.1 --opt-eps 1e-5 --opt-betas 0.8 0.9 --momentum 0.7 --sched step --epochs 9 "
         "--warmup-epochs 2 --warmup-lr 1e-4 --min-lr 1e-3 --decay-epochs 4 --decay-rate 0.2 --lr-noise 0.1 0.3 "
         "--lr-noise-pct 0.5 --lr-noise-std 2 --seed 6"
     )
     model = torch.nn.Linear(1, 1)
-    train.build_optimization(flags(*words.split()), model, 0.25)
-    wanted = dict(name="sgd", lr=0.25, weight_decay=0.1, eps=1e-5, betas=[0.8, 0.9], momentum=0.7)
-    assert optimizer == [((model,), wanted)]
-    wanted = dict(name="step", epochs=9, warmup_epochs=2, warmup_lr=1e-4, min_lr=1e-3, decay_epochs=4, decay_rate=0.2)
-    assert schedule == [((None,), wanted | dict(noise=[0.1, 0.3], noise_pct=0.5, noise_std=2.0, seed=6))]
+    optimizers.build_optimizer(flags(*words.split()), model, 0.25)
+    wanted = dict(opt="sgd", lr=0.25, weight_decay=0.1, eps=1e-5, betas=[0.8, 0.9], momentum=0.7)
+    assert optimizer == [((optimizers.parameter_groups(model, 0.1),), wanted)]
+    optimizers.build_scheduler(flags(*words.split()), "optimizer")
+    wanted = dict(sched="step", num_epochs=9, warmup_epochs=2, warmup_lr=1e-4, min_lr=1e-3, decay_epochs=4)
+    wanted |= dict(decay_rate=0.2, noise=[0.1, 0.3], noise_pct=0.5, noise_std=2.0, noise_seed=6)
+    assert schedule == [(("optimizer",), wanted)]
 
 
 def test_moving_average_and_loss():
     model = torch.nn.Linear(1, 1)
-    assert train.build_ema(flags("--model-ema-decay", 0.5), model).decay == 0.5
-    assert train.build_ema(flags("--no-model-ema"), model) is None
+    assert build_ema(flags("--model-ema-decay", 0.5), model).decay == 0.5
+    assert build_ema(flags("--no-model-ema"), model) is None
     loss = train.build_criterion(flags("--mixup", 0, "--cutmix", 0, "--smoothing", 0.3), ["a"], CPU)
     assert loss.base.smoothing == 0.3 and loss.kind == "none"
 
@@ -80,7 +85,7 @@ def test_training_batches(colours):
     images = build_dataset(colours, True)
 
     def order(*argv, images=images):
-        made = train.training_loader(flags("--num_workers", 0, *argv), images, CPU)
+        made = from_flags.training_loader(flags("--num_workers", 0, *argv), images, CPU)
         made._order.place(0, 0)
         return made.batch_size, made._order.indices
 
@@ -98,7 +103,7 @@ def test_training_batches(colours):
 def test_validation_batches(colours, monkeypatch, more, steps):
     """22 images in batches of 6, by two processes; without --dist-eval each has them all."""
     monkeypatch.setattr(loaders, "world_size", lambda: 2)
-    made = train.validation_loader(
+    made = from_flags.validation_loader(
         flags("--num_workers", 0, "--batch-size", 4, *more), build_dataset(colours, False), CPU
     )
     assert len(made.batches[0]) == 6 and len(made) == steps

@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from deit_irpe.args import get_args_parser
 from deit_irpe.optimizer import build_optimizer, build_scheduler, parameter_groups, scaled_lr
 
 
-def rates(epochs, lr, **options):
-    optimizer = build_optimizer(nn.Linear(2, 2), lr=lr)
-    scheduler = build_scheduler(optimizer, epochs=epochs, **options)
+def flags(*argv):
+    return get_args_parser().parse_args(list(map(str, argv)))
+
+
+def rates(epochs, lr, *argv):
+    args = flags("--epochs", epochs, *argv)
+    optimizer = build_optimizer(args, nn.Linear(2, 2), lr)
+    scheduler = build_scheduler(args, optimizer)
     seen = []
     for epoch in range(epochs):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -39,16 +45,18 @@ def test_tanh_has_the_published_bounds():
         share = t / 300
         return 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 - math.tanh(-6 * (1 - share) + 4 * share))
 
-    seen = rates(300, 1e-3, name="tanh", warmup_epochs=0)
+    seen = rates(300, 1e-3, "--sched", "tanh", "--warmup-epochs", 0)
     assert seen[0] == 1e-3 and seen[1:] == pytest.approx([schedule(t) for t in range(299)], rel=1e-12)
-    warm = rates(300, 1e-3, name="tanh")
+    warm = rates(300, 1e-3, "--sched", "tanh")
     assert warm[:2] == [1e-6, 1e-6] and warm[2] == pytest.approx(1e-6 + (schedule(5) - 1e-6) / 5, rel=1e-12)
     assert warm[6:] == seen[6:]
-    assert rates(9, 1e-3, name="tanh", noise=[0.5]) != rates(9, 1e-3, name="tanh", noise=[0.9, 1.0])
+    assert rates(9, 1e-3, "--sched", "tanh", "--lr-noise", 0.5) != rates(
+        9, 1e-3, "--sched", "tanh", "--lr-noise", 0.9, 1.0
+    )
 
 
 def test_steps_come_as_often_and_are_as_large_as_asked_for():
-    seen = rates(9, 1e-3, name="step", warmup_epochs=0, decay_epochs=3, decay_rate=0.5)
+    seen = rates(9, 1e-3, *["--sched", "step", "--warmup-epochs", "0", "--decay-epochs", "3", "--decay-rate", "0.5"])
     assert seen == pytest.approx([1e-3 * 0.5 ** (max(epoch - 1, 0) // 3) for epoch in range(9)], rel=1e-12)
 
 
@@ -58,7 +66,7 @@ def test_linear_scaling_counts_every_image_of_an_update():
 
 
 def test_without_warm_up_the_first_two_epochs_run_at_the_full_rate():
-    assert rates(4, 1e-3, warmup_epochs=0)[:2] == [1e-3, 1e-3]
+    assert rates(4, 1e-3, "--warmup-epochs", 0)[:2] == [1e-3, 1e-3]
 
 
 class Tokens(nn.Module):
@@ -99,10 +107,10 @@ def test_without_weight_decay_there_is_one_group_in_the_order_of_the_model():
 
 
 def test_the_default_optimizer_is_adamw_as_published():
-    optimizer = build_optimizer(nn.Linear(2, 2), lr=1e-3)
+    optimizer = build_optimizer(flags(), nn.Linear(2, 2), 1e-3)
     assert type(optimizer) is torch.optim.AdamW
     assert [(g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
         (1e-3, 0.0, (0.9, 0.999), 1e-8),
         (1e-3, 0.05, (0.9, 0.999), 1e-8),
     ]
-    assert type(build_optimizer(nn.Linear(2, 2), name="sgd", lr=0.1, eps=None)) is torch.optim.SGD
+    assert type(build_optimizer(flags("--opt", "sgd"), nn.Linear(2, 2), 0.1)) is torch.optim.SGD

@@ -8,9 +8,8 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import deit_irpe
-from deit_irpe import train
 from deit_irpe.load_model import class_names, load_model
-from deit_irpe.models import build_model, fit_classes, head_names, load_pretrained_weights
+from deit_irpe.models import build_model, fit_classes, from_flags, head_names, load_pretrained_weights
 from irpe_train.errors import BadCheckpoint
 
 NAME, DEMO = "deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_demo_patch4_32"
@@ -40,11 +39,11 @@ def no_downloads(monkeypatch, tmp_path):
 
 
 def test_the_file_that_a_run_starts_from(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "fetch", lambda name: tmp_path / f"{name}.pth")
+    monkeypatch.setattr(from_flags, "fetch", lambda name: tmp_path / f"{name}.pth")
     flags = dict(pretrained=True, finetune="")
-    assert train.starting_weights(argparse.Namespace(model=NAME, **flags)) == str(tmp_path / f"{NAME}.pth")
-    assert train.starting_weights(argparse.Namespace(model="vit_tiny_patch16_224", **flags)) == ""
-    assert train.starting_weights(argparse.Namespace(model=NAME, pretrained=False, finetune="x.pth")) == "x.pth"
+    assert from_flags.starting_weights(argparse.Namespace(model=NAME, **flags)) == str(tmp_path / f"{NAME}.pth")
+    assert from_flags.starting_weights(argparse.Namespace(model="vit_tiny_patch16_224", **flags)) == ""
+    assert from_flags.starting_weights(argparse.Namespace(model=NAME, pretrained=False, finetune="x.pth")) == "x.pth"
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["weights", "our checkpoint"])
@@ -224,7 +223,7 @@ def test_a_head_of_another_shape_is_no_head_of_these_classes(shape):
     assert started["head.bias"].startswith("starts fresh")
     if shape:
         with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: its head has \d outputs and names no classes"):
-            train.check_number_of_classes(model, stored, 2, source="x.pth")
+            from_flags.check_number_of_classes(model, stored, 2, source="x.pth")
 
 
 # --- flags in a stranger's checkpoint are data

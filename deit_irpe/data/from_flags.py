@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data that a command line stands for: sets, batches, and how images are mixed."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+from torch.utils.data import Dataset, DistributedSampler
+
+from deit_irpe.args import image_size
+from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
+from deit_irpe.data.split import folder_to_split, split_folder
+from deit_irpe.data.transforms import build_transform
+from irpe_train import distributed
+from irpe_train.distributed import logger
+from irpe_train.errors import blamed_on
+from irpe_train.loader import EvalLoader, TrainLoader
+
+
+def validation_set(args: argparse.Namespace) -> Dataset:
+    """The images of ``val``, prepared as in the published evaluation."""
+    transform = build_transform(False, image_size(args.input_size))
+    return _images(args, False, transform)
+
+
+def validation_data(args: argparse.Namespace) -> Path:
+    """The folder or archive that ``validation_set`` reads."""
+    root = Path(args.data_path)
+    if args.val_split is not None:
+        return folder_to_split(root)
+    return root / ("val.tar" if args.load_tar else "val") if args.data_set == "IMNET" else root
+
+
+def training_set(args: argparse.Namespace) -> Dataset:
+    """The images of ``train``, augmented."""
+    transform = build_transform(
+        not args.no_aug,
+        image_size(args.input_size),
+        color_jitter=args.color_jitter,
+        aa=None if args.aa == "none" else args.aa,
+        hflip=args.hflip,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+    )
+    return _images(args, True, transform)
+
+
+def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
+    if args.val_split is not None:
+        written = Path(args.output_dir, "val_split.txt") if args.output_dir else None
+        root = Path(args.data_path)
+        return split_folder(root, train, args.val_split, seed=args.seed, written=written, transform=transform)
+    options = dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)
+    return build_dataset(args.data_path, train, **options, transform=transform)
+
+
+def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
+    """Batches half as large again as in training."""
+    return EvalLoader(
+        val_set,
+        batch_size=int(1.5 * args.batch_size),
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        shard=args.dist_eval,
+        name_of=getattr(val_set, "name", None),
+    )
+
+
+def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
+    """Batches of training images; a set smaller than the batch gives one batch an epoch, not none."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if args.repeated_aug:
+        sampler = repeated_augmentation_sampler(train_set, world_size, rank)
+    else:
+        sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
+    batch_size = min(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
+    if batch_size < args.batch_size:
+        logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
+    return TrainLoader(
+        train_set,
+        sampler,
+        batch_size=batch_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        name_of=getattr(train_set, "name", None),
+    )
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed, by Mixup or CutMix; batches are even then."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Mixup and CutMix; None where both are off."""
+    if not mixes(args):
+        return None
+    with blamed_on("--mixup*, --cutmix*, --smoothing"):
+        return Mixup(
+            args.mixup,
+            args.cutmix,
+            args.cutmix_minmax,
+            args.mixup_prob,
+            args.mixup_switch_prob,
+            args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
