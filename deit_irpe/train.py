@@ -21,6 +21,7 @@ from deit_irpe.data.from_flags import (
     validation_set,
 )
 from deit_irpe.engine import evaluate, train_one_epoch
+from deit_irpe.load_model import MODEL_FLAGS
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
 from deit_irpe.models import resample_positions, trained_grid
@@ -42,7 +43,7 @@ from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
-from irpe_train.run import open_run
+from irpe_train.run import open_run, warn_of_other_flags
 from irpe_train.run_folder import Checkpoint, Checkpoints
 from irpe_train.seeding import seed_everything
 from irpe_train.state import TrainState
@@ -124,6 +125,7 @@ def evaluate_only(
 ) -> None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     if checkpoint is not None:
+        warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now hold", only=MODEL_FLAGS)
         weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
         check_number_of_classes(model, weights, len(val_set.classes), source=checkpoint.source)
         old_grid = trained_grid(model, checkpoint.contents)

@@ -17,6 +17,7 @@ from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.engine import evaluate, train_one_epoch
+from detr_irpe.load_model import MODEL_FLAGS
 from detr_irpe.model_stats import count
 from detr_irpe.models import build_model
 from detr_irpe.models.finetune import load_for_finetuning
@@ -32,7 +33,7 @@ from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
-from irpe_train.run import open_run
+from irpe_train.run import open_run, warn_of_other_flags
 from irpe_train.run_folder import Checkpoint, Checkpoints
 from irpe_train.seeding import seed_everything
 from irpe_train.state import TrainState
@@ -116,6 +117,7 @@ def evaluate_only(
 ) -> None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     if checkpoint is not None:
+        warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now hold", only=MODEL_FLAGS)
         load_matching(model, checkpoint.weights(), source=checkpoint.source)
         trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
         compare_for_evaluation(trained, val_loader.dataset.categories, source=checkpoint.source)

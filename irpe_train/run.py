@@ -4,6 +4,7 @@
 import argparse
 import math
 import time
+from collections.abc import Iterable
 
 from irpe_train.distributed import gather, logger, world_size
 from irpe_train.loader import TrainLoader
@@ -44,13 +45,8 @@ def open_run(
             f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}"
             + (", to be evaluated" if state.train_stats is not None else "")
         )
-        there = checkpoint.contents.get("args")
-        stored = vars(there) if isinstance(there, argparse.Namespace) else {}
-        others = changed_flags(parser, state.flags, PLACES + data_flags, stored)
-        if others != "nothing":
-            logger.warning(
-                f"other flags than the checkpoint's: {others}. Its optimizer and schedule go on as they were"
-            )
+        then = "Its optimizer and schedule go on as they were"
+        warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=data_flags)
     record_start(parser, args, stats)
     images = loader.batch_size * world_size()
     banner(
@@ -75,6 +71,23 @@ def open_run(
         max_bad=args.max_bad,
     )
     return Run(state, checkpoints, log, steps)
+
+
+def warn_of_other_flags(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    what_then: str,
+    *,
+    ignore: tuple[str, ...] = (),
+    only: Iterable[str] | None = None,
+) -> None:
+    """A line where ``args`` differ from the flags that the checkpoint was trained with."""
+    there = checkpoint.contents.get("args")
+    stored = vars(there) if isinstance(there, argparse.Namespace) else {}
+    stored = {name: value for name, value in stored.items() if only is None or name in only}
+    if (others := changed_flags(parser, args, PLACES + ignore, stored)) != "nothing":
+        logger.warning(f"other flags than the checkpoint's: {others}. {what_then}")
 
 
 class Run:

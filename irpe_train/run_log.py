@@ -229,7 +229,7 @@ def changed_flags(
     for action in parser._actions:
         here = getattr(args, action.dest, action.default)
         other = action.default if stored is None else stored.get(action.dest, here)
-        if action.dest not in ignore and repr(plain(here)) != repr(plain(other)):  # stored may be tensors
+        if action.dest not in ignore and str(plain(here)) != str(plain(other)):  # stored may be tensors
             was = " ".join(str(other).split())[:80]
             changed.append(f"{action.dest}={here} ({'published' if stored is None else 'stored'}: {was})")
     return ", ".join(dict.fromkeys(changed)) or "nothing"

@@ -112,8 +112,15 @@ def test_figures_are_the_same_for_one_two_and_three_ranks(tree, data, tmp_path):
         )
         assert all(ended.code == 0 for ended in results), results
         text = results[0].text
+        assert "other flags" not in text
         figures.append([line.partition(" loss ")[0] for line in text.splitlines() if "Acc@1" in line or "AP" in line])
     assert figures[0] and figures[0] == figures[1] == figures[2]
+    one_more = {"deit": ["--rpe", "rpe-1.8-product-ctx-1-qkv"], "detr": ["--enc_rpe2d", "rpe-2.1-product-ctx-1-k"]}[
+        tree
+    ]  # weights of one shape
+    (ended,) = run(tree, data, tmp_path / "eval", "--eval", "--resume", tmp_path / "run" / "checkpoint.pth", *one_more)
+    told = f"other flags than the checkpoint's: {one_more[0].lstrip('-')}={one_more[1]} (stored: "
+    assert ended.code == 0 and told in ended.text, ended.text
 
 
 @pytest.mark.parametrize("tree", TREES)
