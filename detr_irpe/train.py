@@ -6,30 +6,27 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from detr_irpe.args import check_args, get_args_parser
 from detr_irpe.check_data import quick_check
-from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume, differences
-from detr_irpe.data.coco import CocoDetection
+from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume
 from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
-from detr_irpe.data.panoptic import CocoPanoptic
+from detr_irpe.data.from_flags import build_dataset, classes_of_data, training_loader, training_set, validation_loader
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
-from detr_irpe.data.transforms import eval_transforms, train_transforms
+from detr_irpe.data.transforms import eval_transforms
 from detr_irpe.engine import evaluate, train_one_epoch
 from detr_irpe.load_model import MODEL_FLAGS
 from detr_irpe.model_stats import count
-from detr_irpe.models import build_model
-from detr_irpe.models.finetune import load_for_finetuning
-from detr_irpe.nested_tensor import collate
+from detr_irpe.models.from_flags import parts_of_flags, start_from, starting_checkpoint
+from detr_irpe.optimizer import build_optimizer
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
-from irpe_train import card, distributed, zoo
-from irpe_train.checkpoint import load_matching, read_checkpoint, write_checkpoint
+from irpe_train import card, distributed
+from irpe_train.checkpoint import load_matching, write_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.download import local_file
-from irpe_train.errors import BadCheckpoint, blamed_on
-from irpe_train.loader import EvalLoader, TrainLoader
+from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
@@ -76,12 +73,13 @@ def main(args: argparse.Namespace) -> None:
 
     # --- evaluate only
     if args.eval:
-        evaluate_only(args, model, checkpoint, criterion, postprocessors, val_loader, precision)
+        evaluate_only(args, model, checkpoint, start, criterion, postprocessors, val_loader, precision)
         return
 
     # --- optimizer
     loader = training_loader(args, train_set, device)
-    optimizer, lr_scheduler = build_optimization(args, model, device)
+    optimizer = build_optimizer(args, model, device)
+    lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)  # to a tenth
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
@@ -110,22 +108,23 @@ def evaluate_only(
     args: argparse.Namespace,
     model: nn.Module,
     checkpoint: Checkpoint | None,
+    start: Checkpoint | None,
     criterion: nn.Module,
     postprocessors: dict,
     val_loader: EvalLoader,
     precision: Precision,
 ) -> None:
-    """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
+    """``--eval``: the weights of ``checkpoint``, or of ``start`` (loaded already), on the validation set."""
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now hold", only=MODEL_FLAGS)
         load_matching(model, checkpoint.weights(), source=checkpoint.source)
         trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
         compare_for_evaluation(trained, val_loader.dataset.categories, source=checkpoint.source)
-    elif not (args.pretrained or args.finetune):
+    elif start is None:
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect:
-        source = checkpoint.source if checkpoint is not None else starting_weights(args)
-        file = local_file(source) if source else None
+        used = checkpoint or start
+        file = local_file(used.source) if used else None
         about = dict(checkpoint=file, data=[Path(args.coco_path) / "annotations" / "instances_val2017.json"])
         candidates = [args.pretrained, file.stem if file else "", args.enc_rpe2d]
         row = card.row_to_expect(args.expect, candidates, figure="AP", **about)
@@ -175,12 +174,6 @@ def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> 
             write_checkpoint(curves, Path(output_dir) / name)
 
 
-def training_set(args: argparse.Namespace) -> Dataset:
-    """The images of ``train2017``, augmented."""
-    transforms = train_transforms if args.augment == "published" else eval_transforms
-    return build_dataset(args, "train2017", transforms(args.image_size))
-
-
 def agree_on_classes(
     args: argparse.Namespace, sets: list[Dataset], checkpoint: Checkpoint | None, start: Checkpoint | None
 ) -> int:
@@ -193,16 +186,6 @@ def agree_on_classes(
     if args.eval and (source := checkpoint or start):
         return classes_in(source.weights(), source=source.source)
     return classes_of_data(sets, args.dataset_file)
-
-
-def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool) -> tuple[nn.Module, nn.Module, dict]:
-    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model."""
-    filled = filled or flags.eval or flags.pretrained or flags.finetune or flags.frozen_weights
-    weights = "none" if filled else flags.backbone_weights  # nothing is fetched that a checkpoint replaces
-    model, criterion, postprocessors = build_model(flags, backbone_weights=weights)
-    if "panoptic" in postprocessors:
-        postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(flags.num_classes)}
-    return model, criterion, postprocessors
 
 
 def rows_of_banner(
@@ -220,102 +203,3 @@ def rows_of_banner(
         "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
         "attention": attention,
     }
-
-
-def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -> Dataset:
-    """The split ``train2017`` or ``val2017`` of ``--dataset_file``."""
-    if args.dataset_file == "coco_panoptic":
-        instances = Path(args.coco_path) / "annotations" / "instances_val2017.json" if split == "val2017" else None
-        return CocoPanoptic(
-            args.coco_path, args.coco_panoptic_path, split, transforms, return_masks=args.masks, instances=instances
-        )
-    return CocoDetection(args.coco_path, split, transforms, return_masks=args.masks)
-
-
-def classes_of_data(sets: list[Dataset], dataset_file: str) -> int:
-    """``--num_classes auto``: the largest category id plus one; 250, as published, for COCO's panoptic set."""
-    largest = max(max(dataset.categories) for dataset in sets)
-    return 250 if dataset_file == "coco_panoptic" and largest == 200 else largest + 1
-
-
-def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
-    """Batches of ``--eval_batch_size`` images."""
-    return EvalLoader(
-        val_set,
-        batch_size=args.eval_batch_size,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-        name_of=val_set.describe,
-    )
-
-
-def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
-    """Batches of ``--batch_size`` images, shuffled; a last smaller one is left out."""
-    return TrainLoader(
-        train_set,
-        DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed),
-        batch_size=args.batch_size,
-        seed=args.seed,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-        name_of=train_set.describe,
-    )
-
-
-def starting_weights(args: argparse.Namespace) -> str:
-    """The file of ``--pretrained`` or ``--finetune``; empty for neither."""
-    return str(zoo.fetch(args.pretrained)) if args.pretrained else args.finetune
-
-
-def starting_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
-    """What ``--pretrained`` or ``--finetune`` names, read; None for neither."""
-    source = starting_weights(args)
-    return Checkpoint(source, read_checkpoint(source)) if source else None
-
-
-def start_from(
-    model: nn.Module, args: argparse.Namespace, start: Checkpoint | None, categories: dict[int, str]
-) -> None:
-    """Load ``--pretrained``, ``--finetune`` or ``--frozen_weights``, and say what did not carry over.
-
-    Raises: BadCheckpoint: a class head that starts fresh would be evaluated.
-    """
-    if start is not None:
-        weights = start.weights()
-        trained = categories_of(start.contents, weights, source=start.source)
-        same = args.eval or not trained or not differences(trained, categories)
-        report = load_for_finetuning(model, weights, source=start.source, same_classes=same)
-        for key, what in report.items():
-            logger.info(f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}")
-        if args.eval:
-            if fresh := [key for key, what in report.items() if "class_embed" in key]:
-                raise BadCheckpoint(
-                    f"--eval: {fresh[0]} {report[fresh[0]]}; a class head that knows nothing is not scored"
-                )
-            compare_for_evaluation(trained, categories, source=start.source)
-    if args.frozen_weights:
-        frozen = Checkpoint(args.frozen_weights, read_checkpoint(args.frozen_weights))
-        load_matching(model.detr, frozen.weights(), source=frozen.source)
-        trained = categories_of(frozen.contents, frozen.weights(), source=frozen.source)
-        compare_for_evaluation(trained, categories, source=frozen.source)  # its class head is not trained any more
-
-
-def build_optimization(
-    args: argparse.Namespace, model: nn.Module, device: torch.device
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.StepLR]:
-    """AdamW with a rate of its own for the backbone, and the drop of both."""
-    rest, backbone = trainable_parameters(model)
-    groups = [{"params": rest}, {"params": backbone, "lr": args.lr_backbone}]
-    # fused: several times quicker on the CPU; on GPUs PyTorch's own choice, which loss scaling and old checkpoints fit.
-    fused = True if device.type == "cpu" else None
-    with blamed_on("--lr, --lr_backbone, --weight_decay"):
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
-
-
-def trainable_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """All that is trained: outside of the backbone, and in it."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [p for name, p in trained if "backbone" not in name], [p for name, p in trained if "backbone" in name]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DETR: the network, its losses, and what turns its outputs into detections."""
 
-from detr_irpe.models.detr import build_model, create_model
+from detr_irpe.models.detr import create_model
+from detr_irpe.models.from_flags import build_model
 
 __all__ = ["build_model", "create_model"]

@@ -1,28 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DETR, and how to build one: ``create_model`` by arguments, ``build_model`` from the flags of a run.
+"""DETR, and how to build one by arguments; ``from_flags.py`` builds it by the flags of a run.
 
 Source: Carion et al., ECCV 2020; Wu et al., ICCV 2021, Sec. 4.4.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_irpe.models.backbone import Backbone, Joiner, build_resnet, load_backbone_weights
-from detr_irpe.models.criterion import SetCriterion
-from detr_irpe.models.matcher import HungarianMatcher
 from detr_irpe.models.position_encoding import build_position_encoding
-from detr_irpe.models.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
 from detr_irpe.models.segmentation import DETRsegm
 from detr_irpe.models.transformer import Transformer
 from detr_irpe.nested_tensor import NestedTensor
-from irpe_train.distributed import is_main
-
-# Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
-PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
-PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
 
 
 class MLP(nn.Module):
@@ -138,64 +129,3 @@ def create_model(
     )
     model = DETR(joiner, transformer, num_classes, num_queries, aux_loss)
     return DETRsegm(model, freeze_detr=freeze_detr) if masks else model
-
-
-def build_model(
-    args: Namespace, *, backbone_weights: str | None = None
-) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-    """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
-    num_classes = number_of_classes(args)
-    model = create_model(
-        args.backbone,
-        args.enc_rpe2d,
-        num_classes,
-        args.num_queries,
-        _pretrained_backbone(_backbone_weights(args) if backbone_weights is None else backbone_weights),
-        hidden_dim=args.hidden_dim,
-        nheads=args.nheads,
-        enc_layers=args.enc_layers,
-        dec_layers=args.dec_layers,
-        dim_feedforward=args.dim_feedforward,
-        dropout=args.dropout,
-        pre_norm=args.pre_norm,
-        position_embedding=args.position_embedding,
-        dilation=args.dilation,
-        train_backbone=args.lr_backbone > 0,
-        aux_loss=args.aux_loss,
-        masks=args.masks,
-        freeze_detr=bool(getattr(args, "frozen_weights", None)),
-        attn_backend=getattr(args, "attn_backend", "auto"),
-    )
-
-    weights = {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
-    if args.masks:
-        weights |= {"loss_mask": args.mask_loss_coef, "loss_dice": args.dice_loss_coef}
-    if args.aux_loss:
-        weights |= {f"{name}_{layer}": w for layer in range(args.dec_layers - 1) for name, w in weights.items()}
-    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
-    criterion = SetCriterion(num_classes, matcher, weights, args.eos_coef, masks=args.masks)
-
-    postprocessors = {"bbox": PostProcess()}
-    if args.masks:
-        postprocessors["segm"] = PostProcessSegm()
-        if args.dataset_file == "coco_panoptic":
-            postprocessors["panoptic"] = PostProcessPanoptic(PANOPTIC_IS_THING)
-    return model, criterion, postprocessors
-
-
-def number_of_classes(args: Namespace) -> int:
-    """``--num_classes`` where it is a number, else what the published code has for ``--dataset_file``."""
-    given = getattr(args, "num_classes", None)
-    return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
-
-
-def _backbone_weights(args: Namespace) -> str:
-    """``--backbone_weights``; none where the flags name a checkpoint that fills the whole model."""
-    filled = any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights"))
-    return "none" if filled else getattr(args, "backbone_weights", "imagenet")
-
-
-def _pretrained_backbone(source: str) -> bool | str:
-    if source == "imagenet":
-        return is_main()  # the other processes get theirs from the main one, when DDP starts
-    return False if source == "none" else str(source)

@@ -110,7 +110,7 @@ def test_nothing_is_downloaded_when_a_checkpoint_will_fill_the_model(no_download
 
 
 def test_nothing_is_downloaded_by_the_other_processes(no_downloads, monkeypatch):
-    monkeypatch.setattr("detr_irpe.models.detr.is_main", lambda: False)
+    monkeypatch.setattr("detr_irpe.models.from_flags.is_main", lambda: False)
     build_model(published_flags(backbone="resnet18", backbone_weights="imagenet"))
 
 

@@ -9,7 +9,10 @@ import torch
 
 from detr_irpe import build_model, engine, train
 from detr_irpe.args import get_args_parser
+from detr_irpe.data.from_flags import classes_of_data
+from detr_irpe.optimizer import build_optimizer
 from detr_irpe.train import main
+from irpe_train import zoo
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.distributed import rank
 from irpe_train.errors import BadCheckpoint, Preempted
@@ -103,8 +106,8 @@ def test_a_checkpoint_is_as_published(trained):
 
 def test_the_published_optimizer_has_199_and_42_tensors():
     args = get_args_parser().parse_args(["--enc_rpe2d", "rpe-2.0-product-ctx-1-k", "--backbone_weights", "none"])
-    rest, backbone = train.trainable_parameters(build_model(args)[0])
-    assert (len(rest), len(backbone)) == (199, 42)
+    groups = build_optimizer(args, build_model(args)[0], torch.device("cpu")).param_groups
+    assert [len(group["params"]) for group in groups] == [199, 42]
 
 
 def test_evaluation_repeats_the_figures_and_writes_no_log(trained, data, tmp_path):
@@ -333,7 +336,7 @@ def test_finetuning_on_other_classes(trained, tmp_path):
 
 def test_pretrained_is_named_and_fetched_only_where_it_is_used(trained, data, tmp_path, monkeypatch, capsys):
     fetched = []
-    monkeypatch.setattr(train.zoo, "fetch", lambda name: fetched.append(name) or trained[0] / "checkpoint.pth")
+    monkeypatch.setattr(zoo, "fetch", lambda name: fetched.append(name) or trained[0] / "checkpoint.pth")
     flags = ["--coco_path", str(data), *TINY, "--dec_layers", "6", "--device", "cpu", "--num_workers", "0"]
     flags += ["--output_dir", str(tmp_path), "--eval", "--pretrained", "NAME"]
     train.main(get_args_parser().parse_args([*flags, "--resume", str(trained[0] / "checkpoint.pth")]))
@@ -358,9 +361,9 @@ def test_published_class_counts():
         def __init__(self, largest):
             self.categories = {1: "one", largest: "last"}
 
-    assert train.classes_of_data([Of(90)], "coco") == 91
-    assert train.classes_of_data([Of(200)], "coco_panoptic") == 250
-    assert train.classes_of_data([Of(7), Of(12)], "coco") == train.classes_of_data([Of(12)], "coco_panoptic") == 13
+    assert classes_of_data([Of(90)], "coco") == 91
+    assert classes_of_data([Of(200)], "coco_panoptic") == 250
+    assert classes_of_data([Of(7), Of(12)], "coco") == classes_of_data([Of(12)], "coco_panoptic") == 13
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data that a command line stands for: sets, their class ids, and batches."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, DistributedSampler
+
+from detr_irpe.data.coco import CocoDetection
+from detr_irpe.data.panoptic import CocoPanoptic
+from detr_irpe.data.transforms import eval_transforms, train_transforms
+from detr_irpe.nested_tensor import collate
+from irpe_train import distributed
+from irpe_train.loader import EvalLoader, TrainLoader
+
+
+def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -> Dataset:
+    """The split ``train2017`` or ``val2017`` of ``--dataset_file``."""
+    if args.dataset_file == "coco_panoptic":
+        instances = Path(args.coco_path) / "annotations" / "instances_val2017.json" if split == "val2017" else None
+        return CocoPanoptic(
+            args.coco_path, args.coco_panoptic_path, split, transforms, return_masks=args.masks, instances=instances
+        )
+    return CocoDetection(args.coco_path, split, transforms, return_masks=args.masks)
+
+
+def training_set(args: argparse.Namespace) -> Dataset:
+    """The images of ``train2017``, augmented."""
+    transforms = train_transforms if args.augment == "published" else eval_transforms
+    return build_dataset(args, "train2017", transforms(args.image_size))
+
+
+def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
+    """Batches of ``--eval_batch_size`` images."""
+    return EvalLoader(
+        val_set,
+        batch_size=args.eval_batch_size,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+        name_of=val_set.describe,
+    )
+
+
+def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
+    """Batches of ``--batch_size`` images, shuffled; a last smaller one is left out."""
+    return TrainLoader(
+        train_set,
+        DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        pin_memory=device.type == "cuda",
+        name_of=train_set.describe,
+    )
+
+
+def classes_of_data(sets: list[Dataset], dataset_file: str) -> int:
+    """``--num_classes auto``: the largest category id plus one; 250, as published, for COCO's panoptic set."""
+    largest = max(max(dataset.categories) for dataset in sets)
+    return 250 if dataset_file == "coco_panoptic" and largest == 200 else largest + 1

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a command line stands for, its losses, and where its weights start."""
+
+import argparse
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from detr_irpe.classes import categories_of, compare_for_evaluation, differences
+from detr_irpe.models.criterion import SetCriterion
+from detr_irpe.models.detr import create_model
+from detr_irpe.models.finetune import load_for_finetuning
+from detr_irpe.models.matcher import HungarianMatcher
+from detr_irpe.models.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
+from irpe_train import zoo
+from irpe_train.checkpoint import load_matching, read_checkpoint
+from irpe_train.distributed import is_main, logger
+from irpe_train.errors import BadCheckpoint
+from irpe_train.run_folder import Checkpoint
+
+# Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
+PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
+PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
+
+
+def build_model(
+    args: argparse.Namespace, *, backbone_weights: str | None = None
+) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
+    num_classes = number_of_classes(args)
+    model = create_model(
+        args.backbone,
+        args.enc_rpe2d,
+        num_classes,
+        args.num_queries,
+        _pretrained_backbone(_backbone_weights(args) if backbone_weights is None else backbone_weights),
+        hidden_dim=args.hidden_dim,
+        nheads=args.nheads,
+        enc_layers=args.enc_layers,
+        dec_layers=args.dec_layers,
+        dim_feedforward=args.dim_feedforward,
+        dropout=args.dropout,
+        pre_norm=args.pre_norm,
+        position_embedding=args.position_embedding,
+        dilation=args.dilation,
+        train_backbone=args.lr_backbone > 0,
+        aux_loss=args.aux_loss,
+        masks=args.masks,
+        freeze_detr=bool(getattr(args, "frozen_weights", None)),
+        attn_backend=getattr(args, "attn_backend", "auto"),
+    )
+
+    weights = {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    if args.masks:
+        weights |= {"loss_mask": args.mask_loss_coef, "loss_dice": args.dice_loss_coef}
+    if args.aux_loss:
+        weights |= {f"{name}_{layer}": w for layer in range(args.dec_layers - 1) for name, w in weights.items()}
+    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
+    criterion = SetCriterion(num_classes, matcher, weights, args.eos_coef, masks=args.masks)
+
+    postprocessors = {"bbox": PostProcess()}
+    if args.masks:
+        postprocessors["segm"] = PostProcessSegm()
+        if args.dataset_file == "coco_panoptic":
+            postprocessors["panoptic"] = PostProcessPanoptic(PANOPTIC_IS_THING)
+    return model, criterion, postprocessors
+
+
+def number_of_classes(args: argparse.Namespace) -> int:
+    """``--num_classes`` where it is a number, else what the published code has for ``--dataset_file``."""
+    given = getattr(args, "num_classes", None)
+    return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
+
+
+def _backbone_weights(args: argparse.Namespace) -> str:
+    """``--backbone_weights``; none where the flags name a checkpoint that fills the whole model."""
+    filled = any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights"))
+    return "none" if filled else getattr(args, "backbone_weights", "imagenet")
+
+
+def _pretrained_backbone(source: str) -> bool | str:
+    if source == "imagenet":
+        return is_main()  # the other processes get theirs from the main one, when DDP starts
+    return False if source == "none" else str(source)
+
+
+def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool) -> tuple[nn.Module, nn.Module, dict]:
+    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model."""
+    filled = filled or flags.eval or flags.pretrained or flags.finetune or flags.frozen_weights
+    weights = "none" if filled else flags.backbone_weights  # nothing is fetched that a checkpoint replaces
+    model, criterion, postprocessors = build_model(flags, backbone_weights=weights)
+    if "panoptic" in postprocessors:
+        postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(flags.num_classes)}
+    return model, criterion, postprocessors
+
+
+def starting_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
+    """What ``--pretrained`` or ``--finetune`` names, read; None for neither."""
+    source = str(zoo.fetch(args.pretrained)) if args.pretrained else args.finetune
+    return Checkpoint(source, read_checkpoint(source)) if source else None
+
+
+def start_from(
+    model: nn.Module, args: argparse.Namespace, start: Checkpoint | None, categories: dict[int, str]
+) -> None:
+    """Load ``--pretrained``, ``--finetune`` or ``--frozen_weights``, and say what did not carry over.
+
+    Raises: BadCheckpoint: a class head that starts fresh would be evaluated.
+    """
+    if start is not None:
+        weights = start.weights()
+        trained = categories_of(start.contents, weights, source=start.source)
+        same = args.eval or not trained or not differences(trained, categories)
+        report = load_for_finetuning(model, weights, source=start.source, same_classes=same)
+        for key, what in report.items():
+            logger.info(f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}")
+        if args.eval:
+            if fresh := [key for key, what in report.items() if "class_embed" in key]:
+                raise BadCheckpoint(
+                    f"--eval: {fresh[0]} {report[fresh[0]]}; a class head that knows nothing is not scored"
+                )
+            compare_for_evaluation(trained, categories, source=start.source)
+    if args.frozen_weights:
+        frozen = Checkpoint(args.frozen_weights, read_checkpoint(args.frozen_weights))
+        load_matching(model.detr, frozen.weights(), source=frozen.source)
+        trained = categories_of(frozen.contents, frozen.weights(), source=frozen.source)
+        compare_for_evaluation(trained, categories, source=frozen.source)  # its class head is not trained any more
