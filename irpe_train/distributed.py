@@ -82,7 +82,8 @@ def _place_in_the_world() -> tuple[int, int, int]:
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # only srun sets it: not a batch script's own shell
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 40000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+        alone = torch.cuda.device_count() == 1  # --gpus-per-task=1 shows each process its own GPU, as number 0
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), 0 if alone else int(env["SLURM_LOCALID"])
     return 0, 1, 0
 
 
@@ -116,7 +117,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         if (device.index or 0) >= (count := torch.cuda.device_count()):
             where = f"there are {count} GPUs, counted from cuda:0" if count else "there is no GPU; use cpu"
             raise ValueError(f"--device {name}: {where}")
-        return device
+        return torch.device("cuda", device.index or 0)
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank} of this machine wants GPU {local_rank}, and there are {torch.cuda.device_count()}: "

@@ -227,8 +227,8 @@ def _clock(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """The most memory taken so far: of the GPU if there is one, else of the process; MiB."""
-    if torch.cuda.is_available():
+    """The most memory taken so far: of the GPU if it is used, else of the process; MiB."""
+    if torch.cuda.is_initialized():
         return f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"max mem: {peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f}"

@@ -68,6 +68,14 @@ def test_against_loops(counts):
         assert loss.item() == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
 
 
+def test_the_class_loss_has_a_deterministic_kernel_on_cuda(monkeypatch):
+    """One row a query: with a third dimension PyTorch takes nll_loss2d, which refuses under --deterministic."""
+    seen, real = [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda x, *rest: seen.append(x.dim()) or real(x, *rest))
+    criterion()(outputs_with_layers(), random_targets([3, 2]))
+    assert set(seen) == {2}
+
+
 def test_mask_losses_against_loops():
     torch.manual_seed(0)
     outputs = random_outputs(2, 4) | {"pred_masks": torch.randn(2, 4, 3, 3)}

@@ -132,6 +132,15 @@ def test_absent_cuda_falls_back_to_the_cpu_with_a_note(monkeypatch, capsys):
             distributed.choose_device(named)
 
 
+def test_the_gpu_of_a_single_process_is_made_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    assert [str(distributed.start(device=name)) for name in ("cuda", "cuda:1")] == ["cuda:0", "cuda:1"]
+    assert current == [0, 1]
+
+
 def test_nccl_is_told_the_gpu_of_its_process(monkeypatch):
     joined = {}
     monkeypatch.setattr(distributed, "_place_in_the_world", lambda: (1, 2, 1))
@@ -191,7 +200,9 @@ def test_place_under_slurm(monkeypatch):
         ("STEP_NODELIST", "n[3-4]"),
     ):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert distributed._place_in_the_world() == (5, 8, 1)
+    for visible, local_rank in ((0, 1), (8, 1), (1, 0)):  # srun --gpus-per-task=1: each process sees its own alone
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        assert distributed._place_in_the_world() == (5, 8, local_rank)
     assert os.environ["MASTER_ADDR"] == "n3" and 20000 <= int(os.environ["MASTER_PORT"]) < 60000
     monkeypatch.delenv("MASTER_ADDR")
     monkeypatch.delenv("MASTER_PORT")
