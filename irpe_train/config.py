@@ -7,6 +7,7 @@ The file's entries become flags placed before the typed ones, so argparse checks
 import argparse
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -70,6 +71,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(action.dest == "config" for action in parser._actions):
         argv += _extra_flags()
+    argv = _with_home(argv)
     find = argparse.ArgumentParser(add_help=False)  # --conf is --config, as argparse has it
     find.add_argument("--config", action="append", default=[])
     given = find.parse_known_args(argv)[0].config
@@ -79,7 +81,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     written = []
     if path:
         source = f"--config {path}"
-        written = flags_of(parser, read_yaml(find_config(path, source=source), source), source)
+        written = _with_home(flags_of(parser, read_yaml(find_config(path, source=source), source), source))
     args = parser.parse_args(written + argv)
     if getattr(args, "config", path) != path:  # some commands have no --config
         raise ConfigError(f"--config {args.config}: write --config in small letters, so that it is read first")
@@ -87,6 +89,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         print(_as_yaml(parser, args), end="")
         parser.exit()
     return args
+
+
+def _with_home(argv: list[str]) -> list[str]:
+    """``~/`` as shells read it, also behind ``--flag=``, where they leave it, and in a file, which has no shell."""
+    home = os.path.join(os.path.expanduser("~"), "")
+    return [re.sub("^(--[^=]+=)?~/", lambda found: (found[1] or "") + home, word) for word in argv]
 
 
 def _extra_flags() -> list[str]:

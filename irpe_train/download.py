@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.text_files import plain_file
 
 CHUNK = 1 << 20
@@ -24,9 +24,15 @@ PATIENCE = 120.0  # seconds until an answer has begun
 
 
 def cache_folder() -> Path:
-    """Where torch.hub keeps checkpoints, by its documented rule; asking torch itself would take seconds to import."""
+    """Where torch.hub keeps checkpoints, by its documented rule; asking torch itself would take seconds to import.
+
+    Raises: RunError: the user has no home folder, as an unknown one in a container.
+    """
     home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
-    return Path(home).expanduser() / "hub" / "checkpoints"
+    try:
+        return Path(home).expanduser() / "hub" / "checkpoints"
+    except RuntimeError as error:
+        raise RunError("checkpoints are kept in the home folder, and there is none: set TORCH_HOME") from error
 
 
 def local_file(path: str | Path) -> Path:

@@ -73,6 +73,8 @@ def report_out_of_memory():
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             first = (str(error).strip().splitlines() or [""])[0]
             raise RunError(f"out of memory ({first[:200]}). Try smaller batches, images or models.") from error
+        if "Too many open files" in str(error) or "ancdata" in str(error):  # as PyTorch says it
+            raise RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers") from error
         found = LOST_WORKER.search(str(error))
         if found is None:
             raise

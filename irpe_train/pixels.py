@@ -4,15 +4,19 @@
 import glob
 import io
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from irpe_train.distributed import logger
+
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
+UNREAD = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".dng", ".cr2", ".nef", ".arw"}
 # Folders that macOS, network disks, Windows and Linux make beside a user's own, some with pictures in them.
 OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
@@ -31,9 +35,10 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
         path = Path(text)
         if path.is_dir():
             found = (Path(parent, file) for parent, _, names in os.walk(path) for file in names)
-            images = (file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
-            images = (file for file in images if not is_hidden(file.relative_to(path).parts))
-            found = sorted(file for file in images if besides.absolute() not in file.absolute().parents)
+            found = (file for file in found if not is_hidden(file.relative_to(path).parts))
+            files_there = [file for file in found if besides.absolute() not in file.absolute().parents]
+            report_unread(path, (file.name for file in files_there))
+            found = sorted(file for file in files_there if file.suffix.lower() in IMG_EXTENSIONS)
         else:
             found = [path] if path.exists() or not glob.has_magic(text) else sorted(map(Path, glob.glob(text)))
         if not found:
@@ -42,6 +47,14 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
             )
         files |= dict.fromkeys(found)
     return list(files)
+
+
+def report_unread(where: str | Path, names: Iterable[str]) -> None:
+    """A warning on pictures among ``names`` that the published list of suffixes leaves out."""
+    counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREAD)
+    if counts:
+        told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
+        logger.warning(f"{where}: pictures that are left out, as their kind is not read: {told}; save them as .jpg")
 
 
 def is_hidden(parts: Sequence[str]) -> bool:

@@ -163,23 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
     try:
-        zoo = read_zoo(args.zoo)
-    except (RunError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    if not args.names:
-        folder = args.folder or cache_folder()
-        for name, entry in zoo.models.items():
-            print(f"{'here' if (folder / entry.file).is_file() else '-':5} {name}  {entry.url}")
-        return
-    names = list(zoo.models) if args.names == ["all"] else args.names
-    try:
+        zoo, folder = read_zoo(args.zoo), args.folder or cache_folder()
+        if not args.names:
+            for name, entry in zoo.models.items():
+                print(f"{'here' if (folder / entry.file).is_file() else '-':5} {name}  {entry.url}")
+        names = list(zoo.models) if args.names == ["all"] else args.names
         entries = [zoo.find(name) for name in names]  # every name before the first byte
         for entry in entries:
-            print(
-                (args.folder or cache_folder()) / entry.file
-                if args.where
-                else fetch(entry.name, folder=args.folder, zoo=zoo)
-            )
+            print(folder / entry.file if args.where else fetch(entry.name, folder=folder, zoo=zoo))
     except (RunError, ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
 

@@ -3,6 +3,7 @@
 
 from torch.utils.data import Dataset
 
+from deit_irpe.data.images import same_text
 from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
 
@@ -16,7 +17,8 @@ def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
     if classes is None:
         return None
     names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not names or not classes or len(set(classes)) < len(classes):
+    classes = [same_text(name) for name in classes] if names else []
+    if not classes or len(set(classes)) < len(classes):
         raise BadCheckpoint(f"checkpoint {source}: its 'classes' are no list of different names")
     for name in classes:
         try:

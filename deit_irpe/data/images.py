@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,14 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from irpe_train.distributed import logger
-from irpe_train.pixels import UnreadableImage, decode_image, is_hidden
+from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
 
 MOST_CLASSES = 100_000  # where they are numbers only; a larger number is a mistake, or an attack on the memory
+
+
+def same_text(name: str) -> str:
+    """``name`` in the one spelling by which classes are compared: macOS keeps an accent apart from its letter."""
+    return unicodedata.normalize("NFC", name)
 
 
 class LabelledImages(Dataset):
@@ -24,7 +30,10 @@ class LabelledImages(Dataset):
     """
 
     def __init__(self, classes: list[str], names: list[str], labels: list[int], transform=None):
-        self.classes = classes
+        self.classes = [same_text(name) for name in classes]
+        if len(set(self.classes)) < len(classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"two classes are called {twice!r}, in two spellings of Unicode; rename one")
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, dtype=np.int64)
         self.transform = transform
@@ -76,7 +85,8 @@ class FolderImages(LabelledImages):
             FileNotFoundError,
             f'{root}: no such folder. It should hold one folder for each class; see README, "Data"',
         )
-        folders, flat = _entries(root)
+        unread: list[str] = []
+        folders, flat = _entries(root, unread)
         report_hidden(root, {name for name in os.listdir(root) if is_hidden([name])})
         _need(
             folders,
@@ -86,7 +96,7 @@ class FolderImages(LabelledImages):
         )
         names, labels = [], []
         for label, folder in enumerate(folders):
-            files = list(_images_below(folder, {_identity(root)}))
+            files = list(_images_below(folder, {_identity(root)}, unread))
             _need(
                 files,
                 ValueError,
@@ -95,23 +105,24 @@ class FolderImages(LabelledImages):
             )
             names += files
             labels += [label] * len(files)
+        report_unread(root, unread)
         super().__init__([os.path.basename(folder) for folder in folders], names, labels, transform)
         self.origins = folders
 
 
-def _images_below(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+def _images_below(folder: str, seen: set[tuple[int, int]], unread: list[str]) -> Iterator[str]:
     """The images in ``folder`` and the folders below it; ``seen`` are folders that must not come again."""
     here = _identity(folder)
     _need(here not in seen, ValueError, f"{folder}: a link to a folder that was already read; remove this link")
     seen.add(here)
-    folders, images = _entries(folder)
+    folders, images = _entries(folder, unread)
     yield from images
     for below in folders:
-        yield from _images_below(below, seen)
+        yield from _images_below(below, seen, unread)
 
 
-def _entries(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The folders and the images in ``folder``, each in alphabetical order."""
+def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str]]:
+    """The folders and the images in ``folder``, each in alphabetical order; ``unread`` gets the names of the others."""
     folders, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -128,7 +139,8 @@ def _entries(folder: str | Path) -> tuple[list[str], list[str]]:
                     ValueError,
                     f"{entry.path}: a link to nothing; was it a folder of images?",
                 )
-    return sorted(folders), sorted(images)
+                unread.append(entry.name)
+    return sorted(folders, key=same_text), sorted(images)
 
 
 def report_hidden(where: Path, names: set[str]) -> None:

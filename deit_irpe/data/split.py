@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_irpe.data.images import FolderImages
+from deit_irpe.data.images import FolderImages, same_text
 from irpe_train.distributed import is_main, logger
 from irpe_train.text_files import read_text
 
@@ -30,11 +30,11 @@ def split_folder(
         raise ValueError(f"--val-split: {root / 'val'} is there already; leave out --val-split, or move that folder")
     folder = folder_to_split(root)
     images = FolderImages(folder, transform)
-    names = [Path(images.name(index)).relative_to(folder).as_posix() for index in range(len(images))]
+    names = [same_text(Path(images.name(index)).relative_to(folder).as_posix()) for index in range(len(images))]
     if broken := [name for name in names if len(name.splitlines()) > 1]:
         raise ValueError(f"--val-split: {broken[0]!r} has a line break in its name; rename this file")
     if written is not None and os.path.lexists(written):
-        listed = set(filter(None, read_text(written, errors="surrogateescape").splitlines()))
+        listed = set(filter(None, same_text(read_text(written, errors="surrogateescape")).splitlines()))
         if gone := sorted(listed - set(names)):
             raise ValueError(f"{written}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not")
         held_out = np.array([name in listed for name in names])

@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from deit_irpe.data.images import LabelledImages, report_hidden
-from irpe_train.pixels import is_hidden
+from deit_irpe.data.images import LabelledImages, report_hidden, same_text
+from irpe_train.pixels import is_hidden, report_unread
 
 BLOCK = 512  # bytes: a tar file is made of such blocks, and two of zeros are its end
 
@@ -93,7 +93,7 @@ class TarImages(LabelledImages):
     def __init__(self, file: Path, transform=None):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file (--load-tar reads train.tar and val.tar)")
-        images, folders, hidden = [], [], set()
+        images, folders, hidden, unread = [], [], set(), []
         for path, place, size in _listing(file):
             if is_hidden(path):
                 hidden |= {path[0]} if is_hidden(path[:1]) else set()
@@ -101,7 +101,10 @@ class TarImages(LabelledImages):
                 folders.append(path)
             elif path[-1].lower().endswith(IMG_EXTENSIONS):
                 images.append((path, place, size))
+            else:
+                unread.append(path[-1])
         report_hidden(file, hidden)
+        report_unread(file, unread)
         if not images:
             raise ValueError(f"{file}: no images in it (looked for {', '.join(IMG_EXTENSIONS)})")
         below = [path[0] == file.stem and len(path) > 2 for path, *_ in images]
@@ -119,7 +122,7 @@ class TarImages(LabelledImages):
         if len(by_class) == 1 and all(len(path) > 2 + cut for path, *_ in images):
             (name,) = by_class
             raise ValueError(f"{file}: everything lies below {name}/: is that the class? Pack <class>/x.jpg at the top")
-        classes = sorted(by_class)
+        classes = sorted(by_class, key=same_text)
         members = [
             (label, *one) for label, name in enumerate(classes) for one in sorted(by_class[name], key=_as_walked)
         ]

@@ -117,7 +117,10 @@ def _agreed(kind: str, find: Callable[[], Measurement]) -> Measurement:
 
 def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
     """A measurement from the user's cache folder, or a new one left there. A folder that cannot be used is no error."""
-    path = cache_file()
+    try:
+        path = cache_file()
+    except RuntimeError:  # there is no home folder, as for an unknown user of a container
+        return find()
     try:
         return Measurement(**_entries(path)[kind])
     except (KeyError, TypeError):

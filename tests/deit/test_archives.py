@@ -4,6 +4,7 @@ import io
 import os
 import random
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deit_irpe.data.classes import stored_classes
 from deit_irpe.data.images import FolderImages
 from deit_irpe.data.shards import ShardImages
 from deit_irpe.data.tar_files import TarImages
 from irpe_train.errors import RunError
+from irpe_train.pixels import files_of
 
 
 def tar_of(file: Path, *members: str | tuple[str, bytes], kind: bytes = tarfile.REGTYPE, mode: str = "w") -> Path:
@@ -354,6 +357,30 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, around):
     )
     if around != "val/":
         assert said[1] == said[0].replace(str(tmp_path / ".cache/val"), str(tmp_path / "val.tar"))
+
+
+def test_pictures_of_other_kinds_are_said_to_be_left_out(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("irpe_train.pixels.logger.warning", said.append)
+    names = ["a/0.png", "b/c/1.HEIC", "b/1.png", "a/x.heic", "a/y.gif", "notes.txt"]
+    places = write_files(tmp_path / "val", names), tar_of(tmp_path / "val.tar", *names)
+    FolderImages(places[0]), TarImages(places[1])
+    told = ": pictures that are left out, as their kind is not read: 1 .gif, 2 .heic; save them as .jpg"
+    assert said == [f"{place}{told}" for place in places]
+    assert len(files_of([str(places[0])], besides=tmp_path / "out")) == 2 and said[2] == said[0]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_is_one_class_however_unicode_spells_it(tmp_path, form):
+    """macOS keeps an accent apart from its letter; a folder that was copied from there is the same data set."""
+    names = [unicodedata.normalize(form, name) for name in ("caf\u00e9/0.png", "cafz/1.png", "cafe/2.png")]
+    for data in (FolderImages(write_files(tmp_path / "val", names)), TarImages(tar_of(tmp_path / "val.tar", *names))):
+        assert data.classes == ["cafe", "cafz", "caf\u00e9"]
+        assert [data.read(index).decode() for index in range(3)] == [names[2], names[1], names[0]]
+    assert stored_classes({"classes": [names[0]]}, source="x") == ["caf\u00e9/0.png"]
+    write_files(tmp_path / "val", ["caf\u00e9/0.png", "cafe\u0301/0.png"])
+    with pytest.raises(ValueError, match="two classes are called 'caf\u00e9', in two spellings of Unicode"):
+        FolderImages(tmp_path / "val")
 
 
 def test_hidden_members_of_a_shard_are_left_out(tmp_path):

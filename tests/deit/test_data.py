@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
 from deit_irpe import data
-from deit_irpe.data import images
+from deit_irpe.data import datasets, images
 from deit_irpe.data.tar_files import TarImages
 from deit_irpe.data.transforms import _posterize
 from irpe_train.pixels import UnreadableImage
@@ -267,7 +267,7 @@ def published_order(count, world_size, rank, epoch):
 def test_repeated_augmentation_visits_images_in_the_published_order(count, world_size):
     dataset = images.LabelledImages(["a"], [""] * count, [0] * count)
     for rank in range(world_size):
-        sampler = data.repeated_augmentation_sampler(dataset, world_size, rank)
+        sampler = datasets.repeated_augmentation_sampler(dataset, world_size, rank)
         sampler.set_epoch(3)
         assert list(sampler) == published_order(count, world_size, rank, 3)
         assert len(sampler) == count // 256 * 256 // world_size
@@ -275,5 +275,5 @@ def test_repeated_augmentation_visits_images_in_the_published_order(count, world
 
 def test_fewer_than_256_images_are_still_visited():
     dataset = images.LabelledImages(["a"], [""] * 100, [0] * 100)
-    sampler = data.repeated_augmentation_sampler(dataset, 2, 0)
+    sampler = datasets.repeated_augmentation_sampler(dataset, 2, 0)
     assert len(sampler) == len(list(sampler)) == 50

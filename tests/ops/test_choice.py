@@ -1,6 +1,7 @@
 """What `auto` takes where it may measure: the policy, on the CPU, with candidates that are slow, wrong or broken."""
 
 import json
+import os
 import warnings
 
 import pytest
@@ -178,6 +179,15 @@ def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
     choice._known.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: no folder can be made there
     assert choice.choose(make_call()) == "eager"
+    choice._known.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/x")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home folder
+    assert choice.choose(make_call()) == "eager"
+    choice._known.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept.parent.parent))
+    kept.unlink()
+    os.mkfifo(kept)  # not waited for
+    assert choice.choose(make_call()) == "eager" and '"slow"' in kept.read_text()
 
 
 @pytest.mark.filterwarnings("ignore:attention backend")

@@ -116,6 +116,13 @@ def test_a_shortened_config_flag_is_not_ignored(tmp_path):
     assert parse_args(get_parser(), [f"--config={tmp_path / 'c.yaml'}"]).lr == 3
 
 
+def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("resume: ~/x.pth")
+    args = parse_args(get_parser(), ["--config", "~/c.yaml", "--output_dir=~/out"])
+    assert (args.resume, args.output_dir) == (f"{tmp_path}/x.pth", f"{tmp_path}/out")
+
+
 def test_a_second_file_is_not_ignored(tmp_path):
     files = [str(tmp_path / f"{name}.yaml") for name in "ab"]
     for flags in (["--config", files[0], "--config", files[1]], [f"--conf={files[0]}", "--lr", "1", "--config", "b"]):

@@ -30,6 +30,14 @@ def test_a_users_mistake_is_one_line(error, capsys):
     assert capsys.readouterr().err == f"tiny_run: {type(error).__name__}: the file x is broken\n"
 
 
+def test_too_many_open_files_are_one_line(capsys):
+    error = RuntimeError("Too many open files. Communication with the workers is no longer possible. Please ...")
+    with pytest.raises(SystemExit):
+        launch(raising(error), tiny_run.get_parser(), [])
+    told = "tiny_run: RunError: too many open files: raise the limit (ulimit -n), or use fewer --num_workers\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("how", ["nobody reads it", "full disk"])
 def test_a_console_that_takes_nothing_costs_no_traceback(how, monkeypatch, capfd):
     reading, console = os.pipe()

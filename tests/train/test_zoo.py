@@ -300,6 +300,15 @@ def test_command_line(server, zoo, tmp_path, capsys):
         main(["nope", *common])
 
 
+def test_without_a_home_folder_the_message_says_what_to_set(monkeypatch):
+    """As an unknown user of a container."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="there is none: set TORCH_HOME"):
+        main([])
+
+
 @pytest.mark.parametrize("variable", ["TORCH_HOME", "XDG_CACHE_HOME", None])
 def test_the_cache_is_torch_hubs(monkeypatch, tmp_path, variable):
     monkeypatch.delenv("TORCH_HOME", raising=False)
