@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from irpe_lab.console_log import read_log
 from irpe_lab.figures import PANELS, Figure
 from irpe_lab.results import Row, bootstrap_interval, spread
-from irpe_ops.visualize import plain_text, save
 from irpe_train.errors import BadData
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     """
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
+
+    from irpe_ops.visualize import plain_text
 
     groups: dict[str, list[list[dict]]] = defaultdict(list)
     for run, label in zip(runs, _labels(runs), strict=True):
@@ -77,7 +78,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     ]
     canvas.legend(handles=legend, loc="outside lower center", ncols=entries, fontsize="small")
     if out is not None:
-        save(canvas, Path(out), dpi=300)
+        save(canvas, out)
     return canvas
 
 
@@ -107,6 +108,8 @@ def plot_intervals(
     the mean. Each of ``evaluations`` adds such panels.
     """
     from matplotlib.figure import Figure as Canvas
+
+    from irpe_ops.visualize import plain_text
 
     baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
     panels = [
@@ -138,6 +141,13 @@ def plot_intervals(
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     canvas.suptitle(plain_text(title))
     return canvas
+
+
+def save(canvas: "matplotlib.figure.Figure", path: str | Path) -> None:
+    """Write a figure with 300 dpi. Raises: ValueError: a suffix that is no picture's."""
+    from irpe_ops.visualize import save as write  # here, because it imports PyTorch, and --help need not wait for it
+
+    write(canvas, path, dpi=300)
 
 
 def _labels(runs: Sequence[str | Path]) -> list[str]:

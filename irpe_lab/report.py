@@ -23,9 +23,8 @@ from urllib.parse import quote
 
 from irpe_lab.console_log import read_detail, read_log
 from irpe_lab.figures import TASKS, Figure, Task
-from irpe_lab.plots import plot_runs
+from irpe_lab.plots import plot_runs, save
 from irpe_lab.tables import markdown
-from irpe_ops.visualize import save
 from irpe_train.config import ROOT, read_yaml
 from irpe_train.errors import BadData, RunError
 from irpe_train.flags import FlagParser
@@ -256,7 +255,7 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
     text = report.markdown(pictures)
     write_text(page, text)  # first: by it the files beside it are known as ours, should a kill come between
     for path, canvas in pictures.items():
-        save(canvas, path, dpi=300)
+        save(canvas, path)
     tables = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
     shown = {report.address(path): path for path in [*pictures, *tables]}
     write_text(page.with_suffix(".html"), to_html(text, shown))

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from irpe_lab.figures import Figure
-from irpe_lab.plots import plot_intervals
+from irpe_lab.plots import plot_intervals, save
 from irpe_lab.results import Row, bootstrap_interval, spread
-from irpe_ops.visualize import save
 from irpe_train.errors import RunError
 from irpe_train.text_files import read_text, write_text
 
@@ -130,7 +129,7 @@ def write(
     write_text(paths[2], latex(header, lines, ["failed" in row.states for row in rows]))
     canvas = plot_intervals(rows, title=title, figure=figure, evaluations=evaluations)
     for path in paths[3:]:
-        save(canvas, path, dpi=300)
+        save(canvas, path)
     return paths
 
 

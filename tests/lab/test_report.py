@@ -253,7 +253,7 @@ def test_a_page_is_made_anew_and_is_not_its_own_twin(logs):
 
 
 def test_a_report_that_was_killed_between_its_files_is_made_again(logs, monkeypatch):
-    def killed(canvas, path, dpi):
+    def killed(canvas, path):
         path.write_bytes(b"half a picture")
         raise KeyboardInterrupt
 
