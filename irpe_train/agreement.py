@@ -10,7 +10,7 @@ from irpe_train.distributed import report_lost_ranks, world_size
 
 
 class Votes(NamedTuple):
-    """One rank's say, or the sum over all ranks."""
+    """The votes of one rank, or their sum over all ranks."""
 
     not_finite: float
     stop: float
@@ -28,8 +28,8 @@ class Agreement:
     def ask(self, loss: torch.Tensor, *, stop: bool, save: bool, bad_samples: int) -> None:
         """Vote on whether this rank's ``loss`` is finite, whether to stop or save, and count unreadable images.
 
-        Nothing is read back here. What is waited for in ``answer``, once the backward pass has been handed to the
-        device, is the forward pass alone, so the device never idles.
+        Nothing is read back here. ``answer`` is called once the backward pass is queued, and waits for the forward
+        pass only, so the device never idles.
         """
         votes = torch.tensor(Votes(0, stop, save, bad_samples), dtype=torch.float32)
         self._message = votes.to(loss.device, non_blocking=True)

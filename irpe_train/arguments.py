@@ -14,7 +14,7 @@ SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of e
 def add_runtime_arguments(
     parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str
 ) -> argparse._ArgumentGroup:
-    """Add the group "run" to ``parser``: where and how to run, resume and log. No word on what is trained.
+    """Add the group "run" to ``parser``: where and how to run, resume and log; nothing about what is trained.
 
     Args:
         seed, num_workers, amp: the tree's published defaults.

@@ -60,7 +60,7 @@ def compare(name: str, measured: Mapping[str, float], zoo: Zoo | None = None) ->
     Args:
         measured: ``acc1`` and ``acc5`` in percent, ``AP``, ``AP50``, ... as fractions, ``n_parameters``, ``macs_M``,
             ``buckets``; ``params_M`` is made of ``n_parameters``.
-    Raises: ValueError: unknown ``name``, or a measured figure that nobody published (a misspelt one would never fail).
+    Raises: ValueError: unknown ``name``, or a measured figure without a published one (a misspelt one never fails).
     """
     zoo = zoo or read_zoo()
     expect = zoo.find(name).expect
@@ -108,7 +108,7 @@ def row_to_expect(
     checkpoint: str | Path | None = None,
     data: Iterable[str | Path] = (),
 ) -> str:
-    """The zoo entry for `expect`; asked before an evaluation, so that nothing it says is found out after hours.
+    """The zoo entry for `expect`. Call it before the evaluation, so that a mistake shows at once.
 
     Args: figure: what the evaluation measures, such as ``acc1``.
     Raises: ValueError: see `choose`, or the row has no such figure; FileNotFoundError: the checkpoint or data that the
@@ -131,7 +131,7 @@ def expect(
     data: Iterable[str | Path] = (),
     output_dir: str | Path | None = None,
 ) -> bool:
-    """Print the card of this evaluation, save it as ``card.json`` and ``.md`` in ``output_dir``; tell if none failed.
+    """Print the card of this evaluation and save it as ``card.json`` and ``.md``. Returns: whether no figure failed.
 
     Args:
         name: of `row_to_expect`. measured: see `compare`.

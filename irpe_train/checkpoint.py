@@ -71,9 +71,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Checksums, and sizes: torch stores its members uncompressed, so one that claims more than the file is hostile.
+    """Compare checksums and sizes. torch stores members uncompressed, so one that claims more than the file is hostile.
 
-    What ``write_checkpoint`` wrote has a checksum of the whole file at its end, other archives one for each member.
+    A file of ``write_checkpoint`` has one checksum of the whole file at its end, other archives one for each member.
     """
     with open(path, "rb") as file:
         magic = file.read(4)
@@ -106,7 +106,7 @@ def _seal(crc32: int) -> bytes:
 
 
 def _ending(comment: bytes) -> bytes:
-    """The last bytes of a zip archive: the length of its comment, and the comment."""
+    """The end of a zip archive: the length of its comment, and the comment."""
     return struct.pack("<H", len(comment)) + comment
 
 
@@ -121,8 +121,8 @@ def _crc32_of_archive(path: Path, size: int) -> int:
 
 
 def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
-    """Raises BadCheckpoint unless every tensor is a dense one of ordinary numbers, whole in the file, and dicts and
-    lists are a tree: a few that hold each other can stand for any number of values, or for one without end.
+    """Raises BadCheckpoint unless every tensor is dense, of an ordinary dtype and stored whole, and the file has room
+    for all values: a few lists that contain each other can stand for any number of them, or never end.
     """
     waiting, count = [("", contents)], 0
     while waiting:
@@ -207,12 +207,12 @@ def load_matching(
     source: str | Path,
     may_start_fresh: Callable[[str], bool] = lambda key: False,
 ) -> dict[str, str]:
-    """Put ``weights`` into ``model``, and account for every key of both.
+    """Load ``weights`` into ``model``, and account for every key of both.
 
     Args:
         weights: a state dict; unchanged.
         source: where it is from, for messages.
-        may_start_fresh: whether a key may be missing, left over or of another shape; the model keeps its own value.
+        may_start_fresh: whether a key may be missing, unexpected or of another shape; the model keeps its own value.
     Returns: what became of each key that was not copied, as ``{"head.bias": "starts fresh: (4,) there, (9,) here"}``.
     Raises: BadCheckpoint: any other key does not fit; it names them, and nothing is loaded.
     """
@@ -327,4 +327,4 @@ def _sync_folder(folder: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.partition(". In PyTorch")[0][:300]  # what follows is advice to read the file without care
+    return first.partition(". In PyTorch")[0][:300]  # the rest advises weights_only=False

@@ -23,7 +23,7 @@ DEEPEST = 20  # lists and mappings in each other; a grid has four
 
 
 class ConfigError(RunError, ValueError):
-    """A YAML file that says nothing this program can do; the message names file, key and remedy."""
+    """A YAML file that cannot be used; the message names the file, the key and the remedy."""
 
 
 def _folder_of_configs() -> Path:

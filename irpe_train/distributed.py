@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes or one: torchrun, SLURM, gloo or nccl, and what they tell each other.
+"""One process or several (torchrun, SLURM; gloo, nccl), and how they communicate.
 
-Every function also works in one process, where it is trivial, so that no caller asks which it is.
+Every function also works in a single process, so callers need not check.
 """
 
 import contextlib
@@ -109,9 +109,9 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
             raise ValueError(f"--device {name}: the CPU is one device; expected cpu")
         return device
     if device.type != "cuda":
-        raise ValueError(f"--device {name}: expected cuda, cuda:N or cpu; nothing here was tried on other devices")
+        raise ValueError(f"--device {name}: expected cuda, cuda:N or cpu; other devices are not supported")
     if device.index is None and not torch.cuda.is_available():
-        logger.info(f"--device {name}: no CUDA device here, so this runs on the CPU (--device cpu says so silently)")
+        logger.info(f"--device {name}: no CUDA device here, so this runs on the CPU (--device cpu hides this note)")
         return torch.device("cpu")
     if local_rank is None:
         if (device.index or 0) >= (count := torch.cuda.device_count()):
@@ -234,15 +234,15 @@ class _Console(logging.StreamHandler):
 
 
 def stop_printing() -> None:
-    """Nobody reads the console, or its disk is full: that is no reason to end, nor to complain at every line."""
+    """The console was closed, or its disk is full: print nothing more, instead of failing at every line."""
     with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def set_up_logging(my_rank: int) -> None:
-    """Rank 0 prints everything, plainly; the others warnings alone, with their rank.
+    """Rank 0 prints everything; the others print warnings only, with their rank in front.
 
-    A record with ``extra={"only": "file"}`` is not printed, one with ``"console"`` is nowhere else.
+    A record with ``extra={"only": "file"}`` is not printed; one with ``"console"`` does not go to the file.
     """
     logger.handlers = [_Console()]
     logger.propagate = False

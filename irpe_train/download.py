@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads: into torch's cache, by one process at a time, continued where they broke off, never without end."""
+"""Downloads into torch's cache: one process at a time, resumed where they broke off, limited in size."""
 
 import contextlib
 import fcntl
@@ -138,7 +138,7 @@ def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes' downloads out of ``folder``; the lock ends with the process, even a killed one."""
+    """Lock ``folder`` against downloads of other processes; the lock ends with the process, even a killed one."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

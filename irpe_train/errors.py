@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
+"""The ways a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ class BadFlags(RunError, ValueError):
 
 @contextlib.contextmanager
 def blamed_on(flags: str):
-    """Turns what a library raises of values that the user typed into ``BadFlags``, which names the ``flags``."""
+    """Turns a library's error about values that the user typed into ``BadFlags``, which names the ``flags``."""
     try:
         yield
     except RunError:
@@ -40,7 +40,7 @@ class RankLost(RunError):
 
 
 class WorkerLost(RunError):
-    """A data loading worker was killed, mostly by the kernel, for memory."""
+    """A data loading worker was killed, usually by the kernel because memory ran out."""
 
 
 class Preempted(SystemExit):

@@ -12,11 +12,11 @@ from irpe_train.config import same_name
 
 
 class FlagParser(argparse.ArgumentParser):
-    """``ArgumentParser`` with two kinds of help, ending in one line where it does not understand.
+    """``ArgumentParser`` with a short and a long help, that answers a mistake with one line.
 
     Args:
-        first: the flags that people use first, without dashes. ``--help`` shows these and ``--help-all`` all of them;
-            without ``first`` there is one help, with everything.
+        first: the most common flags, without dashes. ``--help`` shows these and ``--help-all`` all of them; without
+            ``first`` there is one help, with everything.
     Attributes:
         others: parsers of other commands by name; a flag that one of them knows is named as such.
     """
@@ -30,7 +30,7 @@ class FlagParser(argparse.ArgumentParser):
         self.first = first
         self.others: Mapping[str, argparse.ArgumentParser] = {}
         if first:
-            self.add_argument("-h", "--help", action=_ShortHelp, help="show the flags that people use first")
+            self.add_argument("-h", "--help", action=_ShortHelp, help="show the most common flags")
         self.add_argument(
             "--help-all" if first else "-h", *([] if first else ["--help"]), action="help", help="show every flag"
         )
@@ -51,7 +51,7 @@ class FlagParser(argparse.ArgumentParser):
         formatter = self._get_formatter()
         formatter.add_usage(f"%(prog)s [flags]   ({count} flags; all of them: --help-all)", (), ())
         formatter.add_text(self.description)
-        formatter.start_section("used first")
+        formatter.start_section("most common flags")
         formatter.add_arguments(actions)
         formatter.end_section()
         return formatter.format_help()

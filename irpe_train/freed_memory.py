@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the C library does with memory that a CPU run has freed."""
+"""What the C library does with the memory that a run on the CPU frees."""
 
 import ctypes
 import os

@@ -23,10 +23,10 @@ LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\
 def launch(
     main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> None:
-    """Parse the flags and run ``main``; what the user can mend ends in one message and exit status 1.
+    """Parse the flags and run ``main``. An error that the user can fix ends in one message and exit status 1.
 
-    A number other than 0 that ``main`` returns is the exit status.
-    ``IRPE_TRACEBACK=1`` shows where such a message comes from. Anything unforeseen keeps its traceback.
+    A number other than 0 that ``main`` returns is the exit status. ``IRPE_TRACEBACK=1`` shows where a message comes
+    from; unexpected errors keep their traceback.
     """
     if sys.stdout is None:  # closed by who started this
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -85,7 +85,7 @@ def report_out_of_memory():
 
 def _worker_lost(process: str, how: str) -> str:
     return (
-        f"a data loading worker (process {process}) {how}. Mostly there was too little memory: try "
+        f"a data loading worker (process {process}) {how}. Usually memory ran out: try "
         "fewer --num_workers or smaller batches. --resume auto goes on from the last checkpoint."
     )
 
@@ -100,7 +100,7 @@ class SlurmJob:
         import submitit
 
         job = submitit.JobEnvironment()
-        # What torchrun would have said; MASTER_ADDR is the first host, the port any that the job id fixes.
+        # What torchrun would set; MASTER_ADDR is the first host, the port follows from the job id.
         os.environ.update(
             RANK=str(job.global_rank),
             WORLD_SIZE=str(job.num_tasks),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data loaders whose position can be named: they start in mid-epoch, and evaluation counts each image once.
+"""Data loaders: training starts at any step of an epoch, and evaluation counts each image once.
 
 ``TrainLoader`` replaces an unreadable image by its neighbour, counts it and names it; ``EvalLoader`` never does.
 """
@@ -99,7 +99,7 @@ class TrainLoader:
             if batch is None:
                 raise BadData(
                     f"{len(bad)} training images in a row are unreadable, the last: {bad[-1][0]} "
-                    f"({bad[-1][1]}). Mend or remove them."
+                    f"({bad[-1][1]}). Fix or remove them."
                 )
             yield batch
 
@@ -159,7 +159,7 @@ class EvalLoader:
                 name, reason = bad[0]
                 raise BadData(
                     f"evaluation cannot read {name} ({reason}). Every image counts, so none is skipped: "
-                    "mend or remove this file."
+                    "fix or remove this file."
                 )
             yield batch
 

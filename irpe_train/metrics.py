@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running averages of a loop and its progress on the console. A value reaches the CPU when it is printed."""
+"""Running averages and progress of a loop. A value is copied to the CPU only when it is printed."""
 
 import datetime
 import logging
@@ -72,7 +72,7 @@ class SmoothedValue:
 
 
 class MetricLogger:
-    """Named ``SmoothedValue`` s, updated with device tensors that are only read when someone looks.
+    """Named ``SmoothedValue`` s, updated with device tensors that are read only when a value is asked for.
 
     Means are over iterations (or over ``n``); over ranks, sums and counts are added before dividing, as published.
     """

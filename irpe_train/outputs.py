@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results never replace what somebody else put in their place, and a place that cannot be written is refused early."""
+"""Results never overwrite other files, and a folder that cannot be written is refused before any work."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def writable_folder(folder: Path, flag: str = "--out") -> Path:
 
 
 def refuse_existing(file: Path, flag: str = "--out") -> None:
-    """To be called before any work. Raises RunError: ``file`` is there already, or cannot be written."""
+    """Call it before any work. Raises RunError: ``file`` exists already, or cannot be written."""
     if os.path.lexists(file):
         raise RunError(f"{flag} {file}: already there; give another name, or remove it")
     writable_folder(file.parent, flag)
@@ -34,7 +34,7 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
 class OutputFolder:
     """A folder that predictions are written to; it remembers, in a hidden list, what it wrote.
 
-    A file that was there before, or was changed since, is somebody's: a photograph, or the JSON of a labelling tool.
+    A file that was there before, or was changed since, is the user's: a photograph, or the JSON of a labelling tool.
     """
 
     def __init__(self, folder: Path):
@@ -45,9 +45,7 @@ class OutputFolder:
             self._written = {}
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
-        """To be called before any work. Raises RunError: one of the files exists and was not written by ``predict``, or
-        cannot be written.
-        """
+        """Call it before any work. Raises RunError: a file cannot be written, or is not of ``predict``."""
         names = list(names)
         for folder in {(self.folder / name).parent for name in [LIST, *names]}:
             writable_folder(folder)

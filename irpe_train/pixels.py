@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files are found and become RGB pixels here, for training, evaluation and prediction alike."""
+"""Finds image files and decodes them to RGB, for training, evaluation and prediction."""
 
 import glob
 import io
@@ -107,7 +107,7 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether the image is stored otherwise than people see it. Metadata that cannot be read say nothing."""
+    """Whether the image is stored turned, by its EXIF orientation. Unreadable metadata count as not turned."""
     return _orientation(image) != 1
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1, SIGUSR2.
 
-A signal is only noted, wherever it arrives. In an epoch's training ``Steps`` saves and stops all ranks after one and
-the same step; evaluation leaves between two batches. Anything else, as listing the data or building the model, is cut
-short after ``GRACE`` seconds by a thread: the state on disk is complete then. What one rank was told, the threads of
-all ranks learn from their common store, so that all leave alike.
+The handler only notes the signal. During training ``Steps`` saves and stops all ranks after the same step; evaluation
+stops between two batches. Anything else, such as listing the data or building the model, is ended after ``GRACE``
+seconds by a thread, since the state on disk is complete. The threads share the request through the ranks' store, so
+that all ranks stop together.
 """
 
 import atexit
@@ -22,16 +22,15 @@ logger = logging.getLogger("irpe")
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-GRACE = 3.0  # seconds in which a run may come to a point where it leaves by itself
+GRACE = 3.0  # seconds for a run to reach a point where it can stop by itself
 PAUSE = 0.1  # seconds between two looks at the ranks' store
 
 
 class Preemption:
-    """The stop request of this process. There is one for all, ``STOP``, since signals are the process's.
+    """The stop request of this process. There is one instance, ``STOP``, since signals belong to the process.
 
-    A handler that was there before, as submitit's, which puts the job back into SLURM's queue, is called once the
-    state is saved. SIGTERM is left to such a handler altogether: submitit ignores it on purpose. SIGHUP stays ignored
-    under nohup.
+    An earlier handler, such as submitit's, which puts the job back into SLURM's queue, is called once the state is
+    saved. SIGTERM is left to such a handler: submitit ignores it on purpose. SIGHUP stays ignored under nohup.
 
     Attributes:
         signal: the last one noted, here or on another rank; None before.
@@ -177,7 +176,7 @@ def held_back():
 
 
 def ignore_signals_from_others(worker_id: int = 0) -> None:
-    """In a data loading worker: heed a stop signal only if it comes from the main process.
+    """In a data loading worker: obey a stop signal only if the main process sent it.
 
     torchrun, SLURM and terminals signal whole process groups, and the main process needs its workers to finish a step.
     """

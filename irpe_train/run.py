@@ -91,7 +91,7 @@ def warn_of_other_flags(
 
 
 class Run:
-    """What the loop over epochs holds on to: ``steps`` for the batches, and an end for each part of an epoch."""
+    """A run in progress: ``steps`` gives the batches; the methods end an epoch, and the run."""
 
     def __init__(self, state: TrainState, checkpoints: Checkpoints, log: RunLog, steps: Steps):
         self.state, self.checkpoints, self.log, self.steps = state, checkpoints, log, steps

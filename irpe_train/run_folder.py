@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: locked for one run, its checkpoints written and found again."""
+"""The folder of a run: locked for one run; its checkpoints are written and found here."""
 
 import errno
 import fcntl

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes down beside its checkpoints: log.txt, TensorBoard, its flags, and what it ran on."""
+"""What a run writes besides checkpoints: log.txt, TensorBoard, its flags, versions and machine."""
 
 import argparse
 import importlib.metadata
@@ -90,7 +90,7 @@ class RunLog:
 
 
 def keep_aside(path: Path) -> None:
-    """Rename a file of somebody else, before one of this run takes its place: ``log.txt`` to ``log.1.txt``."""
+    """Rename a file that was there before this run writes its own: ``log.txt`` to ``log.1.txt``."""
     number = 1
     while os.path.lexists(old := path.with_name(f"{path.stem}.{number}{path.suffix}")):
         number += 1
@@ -214,7 +214,7 @@ def git_state() -> str:
 
 
 def banner(title: str, rows: dict) -> None:
-    """Print a small table at the start of a run: what it does, in numbers."""
+    """Print a small table, as at the start of a run."""
     width = max((len(name) for name in rows), default=0)
     logger.info("\n".join([title] + [f"  {name:<{width}}  {value}" for name, value in rows.items()]))
 

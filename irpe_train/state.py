@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that a run must remember: into a checkpoint's contents, and back."""
+"""Everything a run must remember, written to a checkpoint and restored from it."""
 
 import argparse
 from pathlib import Path
@@ -145,7 +145,7 @@ class TrainState:
 
 
 def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
-    """Where the run of a checkpoint was: ``epoch, step, best, train_stats, fits, meters``, checked, with defaults.
+    """The position of a checkpoint's run: ``epoch, step, best, train_stats, fits, meters``, checked, with defaults.
 
     Published checkpoints name the last finished epoch alone.
     """
@@ -174,7 +174,7 @@ def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
         right = False
     if not right:
         raise BadCheckpoint(
-            f"checkpoint {source}: what it says of its position (epoch, progress) makes no sense; "
+            f"checkpoint {source}: its position (epoch, progress) makes no sense; "
             "use an earlier one, or --finetune for the weights"
         )
     return progress

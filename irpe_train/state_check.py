@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers and schedulers take every stored state and fail an epoch later: here it is checked when it is loaded."""
+"""Checks stored states on loading: optimizers and schedulers accept any, and fail an epoch later."""
 
 import copy
 import math

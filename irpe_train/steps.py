@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one step of an epoch to the next: seeds, agreement between ranks, saves, and orderly stops.
+"""What surrounds a training step: seeds, agreement between ranks, saves, and orderly stops.
 
-An epoch's loop iterates over a ``Steps``; everything that must happen at the same step on every rank happens here:
+The loop iterates over a ``Steps``; what must happen at the same step on every rank happens here:
 
     for batch in steps:
         loss = ...
@@ -31,7 +31,7 @@ from irpe_train.text_files import write_text
 
 
 class Steps:
-    """The batches of the epoch ``state.epoch`` from ``state.step`` on, with all that surrounds a step.
+    """The batches of epoch ``state.epoch`` from ``state.step`` on, with everything that surrounds a step.
 
     Before each batch the generators are seeded from (seed, rank, step). After each, ``state.step`` moves on; a save
     that is due is written; and after a stop signal on any rank all ranks save and leave with ``Preempted``.
@@ -68,7 +68,7 @@ class Steps:
         state.fit_to(len(loader), mix(loader.batch_size, accumulate, seed))
 
     def seconds_later(self, step_time: float) -> float:
-        """What the run takes after this epoch's training, when a step takes ``step_time`` seconds."""
+        """Seconds left after this epoch's training, if a step takes ``step_time`` seconds."""
         epochs = max(self.epochs - self.state.epoch, 1)
         return step_time * len(self) * (epochs - 1) + self._between * epochs
 
@@ -194,7 +194,7 @@ class Steps:
             some = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:5])
             raise BadData(
                 f"{len(bad)} of {len(self.loader.dataset)} training images are unreadable, and --max-bad "
-                f"{self.max_bad:g} allows {int(allowed)}: {some}. Mend or remove them, or raise --max-bad."
+                f"{self.max_bad:g} allows {int(allowed)}: {some}. Fix or remove them, or raise --max-bad."
             )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files that a run or a report reads and writes: UTF-8, with or without a byte-order mark, never half written."""
+"""Text files of runs and reports: UTF-8, with or without a byte-order mark, never half written."""
 
 import os
 from pathlib import Path

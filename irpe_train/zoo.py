@@ -145,7 +145,7 @@ def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
 
 
 def _record(target: Path) -> Path:
-    """As ``sha256sum --check`` reads it."""
+    """The file of its hash, in the form of ``sha256sum``."""
     return target.with_name(target.name + ".sha256")
 
 
