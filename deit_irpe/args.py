@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every flag of classification, read before PyTorch is: training first, then predict, export and check."""
+"""The flags of classification: training, then predict, export and check. Importing this does not import PyTorch."""
 
 import argparse
 import ast
@@ -29,8 +29,8 @@ PREDICT = """The five most likely classes of images, as pictures and JSON.
 
     irpe classify predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]
 
-IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.jpg". The model is built from
-the flags kept in the checkpoint; --model and --rpe tell them where they are not; an ONNX file needs none.
+IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.jpg". The model is built from the flags
+in the checkpoint; --model and --rpe give them where it has none; an ONNX file needs none.
 
 Writes DIR/<image>.png and DIR/predictions.json; with --attention also where the chosen patches look
 (<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png); with --tables,
@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that are fine alone and wrong together."""
+    """Raises ValueError: flags that contradict each other."""
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not args.eval:
         raise ValueError(

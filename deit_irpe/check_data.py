@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``irpe classify check``: what is wrong with a data set, before hours are spent on it."""
+"""``irpe classify check``: find what is wrong with a data set before training on it."""
 
 import argparse
 import hashlib

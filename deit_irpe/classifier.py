@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained classifier that takes images and answers with classes: from a checkpoint, or from an exported ONNX file."""
+"""A trained classifier, from images to class probabilities: from a checkpoint or an exported ONNX file."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Classifier:
 
     Attributes:
         classes: their names, in the order of the outputs.
-        seen: an RGB image to the part of it that the model sees, as large as the model sees it.
+        seen: from an RGB image to the resized and cropped part that the model sees.
     """
 
     def __init__(self, source: str, device: torch.device, **flags):
@@ -48,7 +48,7 @@ class Classifier:
         return self._model
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """What the model is given for an RGB image: ``(1, 3, H, W)``."""
+        """The model's input for an RGB image: ``(1, 3, H, W)``."""
         return self._to_pixels(self.seen(image))[None].to(self.device)
 
     @torch.no_grad()
@@ -61,9 +61,9 @@ class Classifier:
 
 
 def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | tuple[int, int]]:
-    """An exported classifier: images to logits, its classes, and the size of its images.
+    """An exported classifier: a function from images to logits, its classes, and the size of its images.
 
-    Raises: ImportError, BadCheckpoint: onnxruntime is missing; the file is none that ``deit_irpe.export`` wrote.
+    Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``deit_irpe.export`` did not write the file.
     """
     with read_onnx(path, "classifier that deit_irpe.export wrote") as exported:
         told = {key: json.loads(value) for key, value in exported.metadata.items()}

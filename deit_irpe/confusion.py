@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which class is taken for which, as tables and as a picture: what ``--eval`` leaves in ``--output_dir``."""
+"""The confusion matrix, as tables and as a picture: what ``--eval`` writes to ``--output_dir``."""
 
 import csv
 from pathlib import Path
@@ -9,8 +9,8 @@ from torch import Tensor
 from irpe_ops.visualize import plain_text
 from irpe_train.text_files import plain_file
 
-MOST_CONFUSED = 5000  # classes; a table of more is of no use, and takes a gigabyte
-MOST_NAMES, MOST_NUMBERS = 60, 15  # classes in a picture that still has room for their names, and for counts
+MOST_CONFUSED = 5000  # classes; a larger table would take a gigabyte
+MOST_NAMES, MOST_NUMBERS = 60, 15  # the most classes whose names, and counts, fit in the picture
 
 
 def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Path]:
@@ -35,7 +35,7 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
 def class_rows(counts: Tensor, classes: list[str]) -> list[tuple]:
     """For each class: images, correct ones, recall in percent; how often it was predicted, and precision in percent.
 
-    A share of nothing is empty.
+    A share of no images is empty.
     """
     rows = []
     for index, name in enumerate(classes):

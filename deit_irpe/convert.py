@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of other code becomes one of ours: entries are renamed, and checked against the model they are for.
+"""Convert a checkpoint of other code: entries are renamed, and checked against the model they are for.
 
     python -m deit_irpe.convert theirs.pth ours.pth --model deit_tiny_patch16_224 --rpe SPEC [--prefix backbone.]
     python -m deit_irpe.convert ours.pth plain.pth --model deit_tiny_patch16_224 --drop-zero-tables
 
-For code that carries the published encoding in a DeiT or timm ViT of its own: names are all that is converted.
+For code with the published encoding in its own DeiT or timm ViT: only names are converted.
 """
 
 import argparse

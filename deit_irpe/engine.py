@@ -94,7 +94,7 @@ def evaluate(
         if confusion is not None:
             confusion.index_put_((targets.cpu(), ranked[:, 0].cpu()), torch.ones(len(targets), dtype=torch.int64), True)
         meters.update(loss=F.cross_entropy(logits, targets))
-    counts = gather((*correct.tolist(), images_seen))  # whole numbers: the same figure however many processes
+    counts = gather((*correct.tolist(), images_seen))  # integers: the same figure with any number of processes
     top1, top5, total = (sum(column) for column in zip(*counts, strict=True))
     stats = {**meters.averages(), "acc1": 100 * top1 / total, "acc5": 100 * top5 / total}
     logger.info(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")

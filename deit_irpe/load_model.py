@@ -14,7 +14,7 @@ from deit_irpe.models import build_model, head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint
 
-# The flags in a checkpoint are data from whoever wrote it: these describe its network, and no others are read.
+# A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
 MODEL_FLAGS = {
     "model": str | None,
     "rpe": str | None,
@@ -22,7 +22,7 @@ MODEL_FLAGS = {
     "model_kwargs": list,
     "input_size": int | str,
 }
-LARGEST_INPUT = 4096  # pixels a side, as told by a checkpoint; a larger one has to be typed
+LARGEST_INPUT = 4096  # pixels a side that a checkpoint may ask for; a larger one has to be typed
 
 
 def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, argparse.Namespace, list[str]]:
@@ -33,7 +33,7 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
         flags: ``model``, ``rpe``, ``input_size``, ... that win over those in the checkpoint, unless None.
     Returns: model, all flags, class names.
     Raises: ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint: its flags describe no model,
-        or one that its weights are not of; this is found before a model of their size is made.
+        or one that its weights do not fit; this is found before memory is allocated for it.
     """
     checkpoint = read_checkpoint(source)
     weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
@@ -84,7 +84,7 @@ def stored_size(size: object, *, source: str) -> int | tuple[int, int]:
 
 
 def _shapes(args: argparse.Namespace, num_classes: int, weights: dict[str, Tensor]) -> nn.Module:
-    """The model without memory; given up when it has far more parameters than there are weights."""
+    """The model on the meta device. Raises ValueError if it has far more parameters than there are weights."""
     elements, made = sum(value.numel() for value in weights.values()), 0
     if any(isinstance(value, int | float) and value > elements for value in keywords(args.model_kwargs).values()):
         raise ValueError(f"a model_kwargs larger than the {elements} numbers in it")  # some are loop counts in timm

@@ -27,11 +27,11 @@ from irpe_train.pixels import UnreadableImage, files_of, read_image
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
-    """Where the patch at (row, col) looks in the last block: its attention weights on the patches.
+    """The attention weights of the patch at (row, col) on all patches, in the last block.
 
     Args:
         images: ``(1, 3, H, W)``.
-    Returns: ``(heads, height, width)``; what is missing to a sum of one is on the leading tokens.
+    Returns: ``(heads, height, width)``; the rest, up to a sum of one, is on the leading tokens.
     """
     seen = []
     attn = model.blocks[-1].attn
@@ -65,7 +65,7 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``; what would destroy a file is refused before any work."""
+    """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     for file, name in names.items():
         try:
             image = read_image(file)
-        except UnreadableImage as error:  # one bad file does not cost the others their results
+        except UnreadableImage as error:  # the other images are still predicted
             logger.error(str(error))
             unreadable.append(str(error))
             continue
@@ -119,15 +119,13 @@ MAPS = ("attention", "encoding")  # the pictures of a patch
 
 
 def result_names(files: Sequence[Path]) -> dict[Path, str]:
-    """What the results of each image are called: as the image, with its folders and suffix where that is needed."""
+    """The name of each image's results: its own, with folders and suffix where needed to tell them apart."""
     whole = [Path(os.path.abspath(file)) for file in files]
     common = os.path.commonpath([file.parent for file in whole]) if files else ""
     within = [file.relative_to(common) for file in whole]
     for name_of in (lambda path: path.stem, lambda path: str(path.with_suffix("")), str):
         names = [name_of(path) for path in within]
-        if len({name.casefold() for name in names}) == len(
-            names
-        ):  # two names that differ in case are one file for some
+        if len({name.casefold() for name in names}) == len(names):  # some file systems ignore case
             break
     return dict(zip(files, names, strict=True))
 
@@ -146,7 +144,7 @@ def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[
 def draw_attention(
     classifier: Classifier, image: Image.Image, point: tuple[int, int], name: str, out: OutputFolder
 ) -> None:
-    """Save where a patch looks, over the image, and what the encodings on keys and queries add to its scores."""
+    """Save a patch's attention over the image, and what the encodings on keys and queries add to its scores."""
     model, pixels, seen, (row, col) = classifier.model, classifier.pixels(image), classifier.seen(image), point
     height, width = model.patch_embed.grid_size
     heads = attention_maps(model, pixels, row, col)

@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     # --- loop
     options = dict(mixup=mixup, max_norm=args.clip_grad, ema=ema, train_mode=args.train_mode)
     while state.epoch < args.epochs:
-        if state.train_stats is None:  # else this epoch was stopped between its training and its evaluation
+        if state.train_stats is None:  # None: this epoch is not trained yet; else it was stopped before its evaluation
             train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
             lr_scheduler.step(state.epoch)
             run.steps.finish_training(train_stats)
@@ -185,7 +185,7 @@ def rows_of_banner(
     batch_size: int,
     lr: float,
 ) -> dict[str, str]:
-    """What the start of a run says of its data, model and rate; ``images``: how many to train on, to validate on."""
+    """The banner's rows on data, model and learning rate; ``images``: how many to train on, and to validate on."""
     height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
     with precision.autocast():
         attention = describe(model, batch=batch_size, height=height, width=width, compiled=args.compile)

@@ -57,7 +57,7 @@ class Detector:
 def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:
     """An exported detector: called as a DETR is, with one image; its flags as far as prediction needs them; categories.
 
-    Raises: ImportError, BadCheckpoint: onnxruntime is missing; the file is none that ``detr_irpe.export`` wrote.
+    Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``detr_irpe.export`` did not write the file.
     """
     with read_onnx(path, "detector that detr_irpe.export wrote") as exported:
         categories = {int(i): str(name) for i, name in json.loads(exported.metadata["categories"]).items()}

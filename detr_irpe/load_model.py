@@ -12,7 +12,7 @@ from detr_irpe.models import build_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint
 
-# The flags in a checkpoint are data from whoever wrote it: these describe its network, and no others are read.
+# A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
 MODEL_FLAGS = (
     "backbone",
     "dilation",

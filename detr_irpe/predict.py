@@ -32,7 +32,7 @@ MOST_POINTS = 3  # of attention, where none are given: the centres of the best d
 
 
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``; what would destroy a file is refused before any work."""
+    """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     for path, number in numbers.items():
         try:
             image, frame = read_in_frame(path, truth.size_of(number) if truth else None)
-        except OSError as error:  # one bad file does not cost the others their results
+        except OSError as error:  # the other images are still predicted
             logger.error(str(error))
             unreadable.append(str(error))
             continue

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     options = dict(max_norm=args.clip_max_norm)
     while state.epoch < args.epochs:
         epoch = state.epoch
-        if state.train_stats is None:  # else this epoch was stopped between its training and its evaluation
+        if state.train_stats is None:  # None: this epoch is not trained yet; else it was stopped before its evaluation
             train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
             lr_scheduler.step()
             kept = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
@@ -191,7 +191,7 @@ def agree_on_classes(
 def rows_of_banner(
     args: argparse.Namespace, model: nn.Module, precision: Precision, sets: list[Dataset], num_classes: int
 ) -> dict[str, str]:
-    """What the start of a run says of its data, model and rate."""
+    """The banner's rows on data, model and learning rate."""
     val_set, train_set = sets
     side = max(args.image_size // 32, 1)  # of a photograph's map, which is about 4 : 3
     shape = dict(batch=args.batch_size, height=side, width=side * 4 // 3)

@@ -55,7 +55,7 @@ def overview(task: str = "") -> str:
 
 
 def nearest(argv: list[str]) -> str:
-    """What a command that does not exist was probably meant to be."""
+    """What an unknown command was probably meant to be."""
     verbs = [name for name in COMMANDS if name.endswith(f" {argv[0]}")]
     close = verbs or difflib.get_close_matches(" ".join(argv[:2]), [*COMMANDS, *TASKS], n=1)
     close = close or difflib.get_close_matches(argv[0], [*COMMANDS, *TASKS], n=1)

@@ -31,12 +31,12 @@ from irpe_train.zoo import read_zoo
 
 
 class Ablation:
-    """A grid and the folder it is worked out in."""
+    """A grid and the folder of its runs."""
 
     def __init__(self, grid: Grid, folder: Path):
         self.grid, self.folder = grid, folder
         self.folders = {(run, seed): folder / f"{run}_seed{seed}" for run in grid.runs for seed in grid.seeds}
-        # What does not change (any more) is read once: the table is asked for every second.
+        # The table is made every second, so what does not change any more is read once.
         self._finished: dict[Path, Outcome] = {}
         self._flags = {run: shlex.join(grid.flags(run)) for run in grid.runs}
         zoo = read_zoo() if grid.published else None
@@ -60,7 +60,7 @@ class Ablation:
         return [*(torchrun if processes > 1 else []), *module]
 
     def prepare(self, processes: int = 1) -> None:
-        """Write down every run. Raises: RunError: a folder has results of something else."""
+        """Write the files of every run. Raises: RunError: a folder has results of something else."""
         for (run, seed), folder in self.folders.items():
             flags = yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
             then = self.evaluations(run, seed, processes)
@@ -84,7 +84,7 @@ class Ablation:
         return outcome
 
     def work(self, pool: jobs.LocalPool | jobs.SlurmPool, *, processes: int = 1) -> None:
-        """Do what is not yet done. Returns when every run has an outcome or was stopped."""
+        """Run what is not finished. Returns when every run has an outcome or was stopped."""
         self.prepare(processes)
         waiting = [folder for folder in self.folders.values() if not jobs.finished(folder)]
         started: set[Path] = set()
@@ -92,7 +92,7 @@ class Ablation:
         try:
             while True:
                 working = pool.working()
-                # A run that someone else is at, because its runner was killed, is waited for like our own.
+                # A run that a worker of a killed runner still works on is waited for like our own.
                 waiting += [folder for folder in started - working if not jobs.done(folder) and jobs.busy(folder)]
                 started -= set(waiting)
                 others = {folder for folder in waiting if folder not in working and jobs.busy(folder)}
@@ -128,7 +128,7 @@ class Ablation:
         return files
 
     def refuse_to_replace(self, logs: Path | None) -> None:
-        """Raises RunError: tables, or what ``publish`` would copy to ``logs``, would replace somebody's files."""
+        """Raises RunError: tables, or what ``publish`` would copy to ``logs``, would replace other files."""
         tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.every_run)
         if logs is not None:
             tables.refuse_to_replace(logs, self.published_files(), self.grid.every_run)

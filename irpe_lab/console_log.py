@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run wrote, read back: ``log.txt``, and the console in ``detail_<name>.log``, ours and the published ones."""
+"""Reads the logs of a run, ours or published: ``log.txt``, and the console in ``detail_<name>.log``."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def peak_memory(path: str | Path) -> int | None:
 
 
 def last_words(path: str | Path) -> str:
-    """The last line that says something: why a run failed."""
+    """The last line that is not empty: why a run failed."""
     return next((line.strip() for line in reversed(_lines(path)) if line.strip()), "it printed nothing")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each task is judged by: the one table keyed by task, for grids, reports, plots and console logs.
+"""The figures of each task: the one table keyed by task, for grids, reports, plots and console logs.
 
 A new task is a row of ``TASKS`` and, if it logs figures of its own, a row of ``PANELS``.
 """

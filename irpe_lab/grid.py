@@ -37,7 +37,7 @@ from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, sam
 from irpe_train.zoo import read_zoo
 
 KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published", "evaluations")
-RUNNERS_OWN = ("seed", "output_dir", "resume", "config", "print_config")  # said by the runner for each run
+RUNNERS_OWN = ("seed", "output_dir", "resume", "config", "print_config")  # set by the runner for each run
 MOST_RUNS = 10_000
 
 
@@ -221,7 +221,7 @@ def _choices(text: str) -> list[list[str]]:
 
 
 def _product(grid: dict, source: str) -> list[tuple[str, dict]]:
-    """All combinations of values. A run is called by its words, and by ``key=value`` where a value is none."""
+    """All combinations of values. A run is named by its values, and by ``key=value`` where a value is not text."""
     options, count = [], 1
     for key, values in grid.items():
         values = values if isinstance(values, list) else [values]

@@ -30,7 +30,7 @@ from irpe_lab.figures import LARGEST
 from irpe_train.errors import Preempted, RunError
 from irpe_train.text_files import plain_file, read_text, write_text
 
-BUSY = 3  # exit status of a worker that found another one at work
+BUSY = 3  # exit status of a worker that found another one running
 
 
 def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[str]] | None = None) -> None:
@@ -71,7 +71,7 @@ def finished(folder: Path) -> bool:
 
 
 def busy(folder: Path) -> bool:
-    """Whether a worker, of this runner or of one that was killed, is at it."""
+    """Whether a worker, of this runner or of a killed one, is running it."""
     with locked(folder) as lock:
         return lock is None
 
@@ -124,7 +124,7 @@ def evaluation_log(folder: Path, name: str) -> Path:
 
 
 def slug(name: str) -> str:
-    """``name`` as it can stand in a file name."""
+    """``name`` in a form that fits a file name."""
     return re.sub(r"[^\w.=+-]+", "_", name).strip("_")
 
 

@@ -75,7 +75,7 @@ def find_runs(folder: Path) -> dict[str, Run]:
 
 
 class Report:
-    """Everything below one logs folder, as Markdown with links relative to where the page will be."""
+    """One logs folder as Markdown, with links relative to the page."""
 
     def __init__(self, logs: Path, page: Path, zoo: Zoo | None = None):
         if not logs.is_dir():
@@ -102,7 +102,7 @@ class Report:
         return sorted(path.parent for path in self.logs.glob("*/table.md") if self.inside(path))
 
     def inside(self, path: Path) -> bool:
-        """Whether it is a file of the logs folder, and no link to somewhere else: logs may be another person's."""
+        """Whether it is a file of the logs folder, and not a link to somewhere else: logs may come from others."""
         return path.is_file() and path.resolve().is_relative_to(self.logs.resolve())
 
     def curves_of(self, folder: Path) -> Path:
@@ -184,25 +184,25 @@ class Report:
         return "\n".join(parts)
 
     def fill(self, text: str) -> str:
-        """``text`` with what is between its markers made anew."""
+        """``text`` with new content between its markers."""
         return MARKER.sub(lambda found: found[1] + self.block(found["name"]) + found[3], text)
 
     def _link(self, text: str, target: Path) -> str:
         return f"[{as_text(text)}]({self.address(target)})"
 
     def address(self, target: Path) -> str:
-        """Of a file, in a link of the page."""
+        """The relative address of a file, for a link of the page."""
         return quote(os.fsencode(Path(os.path.relpath(target.resolve(), self.page.resolve().parent)).as_posix()))
 
 
 def as_text(text: str) -> str:
-    """``text`` in Markdown, standing for itself: names of files and runs may hold anything."""
+    """``text`` escaped for Markdown: names of files and runs may hold anything."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     return re.sub(r"([\\`*{}\[\]<>&])", r"\\\1", text)
 
 
 def _card(path: Path) -> dict:
-    """A reproduction card. Raises: BadData: a file that is none."""
+    """A reproduction card. Raises: BadData: the file is not one."""
     try:
         card = json.loads(read_text(path))
         for line in card["figures"]:
@@ -235,7 +235,7 @@ def to_html(text: str, pictures: dict[str, Path]) -> str:
 
 
 def refuse_to_replace(report: Report) -> None:
-    """Raises RunError: the page, or a file beside it, would replace what is no page of ours: a log, a picture."""
+    """Raises RunError: the page, or a file beside it, would replace a file that is not ours: a log, a picture."""
     page = report.page
     others = [page.with_suffix(".html"), page.with_suffix(".png")]
     if page in others:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of an ablation read back: figures, cost, and how far each is from the baseline, seed by seed."""
+"""Reads the runs of an ablation: figures, cost, and the difference from the baseline, seed by seed."""
 
 import math
 import statistics

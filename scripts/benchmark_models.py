@@ -127,7 +127,7 @@ def main() -> None:
     for name, run in runs.items():
         check(f"{args.model} {name}", comparable(run()), expected, 500 * torch.finfo(dtype).eps)
     bench.compare("inference", shape, args.dtype, base, runs)
-    for model in models.values():  # tables that matter, as in training
+    for model in models.values():  # tables that change the output, as in training
         set_tables(model, std=0.02)
     steps = {name: training_step(model, images, loss_of, dtype) for name, model in models.items()}
     steps["k deterministic"] = training_step(models["k"], images, loss_of, dtype, deterministic=True)

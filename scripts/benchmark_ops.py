@@ -167,7 +167,7 @@ def processor_name() -> str:
 
 
 def describe(device: torch.device, bench: Bench | None = None) -> str:
-    """Device, threads, versions, memory: what a figure means nothing without."""
+    """The conditions of a measurement: device, threads, versions, memory."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeiT is trained on: class folders, tar files, shards, other data sets, their classes and their transforms."""
+"""DeiT's data: class folders, tar files, shards and other sets, their classes and transforms."""
 
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
 from deit_irpe.data.datasets import build_dataset

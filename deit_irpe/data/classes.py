@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes are names in an order, not a number of them: those of data sets and of checkpoints are compared here."""
+"""Classes are an ordered list of names; those of data sets and checkpoints are compared here."""
 
 from torch.utils.data import Dataset
 
@@ -9,9 +9,9 @@ from irpe_train.errors import BadCheckpoint
 
 
 def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
-    """The names of a checkpoint's classes, in the order of its outputs; None for one that keeps none, as published.
+    """The names of a checkpoint's classes, in the order of its outputs; None if it has none, as the published ones.
 
-    Raises: BadCheckpoint: what it keeps is no list of different names.
+    Raises: BadCheckpoint: they are not a list of different names.
     """
     classes = checkpoint.get("classes")
     if classes is None:
@@ -39,7 +39,7 @@ def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] 
 
 
 def check_resumed_classes(stored: list[str] | None, classes: list[str], *, source: str) -> None:
-    """Raises BadCheckpoint unless a run that goes on has the very classes that the checkpoint was trained on."""
+    """Raises BadCheckpoint unless a resumed run has exactly the classes of its checkpoint."""
     if stored is None or stored == list(classes):
         return
     try:
@@ -50,7 +50,7 @@ def check_resumed_classes(stored: list[str] | None, classes: list[str], *, sourc
 
 
 def renumber(dataset: Dataset, classes: list[str], *, whose: str) -> None:
-    """Give the labels of ``dataset`` the numbers that its classes have in ``classes``, and say so where they change.
+    """Renumber the labels of ``dataset`` as in ``classes``, and log it where they change.
 
     Args:
         whose: where ``classes`` are from, for messages. It may have more classes than the data.

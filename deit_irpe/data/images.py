@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled images where they lie: in class folders, or listed by iNaturalist's annotations."""
+"""Labelled images in class folders, or listed by iNaturalist's annotations."""
 
 import contextlib
 import json
@@ -15,16 +15,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from irpe_train.distributed import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
 
-MOST_CLASSES = 100_000  # where they are numbers only; a larger number is a mistake, or an attack on the memory
+MOST_CLASSES = 100_000  # where classes are numbers; a larger one is a mistake, or meant to exhaust memory
 
 
 def same_text(name: str) -> str:
-    """``name`` in the one spelling by which classes are compared: macOS keeps an accent apart from its letter."""
+    """``name`` normalised for comparison: macOS stores an accent apart from its letter."""
     return unicodedata.normalize("NFC", name)
 
 
 class LabelledImages(Dataset):
-    """(transformed RGB image, class number) pairs; subclasses say where the bytes are.
+    """(transformed RGB image, class number) pairs; subclasses read the bytes.
 
     Names and labels are arrays, not Python objects: the workers of a loader share them instead of copying them.
     """
@@ -42,7 +42,7 @@ class LabelledImages(Dataset):
         return len(self.labels)
 
     def relabel(self, classes: list[str]) -> None:
-        """From now on the numbers of the classes are their places in ``classes``, which has them all."""
+        """Renumber the labels by the places of the classes in ``classes``, which has them all."""
         place = {name: number for number, name in enumerate(classes)}
         self.labels = np.array([place[name] for name in self.classes], dtype=np.int64)[self.labels]
         self.classes = list(classes)
@@ -66,7 +66,7 @@ class LabelledImages(Dataset):
         image = decode_image(data, self.name(index))
         try:
             return image if self.transform is None else self.transform(image), int(self.labels[index])
-        except Exception as error:  # not the image's fault: it must not be skipped as an unreadable one
+        except Exception as error:  # not the image's fault, so it must not be skipped as unreadable
             raise RuntimeError(f"{self.name(index)}: the augmentation failed on this image ({error})") from error
 
 
@@ -75,8 +75,8 @@ class FolderImages(LabelledImages):
 
     What is hidden (``.ipynb_checkpoints``, ``._x.jpg``) is left out.
 
-    Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or what stands
-        where an image should be is none (a pipe, a link to nothing, a link back to a folder that was already read).
+    Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or something else
+        in place of an image (a pipe, a broken link, a link back to a folder already read).
     """
 
     def __init__(self, root: Path, transform=None):
@@ -111,7 +111,7 @@ class FolderImages(LabelledImages):
 
 
 def _images_below(folder: str, seen: set[tuple[int, int]], unread: list[str]) -> Iterator[str]:
-    """The images in ``folder`` and the folders below it; ``seen`` are folders that must not come again."""
+    """The images in ``folder`` and the folders below it; ``seen``: folders that must not come again."""
     here = _identity(folder)
     _need(here not in seen, ValueError, f"{folder}: a link to a folder that was already read; remove this link")
     seen.add(here)
@@ -144,13 +144,13 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
 
 
 def report_hidden(where: Path, names: set[str]) -> None:
-    """A note on hidden ``names`` among the classes: they are left out, and somebody may have meant one."""
+    """Log which hidden ``names`` among the classes are left out."""
     if names:
         logger.info(f"{where}: hidden, so no classes: {', '.join(sorted(names))}")
 
 
 def warn_of_shared_origins(train: Dataset | None, val: Dataset) -> None:
-    """A warning where folders or archives of ``val`` are those of ``train`` by another name, as through a link."""
+    """Warn where folders or archives of ``val`` are also those of ``train``, for instance through a link."""
     trained = {_identity(path) for path in getattr(train, "origins", [])}
     if shared := [path for path in getattr(val, "origins", []) if _identity(path) in trained]:
         logger.warning(f"{shared[0]}: read for train and for val ({len(shared)} in all): the same images in both")

@@ -20,8 +20,8 @@ SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation")}  #
 class ShardImages(LabelledImages):
     """Uncompressed WebDataset shards: samples of ``key.jpg`` (or .jpeg, .png, .webp) and ``key.cls``, a class number.
 
-    Only offsets are kept, and bytes are read at their place, as by ``TarImages``: a training that was interrupted goes
-    on with the very images that were next, which a stream of shards cannot do. The order is that of the shards' names.
+    Only offsets are kept, and bytes are read in place, as by ``TarImages``: an interrupted training resumes at exactly
+    the next image, which a stream of shards cannot do. The order is that of the shards' names.
 
     Args:
         root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, ``train`` and ``val`` each a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uncompressed tar files, read in place: every member is accounted for before the first one is used."""
+"""Uncompressed tar files, read in place: every member is checked before the first one is used."""
 
 import contextlib
 import tarfile
@@ -20,8 +20,8 @@ BLOCK = 512  # bytes: a tar file is made of such blocks, and two of zeros are it
 def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> Iterator[tarfile.TarInfo]:
     """The plain files and folders of an uncompressed tar file, in order.
 
-    tarfile takes a damaged header, and a file that was cut between two members, for the end of the archive. Here the
-    end must be the end marker, with nothing but zeros behind it.
+    tarfile takes a damaged header, or a file cut between two members, for the end of the archive. Here the archive must
+    end with its end marker and zeros.
 
     Args:
         file: the tar file. inside: a tar that is a member of it, called ``name``.
@@ -83,7 +83,7 @@ def _problem(member: tarfile.TarInfo, path: str) -> str | None:
 class TarImages(LabelledImages):
     """An uncompressed tar file: ``<class>/**/x.jpg``, or (as ImageNet is handed out) one inner tar for each class.
 
-    Only offsets are kept, and bytes are read at their place: nothing is unpacked, and workers share one file safely.
+    Only offsets are kept, and bytes are read in place: nothing is unpacked, and workers share one file safely.
     Classes and images are those of ``FolderImages`` in its order, so a folder and its tar are the same data set. A
     single folder called like the tar (``train/`` in ``train.tar``) may lie around the classes.
 

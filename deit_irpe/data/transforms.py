@@ -11,7 +11,7 @@ from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop
 
-THINNEST = 64  # long side to short side; of an image thinner than that, the ends would be cut off anyway
+THINNEST = 64  # long side to short side; the ends of a thinner image would be cut off anyway
 
 
 def build_transform(
@@ -69,7 +69,7 @@ def build_transform(
 
 
 class _ResizeShortSide(transforms.Resize):
-    """Without the memory that 1 x 100,000 pixels would take at 256 times that length."""
+    """Resizes the short side, but cuts very long images first: 1 x 100,000 pixels would not fit in memory."""
 
     def forward(self, image: Image.Image) -> Image.Image:
         longest = THINNEST * min(image.size)

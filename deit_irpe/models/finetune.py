@@ -18,7 +18,7 @@ from irpe_train.errors import BadCheckpoint
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The modules that end in the classes, as timm's config of the model has them, and DeiT's second head."""
+    """The names of the class heads, as timm's config of the model has them, and DeiT's second head."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
     return *((named,) if isinstance(named, str) else named), "head_dist"
 

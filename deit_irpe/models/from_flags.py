@@ -20,7 +20,7 @@ from irpe_train.errors import BadCheckpoint
 from irpe_train.zoo import fetch
 
 FLAGS = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}  # of timm's arguments
-OTHERWISE = {  # what --model-kwargs may not say, because it is said elsewhere
+OTHERWISE = {  # not allowed in --model-kwargs, and what to use instead
     "pretrained": "give --pretrained",
     "pretrained_cfg": "give --finetune FILE",
     "pretrained_cfg_overlay": "give --finetune FILE",
@@ -103,7 +103,7 @@ def starting_weights(args: argparse.Namespace) -> str:
 
 
 def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number: int, *, source: str) -> None:
-    """Raises BadCheckpoint if the class head in ``weights`` is of another size: its classes cannot be told apart."""
+    """Raises BadCheckpoint if the class head in ``weights`` has another size."""
     for name in head_names(model):
         bias = weights.get(f"{name}.bias")
         if bias is not None and bias.numel() != number:

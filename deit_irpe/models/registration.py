@@ -120,7 +120,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         if getattr(model, "cls_token", None) is not None:
             trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
         if size and model.pos_embed is not None:
-            # DeiT's 0.02 is lost beside the patch embedding, and a demo has hundreds of steps to mend that.
+            # DeiT's 0.02 is lost beside the patch embedding, and a demo has only hundreds of steps to learn more.
             trunc_normal_(model.pos_embed, std=0.5)
     if fixed:
         _fix_positions(model)
@@ -133,7 +133,7 @@ def _named(name: str):
         yield
     except (UnknownArgument, OSError, ImportError, MemoryError):
         raise
-    except Exception as error:  # what timm's models raise at sizes that do not go together: AssertionError, ...
+    except Exception as error:  # what timm's models raise for sizes that do not fit: AssertionError, ...
         raise ValueError(f"model {name!r} cannot be built as asked for: {_in_one_line(error)}") from error
 
 
@@ -181,7 +181,7 @@ def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) ->
 
 
 def _timm_config(name: str):
-    """What timm keeps of a model beside its code: how images are prepared for it, and where its weights are."""
+    """timm's record of a model: how images are prepared for it, and where its weights are."""
     base = RPE_MODELS[name][0] if name in RPE_MODELS else "deit_tiny_patch16_224"
     published = read_zoo().models.get(name)
     crop = dict(crop_pct=224 / 256) if name in RPE_MODELS else dict(crop_pct=1.0, input_size=(3, 32, 32))
