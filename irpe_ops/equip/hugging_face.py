@@ -81,6 +81,16 @@ def _add_to_layers(
         grid.follow(layer)
         heads = attention.o_proj.in_features // attention.head_dim
         add_encodings(attention, attention.o_proj.weight, build_rpe(config, attention.head_dim, heads), grid, backend)
+        attention.register_forward_pre_hook(_refuse_other_attention)
+
+
+def _refuse_other_attention(attention: nn.Module, inputs: tuple) -> None:
+    """Any other function of ``transformers`` would leave the encodings out in silence."""
+    if (name := attention.config._attn_implementation) != "irpe":
+        raise ValueError(
+            f"equipped attention: the model was set to the attention implementation {name!r}, which leaves encodings "
+            "out; call set_attn_implementation({'': 'irpe'})"
+        )
 
 
 def irpe_attention(

@@ -255,6 +255,17 @@ def test_gradient_checkpointing_after_forward_passes_of_other_sizes(reentrant):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("transformers")])
+def test_another_attention_implementation_is_refused_for_it_would_leave_the_encodings_out(name):
+    model, x = make(name, equipped=True)
+    right = answer(model, x)
+    model.set_attn_implementation({"": "eager"})
+    with pytest.raises(ValueError, match="implementation 'eager', which leaves encodings out"):
+        answer(model, x)
+    model.set_attn_implementation({"": "irpe"})
+    assert torch.equal(answer(model, x), right)
+
+
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_two_threads_with_two_image_sizes(name):
     """24 tokens both: each thread has the answer of its own grid."""
