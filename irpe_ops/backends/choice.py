@@ -24,7 +24,7 @@ from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import eager, module_of
 from irpe_ops.backends.measure import Measurement, measure, trains
 from irpe_ops.modules import autocast_dtype
-from irpe_ops.rpe_index import under_function_transform
+from irpe_ops.rpe_index import compiled_devices, under_function_transform
 
 # The first that can run the call is taken where nothing is measured.
 FIXED = {"cpu": ("compiled", "eager"), "meta": ("eager",)}
@@ -66,6 +66,8 @@ def can_run(name: str, call: AttentionCall) -> bool:
 def may_measure(call: AttentionCall) -> bool:
     """Whether this is the time and place: an ordinary eager call that the user has not told to keep to the order."""
     if torch.compiler.is_compiling() or under_function_transform() or type(call.q) is not Tensor:
+        return False
+    if torch._C._len_torch_dispatch_stack():  # a mode that counts or keeps what is computed: it is not to see this
         return False
     if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -125,6 +127,9 @@ def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
         return Measurement(**_entries(path)[kind])
     except (KeyError, TypeError):
         found = find()
+    # Another day there may be more memory. A relative folder is no cache: a home that nobody knows is still called ~.
+    if any(reason.startswith("OutOfMemory") for reason in found.left_out.values()) or not path.is_absolute():
+        return found
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
@@ -152,9 +157,10 @@ def cache_file() -> Path:
     except ImportError:
         compiler = "none"
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    name = f"{_device_name()} torch {torch.__version__} triton {compiler} {code.hexdigest()[:12]}"
-    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder).expanduser() / "irpe_ops" / f"attention {name}.json".replace("/", "_").replace(" ", "_")
+    kernels = "kernels" if "cuda" in compiled_devices else "no kernels"  # of rpe_ops_cuda, which eager and sdpa use
+    name = f"{_device_name()} torch {torch.__version__} triton {compiler} {kernels} {code.hexdigest()[:12]}"
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(folder) / "irpe_ops" / f"attention {name}.json".replace("/", "_").replace(" ", "_")
 
 
 def _device_name(device: torch.device | None = None) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from irpe_ops.attention_call import AttentionCall
+from irpe_ops.attention_call import AttentionCall, Encoding
 
 ALLOWED = 4.0  # times the error of plain PyTorch in the same dtype
 
@@ -35,13 +35,18 @@ def trains(call: AttentionCall) -> bool:
 def measure(
     call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]], eager: Callable
 ) -> Measurement:
-    """Check every candidate on a small grid, and time it at the shape of ``call``."""
-    training = trains(call)
-    devices = [call.q.device] if call.q.is_cuda else []
+    """Check every candidate on a small grid, and time it at the shape of ``call``.
+
+    Raises: RuntimeError: a candidate has left the GPU unusable for this process.
+    """
+    training, device = trains(call), call.q.device
     ms, left_out = {}, {}
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(training):
-        small, real = _small_copy(call, training), _copy(call, training)
-        with torch.autocast(call.q.device.type, enabled=False):
+    # What is saved for backward here is hidden from hooks of the run, such as those of activation checkpointing.
+    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    devices = [device] if call.q.is_cuda else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(training), unhooked:
+        small = _small_copy(call, training)
+        with torch.autocast(device.type, enabled=False):
             exact = _run(eager, _in_double(small, training), training)
         allowed = ALLOWED * max(_distance(_run(eager, small, training), exact), torch.finfo(call.q.dtype).eps)
         for name, attention in candidates.items():
@@ -49,11 +54,30 @@ def measure(
                 error = _distance(_run(attention, small, training), exact)
                 if not error <= allowed:  # not `>`, which a NaN would pass
                     raise ArithmeticError(f"wrong by {error:.1e} of the answer; {allowed:.1e} is allowed")
-                ms[name] = _milliseconds(functools.partial(_run, attention, real, training), call.q.device)
+                ms[name] = _milliseconds(functools.partial(_run, attention, _copy(call, training), training), device)
             except Exception as error:  # whatever a compiler, a driver or a kernel raises: the run goes on without it
                 words = str(error).strip().splitlines()
                 left_out[name] = f"{type(error).__name__}: {words[0] if words else 'no message'}"
+                _check_device(device, name, left_out[name])
+    if call.q.is_cuda:  # what was measured is not the run's: neither its memory nor its peak
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return Measurement(ms, left_out)
+
+
+def _check_device(device: torch.device, name: str, reason: str) -> None:
+    try:
+        _wait(device)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"attention backend {name!r} has left {device} unusable for this process ({reason}); "
+            "start again with another one: backend='eager', or --attn-backend eager"
+        ) from error
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _copy(call: AttentionCall, training: bool) -> AttentionCall:
@@ -61,22 +85,28 @@ def _copy(call: AttentionCall, training: bool) -> AttentionCall:
     q, k, v = (x.detach().clone().requires_grad_(training) for x in (call.q, call.k, call.v))
     mask = call.attn_mask
     mask = None if mask is None else mask.detach().clone().requires_grad_(mask.requires_grad)
-    encodings = [None if rpe is None else copy.deepcopy(rpe) for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
-    return AttentionCall(q, k, v, *encodings, *call[6:9], mask, *call[10:])
+    return AttentionCall(q, k, v, *_own_encodings(call), *call[6:9], mask, *call[10:])
+
+
+def _own_encodings(call: AttentionCall, copied: Callable[[Tensor], Tensor] = torch.clone) -> list[Encoding | None]:
+    """Copies of rpe_q, rpe_k and rpe_v. Their tables may be no leaves: replicas, views of one flat parameter."""
+    tables = [part.table for rpe in call.encodings for part in rpe.parts]
+    own = {id(t): nn.Parameter(copied(t.detach()), requires_grad=t.requires_grad) for t in tables}
+    return [copy.deepcopy(rpe, own) for rpe in call[3:6]]
 
 
 def _small_copy(call: AttentionCall, training: bool) -> AttentionCall:
     """A call of the same kind on a small grid, with random inputs and tables, and no dropout."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(like: Tensor, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(like)
+        return torch.randn(*shape, generator=generator, device="cpu").to(like)
 
     batch, heads, length, head_dim = call.q.shape
     height, width, skip = None, None, 0
     if call.height is not None:
-        height, width, skip = min(call.height, 5), min(call.width, 7), length - call.height * call.width
-    length = height * width + skip if height is not None else min(length, 40)
+        height, width, skip = 5, 7, length - call.height * call.width
+    length = height * width + skip if height is not None else 40
     batch = min(batch, 2)
     q, k, v = (normal(call.q, batch, heads, length, head_dim).requires_grad_(training) for _ in range(3))
     padding, mask = None, None
@@ -84,10 +114,10 @@ def _small_copy(call: AttentionCall, training: bool) -> AttentionCall:
         padding = torch.zeros(batch, length, dtype=torch.bool, device=call.q.device)
         padding[:, length - length // 4 :] = True
     if call.attn_mask is not None:
-        mask = torch.randn(length, length, generator=generator).to(call.q.device)
+        mask = torch.randn(length, length, generator=generator, device="cpu").to(call.q.device)
         mask = mask > 1 if call.attn_mask.dtype == torch.bool else mask.to(call.attn_mask.dtype)
         mask.requires_grad_(call.attn_mask.requires_grad)
-    encodings = [None if rpe is None else copy.deepcopy(rpe) for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
+    encodings = _own_encodings(call)
     with torch.no_grad():
         for rpe in filter(None, encodings):
             for part in rpe.parts:
@@ -100,8 +130,8 @@ def _in_double(call: AttentionCall, training: bool) -> AttentionCall:
         exact = x is None or x.dtype == torch.bool
         return x if exact else x.detach().double().requires_grad_(x.requires_grad)
 
-    encodings = [None if rpe is None else copy.deepcopy(rpe).double() for rpe in (call.rpe_q, call.rpe_k, call.rpe_v)]
     q, k, v = (double(x) for x in (call.q, call.k, call.v))
+    encodings = _own_encodings(call, torch.Tensor.double)
     return AttentionCall(q, k, v, *encodings, *call[6:9], double(call.attn_mask), *call[10:])
 
 
@@ -129,7 +159,6 @@ def _milliseconds(run: Callable[[], object], device: torch.device, runs: int = 5
     for _ in range(runs + 2):
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait(device)
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times[2:])

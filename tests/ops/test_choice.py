@@ -1,11 +1,14 @@
 """What `auto` takes where it may measure: the policy, on the CPU, with candidates that are slow, wrong or broken."""
 
+import functools
 import json
 import os
 import warnings
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.attention_call import AttentionCall
@@ -102,6 +105,39 @@ def test_every_kind_of_call_can_be_measured(kind, dtype):
     assert list(again.ms) == ["eager"] and list(again.left_out) == ["nan"]
 
 
+def test_tables_that_are_no_leaves_are_measured_too():
+    """In a replica of DataParallel, or a view of one flat parameter, a table is computed from another tensor."""
+    call = make_call("rpe-1.9-cross-ctx-0-k")
+    parts = call.rpe_k.parts
+    for part in parts:
+        flat = part._parameters.pop("lookup_table_weight")
+        part.lookup_table_weight = flat * 1
+    found = choice.measure(call, {"eager": eager_attention}, eager_attention)
+    assert list(found.ms) == ["eager"] and not found.left_out
+
+
+def test_measuring_for_one_token_and_with_another_default_device():
+    call = make_call(grid=(1, 1))._replace(height=1, width=1)
+    with torch.device("meta"):  # what a user's `torch.set_default_device("cuda")` would be
+        found = choice.measure(call, {"eager": eager_attention, "wrong": wrong}, eager_attention)
+    assert list(found.ms) == ["eager"] and list(found.left_out) == ["wrong"]
+
+
+def test_a_candidate_that_breaks_the_device_ends_the_run_with_its_name(monkeypatch):
+    def wait(device):
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def breaks(call):
+        broken.append(True)
+        raise RuntimeError("CUDA error: misaligned address")
+
+    broken = []
+    monkeypatch.setattr(measure, "_wait", wait)
+    with pytest.raises(RuntimeError, match="'breaks' has left cpu unusable .*misaligned address.*backend='eager'"):
+        choice.measure(make_call(), {"breaks": breaks, "eager": eager_attention}, eager_attention)
+
+
 def test_nothing_of_the_run_is_touched():
     call = make_call(dropout_p=0.5)
     torch.manual_seed(5)
@@ -188,6 +224,44 @@ def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
     kept.unlink()
     os.mkfifo(kept)  # not waited for
     assert choice.choose(make_call()) == "eager" and '"slow"' in kept.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:attention backend")
+def test_what_is_for_this_process_alone(fakes, monkeypatch):
+    """A lack of memory passes; and without a home there is nowhere to keep anything."""
+    monkeypatch.setitem(FAKES, "raising", out_of_memory_at_real_size)
+    choice.choose(make_call(grid=(7, 7)))
+    assert not choice.cache_file().exists()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(choice.os.path, "expanduser", lambda path: path)  # a container's user without an entry
+    assert choice.choose(make_call()) == "raising" and not choice.cache_file().parent.exists()
+
+
+@pytest.mark.filterwarnings("ignore:attention backend")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_measuring_inside_activation_checkpointing(fakes, reentrant):
+    """Without reentrance what is saved is counted, and made again by calling the function: so none of ours may be."""
+
+    def attention(q, table):
+        return rpe_attention(q, call.k, call.v, *call[3:6], height=3, width=4)
+
+    call = make_call()
+    grads = []
+    for run in (attention, functools.partial(checkpoint, attention, use_reentrant=reentrant)):
+        choice._known.clear()
+        choice.cache_file().unlink(missing_ok=True)
+        run(call.q, call.rpe_k.table).square().sum().backward()
+        grads.append(call.q.grad.clone())
+        call.q.grad = None
+        assert choice._known
+    assert torch.equal(*grads)
+
+
+def test_nothing_is_measured_under_a_mode_that_sees_all_operators(fakes):
+    """Such as selective checkpointing, which keeps the results of operators by their order, or a count of flops."""
+    with FlopCounterMode(display=False):
+        assert choice.choose(make_call()) == "slow"
+    assert sum(fakes.runs.values()) == 0
 
 
 @pytest.mark.filterwarnings("ignore:attention backend")
