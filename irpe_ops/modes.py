@@ -63,11 +63,23 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             a, b = (_rows(t, len(table)) for t in (x, grad))
             with without_autocast(x.device):
-                if x.is_cuda and table.dtype == torch.float32:  # sums in fp32 without copies in fp32
+                if table.dtype == torch.float32 and _sums_halves_in_fp32(x.device, x.dtype):
                     grad_table = torch.bmm(a.mT, b, out_dtype=torch.float32)
                 else:
                     grad_table = a.mT.to(table.dtype) @ b.to(table.dtype)
         return grad_x, grad_table
+
+
+def _sums_halves_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the product of halves can come out in fp32 there, without copies in fp32: not on ROCm or before Ampere."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.backends.cuda.matmul.allow_fp16_accumulation and dtype == torch.float16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+_sums_halves_in_fp32._dynamo_marked_constant = True  # asked while torch.compile traces
 
 
 def _rows(x: Tensor, tables: int) -> Tensor:

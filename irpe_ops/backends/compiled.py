@@ -54,7 +54,7 @@ def attention(call: AttentionCall) -> Tensor:
         maps.append(index)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *tables))
     keep_probs = keep and 4 * batch * heads * length * length <= KEPT_BYTES
-    seed = torch.randint(2**62, (1,)) if dropout_p > 0 else None
+    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
     return torch.ops.irpe.attention(
         q, k, v, *tables, *maps, key_padding_mask, attn_mask, seed, scale, dropout_p, keep, keep_probs
     )[0]

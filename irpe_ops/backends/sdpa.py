@@ -65,6 +65,10 @@ def attention(call: AttentionCall) -> Tensor:
         mask = _in_place(mask, torch.Tensor.masked_fill_, empty, 0.0, ours=ours)
     if mask is not None:
         mask = mask.expand(*q.shape[:3], q.shape[2])
+        if mask.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
+            # Frozen before the tables: PyTorch's CUDA kernel would not keep what its backward pass reads.
+            link = mask[..., :1, :1]
+            q = q + link.masked_fill(torch.ones_like(link, dtype=torch.bool), 0.0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return out if empty is None else out.masked_fill(empty, 0.0)
 

@@ -215,6 +215,16 @@ def test_dropout_is_that_of_the_definition(weights):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
 
 
+def test_dropout_under_another_default_device():
+    case = Case("", 5, 9)
+    case.options["dropout_p"] = 0.5
+    torch.manual_seed(1)
+    first = case.run("compiled")[0]
+    torch.manual_seed(1)
+    with torch.device("meta"):  # what a user's `torch.set_default_device("cuda")` would be
+        assert torch.equal(case.run("compiled")[0], first)
+
+
 def test_new_dropout_each_call():
     case = Case("", 5, 9)
     case.options["dropout_p"] = 0.5

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.attention import missing_backend
@@ -114,16 +115,40 @@ def test_a_frozen_table_and_frozen_tokens():
     assert product(x, table.detach()).sum().backward() is None and x.grad is not None
 
 
-def test_on_a_gpu_the_product_of_halves_is_asked_for_in_fp32():
+class Seen(TorchDispatchMode):
+    """The names of all operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtype", "wide"),
+    [
+        (8, None, torch.bfloat16, True),
+        (8, None, torch.float32, False),
+        (7, None, torch.bfloat16, False),  # T4, V100: PyTorch has no such product there
+        (9, "7.0", torch.bfloat16, False),  # ROCm neither
+    ],
+)
+def test_on_a_gpu_the_product_of_halves_is_asked_for_in_fp32(monkeypatch, capability, hip, dtype, wide):
     """No GPU runs here: the shapes and dtypes that PyTorch would give."""
-    with FakeTensorMode():
-        x = torch.empty(2, 3, 5, 4, device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode(), Seen() as seen:
+        x = torch.empty(2, 3, 5, 4, device="cuda", dtype=dtype)
         for tables in (1, 3):
             table = torch.empty(tables, 4, 7, device="cuda")
             ctx = SimpleNamespace(saved_tensors=(x, table), needs_input_grad=(True, True))
             grad_x, grad_table = _Product.backward(ctx, product(x, table))
-            assert (grad_x.dtype, grad_table.dtype) == (torch.bfloat16, torch.float32)
+            assert (grad_x.dtype, grad_table.dtype) == (dtype, torch.float32)
             assert grad_x.shape == x.shape and grad_table.shape == table.shape
+    assert ("aten.bmm.dtype" in seen.names) == wide
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "compiled"])

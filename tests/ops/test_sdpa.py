@@ -109,6 +109,27 @@ def test_rows_of_the_mask_start_at_multiples_of_eight(spec, masks, monkeypatch):
         assert mask.stride(-2) == 8 or "bias" in spec
 
 
+@pytest.mark.parametrize("mask", ["none", "padding", "no key"])
+def test_tables_alone_are_trained(mask, monkeypatch):
+    """PyTorch's CUDA kernel keeps what backward reads only if q, k or v asks for a gradient, whatever the mask does."""
+    packed, encodings, options = example()
+    q, k, v = packed.detach().permute(2, 0, 3, 1, 4)
+    asked, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        asked.append(any(x.requires_grad for x in (q, k, v)))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", spy)
+    grads = []
+    for backend in ("sdpa", "eager"):
+        out = rpe_attention(q, k, v, *encodings, **options, **MASKS[mask], backend=backend)
+        grads.append(torch.autograd.grad(out.sin().sum(), [rpe.table for rpe in encodings[:2]]))
+    assert asked == [True]
+    for ours, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_dropout_is_seeded_and_off_when_not_training():
     packed, encodings, options = example()
     options["dropout_p"] = 0.5
@@ -121,7 +142,7 @@ def test_dropout_is_seeded_and_off_when_not_training():
 def test_compiles_whole():
     packed, encodings, options = example()
     function = torch.compile(rpe_attention, backend="eager", fullgraph=True)
-    inputs = packed.permute(2, 0, 3, 1, 4)
+    inputs = packed.detach().permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(
         function(*inputs, *encodings, **options, backend="sdpa"),
         rpe_attention(*inputs, *encodings, **options, backend="eager"),
