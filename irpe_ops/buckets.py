@@ -105,9 +105,9 @@ def _make_offsets(row: BucketMap, ratio: float, height: int, width: int, device:
     with torch.inference_mode(False), torch.no_grad():
         offsets = offset_ids(row, ratio, height, width, "bucket map")
         offsets = offsets.to(_id_dtype(row.num_buckets(int(2 * ratio)) + 1))
-        if device.type == "cuda":
-            offsets = offsets.pin_memory()
-        return offsets.to(device, non_blocking=True)
+        if device.type != "cuda":  # elsewhere, as on MPS, the copy might read this memory after it is freed
+            return offsets.to(device)
+        return offsets.pin_memory().to(device, non_blocking=True)
 
 
 def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:

@@ -54,7 +54,7 @@ def backends() -> list[Backend]:
         Backend("compiled rpe_index, CPU", _missing_operator("cpu"), lambda: _check_lookup("cpu")),
         Backend("compiled rpe_index, CUDA", _missing_operator("cuda"), lambda: _check_lookup("cuda")),
         Backend("compiled attention, CPU", missing_backend("compiled"), lambda: _check_attention("compiled", "cpu")),
-        Backend("triton attention, CUDA", missing_backend("triton"), lambda: _check_attention("triton", "cuda")),
+        Backend("triton attention, CUDA", _missing_triton(), lambda: _check_attention("triton", "cuda")),
     ]
 
 
@@ -151,6 +151,10 @@ def _write_csv(folder: Path, rows: list[list[str]]) -> Path:
         file.write(f"# {_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {today}, medians\n")
         csv.writer(file).writerows([FIELDS, *rows])
     return path
+
+
+def _missing_triton() -> str | None:
+    return missing_backend("triton") or module_of("triton").too_old(torch.device(_best_device(), 0))
 
 
 def _missing_operator(device: str) -> str | None:

@@ -71,7 +71,7 @@ class _Product(torch.autograd.Function):
 
 
 def _sums_halves_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the product of halves can come out in fp32 there, without copies in fp32: not on ROCm or before Ampere."""
+    """Whether a product of halves can come out in fp32 there, without copies in fp32: not on ROCm or before Ampere."""
     if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
         return False
     if torch.backends.cuda.matmul.allow_fp16_accumulation and dtype == torch.float16:

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, rpe_attention, rpe_index
+from irpe_ops.attention import missing_backend
+from irpe_ops.backends import module_of
 from irpe_ops.rpe_index import rpe_index_adjoint
 from irpe_train.freed_memory import keep_freed_memory
 
@@ -113,6 +115,8 @@ def benchmark_attention(bench: Bench, shape: str, dtype_name: str) -> None:
     )
     leaves = [t.requires_grad_() for t in (q, k, v)]
     fast = "compiled" if bench.device.type == "cpu" else "triton"
+    if fast == "triton" and (missing_backend(fast) or module_of(fast).too_old(bench.device)):
+        fast = "auto"
 
     def layer(rpe_on: str, backend: str) -> Callable:
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 # usage: scripts/gpu_report.sh [DIR]
 # For a person with an NVIDIA GPU: runs the GPU tests, the check of all backends and the benchmarks, and writes
 # DIR/report.md (what ran, how it ended, its output) beside the CSV files. DIR: gpu_report by default. About 20 minutes.
+# BATCH=N: images of DeiT's whole step (256, for about 40 GB of GPU memory; fewer on smaller ones).
 # DRY_RUN=1 prints the commands. PYTHON=FILE is the interpreter (default: as in scripts/launch.sh).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -35,7 +36,7 @@ step "Attention, every candidate" "$PYTHON" -m irpe_ops.info --benchmark "$OUT"
 for dtype in bf16 fp32; do
     step "One layer, $dtype" "$PYTHON" "$ROOT/scripts/benchmark_ops.py" --device cuda --dtype "$dtype" --output "$OUT"
 done
-step "DeiT-S, a whole step" "$PYTHON" "$ROOT/scripts/benchmark_models.py" --device cuda --dtype bf16 --batch-size 256 \
+step "DeiT-S, a whole step" "$PYTHON" "$ROOT/scripts/benchmark_models.py" --device cuda --dtype bf16 --batch-size "${BATCH:-256}" \
     --output "$OUT"
 step "DETR, a whole step" "$PYTHON" "$ROOT/scripts/benchmark_models.py" --device cuda --dtype bf16 \
     --model detr_resnet50 --batch-size 2 --output "$OUT"

@@ -44,13 +44,18 @@ def missing() -> str | None:
     return _MISSING
 
 
+def too_old(device: torch.device) -> str | None:
+    """Why the kernels run no call on this GPU; None where they can."""
+    return "it needs a GPU of compute capability 8.0 (Ampere) or later" if generation(device) < 8 else None
+
+
 def why_not(call: AttentionCall) -> str | None:
     """Why these arguments of `rpe_attention` cannot run here, with the remedy; None where they can."""
     q, attn_mask, encodings = call.q, call.attn_mask, call.encodings
     if q.device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA tensors, q is on {q.device}"
-    if not INTERPRETED and generation(q.device) < 8:
-        return "it needs a GPU of compute capability 8.0 (Ampere) or later; use backend='sdpa' or 'eager'"
+    if old := too_old(q.device):
+        return f"{old}; use backend='sdpa' or 'eager'"
     if under_function_transform():
         return "torch.func and forward-mode differentiation need plain PyTorch; use backend='eager'"
     if q.dtype not in MAX_HEAD_DIM:

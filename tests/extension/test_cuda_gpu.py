@@ -49,7 +49,17 @@ def test_adjoint_is_accurate_and_gives_the_same_bits_twice(name, dtype):
         assert torch.equal(ours, rpe_index_adjoint(view, index.byte(), buckets))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one():
+    table, grad, index, buckets = (x.to("cuda:1") if torch.is_tensor(x) else x for x in example("deit", torch.float32))
+    assert torch.equal(rpe_index(table, index), table.gather(-1, index.expand(*table.shape[:2], -1, -1)))
+    sums = torch.zeros_like(table).scatter_add(-1, index.expand(*table.shape[:2], -1, -1), grad)
+    torch.testing.assert_close(rpe_index_adjoint(grad, index, buckets), sums, rtol=1e-4, atol=1e-4)
+
+
 def test_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GB of free GPU memory")
     index = torch.randint(50, (197, 197), dtype=torch.uint8, device="cuda")
     table = torch.randn(9300, 6, 197, 50, dtype=torch.float16, device="cuda")  # 2.17e9 elements of output
     out = rpe_index(table, index)

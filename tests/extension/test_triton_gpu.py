@@ -11,7 +11,8 @@ from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.backends import choice
 from tests import oracles
 
-pytestmark = pytest.mark.gpu
+OLD = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(OLD, reason="the kernels are for Ampere and later")]
 CASES = Path(__file__).parents[1] / "helpers" / "triton_cases.py"
 SHAPES = {  # spec, batch, heads, grid, skip, head_dim
     "deit": ("rpe-1.9-product-ctx-1-{}", 4, 6, (14, 14), 1, 64),
@@ -38,7 +39,7 @@ def run(packed, encodings, options, backend):
     packed = packed.detach().requires_grad_()
     out = rpe_attention(*packed.permute(2, 0, 3, 1, 4), *encodings, **options, backend=backend)
     generator = torch.Generator("cuda").manual_seed(1)
-    weights = torch.randn(out.shape, device="cuda", generator=generator).to(out.dtype)
+    weights = torch.randn(out.shape, device="cuda", generator=generator).to(out)
     tables = [p for rpe in encodings if rpe is not None for p in rpe.parameters()]
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), [packed, *tables])]
 
@@ -75,6 +76,25 @@ def test_auto_takes_one_that_is_right_and_measured(monkeypatch, tmp_path):
     run(*example("deit", "k", torch.bfloat16), "auto")
     (found,) = choice._known.values()
     assert set(found.ms) | set(found.left_out) == {"sdpa", "triton", "eager"} and "eager" in found.ms
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "triton"])
+def test_on_a_gpu_that_is_not_the_current_one(backend):
+    packed, encodings, options = example("deit", "k", torch.float32)
+    expected = run(packed, encodings, options, "eager")
+    moved = [rpe and rpe.to("cuda:1") for rpe in encodings]
+    for ours, answer in zip(run(packed.to("cuda:1"), moved, options, backend), expected, strict=True):
+        torch.testing.assert_close(ours.to(answer), answer, rtol=1e-4, atol=1e-4)
+
+
+def test_tables_alone_are_trained_through_sdpa():
+    packed, encodings, options = example("deit", "k", torch.bfloat16)
+    grads = []
+    for backend in ("sdpa", "eager"):
+        out = rpe_attention(*packed.permute(2, 0, 3, 1, 4), *encodings, **options, backend=backend)
+        grads.append(torch.autograd.grad(out.float().square().sum(), encodings[1].table)[0].float())
+    assert (grads[0] - grads[1]).norm() < 0.05 * grads[1].norm()
 
 
 def test_no_square_tensor_at_4096_tokens():

@@ -194,3 +194,11 @@ def test_methods_in_any_case():
     assert torch.equal(
         get_bucket_ids_2d("Cross_Rows", 2, 2, 0, 1, 2, 8)[0], get_bucket_ids_2d("cross_rows", 2, 2, 0, 1, 2, 8)[0]
     )
+
+
+def test_a_map_is_sent_without_waiting_only_from_pinned_memory(monkeypatch):
+    """MPS reads a copy's source later, when that may be freed. CUDA's allocator of pinned memory waits for the copy."""
+    sent, real = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **options: sent.append(options) or real(x, *a, **options))
+    bucket_map("product", 1.9, 3, 4, 0, torch.device("meta"))
+    assert sent and not any(options.get("non_blocking") for options in sent)
