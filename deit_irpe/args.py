@@ -11,6 +11,7 @@ from irpe_train.arguments import (
     fraction,
     nonnegative_float,
     nonnegative_int,
+    number_of_workers,
     positive_float,
     positive_int,
 )
@@ -243,7 +244,7 @@ def get_check_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
     parser.add_argument("--val-split", type=fraction, metavar="FRACTION", help="as for training")
     parser.add_argument("--seed", default=0, type=int, help="as for training; of --val-split")
-    parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
+    parser.add_argument("--num_workers", default=2, type=number_of_workers, help="processes that decode images")
     return parser
 
 

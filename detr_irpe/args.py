@@ -11,6 +11,7 @@ from irpe_train.arguments import (
     fraction,
     nonnegative_float,
     nonnegative_int,
+    number_of_workers,
     positive_int,
 )
 from irpe_train.flags import FlagParser
@@ -185,7 +186,7 @@ def get_check_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_classes", type=positive_int, help="as for training, if given there")
     parser.add_argument("--masks", action="store_true", help="as for training: every object needs a mask")
     parser.add_argument("--max-bad", default=0.001, type=fraction, metavar="FRACTION", help="as for training")
-    parser.add_argument("--num_workers", default=2, type=nonnegative_int, help="processes that decode images")
+    parser.add_argument("--num_workers", default=2, type=number_of_workers, help="processes that decode images")
     return parser
 
 

@@ -35,6 +35,8 @@ def main(args: argparse.Namespace) -> None:
     """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or ask for --tables")
+    if args.point and not args.attention:
+        raise ValueError("--point says where --attention looks from: add --attention")
     set_up_logging(0)
     images = files_of(args.images, besides=args.out)
     _check_names(images, taken={"encodings"} if args.tables or args.attention else set())
@@ -48,14 +50,19 @@ def main(args: argparse.Namespace) -> None:
     out.refuse_to_replace(["encodings.png"] if with_tables else [])
     truth = Truth(args.annotations, detector.names) if args.annotations else None
     numbers = {image: truth.number_of(image) if truth else None for image in images}
+    if with_tables:
+        save(draw_tables(detector.encoder, REACH, REACH), out.path("encodings.png"))
+        out.wrote("encodings.png")
 
     unreadable = []
     for path, number in numbers.items():
         try:
             image, frame = read_in_frame(path, truth.size_of(number) if truth else None)
-        except OSError as error:  # the other images are still predicted
-            logger.error(str(error))
-            unreadable.append(str(error))
+            for point in args.point or ():
+                cell_of(point, image.size, 1, 1)
+        except (OSError, ValueError) as error:  # the other images are still predicted
+            unreadable.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
+            logger.error(unreadable[-1])
             continue
         layer = _Inputs(detector.encoder.layers[-1].self_attn) if args.attention else None
         found = detector(image)
@@ -71,9 +78,6 @@ def main(args: argparse.Namespace) -> None:
         if layer is not None:
             draw_attention(image, found, layer, args.point, path.name, out.path(f"{path.stem}_attention.png"))
             out.wrote(f"{path.stem}_attention.png")
-    if with_tables:
-        save(draw_tables(detector.encoder, REACH, REACH), out.path("encodings.png"))
-        out.wrote("encodings.png")
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(images)} images could not be predicted: {'; '.join(unreadable[:3])}")
 

@@ -42,8 +42,8 @@ def export_model(
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
     Returns: for each format the largest difference between its outputs and the model's, relative to the largest output.
-    Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already.
-        ValueError: the outputs differ.
+    Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already,
+        or PyTorch cannot write this model. ValueError: the outputs differ.
     """
     if not Path(out).name or Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
@@ -55,35 +55,20 @@ def export_model(
         expected = [_as_tuple(model(*example)) for example in examples]
         # One name is one size, in whichever inputs it stands; torch finds the equalities itself.
         shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in dynamic)
-        program = None
-        if {"onnx", "pt2"} & set(formats):
-            program = torch.export.export(model, tuple(examples[0]), dynamic_shapes=shapes)
-        differences = {}
+        program, differences = None, {}
         for format in formats:
             path = _exported(Path(out), format)
-            if format == "onnx":
-                names = {name: axes for name, axes in zip(input_names, dynamic, strict=True)}
-                logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it lists what it does not simplify
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "# The axis name")  # inputs share "batch", as they should
-                    exported = torch.onnx.export(
-                        program,
-                        input_names=list(input_names),
-                        output_names=list(output_names),
-                        dynamic_shapes=names,
-                        verbose=False,
-                    )
-                exported.model.metadata_props.update(metadata or {})
-                exported.save(path, external_data=False)
-                written = OnnxModel(path)
-                feeds = [dict(zip(input_names, example, strict=True)) for example in examples]
-                outputs = [tuple(written.run(output_names, **feed)) for feed in feeds]
-            elif format == "pt2":
-                torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata or {})})
-                loaded = torch.export.load(path).module()
-                outputs = [_as_tuple(loaded(*example)) for example in examples]
-            else:
-                outputs = [_as_tuple(_reload_safetensors(model, path, metadata)(*example)) for example in examples]
+            try:
+                if format == "safetensors":
+                    outputs = [_as_tuple(_reload_safetensors(model, path, metadata)(*example)) for example in examples]
+                else:
+                    program = program or torch.export.export(model, tuple(examples[0]), dynamic_shapes=shapes)
+                    save = _save_onnx if format == "onnx" else _save_pt2
+                    outputs = save(program, path, examples, metadata or {}, dynamic, input_names, output_names)
+            except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
+                path.unlink(missing_ok=True)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise RunError(f"{path}: this model cannot be written so ({reason[:300]})") from error
             differences[format] = _largest_difference(outputs, expected)
             if not differences[format] <= TOLERANCE:
                 raise ValueError(
@@ -123,6 +108,26 @@ def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
     except Exception as error:  # onnxruntime's own errors derive from Exception alone, and have several lines
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise BadCheckpoint(f"{path}: not a {what} ({reason})") from error
+
+
+def _save_onnx(program, path: Path, examples, metadata, dynamic, input_names, output_names) -> list[tuple[Tensor, ...]]:
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it lists what it does not simplify
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # inputs share "batch", as they should
+        names = {"input_names": list(input_names), "output_names": list(output_names)}
+        shapes = dict(zip(input_names, dynamic, strict=True))
+        exported = torch.onnx.export(program, **names, dynamic_shapes=shapes, verbose=False)
+    exported.model.metadata_props.update(metadata)
+    exported.save(path, external_data=False)
+    written = OnnxModel(path)
+    feeds = [dict(zip(input_names, example, strict=True)) for example in examples]
+    return [tuple(written.run(output_names, **feed)) for feed in feeds]
+
+
+def _save_pt2(program, path: Path, examples, metadata, *_) -> list[tuple[Tensor, ...]]:
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+    loaded = torch.export.load(path).module()
+    return [_as_tuple(loaded(*example)) for example in examples]
 
 
 def _exported(out: Path, format: str) -> Path:

@@ -74,7 +74,7 @@ def test_attention_and_encodings(tmp_path, photo):
     assert Image.open(tmp_path / "out" / "encodings.png").height > 100
     predict(photo, "--resume", resume, "--out", tmp_path / "own", "--attention", "--threshold", "1")  # no detection
     assert (tmp_path / "own" / "photo_attention.png").exists()
-    with pytest.raises(ValueError, match=r"--point 60,0 lies outside the image, which is 60 x 40 pixels"):
+    with pytest.raises(BadData, match=r"photo.jpg: --point 60,0 lies outside the image, which is 60 x 40 pixels"):
         predict(photo, "--resume", resume, "--out", tmp_path / "out", "--attention", "--point", "60,0")
 
 
@@ -269,6 +269,17 @@ def test_one_bad_image_does_not_cost_the_others(tmp_path, photo, capsys):
         launch(main, get_predict_parser(), list(map(str, [*words[1:], *arguments])))
     assert "1 of 2 images could not be predicted" in capsys.readouterr().err
     assert (tmp_path / "out" / "z.json").is_file()
+
+
+def test_a_point_outside_of_one_image_does_not_cost_the_others(tmp_path, photo):
+    Image.open(photo).resize((20, 20)).save(tmp_path / "a_small.png")
+    flags = ["--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out", "--point", "50,30"]
+    with pytest.raises(ValueError, match="--point says where --attention looks from: add --attention"):
+        predict(tmp_path, *flags)
+    with pytest.raises(BadData, match="1 of 2 .*a_small.png: --point 50,30 lies outside the image, which is 20 x 20"):
+        predict(tmp_path, *flags, "--attention")
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {".written_by_predict"}
+    assert written == {"encodings.png", "photo.png", "photo.json", "photo_attention.png"}
 
 
 def test_a_folder_stands_for_its_images(tmp_path, photo):

@@ -57,6 +57,28 @@ def test_a_difference_is_an_error(tmp_path):
         export(Traced(), tmp_path / "m", ["pt2"])
 
 
+class Untraceable(nn.Module):
+    """Decides by its data, which PyTorch cannot write down."""
+
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x * 3
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_what_cannot_be_written_is_one_message_and_leaves_no_file(tmp_path, format, monkeypatch):
+    with pytest.raises(RunError, match=rf"m.{format}: this model cannot be written so \([^\n]+\)$"):
+        export(Untraceable(), tmp_path / "m", ["safetensors", format])
+
+    def half_written(program, path, **options):
+        path.write_bytes(b"half")
+        raise AssertionError
+
+    monkeypatch.setattr(torch.export, "save", half_written)
+    with pytest.raises(RunError, match=r"n.pt2: this model cannot be written so \(AssertionError\)"):
+        export(Scores(), tmp_path / "n", ["pt2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises((ImportError, ValueError), match="safetensors"):
