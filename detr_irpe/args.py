@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every flag of detection, read before PyTorch is: training first, then predict, export and check."""
+"""The flags of detection: training, then predict, export and check. Importing this does not import PyTorch."""
 
 import argparse
 from pathlib import Path
@@ -31,8 +31,8 @@ FIRST = [
 BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which would import PyTorch
 EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
 
-The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Categories,
-image size, mean, deviation and encoding stand in its metadata, and predict runs the ONNX file too.
+The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Its metadata
+has categories, image size, mean, deviation and encoding; predict runs the ONNX file too.
 """
 CHECK = "What is wrong with a data set, before hours are spent on it."
 PREDICT = """Detect objects in images of your own: pictures with boxes (and masks), and the same as JSON.
@@ -133,7 +133,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Flags that do not fit together. Raises ValueError with what to change."""
+    """Raises ValueError: flags that contradict each other; says what to change."""
     if not args.coco_path:
         raise ValueError("--coco_path is needed: the folder that holds annotations/, train2017/ and val2017/")
     if args.dataset_file == "coco_panoptic" and not args.coco_panoptic_path:

@@ -25,7 +25,7 @@ def scale_to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
 def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
     """Generalised IoU of box ``i`` with box ``i``: the diagonal of ``torchvision.ops.generalized_box_iou``.
 
-    torchvision's own elementwise loss adds 1e-7 to the areas, which a small box in normalised units would notice.
+    torchvision's own elementwise loss adds 1e-7 to the areas, which changes the result for small normalised boxes.
 
     Args:
         boxes, others: ``(n, 4)`` corners.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m detr_irpe.check_data --coco_path DIR``: what is wrong with a data set, before hours are spent on it.
+"""``python -m detr_irpe.check_data --coco_path DIR``: find what is wrong with a data set before training on it.
 
 The same checks, on a few images of each split instead of all, run at every start of training (``quick_check``).
 """
@@ -28,9 +28,9 @@ from irpe_train.errors import RunError
 from irpe_train.launch import launch
 from irpe_train.pixels import is_turned
 
-MOST = 0.5  # so many boxes or images that are wrong are no oversight; single ones, which COCO has too, are dropped
+MOST = 0.5  # the part of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
 SAMPLE = 8  # images of a split that a start of training looks at
-FRACTIONS = 0.9  # of all boxes within one pixel: then they are no pixels
+FRACTIONS = 0.9  # if this part of all boxes lies within one pixel, the unit is not pixels
 
 
 @dataclass
@@ -76,7 +76,7 @@ def problems_of(
 
     Args:
         num_classes: ids from this on have no logit; None does not look.
-        train: the set is learned from, and not only evaluated on.
+        train: the set is for training, not only for evaluation.
         masks: masks are trained, or scored.
         max_bad: the part of a training set that may be unreadable.
         only: the numbers of the images to look at, a sample of them; all by default.
@@ -102,7 +102,7 @@ def problems_of(
 def annotation_problems(
     annotations: Annotations, num_classes: int | None = None, *, train: bool = True, masks: bool = False
 ) -> list[Problem]:
-    """What can be seen without opening an image."""
+    """The problems that show without opening an image."""
     boxes, labels = annotations.boxes, annotations.labels
     owner = annotations.image_of_object()
     x, y, width, height = boxes.unbind(1)
@@ -113,7 +113,7 @@ def annotation_problems(
     learnable = (width > 0) & (height > 0) & ~lost & (annotations.iscrowd == 0)
     fractions = len(boxes) > 0 and ((boxes >= 0) & (boxes <= 1)).all(1).float().mean() >= FRACTIONS
     rows = np.column_stack([owner, labels, boxes])
-    order = np.lexsort(rows.T)  # equal ones are neighbours, in the order of the file
+    order = np.lexsort(rows.T)  # equal rows are neighbours, in the order of the file
     again = torch.zeros(len(rows), dtype=torch.bool)
     again[order[1:][(rows[order[1:]] == rows[order[:-1]]).all(1)]] = True
     names = Counter(name.decode() for name in annotations.names)
@@ -162,7 +162,7 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
 
 
 def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
-    """A set without one object that is no crowd, and whose box is inside its image."""
+    """A set in which every object is a crowd or has no box inside its image."""
     if not images:
         return Problem("no images", 1)
     if train:
@@ -179,7 +179,7 @@ def split_problems(train: CocoDetection | CocoPanoptic, val: CocoDetection | Coc
 
 
 def naming_problems(ours: dict[int, str], theirs: dict[int, str], our_file: Path, their_file: Path) -> Found:
-    """Categories that two files call by different names or ids: what is learned is scored wrong."""
+    """Categories with different names or ids in two files: right answers would be scored as wrong."""
     first, second = our_file.name, their_file.name
     other = Problem(f"category ids that stand for something else in {second}")
     new = Problem(f"categories of {second} that {first} does not list", allowed=math.inf)
@@ -203,11 +203,11 @@ def image_problems(
     allowed: float,
     num_workers: int,
 ) -> list[Problem]:
-    """What shows when images are decoded: unreadable files, sizes other than annotated, turned photos."""
+    """The problems that show when images are decoded: unreadable files, other sizes than annotated, turned photos."""
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
     turned = Problem("photos that are read as stored and shown turned (EXIF)", allowed=math.inf)
-    generator = torch.Generator()  # its own: a check that drew from torch's would change the run that it precedes
+    generator = torch.Generator()  # its own, so that the check does not change the run that follows
     data = _Decoded(annotations, images, looked_at)
     decoded = DataLoader(data, batch_size=None, num_workers=num_workers, generator=generator)
     for index, (height, width, other, error) in zip(looked_at, decoded, strict=True):
@@ -297,7 +297,7 @@ def main(args: argparse.Namespace) -> int:
                 how = dict(return_masks=args.masks, instances=instances)
                 dataset = CocoPanoptic(root, panoptic_root, split, None, **how)
             else:
-                dataset = CocoDetection(root, split, None, return_masks=True)  # masks are looked at, needed or not
+                dataset = CocoDetection(root, split, None, return_masks=True)  # masks are always checked
         except (OSError, ValueError, RunError) as error:
             fatal.append(str(error))
             logger.error(str(error))
@@ -313,7 +313,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 class _Decoded(Dataset):
-    """Height and width of an image as training reads it, whether people see it turned, or why it cannot be read."""
+    """Height and width of an image as training reads it, whether viewers show it turned, or why it cannot be read."""
 
     def __init__(self, annotations: Annotations, images, only: Sequence[int]) -> None:
         self.annotations, self.images, self.only = annotations, images, only

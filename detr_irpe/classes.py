@@ -11,7 +11,7 @@ from irpe_train.errors import BadCheckpoint
 
 
 def classes_in(weights: Mapping[str, Tensor], *, source: str) -> int:
-    """Outputs of the class head in a DETR's weights, "no object" not counted."""
+    """The number of outputs of the class head in a DETR's weights, without "no object"."""
     bias = next((value for key, value in weights.items() if key.endswith("class_embed.bias")), None)
     if bias is None or bias.ndim != 1 or len(bias) < 2:
         raise BadCheckpoint(f"checkpoint {source}: no class head (class_embed.bias) in it; it is not one of a DETR")
@@ -19,7 +19,7 @@ def classes_in(weights: Mapping[str, Tensor], *, source: str) -> int:
 
 
 def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: str) -> dict[int, str]:
-    """Category id -> name of what a checkpoint was trained on: its own, or COCO's where it has as many classes.
+    """The categories (id -> name) a checkpoint was trained on: its own, or COCO's where it has as many classes.
 
     The published checkpoints name none. Empty where nothing is known.
     """
@@ -33,12 +33,12 @@ def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: st
 
 
 def same_name(one: str | None, other: str | None) -> bool:
-    """Whether two names are one, but for capitals and spaces around them."""
+    """Whether two names are equal, apart from case and surrounding spaces."""
     return one is not None and other is not None and one.strip().casefold() == other.strip().casefold()
 
 
 def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str]:
-    """What the ids of the data mean in a checkpoint, where that is something else."""
+    """What ids of the data mean in a checkpoint, where the two differ."""
     return [
         f"{i} is {name!r} here and {trained[i]!r} there" if i in trained else f"{i} {name!r} is not there"
         for i, name in here.items()
@@ -47,7 +47,7 @@ def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str
 
 
 def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
-    """Say what differs between the classes of a checkpoint and of the data that it is evaluated on.
+    """Log how the classes of a checkpoint differ from those of the data it is evaluated on.
 
     Raises: BadCheckpoint: the same names have other ids, so that right answers would count as wrong.
     """

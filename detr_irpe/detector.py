@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained detector that takes images and answers with boxes: from a checkpoint, or from an exported ONNX file."""
+"""A trained detector, from images to boxes: from a checkpoint or an exported ONNX file."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from irpe_train.export import read_onnx
 
 
 class Detector:
-    """A trained model with what it needs to speak of images: sizes, names, post-processing.
+    """A trained model with its image size, category names and post-processing.
 
     Attributes:
         names: category id -> name.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of detections, and of where the encoder looks."""
+"""Pictures of detections and of the encoder's attention."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 READABLE_SIDE = 480  # pixels; a smaller image is enlarged by a whole factor, so that the labels can be read
-LARGEST_SIDE = 2048  # pixels that no image is enlarged beyond, however thin it is
-# Ten colours that people with any common colour blindness tell apart: Paul Tol's "muted" scheme, its grey last.
+LARGEST_SIDE = 2048  # pixels; no image is enlarged beyond this, however thin it is
+# Ten colours that colour-blind readers can tell apart: Paul Tol's "muted" scheme, its grey last.
 PALETTE = (
     *("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee"),
     *("#882255", "#44aa99", "#999933", "#aa4499", "#dddddd"),
@@ -41,7 +41,7 @@ def draw_objects(
     corners = (boxes.float().cpu() * factor).minimum(edge).clamp(min=0).round().int().tolist()
     for (x0, y0, x1, y1), colour in zip(corners, colours, strict=True):
         x1, y1 = max(x0, x1), max(y0, y1)
-        canvas.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=ink_on(colour), width=line + 2)  # seen on any ground
+        canvas.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=ink_on(colour), width=line + 2)  # visible anywhere
         canvas.rectangle((x0, y0, x1, y1), outline=colour, width=line)
     for (x0, y0, _, _), colour, label in zip(corners, colours, labels, strict=True):  # over all boxes
         left, top, right, bottom = canvas.textbbox((0, 0), label, font=font)
@@ -88,7 +88,7 @@ def cell_of(point: tuple[float, float], size: tuple[int, int], height: int, widt
 
 @torch.no_grad()
 def attention_maps(layer: torch.nn.Module, inputs: tuple, token: int) -> dict[str, Tensor]:
-    """Where one token looks in an encoder layer, ``(height, width)`` each: the mean of the heads, and each head.
+    """The attention of one token in an encoder layer, ``(height, width)`` each: the mean of the heads, and each head.
 
     Args:
         layer: an ``RPESelfAttention``; inputs: what it was called with.

@@ -44,7 +44,7 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
     weights = model_weights(checkpoint, source=source)
     args = _flags(checkpoint, weights, source)
     try:
-        with torch.device("meta"):  # allocates nothing: no flag may cost more memory than the stored weights do
+        with torch.device("meta"):  # allocates nothing, whatever the flags ask for
             shapes = build_model(args)[0]
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with relative position encoding: what is asked for is checked, and a backend computes it."""
+"""Attention with relative position encoding: arguments are checked here, and a backend computes it."""
 
 import torch
 from torch import Tensor

@@ -31,7 +31,7 @@ def get_bucket_ids_2d(
         height, width: of the grid, in patches; ``L = height * width + skip``.
         alpha, beta, gamma: of `piecewise_index`; ``ratio * (1, 2, 8)`` in iRPE.
     Returns:
-        ids: ``(L, L)`` int64 on the CPU, yours to change; row = query (the token that looks), column = key.
+        ids: ``(L, L)`` int64 on the CPU, free to change; row = query (the token that looks), column = key.
         num_buckets: ``N``; with ``skip > 0`` bucket ``N - 1`` is every pair with a leading token in it.
     Raises: ValueError: for an unknown method, ``cross`` (two maps), an empty grid or impossible coefficients;
         for ids of a registered method that are no int64 or no bucket on this grid.

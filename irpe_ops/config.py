@@ -9,7 +9,7 @@ from irpe_ops.buckets import count_buckets
 from irpe_ops.methods import find_method, maps_of
 from irpe_ops.modes import MODES
 
-MAX_BUCKETS = 1 << 24  # in one table; a larger one comes from a typing mistake
+MAX_BUCKETS = 1 << 24  # in one table; more can only be a typing mistake
 RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
 SPEC_FORMAT = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
 

@@ -39,7 +39,7 @@ _BUILD = "pip install ./rpe_ops_cuda"
 
 @dataclass(frozen=True)
 class Backend:
-    """One way of computing: ``missing`` says why it is not there and which command mends that."""
+    """One way of computing: ``missing`` says why it is not there and which command installs it."""
 
     name: str
     missing: str | None
@@ -47,7 +47,7 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """All backends, the slow and certain ones first."""
+    """All backends, the slow and simple ones first."""
     return [
         Backend("plain PyTorch", None, lambda: _check_attention("eager", "cpu")),
         Backend("sdpa attention", None, lambda: _check_attention("sdpa", _best_device())),
@@ -61,7 +61,7 @@ def backends() -> list[Backend]:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
     args = get_info_parser().parse_args(argv)
-    if args.benchmark:  # minutes of work: first see that its result can be kept
+    if args.benchmark:  # minutes of work: first check that the result can be written
         try:
             args.benchmark.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=args.benchmark).close()
@@ -88,11 +88,11 @@ def _passes(backend: Backend) -> bool:
     right = True
     try:
         for what, error, allowed in backend.check():
-            # Not `error > allowed`, which a NaN would pass.
+            # Not `error > allowed`: a NaN would pass.
             good = error <= allowed
             print(f"{'':8}  {'ok' if good else 'WRONG':6}{what}: relative error {error:.1e}, allowed {allowed:.1e}")
             right = right and good
-    except Exception as problem:  # whatever a broken backend raises is what the user needs to read
+    except Exception as problem:  # the user needs to see whatever a broken backend raises
         print(f"{'':8}  WRONG {type(problem).__name__}: {problem}")
         right = False
     return right
@@ -193,7 +193,7 @@ def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float
 
 
 def _outputs_and_gradients(spec: str, dtype: torch.dtype, name: str, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Outputs and all gradients in one vector, by the backend and by plain PyTorch in fp64 from the same numbers."""
+    """Outputs, and all gradients as one vector, of the backend and of plain PyTorch in fp64, from the same inputs."""
     generator = torch.Generator().manual_seed(0)
     encodings = nn.ModuleList(rpe or nn.Identity() for rpe in build_rpe(parse_rpe_spec(spec, skip=1), 32, 2))
     for table in encodings.parameters():
@@ -213,7 +213,7 @@ def _outputs_and_gradients(spec: str, dtype: torch.dtype, name: str, device: str
 
 
 def _relative(ours: Tensor, exact: Tensor) -> float:
-    """The distance between two vectors, as a part of the length of the exact one."""
+    """The distance between two vectors, relative to the length of the exact one."""
     ours, exact = ours.detach().double(), exact.detach().double()
     return float((ours - exact).norm() / exact.norm())
 

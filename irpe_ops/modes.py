@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a table holds for a bucket, and what the scores get from it: a mode is one row of `MODES`."""
+"""The modes: what a table holds for a bucket, and what it adds to the scores. A mode is one row of `MODES`."""
 
 import contextlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from irpe_ops.rpe_index import under_function_transform
 
 
 class Mode(NamedTuple):
-    """One way to fill a bucket.
+    """What a table holds for a bucket.
 
     Attributes:
         parameter: the name of the table in checkpoints.
@@ -79,7 +79,7 @@ def _sums_halves_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 8
 
 
-_sums_halves_in_fp32._dynamo_marked_constant = True  # asked while torch.compile traces
+_sums_halves_in_fp32._dynamo_marked_constant = True  # called while torch.compile traces
 
 
 def _rows(x: Tensor, tables: int) -> Tensor:

@@ -17,7 +17,7 @@ from irpe_ops.rpe_index import rpe_index, rpe_index_adjoint
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on ``device``; None where it is off (and on ``meta``, where there is none to ask)."""
+    """The dtype of autocast on ``device``; None where it is off, and on ``meta``."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -84,7 +84,7 @@ def built_for(device: int) -> bool:
     return torch.ops.irpe.has_code_for(device) if hasattr(torch.ops.irpe, "has_code_for") else True
 
 
-built_for._dynamo_marked_constant = True  # asked while torch.compile traces
+built_for._dynamo_marked_constant = True  # called while torch.compile traces
 
 
 def under_function_transform() -> bool:

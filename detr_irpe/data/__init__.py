@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DETR is trained and scored on: COCO-layout folders or archives, their augmentation and their metrics."""
+"""DETR's data: COCO-layout folders or archives, their augmentation and metrics."""

@@ -19,7 +19,7 @@ SIDES = range(2**20)  # pixels of an image
 class Annotations:
     """Images in the order of their ids, and the objects of each in the order of the file.
 
-    Data set, check, scoring and prediction all work from this form of a file: none reads it in a way of its own.
+    Data set, check, scoring and prediction all use this form of the file.
 
     Attributes:
         image_ids: (images,) int64. ``names``: their file names, as bytes.
@@ -104,7 +104,7 @@ class Annotations:
         return f"annotation {int(self.ids[index])} of image {image}: bbox {box}, category {int(self.labels[index])}"
 
     def unsized(self) -> list[str]:
-        """Images whose height and width a mask cannot do with: missing, or absurd."""
+        """Images whose height and width are missing or absurd, so that they can have no mask."""
         return [self.names[i].decode() for i in (~self._sized()).nonzero()[:, 0].tolist()]
 
     def _sized(self) -> Tensor:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A look at a zip archive of images before it is read: nothing in it may point outside or claim absurd sizes."""
+"""Checks a zip archive before it is read: no member may point outside of it or claim an absurd size."""
 
 import zipfile
 from pathlib import Path, PurePosixPath
 
 from irpe_train.errors import BadData
 
-LARGEST_MEMBER = 2**30  # bytes; no image or annotation file of these data sets comes near
+LARGEST_MEMBER = 2**30  # bytes; far above any image or annotation file of these data sets
 LARGEST_RATIO = 200  # claimed to stored; deflate cannot exceed 1032, images and JSON stay far below this
 
 

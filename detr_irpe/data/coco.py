@@ -20,7 +20,7 @@ from irpe_train.pixels import decode_image
 class CocoDetection(Dataset):
     """One split of a COCO-layout data set.
 
-    ``dataset[i]`` is ``(image, target)`` as ``transforms`` leaves them. The target has ``boxes`` (n, 4), ``labels``
+    ``dataset[i]`` is ``(image, target)`` after ``transforms``. The target has ``boxes`` (n, 4), ``labels``
     (n,) with the category ids as they are, ``masks`` (n, h, w) bool if asked for, ``image_id`` (1,), ``area`` and
     ``iscrowd`` (n,), ``orig_size`` and ``size`` (2,) as height, width. Crowds are left out: regions, not objects.
 
@@ -83,8 +83,7 @@ def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[in
 def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
     """An encoded image in RGB, in the frame that its annotated ``size`` (height, width) is in.
 
-    That is as the file stores it, as published, unless the size is the one that it has when it is turned as its EXIF
-    orientation says.
+    That is as stored, as published, unless the annotated size is that of the image turned by its EXIF orientation.
     """
     image = decode_image(data, name)
     if tuple(size) == image.size != image.size[::-1]:
@@ -95,7 +94,7 @@ def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
 def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tensor], name: str) -> tuple[Tensor, dict]:
     """The item that ``transforms`` make, without empty boxes.
 
-    Raises: RuntimeError: they failed. It is not the image's fault: it must not be skipped as an unreadable one.
+    Raises: RuntimeError: they failed. It is not the image's fault, so it must not be skipped as unreadable.
     """
     try:
         return transforms(image, drop_empty_boxes(target))

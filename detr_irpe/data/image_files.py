@@ -79,7 +79,7 @@ class FilesInZip:
         file.seek(name_length + extra_length, os.SEEK_CUR)
         content = file.read(stored_size)
         if method == zipfile.ZIP_DEFLATED:
-            try:  # one byte more than promised is enough to know; a bomb is never unfolded
+            try:  # one byte more than promised is enough to detect a zip bomb
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
             except zlib.error as error:
                 raise OSError(f"{self.describe(index)}: the archive is damaged ({error})") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotation files as typed columns: exact integers, finite numbers, text; anything else is refused by its place."""
+"""Annotation files as typed columns: exact integers, finite numbers, text; an error names the entry."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f'no annotation file {path}. See README, "Data", for the layout that is expected.')
     collecting = gc.isenabled()
-    gc.disable()  # millions of new dicts and not one cycle: collecting would take longer than reading
+    gc.disable()  # millions of new dicts without a cycle: collecting garbage would take longer than reading
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -146,7 +146,7 @@ def _number(value) -> float | None:
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
-        return None  # also NaN, which no comparison holds for
+        return None  # also NaN, for which no comparison is true
     return float(value)
 
 
@@ -162,7 +162,7 @@ def _text(value) -> str | None:
         return None
     try:
         return value if value.encode() else None
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no file can be called
+    except UnicodeEncodeError:  # half a surrogate pair: valid in JSON, but not in a file name
         return None
 
 

@@ -20,7 +20,7 @@ from detr_irpe.data.packed_strings import PackedStrings
 from detr_irpe.models.postprocess import ids_of_colours
 from irpe_train.pixels import decode_image
 
-SEGMENT_IDS = range(1, 2**24)  # what three bytes of colour can say; 0 is "nothing"
+SEGMENT_IDS = range(1, 2**24)  # what three bytes of colour can hold; 0 is "nothing"
 
 
 class CocoPanoptic(Dataset):

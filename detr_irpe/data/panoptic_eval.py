@@ -17,7 +17,7 @@ from irpe_train import distributed
 
 @dataclass
 class SegmentMatches:
-    """How one image's segments fit: category and IoU of each true positive, category of each miss and false alarm."""
+    """The matches of one image: category and IoU of each true positive, category of each miss and false alarm."""
 
     matched: list[tuple[int, float]] = field(default_factory=list)
     false_alarms: list[int] = field(default_factory=list)
@@ -110,7 +110,7 @@ class PanopticEvaluator:
         if not distributed.is_main():
             return None
         matches = {i: m for part, _ in gathered for i, m in part.items()}
-        images = [matches[i] for i in sorted(matches)]  # one order whatever the number of processes: one rounding
+        images = [matches[i] for i in sorted(matches)]  # so rounding does not depend on the processes
         if self._output_dir is not None:
             predictions = {i: p for _, part in gathered for i, p in part.items()}
             annotations = [predictions[i] for i in sorted(predictions)]

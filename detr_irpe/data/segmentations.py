@@ -19,10 +19,10 @@ MOST_PIXELS = 2**30  # of an image; run lengths are 32-bit numbers in pycocotool
 def problem_of(segmentation, height: int, width: int) -> str | None:
     """What is wrong with the mask of an object in an image of this size, None if nothing is.
 
-    pycocotools trusts what it is given: a wrong run length writes past the end of its memory.
+    pycocotools checks nothing: a wrong run length makes it write past the end of its memory.
     """
     if not segmentation:
-        return None  # no mask; whether one is needed is the caller's business
+        return None  # no mask; the caller decides whether one is needed
     if isinstance(segmentation, list):
         return next((wrong for polygon in segmentation if (wrong := _wrong_polygon(polygon, height, width))), None)
     if not isinstance(segmentation, dict):

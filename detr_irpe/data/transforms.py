@@ -2,8 +2,8 @@
 """DETR's augmentation: torchvision's v2 operations on an image and its target together.
 
 A transform takes and returns ``(image, target)``: a PIL image (a float tensor after ``ToModelInput``) and a dict whose
-``boxes`` and ``masks`` are torchvision ``tv_tensors``, so that any transform of ``torchvision.transforms.v2`` can stand
-beside the ones here. All draw from torch's random state.
+``boxes`` and ``masks`` are torchvision ``tv_tensors``, so that any transform of ``torchvision.transforms.v2`` can be
+combined with these. All draw from torch's random state.
 """
 
 from collections.abc import Sequence

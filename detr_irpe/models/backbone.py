@@ -39,7 +39,7 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
     resnet = torchvision.models.get_model(
         name, weights=None, norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation]
     )
-    if pretrained:  # not by torchvision, whose message without a network is no help
+    if pretrained:  # not by torchvision, whose message without a network does not help
         load_backbone_weights(resnet, torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url)
     return resnet
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which query answers for which object: the cheapest one-to-one assignment.
+"""The assignment of queries to objects: one to one, at the lowest cost.
 
 Source: Carion et al., ECCV 2020, Sec. 3.1 and Eq. (1).
 """
@@ -13,7 +13,7 @@ from torchvision.ops import generalized_box_iou
 
 from detr_irpe.boxes import cxcywh_to_xyxy
 
-WORST = 1e9  # stands for a cost that is not finite: the loss will say so, the assignment must not fail before it
+WORST = 1e9  # in place of a cost that is not finite: the loss reports it, so the assignment must not fail first
 
 
 class HungarianMatcher:

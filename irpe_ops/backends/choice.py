@@ -59,12 +59,12 @@ def _order(call: AttentionCall) -> tuple[str, ...]:
 
 
 def can_run(name: str, call: AttentionCall) -> bool:
-    """Whether a backend exists here and has nothing against the call."""
+    """Whether a backend exists here and can run the call."""
     return module_of(name).missing() is None and module_of(name).why_not(call) is None
 
 
 def may_measure(call: AttentionCall) -> bool:
-    """Whether this is the time and place: an ordinary eager call that the user has not told to keep to the order."""
+    """Whether measuring is possible (an ordinary eager call) and not switched off."""
     if torch.compiler.is_compiling() or under_function_transform() or type(call.q) is not Tensor:
         return False
     if torch._C._len_torch_dispatch_stack():  # a mode that counts or keeps what is computed: it is not to see this
@@ -105,7 +105,7 @@ def _kind(call: AttentionCall) -> str:
 
 
 def _agreed(kind: str, find: Callable[[], Measurement]) -> Measurement:
-    """What all ranks go by: the measurement of the rank that came first, left in the process group's store.
+    """The measurement that all ranks use: that of the first rank, shared through the process group's store.
 
     No rank waits for another: ranks with images of other sizes may never ask for this kind.
     """

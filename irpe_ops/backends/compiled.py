@@ -44,7 +44,7 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def attention(call: AttentionCall) -> Tensor:
-    """`rpe_attention` for arguments it has checked and `why_not` has nothing against. Returns ``(B, H, L, D)``."""
+    """`rpe_attention` for arguments that passed its checks and `why_not`. Returns ``(B, H, L, D)``."""
     q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
     batch, heads, length, _ = q.shape
     tables, maps = [], []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `rpe_attention` means, in plain PyTorch: every other backend is held against it."""
+"""The definition of `rpe_attention`, in plain PyTorch: every other backend is tested against it."""
 
 import math
 

@@ -17,7 +17,7 @@ ALLOWED = 4.0  # times the error of plain PyTorch in the same dtype
 
 
 class Measurement(NamedTuple):
-    """What one kind of call has shown: milliseconds of each right candidate, and why the others are left out."""
+    """The result for one kind of call: milliseconds of each correct candidate, and why the others are left out."""
 
     ms: dict[str, float]
     left_out: dict[str, str]
@@ -55,7 +55,7 @@ def measure(
                 if not error <= allowed:  # not `>`, which a NaN would pass
                     raise ArithmeticError(f"wrong by {error:.1e} of the answer; {allowed:.1e} is allowed")
                 ms[name] = _milliseconds(functools.partial(_run, attention, _copy(call, training), training), device)
-            except Exception as error:  # whatever a compiler, a driver or a kernel raises: the run goes on without it
+            except Exception as error:  # of a compiler, driver or kernel: the run continues without it
                 words = str(error).strip().splitlines()
                 left_out[name] = f"{type(error).__name__}: {words[0] if words else 'no message'}"
                 _check_device(device, name, left_out[name])
@@ -81,7 +81,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _copy(call: AttentionCall, training: bool) -> AttentionCall:
-    """The same call with leaves and modules of its own, so that nothing of the run's graph is touched."""
+    """A copy of the call with its own leaves and modules, so that the run's graph is not touched."""
     q, k, v = (x.detach().clone().requires_grad_(training) for x in (call.q, call.k, call.v))
     mask = call.attn_mask
     mask = None if mask is None else mask.detach().clone().requires_grad_(mask.requires_grad)
@@ -146,7 +146,7 @@ def _run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, trai
 
 
 def _distance(ours: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest distance of an output or gradient from the exact one, as a part of the length of the exact one."""
+    """The largest distance of an output or gradient from the exact one, relative to the length of the exact one."""
     return max(
         float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
         for x, y in zip(ours, exact, strict=True)

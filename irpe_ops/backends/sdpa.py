@@ -33,7 +33,7 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def attention(call: AttentionCall) -> Tensor:
-    """`rpe_attention` for arguments it has checked and `why_not` has nothing against. Returns ``(B, H, L, D)``.
+    """`rpe_attention` for arguments that passed its checks and `why_not`. Returns ``(B, H, L, D)``.
 
     The mask has the dtype of q. Lookups, and sums of its gradient by bucket, are fp32 where no kernel of rpe_ops_cuda
     sums half precision in fp32.

@@ -137,7 +137,7 @@ def generation(device: torch.device) -> int:
     return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
 
 
-generation._dynamo_marked_constant = True  # asked while torch.compile traces
+generation._dynamo_marked_constant = True  # called while torch.compile traces
 
 
 def constants(dtype: torch.dtype, head_dim: int, padded: int, generation: int) -> dict:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's models with relative position encoding in every block: one function, one file a library."""
+"""Puts relative position encoding into models of other libraries: one function, one file for each library."""
 
 from torch import nn
 

@@ -11,7 +11,7 @@ from irpe_ops.config import RPEConfig
 from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe
 
-# What an attention of timm's may consist of, by its class. Anything else computes something that is not known here.
+# The parts an attention of timm may have, by its class. With any other part, what it computes is not known here.
 _PLAIN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 _ROTARY = ("q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias")
 _PARTS = {"Attention": _PLAIN, "AttentionRope": _ROTARY + _PLAIN, "EvaAttention": _ROTARY + _PLAIN}

@@ -14,7 +14,7 @@ HELP = "See docs/equip.md for equipping other models by hand."
 
 
 class _Here(threading.local):
-    """What this thread has last seen of each grid: two threads may run one model on two image sizes."""
+    """The grids last seen by this thread: two threads may run one model on two image sizes."""
 
     def __init__(self) -> None:
         self.grids = weakref.WeakKeyDictionary()
@@ -29,8 +29,8 @@ class TokenGrid:
     """Grids by number of tokens, as each thread last saw them.
 
     Gradient checkpointing runs blocks again during the backward pass, perhaps after forward passes of other sizes and
-    on a thread of autograd's. So where image sizes vary, each block's backward pass starts by putting back the grid of
-    its forward pass: 7 x 14 and 14 x 7 have the same number of tokens.
+    on a thread of autograd's. So where image sizes vary, each block's backward pass starts by restoring the grid of its
+    forward pass: 7 x 14 and 14 x 7 have the same number of tokens.
 
     Args:
         skip: leading tokens. varies: image sizes may. tokens_dim: of what blocks return, 1 for ``(B, L, C)``.
@@ -85,7 +85,7 @@ class TokenGrid:
 
 
 class _PutBack(torch.autograd.Function):
-    """Does nothing forward; backward, which is before anything of its block, puts the block's grid back."""
+    """The identity; its backward, which runs before that of its block, restores the block's grid."""
 
     @staticmethod
     def forward(ctx, tokens: Tensor, grid: TokenGrid) -> Tensor:
@@ -99,7 +99,7 @@ class _PutBack(torch.autograd.Function):
 
 
 def why_changed(attention: nn.Module) -> str | None:
-    """Why an attention of a known class does not compute what its class does, or None where it does."""
+    """Why an attention does not compute what its class does, or None where it does."""
     if "forward" in vars(attention):
         return "its forward was replaced by another function"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -109,7 +109,7 @@ def why_changed(attention: nn.Module) -> str | None:
 
 
 def add_encodings(attention: nn.Module, weight: Tensor, encodings: tuple, grid: TokenGrid, backend: str) -> None:
-    """Give an attention what every equipped one has: ``rpe_q, rpe_k, rpe_v``, ``grid`` and ``attn_backend``."""
+    """Add what every equipped attention has: ``rpe_q, rpe_k, rpe_v``, ``grid`` and ``attn_backend``."""
     for role, rpe in zip("qkv", encodings, strict=True):
         setattr(attention, f"rpe_{role}", None if rpe is None else rpe.to(weight))
     attention.grid, attention.attn_backend = grid, backend
