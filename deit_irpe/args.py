@@ -25,7 +25,7 @@ EXPORT = """A trained DeiT as ONNX, torch.export or safetensors.
 
 The metadata has classes, image size, mean, deviation and encoding, each as JSON; predict runs the ONNX file too.
 """
-CHECK = "What is wrong with a data set, before hours are spent on it."
+CHECK = "Find what is wrong with a data set before training on it."
 PREDICT = """The five most likely classes of images, as pictures and JSON.
 
     irpe classify predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]
@@ -305,7 +305,7 @@ def keywords(pairs: list[str]) -> dict:
     for pair in map(_keyword, pairs):
         key, _, text = pair.partition("=")
         if key in values:
-            raise ValueError(f"--model-kwargs: {key} is there twice; give it once")
+            raise ValueError(f"--model-kwargs: {key} is given twice; give it once")
         try:
             values[key] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):

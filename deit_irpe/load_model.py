@@ -62,7 +62,7 @@ def _flags(checkpoint: dict, *, source: str) -> dict:
     stored = checkpoint.get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
     if not isinstance(stored, dict):
-        raise BadCheckpoint(f"checkpoint {source}: its 'args' are no flags but a {type(stored).__name__}")
+        raise BadCheckpoint(f"checkpoint {source}: its 'args' are a {type(stored).__name__}, not flags")
     defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
     flags = defaults | {name: stored[name] for name in MODEL_FLAGS if name in stored}
     for name, kind in MODEL_FLAGS.items():

@@ -149,7 +149,7 @@ def evaluate_only(
         confusion = sum(distributed.gather(confusion))
     if confusion is not None and distributed.is_main():
         files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
-        logger.info(f"which class was taken for which: {', '.join(map(str, files))}")
+        logger.info(f"confusion matrix: {', '.join(map(str, files))}")
     if args.expect and distributed.is_main():
         measured = {"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}
         if not card.expect(row, measured, **about, output_dir=args.output_dir):

@@ -34,7 +34,7 @@ EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
 The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Its metadata
 has categories, image size, mean, deviation and encoding; predict runs the ONNX file too.
 """
-CHECK = "What is wrong with a data set, before hours are spent on it."
+CHECK = "Find what is wrong with a data set before training on it."
 PREDICT = """Detect objects in images of your own: pictures with boxes (and masks), and the same as JSON.
 
     irpe detect predict IMG... --resume X.pth --out DIR [--attention]

@@ -166,8 +166,8 @@ def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
     if not images:
         return Problem("no images", 1)
     if train:
-        return Problem("images, and not one object to learn: all are crowds or without a box", 0 if objects else images)
-    return Problem("images, and not one object to find: AP will be -1", 0 if objects else images, allowed=math.inf)
+        return Problem("images without one object to learn (all are crowds or have no box)", 0 if objects else images)
+    return Problem("images without one object to find: AP will be -1", 0 if objects else images, allowed=math.inf)
 
 
 def split_problems(train: CocoDetection | CocoPanoptic, val: CocoDetection | CocoPanoptic) -> Found:
@@ -270,7 +270,7 @@ def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, 
         val, train = sets
         found += split_problems(train, val)
     if fatal := tell(found):
-        raise ValueError(f"{'; '.join(fatal)}. `python -m detr_irpe.check_data` tells all.")
+        raise ValueError(f"{'; '.join(fatal)}. `python -m detr_irpe.check_data` shows everything.")
 
 
 def summary_of(dataset: CocoDetection | CocoPanoptic) -> str:

@@ -52,9 +52,7 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
     Raises: BadCheckpoint: the same names have other ids, so that right answers would count as wrong.
     """
     if not trained:
-        logger.info(
-            f"checkpoint {source} does not name its classes: that its ids mean what they mean here is not checked"
-        )
+        logger.info(f"checkpoint {source} does not name its classes: whether its ids mean the same here is not checked")
         return
     ids = {name.strip().casefold(): i for i, name in trained.items()}
     moved = [

@@ -63,7 +63,7 @@ def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Name
         categories = {int(i): str(name) for i, name in json.loads(exported.metadata["categories"]).items()}
         image_size = int(exported.metadata["image_size"])
         if not 0 < image_size <= LARGEST_IMAGE_SIZE:
-            raise ValueError(f"its image_size is {image_size}, beyond all photographs")
+            raise ValueError(f"its image_size is {image_size}, larger than any photo")
 
     def model(images: list[Tensor]) -> dict[str, Tensor]:
         (image,) = images

@@ -48,7 +48,7 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
             shapes = build_model(args)[0]
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise BadCheckpoint(f"checkpoint {source}: its flags describe no DETR ({reason})") from error
+        raise BadCheckpoint(f"checkpoint {source}: its flags do not describe a DETR ({reason})") from error
     load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
     model, _, postprocessors = build_model(args)
     load_matching(model, weights, source=source)
@@ -72,7 +72,7 @@ def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argpars
             )
         setattr(args, name, value)
     if not 0 < args.image_size <= LARGEST_IMAGE_SIZE:
-        raise BadCheckpoint(f"checkpoint {source}: its flag image_size is {args.image_size}, beyond all photographs")
+        raise BadCheckpoint(f"checkpoint {source}: its flag image_size is {args.image_size}, larger than any photo")
     if args.enc_layers + args.dec_layers > len(weights):
         raise BadCheckpoint(f"checkpoint {source}: its flags name more layers than it has weights")
     args.eval, args.aux_loss = True, False  # no backbone weights are fetched; the last decoder layer alone

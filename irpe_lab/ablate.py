@@ -168,7 +168,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("grid", type=Path, metavar="GRID.yaml", help="see irpe_lab/grid.py")
     add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
-    add("--only", metavar="GLOB", help="those runs alone whose name fits, e.g. '*-product-*'")
+    add("--only", metavar="GLOB", help="only the runs whose name matches, e.g. '*-product-*'")
     add("--seeds", help="instead of the file's, e.g. 0,1,2")
     add(
         "--set",
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.logs:
             ablation.publish(args.logs)
     except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: stopped; the same command goes on")
+        sys.exit(f"{parser.prog}: stopped; the same command continues")
     except (RunError, OSError, ImportError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     finally:

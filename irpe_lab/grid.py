@@ -91,7 +91,7 @@ def read_grid(
     runs = _runs(raw, base, extra or {}, source)
     kept = {name: flags for name, flags in runs.items() if only is None or fnmatch.fnmatchcase(name, only)}
     if not kept:
-        raise ConfigError(f"{source}: no run is called like {only!r}; there are {', '.join(runs)}")
+        raise ConfigError(f"{source}: no run name matches {only!r}; there are {', '.join(runs)}")
     published = _mapping(raw, "published", source)
     for name, row in published.items():
         _known(name, runs, f"{source}: published")
@@ -154,7 +154,7 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
 
 def _refuse_runners_own(flags: dict, where: str) -> None:
     if own := [key for key in flags if same_name(str(key)) in RUNNERS_OWN]:
-        raise ConfigError(f"{where}: {own[0]} is said by the runner (see 'seeds' and --output)")
+        raise ConfigError(f"{where}: {own[0]} is set by the runner (see 'seeds' and --output)")
 
 
 def _merged(*layers: dict) -> dict:

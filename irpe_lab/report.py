@@ -268,7 +268,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("logs", nargs="?", type=Path, default=Path("logs"), help="folder (default logs)")
     add("-o", "--output", type=Path, help="write the page, its picture and HTML here, e.g. docs/results.md")
     add("--curves", nargs="+", default=[], metavar="NAME", help="the runs to draw (default: all in the folder itself)")
-    add("--readme", type=Path, metavar="FILE.md", help="make the tables between the markers of this file anew")
+    add("--readme", type=Path, metavar="FILE.md", help="update the tables between the markers of this file")
     add("--check", action="store_true", help="write nothing; fail if --output or --readme is stale")
     return parser
 
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     for path in stale:
-        print(f"{path} is stale: make it anew with irpe report", file=sys.stderr)
+        print(f"{path} is stale: update it with irpe report", file=sys.stderr)
     return 1 if stale else 0
 
 

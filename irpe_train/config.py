@@ -56,7 +56,7 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.yaml",
         help="flags written down, one 'name: value' a line; typed flags win",
     )
-    parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and end")
+    parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and exit")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -97,7 +97,7 @@ def download(url: str, part: Path, *, most: int) -> None:
             raise OSError(" ".join(str(error).split())) from error
         return
     except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"no address, or no answer, of a web server: {error!r:.100}") from error
+        raise OSError(f"not an address, or no answer from a web server: {error!r:.100}") from error
     with response:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         announced = response.headers.get("Content-Length") or ""
@@ -112,9 +112,9 @@ def download(url: str, part: Path, *, most: int) -> None:
                 raise OSError(f"the connection ended after {arrived} bytes ({error!r:.100})") from error
     if max(arrived, expected or 0) > most:
         part.unlink()
-        raise BadCheckpoint(f"{url}: more than {most} bytes; that is no checkpoint, and was not kept")
+        raise BadCheckpoint(f"{url}: more than {most} bytes; that is not a checkpoint, and was not kept")
     if expected is not None and arrived != expected:
-        raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again to go on")
+        raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again to continue")
 
 
 def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:

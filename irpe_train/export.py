@@ -68,7 +68,7 @@ def export_model(
             except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
                 path.unlink(missing_ok=True)
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise RunError(f"{path}: this model cannot be written so ({reason[:300]})") from error
+                raise RunError(f"{path}: this model cannot be exported ({reason[:300]})") from error
             differences[format] = _largest_difference(outputs, expected)
             if not differences[format] <= TOLERANCE:
                 raise ValueError(

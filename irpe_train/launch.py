@@ -86,7 +86,7 @@ def report_out_of_memory():
 def _worker_lost(process: str, how: str) -> str:
     return (
         f"a data loading worker (process {process}) {how}. Usually memory ran out: try "
-        "fewer --num_workers or smaller batches. --resume auto goes on from the last checkpoint."
+        "fewer --num_workers or smaller batches. --resume auto continues from the last checkpoint."
     )
 
 

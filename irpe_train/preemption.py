@@ -158,7 +158,7 @@ class Preemption:
 
     def _say(self) -> None:
         name = signal.Signals(self.signal or signal.SIGTERM).name
-        logger.warning(f"stopped by {name}; the same command with --resume auto goes on")
+        logger.warning(f"stopped by {name}; the same command with --resume auto continues")
 
 
 STOP = Preemption()

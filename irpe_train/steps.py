@@ -183,7 +183,7 @@ class Steps:
         raise NonFiniteLoss(
             f"loss is not finite on rank {', '.join(str(r['rank']) for r in guilty)} at epoch {state.epoch}, step "
             f"{state.step}: {_terms(guilty[0]['terms'])}, lr {self._lr:g}. The weights were not changed ({where}). "
-            "Try a lower --lr, gradient clipping, or --amp none; --resume auto goes on from the last checkpoint."
+            "Try a lower --lr, gradient clipping, or --amp none; --resume auto continues from the last checkpoint."
         )
 
     def _stop_if_too_many_are_bad(self) -> None:

@@ -19,12 +19,12 @@ def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
     names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     classes = [same_text(name) for name in classes] if names else []
     if not classes or len(set(classes)) < len(classes):
-        raise BadCheckpoint(f"checkpoint {source}: its 'classes' are no list of different names")
+        raise BadCheckpoint(f"checkpoint {source}: its 'classes' are not a list of different names")
     for name in classes:
         try:
             name.encode(errors="surrogateescape")  # as a folder's name that is no UTF-8
         except UnicodeEncodeError as error:
-            raise BadCheckpoint(f"checkpoint {source}: its class {name!r} is no text ({error.reason})") from error
+            raise BadCheckpoint(f"checkpoint {source}: its class {name!r} is not text ({error.reason})") from error
     return classes
 
 

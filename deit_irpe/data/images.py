@@ -137,7 +137,7 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
                 _need(
                     not entry.is_symlink() or os.path.exists(entry.path),
                     ValueError,
-                    f"{entry.path}: a link to nothing; was it a folder of images?",
+                    f"{entry.path}: a broken link; was it a folder of images?",
                 )
                 unread.append(entry.name)
     return sorted(folders, key=same_text), sorted(images)
@@ -146,7 +146,7 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
 def report_hidden(where: Path, names: set[str]) -> None:
     """Log which hidden ``names`` among the classes are left out."""
     if names:
-        logger.info(f"{where}: hidden, so no classes: {', '.join(sorted(names))}")
+        logger.info(f"{where}: hidden, so not classes: {', '.join(sorted(names))}")
 
 
 def warn_of_shared_origins(train: Dataset | None, val: Dataset) -> None:

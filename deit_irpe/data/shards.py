@@ -91,7 +91,7 @@ def _split_of(file: Path) -> bool | None:
     if len(found) > 1 or not found and ("train" in name or "val" in name) and "test" not in words:
         raise ValueError(f"{file}: is it for training or for validation? Call it imagenet-train-0000.tar, or -val-")
     if found and not file.is_file():
-        raise ValueError(f"{file}: called like a shard, and no file (a link to nothing?); mend or remove it")
+        raise ValueError(f"{file}: named like a shard, but not a file (a broken link?); fix or remove it")
     if found and not name.endswith(".tar"):
         raise ValueError(f"{file}: a compressed shard: unpack it to a plain .tar, which can be read at any place")
     return found[0] if found else None

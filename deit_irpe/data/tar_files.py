@@ -54,7 +54,7 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
             raise _Refused(f"damaged {last}: neither the header of a member nor the end marker; copy it again")
         while rest := tar.fileobj.read(2**20):
             if any(rest):
-                raise _Refused(f"it goes on behind its end marker ({last}): pack everything in one archive")
+                raise _Refused(f"it continues after its end marker ({last}): pack everything in one archive")
 
 
 class _Refused(tarfile.TarError):

@@ -135,7 +135,7 @@ def test_an_empty_folder_of_a_tar_is_an_empty_class(tmp_path):
 def test_an_archive_behind_the_archive_is_refused(tmp_path):
     one, other = tar_of(tmp_path / "1.tar", "a/x.png"), tar_of(tmp_path / "2.tar", "a/y.png")
     (tmp_path / "val.tar").write_bytes(one.read_bytes() + other.read_bytes())
-    with pytest.raises(ValueError, match="it goes on behind its end marker .behind 'a/x.png'."):
+    with pytest.raises(ValueError, match="it continues after its end marker .behind 'a/x.png'."):
         TarImages(tmp_path / "val.tar")
 
 
@@ -234,7 +234,7 @@ def test_a_compressed_shard_beside_the_others_is_not_left_out(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("x-val-1.tar", "x-val-1.tar: called like a shard, and no file"), ("classes.txt", "classes.txt")],
+    [("x-val-1.tar", "x-val-1.tar: named like a shard, but not a file"), ("classes.txt", "classes.txt")],
 )
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("gone")])
 def test_what_is_called_like_a_shard_or_the_list_of_classes_and_is_no_file_is_refused(tmp_path, name, words, make):
@@ -312,8 +312,8 @@ def test_links_to_folders_are_followed(tmp_path):
         ("a/up", "../..", "val/a/up/val: a link to a folder that was already read"),
         ("a/second", "deep", "val/a/second: a link to a folder that was already read"),
         ("a/lost.png", "nowhere", "val/a/lost.png: neither a file nor a folder"),
-        ("a/lost", "nowhere", "val/a/lost: a link to nothing"),
-        ("lost", "nowhere", "val/lost: a link to nothing"),
+        ("a/lost", "nowhere", "val/a/lost: a broken link"),
+        ("lost", "nowhere", "val/lost: a broken link"),
     ],
 )
 def test_links_that_would_count_images_twice_or_not_at_all_are_refused(tmp_path, link, target, words):
@@ -353,7 +353,7 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, around):
     archive = TarImages(tar_of(tmp_path / "val.tar", *(around + name for name in HIDDEN + names)))
     assert folder.classes == archive.classes == ["a", "b"] and len(folder) == len(archive) == 2
     assert said[0].endswith(
-        "hidden, so no classes: .DS_Store, ._a, ._b.tar, .ipynb_checkpoints, .net, @eaDir, __MACOSX"
+        "hidden, so not classes: .DS_Store, ._a, ._b.tar, .ipynb_checkpoints, .net, @eaDir, __MACOSX"
     )
     if around != "val/":
         assert said[1] == said[0].replace(str(tmp_path / ".cache/val"), str(tmp_path / "val.tar"))

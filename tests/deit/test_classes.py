@@ -47,13 +47,13 @@ def test_data_with_fixed_numbers_are_refused_in_another_order():
 
 @pytest.mark.parametrize("classes", [{"a": 1}, [], ["a", 3], ["a", "a"], "ab"])
 def test_malformed_classes_of_a_checkpoint(classes):
-    with pytest.raises(BadCheckpoint, match="checkpoint x.pth: its 'classes' are no list of different names"):
+    with pytest.raises(BadCheckpoint, match="checkpoint x.pth: its 'classes' are not a list of different names"):
         stored_classes({"classes": classes}, source="x.pth")
 
 
 def test_classes_that_are_no_text():
     stored_classes({"classes": ["caf\udce9"]}, source="x.pth")  # a folder's name in Latin-1
-    with pytest.raises(BadCheckpoint, match=r"checkpoint x.pth: its class '\\ud800' is no text"):
+    with pytest.raises(BadCheckpoint, match=r"checkpoint x.pth: its class '\\ud800' is not text"):
         stored_classes({"classes": ["a", "\ud800"]}, source="x.pth")
 
 

@@ -227,8 +227,8 @@ def test_an_exported_file_is_tried_before_it_is_used(tmp_path):
     [
         (dict(classes=["a", "b"]), r"of 2 classes, and its answer to an image is \(1, 3\)"),
         (dict(classes=["a", "b", "c", "d"]), "of 4 classes"),
-        (dict(classes=["a", "a", "b"]), "no list of different names"),
-        (dict(classes=["a", "b", "\ud800"]), "is no text"),
+        (dict(classes=["a", "a", "b"]), "not a list of different names"),
+        (dict(classes=["a", "b", "\ud800"]), "is not text"),
         (dict(classes=None), "it names no classes"),
         (dict(input_size=64), "Got: 64 Expected: 32"),
         (dict(input_size=None), "KeyError: 'input_size'"),

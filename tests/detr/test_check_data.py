@@ -66,7 +66,7 @@ def test_a_good_set_passes(tmp_path, capsys, zips):
         (add([5, 5, 9, 9], id=1), r"duplicate annotation ids: 1 \(1\)"),
         (lambda c: c["images"].append(c["images"][0]), r"duplicate image ids: 1 \(100\)"),
         (lambda c: c["images"][1].update(file_name=c["images"][0]["file_name"]), "duplicate file names: 1"),
-        (lambda c: [i.pop("width") for i in c["images"]] and c.pop("annotations"), "not one object to learn.*: 6"),
+        (lambda c: [i.pop("width") for i in c["images"]] and c.pop("annotations"), "without one object to learn.*: 6"),
         (lambda c: c["images"][1].update(file_name="a\nb.jpg"), r"unsafe file name 'a\\nb.jpg'"),
         (lambda c: c["images"][1].update(height=30), "another size than annotated: 1 .*44 x 56, annotated 30 x 56"),
         (
@@ -224,10 +224,13 @@ def each(group, key, new):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (each("annotations", "iscrowd", lambda _: 1), "not one object to learn: all are crowds or without a box: 6"),
-        (each("annotations", "bbox", lambda box: [*box[:2], 0, 5]), "not one object to learn"),
-        (each("annotations", "bbox", lambda box: [99, 99, *box[2:]]), "not one object to learn"),
-        (lambda c: c.pop("annotations"), "not one object to learn"),
+        (
+            each("annotations", "iscrowd", lambda _: 1),
+            "without one object to learn \\(all are crowds or have no box\\): 6",
+        ),
+        (each("annotations", "bbox", lambda box: [*box[:2], 0, 5]), "without one object to learn"),
+        (each("annotations", "bbox", lambda box: [99, 99, *box[2:]]), "without one object to learn"),
+        (lambda c: c.pop("annotations"), "without one object to learn"),
         (lambda c: c.update(images=[], annotations=[]), "no images: 1"),
         (
             each("annotations", "bbox", lambda box: [side / 56 for side in box]),

@@ -120,7 +120,7 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         (GRID + "runs: {a: {lr: {b: 1}}}\n", "run a: lr: .*got nested names"),
         (GRID + "runs: {a: {opt-betas: [0.9, --eval]}}\n", "would be read as a flag"),
         (GRID + "runs: {a: {amp: none2}}\n", "run a: argument --amp: invalid choice"),
-        (GRID + "flags: {seed: 3}\n", "seed is said by the runner"),
+        (GRID + "flags: {seed: 3}\n", "seed is set by the runner"),
         (GRID + "flags: [lr]\n", "flags: expected lines 'name: value'"),
         (GRID.replace("none,", "none, none,"), "two runs are called none"),
         ("package: deit_irpe\ngrid: {rpe: []}\n", "grid: rpe: 0 runs"),
@@ -135,7 +135,7 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         (GRID + "baseline: nope\n", "baseline: no run is called 'nope'; there are none, rpe"),
         (GRID + "evaluations: {at 48: 48}\n", "evaluations: at 48: expected a name of its own and its flags"),
         (GRID + "evaluations: {a b: {}, a_b: {}}\n", "evaluations: a_b: expected a name of its own"),
-        (GRID + "evaluations: {a: {seed: 1}}\n", "evaluations: a: seed is said by the runner"),
+        (GRID + "evaluations: {a: {seed: 1}}\n", "evaluations: a: seed is set by the runner"),
         (GRID + "evaluations: {a: {input-size: x}}\n", "run none, a: argument --input-size: expected pixels"),
         (GRID.replace("[0, 1]", "[a]"), "seeds: expected whole numbers"),
         (GRID.replace("[0, 1]", "3"), "seeds: expected whole numbers"),
@@ -167,7 +167,7 @@ def test_only_keeps_the_baseline_where_it_is_kept(tmp_path):
     assert read_grid(grid).baseline == "none"
     some = read_grid(grid, only="*-ctx-*")
     assert list(some.runs) == ["rpe-1.9-product-ctx-1-k"] and some.baseline is None
-    with pytest.raises(ConfigError, match="no run is called like 'x'; there are none, rpe-1.9-product-ctx-1-k"):
+    with pytest.raises(ConfigError, match="no run name matches 'x'; there are none, rpe-1.9-product-ctx-1-k"):
         read_grid(grid, only="x")
 
 

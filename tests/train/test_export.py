@@ -66,7 +66,7 @@ class Untraceable(nn.Module):
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_what_cannot_be_written_is_one_message_and_leaves_no_file(tmp_path, format, monkeypatch):
-    with pytest.raises(RunError, match=rf"m.{format}: this model cannot be written so \([^\n]+\)$"):
+    with pytest.raises(RunError, match=rf"m.{format}: this model cannot be exported \([^\n]+\)$"):
         export(Untraceable(), tmp_path / "m", ["safetensors", format])
 
     def half_written(program, path, **options):
@@ -74,7 +74,7 @@ def test_what_cannot_be_written_is_one_message_and_leaves_no_file(tmp_path, form
         raise AssertionError
 
     monkeypatch.setattr(torch.export, "save", half_written)
-    with pytest.raises(RunError, match=r"n.pt2: this model cannot be written so \(AssertionError\)"):
+    with pytest.raises(RunError, match=r"n.pt2: this model cannot be exported \(AssertionError\)"):
         export(Scores(), tmp_path / "n", ["pt2"])
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 

@@ -70,7 +70,7 @@ def stop_at(output_dir, places, *flags, later, rank=0, world_size=1):
             output_dir, *flags, "--resume", "auto", "--term-at", str(rank), str(epoch), str(step), world_size=world_size
         ):
             assert ended.code == Preempted.EXIT_CODE, (epoch, step, ended.text)
-            assert "--resume auto goes on" in ended.text
+            assert "--resume auto continues" in ended.text
         progress = read_checkpoint(output_dir / "checkpoint.pth")["progress"]
         reached = (progress["epoch"], progress["step"])
         assert (epoch, step) < reached <= (epoch, 1 + step + later)
