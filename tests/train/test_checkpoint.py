@@ -1,33 +1,20 @@
-"""Checkpoint files: what is read, what is refused and with which words, and what a kill or a full disk leaves."""
+"""Checkpoint files that are read: what is accepted, what is refused, and with which words."""
 
 import argparse
-import contextlib
-import copy
-import math
 import os
 import pathlib
 import pickle
 import random
 import re
-import resource
-import time
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
 import torch
 
-from irpe_train import download as downloads
-from irpe_train.checkpoint import link, load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
-from irpe_train.distributed import set_up_logging
-from irpe_train.errors import BadCheckpoint, RunError
-from irpe_train.run_folder import Checkpoints
-from irpe_train.state import TrainState, plain
-
-DEIT = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")
-DETR = ("model", "optimizer", "lr_scheduler", "epoch", "args")
+from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, read_weights, write_checkpoint
+from irpe_train.errors import BadCheckpoint
 
 
 class Hostile:
@@ -38,12 +25,6 @@ class Hostile:
 
     def __reduce__(self):
         return os.mkdir, (self.trace,)
-
-
-def a_state(**options):
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    return TrainState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), **options)
 
 
 def test_published_checkpoint_is_read(tmp_path):
@@ -181,53 +162,6 @@ def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
         load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key in ("1.weight", "1.bias"))
 
 
-@pytest.mark.parametrize("name", ["right", "wrong", "without"])
-def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypatch, name):
-    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "theirs.pth")
-    digest = downloads.sha256(tmp_path / "theirs.pth")[:8]
-    file = {"right": f"net-{digest}.pth", "wrong": "net-01234567.pth", "without": "net.pth"}[name]
-    asked = []
-
-    def download(url, part, *, most):
-        asked.append(url)
-        part.write_bytes((tmp_path / "theirs.pth").read_bytes())
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(downloads, "download", download)
-    for _ in range(2):  # the second time it is there
-        with (
-            pytest.raises(BadCheckpoint, match="not as its name says") if name == "wrong" else contextlib.nullcontext()
-        ):
-            assert read_weights(f"https://example.org/a/{file}?download=1")["w"].sum() == 3
-    assert asked == [f"https://example.org/a/{file}?download=1"] * (2 if name == "wrong" else 1)
-
-
-def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
-    def download(url, part, *, most):
-        raise OSError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(downloads, "download", download)
-    with pytest.raises(BadCheckpoint, match=rf"cannot fetch it \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
-        read_checkpoint("https://example.org/a.pth")
-
-
-def test_one_process_fetches_and_the_others_wait(tmp_path, monkeypatch):
-    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "theirs.pth")
-    asked = []
-
-    def download(url, part, *, most):
-        asked.append(url)
-        time.sleep(0.2)  # time enough for another to begin
-        part.write_bytes((tmp_path / "theirs.pth").read_bytes())
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(downloads, "download", download)
-    with ThreadPoolExecutor(4) as pool:  # the lock is of an open folder, so threads are kept apart like processes
-        found = list(pool.map(downloads.local_file, ["https://example.org/a.pth"] * 4))
-    assert len(asked) == 1 and set(found) == {tmp_path / "hub" / "checkpoints" / "a.pth"}
-
-
 def test_a_comment_of_another_program_is_no_seal(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"model": {"w": torch.full((64,), 3.0)}}, path)
@@ -318,156 +252,6 @@ def test_names_that_are_no_text_are_refused(name):
         model_weights({"model": {name: torch.ones(1)}}, source="a.pth")
 
 
-def whole_checkpoint():
-    state = a_state()
-    state.model(torch.ones(1, 3)).sum().backward()
-    state.optimizer.step()
-    return state.to_dict(DETR)
-
-
-@pytest.mark.parametrize(
-    "progress",
-    [
-        3,
-        [],
-        None,
-        {"step": "4"},
-        {"step": -1},
-        {"step": 9, "fits": [8, 1, 0]},
-        {"epoch": 1.5},
-        {"epoch": -1},
-        {"epoch": None},
-        {"best": "high"},
-        {"train_stats": [1]},
-        {"train_stats": {"loss": "low"}},
-        {"fits": 3},
-        {"fits": ["a"]},
-        {"meters": 3},
-        {"meters": [{"loss": 3}]},
-        {"meters": [{"loss": {"total": 1.0, "count": 1, "window": [None]}}]},
-        {"meters": [{"loss": {"total": 1.0, "count": 1}}]},
-        {"format": "1"},
-    ],
-    ids=str,
-)
-def test_a_position_that_makes_no_sense_is_refused(progress):
-    contents = whole_checkpoint()
-    contents["progress"] = contents["progress"] | progress if isinstance(progress, dict) else progress
-    with pytest.raises(BadCheckpoint, match="a.pth: its position .* makes no sense"):
-        a_state().load_dict(contents, source="a.pth")
-
-
-@pytest.mark.parametrize(
-    ("part", "change"),
-    [
-        ("lr_scheduler", {"last_epoch": "three"}),
-        ("lr_scheduler", {"step": 3}),
-        ("lr_scheduler", {"base_lrs": 0.1}),
-        ("optimizer", {"param_groups": 3}),
-        ("optimizer", {"state": []}),
-        ("optimizer", {"param_groups": [{"lr": "fast", "params": [0, 1]}]}),
-    ],
-)
-def test_a_state_of_another_form_is_refused_before_it_is_used(part, change):
-    contents = whole_checkpoint()
-    contents[part] = contents[part] | change
-    with pytest.raises(BadCheckpoint, match=f"a.pth: its {part} does not fit this run"):
-        a_state().load_dict(contents, source="a.pth")
-
-
-def changed(contents, where, change):
-    """``contents`` with ``change`` at the place ``where``; None removes what is there."""
-    *path, last = where
-    place = contents
-    for key in path:
-        place = place[key]
-    if change is None:
-        del place[last]
-    else:
-        place[last] = change
-    return contents
-
-
-GROUP, MOMENTS = ("optimizer", "param_groups", 0), ("optimizer", "state", 0)
-MISFITS = {
-    "no lr": ((*GROUP, "lr"), None),
-    "no betas": ((*GROUP, "betas"), None),
-    "one beta": ((*GROUP, "betas"), (0.9,)),
-    "lr of NaN": ((*GROUP, "lr"), math.nan),
-    "capturable on a CPU": ((*GROUP, "capturable"), True),
-    "no first moment": ((*MOMENTS, "exp_avg"), None),
-    "moment of another shape": ((*MOMENTS, "exp_avg"), torch.ones(2, 2)),
-    "moment that broadcasts": ((*MOMENTS, "exp_avg"), torch.ones(2, 1)),
-    "moment of NaN": ((*MOMENTS, "exp_avg"), torch.full((2, 3), math.nan)),
-    "negative second moment": ((*MOMENTS, "exp_avg_sq"), -torch.ones(2, 3)),
-    "negative step": ((*MOMENTS, "step"), torch.tensor(-5.0)),
-    "step of many": ((*MOMENTS, "step"), torch.ones(3)),
-    "no dict": (MOMENTS, torch.ones(3)),
-    "parameter by name": (("optimizer", "state", "0"), {"step": torch.tensor(1.0)}),
-    "another optimizer": (("optimizer", "state"), {0: {"momentum_buffer": torch.ones(2, 3)}}),
-    "no tensor but a set": (("optimizer",), {1, 2}),
-    "a tensor": (("optimizer",), torch.ones(3)),
-    "optimizer in a schedule": (("lr_scheduler", "optimizer"), 3),
-    "schedule of NaN": (("lr_scheduler", "last_epoch"), math.nan),
-    "schedule of steps of 0": (("lr_scheduler", "step_size"), 0),
-    "schedule of two groups": (("lr_scheduler", "base_lrs"), [0.1, 0.1]),
-    "another schedule": (("lr_scheduler",), {"t_initial": 3, "warmup_t": 0}),
-}
-
-
-@pytest.mark.parametrize("name", MISFITS)
-def test_a_state_that_would_fail_later_is_refused_when_it_is_loaded(name):
-    where, change = MISFITS[name]
-    contents = changed(whole_checkpoint(), where, change)
-    with pytest.raises(BadCheckpoint, match=f"a.pth: its {where[0]} does not fit this run .*; use the flags") as error:
-        a_state().load_dict(contents, source="a.pth")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("kind", ["Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adafactor"])
-def test_the_trial_step_changes_nothing(kind):
-    """Neither weights nor state, and any optimizer that was stored is taken back."""
-    states = [a_state(), a_state()]
-    for state in states:
-        state.optimizer = getattr(torch.optim, kind)(state.model.parameters(), lr=0.1)
-        state.lr_scheduler = torch.optim.lr_scheduler.StepLR(state.optimizer, 2)
-    for _ in range(3):
-        states[0].model(torch.ones(1, 3)).sum().backward()
-        states[0].optimizer.step()
-    states[0].lr_scheduler.step()
-    stored = copy.deepcopy(states[0].to_dict(DETR))
-    assert states[1].load_dict(copy.deepcopy(stored), source="a.pth")
-    for key in ("model", "optimizer", "lr_scheduler"):
-        torch.testing.assert_close(states[1].to_dict(DETR)[key], stored[key], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("gone", ["optimizer", "lr_scheduler", "epoch"])
-@pytest.mark.parametrize("value", [None, {}])
-def test_what_lacks_a_part_of_the_state_is_weights_alone(gone, value, capsys):
-    set_up_logging(0)
-    state = a_state(epoch=4)
-    assert not state.load_dict(whole_checkpoint() | {gone: value}, source="a.pth")
-    assert state.epoch == 4 and f"has weights only (no {gone}): training starts at epoch 4" in capsys.readouterr().out
-
-
-def nest(levels):
-    value = ["x"]
-    for _ in range(levels):
-        value = [value, value]
-    return value
-
-
-@pytest.mark.parametrize("where", [("args",), ("extra",), ("progress", "also"), (*MOMENTS, "x")])
-@pytest.mark.parametrize("kind", ["many", "endless"])
-def test_lists_that_stand_for_more_than_the_file_are_refused(tmp_path, where, kind):
-    value = nest(50)
-    if kind == "endless":
-        value.append(value)
-    torch.save(changed(whole_checkpoint(), where, value), tmp_path / "a.pth")
-    with pytest.raises(BadCheckpoint, match=r"a\.pth: refused: it names more values than the [\d,]+ bytes of the file"):
-        read_checkpoint(tmp_path / "a.pth")
-
-
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrapped_and_compiled_models_are_taken_off(prefix):
     plain_weights = torch.nn.Linear(3, 2).state_dict()
@@ -498,131 +282,6 @@ def test_other_files_are_shown_by_their_beginning(tmp_path, content):
     with pytest.raises(BadCheckpoint, match=re.escape(words)) as error:
         read_checkpoint(tmp_path / "a.pth")
     assert "weights_only" not in str(error.value)
-
-
-@pytest.mark.parametrize("keys", [DEIT, DETR], ids=["deit", "detr"])
-def test_published_keys_come_first_in_the_published_order(tmp_path, keys):
-    flags = argparse.Namespace(lr=0.1, path=pathlib.Path("x"), device=torch.device("cpu"))
-    state = a_state(scaler=torch.amp.GradScaler("cpu", enabled=False), flags=flags, extra={"names": {1: "one"}})
-    state.ema = argparse.Namespace(module=torch.nn.Linear(3, 2))
-    Checkpoints(tmp_path, keys).save(state)
-    contents = read_checkpoint(tmp_path / "checkpoint.pth")
-    assert tuple(contents)[: len(keys)] == keys
-    assert set(contents) == {*DEIT, "progress", "names"} and contents["names"] == {1: "one"}
-    assert vars(contents["args"]) == {"lr": 0.1, "path": "x", "device": "cpu"}
-    assert contents["epoch"] == -1  # none is finished yet
-
-
-def test_epoch_is_the_finished_one(tmp_path):
-    state = a_state(epoch=3)
-    for step, stats, finished in ((0, None, 2), (5, None, 2), (9, {"loss": 1.0}, 3)):
-        state.step, state.train_stats = step, stats
-        assert state.to_dict(DETR)["epoch"] == finished
-
-
-def test_checkpoint_of_a_newer_program_is_refused():
-    contents = a_state().to_dict(DETR)
-    contents["progress"]["format"] = 99
-    with pytest.raises(BadCheckpoint, match=r"newer version of this program \(format 99, known is 1\)"):
-        a_state().load_dict(contents, source="a.pth")
-
-
-def test_weights_alone_start_a_new_run(tmp_path):
-    state = a_state(epoch=2)
-    torch.save({"model": a_state().model.state_dict()}, tmp_path / "a.pth")
-    found = Checkpoints("", DETR).open(str(tmp_path / "a.pth"))
-    assert not state.load_dict(found.contents, source=found.source)
-    assert state.epoch == 2
-
-
-def test_published_position_is_the_next_epoch():
-    contents = a_state().to_dict(DETR)
-    del contents["progress"]
-    contents["epoch"] = 149
-    state = a_state()
-    assert state.load_dict(contents, source="a.pth")
-    assert (state.epoch, state.step, state.train_stats) == (150, 0, None)
-
-
-def test_optimizer_of_another_run_is_refused():
-    contents = a_state().to_dict(DETR)
-    contents["optimizer"]["param_groups"].append(contents["optimizer"]["param_groups"][0])
-    with pytest.raises(BadCheckpoint, match="a.pth: its optimizer does not fit this run"):
-        a_state().load_dict(contents, source="a.pth")
-
-
-def test_auto_needs_a_folder():
-    with pytest.raises(BadCheckpoint, match="--resume auto looks into --output_dir"):
-        Checkpoints("", DETR).open("auto")
-
-
-def test_the_one_before_is_kept_and_other_names_are_the_same_contents(tmp_path):
-    path, previous = tmp_path / "checkpoint.pth", tmp_path / "previous.pth"
-    for epoch in range(3):
-        write_checkpoint({"epoch": epoch}, path, previous=previous, also=(tmp_path / "best.pth",) if epoch == 1 else ())
-    assert [read_checkpoint(p)["epoch"] for p in (path, previous, tmp_path / "best.pth")] == [2, 1, 1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "checkpoint.pth", "previous.pth"]
-
-
-@pytest.mark.parametrize("fails", ["", "link", "replace"])
-def test_a_second_name_leaves_nothing_behind(tmp_path, monkeypatch, fails):
-    (tmp_path / "a.pth").write_text("new")
-    (tmp_path / ".best.pth.tmp").write_text("of a run that was killed")
-
-    def fail(*args):
-        raise OSError("not here")
-
-    if fails:
-        monkeypatch.setattr(f"os.{fails}", fail)
-    for _ in range(2):  # the second time both names are one file already
-        with pytest.raises(OSError, match="not here") if fails == "replace" else contextlib.nullcontext():
-            link(tmp_path / "a.pth", tmp_path / "best.pth")
-    names = ["a.pth"] if fails == "replace" else ["a.pth", "best.pth"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert all((tmp_path / name).read_text() == "new" for name in names)
-
-
-def test_full_disk_fails_loudly_and_keeps_the_old_file(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    write_checkpoint({"epoch": 0}, path, previous=tmp_path / "previous.pth")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a full disk does to this process
-    try:
-        with pytest.raises(RunError, match=r"cannot write .*checkpoint.pth: .*last good checkpoint is kept: .*t.pth"):
-            write_checkpoint({"epoch": 1, "model": torch.zeros(10**6)}, path, previous=tmp_path / "previous.pth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert read_checkpoint(path)["epoch"] == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
-
-
-@pytest.mark.parametrize("kind", ["file", "fifo", "link", "loop"])
-def test_what_has_the_temporary_name_is_in_nobodys_way(tmp_path, kind):
-    (tmp_path / "mine").write_text("mine")
-    temporary = tmp_path / ".checkpoint.pth.tmp"
-    {
-        "file": lambda: temporary.write_text("of a run that was killed"),
-        "fifo": lambda: os.mkfifo(temporary),
-        "link": lambda: temporary.symlink_to(tmp_path / "mine"),
-        "loop": lambda: temporary.symlink_to(temporary),
-    }[kind]()
-    write_checkpoint({"epoch": 1}, tmp_path / "checkpoint.pth")
-    assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1 and (tmp_path / "mine").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "mine"]
-
-
-def test_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write .*file/checkpoint.pth"):
-        write_checkpoint({}, tmp_path / "file" / "checkpoint.pth")
-
-
-def test_plain_keeps_what_can_be_read_back():
-    import numpy as np
-
-    value = plain({"a": np.float64(1.5), "b": [np.int64(2), (True, None)], "c": pathlib.Path("x"), 3: torch.ones(1)})
-    assert value == {"a": 1.5, "b": [2, (True, None)], "c": "x", 3: torch.ones(1)}
-    assert type(value["a"]) is float and type(value["b"][0]) is int
 
 
 def test_quantised_weights_are_refused():

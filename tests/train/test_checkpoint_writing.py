@@ -1,0 +1,72 @@
+"""Checkpoints are written so that a kill, a full disk or a name in the way leaves the last good one."""
+
+import contextlib
+import os
+import resource
+
+import pytest
+import torch
+
+from irpe_train.checkpoint import link, read_checkpoint, write_checkpoint
+from irpe_train.errors import RunError
+
+
+def test_the_one_before_is_kept_and_other_names_are_the_same_contents(tmp_path):
+    path, previous = tmp_path / "checkpoint.pth", tmp_path / "previous.pth"
+    for epoch in range(3):
+        write_checkpoint({"epoch": epoch}, path, previous=previous, also=(tmp_path / "best.pth",) if epoch == 1 else ())
+    assert [read_checkpoint(p)["epoch"] for p in (path, previous, tmp_path / "best.pth")] == [2, 1, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "checkpoint.pth", "previous.pth"]
+
+
+@pytest.mark.parametrize("fails", ["", "link", "replace"])
+def test_a_second_name_leaves_nothing_behind(tmp_path, monkeypatch, fails):
+    (tmp_path / "a.pth").write_text("new")
+    (tmp_path / ".best.pth.tmp").write_text("of a run that was killed")
+
+    def fail(*args):
+        raise OSError("not here")
+
+    if fails:
+        monkeypatch.setattr(f"os.{fails}", fail)
+    for _ in range(2):  # the second time both names are one file already
+        with pytest.raises(OSError, match="not here") if fails == "replace" else contextlib.nullcontext():
+            link(tmp_path / "a.pth", tmp_path / "best.pth")
+    names = ["a.pth"] if fails == "replace" else ["a.pth", "best.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all((tmp_path / name).read_text() == "new" for name in names)
+
+
+def test_full_disk_fails_loudly_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"epoch": 0}, path, previous=tmp_path / "previous.pth")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a full disk does to this process
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*checkpoint.pth: .*last good checkpoint is kept: .*t.pth"):
+            write_checkpoint({"epoch": 1, "model": torch.zeros(10**6)}, path, previous=tmp_path / "previous.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_checkpoint(path)["epoch"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "link", "loop"])
+def test_what_has_the_temporary_name_is_in_nobodys_way(tmp_path, kind):
+    (tmp_path / "mine").write_text("mine")
+    temporary = tmp_path / ".checkpoint.pth.tmp"
+    {
+        "file": lambda: temporary.write_text("of a run that was killed"),
+        "fifo": lambda: os.mkfifo(temporary),
+        "link": lambda: temporary.symlink_to(tmp_path / "mine"),
+        "loop": lambda: temporary.symlink_to(temporary),
+    }[kind]()
+    write_checkpoint({"epoch": 1}, tmp_path / "checkpoint.pth")
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1 and (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "mine"]
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write .*file/checkpoint.pth"):
+        write_checkpoint({}, tmp_path / "file" / "checkpoint.pth")

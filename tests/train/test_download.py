@@ -1,0 +1,59 @@
+"""Downloads: checked by the hash in their name, one message where they fail, one process at a time."""
+
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from irpe_train import download as downloads
+from irpe_train.checkpoint import read_checkpoint, read_weights
+from irpe_train.errors import BadCheckpoint
+
+
+@pytest.mark.parametrize("name", ["right", "wrong", "without"])
+def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypatch, name):
+    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "theirs.pth")
+    digest = downloads.sha256(tmp_path / "theirs.pth")[:8]
+    file = {"right": f"net-{digest}.pth", "wrong": "net-01234567.pth", "without": "net.pth"}[name]
+    asked = []
+
+    def download(url, part, *, most):
+        asked.append(url)
+        part.write_bytes((tmp_path / "theirs.pth").read_bytes())
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(downloads, "download", download)
+    for _ in range(2):  # the second time it is there
+        with (
+            pytest.raises(BadCheckpoint, match="not as its name says") if name == "wrong" else contextlib.nullcontext()
+        ):
+            assert read_weights(f"https://example.org/a/{file}?download=1")["w"].sum() == 3
+    assert asked == [f"https://example.org/a/{file}?download=1"] * (2 if name == "wrong" else 1)
+
+
+def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
+    def download(url, part, *, most):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(downloads, "download", download)
+    with pytest.raises(BadCheckpoint, match=rf"cannot fetch it \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
+        read_checkpoint("https://example.org/a.pth")
+
+
+def test_one_process_fetches_and_the_others_wait(tmp_path, monkeypatch):
+    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "theirs.pth")
+    asked = []
+
+    def download(url, part, *, most):
+        asked.append(url)
+        time.sleep(0.2)  # time enough for another to begin
+        part.write_bytes((tmp_path / "theirs.pth").read_bytes())
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(downloads, "download", download)
+    with ThreadPoolExecutor(4) as pool:  # the lock is of an open folder, so threads are kept apart like processes
+        found = list(pool.map(downloads.local_file, ["https://example.org/a.pth"] * 4))
+    assert len(asked) == 1 and set(found) == {tmp_path / "hub" / "checkpoints" / "a.pth"}
