@@ -37,7 +37,10 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> op
     options = {key: value for key, value in (("eps", args.opt_eps), ("betas", args.opt_betas)) if value is not None}
     options |= dict(weight_decay=args.weight_decay, momentum=args.momentum)
     with blamed_on(f"--opt {args.opt} with lr {lr:g}, {options}"):
-        return create_optimizer_v2(parameter_groups(model, args.weight_decay), opt=args.opt, lr=lr, **options)
+        optimizer = create_optimizer_v2(parameter_groups(model, args.weight_decay), opt=args.opt, lr=lr, **options)
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which training does not compute")
+        return optimizer
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Scheduler:

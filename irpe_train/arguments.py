@@ -2,6 +2,7 @@
 """The flags that both trees share, with the defaults that each published."""
 
 import argparse
+import math
 from pathlib import Path
 
 from irpe_train.config import add_config_argument
@@ -106,13 +107,13 @@ def number_of_workers(text: str) -> int:
 
 
 def nonnegative_float(text: str) -> float:
-    if not (value := float(text)) >= 0:
+    if not 0 <= (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
     return value
 
 
 def positive_float(text: str) -> float:
-    if not (value := float(text)) > 0:
+    if not 0 < (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
 

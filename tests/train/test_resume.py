@@ -225,6 +225,11 @@ def test_auto_starts_anew_goes_on_and_knows_when_it_is_finished(tmp_path):
     assert epochs == [0, 1, 2, 3]
 
 
+def test_a_run_without_epochs_says_so(tmp_path):
+    (ended,) = tiny(tmp_path / "run", "--start_epoch", "3")
+    assert "warning: --start_epoch 3 --epochs 3: there is nothing to train" in ended.text
+
+
 def test_another_batch_size_restarts_the_epoch(tmp_path):
     tiny(tmp_path / "run", "--term-at", "0", "1", "3")
     (ended,) = tiny(tmp_path / "run", "--resume", "auto", "--batch-size", "8")
