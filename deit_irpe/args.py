@@ -105,12 +105,7 @@ def _add_schedule(group) -> None:
 def _add_model(group) -> None:
     add = group.add_argument
     add("--model", default="deit_base_patch16_224", metavar="NAME", help="of deit_irpe.models, or any timm model")
-    add(
-        "--rpe",
-        metavar="SPEC",
-        help="the encoding, instead of the one in the name: rpe-{ratio}-{method}-{mode}-{shared_head 0|1}-{rpe_on}, "
-        "or none",
-    )
+    add("--rpe", metavar="SPEC", help="rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on} or none; default: by --model")
     add("--no-abs-pos", action="store_true", help="no absolute position embedding")
     add("--attn-backend", default="auto", choices=BACKENDS, help="what computes attention with an encoding (irpe info)")
     add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
@@ -123,12 +118,7 @@ def _add_model(group) -> None:
     add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
     add("--pretrained", action="store_true", help="start from, or --eval, the published weights of --model")
-    add(
-        "--finetune",
-        default="",
-        metavar="PATH|URL",
-        help="start from these weights; positions are resampled, heads and tables of another size start fresh",
-    )
+    add("--finetune", default="", metavar="PATH|URL", help="start from these weights; other heads, tables start fresh")
     add(
         "--train-mode",
         default=True,
@@ -149,12 +139,7 @@ def _add_optimizer(group) -> None:
 
 def _add_data(group) -> None:
     add = group.add_argument
-    add(
-        "--data-path",
-        default="/datasets01/imagenet_full_size/061417/",
-        metavar="DIR",
-        help="holds train/<class>/ and val/<class>/, or what --data-set needs",
-    )
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR", help="holds train/ and val/")
     add(
         "--data-set",
         default="IMNET",
@@ -162,12 +147,7 @@ def _add_data(group) -> None:
         help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
         "datasets (docs/data.md)",
     )
-    add(
-        "--val-split",
-        type=fraction,
-        metavar="FRACTION",
-        help="hold out this share of every class, where there is no val: --data-path is then one folder of classes",
-    )
+    add("--val-split", type=fraction, metavar="FRACTION", help="of every class to hold out; --data-path has no val/")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
     add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
     add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")

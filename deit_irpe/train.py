@@ -94,9 +94,10 @@ def main(args: argparse.Namespace) -> None:
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
-    state = TrainState(model, optimizer, lr_scheduler, ema=ema, scaler=precision.scaler, epoch=args.start_epoch)
     published = {"lr": lr, "nb_classes": len(classes), "distributed": distributed.world_size() > 1}
-    state.flags, state.extra = argparse.Namespace(**vars(args) | published), {"classes": list(classes)}
+    flags = argparse.Namespace(**vars(args) | published)  # as checkpoints have them
+    rest = dict(ema=ema, scaler=precision.scaler, flags=flags, extra={"classes": list(classes)})
+    state = TrainState(model, optimizer, lr_scheduler, epoch=args.start_epoch, **rest)
     rows = rows_of_banner(args, model, precision, (len(train_set), len(val_set)), classes, loader.batch_size, lr)
     where = dict(checkpoints=checkpoints, checkpoint=checkpoint, data_flags=("data_path",))
     run = open_run(args, get_args_parser(), state, loader, **where, rows=rows, stats=count(model))

@@ -60,36 +60,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     data("--coco_path", metavar="DIR", help="holds annotations/ and train2017/, val2017/ (or .zip of each)")
     data("--coco_panoptic_path", metavar="DIR", help="holds annotations/panoptic_*.json and panoptic_*2017/ (or .zip)")
     data("--remove_difficult", action="store_true", help="kept from the published command, which does not use it")
-    data(
-        "--num_classes",
-        default="auto",
-        type=_auto_or_positive_int,
-        metavar="N",
-        help="largest category id plus one; auto: from the annotations (91 for COCO, 250 for its panoptic set)",
-    )
-    data(
-        "--image_size",
-        default=800,
-        type=positive_int,
-        metavar="PIXELS",
-        help="short side in evaluation, longest in training; all other sizes scale with it",
-    )
+    data("--num_classes", default="auto", type=_auto_or_positive_int, metavar="N", help="largest category id plus one")
+    data("--image_size", default=800, type=positive_int, metavar="PIXELS", help="short side; all sizes scale with it")
     data("--augment", default="published", choices=("published", "none"), help="none: images as in evaluation")
-    data(
-        "--eval_batch_size",
-        default=1,
-        type=positive_int,
-        metavar="N",
-        help="images per process in evaluation; beyond 1, padding in the backbone changes scores a little",
-    )
+    data("--eval_batch_size", default=1, type=positive_int, help="images per process; beyond 1 scores change slightly")
 
     model = parser.add_argument_group("model").add_argument
-    model(
-        "--enc_rpe2d",
-        default="",
-        metavar="SPEC",
-        help="encoding of the encoder: rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}; empty: none",
-    )
+    model("--enc_rpe2d", default="", metavar="SPEC", help="encoding rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}")
     model("--backbone", default="resnet50", help="a torchvision ResNet, or resnet_micro for the demo")
     model("--backbone_weights", default="imagenet", metavar="imagenet|none|FILE", help="where no checkpoint is loaded")
     model("--dilation", action="store_true", help="no stride in the backbone's last stage (DC5)")
@@ -158,13 +135,7 @@ def get_predict_parser() -> argparse.ArgumentParser:
     add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
     add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")
     add("--attention", action="store_true", help="also draw encoder attention and the learned encodings")
-    add(
-        "--point",
-        type=_point,
-        action="append",
-        metavar="X,Y",
-        help="pixel to look from, may be repeated (default: the centres of the best detections)",
-    )
+    add("--point", type=_point, action="append", metavar="X,Y", help="pixel to look from (default: best detections)")
     return parser
 
 

@@ -12,9 +12,8 @@ from detr_irpe.args import check_args, get_args_parser
 from detr_irpe.check_data import quick_check
 from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume
 from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
-from detr_irpe.data.from_flags import build_dataset, classes_of_data, training_loader, training_set, validation_loader
+from detr_irpe.data.from_flags import classes_of_data, training_loader, training_set, validation_loader, validation_set
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
-from detr_irpe.data.transforms import eval_transforms
 from detr_irpe.engine import evaluate, train_one_epoch
 from detr_irpe.load_model import MODEL_FLAGS
 from detr_irpe.model_stats import count
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     start = starting_checkpoint(args) if checkpoint is None else None  # else nothing of it would be used
 
     # --- data
-    val_set = build_dataset(args, "val2017", eval_transforms(args.image_size))
+    val_set = validation_set(args)
     val_loader = validation_loader(args, val_set, device)
     train_set = None if args.eval else training_set(args)
     sets = [val_set] if args.eval else [val_set, train_set]
@@ -83,8 +82,8 @@ def main(args: argparse.Namespace) -> None:
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
-    state = TrainState(model, optimizer, lr_scheduler, scaler=precision.scaler, epoch=args.start_epoch)
-    state.flags, state.extra = flags, {"categories": train_set.categories}
+    rest = dict(scaler=precision.scaler, flags=flags, extra={"categories": train_set.categories})
+    state = TrainState(model, optimizer, lr_scheduler, epoch=args.start_epoch, **rest)
     rows = rows_of_banner(args, model, precision, sets, num_classes)
     where = dict(checkpoints=checkpoints, checkpoint=checkpoint, data_flags=("coco_path", "coco_panoptic_path"))
     run = open_run(args, get_args_parser(), state, loader, **where, rows=rows, stats=count(model))

@@ -24,23 +24,9 @@ SPEC = "rpe-1.9-product-ctx-1-k"
 
 def deit(data: Path, output_dir: Path, *flags: str) -> None:
     """``python -m deit_irpe`` with the demo's config, in this process."""
-    main(
-        parse_args(
-            get_args_parser(),
-            [
-                "--config",
-                str(REPOSITORY / "configs/deit/demo.yaml"),
-                "--data-path",
-                str(data),
-                "--output_dir",
-                str(output_dir),
-                "--num_workers",
-                "0",
-                "--no-tensorboard",
-                *flags,
-            ],
-        )
-    )
+    fixed = ["--config", str(REPOSITORY / "configs/deit/demo.yaml"), "--num_workers", "0", "--no-tensorboard"]
+    where = ["--data-path", str(data), "--output_dir", str(output_dir)]
+    main(parse_args(get_args_parser(), [*fixed, *where, *flags]))
 
 
 def accuracy(output_dir: Path) -> float:
@@ -54,17 +40,8 @@ parser.add_argument("--epochs", type=int, default=6, help="of each training")
 args = parser.parse_args()
 
 if not args.data.is_dir():
-    subprocess.run(
-        [
-            sys.executable,
-            REPOSITORY / "scripts/make_demo_data.py",
-            "--out",
-            args.data.parent,
-            "--task",
-            "classification",
-        ],
-        check=True,
-    )
+    make = [sys.executable, REPOSITORY / "scripts/make_demo_data.py", "--task", "classification", "--out"]
+    subprocess.run([*make, args.data.parent], check=True)
 
 length = ["--epochs", str(args.epochs)]
 deit(args.data, args.out / "plain", "--rpe", "none", *length)

@@ -28,12 +28,7 @@ def add_runtime_arguments(
     add("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:N or cpu")
     add("--seed", default=seed, type=int, help="random seed")
     add("--deterministic", action="store_true", help="the same command gives the same bits, somewhat slower")
-    add(
-        "--resume",
-        default="",
-        metavar="auto|PATH|URL",
-        help="resume from a checkpoint; auto: the newest good one in --output_dir, or a new run if there is none",
-    )
+    add("--resume", default="", metavar="auto|PATH|URL", help="resume from here; auto: the newest one, or a new run")
     add("--start_epoch", default=0, type=nonnegative_int, metavar="N", help="first epoch of a new run")
     add("--eval", action="store_true", help="evaluate only")
     add("--expect", nargs="?", const="auto", metavar="NAME", help="with --eval: compare with the published row NAME")
@@ -42,24 +37,12 @@ def add_runtime_arguments(
     add("--compile", action="store_true", help="torch.compile the model")
     add("--accumulate", default=1, type=positive_int, metavar="K", help="gradient accumulation: batches per update")
     add("--save-interval", type=save_interval, metavar="N|Nm", help="save every N steps or N minutes (10m) too")
-    add(
-        "--max-bad",
-        default=0.001,
-        type=fraction,
-        metavar="FRACTION",
-        help="unreadable training images are skipped; more than this fraction of the set stops the run",
-    )
+    add("--max-bad", default=0.001, type=fraction, help="fraction of unreadable training images that stops the run")
     add("--tensorboard", default=True, action=argparse.BooleanOptionalAction, help="TensorBoard files, if installed")
     add("--wandb", default="", metavar="PROJECT", help="also log to this project of Weights & Biases")
     add("--world_size", default=1, type=int, help="set by torchrun or SLURM; kept from the published command")
     add("--dist_url", default="env://", help="rendezvous address of the processes")
-    add(
-        "--dist_timeout",
-        default=600.0,
-        type=positive_float,
-        metavar="SECONDS",
-        help="how long to wait for a process that is missing or hangs, before the others end",
-    )
+    add("--dist_timeout", default=600.0, type=positive_float, metavar="SECONDS", help="how long to wait for a rank")
     return group
 
 

@@ -26,6 +26,11 @@ def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -
     return CocoDetection(args.coco_path, split, transforms, return_masks=args.masks)
 
 
+def validation_set(args: argparse.Namespace) -> Dataset:
+    """The images of ``val2017``, prepared as in the published evaluation."""
+    return build_dataset(args, "val2017", eval_transforms(args.image_size))
+
+
 def training_set(args: argparse.Namespace) -> Dataset:
     """The images of ``train2017``, augmented."""
     transforms = train_transforms if args.augment == "published" else eval_transforms
