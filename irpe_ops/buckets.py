@@ -61,7 +61,7 @@ def bucket_map(method: str, ratio: float, height: int, width: int, skip: int, de
     """
     if type(torch.empty(0)) is not Tensor:  # shape propagation (FakeTensorMode): no cache, or it would keep fake maps
         return _make_map(bucket_map_named(method), ratio, height, width, skip, device)
-    return _cached_map(bucket_map_named(method), ratio, height, width, skip, device)
+    return _kept(_cached_map(bucket_map_named(method), ratio, height, width, skip, device))
 
 
 def traced_bucket_map(
@@ -82,7 +82,7 @@ def offset_map(method: str, ratio: float, height: int, width: int, device: torch
     """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)``, smallest first; cached: read only."""
     if type(torch.empty(0)) is not Tensor:
         return _make_offsets(bucket_map_named(method), ratio, height, width, device)
-    return _cached_offsets(bucket_map_named(method), ratio, height, width, device)
+    return _kept(_cached_offsets(bucket_map_named(method), ratio, height, width, device))
 
 
 def traced_offset_map(
@@ -127,6 +127,16 @@ def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, 
 # 32 maps of a 1,764-token DETR grid are 100 MB at one byte an id; a training run has more sizes than are worth keeping.
 _cached_map = functools.lru_cache(maxsize=32)(_make_map)
 _cached_offsets = functools.lru_cache(maxsize=256)(_make_offsets)
+
+
+_read_by_graphs: set[Tensor] = set()
+
+
+def _kept(ids: Tensor) -> Tensor:
+    """``ids``, for ever if a CUDA graph is being recorded: it will read this memory, whatever is cached by then."""
+    if ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _read_by_graphs.add(ids)
+    return ids
 
 
 def _table_of_index(ratio: str, device: torch.device) -> Tensor:

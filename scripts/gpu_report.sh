@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # usage: scripts/gpu_report.sh [DIR]
-# For a person with an NVIDIA GPU: runs the GPU tests, the check of all backends and the benchmarks, and writes
-# DIR/report.md (what ran, how it ended, its output) beside the CSV files. DIR: gpu_report by default. About 20 minutes.
+# For a person with an NVIDIA GPU: runs the GPU tests, short trainings on the demo data (with scikit-learn), the check of
+# all backends and the benchmarks, and writes DIR/report.md (what ran, how it ended, its output) beside the CSV files.
+# DIR: gpu_report by default. About 30 minutes.
 # BATCH=N: images of DeiT's whole step (256, for about 40 GB of GPU memory; fewer on smaller ones).
 # DRY_RUN=1 prints the commands. PYTHON=FILE is the interpreter (default: as in scripts/launch.sh).
 set -euo pipefail
@@ -31,6 +32,14 @@ if [[ -z "${DRY_RUN:-}" ]]; then
 fi
 step "The machine" nvidia-smi
 step "GPU tests" "$PYTHON" -m pytest -q -m gpu "$ROOT/tests/extension"
+DEIT=(--config "$ROOT/configs/deit/demo.yaml" --data-path "$OUT/data/digits" --epochs 3)
+DETR=(--config "$ROOT/configs/detr/demo.yaml" --coco_path "$OUT/data/coco_digits" --backbone_weights none --epochs 1)
+step "Data to train on" "$PYTHON" "$ROOT/scripts/make_demo_data.py" --out "$OUT/data"
+step "DeiT, fp16" "$PYTHON" -m deit_irpe "${DEIT[@]}" --output_dir "$OUT/deit"
+step "DeiT, bf16, compiled" "$PYTHON" -m deit_irpe "${DEIT[@]}" --amp bf16 --compile --output_dir "$OUT/deit_compiled"
+step "DETR, fp32, deterministic" "$PYTHON" -m detr_irpe "${DETR[@]}" --deterministic --output_dir "$OUT/detr"
+set_launcher deit_irpe
+step "DeiT, on all GPUs" "${LAUNCH[@]}" "${DEIT[@]}" --output_dir "$OUT/deit_all_gpus"
 step "Every backend against fp64, and times" "$PYTHON" -m irpe_ops.info --check
 step "Attention, every candidate" "$PYTHON" -m irpe_ops.info --benchmark "$OUT"
 for dtype in bf16 fp32; do

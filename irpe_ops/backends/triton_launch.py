@@ -95,7 +95,7 @@ class Launch:
             row_bytes = self.planes * self.kept_row * self.q.element_size()
             rows = min(rows, max(1, CHUNK_BYTES // (row_bytes * tile)) * tile)
         room = self.q.new_empty(self.planes * rows * self.kept_row if kept else 0)
-        for first in range(0, self.length, rows):
+        for first in range(0, self.length, max(rows, 1)):
             here = min(rows, self.length - first)
             peaks = self.planes * here * -(-self.length // self.constants["BLOCK_N"])
             yield Chunk(first, here, self.planes * -(-here // tile), room, peaks)

@@ -181,6 +181,11 @@ def test_nan_stays_nan_and_only_where_it_belongs():
     assert out[:, :, 3].isnan().all() and not out[:, :, [0, 1, 2, 4, 5, 6]].isnan().any()
 
 
+def test_no_tokens():
+    q = torch.zeros(2, 2, 0, 8, device=DEVICE)
+    assert rpe_attention(q, q, q, backend="triton").shape == q.shape
+
+
 def test_empty_batch():
     packed, encodings, options = example(batch=0)
     out, *grads = run(packed, encodings, options, "triton", torch.float32)

@@ -1,12 +1,14 @@
 """Bucket ids, number for number: the published tables (worked out with the published code), then properties."""
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from irpe_ops import build_rpe, get_bucket_ids_2d, get_rpe_config
+from irpe_ops import buckets, build_rpe, get_bucket_ids_2d, get_rpe_config
 from irpe_ops.buckets import _cached_map, bucket_map, count_buckets, piecewise_index, traced_bucket_map
 from tests import oracles
 
@@ -202,3 +204,15 @@ def test_a_map_is_sent_without_waiting_only_from_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **options: sent.append(options) or real(x, *a, **options))
     bucket_map("product", 1.9, 3, 4, 0, torch.device("meta"))
     assert sent and not any(options.get("non_blocking") for options in sent)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_what_a_cuda_graph_has_read_is_kept_when_the_cache_forgets_it(captures, monkeypatch):
+    with FakeTensorMode():
+        made = [torch.empty(2, 2, device="cuda")]
+    monkeypatch.setattr(buckets, "_cached_map", lambda *key: made.pop())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    read = weakref.ref(bucket_map("product", 1.9, 3, 4, 0, torch.device("cuda", 0)))
+    gc.collect()
+    assert (read() is not None) == captures
+    buckets._read_by_graphs.clear()
