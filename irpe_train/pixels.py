@@ -32,21 +32,26 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for text in named:
-        path = Path(text)
-        if path.is_dir():
-            found = (Path(parent, file) for parent, _, names in os.walk(path) for file in names)
-            found = (file for file in found if not is_hidden(file.relative_to(path).parts))
-            files_there = [file for file in found if besides.absolute() not in file.absolute().parents]
-            report_unread(path, (file.name for file in files_there))
-            found = sorted(file for file in files_there if file.suffix.lower() in IMG_EXTENSIONS)
-        else:
-            found = [path] if path.exists() or not glob.has_magic(text) else sorted(map(Path, glob.glob(text)))
+        fits = not glob.has_magic(text) or Path(text).exists()  # else it is a pattern; ** is any folders
+        paths = [Path(text)] if fits else _outside(besides, sorted(map(Path, glob.glob(text, recursive=True))))
+        found = [file for path in paths for file in (_files_below(path, besides) if path.is_dir() else [path])]
         if not found:
-            raise ValueError(
-                f"{text}: no image {'in this folder (--out left aside)' if path.is_dir() else 'fits this pattern'}"
-            )
+            where = "in this folder (--out left aside)" if Path(text).is_dir() else "fits this pattern"
+            raise ValueError(f"{text}: no image {where}")
         files |= dict.fromkeys(found)
     return list(files)
+
+
+def _files_below(folder: Path, besides: Path) -> list[Path]:
+    found = (Path(parent, file) for parent, _, names in os.walk(folder) for file in names)
+    found = (file for file in found if not is_hidden(file.relative_to(folder).parts))
+    files_there = _outside(besides, found)
+    report_unread(folder, (file.name for file in files_there))
+    return sorted(file for file in files_there if file.suffix.lower() in IMG_EXTENSIONS)
+
+
+def _outside(folder: Path, files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if folder.absolute() not in file.absolute().parents]
 
 
 def report_unread(where: str | Path, names: Iterable[str]) -> None:

@@ -178,6 +178,8 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     found = files_of(["photos"], besides=Path("photos/out"))
     assert found == [Path("photos/a/0.png"), Path("photos/a/1.png"), Path("photos/b/0.png")]
     assert files_of(["photos/a/*.png", "photos/a/1.png"], besides=Path("out")) == found[:2]
+    for pattern in ("photos/**/*.png", "photos/[ab]", "photo*"):  # folders that fit are searched
+        assert files_of([pattern], besides=Path("photos/out")) == found
     (tmp_path / "[x].png").touch()
     assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
     for text, words in (
