@@ -10,7 +10,7 @@ from detr_irpe.args import get_args_parser
 from detr_irpe.classes import categories_of, classes_in
 from detr_irpe.models import build_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, first_line
 
 # A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
 MODEL_FLAGS = (
@@ -47,8 +47,7 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
         with torch.device("meta"):  # allocates nothing, whatever the flags ask for
             shapes = build_model(args)[0]
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BadCheckpoint(f"checkpoint {source}: its flags do not describe a DETR ({reason})") from error
+        raise BadCheckpoint(f"checkpoint {source}: its flags do not describe a DETR ({first_line(error)})") from error
     load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
     model, _, postprocessors = build_model(args)
     load_matching(model, weights, source=source)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from irpe_train.download import local_file
-from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.errors import BadCheckpoint, RunError, first_line
 
 # The published checkpoints hold a Namespace, and a path in it where submitit ran. Python 3.13 moved the paths' module.
 # All of them become pure paths: data that cannot touch a disk, and that exist on every system.
@@ -326,5 +326,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.partition(". In PyTorch")[0][:300]  # the rest advises weights_only=False
+    return first_line(error, 999).partition(". In PyTorch")[0][:300]  # the rest advises weights_only=False

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from irpe_train.errors import RunError
+from irpe_train.errors import RunError, in_one_line
 from irpe_train.text_files import read_text, write_text
 
 LARGEST_FILE = 1 << 18  # bytes; a config has hundreds
@@ -148,7 +148,7 @@ def parse_yaml(text: str, source: str) -> object:
     except ConfigError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source}: not valid YAML: {in_one_line(error)}") from error
 
 
 def _refuse_repeated_names(root: yaml.Node | None, source: str) -> None:

@@ -14,7 +14,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from irpe_train.errors import RankLost, RunError
+from irpe_train.errors import RankLost, RunError, first_line
 from irpe_train.freed_memory import keep_freed_memory
 from irpe_train.preemption import STOP
 
@@ -68,7 +68,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
         except RuntimeError as error:
             STOP.leave_if_asked()
             raise RankLost(
-                f"rank {my_rank} of {world}: the others did not come within {timeout:g} s ({_first_line(error)}). "
+                f"rank {my_rank} of {world}: the others did not come within {timeout:g} s ({first_line(error)}). "
                 "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE."
             ) from error
     return chosen
@@ -187,7 +187,7 @@ class report_lost_ranks:
             STOP.leave_if_asked()  # it has left first
             raise RankLost(
                 f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {self.where}: "
-                f"{_first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
+                f"{first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
             ) from error
 
 
@@ -206,10 +206,6 @@ def speaks_of_a_lost_rank(error: BaseException) -> bool:
         "connect() failed",
     )
     return world_size() > 1 and any(sign in text for sign in signs)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class _Console(logging.StreamHandler):

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
-from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.errors import BadCheckpoint, RunError, in_one_line
 from irpe_train.text_files import plain_file
 
 CHUNK = 1 << 20
@@ -94,7 +94,7 @@ def download(url: str, part: Path, *, most: int) -> None:
         response = _answer(request)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing beyond what we have, so the part is whole (or not ours: check will tell)
-            raise OSError(" ".join(str(error).split())) from error
+            raise OSError(in_one_line(error)) from error
         return
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"not an address, or no answer from a web server: {error!r:.100}") from error

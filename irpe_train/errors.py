@@ -12,6 +12,16 @@ class BadFlags(RunError, ValueError):
     """Values of flags that a library refuses."""
 
 
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 @contextlib.contextmanager
 def blamed_on(flags: str):
     """Turns a library's error about values that the user typed into ``BadFlags``, which names the ``flags``."""
@@ -20,7 +30,7 @@ def blamed_on(flags: str):
     except RunError:
         raise
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise BadFlags(f"{flags}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        raise BadFlags(f"{flags}: {in_one_line(error)}") from error
 
 
 class BadCheckpoint(RunError, ValueError):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_train.arguments import SUFFIX
-from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.errors import BadCheckpoint, RunError, first_line, in_one_line
 from irpe_train.outputs import refuse_existing
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
@@ -67,8 +67,7 @@ def export_model(
                     outputs = save(program, path, examples, metadata or {}, dynamic, input_names, output_names)
             except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
                 path.unlink(missing_ok=True)
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise RunError(f"{path}: this model cannot be exported ({reason[:300]})") from error
+                raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
             differences[format] = _largest_difference(outputs, expected)
             if not differences[format] <= TOLERANCE:
                 raise ValueError(
@@ -106,8 +105,7 @@ def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
     except ImportError as error:
         raise ImportError(f"{path} runs with onnxruntime: pip install onnxruntime") from error
     except Exception as error:  # onnxruntime's own errors derive from Exception alone, and have several lines
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise BadCheckpoint(f"{path}: not a {what} ({reason})") from error
+        raise BadCheckpoint(f"{path}: not a {what} ({type(error).__name__}: {in_one_line(error)})") from error
 
 
 def _save_onnx(program, path: Path, examples, metadata, dynamic, input_names, output_names) -> list[tuple[Tensor, ...]]:

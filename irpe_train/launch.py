@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from irpe_train.config import parse_args
 from irpe_train.distributed import report_lost_ranks, stop_printing
-from irpe_train.errors import RunError, WorkerLost
+from irpe_train.errors import RunError, WorkerLost, first_line
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # as PyTorch says it
 
@@ -71,8 +71,7 @@ def report_out_of_memory():
         raise WorkerLost(_worker_lost("unknown", "is gone")) from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise RunError(f"out of memory ({first[:200]}). Try smaller batches, images or models.") from error
+            raise RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.") from error
         if "Too many open files" in str(error) or "ancdata" in str(error):  # as PyTorch says it
             raise RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers") from error
         found = LOST_WORKER.search(str(error))

@@ -9,7 +9,7 @@ import torch
 
 from irpe_train.checkpoint import load_matching, model_weights
 from irpe_train.distributed import gather, logger, rank, world_size
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, in_one_line
 from irpe_train.metrics import MetricLogger
 from irpe_train.state_check import MISFITS, load_checked
 
@@ -131,9 +131,8 @@ class TrainState:
                 try:
                     load_checked(part, checkpoint[name], epoch=progress["epoch"])
                 except MISFITS as error:
-                    reason = " ".join(str(error).split())[:200]
                     raise BadCheckpoint(
-                        f"checkpoint {source}: its {name} does not fit this run ({reason}); "
+                        f"checkpoint {source}: its {name} does not fit this run ({in_one_line(error)}); "
                         "use the flags it was trained with, or --finetune for the weights"
                     ) from error
         self.start_of_epoch()

@@ -5,6 +5,7 @@ import contextlib
 from pathlib import Path
 
 from deit_irpe.data.images import MOST_CLASSES, LabelledImages
+from irpe_train.errors import in_one_line
 
 SPLITS = {True: ("train",), False: ("validation", "val", "test")}  # the first that is there
 
@@ -54,8 +55,8 @@ def _explained(root: Path):
     try:
         yield
     except Exception as error:  # datasets and pyarrow have dozens, and most do not say which folder they mean
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{root}: Hugging Face datasets cannot load it ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
+        raise ValueError(f"{root}: Hugging Face datasets cannot load it ({reason})") from error
 
 
 def _numbered(labels: list, names: list[str] | None, where: str) -> tuple[list[str], list[int]]:

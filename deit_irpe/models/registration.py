@@ -26,6 +26,7 @@ from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from irpe_ops import equip
 from irpe_ops.equip.timm_vit import RPEAttention
 from irpe_train.checkpoint import load_matching, read_weights
+from irpe_train.errors import in_one_line
 from irpe_train.zoo import fetch, read_zoo
 
 
@@ -134,11 +135,7 @@ def _named(name: str):
     except (UnknownArgument, OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # what timm's models raise for sizes that do not fit: AssertionError, ...
-        raise ValueError(f"model {name!r} cannot be built as asked for: {_in_one_line(error)}") from error
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"model {name!r} cannot be built as asked for: {in_one_line(error)}") from error
 
 
 def _fix_positions(model: VisionTransformer) -> None:
@@ -158,7 +155,7 @@ def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
         found = re.search(r"unexpected keyword argument(?:\(s\))?\W+(\w+)", str(error))
         argument = found and found[1]
         if argument != "img_size":
-            raise UnknownArgument(f"model {name!r}: {_in_one_line(error)}", argument) from error
+            raise UnknownArgument(f"model {name!r}: {in_one_line(error)}", argument) from error
     size = timm_kwargs.pop("img_size")
     model = _build(name, pretrained, timm_kwargs).eval()
     with torch.no_grad():
