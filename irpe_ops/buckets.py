@@ -105,7 +105,8 @@ def _make_offsets(row: BucketMap, ratio: float, height: int, width: int, device:
     with torch.inference_mode(False), torch.no_grad():
         offsets = offset_ids(row, ratio, height, width, "bucket map")
         offsets = offsets.to(_id_dtype(row.num_buckets(int(2 * ratio)) + 1))
-        if device.type != "cuda":  # elsewhere, as on MPS, the copy might read this memory after it is freed
+        # Elsewhere, as on MPS, the copy might read this memory after it is freed. A fake tensor cannot be pinned.
+        if device.type != "cuda" or type(offsets) is not Tensor:
             return offsets.to(device)
         return offsets.pin_memory().to(device, non_blocking=True)
 
@@ -124,9 +125,18 @@ def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, 
         return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1) if skip else ids
 
 
+def _settled(ids: Tensor) -> Tensor:
+    """``ids``, waited for where the caller has a CUDA stream of its own: another may find them in the cache."""
+    if ids.device.type == "cuda":
+        stream = torch.cuda.current_stream(ids.device)
+        if stream != torch.cuda.default_stream(ids.device):
+            stream.synchronize()
+    return ids
+
+
 # 32 maps of a 1,764-token DETR grid are 100 MB at one byte an id; a training run has more sizes than are worth keeping.
-_cached_map = functools.lru_cache(maxsize=32)(_make_map)
-_cached_offsets = functools.lru_cache(maxsize=256)(_make_offsets)
+_cached_map = functools.lru_cache(maxsize=32)(lambda *key: _settled(_make_map(*key)))
+_cached_offsets = functools.lru_cache(maxsize=256)(lambda *key: _settled(_make_offsets(*key)))
 
 
 _read_by_graphs: set[Tensor] = set()

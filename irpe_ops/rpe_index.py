@@ -81,6 +81,8 @@ def has_kernel(tensor: Tensor) -> bool:
 @functools.lru_cache
 def built_for(device: int) -> bool:
     """Whether the extension has code for this CUDA device: it is compiled for some generations of GPUs, not all."""
+    if not torch.cuda.is_available():  # a fake tensor's device
+        return False
     return torch.ops.irpe.has_code_for(device) if hasattr(torch.ops.irpe, "has_code_for") else True
 
 

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.attention import missing_backend
@@ -384,3 +385,14 @@ def test_shapes_can_be_had_without_memory(spec):
     q, k, v = torch.empty(3, 2, 2, 17, 8, device="meta", requires_grad=True)
     out = rpe_attention(q, k, v, *encodings, height=4, width=4)
     assert out.shape == (2, 2, 17, 8) and out.device.type == "meta"
+
+
+def test_shapes_alone_on_a_gpu_that_is_not_here(backend):
+    """What a plan of a run's memory asks for; also where rpe_ops_cuda has code for GPUs and there is none."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with FakeTensorMode(), torch.device("cuda"):
+        encodings = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-qkv", 1), 8, 2)
+        q = torch.empty(2, 2, 13, 8)
+        out = rpe_attention(q, q, q, *encodings, height=3, width=4, backend=backend)
+    assert out.shape == (2, 2, 13, 8) and out.device.type == "cuda"

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import types
 import weakref
 
 import pytest
@@ -204,6 +205,24 @@ def test_a_map_is_sent_without_waiting_only_from_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **options: sent.append(options) or real(x, *a, **options))
     bucket_map("product", 1.9, 3, 4, 0, torch.device("meta"))
     assert sent and not any(options.get("non_blocking") for options in sent)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_map_made_on_a_stream_of_its_own_is_waited_for(own, monkeypatch):
+    made, waited = types.SimpleNamespace(device=torch.device("cuda", 0)), []
+    default, side = (types.SimpleNamespace(synchronize=lambda n=n: waited.append(n)) for n in ("default", "side"))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: side if own else default)
+    monkeypatch.setattr(buckets, "_make_map", lambda *key: made)
+    buckets._cached_map.__wrapped__()
+    assert waited == (["side"] if own else [])
+
+
+def test_maps_of_a_gpu_that_is_not_here():
+    """Shapes alone are asked for, on any machine: what a plan of a run's memory does."""
+    with FakeTensorMode():
+        ids = bucket_map("product", 1.9, 3, 4, 1, torch.device("cuda", 0))
+    assert ids.shape == (13, 13) and ids.device.type == "cuda"
 
 
 @pytest.mark.parametrize("captures", [True, False])
