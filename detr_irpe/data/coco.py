@@ -36,7 +36,7 @@ class CocoDetection(Dataset):
     def __init__(self, root: str | Path, split: str, transforms: Callable, *, return_masks: bool = False) -> None:
         self.path = Path(root) / "annotations" / f"instances_{split}.json"
         self.annotations = Annotations(self.path, with_masks=return_masks)
-        self.images = open_images(Path(root), split, [name.decode() for name in self.annotations.names])
+        self.images = open_images(Path(root), split, [name.decode() for name in self.annotations.names], self.path)
         self.transforms, self.return_masks = transforms, return_masks
         raise_if_missing(self.images, self.path)
 

@@ -27,7 +27,7 @@ class FilesInFolder:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
-        self._names = PackedStrings(os.fsencode(_checked_name(name, folder)) for name in names)
+        self._names = PackedStrings(os.fsencode(name) for name in names)
         present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # a pipe would never end
         self.missing = [
             name for name in names if name not in present and ("/" not in name or not (folder / name).is_file())
@@ -55,7 +55,7 @@ class FilesInZip:
 
     def __init__(self, archive: Path, names: Sequence[str]) -> None:
         self.path = archive
-        self._names = PackedStrings(_checked_name(name, archive).encode() for name in names)
+        self._names = PackedStrings(name.encode() for name in names)
         members = _members(archive)
         self.missing = [name for name in names if name not in members]
         places = [members.get(name, (-1, 0, 0, 0, 0)) for name in names]
@@ -97,13 +97,22 @@ class FilesInZip:
 
 
 def open_images(
-    root: Path, split: str, names: Sequence[str], *, flag: str = "--coco_path"
+    root: Path, split: str, names: Sequence[str], listed_in: Path, *, flag: str = "--coco_path"
 ) -> FilesInFolder | FilesInZip:
     """The images ``names`` of ``root/split/``, or of ``root/split.zip`` where there is no such folder.
 
-    Args: flag: the one that named ``root``, for messages.
-    Raises: FileNotFoundError: neither is there. Names that are missing from it are listed in ``missing``.
+    Args:
+        listed_in: the file that has the names. flag: the one that named ``root``. Both for messages.
+    Raises: ValueError: a name could lead outside. FileNotFoundError: neither is there. Names that are missing from it
+        are listed in ``missing``.
     """
+    for name in names:
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0\r\n"):
+            raise ValueError(
+                f"{listed_in}: unsafe file name {name!r}; names must be relative, with / between folders, and stay "
+                f"inside {split}"
+            )
     folder, archive = root / split, root / f"{split}.zip"
     if folder.is_dir():
         images = FilesInFolder(folder, names)
@@ -125,11 +134,3 @@ def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
             raise BadData(f"{archive}: two members are called {name!r}; pack it again with one of each")
         members[name] = (info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
     return members
-
-
-def _checked_name(name: str, where: Path) -> str:
-    """``name``, unless it could lead outside ``where``."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0\r\n"):
-        raise ValueError(f"{where}: unsafe file name {name!r}; names must be relative and stay inside the folder")
-    return name

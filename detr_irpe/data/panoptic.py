@@ -70,8 +70,9 @@ class CocoPanoptic(Dataset):
         self._segments = PackedStrings(json.dumps(of_image).encode() for of_image in segments)
         self.image_ids = torch.from_numpy(ids[image_order]).share_memory_()
 
-        self.images = open_images(Path(image_root), split, names)
-        self.segment_images = open_images(Path(panoptic_root), f"panoptic_{split}", maps, flag="--coco_panoptic_path")
+        self.images = open_images(Path(image_root), split, names, path)
+        where = (Path(panoptic_root), f"panoptic_{split}", maps, path)
+        self.segment_images = open_images(*where, flag="--coco_panoptic_path")
         raise_if_missing(self.images, path)
         raise_if_missing(self.segment_images, path)
         self.transforms, self.return_masks = transforms, return_masks

@@ -184,8 +184,10 @@ def test_training_augmentation_is_reproducible_and_stays_consistent(tmp_path):
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox"),
         (lambda c: c["annotations"][0].update(category_id="cat"), "category_id"),
         (lambda c: c.pop("categories"), "no 'categories'"),
-        (lambda c: c["images"][0].update(file_name="../secret.jpg"), "unsafe file name"),
-        (lambda c: c["images"][0].update(file_name="/etc/passwd"), "unsafe file name"),
+        (lambda c: c["images"][0].update(file_name="../secret.jpg"), "instances_train2017.json: unsafe file name"),
+        (lambda c: c["images"][0].update(file_name="/etc/passwd"), "instances_train2017.json: unsafe file name"),
+        (lambda c: c["images"][0].update(file_name="images\\1.jpg"), "_train2017.json: unsafe .* / between folders"),
+        (lambda c: c["images"][0].update(file_name="http://x/1.jpg"), "_train2017.json: unsafe file name 'http://x/1"),
     ],
 )
 def test_bad_annotations_are_refused(tmp_path, change, words):

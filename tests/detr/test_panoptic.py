@@ -165,6 +165,7 @@ def test_the_order_of_the_file_changes_nothing(tmp_path):
         (lambda c: c["annotations"][2]["segments_info"][1].update(id=513), "duplicate segment ids in one image"),
         (lambda c: c["annotations"][1]["segments_info"][0].update(category_id=5), r"does not list \(ids 5\)"),
         (lambda c: c["annotations"][1].update(file_name=None), r"annotations\[1\] lacks 'file_name'"),
+        (lambda c: c["annotations"][1].update(file_name="..\\1.png"), "unsafe file name"),
     ],
 )
 def test_mistakes_in_panoptic_files_are_refused_by_their_place(tmp_path, change, words):
