@@ -12,7 +12,9 @@ from deit_irpe.args import get_args_parser, image_size, image_size_text, keyword
 from deit_irpe.data import stored_classes
 from deit_irpe.models import build_model, head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
+from irpe_train.run_log import changed_flags
 
 # A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
 MODEL_FLAGS = {
@@ -37,8 +39,14 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     """
     checkpoint = read_checkpoint(source)
     weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
-    given = {name: value for name, value in flags.items() if value is not None}
-    args = argparse.Namespace(**_flags(checkpoint, source=source) | given)
+    given, known = (
+        {name: value for name, value in flags.items() if value is not None},
+        _flags(checkpoint, source=source),
+    )
+    args = argparse.Namespace(**known | given)
+    stored = {name: known[name] for name in given if known.get(name) is not None}
+    if (others := changed_flags(get_args_parser(), args, stored=stored)) != "nothing":
+        logger.warning(f"other flags than the checkpoint's: {others}. Those given now hold")
     if args.model is None:
         raise ValueError(f"{source} does not say which model it is: add --model NAME (and --rpe SPEC)")
     if ":" in args.model and "model" not in given:

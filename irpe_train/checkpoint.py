@@ -84,11 +84,14 @@ def _check_archive(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
-            comment = archive.comment
+            comment, names = archive.comment, archive.namelist()
             sealed = comment[:4] == b"irpe" or comment[5:10] == b"crc32"  # ours, also with a letter damaged
             damaged = None if sealed or claimed > size else archive.testzip()
     except Exception as error:
         raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({_first_line(error)}){USE_ANOTHER}") from error
+    if not any(name.endswith("/data.pkl") for name in names) or any(name.endswith("constants.pkl") for name in names):
+        kind = "an exported or scripted model, or another archive"
+        raise BadCheckpoint(f"checkpoint {path}: no file of weights that torch.save wrote, but {kind}")
     if claimed > size:
         raise BadCheckpoint(f"checkpoint {path}: refused: its members claim {claimed:,} bytes in a file of {size:,}")
     ending = _ending(comment)

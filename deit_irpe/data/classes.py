@@ -29,13 +29,17 @@ def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
 
 
 def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] = ("train", "val")) -> None:
-    """Raises ValueError, naming the classes, unless both lists (of the two data sets ``names``) have the same ones."""
+    """Raises ValueError, naming the classes, unless both lists (of the two data sets ``names``) have the same ones, and
+    more than one: a folder around all classes would be learned to 100%.
+    """
     only = []
     for name, missing in ((names[0], set(one) - set(other)), (names[1], set(other) - set(one))):
         if missing:
             only.append(f"only in {name}: {_some(missing)}")
     if only:
         raise ValueError(f"{names[0]} and {names[1]} have different classes; {'; '.join(only)}")
+    if len(one) == 1:
+        raise ValueError(f"one class, {one[0]!r}, leaves nothing to learn; the folders of classes lie side by side")
 
 
 def check_resumed_classes(stored: list[str] | None, classes: list[str], *, source: str) -> None:

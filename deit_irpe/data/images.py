@@ -80,11 +80,11 @@ class FolderImages(LabelledImages):
     """
 
     def __init__(self, root: Path, transform=None):
-        _need(
-            root.is_dir(),
-            FileNotFoundError,
-            f'{root}: no such folder. It should hold one folder for each class; see README, "Data"',
-        )
+        if not root.is_dir():
+            beside = ", ".join(sorted(path.name for path in root.parent.glob("*") if path.is_dir())[:9])
+            there = f" (there is {beside})" if beside else ""
+            wanted = 'It should hold one folder for each class; see README, "Data"'
+            raise FileNotFoundError(f"{root}: no such folder{there}. {wanted}")
         unread: list[str] = []
         folders, flat = _entries(root, unread)
         report_hidden(root, {name for name in os.listdir(root) if is_hidden([name])})

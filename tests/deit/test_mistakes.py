@@ -18,7 +18,13 @@ def explained(data, tmp_path, words, *flags, code=1, **options):
 def test_a_missing_folder(tmp_path):
     explained(tmp_path / "absent", tmp_path, f"--data-path {tmp_path / 'absent'}: no such folder")
     write_images(tmp_path / "val", {"a": 1})
-    explained(tmp_path, tmp_path, f"{tmp_path / 'train'}: no such folder")
+    explained(tmp_path, tmp_path, f"{tmp_path / 'train'}: no such folder (there is out, outputs, val). It should hold")
+
+
+def test_a_folder_around_all_classes_is_not_learned_to_100_percent(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / split / "images", {"ant": 2, "bee": 2})
+    explained(tmp_path, tmp_path, "one class, 'images', leaves nothing to learn; the folders of classes lie side by")
 
 
 def test_an_empty_class_and_a_flat_val_folder(tmp_path):

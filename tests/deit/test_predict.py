@@ -261,6 +261,15 @@ def test_names_that_are_no_text_are_replaced_by_a_second_prediction(checkpoint, 
         assert ended.code == 0, ended.text
 
 
+def test_flags_of_another_model_are_said(checkpoint, monkeypatch):
+    said = []
+    monkeypatch.setattr("deit_irpe.load_model.logger.warning", said.append)
+    load_model(str(checkpoint), rpe=SPEC, input_size=32)
+    other = SPEC.replace("1.9", "1.8")
+    load_model(str(checkpoint), rpe=other)
+    assert said == [f"other flags than the checkpoint's: rpe={other} (stored: {SPEC}). Those given now hold"]
+
+
 def test_weights_alone_need_the_model_named(checkpoint, tmp_path):
     weights = torch.load(checkpoint, weights_only=False)["model"]
     torch.save(weights, tmp_path / "weights.pth")

@@ -10,6 +10,7 @@ import zipfile
 from collections import deque
 from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,23 @@ def test_truncated_file_is_named(tmp_path, fraction):
 def test_other_files_are_named(tmp_path, contents, words):
     (tmp_path / "a.pth").write_bytes(contents)
     with pytest.raises(BadCheckpoint, match=f"a.pth: {words}"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: np.savez(path, a=np.ones(3)),
+        lambda path: torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path),
+        lambda path: torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), path),
+    ],
+    ids=["NumPy", "TorchScript", "torch.export"],
+)
+def test_other_archives_are_not_called_damaged(tmp_path, write):
+    with open(tmp_path / "a.pth", "wb") as file:
+        write(file)
+    with pytest.raises(BadCheckpoint, match="a.pth: no file of weights that torch.save wrote, but an exported or"):
         read_checkpoint(tmp_path / "a.pth")
 
 
