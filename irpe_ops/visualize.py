@@ -11,6 +11,7 @@ PNG, PDF or SVG, or let a notebook show it.
 
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,8 +141,9 @@ def draw_maps(
     """
     columns = max(values.shape[0] for values in rows.values())
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
-    figure = _figure(max(cell * columns + 1.2, 5), cell * len(rows) + 0.6)
-    figure.suptitle(plain_text(title), fontsize=9)
+    width = cell * columns + 1.2
+    figure = _figure(width, cell * len(rows) + 0.8)
+    figure.suptitle(textwrap.fill(plain_text(title), int(13 * width)), fontsize=9)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
         values = values.detach().float().cpu()
