@@ -20,6 +20,8 @@ def main(args: argparse.Namespace) -> None:
     height, width = (size, size) if isinstance(size, int) else size
 
     examples = [(torch.randn(batch, 3, height, width),) for batch in (2, 3)]
+    told = {"classes": classes, "input_size": trained.input_size, "mean": MEAN, "std": STD, "model": trained.model}
+    told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]
     differences = export_model(
         model,
         examples,
@@ -28,22 +30,11 @@ def main(args: argparse.Namespace) -> None:
         dynamic=[{0: "batch"}],
         input_names=["images"],
         output_names=["logits"],
-        metadata={
-            key: json.dumps(value)
-            for key, value in (
-                ("classes", classes),
-                ("input_size", trained.input_size),
-                ("mean", MEAN),
-                ("std", STD),
-                ("model", trained.model),
-                ("rpe", trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]),
-            )
-        },
+        metadata={key: json.dumps(value) for key, value in told.items()},
     )
     for format, difference in differences.items():
-        print(
-            f"{format}: {height} x {width} pixels, any batch; largest difference {difference:.1e} of the largest logit"
-        )
+        shape = f"{height} x {width} pixels, any batch"
+        print(f"{format}: {shape}; largest difference {difference:.1e} of the largest logit")
 
 
 if __name__ == "__main__":

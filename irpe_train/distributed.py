@@ -20,6 +20,10 @@ from irpe_train.preemption import STOP
 
 logger = logging.getLogger("irpe")
 
+LOST_RANK = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|connect\(\) failed", re.IGNORECASE
+)
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -193,19 +197,7 @@ class report_lost_ranks:
 
 def speaks_of_a_lost_rank(error: BaseException) -> bool:
     """Whether an error of gloo, nccl or the store is about a peer, and not about this process's own call."""
-    text = str(error).lower()
-    signs = (
-        "connection closed",
-        "connection reset",
-        "connection refused",
-        "broken pipe",
-        "timed out",
-        "timeout",
-        "socket",
-        "nccl",
-        "connect() failed",
-    )
-    return world_size() > 1 and any(sign in text for sign in signs)
+    return world_size() > 1 and bool(LOST_RANK.search(str(error)))
 
 
 class _Console(logging.StreamHandler):

@@ -88,21 +88,10 @@ class RPESelfAttention(MultiheadAttention):
         q, k, v = self.project(query_key, query_key, value)
         if not self.has_rpe:
             return self.merge(self.attend(q, k, v, key_padding_mask))
-        return self.merge(
-            rpe_attention(
-                q,
-                k,
-                v,
-                self.rpe_q,
-                self.rpe_k,
-                self.rpe_v,
-                height=height,
-                width=width,
-                key_padding_mask=key_padding_mask,
-                dropout_p=self.dropout if self.training else 0.0,
-                backend=self.attn_backend,
-            )
-        )
+        dropout_p = self.dropout if self.training else 0.0
+        options = dict(height=height, width=width, key_padding_mask=key_padding_mask, backend=self.attn_backend)
+        encodings = (self.rpe_q, self.rpe_k, self.rpe_v)
+        return self.merge(rpe_attention(q, k, v, *encodings, dropout_p=dropout_p, **options))
 
 
 class TransformerLayer(nn.Module):

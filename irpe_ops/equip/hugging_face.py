@@ -113,20 +113,9 @@ def irpe_attention(
     height, width = module.grid.of(query.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = ~attention_mask  # True is *kept* there
-    out = rpe_attention(
-        query,
-        key,
-        value,
-        module.rpe_q,
-        module.rpe_k,
-        module.rpe_v,
-        height=height,
-        width=width,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        scale=scaling,
-        backend=module.attn_backend,
-    )
+    encodings = (module.rpe_q, module.rpe_k, module.rpe_v)
+    options = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling, backend=module.attn_backend)
+    out = rpe_attention(query, key, value, *encodings, height=height, width=width, **options)
     return out.transpose(1, 2).contiguous(), None
 
 

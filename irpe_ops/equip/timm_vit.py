@@ -102,20 +102,10 @@ class RPEAttention(nn.Module):
             attn_mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         elif attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
-        out = rpe_attention(
-            q,
-            k,
-            v,
-            self.rpe_q,
-            self.rpe_k,
-            self.rpe_v,
-            height=height,
-            width=width,
-            attn_mask=attn_mask,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-            scale=self.scale,
-            backend=self.attn_backend if self.fused_attn else "eager",
-        )
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        backend = self.attn_backend if self.fused_attn else "eager"
+        options = dict(attn_mask=attn_mask, dropout_p=dropout_p, scale=self.scale, backend=backend)
+        out = rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, height=height, width=width, **options)
         out = self.norm(out.transpose(1, 2).flatten(2))  # (B, L, C)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
