@@ -96,8 +96,6 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
   const int64_t matrices = q.size(0) * heads;
   if (e.bias) {
     into.grad = at::zeros({matrices, e.padded}, q.options().dtype(at::kFloat));
-  } else if (on == On::kKeys) {
-    into.grad = at::zeros({matrices, head_dim, e.padded}, q.options().dtype(at::kFloat));
   } else {
     into.grad = at::zeros({matrices, e.buckets, d}, q.options().dtype(at::kFloat));
   }
@@ -107,7 +105,7 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
 // The table's gradient from those of all (b, h), summed in their order.
 at::Tensor reduced(const Prepared& p, On on, const OptionalTensor& table, int64_t batch, int64_t heads, float factor) {
   if (!table.has_value()) return at::empty({0});
-  const bool transposed = on == On::kQueries && !p.encoding.bias;
+  const bool transposed = on != On::kValues && !p.encoding.bias;
   const int64_t width = transposed ? table->size(1) : on == On::kValues ? table->size(2) : p.encoding.buckets;
   const at::Tensor cut = p.grad.narrow(-1, 0, width);
   at::Tensor sum = p.encoding.shared ? cut.sum(0, /*keepdim=*/true) : cut.unflatten(0, {batch, heads}).sum(0);
@@ -161,6 +159,7 @@ void fill(Call& c, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   prepare(c.on_k, "table_k", On::kKeys, table_k, index_k, q, 1, backward);
   prepare(c.on_v, "table_v", On::kValues, table_v, index_v, q, 1, backward);
   a.on_q = c.on_q.encoding, a.on_k = c.on_k.encoding, a.on_v = c.on_v.encoding;
+  a.width = rounded_up(a.length + std::max(a.on_k.buckets, a.on_v.buckets) + 2 * kLookupLanes, 16);
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   const auto options = q.options().dtype(at::kFloat);
   if (key_padding_mask.has_value()) {
@@ -216,7 +215,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
     if (keep && keep_probs) a.probs = probs.data_ptr<float>();
     if (a.probs) std::fill_n(a.probs + probs.numel() - 16, 16, 0.0f);
     if (keep && a.on_v.parts) a.sums = sums.data_ptr<float>();
-    a.tile = tile_rows(a.length, a.padded * 4, 64 << 10);
+    a.tile = tile_rows(a.length, a.width * 4, 80 << 10);
     in_parallel(a, false, matrices * ((a.length + a.tile - 1) / a.tile), kernels().attention_forward);
   }
   return {out.to(q.scalar_type()), stats, probs, sums};
@@ -240,7 +239,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     a.stats = stats.data_ptr<float>();
     if (probs.numel() > 0) a.probs = probs.data_ptr<float>();
     if (a.on_v.parts) a.sums = sums.data_ptr<float>();
-    a.tile = tile_rows(a.length, a.padded * 8, 192 << 10);
+    a.tile = tile_rows(a.length, a.width * 8, 256 << 10);
     in_parallel(a, true, matrices, kernels().attention_backward);
   }
   const auto type = q.scalar_type();

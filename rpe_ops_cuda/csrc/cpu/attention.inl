@@ -4,6 +4,9 @@
 //
 //   scores = scale q k^T + lookup(scale q table_k) + lookup(scale k table_q)^T + masks
 //   out    = P v + bucket_sums(P) table_v,   P = dropout(softmax(scores))
+//
+// The buckets of a table are further keys: one product gives q k^T and q table_k, side by side in rows of `width`, and one
+// takes P and its bucket sums to `out`; so too for the gradients.
 
 struct Scratch {  // a stack of arrays for one thread; measures itself when `base` is null
   char* base;
@@ -16,35 +19,36 @@ struct Scratch {  // a stack of arrays for one thread; measures itself when `bas
 };
 
 struct Buffers {
-  float *k_panels, *v_panels;            // transposed, in panels: B of q k^T and grad_out v^T
-  float *k_rows, *v_rows;                // (L, D padded)
+  float *k_panels, *v_panels;            // keys and buckets, transposed, in panels: B of q k^T and grad_out v^T
+  float *k_rows, *v_rows;                // (L + buckets, D padded)
   float *q_tile, *out_tile, *grad_tile;  // (tile, D padded)
-  float *scores, *grad_scores, *dropped; // (tile, padded)
-  float *lookup_k, *lookup_q, *lookup_v; // (tile, on_k.padded), (on_q.buckets, padded), (tile, on_v.padded)
-  float *sums_k, *sums_q;                // gradients of lookup_k, lookup_q
-  float *sums_v;                         // (tile, on_v.padded) attention weights in buckets
-  float *grad_k, *grad_v;                // (L, D padded)
+  float *scores, *grad_scores, *dropped; // (tile, width)
+  float *lookup_q, *sums_q;              // (on_q.buckets, padded) and its gradient
+  float *grad_k, *grad_v;                // (L + buckets, D padded), (L, D padded)
   float *row, *spare;                    // one row of scores, or of their gradients, on its way
   float *factors;                        // (tile) 1 / sum of exp(score - greatest)
   float *bucket_scratch;
 };
 
-INLINE int64_t lookup_room(const Encoding& e, int64_t rows) { return e.parts ? rows * e.padded + 4 * LANES : 0; }
+// Buckets that lie behind the keys: a bias is looked up in its table.
+INLINE int64_t behind_keys(const Encoding& e) { return e.parts && !e.bias ? e.buckets : 0; }
+
+INLINE void zero(float* x, int64_t count) { __builtin_memset(x, 0, count * sizeof(float)); }
 
 INLINE int64_t column_room(const AttentionArgs& a) { return a.on_q.parts ? a.on_q.buckets * a.padded + LANES : 0; }
 
 static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
   Buffers b = {};
-  const int64_t d = rounded_up(a.head_dim), panel_room = (a.length + kPanel) * a.head_dim + kPanel;
+  const int64_t d = rounded_up(a.head_dim), panel_room = (a.width + kPanel) * a.head_dim + kPanel;
+  const int64_t row_room = (a.length + behind_keys(a.on_k)) * d, tile_room = a.tile * a.width + LANES;
   const bool recompute = !backward || a.probs == nullptr;
   if (recompute) b.k_panels = s.floats(panel_room);
-  if (backward) b.v_panels = s.floats(panel_room), b.k_rows = s.floats(a.length * d);
-  if (!backward) b.v_rows = s.floats(a.length * d);
+  if (backward) b.v_panels = s.floats(panel_room), b.k_rows = s.floats(row_room);
+  if (!backward) b.v_rows = s.floats((a.length + behind_keys(a.on_v)) * d);
   b.q_tile = s.floats(a.tile * d);
   b.out_tile = s.floats(a.tile * d);
-  if (a.probs == nullptr) b.scores = s.floats(a.tile * a.padded + LANES);
-  if (a.dropout_p > 0) b.dropped = s.floats(a.tile * a.padded);
-  if (recompute) b.lookup_k = s.floats(lookup_room(a.on_k, a.tile)), b.lookup_q = s.floats(column_room(a));
+  if (recompute) b.scores = s.floats(tile_room), b.lookup_q = s.floats(column_room(a));
+  if (a.dropout_p > 0) b.dropped = s.floats(tile_room);
   b.factors = s.floats(a.tile);
   b.row = s.floats(a.padded + LANES);
   b.spare = s.floats(a.padded + LANES);
@@ -56,16 +60,16 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
       most = needed > most ? needed : most;
     }
   b.bucket_scratch = s.floats(most);
-  b.sums_v = s.floats(lookup_room(a.on_v, a.tile));
   if (backward) {
     b.grad_tile = s.floats(a.tile * d);
-    b.grad_scores = s.floats(a.tile * a.padded + LANES);
-    b.lookup_v = s.floats(lookup_room(a.on_v, a.tile));
-    b.sums_k = s.floats(lookup_room(a.on_k, a.tile));
+    b.grad_scores = s.floats(tile_room);
     b.sums_q = s.floats(column_room(a));
-    b.grad_k = s.floats(a.length * d);
+    b.grad_k = s.floats(row_room);
     b.grad_v = s.floats(a.length * d);
   }
+  // Columns that nothing fills are multiplied too.
+  if (b.k_panels) zero(b.k_panels, panel_room);
+  if (b.v_panels) zero(b.v_panels, panel_room);
   return b;
 }
 
@@ -74,8 +78,6 @@ static int64_t attention_scratch(const AttentionArgs& a, bool backward) {
   carve(a, backward, measure);
   return measure.used;
 }
-
-INLINE void zero(float* x, int64_t count) { __builtin_memset(x, 0, count * sizeof(float)); }
 
 INLINE float* rows_of(const Rows& r, int64_t b, int64_t h) { return r.data + b * r.batch_stride + h * r.head_stride; }
 
@@ -101,7 +103,7 @@ static void unpack_rows(const float* from, int64_t count, int64_t d, float facto
     for (int64_t x = 0; x < d; ++x) dest[i * stride + x] = factor * from[i * padded + x];
 }
 
-// dest: panels of kPanel rows, each (d, kPanel); missing rows are zero.
+// dest: panels of kPanel rows, each (d, kPanel).
 static void pack_panels(const float* from, int64_t stride, int64_t count, int64_t d, float* dest) {
   for (int64_t j = 0; j < count; j += LANES) {
     float* panel = dest + j / kPanel * kPanel * d + j % kPanel;
@@ -113,7 +115,18 @@ static void pack_panels(const float* from, int64_t stride, int64_t count, int64_
       for (int r = 0; r < LANES; ++r) store(panel + (x + r) * kPanel, block[r]);
     }
     for (; x < d; ++x)
-      for (int64_t r = 0; r < LANES; ++r) panel[x * kPanel + r] = j + r < count ? from[(j + r) * stride + x] : 0;
+      for (int64_t r = 0; r < LANES && j + r < count; ++r) panel[x * kPanel + r] = from[(j + r) * stride + x];
+  }
+}
+
+// A table (d, padded) behind the `keys` rows of such panels.
+static void append_panels(const Encoding& e, const float* table, int64_t keys, int64_t d, float* dest) {
+  for (int64_t n = 0, here; n < e.buckets; n += here) {
+    const int64_t first = (keys + n) % kPanel, left = e.buckets - n;
+    here = left < kPanel - first ? left : kPanel - first;
+    float* panel = dest + (keys + n) / kPanel * kPanel * d + first;
+    for (int64_t x = 0; x < d; ++x)
+      for (int64_t c = 0; c < here; ++c) panel[x * kPanel + c] = table[x * e.padded + n + c];
   }
 }
 
@@ -141,8 +154,9 @@ static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64
   return x;
 }
 
+// Writes up to 2 * kLookupLanes - 1 zeros past the last bucket.
 static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, float* sums, float* scratch) {
-  zero(sums, e.padded);
+  zero(sums, e.buckets);
   for (int32_t p = 0; p < e.parts; ++p) lookups::bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], scratch);
 }
 
@@ -150,6 +164,8 @@ static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, floa
 static void prepare_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head) {
   const float* k = rows_of(a.k, batch, head);
   pack_panels(k, a.k.row_stride, a.length, a.head_dim, b.k_panels);
+  if (behind_keys(a.on_k))
+    append_panels(a.on_k, table_of(a.on_k, a.on_k.table, a.head_dim * a.on_k.padded, head), a.length, a.head_dim, b.k_panels);
   if (a.on_q.parts == 0) return;
   const int64_t n = a.on_q.padded;
   if (a.on_q.bias) {
@@ -162,24 +178,16 @@ static void prepare_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
   }
 }
 
-// scores (count, padded) of the queries from `first` on, but for what `finished_scores` adds. q_tile holds the scaled queries.
-static void begin_scores(const AttentionArgs& a, const Buffers& b, int64_t head, int64_t first, int64_t count, float* scores) {
-  const int64_t d = rounded_up(a.head_dim);
-  gemm<false>(count, rounded_up(a.length), a.head_dim, b.q_tile, d, b.k_panels, kPanel, kPanel * a.head_dim, scores, a.padded,
-              false);
-  if (a.on_k.parts == 0) return;
-  const int64_t n = a.on_k.padded;
-  const float* table = table_of(a.on_k, a.on_k.table, a.on_k.bias ? n : a.head_dim * n, head);
-  if (a.on_k.bias)
-    __builtin_memcpy(b.lookup_k, table, n * sizeof(float));
-  else
-    matmul(count, rounded_up(a.on_k.buckets), a.head_dim, b.q_tile, d, table, n, b.lookup_k, n);
+// dest (count, width): the rows of a tile times keys and `buckets` in panels.
+INLINE void times_panels(const AttentionArgs& a, int64_t count, const float* tile, const float* panels, int64_t buckets,
+                         float* dest) {
+  gemm<false>(count, rounded_up(a.length + buckets), a.head_dim, tile, rounded_up(a.head_dim), panels, kPanel,
+              kPanel * a.head_dim, dest, a.width, false);
 }
 
 // One row of scores with the encodings on queries and keys and the masks, in `row` itself, b.row or b.spare; its padding up to
 // a whole register is -inf.
-static float* finished_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head, int64_t i, int64_t tile_row,
-                              float* row) {
+static float* finished_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head, int64_t i, float* row) {
   const int64_t length = a.length;
   if (a.mask) {
     const float* mask = a.mask + batch * a.mask_stride[0] + head * a.mask_stride[1] + i * a.mask_stride[2];
@@ -189,8 +197,9 @@ static float* finished_scores(const AttentionArgs& a, const Buffers& b, int64_t 
     const float* mask = a.key_mask + batch * a.padded;
     for (int64_t j = 0; j < length; j += LANES) store(row + j, load(row + j) + load(mask + j));
   }
+  const float* lookup = a.on_k.bias ? table_of(a.on_k, a.on_k.table, a.on_k.padded, head) : row + length;
   row = plus_query_lookups(a, b, i, row);
-  row = plus_lookups(a.on_k, b, i, a.on_k.bias ? b.lookup_k : b.lookup_k + tile_row * a.on_k.padded, row);
+  row = plus_lookups(a.on_k, b, i, lookup, row);
   for (int64_t j = length; j < rounded_up(length); ++j) row[j] = -__builtin_inff();
   return row;
 }
@@ -231,6 +240,7 @@ static void drop_row(const AttentionArgs& a, int64_t matrix_row, const float* x,
 static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end, char* memory) {
   Scratch scratch = {memory, 0};
   const Buffers b = carve(a, false, scratch);
+  const Encoding& on_v = a.on_v;
   const int64_t d = rounded_up(a.head_dim), tiles = (a.length + a.tile - 1) / a.tile;
   const Rows* const next_rows[] = {&a.q, &a.k, &a.v};
   for (int64_t t = begin; t < end; ++t) {
@@ -239,16 +249,18 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
     if (t == begin || first == 0) {
       prepare_scores(a, b, batch, head);
       pack_rows(rows_of(a.v, batch, head), a.v.row_stride, a.length, a.head_dim, 1, b.v_rows);
+      if (on_v.parts)
+        __builtin_memcpy(b.v_rows + a.length * d, table_of(on_v, on_v.table, on_v.buckets * d, head),
+                         on_v.buckets * d * sizeof(float));
     }
     const float* q = rows_of(a.q, batch, head) + first * a.q.row_stride;
     pack_rows(q, a.q.row_stride, count, a.head_dim, a.scale, b.q_tile);
-    float* scores = a.probs ? a.probs + (matrix * a.length + first) * a.padded : b.scores;
-    begin_scores(a, b, head, first, count, scores);
+    times_panels(a, count, b.q_tile, b.k_panels, behind_keys(a.on_k), b.scores);
     for (int64_t i = 0; i < count; ++i) {
       prefetch_row(a, a.out, matrix, first + i);
       for (const Rows* next : next_rows) prefetch_row(a, *next, matrix + 1, first + i);
-      float* row = scores + i * a.padded;
-      const float* finished = finished_scores(a, b, batch, head, first + i, i, row);
+      float* row = b.scores + i * a.width;
+      const float* finished = finished_scores(a, b, batch, head, first + i, row);
       float greatest = greatest_of_row(finished, a.length);
       if (greatest == -__builtin_inff()) greatest = 0;  // every key is masked: all weights are zero
       vf total = {};
@@ -263,27 +275,27 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
         float* stats = a.stats + 2 * (matrix * a.length + first + i);
         stats[0] = greatest, stats[1] = b.factors[i];
       }
-      zero(row + rounded_up(a.length), a.padded - rounded_up(a.length));
-    }
-    const float* weights = scores;
-    if (a.dropout_p > 0) {
-      for (int64_t i = 0; i < count; ++i)
-        drop_row(a, matrix * a.length + first + i, scores + i * a.padded, b.dropped + i * a.padded);
-      weights = b.dropped;
-    }
-    matmul(count, d, a.length, weights, a.padded, b.v_rows, d, b.out_tile, d);
-    if (a.on_v.parts) {
-      const int64_t n = a.on_v.padded;
-      for (int64_t i = 0; i < count; ++i)
-        bucket_sums_parts(a.on_v, first + i, weights + i * a.padded, b.sums_v + i * n, b.bucket_scratch);
-      const float* table = table_of(a.on_v, a.on_v.table, a.on_v.buckets * d, head);
-      matmul(count, d, a.on_v.buckets, b.sums_v, n, table, d, b.out_tile, d, true);
-      for (int64_t i = 0; a.sums && i < count; ++i) {
-        float* kept = a.sums + (matrix * a.length + first + i) * n;
-        __builtin_memcpy(kept, b.sums_v + i * n, a.on_v.buckets * sizeof(float));
-        zero(kept + a.on_v.buckets, n - a.on_v.buckets);
+      if (a.probs) {
+        float* kept = a.probs + (matrix * a.length + first + i) * a.padded;
+        for (int64_t j = 0; j < rounded_up(a.length); j += LANES) stream(kept + j, load(row + j));
       }
     }
+    float* weights = b.scores;
+    if (a.dropout_p > 0) {
+      for (int64_t i = 0; i < count; ++i)
+        drop_row(a, matrix * a.length + first + i, b.scores + i * a.width, b.dropped + i * a.width);
+      weights = b.dropped;
+    }
+    for (int64_t i = 0; on_v.parts && i < count; ++i) {
+      float* row = weights + i * a.width;
+      bucket_sums_parts(on_v, first + i, row, row + a.length, b.bucket_scratch);
+      if (a.sums) {
+        float* kept = a.sums + (matrix * a.length + first + i) * on_v.padded;
+        __builtin_memcpy(kept, row + a.length, on_v.buckets * sizeof(float));
+        zero(kept + on_v.buckets, on_v.padded - on_v.buckets);
+      }
+    }
+    matmul(count, d, a.length + behind_keys(on_v), weights, a.width, b.v_rows, d, b.out_tile, d);
     float* out = rows_of(a.out, batch, head) + first * a.out.row_stride;
     for (int64_t i = 0; i < count; ++i)
       unpack_rows(b.out_tile + i * d, 1, a.head_dim, b.factors[i], out + i * a.out.row_stride, a.out.row_stride);
@@ -297,19 +309,24 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
 static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t end, char* memory) {
   Scratch scratch = {memory, 0};
   const Buffers b = carve(a, true, scratch);
-  const int64_t d = rounded_up(a.head_dim);
   const Encoding &on_q = a.on_q, &on_k = a.on_k, &on_v = a.on_v;
+  const int64_t d = rounded_up(a.head_dim), with_k = a.length + behind_keys(on_k);
+  const int64_t probs_stride = a.probs ? a.padded : a.width;
   const Rows *const results[] = {&a.grad_q, &a.grad_k, &a.grad_v}, *const next_rows[] = {&a.q, &a.k, &a.v, &a.grad_out};
   for (int64_t matrix = begin; matrix < end; ++matrix) {
     const int64_t batch = matrix / a.heads, head = matrix % a.heads;
-    const float *k = rows_of(a.k, batch, head), *v = rows_of(a.v, batch, head);
     if (a.probs == nullptr) prepare_scores(a, b, batch, head);
-    pack_panels(v, a.v.row_stride, a.length, a.head_dim, b.v_panels);
-    pack_rows(k, a.k.row_stride, a.length, a.head_dim, 1, b.k_rows);
-    zero(b.grad_k, a.length * d);
+    pack_panels(rows_of(a.v, batch, head), a.v.row_stride, a.length, a.head_dim, b.v_panels);
+    if (on_v.parts)
+      append_panels(on_v, table_of(on_v, on_v.transposed, a.head_dim * on_v.padded, head), a.length, a.head_dim, b.v_panels);
+    pack_rows(rows_of(a.k, batch, head), a.k.row_stride, a.length, a.head_dim, 1, b.k_rows);
+    if (behind_keys(on_k))
+      __builtin_memcpy(b.k_rows + a.length * d, table_of(on_k, on_k.transposed, on_k.buckets * d, head),
+                       on_k.buckets * d * sizeof(float));
+    zero(b.grad_k, with_k * d);
     zero(b.grad_v, a.length * d);
     zero(b.sums_q, column_room(a));
-    float* grad_table_k = on_k.parts ? on_k.grad + matrix * on_k.padded * (on_k.bias ? 1 : a.head_dim) : nullptr;
+    float* grad_table_k = on_k.parts ? on_k.grad + matrix * (on_k.bias ? on_k.padded : on_k.buckets * d) : nullptr;
     float* grad_table_q = on_q.parts ? on_q.grad + matrix * (on_q.bias ? on_q.padded : on_q.buckets * d) : nullptr;
     float* grad_table_v = on_v.parts ? on_v.grad + matrix * on_v.buckets * d : nullptr;
 
@@ -322,30 +339,25 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         pack_rows(grad_out + i * a.grad_out.row_stride, 0, 1, a.head_dim, a.stats[2 * (top + i) + 1], b.grad_tile + i * d);
       float* probs = a.probs ? a.probs + top * a.padded : b.scores;
       if (a.probs == nullptr) {
-        begin_scores(a, b, head, first, count, probs);
+        times_panels(a, count, b.q_tile, b.k_panels, behind_keys(on_k), probs);
         for (int64_t i = 0; i < count; ++i) {
-          float* row = probs + i * a.padded;
-          const float* finished = finished_scores(a, b, batch, head, first + i, i, row);
+          float* row = probs + i * a.width;
+          const float* finished = finished_scores(a, b, batch, head, first + i, row);
           for (int64_t j = 0; j < a.length; j += LANES) store(row + j, exp_lanes(load(finished + j), a.stats[2 * (top + i)]));
         }
       }
-      gemm<false>(count, rounded_up(a.length), a.head_dim, b.grad_tile, d, b.v_panels, kPanel, kPanel * a.head_dim,
-                  b.grad_scores, a.padded, false);
-      if (on_v.parts) {
-        const int64_t n = on_v.padded;
-        const float* transposed = table_of(on_v, on_v.transposed, a.head_dim * n, head);
-        matmul(count, rounded_up(on_v.buckets), a.head_dim, b.grad_tile, d, transposed, n, b.lookup_v, n);
-        add_transposed_matmul(on_v.buckets, d, count, a.sums + top * n, n, b.grad_tile, d, grad_table_v, d);
-      }
+      times_panels(a, count, b.grad_tile, b.v_panels, behind_keys(on_v), b.grad_scores);
+      if (on_v.parts)
+        add_transposed_matmul(on_v.buckets, d, count, a.sums + top * on_v.padded, on_v.padded, b.grad_tile, d, grad_table_v, d);
       for (int64_t i = 0; i < count; ++i) {
         for (const Rows* result : results) prefetch_row(a, *result, matrix, first + i);
         for (const Rows* next : next_rows) prefetch_row(a, *next, matrix + 1, first + i);
-        float *row = b.grad_scores + i * a.padded, *p = probs + i * a.padded;
-        float* grad = plus_lookups(on_v, b, first + i, b.lookup_v + i * on_v.padded, row);
-        if (on_v.parts) zero(grad + a.length, rounded_up(a.length) - a.length);  // what lookups wrote there
+        float *row = b.grad_scores + i * a.width, *p = probs + i * probs_stride;
+        float* grad = plus_lookups(on_v, b, first + i, row + a.length, row);
+        zero(grad + a.length, rounded_up(a.length) - a.length);  // buckets, or what lookups wrote there
         if (a.dropout_p > 0) {
           drop_row(a, top + i, grad, grad);
-          drop_row(a, top + i, p, b.dropped + i * a.padded);
+          drop_row(a, top + i, p, b.dropped + i * a.width);
         }
         if (a.probs)
           for (int64_t j = 0; j < a.length; j += 16) __builtin_prefetch(p + 4 * a.padded + j);
@@ -356,23 +368,13 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(p + j) * (load(grad + j) - mean));
         for (int32_t part = 0; part < on_q.parts; ++part)
           lookups::add_to_column_buckets(*on_q.plan[part], first + i, row, b.sums_q + on_q.offset[part] * a.padded, a.padded);
+        if (on_k.parts) bucket_sums_parts(on_k, first + i, row, row + a.length, b.bucket_scratch);
+        for (int64_t x = 0; on_k.bias && x < on_k.buckets; ++x) grad_table_k[x] += row[a.length + x];
       }
-      add_transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.padded, b.grad_tile, d, b.grad_v, d);
-      add_transposed_matmul(a.length, d, count, b.grad_scores, a.padded, b.q_tile, d, b.grad_k, d);
-      matmul(count, d, a.length, b.grad_scores, a.padded, b.k_rows, d, b.out_tile, d);
-      if (on_k.parts) {
-        const int64_t n = on_k.padded;
-        for (int64_t i = 0; i < count; ++i)
-          bucket_sums_parts(on_k, first + i, b.grad_scores + i * a.padded, b.sums_k + i * n, b.bucket_scratch);
-        if (on_k.bias) {
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t x = 0; x < on_k.buckets; ++x) grad_table_k[x] += b.sums_k[i * n + x];
-        } else {
-          const float* transposed = table_of(on_k, on_k.transposed, on_k.buckets * d, head);
-          matmul(count, d, on_k.buckets, b.sums_k, n, transposed, d, b.out_tile, d, true);
-          add_transposed_matmul(a.head_dim, rounded_up(on_k.buckets), count, b.q_tile, d, b.sums_k, n, grad_table_k, n);
-        }
-      }
+      add_transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.dropout_p > 0 ? a.width : probs_stride,
+                            b.grad_tile, d, b.grad_v, d);
+      add_transposed_matmul(with_k, d, count, b.grad_scores, a.width, b.q_tile, d, b.grad_k, d);
+      matmul(count, d, with_k, b.grad_scores, a.width, b.k_rows, d, b.out_tile, d);
       unpack_rows(b.out_tile, count, a.head_dim, a.scale, rows_of(a.grad_q, batch, head) + first * a.grad_q.row_stride,
                   a.grad_q.row_stride);
     }
@@ -387,6 +389,7 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         matmul(on_q.buckets, d, a.length, b.sums_q, a.padded, b.k_rows, d, grad_table_q, d, true);
       }
     }
+    if (behind_keys(on_k)) __builtin_memcpy(grad_table_k, b.grad_k + a.length * d, on_k.buckets * d * sizeof(float));
     unpack_rows(b.grad_k, a.length, a.head_dim, 1, rows_of(a.grad_k, batch, head), a.grad_k.row_stride);
     unpack_rows(b.grad_v, a.length, a.head_dim, 1, rows_of(a.grad_v, batch, head), a.grad_v.row_stride);
   }

@@ -16,7 +16,7 @@ struct Encoding {
   const float* table;           // q, k: (heads or 1, D, padded); bias: (heads or 1, padded); v: (heads or 1, buckets, D padded)
   const float* transposed;      // q, k: (heads or 1, buckets, D padded); v: (heads or 1, D, padded); for backward
   bool shared;                  // one table for all heads
-  float* grad;                  // one for each (b, h); q, v: (buckets, D padded), k: (D, padded), bias: (padded)
+  float* grad;                  // one for each (b, h): (buckets, D padded); bias: (padded)
 };
 
 struct Rows {  // (B, H, L, D) with stride 1 in D
@@ -35,7 +35,8 @@ struct AttentionArgs {
   float dropout_p;
   uint64_t seed;
   int64_t tile;                 // queries worked on at a time
-  int64_t padded;               // row stride of scores and `probs`, a multiple of 16
+  int64_t padded;               // row stride of `probs`, a multiple of 16
+  int64_t width;                // row stride of scores, with room for the buckets of a table behind the keys
   // Kept by forward for backward; null in inference.
   float* stats;                 // (B, H, L, 2) greatest score and 1 / sum of exp(score - greatest); 0, 0 where all is masked
   float* probs;                 // (B, H, L, padded) exp(score - greatest); null: computed again
