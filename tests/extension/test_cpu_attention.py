@@ -84,7 +84,7 @@ def test_every_encoding(capability, weights, spec):
 
 
 @pytest.mark.parametrize("grid", [(14, 14, 1), (1, 7, 2), (7, 1, 1), (1, 1, 1), (17, 34, 0)])
-def test_every_grid(weights, grid):
+def test_every_grid(capability, weights, grid):
     height, width, skip = grid
     Case("rpe-1.9-product-ctx-1-qkv", height, width, skip, batch=1, head_dim=20).check()
 

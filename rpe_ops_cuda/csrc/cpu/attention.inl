@@ -147,11 +147,24 @@ static float* plus_lookups(const Encoding& e, const Buffers& b, int64_t i, const
 // The same for the encoding on queries, whose lookups (buckets, padded) belong to keys.
 static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t i, float* x) {
   for (int32_t p = 0; p < a.on_q.parts; ++p) {
+    if (a.on_q.plan[p]->separable) continue;  // grouped_queries has them
     float* dest = x == b.row ? b.spare : b.row;
     lookups::add_lookup_column(*a.on_q.plan[p], i, b.lookup_q + a.on_q.offset[p] * a.padded, a.padded, x, dest);
     x = dest;
   }
   return x;
+}
+
+// Those of separable maps: for a group of queries from i on, of `left`, in their rows of x themselves, or, if BACK, the sums of
+// these rows. Returns how many queries.
+template <bool BACK>
+static int64_t grouped_queries(const AttentionArgs& a, float* lookup, int64_t i, int64_t left, float* x) {
+  if (a.on_q.parts == 0) return left;
+  const int64_t count = lookups::column_group(*a.on_q.plan[0], i, left);
+  for (int32_t p = 0; p < a.on_q.parts; ++p)
+    if (a.on_q.plan[p]->separable)
+      lookups::columns<BACK>(*a.on_q.plan[p], i, count, lookup + a.on_q.offset[p] * a.padded, a.padded, x, a.width);
+  return count;
 }
 
 // Writes up to 2 * kLookupLanes - 1 zeros past the last bucket.
@@ -256,10 +269,11 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
     const float* q = rows_of(a.q, batch, head) + first * a.q.row_stride;
     pack_rows(q, a.q.row_stride, count, a.head_dim, a.scale, b.q_tile);
     times_panels(a, count, b.q_tile, b.k_panels, behind_keys(a.on_k), b.scores);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0, ready = 0; i < count; ++i) {
       prefetch_row(a, a.out, matrix, first + i);
       for (const Rows* next : next_rows) prefetch_row(a, *next, matrix + 1, first + i);
       float* row = b.scores + i * a.width;
+      if (i == ready) ready += grouped_queries<false>(a, b.lookup_q, first + i, count - i, row);
       const float* finished = finished_scores(a, b, batch, head, first + i, row);
       float greatest = greatest_of_row(finished, a.length);
       if (greatest == -__builtin_inff()) greatest = 0;  // every key is masked: all weights are zero
@@ -340,8 +354,9 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
       float* probs = a.probs ? a.probs + top * a.padded : b.scores;
       if (a.probs == nullptr) {
         times_panels(a, count, b.q_tile, b.k_panels, behind_keys(on_k), probs);
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t i = 0, ready = 0; i < count; ++i) {
           float* row = probs + i * a.width;
+          if (i == ready) ready += grouped_queries<false>(a, b.lookup_q, first + i, count - i, row);
           const float* finished = finished_scores(a, b, batch, head, first + i, row);
           for (int64_t j = 0; j < a.length; j += LANES) store(row + j, exp_lanes(load(finished + j), a.stats[2 * (top + i)]));
         }
@@ -367,10 +382,13 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         const float mean = sum_of_lanes(products) * a.stats[2 * (top + i) + 1];
         for (int64_t j = 0; j < a.length; j += LANES) store(row + j, load(p + j) * (load(grad + j) - mean));
         for (int32_t part = 0; part < on_q.parts; ++part)
-          lookups::add_to_column_buckets(*on_q.plan[part], first + i, row, b.sums_q + on_q.offset[part] * a.padded, a.padded);
+          if (!on_q.plan[part]->separable)
+            lookups::add_to_column_buckets(*on_q.plan[part], first + i, row, b.sums_q + on_q.offset[part] * a.padded, a.padded);
         if (on_k.parts) bucket_sums_parts(on_k, first + i, row, row + a.length, b.bucket_scratch);
         for (int64_t x = 0; on_k.bias && x < on_k.buckets; ++x) grad_table_k[x] += row[a.length + x];
       }
+      for (int64_t i = 0; i < count;)
+        i += grouped_queries<true>(a, b.sums_q, first + i, count - i, b.grad_scores + i * a.width);
       add_transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.dropout_p > 0 ? a.width : probs_stride,
                             b.grad_tile, d, b.grad_v, d);
       add_transposed_matmul(with_k, d, count, b.grad_scores, a.width, b.q_tile, d, b.grad_k, d);

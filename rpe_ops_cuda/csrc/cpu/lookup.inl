@@ -63,6 +63,76 @@ INLINE void add_to_column_buckets(const PlanView& plan, int64_t i, const float* 
   }
 }
 
+// How many queries from `i` on, of `left`, are best looked up together: those of a grid row, in equal shares.
+INLINE int64_t column_group(const PlanView& plan, int64_t i, int64_t left) {
+  constexpr int64_t kMost = 8;
+  if (!plan.separable || i < plan.skip) return 1;
+  const int64_t in_row = plan.width - (i - plan.skip) % plan.width, shares = (in_row + kMost - 1) / kMost;
+  const int64_t share = (in_row + shares - 1) / shares;
+  return share < left ? share : left;
+}
+
+// For `count` (at most MOST) queries from i on, of one grid row, and their rows of x, `x_stride` apart:
+//   x[j] += table[id(j, i)][j], or, if BACK, table[id(j, i)][j] += x[j].
+template <int MOST, bool BACK>
+INLINE void grouped_columns(int64_t count, const PlanView& plan, int64_t i, float* table, int64_t stride, float* x, int64_t x_stride) {
+  if constexpr (MOST > 1)
+    if (count < MOST) return grouped_columns<MOST - 1, BACK>(count, plan, i, table, stride, x, x_stride);
+  const int64_t chunks = rounded_up(plan.width) / LANES, query_col = (i - plan.skip) % plan.width;
+  const int32_t* base = plan.row_base + (i - plan.skip) / plan.width * plan.height;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int32_t* part_of = plan.part_of + (query_col * chunks + chunk) * LANES;
+    const int32_t* range = plan.part_range + (query_col * chunks + chunk) * 2;
+    int32_t low = range[0], high = range[1];
+    for (int q = 1; q < MOST; ++q) {
+      range += 2 * chunks;
+      low = range[0] < low ? range[0] : low, high = range[1] > high ? range[1] : high;
+    }
+    for (int64_t key_row = 0; key_row < plan.height; ++key_row) {
+      const int64_t j = plan.skip + key_row * plan.width + chunk * LANES;
+      float* entry = table + (base[key_row] + low) * stride + j;
+      vf rows[MOST];
+#pragma GCC unroll 8
+      for (int q = 0; q < MOST; ++q) rows[q] = load(x + q * x_stride + j);
+      vi part = low - vi{};
+      for (int32_t p = low; p <= high; ++p, part += 1, entry += stride) {
+        vf here = load(entry);
+#pragma GCC unroll 8
+        for (int q = 0; q < MOST; ++q) {
+          const vi mine = load(part_of + q * chunks * LANES) == part;
+          if (BACK)
+            here = mine ? here + rows[q] : here;
+          else
+            rows[q] = mine ? rows[q] + here : rows[q];
+        }
+        if (BACK) store(entry, here);
+      }
+#pragma GCC unroll 8
+      for (int q = 0; q < MOST; ++q)
+        if (!BACK) store(x + q * x_stride + j, rows[q]);
+    }
+  }
+  for (int q = 0; q < MOST; ++q)
+    for (int64_t j = 0; j < plan.skip; ++j) {
+      float& entry = table[plan.skip_id * stride + j];
+      BACK ? entry += x[q * x_stride + j] : x[q * x_stride + j] += entry;
+    }
+}
+
+// The same for any queries of a separable plan. Reads, and writes as they are, up to LANES - 1 entries past the last key.
+template <bool BACK>
+static void columns(const PlanView& plan, int64_t i, int64_t count, float* table, int64_t stride, float* x, int64_t x_stride) {
+  for (int64_t here; count > 0; i += here, x += here * x_stride, count -= here) {
+    here = column_group(plan, i, count);
+    if (i >= plan.skip) {
+      grouped_columns<8, BACK>(here, plan, i, table, stride, x, x_stride);
+    } else {
+      float* row = table + plan.skip_id * stride;
+      for (int64_t j = 0; j < plan.cols; ++j) BACK ? row[j] += x[j] : x[j] += row[j];
+    }
+  }
+}
+
 // sums[n] = sum of x[j] over the keys with id(i, j) == n, for the ids of the plan; sums must be zero. Writes up to 2 * LANES - 1
 // zeros past the last id and reads LANES - 1 entries past the last key. `scratch` has bucket_scratch(plan) entries.
 static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, float* sums, float* scratch) {

@@ -143,6 +143,28 @@ void separate(Plan& plan) {
   view.skip = skip, view.height = height, view.width = width, view.skip_id = skip ? plan.ids[0] : 0;
 }
 
+// The queries of a separable map are its columns here.
+void separate_columns(Plan& plan) {
+  const PlanView& view = plan.view;
+  const int64_t height = view.height, width = view.width, lanes = kLookupLanes;
+  const auto at = [&](int64_t key, int64_t query) {
+    return static_cast<int32_t>(plan.ids[(view.skip + key) * view.cols + view.skip + query]);
+  };
+  const int32_t least = at(0, 0) - plan.col_part[0];
+  for (int64_t query_row = 0; query_row < height; ++query_row)
+    for (int64_t key_row = 0; key_row < height; ++key_row)
+      plan.row_base.push_back(at(key_row * width, query_row * width) - at(0, 0) + least);
+  for (int64_t query = 0; query < width; ++query)
+    for (int64_t chunk = 0; chunk < width; chunk += lanes) {
+      for (int64_t key = chunk; key < chunk + lanes; ++key) plan.part_of.push_back(key < width ? at(key, query) - least : -1);
+      const auto end = plan.part_of.end();
+      const auto [low, high] = std::minmax_element(end - lanes, end - lanes + std::min(lanes, width - chunk));
+      plan.part_range.insert(plan.part_range.end(), {*low, *high});
+    }
+  plan.view.row_base = plan.row_base.data();
+  plan.view.part_of = plan.part_of.data(), plan.view.part_range = plan.part_range.data();
+}
+
 void begin(Plan& plan, int64_t rows, int64_t cols) {
   plan.view = PlanView{};
   plan.view.rows = rows, plan.view.cols = cols;
@@ -166,6 +188,8 @@ void make_column_plan(Plan& plan, int64_t rows, int64_t cols) {
     }
   }
   plan.piece_first.push_back(static_cast<int64_t>(plan.piece_id.size()));
+  separate(plan);
+  if (plan.view.separable) separate_columns(plan);
   plan.ids = {};
   plan.view.piece_first = plan.piece_first.data();
   plan.view.piece_keys = plan.piece_keys.data(), plan.view.piece_id = plan.piece_id.data();

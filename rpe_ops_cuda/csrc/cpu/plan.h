@@ -42,7 +42,10 @@ struct PlanView {
   const float* one_hot;          // (width, width, col_padded) 1 where the key column has that column part, else 0;
                                  // null where that would be large or slots share buckets: columns are then added one by one
 
-  // A plan made for columns has these, and of the above only rows, cols and the range of ids.
+  // A plan made for columns has, of the above, rows, cols, the range of ids and, if separable, skip, skip_id, height and width.
+  const int32_t* row_base;        // (height, height) bucket of column part 0 for a query row and a key row
+  const int32_t* part_of;         // (width, chunks * kLookupLanes) column part for a query column and a key column, else -1
+  const int32_t* part_range;      // (width, chunks, 2) the least and the greatest of these in a register of key columns
   const int64_t* piece_first;     // (cols + 1) where the pieces of a column begin in the next two
   const uint8_t* piece_keys;      // keys of a piece; those of a column follow each other and make up all its rows
   const uint16_t* piece_id;

@@ -13,7 +13,7 @@ struct Plan {
   std::vector<uint16_t> ids, base;
   std::vector<uint32_t> perm;
   std::vector<float> one_hot;
-  std::vector<int32_t> seg_start, slot_base, slot_first, slot_rows, col_part;
+  std::vector<int32_t> seg_start, slot_base, slot_first, slot_rows, col_part, row_base, part_of, part_range;
   std::vector<int64_t> piece_first;
   std::vector<uint8_t> piece_keys;
   std::vector<uint16_t> piece_id;

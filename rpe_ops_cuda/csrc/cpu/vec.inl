@@ -21,6 +21,7 @@ INLINE void stream(float* p, vf x) {
   store(p, x);
 #endif
 }
+INLINE vi load(const int32_t* p) { return reinterpret_cast<vi>(*reinterpret_cast<const vu_unaligned*>(p)); }
 INLINE vu load(const uint32_t* p) { return *reinterpret_cast<const vu_unaligned*>(p); }
 INLINE void store(uint32_t* p, vu x) { *reinterpret_cast<vu_unaligned*>(p) = x; }
 INLINE vf splat(float x) { return x - vf{}; }
