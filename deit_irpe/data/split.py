@@ -12,7 +12,14 @@ from irpe_train.text_files import read_text
 
 
 def split_folder(
-    root: Path, train: bool, fraction: float, *, seed: int = 0, written: Path | None = None, transform=None
+    root: Path,
+    train: bool,
+    fraction: float,
+    *,
+    seed: int = 0,
+    written: Path | None = None,
+    trained: Path | None = None,
+    transform=None,
 ) -> FolderImages:
     """The training or the validation part of ``root/train``, or of ``root`` where there is no such folder.
 
@@ -21,6 +28,7 @@ def split_folder(
     Args:
         written: a file that lists the images held out, one a line. It is followed where it exists, so that images which
             are added later are trained on and those held out stay so; else it is written.
+        trained: such a file of the run that the weights are from; it is followed first.
     Raises: ValueError: nothing or everything is to be held out, of any class; there is a validation folder, or a name
         with a line break; a file of the list is gone.
     """
@@ -33,25 +41,26 @@ def split_folder(
     names = [same_text(Path(images.name(index)).relative_to(folder).as_posix()) for index in range(len(images))]
     if broken := [name for name in names if len(name.splitlines()) > 1]:
         raise ValueError(f"--val-split: {broken[0]!r} has a line break in its name; rename this file")
-    if written is not None and os.path.lexists(written):
-        listed = set(filter(None, same_text(read_text(written, errors="surrogateescape")).splitlines()))
+    file = next((file for file in (trained, written) if file is not None and os.path.lexists(file)), None)
+    if file is not None:
+        listed = set(filter(None, same_text(read_text(file, errors="surrogateescape")).splitlines()))
         if gone := sorted(listed - set(names)):
-            raise ValueError(f"{written}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not")
+            raise ValueError(f"{file}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not")
         held_out = np.array([name in listed for name in names])
         for label, name in enumerate(images.classes):
             held = held_out[images.labels == label]
             if held.all() or not held.any():
                 count = f"{held.sum()} of {len(held)} images of class {name!r} are held out"
-                raise ValueError(f"{written}: {count}; expected some, not all. Edit the list, or remove it")
+                raise ValueError(f"{file}: {count}; expected some, not all. Edit the list, or remove it")
     else:
         held_out = _draw(images, fraction, seed)
-        if written is not None and is_main():
-            written.parent.mkdir(parents=True, exist_ok=True)
-            lines = "".join(f"{name}\n" for name, held in zip(names, held_out, strict=True) if held)
-            temporary = written.with_name(f".{written.name}.tmp")  # other ranks see all of it or nothing
-            temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")
-            os.replace(temporary, written)
-            logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out; {written} lists them")
+    if written is not None and not os.path.lexists(written) and is_main():
+        written.parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"{name}\n" for name, held in zip(names, held_out, strict=True) if held)
+        temporary = written.with_name(f".{written.name}.tmp")  # other ranks see all of it or nothing
+        temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")
+        os.replace(temporary, written)
+        logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out; {written} lists them")
     images.keep(held_out != train)
     return images
 

@@ -5,6 +5,7 @@ import argparse
 import inspect
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer
 from timm.utils import ModelEmaV2
 from torch import Tensor, nn
@@ -90,6 +91,10 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
         fresh = [note for note, key in notes.items() if key.startswith(heads) and "starts fresh" in note]
     elif args.pretrained and weights and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
         fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
+    if args.pretrained and weights and not from_zoo:
+        own = tuple(tuple(model.pretrained_cfg[name]) for name in ("mean", "std"))
+        if own != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+            logger.warning(f"--pretrained: these weights are of pixels with mean and deviation {own}, not ImageNet's")
     if fresh and args.eval:
         raise ValueError(f"--eval would evaluate a class head that was never trained: {fresh[0]}")
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated

@@ -43,6 +43,21 @@ def test_what_was_held_out_stays_so_when_images_are_added(tmp_path):
         split_folder(tmp_path, True, 0.5, written=written)
 
 
+def test_the_list_of_the_run_that_the_weights_are_from_comes_first(tmp_path):
+    """Photographs were added: another draw would evaluate on images that were trained on."""
+    write_images(tmp_path / "train", {"a": 6, "b": 6})
+    trained, other = tmp_path / "out/val_split.txt", tmp_path / "other/val_split.txt"
+    before = names_of(split_folder(tmp_path, False, 0.5, written=trained))
+    write_images(tmp_path / "train", {"a": 20, "b": 20}, seed=5)
+    assert names_of(split_folder(tmp_path, False, 0.5, seed=3, trained=trained)) == before
+    for _ in range(2):
+        assert names_of(split_folder(tmp_path, False, 0.5, seed=3, written=other, trained=trained)) == before
+    assert other.read_text() == trained.read_text()
+    other.write_text("of another run")
+    assert names_of(split_folder(tmp_path, False, 0.5, written=other, trained=trained)) == before
+    assert other.read_text() == "of another run"
+
+
 def test_what_cannot_be_split_is_refused(tmp_path):
     write_images(tmp_path / "one", {"a": 2, "b": 1})
     with pytest.raises(ValueError, match="--val-split: class 'b' has one image"):
@@ -136,5 +151,7 @@ def test_from_a_folder_to_the_figures_of_its_classes(tmp_path):
         tmp_path / "photos", tmp_path / "out", *flags, "--eval", "--resume", best, "--finetune", tmp_path / "no.pth"
     )
     assert "on the 4 test images" in text and "eval_classes.csv" in text
+    write_images(tmp_path / "photos", {"a": 20, "b": 20})
+    assert "on the 4 test images" in deit_ok(tmp_path / "photos", tmp_path, *flags, "--eval", "--resume", best)
     with open(tmp_path / "out/eval_classes.csv", newline="") as file:
         assert [row["images"] for row in csv.DictReader(file)] == ["2", "2"]

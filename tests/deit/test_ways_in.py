@@ -8,6 +8,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import deit_irpe
+from deit_irpe.args import get_args_parser
 from deit_irpe.load_model import class_names, load_model
 from deit_irpe.models import build_model, fit_classes, from_flags, head_names, load_pretrained_weights
 from irpe_train.errors import BadCheckpoint
@@ -88,6 +89,17 @@ def test_a_checkpoint_path_is_loaded_behind_the_encoding(tmp_path):
 def test_weights_that_were_never_published_are_not_promised():
     with pytest.raises(ValueError, match=f"model '{DEMO}': pretrained=True, and no weights of it were published"):
         deit_irpe.create_model(DEMO, pretrained=True)
+
+
+def test_weights_of_other_pixels_are_said(monkeypatch):
+    """Of timm's, some expect a mean of 0.5; images are prepared with ImageNet's, as published."""
+    said = []
+    monkeypatch.setattr(from_flags.logger, "warning", said.append)
+    for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
+        monkeypatch.setattr(from_flags, "build_model", lambda *_, **__: timm.create_model(name, **SMALL))  # noqa: B023
+        args = get_args_parser().parse_args(["--pretrained", "--model", name])
+        from_flags.model_of_flags(args, ["x"] * 1000, weights=True)
+    assert len(said) == 1 and "pixels with mean and deviation ((0.5, 0.5, 0.5), (0.5" in said[0]
 
 
 @pytest.mark.parametrize("rpe", [None, "rpe-1.9-product-ctx-1-qkv"])
