@@ -31,6 +31,7 @@ from irpe_train.pixels import is_turned
 MOST = 0.5  # the part of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
 SAMPLE = 8  # images of a split that a start of training looks at
 FRACTIONS = 0.9  # if this part of all boxes lies within one pixel, the unit is not pixels
+CORNERS = 0.1  # if this part of boxes reaches outside, and all could be two corners, they are
 
 
 @dataclass
@@ -112,6 +113,9 @@ def annotation_problems(
     lost = sized & ((x >= image_width) | (y >= image_height) | (x + width <= 0) | (y + height <= 0))
     learnable = (width > 0) & (height > 0) & ~lost & (annotations.iscrowd == 0)
     fractions = len(boxes) > 0 and ((boxes >= 0) & (boxes <= 1)).all(1).float().mean() >= FRACTIONS
+    as_corners = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    as_corners &= (width <= image_width + 1) & (height <= image_height + 1)
+    corners = len(boxes) > 0 and as_corners.all() and outside.float().mean() >= CORNERS
     rows = np.column_stack([owner, labels, boxes])
     order = np.lexsort(rows.T)  # equal rows are neighbours, in the order of the file
     again = torch.zeros(len(rows), dtype=torch.bool)
@@ -119,6 +123,8 @@ def annotation_problems(
     names = Counter(name.decode() for name in annotations.names)
     twice = [name for name, count in names.items() if count > 1]
     unsized = annotations.unsized() if masks else []
+    called = Counter(name.strip().casefold() for name in annotations.categories.values())
+    shared = [name for name, count in called.items() if count > 1]
 
     def boxes_that(what: str, bad: Tensor) -> Problem:
         places = [annotations.place_of_object(i) for i in bad.nonzero()[:3, 0].tolist()]
@@ -127,6 +133,9 @@ def annotation_problems(
     return [
         *class_problems(labels, num_classes),
         Problem("boxes that look like fractions of the image; pixels are wanted", len(boxes) if fractions else 0),
+        Problem("boxes that look like two corners; x, y, width, height are wanted", len(boxes) if corners else 0),
+        Problem("names that several categories have", len(shared), shared[:3], allowed=math.inf),
+        boxes_that("objects with a negative area, which are not scored", annotations.area < 0),
         boxes_that("boxes with a negative side, which are dropped", (width < 0) | (height < 0)),
         boxes_that("empty boxes, which are dropped", torch.minimum(width, height) == 0),
         boxes_that("boxes that reach outside their image, and are clipped to it", outside),

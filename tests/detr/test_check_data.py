@@ -236,6 +236,11 @@ def each(group, key, new):
             each("annotations", "bbox", lambda box: [side / 56 for side in box]),
             "look like fractions of the image; .*: 6",
         ),
+        (each("annotations", "area", lambda area: -area), "objects with a negative area, which are not scored: 6"),
+        (
+            each("annotations", "bbox", lambda box: [*box[:2], box[0] + box[2], box[1] + box[3]]),
+            "look like two corners; .*: 6",
+        ),
         (each("annotations", "bbox", lambda box: [side * 4 for side in box]), "reach outside their image, .*: [56]"),
         (each("images", "height", lambda _: 400), "images of another size than annotated: 6"),
     ],
@@ -263,6 +268,21 @@ def test_splits_that_name_classes_otherwise_are_refused(tmp_path, capsys, names)
     assert status == 1 and wanted in text
     with pytest.raises(ValueError, match="stand for something else in instances_val2017.json"):
         quick_check(both_splits(root), 10)
+
+
+def test_categories_of_one_name_are_a_warning(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(
+        root, "train2017", lambda c: c["categories"].append({"id": 0, "name": "Red", "supercategory": "none"})
+    )
+    status, text = check(root, capsys)
+    assert status == 0 and "warning: instances_train2017.json: names that several categories have: 1 (red)" in text
+
+
+def test_full_body_boxes_that_reach_outside_are_not_taken_for_corners(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "train2017", each("annotations", "bbox", lambda box: [box[0] - 4, *box[1:3], 50]))
+    assert "corners" not in check(root, capsys)[1]
 
 
 def test_capitals_and_new_classes_of_validation_are_no_mistake(tmp_path, capsys):
