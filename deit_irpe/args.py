@@ -67,9 +67,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise ValueError(
-            f"--cutmix-minmax {args.cutmix_minmax[0]:g} {args.cutmix_minmax[1]:g}: the smaller one comes first"
-        )
+        raise ValueError(f"--cutmix-minmax {args.cutmix_minmax[0]:g} {args.cutmix_minmax[1]:g}: smaller one first")
     if args.distillation_type != "none" and not args.teacher_path:
         raise ValueError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE or URL")
     if args.distillation_type != "none" and not args.train_mode:

@@ -16,18 +16,7 @@ from irpe_train.arguments import (
 )
 from irpe_train.flags import FlagParser
 
-FIRST = [
-    "config",
-    "coco_path",
-    "output_dir",
-    "enc_rpe2d",
-    "backbone",
-    "batch_size",
-    "epochs",
-    "lr",
-    "finetune",
-    "resume",
-]
+FIRST = "config", "coco_path", "output_dir", "enc_rpe2d", "backbone", "batch_size", "epochs", "lr", "finetune", "resume"
 BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which would import PyTorch
 EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
 
@@ -118,9 +107,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.frozen_weights and not args.masks:
         raise ValueError("--frozen_weights trains the segmentation head alone: add --masks")
     if args.enc_rpe2d and not args.enc_layers:
-        raise ValueError(
-            f"--enc_rpe2d {args.enc_rpe2d}: --enc_layers 0 leaves no encoder for it; leave one of them out"
-        )
+        raise ValueError(f"--enc_rpe2d {args.enc_rpe2d}: --enc_layers 0 leaves no encoder for it; leave one out")
     if args.pretrained and args.finetune:
         raise ValueError("--pretrained and --finetune both say what to start from; give one")
     if args.expect and not args.eval:

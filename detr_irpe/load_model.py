@@ -66,9 +66,7 @@ def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argpars
         default, value = getattr(args, name), getattr(trained, name, getattr(args, name))
         wanted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-            raise BadCheckpoint(
-                f"checkpoint {source}: its flag {name} is {value!r:.80}, not of type {type(default).__name__}"
-            )
+            raise BadCheckpoint(f"checkpoint {source}: its flag {name} is {value!r:.80}, not {type(default).__name__}")
         setattr(args, name, value)
     if not 0 < args.image_size <= LARGEST_IMAGE_SIZE:
         raise BadCheckpoint(f"checkpoint {source}: its flag image_size is {args.image_size}, larger than any photo")

@@ -204,9 +204,7 @@ def _seeds(values: object, source: str) -> tuple[int, ...]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: seeds: expected whole numbers such as 0,1,2 ({error})") from error
     if not seeds or len(set(seeds)) < len(values) or not 0 <= min(seeds) <= max(seeds) <= LARGEST_SEED:
-        raise ConfigError(
-            f"{source}: seeds: expected different whole numbers from 0 to {LARGEST_SEED}, got {values!r:.80}"
-        )
+        raise ConfigError(f"{source}: seeds: expected different integers from 0 to {LARGEST_SEED}, got {values!r:.80}")
     return seeds
 
 

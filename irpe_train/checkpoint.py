@@ -184,9 +184,7 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
         raise BadCheckpoint(f"checkpoint {source}: {key!r} holds a weight twice, as {twice} and without the prefix")
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BadCheckpoint(
-                f"checkpoint {source}: {name} has values that are NaN or infinite; use an earlier checkpoint"
-            )
+            raise BadCheckpoint(f"checkpoint {source}: {name} has values that are NaN or infinite; use an earlier one")
     return weights
 
 

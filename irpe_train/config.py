@@ -131,9 +131,7 @@ def parse_yaml(text: str, source: str) -> object:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:  # PyYAML takes minutes for some thousand brackets
-                raise ConfigError(
-                    f"{source}: line {event.start_mark.line + 1}: more than {DEEPEST} lists in each other"
-                )
+                raise ConfigError(f"{source}: line {event.start_mark.line + 1}: more than {DEEPEST} nested lists")
             if getattr(event, "tag", None):
                 raise ConfigError(
                     f"{source}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "

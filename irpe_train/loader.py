@@ -8,9 +8,9 @@ import struct
 import sys
 import tarfile
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from zipfile import BadZipFile
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -21,16 +21,7 @@ from irpe_train.preemption import STOP, held_back, ignore_signals_from_others
 from irpe_train.seeding import sample_randomness
 
 # What decoders raise on damaged files. PIL raises SyntaxError on a broken PNG.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, BadZipFile, tarfile.TarError)
 
 
 class TrainLoader:

@@ -64,9 +64,7 @@ def renumber(dataset: Dataset, classes: list[str], *, whose: str) -> None:
     if own == list(classes):
         return
     if unknown := set(own) - set(classes):
-        numbered = (
-            " The data only number their classes: name them, see docs/data.md." if all(map(str.isdigit, own)) else ""
-        )
+        numbered = " Their classes are numbers: name them, see docs/data.md." if all(map(str.isdigit, own)) else ""
         raise ValueError(f"the validation data have classes that {whose} has not: {_some(unknown)}.{numbered}")
     if not hasattr(dataset, "relabel"):
         raise ValueError(f"the validation data and {whose} have the same classes in another order")

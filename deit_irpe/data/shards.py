@@ -71,9 +71,7 @@ def class_list(file: Path) -> list[str]:
     seen: set[str] = set()
     for line, name in enumerate(names, 1):
         if not name or name in seen:
-            raise ValueError(
-                f"{file}: line {line}: {f'{name!r} is there twice' if name else 'empty'}; one class a line"
-            )
+            raise ValueError(f"{file}: line {line}: {f'{name!r} comes twice' if name else 'empty'}; one class a line")
         seen.add(name)
     return names
 

@@ -123,9 +123,7 @@ class TarImages(LabelledImages):
             (name,) = by_class
             raise ValueError(f"{file}: everything lies below {name}/: is that the class? Pack <class>/x.jpg at the top")
         classes = sorted(by_class, key=same_text)
-        members = [
-            (label, *one) for label, name in enumerate(classes) for one in sorted(by_class[name], key=_as_walked)
-        ]
+        members = [(n, *one) for n, name in enumerate(classes) for one in sorted(by_class[name], key=_as_walked)]
         labels, paths, places, sizes = zip(*members, strict=True)
         super().__init__(classes, [f"{file}:{'/'.join(path)}" for path in paths], list(labels), transform)
         self.file, self.origins = file, [file]

@@ -35,9 +35,7 @@ OTHERWISE = {  # not allowed in --model-kwargs, and what to use instead
     "rpe_config": "give --rpe",
     "attn_backend": "give --attn-backend",
 }
-SWITCHES = {
-    name for name, one in inspect.signature(VisionTransformer).parameters.items() if isinstance(one.default, bool)
-}
+SWITCHES = {name for name, p in inspect.signature(VisionTransformer).parameters.items() if isinstance(p.default, bool)}
 
 
 def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool = False) -> nn.Module:

@@ -118,9 +118,7 @@ class CocoEvaluator:
         ]
         if "segm" in self.iou_types:
             if known.unsized():
-                raise ValueError(
-                    f"{known.path}: masks are scored at the height and width of images, and some lack them"
-                )
+                raise ValueError(f"{known.path}: masks are scored at the height and width of images; some lack them")
             shapes = (shape for index in range(len(known)) for shape in known.segmentations_of_image(index))
             for entry, shape in zip(objects, shapes, strict=True):
                 entry["segmentation"] = to_rle(shape, *sizes[entry["image_id"] - 1])
@@ -148,9 +146,7 @@ def as_saved(result: dict) -> dict:
     """
     params = {name: _plain(value) for name, value in vars(result["params"]).items() if not name.startswith("_")}
     counts = [int(count) for count in result["counts"]]
-    arrays = {
-        name: torch.from_numpy(np.array(result[name], dtype=np.float64)) for name in ("precision", "recall", "scores")
-    }
+    arrays = {key: torch.from_numpy(np.array(result[key], np.float64)) for key in ("precision", "recall", "scores")}
     return {"params": params, "counts": counts, "date": str(result["date"])} | arrays
 
 

@@ -107,9 +107,7 @@ class CocoPanoptic(Dataset):
         image = read_image(self.images, index)
         segment_map, segments = self.truth(index)
         if segment_map.shape != (image.height, image.width):
-            raise OSError(
-                f"{self.segment_images.describe(index)}: {segment_map.shape}, its image is {image.size[::-1]}"
-            )
+            raise OSError(f"{self.segment_images.describe(index)}: {segment_map.shape}, its image {image.size[::-1]}")
         masks = torch.from_numpy(segment_map == np.array([s["id"] for s in segments], np.int64)[:, None, None])
         kept = masks.flatten(1).any(1)  # a segment without a pixel has no box
         segments = [s for s, keep in zip(segments, kept.tolist(), strict=True) if keep]

@@ -278,7 +278,7 @@ def test_a_label_that_is_no_class_number_is_refused(tmp_path, label, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"cat\ndog\ncat\n", "line 3: 'cat' is there twice"),
+        (b"cat\ndog\ncat\n", "line 3: 'cat' comes twice"),
         (b"cat\n\ndog\n", "line 2: empty"),
         (b"c\xe4t\n", "not UTF-8 text"),
     ],

@@ -32,7 +32,7 @@ def test_labels_take_the_numbers_of_the_checkpoint():
 def test_a_class_that_the_checkpoint_has_not_is_named():
     with pytest.raises(ValueError, match=r"validation data have classes that the checkpoint has not: dog\.?$"):
         renumber(data_of("cat", "dog"), ["cat", "cow"], whose="the checkpoint")
-    with pytest.raises(ValueError, match="0, 1. The data only number their classes: name them, see docs/data.md"):
+    with pytest.raises(ValueError, match="0, 1. Their classes are numbers: name them, see docs/data.md"):
         renumber(data_of("0", "1"), ["cat", "dog"], whose="the checkpoint")
 
 

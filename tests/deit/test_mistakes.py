@@ -84,7 +84,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
         (("--opt", "adahessian"), "it needs second derivatives"),
         (("--aa", "foo"), "the augmentation cannot be made (--aa foo"),
         (("--smoothing", "1"), "--smoothing 1: nothing would be left of the label"),
-        (("--cutmix-minmax", "0.8", "0.2"), "--cutmix-minmax 0.8 0.2: the smaller one comes first"),
+        (("--cutmix-minmax", "0.8", "0.2"), "--cutmix-minmax 0.8 0.2: smaller one first"),
         (("--model-kwargs", "in_chans=1"), "--model-kwargs in_chans=...: images have three channels"),
         (("--model-kwargs", "num_heads=5"), "cannot be built as asked for"),
     ],

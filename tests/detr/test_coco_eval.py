@@ -220,5 +220,5 @@ def test_an_image_that_the_annotations_lack_is_named(tmp_path):
 def test_masks_are_not_scored_without_sizes(tmp_path):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "val2017", lambda c: c["images"][2].pop("height"))
-    with pytest.raises(ValueError, match="masks are scored at the height and width of images, and some lack them"):
+    with pytest.raises(ValueError, match="masks are scored at the height and width of images; some lack them"):
         CocoEvaluator(annotations_of(root), ("segm",)).summarize()

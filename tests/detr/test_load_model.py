@@ -49,7 +49,7 @@ def test_flags_of_a_stranger_fetch_nothing(tmp_path, monkeypatch):
         ({"dim_feedforward": 2**40}, "of another model|do not describe a DETR"),
         ({"num_queries": 2**50}, "of another model|do not describe a DETR"),
         ({"enc_layers": 10**9}, "more layers than it has weights"),
-        ({"hidden_dim": "16"}, "its flag hidden_dim is '16', not of type int"),
+        ({"hidden_dim": "16"}, "its flag hidden_dim is '16', not int"),
         ({"hidden_dim": True}, "its flag hidden_dim is True"),
         ({"nheads": 0}, "its flags do not describe a DETR"),
         ({"backbone": "resnet_of_mine"}, "its flags do not describe a DETR .*resnet_of_mine"),

@@ -178,5 +178,5 @@ def test_mistakes_in_panoptic_files_are_refused_by_their_place(tmp_path, change,
 def test_a_segment_image_of_another_size_is_named(tmp_path):
     root = write_tiny_coco(tmp_path, panoptic=True)
     Image.new("RGB", (20, 20)).save(root / "panoptic_val2017/000000000101.png")
-    with pytest.raises(OSError, match=r"000000000101.png: \(20, 20\), its image is \(44, 56\)"):
+    with pytest.raises(OSError, match=r"000000000101.png: \(20, 20\), its image \(44, 56\)"):
         tiny_panoptic(root)[1]

@@ -139,12 +139,12 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         (GRID + "evaluations: {a: {input-size: x}}\n", "run none, a: argument --input-size: expected pixels"),
         (GRID.replace("[0, 1]", "[a]"), "seeds: expected whole numbers"),
         (GRID.replace("[0, 1]", "3"), "seeds: expected whole numbers"),
-        (GRID.replace("[0, 1]", "[0, 0]"), "seeds: expected different whole numbers"),
-        (GRID.replace("[0, 1]", "[0, 1.5]"), "seeds: expected different whole numbers"),
-        (GRID.replace("[0, 1]", "[-1]"), "seeds: expected different whole numbers"),
+        (GRID.replace("[0, 1]", "[0, 0]"), "seeds: expected different integers"),
+        (GRID.replace("[0, 1]", "[0, 1.5]"), "seeds: expected different integers"),
+        (GRID.replace("[0, 1]", "[-1]"), "seeds: expected different integers"),
         (GRID.replace("[0, 1]", "{1: 2}"), "seeds: expected whole numbers"),
-        (GRID.replace("[0, 1]", f"[{2**64}]"), "seeds: expected different whole numbers"),
-        (GRID.replace("[0, 1]", "[]"), "seeds: expected different whole numbers"),
+        (GRID.replace("[0, 1]", f"[{2**64}]"), "seeds: expected different integers"),
+        (GRID.replace("[0, 1]", "[]"), "seeds: expected different integers"),
     ],
 )
 def test_bad_grids(tmp_path, text, message):
