@@ -6,7 +6,7 @@ definition in fp64, then times it at the call's own shape. What fails to compile
 out with one warning. The result is kept for the process and in the user's cache folder, for this GPU, PyTorch, Triton
 and version of the backends; within a process group the rank that measures first tells the others.
 ``IRPE_ATTENTION_TUNING=0`` keeps to the fixed order, as do deterministic algorithms (two runs must choose alike), and
-``torch.compile``, CUDA graph capture and export, inside which nothing can be measured.
+``torch.compile``, export and CUDA graphs without a warm-up, inside which nothing can be measured.
 """
 
 import hashlib
@@ -45,9 +45,8 @@ def choose(call: AttentionCall) -> str:
     device = call.q.device.type
     if device in MEASURED and may_measure(call):
         candidates = {name: module_of(name).attention for name in MEASURED[device] if can_run(name, call)}
-        if len(candidates) > 1:
-            ms = measurement(call, candidates).ms
-            return min((name for name in candidates if name in ms), key=ms.get, default="eager")
+        if len(candidates) > 1 and (found := measurement(call, candidates)):
+            return min((name for name in candidates if name in found.ms), key=found.ms.get, default="eager")
     return next(name for name in _order(call) if can_run(name, call))
 
 
@@ -69,17 +68,24 @@ def may_measure(call: AttentionCall) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():  # a mode that counts or keeps what is computed: it is not to see this
         return False
-    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
     if torch.are_deterministic_algorithms_enabled():  # times differ from run to run, and so might the choice
         return False
     return call.q.numel() > 0 and os.environ.get("IRPE_ATTENTION_TUNING") != "0"
 
 
-def measurement(call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]]) -> Measurement:
-    """The measurement of this kind of call: known to this process, to the group or to the cache, or made now."""
+def _is_captured(call: AttentionCall) -> bool:
+    return call.q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def measurement(call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]]) -> Measurement | None:
+    """The measurement of this kind of call: known to this process, to the group or to the cache, or made now.
+
+    A CUDA graph being recorded goes by what its warm-up has measured; None if that was nothing.
+    """
     kind = _kind(call)
     if kind not in _known:
+        if _is_captured(call):
+            return None
         _known[kind] = _agreed(kind, lambda: _cached(kind, lambda: measure(call, candidates, eager.attention)))
         logger.info("attention %s: %s", kind, _known[kind])
         for name, reason in _known[kind].left_out.items():

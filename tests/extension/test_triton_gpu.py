@@ -123,7 +123,7 @@ def test_inductor_compiles_a_training_step_without_a_graph_break():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "triton"])
 @pytest.mark.parametrize("grid", [(14, 14), (13, 17)])  # the second is no square
 def test_a_training_step_in_a_cuda_graph_equals_the_step_outside(backend, grid):
     """Nothing waits for the host, and offset tables that are cached outlive the graph's own pool of memory."""

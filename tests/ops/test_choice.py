@@ -257,6 +257,17 @@ def test_measuring_inside_activation_checkpointing(fakes, reentrant):
     assert torch.equal(*grads)
 
 
+@pytest.mark.filterwarnings("ignore:attention backend")
+def test_a_cuda_graph_takes_what_its_warm_up_took(fakes, monkeypatch):
+    """Another backend would make its maps, and compile, while the graph is recorded: CUDA refuses both."""
+    monkeypatch.setattr(choice, "_is_captured", lambda call: True)
+    assert choice.choose(make_call()) == "slow" and sum(fakes.runs.values()) == 0
+    with monkeypatch.context() as warm_up:
+        warm_up.setattr(choice, "_is_captured", lambda call: False)
+        assert choice.choose(make_call()) == "eager"
+    assert choice.choose(make_call()) == "eager"
+
+
 def test_nothing_is_measured_under_a_mode_that_sees_all_operators(fakes):
     """Such as selective checkpointing, which keeps the results of operators by their order, or a count of flops."""
     with FlopCounterMode(display=False):
