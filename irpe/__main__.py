@@ -4,6 +4,7 @@
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -31,8 +32,21 @@ COMMANDS = {  # the module that does it, and what the overview says of it
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run ``irpe ARGV``."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run ``irpe ARGV``; a console that takes no more, as that of ``irpe info | head -1``, is no traceback, nor
+    is Ctrl-C.
+    """
+    try:
+        _main(sys.argv[1:] if argv is None else argv)
+        if sys.stdout is not None:  # closed by who started this
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written when Python ends
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"irpe: {error}")
+
+
+def _main(argv: list[str]) -> None:
     task = argv[0] if argv and argv[0] in TASKS else ""
     words = argv[: 2 if task else 1]
     name, rest = " ".join(words), argv[len(words) :]

@@ -1,6 +1,7 @@
 """The one command: it finds its programs, its help needs no PyTorch, a mistake is one line."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,29 @@ def message(capsys, *argv: str) -> str:
         main(list(argv))
     assert end.value.code == 2
     return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["--help"], ["zoo"], ["classify", "train", "--print-config"]])
+@pytest.mark.parametrize(("console", "told"), [("closed", ""), ("/dev/full", "No space left on device")])
+def test_a_console_that_takes_nothing_is_no_traceback(command, console, told):
+    """As of ``irpe zoo | head -1``, or on a full disk."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    out = writing if console == "closed" else os.open(console, os.O_WRONLY)
+    words = [sys.executable, "-u", "-m", "irpe", *command]
+    ended = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+    assert told in ended.stderr and len(ended.stderr.splitlines()) <= 1
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("irpe_train.zoo.main", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["zoo"])
+    assert end.value.code == 130
 
 
 def test_every_command_is_a_module_and_stands_in_the_overview(capsys):
