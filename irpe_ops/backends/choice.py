@@ -130,8 +130,9 @@ def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
     except RuntimeError:  # there is no home folder, as for an unknown user of a container
         return find()
     try:
-        return Measurement(**_entries(path)[kind])
-    except (KeyError, TypeError):
+        entry = _entries(path)[kind]
+        return Measurement(dict(entry["ms"]), dict(entry["left_out"]))
+    except (KeyError, TypeError, ValueError):
         found = find()
     # Another day there may be more memory. A relative folder is no cache: a home that nobody knows is still called ~.
     if any(reason.startswith("OutOfMemory") for reason in found.left_out.values()) or not path.is_absolute():

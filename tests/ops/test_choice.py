@@ -206,12 +206,13 @@ def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
     assert set(entry["ms"]) == {"slow", "eager"} and set(entry["left_out"]) == {"raising"}
     choice._known.clear()
     assert choice.choose(make_call()) == "eager" and fakes.runs == runs
-    for damage in ("", "[]", '{"cpu": 3}'):  # measured again, and mended
+    entry = json.dumps({choice._kind(make_call()): {"ms": "fast", "left_out": {}}})
+    for damage in ("", "[]", '{"cpu": 3}', entry):  # measured again, and mended
         choice._known.clear()
         kept.write_text(damage)
         assert choice.choose(make_call()) == "eager"
         assert '"slow"' in kept.read_text()
-    assert fakes.runs["slow"] == 4 * runs["slow"]
+    assert fakes.runs["slow"] == 5 * runs["slow"]
     choice._known.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: no folder can be made there
     assert choice.choose(make_call()) == "eager"
