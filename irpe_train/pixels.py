@@ -43,7 +43,15 @@ def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
 
 
 def _files_below(folder: Path, besides: Path) -> list[Path]:
-    found = (Path(parent, file) for parent, _, names in os.walk(folder) for file in names)
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):  # as training follows links
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen:  # a link back, or a second one to the same folder
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        found += [Path(parent, file) for file in names]
     found = (file for file in found if not is_hidden(file.relative_to(folder).parts))
     files_there = _outside(besides, found)
     report_unread(folder, (file.name for file in files_there))

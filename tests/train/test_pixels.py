@@ -180,6 +180,11 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     assert files_of(["photos/a/*.png", "photos/a/1.png"], besides=Path("out")) == found[:2]
     for pattern in ("photos/**/*.png", "photos/[ab]", "photo*"):  # folders that fit are searched
         assert files_of([pattern], besides=Path("photos/out")) == found
+    write_images(tmp_path / "elsewhere", {"c": 1})
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "photos")
+    linked = Path("photos/linked/c/0.png")
+    assert files_of(["photos"], besides=Path("photos/out")) == [*found, linked]
     (tmp_path / "[x].png").touch()
     assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
     for text, words in (
