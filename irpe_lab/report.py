@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.check:
                 stale += [args.readme] * (fresh != text)
             else:
-                args.readme.write_text(fresh, encoding="utf-8")
+                write_text(args.readme.resolve(), fresh)  # whole or not at all; a link stays one
                 print(args.readme)
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")

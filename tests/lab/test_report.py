@@ -173,6 +173,11 @@ def test_tables_between_markers(logs, tmp_path):
     assert text.startswith("before\n<!-- coco:begin -->\n| model") and "old" not in text and "90.00" in text
     assert "| 0.422 | [0.4213](logs/log_" in text and text.endswith("<!-- demo:end -->\n")
     assert report.main(check) == 0
+    (link := tmp_path / "link.md").symlink_to(readme)
+    readme.write_text(text.replace("90.00", "old"))
+    before = os.stat(readme).st_ino
+    assert report.main([str(logs), "--readme", str(link)]) == 0
+    assert link.is_symlink() and readme.read_text() == text and os.stat(readme).st_ino != before  # replaced as a whole
     readme.write_text("<!-- nope:begin -->\n<!-- nope:end -->\n")
     with pytest.raises(SystemExit, match="nothing to put at nope:begin"):
         report.main(check)
