@@ -73,14 +73,8 @@ def main(args: argparse.Namespace) -> None:
     out = OutputFolder(args.out)
     listed = ["predictions.json"] if names else []
     out.refuse_to_replace([f"{name}.png" for name in names.values()] + listed)
-    classifier = Classifier(
-        args.resume,
-        choose_device(args.device),
-        ema=args.ema,
-        model=args.model,
-        rpe=args.rpe,
-        input_size=args.input_size,
-    )
+    flags = dict(ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size)
+    classifier = Classifier(args.resume, choose_device(args.device), **flags)
     points = points_of(classifier.model, args.attention) if args.attention is not None else []
     encoded = points and any(isinstance(module, IRPE) for module in classifier.model.modules())
     maps = [f"{name}_{kind}_{r}-{c}.png" for name in names.values() for kind in MAPS for r, c in points]

@@ -205,10 +205,5 @@ def rows_of_banner(
 def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.device) -> DistillationLoss:
     """The loss that goes with the augmentation, and with the teacher if there is one."""
     base = classification_loss(mixes=mixes(args), smoothing=args.smoothing)
-    return DistillationLoss(
-        base,
-        build_teacher(args, classes, device),
-        args.distillation_type,
-        args.distillation_alpha,
-        args.distillation_tau,
-    )
+    how = args.distillation_type, args.distillation_alpha, args.distillation_tau
+    return DistillationLoss(base, build_teacher(args, classes, device), *how)

@@ -170,26 +170,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
     add("--only", metavar="GLOB", help="only the runs whose name matches, e.g. '*-product-*'")
     add("--seeds", help="instead of the file's, e.g. 0,1,2")
-    add(
-        "--set",
-        dest="settings",
-        type=_setting,
-        action="append",
-        default=[],
-        metavar="FLAG=VALUE",
-        help="a flag for all runs, e.g. data-path=DIR; may be repeated",
-    )
+    add("--set", dest="settings", type=_setting, action="append", default=[], metavar="FLAG=VALUE", help="for all runs")
     add("--jobs", type=positive_int, default=1, help="runs at once on a machine without GPUs")
     add("--gpus-per-run", type=positive_int, default=1, metavar="N", help="processes and GPUs of one run")
     add("--slurm", action="store_true", help="submit each run as a SLURM job")
-    add(
-        "--slurm-option",
-        type=_setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for submitit, e.g. slurm_partition=gpu, timeout_min=600",
-    )
+    add("--slurm-option", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="for submitit")
     add("--dry-run", action="store_true", help="write each run's flags.yaml, print its command, start nothing")
     add("--logs", type=Path, metavar="DIR", help="also copy tables, logs and flags here, e.g. logs/ablation_demo")
     add("--table", action="store_true", help="write the tables of what is there, start nothing")

@@ -132,13 +132,8 @@ def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
     """Run it with its console behind ``log``. Returns: its exit status; whether it was told to stop."""
     with open(plain_file(log), "a") as console:
         # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
-        child = subprocess.Popen(
-            [sys.executable, "-u", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
-        )
+        options = dict(stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
+        child = subprocess.Popen([sys.executable, "-u", *command], **options)
         with _passing_on_sigterm(child) as stopped:
             return child.wait(), bool(stopped)
 

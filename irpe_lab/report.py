@@ -152,15 +152,9 @@ class Report:
                 continue
             config = self.logs / f"{run.name}.yaml"
             parameters = next((n for epoch in run.epochs if isinstance(n := epoch.get("n_parameters"), int)), None)
-            body.append(
-                [
-                    as_text(run.name),
-                    self._link("flags", config) if config.is_file() else "-",
-                    len(run.epochs),
-                    f"{parameters:,}" if parameters else "-",
-                    self._link(run.figure(), run.log),
-                ]
-            )
+            flags = self._link("flags", config) if config.is_file() else "-"
+            size = f"{parameters:,}" if parameters else "-"
+            body.append([as_text(run.name), flags, len(run.epochs), size, self._link(run.figure(), run.log)])
         return markdown(["run", "flags", "epochs", "parameters", "last figure"], body) if body else ""
 
     def markdown(self, pictures: Collection[Path]) -> str:

@@ -216,13 +216,8 @@ def fingerprint(path: Path) -> dict:
             size = os.path.getsize(os.path.join(folder, file))
             digest.update(f"{Path(folder, file).relative_to(path).as_posix()} {size}\n".encode())
             count, total = count + 1, total + size
-    return {
-        "path": path.name,
-        "files": count,
-        "bytes": total,
-        "of": "sha256 of names and sizes",
-        "sha256": digest.hexdigest(),
-    }
+    of = "sha256 of names and sizes"
+    return {"path": path.name, "files": count, "bytes": total, "of": of, "sha256": digest.hexdigest()}
 
 
 def versions() -> dict[str, str]:

@@ -50,12 +50,7 @@ def find_config(name: str | Path, *folders: Path, source: str) -> Path:
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        default=None,
-        metavar="FILE.yaml",
-        help="flags written down, one 'name: value' a line; typed flags win",
-    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' a line; typed flags win")
     parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and exit")
 
 

@@ -62,16 +62,8 @@ def open_run(
         },
     )
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
-    steps = Steps(
-        loader,
-        state,
-        checkpoints,
-        seed=args.seed,
-        epochs=args.epochs,
-        accumulate=args.accumulate,
-        save_interval=args.save_interval,
-        max_bad=args.max_bad,
-    )
+    given = dict(seed=args.seed, epochs=args.epochs, accumulate=args.accumulate, max_bad=args.max_bad)
+    steps = Steps(loader, state, checkpoints, save_interval=args.save_interval, **given)
     return Run(state, checkpoints, log, steps)
 
 

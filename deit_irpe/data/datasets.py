@@ -58,11 +58,5 @@ def repeated_augmentation_sampler(dataset: Dataset, world_size: int, rank: int) 
     As published, the length is cut to a multiple of 256 images; sets smaller than that, which this would leave empty,
     are used whole. Source: Hoffer et al., "Augment your batch"; Berman et al., "MultiGrain".
     """
-    return RepeatAugSampler(
-        dataset,
-        num_replicas=world_size,
-        rank=rank,
-        shuffle=True,
-        num_repeats=3,
-        selected_round=256 if len(dataset) >= 256 else 0,
-    )
+    whole = 256 if len(dataset) >= 256 else 0
+    return RepeatAugSampler(dataset, world_size, rank, num_repeats=3, selected_round=whole)

@@ -101,13 +101,5 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     if not mixes(args):
         return None
     with blamed_on("--mixup*, --cutmix*, --smoothing"):
-        return Mixup(
-            args.mixup,
-            args.cutmix,
-            args.cutmix_minmax,
-            args.mixup_prob,
-            args.mixup_switch_prob,
-            args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
+        kinds = args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode
+        return Mixup(*kinds, label_smoothing=args.smoothing, num_classes=num_classes)

@@ -47,12 +47,8 @@ def load_for_finetuning(
         if "lookup_table" in key and key not in weights:
             weights[key] = torch.zeros_like(value)
             report[key] = "starts at zero: not in the checkpoint"
-    return (
-        load_matching(
-            model,
-            weights,
-            source=source,
-            may_start_fresh=lambda key: key.removeprefix("detr.").startswith(MAY_START_FRESH),
-        )
-        | report
-    )
+
+    def fresh(key: str) -> bool:
+        return key.removeprefix("detr.").startswith(MAY_START_FRESH)
+
+    return load_matching(model, weights, source=source, may_start_fresh=fresh) | report

@@ -68,13 +68,8 @@ class PositionEmbeddingLearned(nn.Module):
 
 
 def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
-    """``"sine"`` or ``"learned"`` (``"v2"`` and ``"v3"`` in the published code) for ``hidden_dim`` channels."""
-    kinds = {
-        "sine": PositionEmbeddingSine,
-        "v2": PositionEmbeddingSine,
-        "learned": PositionEmbeddingLearned,
-        "v3": PositionEmbeddingLearned,
-    }
+    """``"sine"`` or ``"learned"`` for ``hidden_dim`` channels."""
+    kinds = {"sine": PositionEmbeddingSine, "learned": PositionEmbeddingLearned}
     if name not in kinds:
         raise ValueError(f"--position_embedding {name!r}: expected one of {', '.join(kinds)}.")
     divisor = 4 if kinds[name] is PositionEmbeddingSine else 2  # two axes, sine and cosine

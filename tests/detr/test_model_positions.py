@@ -50,11 +50,11 @@ def test_learned_positions_end_at_fifty():
 
 
 def test_names():
-    assert isinstance(build_position_encoding("v2", 16), PositionEmbeddingSine)
+    assert isinstance(build_position_encoding("sine", 16), PositionEmbeddingSine)
     assert isinstance(build_position_encoding("learned", 16), PositionEmbeddingLearned)
-    with pytest.raises(ValueError, match="--position_embedding 'cosine': expected one of sine, v2, learned, v3"):
+    with pytest.raises(ValueError, match="--position_embedding 'cosine': expected one of sine, learned"):
         build_position_encoding("cosine", 16)
-    for kind, channels, divisor in (("sine", 10, 4), ("sine", 17, 4), ("v3", 17, 2)):
+    for kind, channels, divisor in (("sine", 10, 4), ("sine", 17, 4), ("learned", 17, 2)):
         with pytest.raises(
             ValueError, match=f"--hidden_dim {channels}: .* '{kind}' need one that divides by {divisor}"
         ):
