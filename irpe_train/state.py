@@ -126,7 +126,10 @@ class TrainState:
             logger.warning(f"checkpoint {source} {only}: training starts at epoch {self.epoch}")
             return False
         progress = progress_of(checkpoint, source=source)
-        for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", self.scaler)):
+        scaler = (
+            self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
+        )  # --amp fp16 before, not now
+        for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", scaler)):
             if part is not None and name in there:
                 try:
                     load_checked(part, checkpoint[name], epoch=progress["epoch"])

@@ -191,6 +191,19 @@ def test_published_keys_come_first_in_the_published_order(tmp_path, keys):
     assert contents["epoch"] == -1  # none is finished yet
 
 
+@pytest.mark.parametrize("now", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_goes_on_with_or_without_loss_scaling(before, now):
+    """``--amp none`` is what a run under fp16 is told to try where its loss is not finite."""
+    old, new = (
+        a_state(scaler=torch.amp.GradScaler("cpu", init_scale=s, enabled=e)) for s, e in ((8, before), (4, now))
+    )
+    old.model(torch.ones(1, 3)).sum().backward()
+    old.optimizer.step()
+    assert new.load_dict(old.to_dict(DEIT), source="a.pth")
+    assert new.scaler.get_scale() == (8 if before and now else 4 if now else 1)
+
+
 def test_epoch_is_the_finished_one(tmp_path):
     state = a_state(epoch=3)
     for step, stats, finished in ((0, None, 2), (5, None, 2), (9, {"loss": 1.0}, 3)):
