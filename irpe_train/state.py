@@ -126,9 +126,8 @@ class TrainState:
             logger.warning(f"checkpoint {source} {only}: training starts at epoch {self.epoch}")
             return False
         progress = progress_of(checkpoint, source=source)
-        scaler = (
-            self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
-        )  # --amp fp16 before, not now
+        # Of a run that goes on under another --amp, the scale of the loss is of no use.
+        scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", scaler)):
             if part is not None and name in there:
                 try:

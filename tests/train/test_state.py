@@ -195,9 +195,8 @@ def test_published_keys_come_first_in_the_published_order(tmp_path, keys):
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_goes_on_with_or_without_loss_scaling(before, now):
     """``--amp none`` is what a run under fp16 is told to try where its loss is not finite."""
-    old, new = (
-        a_state(scaler=torch.amp.GradScaler("cpu", init_scale=s, enabled=e)) for s, e in ((8, before), (4, now))
-    )
+    old = a_state(scaler=torch.amp.GradScaler("cpu", init_scale=8, enabled=before))
+    new = a_state(scaler=torch.amp.GradScaler("cpu", init_scale=4, enabled=now))
     old.model(torch.ones(1, 3)).sum().backward()
     old.optimizer.step()
     assert new.load_dict(old.to_dict(DEIT), source="a.pth")
