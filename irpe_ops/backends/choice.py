@@ -171,7 +171,7 @@ def cache_file() -> Path:
 
 
 def _device_name(device: torch.device | None = None) -> str:
-    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+    if torch.cuda.is_available() if device is None else device.type == "cuda":  # asked for at every call
         return torch.cuda.get_device_name(device)
     return "cpu" if device is None else device.type
 
