@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from irpe_ops.visualize import plain_text
+from irpe_ops.visualize import plain_text, save
 from irpe_train.text_files import plain_file
 
 MOST_CONFUSED = 5000  # classes; a larger table would take a gigabyte
@@ -28,7 +28,7 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
     with open(plain_file(table), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["class", "images", "correct", "recall", "predicted", "precision"]])
         csv.writer(file).writerows(class_rows(counts, classes))
-    draw_confusion(counts, classes).savefig(picture, dpi=300)
+    save(draw_confusion(counts, classes), picture, dpi=300)
     return [matrix, table, picture]
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from deit_irpe.args import check_args, get_args_parser
 from deit_irpe.confusion import MOST_CONFUSED, write_confusion
-from deit_irpe.data import check_resumed_classes, check_same_classes, renumber, stored_classes, warn_of_shared_origins
+from deit_irpe.data import check_resumed_classes, check_same_classes, renumber, stored_classes, warn_of_odd_sets
 from deit_irpe.data.from_flags import (
     build_mixup,
     mixes,
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     val_loader = validation_loader(args, val_set, device)
     train_set = None if args.eval else training_set(args)
     classes = agree_on_classes(checkpoint, train_set, val_set)
-    warn_of_shared_origins(train_set, val_set)
+    warn_of_odd_sets(train_set, val_set)
 
     # --- model
     model = model_of_flags(args, classes, weights=checkpoint is None).to(device)

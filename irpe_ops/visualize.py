@@ -12,6 +12,7 @@ PNG, PDF or SVG, or let a notebook show it.
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -256,7 +257,8 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
         raise ValueError(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}):
+    with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box for each letter, and a warning for each box
         figure.savefig(path, dpi=dpi, metadata=undated)
     return path
 

@@ -3,7 +3,7 @@
 
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
 from deit_irpe.data.datasets import build_dataset
-from deit_irpe.data.images import warn_of_shared_origins
+from deit_irpe.data.images import warn_of_odd_sets
 from deit_irpe.data.split import split_folder
 from deit_irpe.data.transforms import build_transform
 
@@ -15,5 +15,5 @@ __all__ = [
     "renumber",
     "split_folder",
     "stored_classes",
-    "warn_of_shared_origins",
+    "warn_of_odd_sets",
 ]

@@ -149,8 +149,15 @@ def report_hidden(where: Path, names: set[str]) -> None:
         logger.info(f"{where}: hidden, so not classes: {', '.join(sorted(names))}")
 
 
-def warn_of_shared_origins(train: Dataset | None, val: Dataset) -> None:
-    """Warn where folders or archives of ``val`` are also those of ``train``, for instance through a link."""
+def warn_of_odd_sets(train: Dataset | None, val: Dataset) -> None:
+    """A warning where folders or archives are read for both, as through a link, and where classes have no image to
+    learn from, as in shards with numbers left out.
+    """
+    empty = sorted(set(range(len(train.classes))) - set(train.labels)) if isinstance(train, LabelledImages) else []
+    if empty:
+        logger.warning(
+            f"train: no image of {len(empty)} of {len(train.classes)} classes: {train.classes[empty[0]]}, ..."
+        )
     trained = {_identity(path) for path in getattr(train, "origins", [])}
     if shared := [path for path in getattr(val, "origins", []) if _identity(path) in trained]:
         logger.warning(f"{shared[0]}: read for train and for val ({len(shared)} in all): the same images in both")

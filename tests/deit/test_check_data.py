@@ -9,7 +9,7 @@ from PIL import Image
 
 from deit_irpe.args import get_check_parser
 from deit_irpe.check_data import main
-from deit_irpe.data import build_dataset, split_folder, warn_of_shared_origins
+from deit_irpe.data import build_dataset, split_folder, warn_of_odd_sets
 from tests.deit.test_archives import tar_of
 from tests.helpers.tiny_images import write_images
 
@@ -43,6 +43,18 @@ def test_images_of_both_splits_are_counted(tmp_path, capsys):
     assert "warning: val: 1 of 6 images are in train too, pixel for pixel" in capsys.readouterr().out
 
 
+def test_classes_without_an_image_to_learn_from_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
+    sets = []
+    for split in ("train", "val"):
+        tar_of(tmp_path / f"x-{split}-0.tar", "1.jpg", ("1.cls", b"0"), "2.jpg", ("2.cls", b"3"))
+        sets.append(build_dataset(tmp_path, split == "train", data_set="WDS"))
+    warn_of_odd_sets(*sets)
+    warn_of_odd_sets(None, sets[1])
+    assert said == ["train: no image of 2 of 4 classes: 1, ..."]
+
+
 @pytest.mark.parametrize("kind", ["folder", "class", "tar", "shards"])
 def test_validation_on_the_training_images_is_said(tmp_path, kind, monkeypatch):
     """By another name; parts of one folder are no such case."""
@@ -60,9 +72,9 @@ def test_validation_on_the_training_images_is_said(tmp_path, kind, monkeypatch):
     else:
         tar_of(tmp_path / "x-train-0.tar", "0.jpg", ("0.cls", b"0"))
         (tmp_path / "x-val-0.tar").symlink_to("x-train-0.tar")
-    warn_of_shared_origins(*(build_dataset(tmp_path, train, **options) for train in (True, False)))
+    warn_of_odd_sets(*(build_dataset(tmp_path, train, **options) for train in (True, False)))
     assert len(said) == 1 and f"({2 if kind == 'folder' else 1} in all): the same images in both" in said[0]
-    warn_of_shared_origins(*(split_folder(tmp_path / "train", train, 0.5) for train in (True, False)))
+    warn_of_odd_sets(*(split_folder(tmp_path / "train", train, 0.5) for train in (True, False)))
     assert len(said) == 1
 
 

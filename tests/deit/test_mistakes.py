@@ -1,8 +1,11 @@
 """Mistakes of the user: one clear message, no traceback, and before training where it can be."""
 
 import pytest
+import torch
 
 from deit_irpe.args import get_args_parser, image_size, keywords
+from deit_irpe.data.from_flags import training_loader
+from deit_irpe.data.images import LabelledImages
 from irpe_train.config import ConfigError, parse_args
 from tests.helpers.deit_runs import deit
 from tests.helpers.tiny_images import write_images
@@ -25,6 +28,15 @@ def test_a_folder_around_all_classes_is_not_learned_to_100_percent(tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path / split / "images", {"ant": 2, "bee": 2})
     explained(tmp_path, tmp_path, "one class, 'images', leaves nothing to learn; the folders of classes lie side by")
+
+
+def test_one_image_cannot_be_mixed():
+    one = LabelledImages(["a"], ["x.png"], [0])
+    flags = ["--no-repeated-aug", "--num_workers", "0"]
+    with pytest.raises(ValueError, match="one training sample per process: Mixup and CutMix pair samples"):
+        training_loader(get_args_parser().parse_args(flags), one, torch.device("cpu"))
+    plain = get_args_parser().parse_args([*flags, "--mixup", "0", "--cutmix", "0"])
+    assert len(training_loader(plain, one, torch.device("cpu"))) == 1
 
 
 def test_an_empty_class_and_a_flat_val_folder(tmp_path):

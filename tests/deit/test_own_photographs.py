@@ -111,8 +111,9 @@ def test_the_figures_of_each_class():
     assert rows == [("a", 4, 3, "75.00", 3, "100.00"), ("b", 2, 2, "100.00", 3, "66.67"), ("c", 0, 0, "", 0, "")]
 
 
+@pytest.mark.filterwarnings("error")
 def test_tables_and_picture(tmp_path):
-    names = ["a,b", "$x_1$ and $" + 30 * "$", "caf\udce9"]  # the last is a folder's name in Latin-1
+    names = ["a,b", "$x_1$ and $" + 30 * "$" + "\u732b", "caf\udce9"]  # the last is a folder's name in Latin-1
     files = write_confusion(COUNTS, names, tmp_path)
     assert [file.name for file in files] == ["eval_confusion.csv", "eval_classes.csv", "eval_confusion.png"]
     with open(files[0], newline="", encoding="utf-8", errors="surrogateescape") as file:
