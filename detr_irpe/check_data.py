@@ -237,7 +237,7 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allo
     unlisted = Problem("segment images with ids that 'segments_info' does not list")
     absent = Problem("segments that 'segments_info' lists and no pixel has")
     for index in looked_at:
-        name = dataset.segment_images.describe(index)
+        name = dataset.segment_images.name(index)
         try:
             ids, segments = dataset.truth(index)
             image = read_image(dataset.images, index)

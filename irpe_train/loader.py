@@ -28,13 +28,12 @@ class TrainLoader:
     """Batches of an epoch from any step on, the same ones however often the run was interrupted.
 
     Args:
-        dataset: map-style.
+        dataset: map-style; its method ``name(index)``, if it has one, names images in messages.
         sampler: any sampler of indices; ``set_epoch`` is called if it has one, and its generators are seeded from
             (seed, epoch), so that it may use ``torch.randperm`` or ``random`` as it likes.
         batch_size: per rank.
         seed: the run's seed; each sample is made under generators seeded from (seed, epoch, position).
         drop_last: leave out the last, smaller batch.
-        name_of: index to file name, for messages; default: ``dataset.samples[index][0]`` or the index.
     """
 
     def __init__(
@@ -48,12 +47,10 @@ class TrainLoader:
         collate_fn: Callable = default_collate,
         num_workers: int = 0,
         pin_memory: bool = False,
-        name_of: Callable[[int], str] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: expected 1 or more images per process")
         self.dataset, self.sampler, self.batch_size, self.seed = dataset, sampler, batch_size, seed
-        self.name_of = name_of or _namer(dataset)
         self.bad: dict[str, str] = {}
         self._order = _Order(sampler, batch_size, seed, drop_last)
         if len(self._order) == 0:
@@ -62,7 +59,7 @@ class TrainLoader:
                 f"{batch_size}: lower the batch size or add images"
             )
         self._loader = DataLoader(
-            _SeededDataset(dataset, seed, rank(), world_size(), self.name_of),
+            _SeededDataset(dataset, seed, rank(), world_size()),
             batch_sampler=self._order,
             collate_fn=_CollateAndReport(collate_fn),
             num_workers=num_workers,
@@ -96,7 +93,7 @@ class TrainLoader:
 
     def samples(self, step: int) -> list[str]:
         """The names of the images of ``step`` in the epoch being read."""
-        return [self.name_of(index) for _, _, index in self._order.batch(step)]
+        return [_name(self.dataset, index) for _, _, index in self._order.batch(step)]
 
 
 class EvalLoader:
@@ -122,7 +119,6 @@ class EvalLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         shard: bool = True,
-        name_of: Callable[[int], str] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"evaluation batch size {batch_size}: expected 1 or more images")
@@ -131,7 +127,7 @@ class EvalLoader:
         batches = [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)]
         self.batches = [list(batch) for batch in batches[first::stride]]
         self._loader = DataLoader(
-            _NamedDataset(dataset, name_of or _namer(dataset)),
+            _NamedDataset(dataset),
             batch_sampler=self.batches,
             collate_fn=_CollateAndReport(collate_fn),
             num_workers=num_workers,
@@ -197,8 +193,8 @@ class _SeededDataset(Dataset):
 
     TRIES = 16
 
-    def __init__(self, dataset: Dataset, seed: int, rank: int, world_size: int, name_of: Callable[[int], str]):
-        self.dataset, self.seed, self.rank, self.world_size, self.name_of = dataset, seed, rank, world_size, name_of
+    def __init__(self, dataset: Dataset, seed: int, rank: int, world_size: int):
+        self.dataset, self.seed, self.rank, self.world_size = dataset, seed, rank, world_size
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -212,15 +208,15 @@ class _SeededDataset(Dataset):
                 with sample_randomness(self.seed, epoch, position * self.world_size + self.rank):
                     return self.dataset[candidate], bad
             except UNREADABLE as error:
-                bad.append((self.name_of(candidate), _reason(error)))
+                bad.append((_name(self.dataset, candidate), _reason(error)))
         return None, bad
 
 
 class _NamedDataset(Dataset):
     """index -> (sample, []) or (None, [(name, reason)]): raised in a worker, an error would lose its type."""
 
-    def __init__(self, dataset: Dataset, name_of: Callable[[int], str]):
-        self.dataset, self.name_of = dataset, name_of
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -229,7 +225,7 @@ class _NamedDataset(Dataset):
         try:
             return self.dataset[index], []
         except UNREADABLE as error:
-            return None, [(self.name_of(index), _reason(error))]
+            return None, [(_name(self.dataset, index), _reason(error))]
 
 
 class _CollateAndReport:
@@ -243,14 +239,8 @@ class _CollateAndReport:
         return (None if any(sample is None for sample in samples) else self.collate_fn(samples)), bad
 
 
-class _namer:
-    """Index -> file name of an image folder, else the index; a class, so that workers can be spawned with it."""
-
-    def __init__(self, dataset: Dataset):
-        self.samples = getattr(dataset, "samples", None)
-
-    def __call__(self, index: int) -> str:
-        return str(self.samples[index][0]) if self.samples is not None else f"image {index}"
+def _name(dataset: Dataset, index: int) -> str:
+    return dataset.name(index) if hasattr(dataset, "name") else f"image {index}"
 
 
 def _reason(error: BaseException) -> str:

@@ -60,14 +60,8 @@ def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
     """Batches half as large again as in training."""
-    return EvalLoader(
-        val_set,
-        batch_size=int(1.5 * args.batch_size),
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        shard=args.dist_eval,
-        name_of=getattr(val_set, "name", None),
-    )
+    batch_size = int(1.5 * args.batch_size)
+    return EvalLoader(val_set, batch_size=batch_size, shard=args.dist_eval, **_loading(args, device))
 
 
 def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
@@ -82,15 +76,11 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
         raise ValueError("one training sample per process: Mixup and CutMix pair samples (or --mixup 0 --cutmix 0)")
     if batch_size < args.batch_size:
         logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
-    return TrainLoader(
-        train_set,
-        sampler,
-        batch_size=batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        name_of=getattr(train_set, "name", None),
-    )
+    return TrainLoader(train_set, sampler, batch_size=batch_size, seed=args.seed, **_loading(args, device))
+
+
+def _loading(args: argparse.Namespace, device: torch.device) -> dict:
+    return dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
 
 
 def mixes(args: argparse.Namespace) -> bool:

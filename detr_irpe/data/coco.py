@@ -60,16 +60,16 @@ class CocoDetection(Dataset):
         if self.return_masks:
             if (image.height, image.width) != size:  # the masks have that size
                 raise OSError(
-                    f"{self.describe(index)}: {image.height} x {image.width} pixels, annotated {size[0]} x {size[1]}"
+                    f"{self.name(index)}: {image.height} x {image.width} pixels, annotated {size[0]} x {size[1]}"
                 )
             segmentations = self.annotations.segmentations_of_image(index)
             chosen = [segmentations[i] for i in single.nonzero().flatten().tolist()]
             target["masks"] = decode_masks(chosen, image.height, image.width)
-        return transformed(self.transforms, image, target, self.describe(index))
+        return transformed(self.transforms, image, target, self.name(index))
 
-    def describe(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """Where image number ``index`` lies, for messages."""
-        return self.images.describe(index)
+        return self.images.name(index)
 
 
 def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[int] = (0, 0)) -> Image.Image:
@@ -77,7 +77,7 @@ def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[in
 
     Raises: OSError: it cannot be read or decoded; the message names it.
     """
-    return decode_in_frame(images.read(index), images.describe(index), size)
+    return decode_in_frame(images.read(index), images.name(index), size)
 
 
 def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:

@@ -39,28 +39,17 @@ def training_set(args: argparse.Namespace) -> Dataset:
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
     """Batches of ``--eval_batch_size`` images."""
-    return EvalLoader(
-        val_set,
-        batch_size=args.eval_batch_size,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-        name_of=val_set.describe,
-    )
+    return EvalLoader(val_set, batch_size=args.eval_batch_size, **_loading(args, device))
 
 
 def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
     """Batches of ``--batch_size`` images, shuffled; a last smaller one is left out."""
-    return TrainLoader(
-        train_set,
-        DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed),
-        batch_size=args.batch_size,
-        seed=args.seed,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-        name_of=train_set.describe,
-    )
+    sampler = DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed)
+    return TrainLoader(train_set, sampler, batch_size=args.batch_size, seed=args.seed, **_loading(args, device))
+
+
+def _loading(args: argparse.Namespace, device: torch.device) -> dict:
+    return dict(collate_fn=collate, num_workers=args.num_workers, pin_memory=device.type == "cuda")
 
 
 def classes_of_data(sets: list[Dataset], dataset_file: str) -> int:

@@ -33,12 +33,12 @@ class FilesInFolder:
             name for name in names if name not in present and ("/" not in name or not (folder / name).is_file())
         ]
 
-    def describe(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return str(self.path / os.fsdecode(self._names[index]))
 
     def read(self, index: int) -> bytes:
         """The bytes of file number ``index``. Raises OSError: it is not there or cannot be read."""
-        return Path(self.describe(index)).read_bytes()
+        return Path(self.name(index)).read_bytes()
 
 
 class FilesInZip:
@@ -62,19 +62,19 @@ class FilesInZip:
         self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 5).share_memory_()
         self._file, self._process = None, None
 
-    def describe(self, index: int) -> str:
+    def name(self, index: int) -> str:
         return f"{self.path}:{self._names[index].decode()}"
 
     def read(self, index: int) -> bytes:
         """The bytes of member number ``index``. Raises OSError: it is missing, damaged or not what it claims to be."""
         offset, stored_size, size, method, checksum = self._places[index].tolist()
         if offset < 0:
-            raise FileNotFoundError(f"{self.describe(index)}: no such member in the archive")
+            raise FileNotFoundError(f"{self.name(index)}: no such member in the archive")
         file = self._own_handle()
         file.seek(offset)
         header = file.read(_LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-            raise OSError(f"{self.describe(index)}: the archive is damaged (no file header at byte {offset})")
+            raise OSError(f"{self.name(index)}: the archive is damaged (no file header at byte {offset})")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         file.seek(name_length + extra_length, os.SEEK_CUR)
         content = file.read(stored_size)
@@ -82,9 +82,9 @@ class FilesInZip:
             try:  # one byte more than promised is enough to detect a zip bomb
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
             except zlib.error as error:
-                raise OSError(f"{self.describe(index)}: the archive is damaged ({error})") from error
+                raise OSError(f"{self.name(index)}: the archive is damaged ({error})") from error
         if len(content) != size or zlib.crc32(content) != checksum:
-            raise OSError(f"{self.describe(index)}: the archive is damaged (size or checksum differs)")
+            raise OSError(f"{self.name(index)}: the archive is damaged (size or checksum differs)")
         return content
 
     def _own_handle(self):

@@ -107,7 +107,7 @@ class CocoPanoptic(Dataset):
         image = read_image(self.images, index)
         segment_map, segments = self.truth(index)
         if segment_map.shape != (image.height, image.width):
-            raise OSError(f"{self.segment_images.describe(index)}: {segment_map.shape}, its image {image.size[::-1]}")
+            raise OSError(f"{self.segment_images.name(index)}: {segment_map.shape}, its image {image.size[::-1]}")
         masks = torch.from_numpy(segment_map == np.array([s["id"] for s in segments], np.int64)[:, None, None])
         kept = masks.flatten(1).any(1)  # a segment without a pixel has no box
         segments = [s for s, keep in zip(segments, kept.tolist(), strict=True) if keep]
@@ -123,14 +123,14 @@ class CocoPanoptic(Dataset):
         }
         if self.return_masks:
             target["masks"] = tv_tensors.Mask(masks.to(torch.uint8))
-        return transformed(self.transforms, image, target, self.describe(index))
+        return transformed(self.transforms, image, target, self.name(index))
 
     def truth(self, index: int) -> tuple[np.ndarray, list[dict]]:
         """Segment ids (height, width) int64 of image number ``index``, 0 where nothing is; and what each id is."""
         png = self.segment_images.read(index)
-        ids = ids_of_colours(decode_image(png, self.segment_images.describe(index)))
+        ids = ids_of_colours(decode_image(png, self.segment_images.name(index)))
         return ids, json.loads(self._segments[index])
 
-    def describe(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """Where image number ``index`` lies, for messages."""
-        return self.images.describe(index)
+        return self.images.name(index)

@@ -30,7 +30,7 @@ def started(model, *, lr=0.1, accumulate=1):
     """Five batches of two images of an epoch: optimizer and steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     data = TensorDataset(torch.randn(10, 3), torch.arange(10) % 2)
-    loader = TrainLoader(data, SequentialSampler(data), batch_size=2, seed=0, name_of=str)
+    loader = TrainLoader(data, SequentialSampler(data), batch_size=2, seed=0)
     state = TrainState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 9))
     return optimizer, Steps(loader, state, Checkpoints("", ()), seed=0, accumulate=accumulate)
 

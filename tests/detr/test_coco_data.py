@@ -122,7 +122,7 @@ def test_a_zip_archive_reads_as_the_folder_does(tmp_path):
     assert not (archive / "train2017").exists()
     ours = CocoDetection(archive, "train2017", PLAIN)
     assert_same_items(list(ours), list(CocoDetection(folder, "train2017", PLAIN)))
-    assert ours.describe(1).endswith("train2017.zip:000000000101.jpg")
+    assert ours.name(1).endswith("train2017.zip:000000000101.jpg")
 
 
 def test_workers_share_an_archive_without_moving_each_others_position(tmp_path):

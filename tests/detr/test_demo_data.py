@@ -64,7 +64,7 @@ def test_archives_hold_the_same_images(out, tmp_path):
     for name in ("annotations/instances_val2017.json", "val2017.zip"):
         (root / name).write_bytes((out / "coco_digits" / name).read_bytes())
     archive = CocoDetection(root, "val2017", eval_transforms(64))
-    assert "val2017.zip" in archive.describe(0)
+    assert "val2017.zip" in archive.name(0)
     for index in range(5):
         assert torch.equal(folder[index][0], archive[index][0])
 

@@ -34,6 +34,9 @@ class Points(Dataset):
         self.count, self.train, self.unreadable = count, train, unreadable
         self.samples = [(f"images/{i:03d}.png", i % 2) for i in range(count)]
 
+    def name(self, index):
+        return self.samples[index][0]
+
     def __len__(self):
         return self.count
 

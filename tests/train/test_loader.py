@@ -21,6 +21,9 @@ class Draws:
         self.unreadable = unreadable
         self.error = error or OSError("image file is truncated (3 bytes not processed)")
 
+    def name(self, index):
+        return self.samples[index][0]
+
     def __len__(self):
         return len(self.samples)
 

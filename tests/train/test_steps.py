@@ -25,6 +25,9 @@ class Rows:
         self.rows = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
         self.unreadable = unreadable
 
+    def name(self, index):
+        return self.samples[index][0]
+
     def __len__(self):
         return len(self.rows)
 
