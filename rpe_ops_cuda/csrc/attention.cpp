@@ -94,11 +94,9 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
     e.transposed = into.transposed.data_ptr<float>();
   }
   const int64_t matrices = q.size(0) * heads;
-  if (e.bias) {
-    into.grad = at::zeros({matrices, e.padded}, q.options().dtype(at::kFloat));
-  } else {
-    into.grad = at::zeros({matrices, e.buckets, d}, q.options().dtype(at::kFloat));
-  }
+  const auto options = q.options().dtype(at::kFloat);
+  into.grad = e.bias ? at::empty({matrices, e.padded}, options) : at::empty({matrices, e.buckets, d}, options);
+  if (e.bias || q.numel() == 0) into.grad.zero_();  // a bias is summed in place, the rest is written
   e.grad = into.grad.data_ptr<float>();
 }
 
@@ -239,7 +237,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     a.stats = stats.data_ptr<float>();
     if (probs.numel() > 0) a.probs = probs.data_ptr<float>();
     if (a.on_v.parts) a.sums = sums.data_ptr<float>();
-    a.tile = tile_rows(a.length, a.width * 8, 256 << 10);
+    a.tile = tile_rows(a.length, a.width * 8, 384 << 10);
     in_parallel(a, true, matrices, kernels().attention_backward);
   }
   const auto type = q.scalar_type();

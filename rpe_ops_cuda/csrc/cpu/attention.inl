@@ -337,8 +337,6 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
     if (behind_keys(on_k))
       __builtin_memcpy(b.k_rows + a.length * d, table_of(on_k, on_k.transposed, on_k.buckets * d, head),
                        on_k.buckets * d * sizeof(float));
-    zero(b.grad_k, with_k * d);
-    zero(b.grad_v, a.length * d);
     zero(b.sums_q, column_room(a));
     float* grad_table_k = on_k.parts ? on_k.grad + matrix * (on_k.bias ? on_k.padded : on_k.buckets * d) : nullptr;
     float* grad_table_q = on_q.parts ? on_q.grad + matrix * (on_q.bias ? on_q.padded : on_q.buckets * d) : nullptr;
@@ -363,7 +361,8 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
       }
       times_panels(a, count, b.grad_tile, b.v_panels, behind_keys(on_v), b.grad_scores);
       if (on_v.parts)
-        add_transposed_matmul(on_v.buckets, d, count, a.sums + top * on_v.padded, on_v.padded, b.grad_tile, d, grad_table_v, d);
+        transposed_matmul(on_v.buckets, d, count, a.sums + top * on_v.padded, on_v.padded, b.grad_tile, d, grad_table_v, d,
+                          first > 0);
       for (int64_t i = 0; i < count; ++i) {
         for (const Rows* result : results) prefetch_row(a, *result, matrix, first + i);
         for (const Rows* next : next_rows) prefetch_row(a, *next, matrix + 1, first + i);
@@ -389,9 +388,9 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
       }
       for (int64_t i = 0; i < count;)
         i += grouped_queries<true>(a, b.sums_q, first + i, count - i, b.grad_scores + i * a.width);
-      add_transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.dropout_p > 0 ? a.width : probs_stride,
-                            b.grad_tile, d, b.grad_v, d);
-      add_transposed_matmul(with_k, d, count, b.grad_scores, a.width, b.q_tile, d, b.grad_k, d);
+      transposed_matmul(a.length, d, count, a.dropout_p > 0 ? b.dropped : probs, a.dropout_p > 0 ? a.width : probs_stride,
+                        b.grad_tile, d, b.grad_v, d, first > 0);
+      transposed_matmul(with_k, d, count, b.grad_scores, a.width, b.q_tile, d, b.grad_k, d, first > 0);
       matmul(count, d, with_k, b.grad_scores, a.width, b.k_rows, d, b.out_tile, d);
       unpack_rows(b.out_tile, count, a.head_dim, a.scale, rows_of(a.grad_q, batch, head) + first * a.grad_q.row_stride,
                   a.grad_q.row_stride);
@@ -403,8 +402,8 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
           for (int64_t j = 0; j < a.length; ++j) grad_table_q[x] += b.sums_q[x * a.padded + j];
       } else {
         const float* transposed = table_of(on_q, on_q.transposed, on_q.buckets * d, head);
-        add_transposed_matmul(a.length, d, on_q.buckets, b.sums_q, a.padded, transposed, d, b.grad_k, d);
-        matmul(on_q.buckets, d, a.length, b.sums_q, a.padded, b.k_rows, d, grad_table_q, d, true);
+        transposed_matmul(a.length, d, on_q.buckets, b.sums_q, a.padded, transposed, d, b.grad_k, d, true);
+        matmul(on_q.buckets, d, a.length, b.sums_q, a.padded, b.k_rows, d, grad_table_q, d);
       }
     }
     if (behind_keys(on_k)) __builtin_memcpy(grad_table_k, b.grad_k + a.length * d, on_k.buckets * d * sizeof(float));

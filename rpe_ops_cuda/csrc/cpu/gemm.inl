@@ -90,8 +90,8 @@ INLINE void matmul(int64_t rows, int64_t cols, int64_t depth, const float* a, in
   gemm<false>(rows, cols, depth, a, lda, b, ldb, kPanel, c, ldc, accumulate);
 }
 
-// C += A^T B, A being (depth, rows).
-INLINE void add_transposed_matmul(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t lda, const float* b,
-                                  int64_t ldb, float* c, int64_t ldc) {
-  gemm<true>(rows, cols, depth, a, lda, b, ldb, kPanel, c, ldc, true);
+// C (+)= A^T B, A being (depth, rows).
+INLINE void transposed_matmul(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t lda, const float* b,
+                              int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  gemm<true>(rows, cols, depth, a, lda, b, ldb, kPanel, c, ldc, accumulate);
 }
