@@ -23,6 +23,7 @@ from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection, read_image
 from detr_irpe.data.image_files import FilesInFolder, FilesInZip
 from detr_irpe.data.panoptic import CocoPanoptic
+from detr_irpe.data.segmentations import box_of_mask
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
 from irpe_train.launch import launch
@@ -94,6 +95,7 @@ def problems_of(
     else:
         how = dict(masks=masks, allowed=unreadable, num_workers=num_workers)
         found += [(path, problem) for problem in image_problems(known, dataset.images, looked_at, **how)]
+        found += [(path, mask_problem(known, looked_at))] if masks else []
     if known is not None:
         problems = annotation_problems(known, num_classes, train=train, masks=masks)
         found = [(known.path, problem) for problem in problems] + found
@@ -228,6 +230,25 @@ def image_problems(
         elif other:
             turned.add(name)
     return [unreadable, other_size, turned]
+
+
+def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
+    """Masks beside the box of their object: in fractions, of another scale, of another object, or empty."""
+    beside = Problem("masks that do not meet the box of their object", allowed=1)
+    for index in looked_at:
+        size, objects = annotations.sizes[index].tolist(), annotations.of_image(index)
+        shapes = annotations.segmentations_of_image(index)
+        for box, number, shape in zip(objects["boxes"].tolist(), objects["ids"].tolist(), shapes, strict=True):
+            if shape:
+                beside.allowed += MOST
+                mask = box_of_mask(shape, *size)
+                low, high = (
+                    [max(mask[i], box[i]) for i in (0, 1)],
+                    [min(b[i] + b[i + 2] for b in (mask, box)) for i in (0, 1)],
+                )
+                if low[0] >= high[0] or low[1] >= high[1]:
+                    beside.add(f"annotation {number} of {annotations.names[index].decode()}")
+    return beside
 
 
 def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allowed: float) -> list[Problem]:

@@ -270,6 +270,32 @@ def test_splits_that_name_classes_otherwise_are_refused(tmp_path, capsys, names)
         quick_check(both_splits(root), 10)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda s: [[side / 56 for side in s[0]]],
+            "meet the box of their object: 6 .annotation 1 of 000000000101.jpg,",
+        ),
+        (lambda s: [[min(side + 30, 60) for side in s[0]]], "meet the box of their object: 6"),
+        (lambda s: s + [[side / 56 for side in s[0]]], None),  # one of two parts does
+    ],
+)
+def test_masks_beside_their_boxes_are_not_trained_on(tmp_path, capsys, change, words):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "train2017", lambda c: [a.update(bbox=[4, 5, 14, 12]) for a in c["annotations"]])
+    corners = [[4, 5, 18, 5, 18, 17, 4, 17]]
+    edit_annotations(root, "train2017", each("annotations", "segmentation", lambda _: change(corners)))
+    assert check(root, capsys)[0] == 0  # boxes need no masks
+    status, text = check(root, capsys, "--masks")
+    assert status == (words is not None) and re.search(words or "ready for training", text), text
+    if words:
+        with pytest.raises(ValueError, match=words):
+            quick_check(both_splits(root, return_masks=True), 10)
+    edit_annotations(root, "train2017", lambda c: [a.update(segmentation=corners) for a in c["annotations"][1:]])
+    assert check(root, capsys, "--masks")[0] == 0  # a single one is a warning
+
+
 def test_categories_of_one_name_are_a_warning(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
     edit_annotations(

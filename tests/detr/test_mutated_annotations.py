@@ -163,4 +163,4 @@ def test_every_mistake_is_refused_or_scored_as_pycocotools_does(tmp_path):
 def test_every_one_of_many_mistakes_is_refused_or_scored_as_pycocotools_does(tmp_path, seed_):
     counts = check_many(tmp_path, 250, seed_)
     print(counts)
-    assert sum(counts.values()) >= 200 and min(counts.get(k, 0) for k in ("refused", "scored", "compared")) > 10, counts
+    assert sum(counts.values()) >= 200 and min(counts.get(k, 0) for k in ("refused", "scored", "compared")) > 5, counts
