@@ -88,21 +88,16 @@ class FolderImages(LabelledImages):
         unread: list[str] = []
         folders, flat = _entries(root, unread)
         report_hidden(root, {name for name in os.listdir(root) if is_hidden([name])})
-        _need(
-            folders,
-            ValueError,
-            f"{root}: no class folders in it. Images lie in one folder for each class "
-            f"({root}/<class>/x.jpg)" + ("; the images here lie flat" if flat else ""),
-        )
+        if not folders:
+            wanted = f"Images lie in one folder for each class ({root}/<class>/x.jpg)"
+            wanted += "; the images here lie flat" if flat else ""
+            raise ValueError(f"{root}: no class folders in it. {wanted}")
         names, labels = [], []
         for label, folder in enumerate(folders):
             files = list(_images_below(folder, {_identity(root)}, unread))
-            _need(
-                files,
-                ValueError,
-                f"{folder}: no images in this class folder (looked for "
-                f"{', '.join(IMG_EXTENSIONS)}); remove the folder or fill it",
-            )
+            if not files:
+                looked = f"looked for {', '.join(IMG_EXTENSIONS)}"
+                raise ValueError(f"{folder}: no images in this class folder ({looked}); remove the folder or fill it")
             names += files
             labels += [label] * len(files)
         report_unread(root, unread)
@@ -113,7 +108,8 @@ class FolderImages(LabelledImages):
 def _images_below(folder: str, seen: set[tuple[int, int]], unread: list[str]) -> Iterator[str]:
     """The images in ``folder`` and the folders below it; ``seen``: folders that must not come again."""
     here = _identity(folder)
-    _need(here not in seen, ValueError, f"{folder}: a link to a folder that was already read; remove this link")
+    if here in seen:
+        raise ValueError(f"{folder}: a link to a folder that was already read; remove this link")
     seen.add(here)
     folders, images = _entries(folder, unread)
     yield from images
@@ -131,14 +127,12 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
             if entry.is_dir():
                 folders.append(entry.path)
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                _need(entry.is_file(), ValueError, f"{entry.path}: neither a file nor a folder; remove it")
+                if not entry.is_file():
+                    raise ValueError(f"{entry.path}: neither a file nor a folder; remove it")
                 images.append(entry.path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise ValueError(f"{entry.path}: a broken link; was it a folder of images?")
             else:
-                _need(
-                    not entry.is_symlink() or os.path.exists(entry.path),
-                    ValueError,
-                    f"{entry.path}: a broken link; was it a folder of images?",
-                )
                 unread.append(entry.name)
     return sorted(folders, key=same_text), sorted(images)
 
@@ -187,7 +181,8 @@ class INatImages(LabelledImages):
 
 
 def _read_json(file: Path):
-    _need(file.is_file(), FileNotFoundError, f"{file}: no such file; the iNaturalist data sets bring it")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; the iNaturalist data sets bring it")
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -197,7 +192,8 @@ def _read_json(file: Path):
 def _listed(file: Path, key: str) -> list:
     content = _read_json(file)
     entries = content.get(key) if isinstance(content, dict) else None
-    _need(isinstance(entries, list) and entries, ValueError, f"{file}: no list {key!r}, or nothing in it")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{file}: no list {key!r}, or nothing in it")
     return entries
 
 
@@ -211,10 +207,6 @@ def _named(file: Path, entry):
 
 def _index(category_id: int | str) -> int:
     number = int(category_id)
-    _need(number >= 0, IndexError, f"category {number}")  # a list would take -1 for its last
+    if number < 0:  # a list would take -1 for its last
+        raise IndexError(f"category {number}")
     return number
-
-
-def _need(condition, error: type[Exception], message: str) -> None:
-    if not condition:
-        raise error(message)
