@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from deit_irpe.args import image_size, image_size_text
-from deit_irpe.models import create_model, head_names
+from deit_irpe.models import create_model
+from deit_irpe.models.finetune import head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint
 from irpe_train.flags import FlagParser

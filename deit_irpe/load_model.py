@@ -10,7 +10,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from deit_irpe.args import get_args_parser, image_size, image_size_text, keywords
 from deit_irpe.data import stored_classes
-from deit_irpe.models import build_model, head_names
+from deit_irpe.models import build_model
+from deit_irpe.models.finetune import head_names
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint

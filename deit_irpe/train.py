@@ -24,7 +24,7 @@ from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.load_model import MODEL_FLAGS
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
-from deit_irpe.models import resample_positions, trained_grid
+from deit_irpe.models.finetune import resample_positions, trained_grid
 from deit_irpe.models.from_flags import (
     build_ema,
     build_teacher,

@@ -1,29 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeiT with any encoding: the table of names, timm registration, and weights of other runs."""
 
-from deit_irpe.models.finetune import (
-    fit_classes,
-    head_names,
-    load_pretrained_weights,
-    resample_positions,
-    resize_pos_embed,
-    start_from,
-    trained_grid,
-)
 from deit_irpe.models.from_flags import build_model
 from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from deit_irpe.models.registration import create_model
 
-__all__ = [
-    "DEMO_SIZES",
-    "RPE_MODELS",
-    "build_model",
-    "create_model",
-    "fit_classes",
-    "head_names",
-    "load_pretrained_weights",
-    "resample_positions",
-    "resize_pos_embed",
-    "start_from",
-    "trained_grid",
-]
+__all__ = ["DEMO_SIZES", "RPE_MODELS", "build_model", "create_model"]

@@ -10,7 +10,8 @@ import torch
 from deit_irpe.data import build_dataset, check_resumed_classes, check_same_classes, renumber, stored_classes
 from deit_irpe.data.hugging_face import _numbered
 from deit_irpe.data.images import LabelledImages
-from deit_irpe.models import create_model, fit_classes
+from deit_irpe.models import create_model
+from deit_irpe.models.finetune import fit_classes
 from irpe_train.errors import BadCheckpoint
 from tests.deit.test_archives import tar_of
 from tests.helpers.deit_runs import deit, deit_ok

@@ -6,7 +6,7 @@ import torch
 
 from deit_irpe import create_model
 from deit_irpe.convert import convert, get_args_parser, main
-from deit_irpe.models import load_pretrained_weights
+from deit_irpe.models.finetune import load_pretrained_weights
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint, RunError
 

@@ -10,7 +10,8 @@ import timm
 import torch
 
 from deit_irpe import create_model
-from deit_irpe.models import RPE_MODELS, load_pretrained_weights, resize_pos_embed, start_from
+from deit_irpe.models import RPE_MODELS
+from deit_irpe.models.finetune import load_pretrained_weights, resize_pos_embed, start_from
 from deit_irpe.optimizer import parameter_groups
 from irpe_ops import get_rpe_config
 

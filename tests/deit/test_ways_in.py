@@ -10,7 +10,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 import deit_irpe
 from deit_irpe.args import get_args_parser
 from deit_irpe.load_model import class_names, load_model
-from deit_irpe.models import build_model, fit_classes, from_flags, head_names, load_pretrained_weights
+from deit_irpe.models import build_model, from_flags
+from deit_irpe.models.finetune import fit_classes, head_names, load_pretrained_weights
 from irpe_train.errors import BadCheckpoint
 
 NAME, DEMO = "deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_demo_patch4_32"

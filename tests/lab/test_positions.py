@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from deit_irpe.args import get_args_parser
-from deit_irpe.models import build_model, resample_positions
+from deit_irpe.models import build_model
+from deit_irpe.models.finetune import resample_positions
 from irpe_lab.grid import read_grid
 from irpe_ops import get_bucket_ids_2d, parse_rpe_spec
 from irpe_train.checkpoint import load_matching
