@@ -43,6 +43,16 @@ def test_yolo(page, images, tmp_path):
         page["yolo_to_coco"](images, tmp_path / "labels", ["cat", "dog"])
 
 
+def test_yolo_boxes_of_a_turned_photo_are_in_the_frame_that_people_see(page, images, tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (80, 60)).save(images / "a.jpg", exif=exif)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.25 0.5 0.5\n")
+    image, target = read(page["yolo_to_coco"](images, tmp_path / "labels", ["cat"]), page, tmp_path)[0]
+    assert image.size == (60, 80) and target["boxes"].tolist() == [[15, 0, 45, 40]]
+
+
 def test_pascal_voc(page, images, tmp_path):
     (tmp_path / "a.xml").write_text(VOC)
     data = read(page["voc_to_coco"]([tmp_path / "a.xml"], ["dog", "cat"]), page, tmp_path)
