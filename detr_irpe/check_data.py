@@ -95,7 +95,7 @@ def problems_of(
     else:
         how = dict(masks=masks, allowed=unreadable, num_workers=num_workers)
         found += [(path, problem) for problem in image_problems(known, dataset.images, looked_at, **how)]
-        found += [(path, mask_problem(known, looked_at))] if masks else []
+        found += [(path, mask_problem(known, looked_at))] if known.without_mask is not None else []  # masks were read
     if known is not None:
         problems = annotation_problems(known, num_classes, train=train, masks=masks)
         found = [(known.path, problem) for problem in problems] + found
