@@ -46,7 +46,7 @@ def open_run(
             + (", to be evaluated" if state.train_stats is not None else "")
         )
         then = "Its optimizer and schedule go on as they were"
-        warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=data_flags)
+        warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=(*data_flags, "start_epoch", "save_interval"))
     elif state.epoch >= args.epochs:
         logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: there is nothing to train")
     record_start(parser, args, stats)
