@@ -191,7 +191,7 @@ def test_an_endless_answer_is_cut_off(server, zoo, tmp_path, monkeypatch, announ
     """Announced (nothing is read) or not (it is read up to the limit); nothing is kept."""
     monkeypatch.setattr(download, "LARGEST_FILE", 5 * download.CHUNK)
     server.files["net.pth"], server.announces = bytes(64 << 20), announced
-    with pytest.raises(ValueError, match="more than 5242880 bytes; that is no checkpoint"):
+    with pytest.raises(ValueError, match="more than 5242880 bytes; that is not a checkpoint"):
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert list((tmp_path / "hub").iterdir()) == []
     assert server.sent < 40  # the limit, and what the system holds on the way
