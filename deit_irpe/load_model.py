@@ -18,13 +18,7 @@ from irpe_train.errors import BadCheckpoint
 from irpe_train.run_log import changed_flags
 
 # A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
-MODEL_FLAGS = {
-    "model": str | None,
-    "rpe": str | None,
-    "no_abs_pos": bool,
-    "model_kwargs": list,
-    "input_size": int | str,
-}
+MODEL_FLAGS = dict(model=str | None, rpe=str | None, no_abs_pos=bool, model_kwargs=list, input_size=int | str)
 LARGEST_INPUT = 4096  # pixels a side that a checkpoint may ask for; a larger one has to be typed
 
 

@@ -107,15 +107,9 @@ def read_grid(
     chosen = _seeds(seeds if seeds else raw.get("seeds", [0]), source)
     if len(kept) * len(chosen) > MOST_RUNS:
         raise ConfigError(f"{source}: {len(kept)} runs of {len(chosen)} seeds; {MOST_RUNS} in all at most")
-    grid = Grid(
-        path.stem,
-        TASKS[raw["package"]],
-        kept,
-        chosen,
-        {name: row for name, row in published.items() if name in kept},
-        baseline if baseline in kept else None,
-        every_run=tuple(runs),
-    )
+    rows = {name: row for name, row in published.items() if name in kept}
+    baseline = baseline if baseline in kept else None
+    grid = Grid(path.stem, TASKS[raw["package"]], kept, chosen, rows, baseline, every_run=tuple(runs))
     grid = dataclasses.replace(grid, evaluations=_evaluations(raw, grid.parser(), source))
     _parse_all(grid)
     return grid

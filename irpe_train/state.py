@@ -92,18 +92,9 @@ class TrainState:
             "args": argparse.Namespace(**{name: plain(value) for name, value in vars(self.flags).items()}),
         }
         chosen = {key: everything.pop(key) for key in keys}
-        progress = plain(
-            {
-                "format": FORMAT,
-                "epoch": self.epoch,
-                "step": self.step,
-                "fits": self._fits,
-                "best": self.best,
-                "train_stats": self.train_stats,
-                "meters": gather(self.meters.state_dict()),
-            }
-        )
-        whole = chosen | everything | {"progress": progress} | plain(self.extra)
+        progress = dict(format=FORMAT, epoch=self.epoch, step=self.step, fits=self._fits, best=self.best)
+        progress |= dict(train_stats=self.train_stats, meters=gather(self.meters.state_dict()))
+        whole = chosen | everything | plain({"progress": progress} | self.extra)
         return {key: value for key, value in whole.items() if value is not None}
 
     def load_dict(self, checkpoint: dict, *, source: str | Path) -> bool:
