@@ -11,27 +11,13 @@ from torch.utils.data import Dataset
 from deit_irpe.args import check_args, get_args_parser
 from deit_irpe.confusion import MOST_CONFUSED, write_confusion
 from deit_irpe.data import check_resumed_classes, check_same_classes, renumber, stored_classes, warn_of_odd_sets
-from deit_irpe.data.from_flags import (
-    build_mixup,
-    mixes,
-    training_loader,
-    training_set,
-    validation_data,
-    validation_loader,
-    validation_set,
-)
+from deit_irpe.data import from_flags as data
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.load_model import MODEL_FLAGS
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
+from deit_irpe.models import from_flags as models
 from deit_irpe.models.finetune import resample_positions, trained_grid
-from deit_irpe.models.from_flags import (
-    build_ema,
-    build_teacher,
-    check_number_of_classes,
-    model_of_flags,
-    starting_weights,
-)
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
@@ -67,14 +53,14 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
 
     # --- data
-    val_set = validation_set(args)
-    val_loader = validation_loader(args, val_set, device)
-    train_set = None if args.eval else training_set(args)
+    val_set = data.validation_set(args)
+    val_loader = data.validation_loader(args, val_set, device)
+    train_set = None if args.eval else data.training_set(args)
     classes = agree_on_classes(checkpoint, train_set, val_set)
     warn_of_odd_sets(train_set, val_set)
 
     # --- model
-    model = model_of_flags(args, classes, weights=checkpoint is None).to(device)
+    model = models.model_of_flags(args, classes, weights=checkpoint is None).to(device)
     logger.info(f"number of params: {count_parameters(model)}")
     logger.info(f"number of buckets: {buckets_of(model)}")
 
@@ -84,13 +70,13 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # --- optimizer
-    loader = training_loader(args, train_set, device)
+    loader = data.training_loader(args, train_set, device)
     lr = scaled_lr(args.lr, loader.batch_size, distributed.world_size(), args.accumulate)
     optimizer = build_optimizer(args, model, lr)
     lr_scheduler = build_scheduler(args, optimizer)
     criterion = build_criterion(args, classes, device)
-    mixup = build_mixup(args, len(classes))
-    ema = build_ema(args, model)
+    mixup = data.build_mixup(args, len(classes))
+    ema = models.build_ema(args, model)
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
@@ -128,7 +114,7 @@ def evaluate_only(
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now hold", only=MODEL_FLAGS)
         weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
-        check_number_of_classes(model, weights, len(val_set.classes), source=checkpoint.source)
+        models.check_number_of_classes(model, weights, len(val_set.classes), source=checkpoint.source)
         old_grid = trained_grid(model, checkpoint.contents)
         weights, notes = resample_positions(model, weights, old_grid, source=checkpoint.source)
         load_matching(model, weights, source=checkpoint.source)
@@ -137,9 +123,9 @@ def evaluate_only(
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect:
-        source = checkpoint.source if checkpoint is not None else starting_weights(args)
+        source = checkpoint.source if checkpoint is not None else models.starting_weights(args)
         file = local_file(source) if source else None
-        about = dict(checkpoint=file, data=[validation_data(args)])
+        about = dict(checkpoint=file, data=[data.validation_data(args)])
         row = card.row_to_expect(args.expect, [file.stem if file else "", args.model], figure="acc1", **about)
     number, confusion = len(val_set.classes), None
     if args.output_dir and number <= MOST_CONFUSED:
@@ -204,6 +190,6 @@ def rows_of_banner(
 
 def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.device) -> DistillationLoss:
     """The loss that goes with the augmentation, and with the teacher if there is one."""
-    base = classification_loss(mixes=mixes(args), smoothing=args.smoothing)
+    base = classification_loss(mixes=data.mixes(args), smoothing=args.smoothing)
     how = args.distillation_type, args.distillation_alpha, args.distillation_tau
-    return DistillationLoss(base, build_teacher(args, classes, device), *how)
+    return DistillationLoss(base, models.build_teacher(args, classes, device), *how)

@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 from detr_irpe.args import check_args, get_args_parser
 from detr_irpe.check_data import quick_check
 from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume
+from detr_irpe.data import from_flags as data
 from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
-from detr_irpe.data.from_flags import classes_of_data, training_loader, training_set, validation_loader, validation_set
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
 from detr_irpe.engine import evaluate, train_one_epoch
 from detr_irpe.load_model import MODEL_FLAGS
 from detr_irpe.model_stats import count
-from detr_irpe.models.from_flags import parts_of_flags, start_from, starting_checkpoint
+from detr_irpe.models import from_flags as models
 from detr_irpe.optimizer import build_optimizer
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
@@ -50,21 +50,21 @@ def main(args: argparse.Namespace) -> None:
     # --- checkpoint
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
     checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
-    start = starting_checkpoint(args) if checkpoint is None else None  # else nothing of it would be used
+    start = models.starting_checkpoint(args) if checkpoint is None else None  # else nothing of it would be used
 
     # --- data
-    val_set = validation_set(args)
-    val_loader = validation_loader(args, val_set, device)
-    train_set = None if args.eval else training_set(args)
+    val_set = data.validation_set(args)
+    val_loader = data.validation_loader(args, val_set, device)
+    train_set = None if args.eval else data.training_set(args)
     sets = [val_set] if args.eval else [val_set, train_set]
     num_classes = agree_on_classes(args, sets, checkpoint, start)
     quick_check(sets, num_classes, args.max_bad)
 
     # --- model
     flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as checkpoints have them
-    model, criterion, postprocessors = parts_of_flags(flags, val_set, filled=checkpoint is not None)
+    model, criterion, postprocessors = models.parts_of_flags(flags, val_set, filled=checkpoint is not None)
     if checkpoint is None:
-        start_from(model, args, start, sets[-1].categories)
+        models.start_from(model, args, start, sets[-1].categories)
     model.to(device)
     criterion.to(device)
     logger.info(f"number of params: {count_parameters(model)}")
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # --- optimizer
-    loader = training_loader(args, train_set, device)
+    loader = data.training_loader(args, train_set, device)
     optimizer = build_optimizer(args, model, device)
     lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)  # to a tenth
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
@@ -184,7 +184,7 @@ def agree_on_classes(
         return args.num_classes
     if args.eval and (source := checkpoint or start):
         return classes_in(source.weights(), source=source.source)
-    return classes_of_data(sets, args.dataset_file)
+    return data.classes_of_data(sets, args.dataset_file)
 
 
 def rows_of_banner(

@@ -75,7 +75,7 @@ def test_moving_average_and_loss():
 
 
 def test_distillation(monkeypatch):
-    monkeypatch.setattr(train, "build_teacher", lambda *args: "teacher")
+    monkeypatch.setattr(train.models, "build_teacher", lambda *args: "teacher")
     words = "--distillation-type soft --distillation-alpha 0.3 --distillation-tau 4"
     loss = train.build_criterion(flags(*words.split()), ["a"], CPU)
     assert (loss.kind, loss.alpha, loss.tau, loss._teacher) == ("soft", 0.3, 4.0, ["teacher"])
