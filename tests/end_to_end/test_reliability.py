@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import deit_irpe.args
@@ -197,6 +197,7 @@ def test_any_command_line_on_data_that_is_there_is_run_or_ends_in_a_message(
     value = st.sampled_from(["1", "2", "0.5", "0.001", "none", "adamw", "sgd", "step"]) | VALUE
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @example([(("--seed", True), "1")])  # runs, whatever is drawn
     @given(st.lists(st.tuples(st.sampled_from(flags), value), min_size=1, max_size=3))
     def fuzz(chosen):
         argv = [word for (flag, takes), value in chosen for word in ([f"{flag}={value}"] if takes else [flag])]
