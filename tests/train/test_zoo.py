@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import os
+import pwd
 import threading
 import time
 from pathlib import Path
@@ -302,8 +303,8 @@ def test_command_line(server, zoo, tmp_path, capsys):
 
 def test_without_a_home_folder_the_message_says_what_to_set(monkeypatch):
     """As an unknown user of a container."""
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])  # no such user
+    for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit, match="there is none: set TORCH_HOME"):
         main([])
