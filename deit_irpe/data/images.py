@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from irpe_train import outputs
 from irpe_train.distributed import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
 
@@ -122,6 +123,9 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
     folders, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name == outputs.LIST:
+                mine = f"delete {entry.path} if every image there is yours"
+                raise ValueError(f"{folder}: predict wrote pictures there, which are no data; move them, or {mine}")
             if is_hidden([entry.name]):
                 continue
             if entry.is_dir():

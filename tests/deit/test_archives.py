@@ -17,6 +17,7 @@ from deit_irpe.data.images import FolderImages
 from deit_irpe.data.shards import ShardImages
 from deit_irpe.data.tar_files import TarImages
 from irpe_train.errors import RunError
+from irpe_train.outputs import LIST, OutputFolder
 from irpe_train.pixels import files_of
 
 
@@ -292,6 +293,15 @@ def test_a_list_of_classes_names_each_once(tmp_path, text, words):
 def test_a_list_of_classes_from_windows(tmp_path):
     (shards(tmp_path, "x-val-0.tar") / "classes.txt").write_bytes("\ufeffchat\r\nchien\r\n\r\n".encode())
     assert ShardImages(tmp_path, False).classes == ["chat", "chien"]
+
+
+def test_pictures_that_predict_wrote_are_no_training_images(tmp_path):
+    write_files(tmp_path / "val", ["a/0.png", "a/results/0.png", "b/1.png"])
+    OutputFolder(tmp_path / "val/a/results").wrote("0.png")
+    with pytest.raises(ValueError, match="val/a/results: predict wrote pictures there"):
+        FolderImages(tmp_path / "val")
+    (tmp_path / "val/a/results" / LIST).unlink()
+    assert len(FolderImages(tmp_path / "val")) == 3
 
 
 def test_links_to_folders_are_followed(tmp_path):
