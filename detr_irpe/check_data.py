@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr_irpe.args import get_check_parser
-from detr_irpe.classes import same_name
+from detr_irpe.classes import plain_name, same_name
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection, read_image
 from detr_irpe.data.image_files import FilesInFolder, FilesInZip
@@ -125,7 +125,7 @@ def annotation_problems(
     names = Counter(name.decode() for name in annotations.names)
     twice = [name for name, count in names.items() if count > 1]
     unsized = annotations.unsized() if masks else []
-    called = Counter(name.strip().casefold() for name in annotations.categories.values())
+    called = Counter(map(plain_name, annotations.categories.values()))
     shared = [name for name, count in called.items() if count > 1]
 
     def boxes_that(what: str, bad: Tensor) -> Problem:

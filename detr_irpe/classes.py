@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classes are identities: a category id of a checkpoint must mean what the same id means in the data."""
 
+import unicodedata
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -32,9 +33,13 @@ def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: st
     return dict(enumerate(coco)) if classes_in(weights, source=source) == len(coco) else {}
 
 
+def plain_name(name: str) -> str:
+    """A name for comparison: case, surrounding spaces and the spelling of accents in Unicode do not count."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
 def same_name(one: str | None, other: str | None) -> bool:
-    """Whether two names are equal, apart from case and surrounding spaces."""
-    return one is not None and other is not None and one.strip().casefold() == other.strip().casefold()
+    return one is not None and other is not None and plain_name(one) == plain_name(other)
 
 
 def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str]:
@@ -54,11 +59,11 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
     if not trained:
         logger.info(f"checkpoint {source} does not name its classes: whether its ids mean the same here is not checked")
         return
-    ids = {name.strip().casefold(): i for i, name in trained.items()}
+    ids = {plain_name(name): i for i, name in trained.items()}
     moved = [
         f"{name!r} is {i} here and {ids[plain]} there"
         for i, name in here.items()
-        if (plain := name.strip().casefold()) in ids and not same_name(trained.get(i), name)
+        if (plain := plain_name(name)) in ids and not same_name(trained.get(i), name)
     ]
     if moved:
         raise BadCheckpoint(
