@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
+        if os.environ.get("IRPE_TRACEBACK"):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written when Python ends
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"irpe: {error}")
 

@@ -217,3 +217,12 @@ def test_a_name_of_the_published_file_says_what_to_use_instead(name):
     with pytest.raises(ImportError, match=f"irpe has no {name}: .+docs/migrate.md"):
         exec(f"from irpe import {name}")
     assert name not in irpe_ops.__all__
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_an_unforeseen_error_of_a_file_is_one_message_or_the_traceback_that_was_asked_for(asked):
+    code = "import irpe.__main__ as m; m.overview = lambda task: open('/no/such/file'); m.main([])"
+    environment = os.environ | {"IRPE_TRACEBACK": asked}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert ran.returncode == 1 and "/no/such/file" in ran.stderr
+    assert ("Traceback" in ran.stderr) == bool(asked)
