@@ -78,15 +78,20 @@ def has_kernel(tensor: Tensor) -> bool:
     )
 
 
-@functools.lru_cache
 def built_for(device: int) -> bool:
     """Whether the extension has code for this CUDA device: it is compiled for some generations of GPUs, not all."""
+    return _built_for(device)
+
+
+# Called while torch.compile traces, which looks through a cache and at no mark of it: hence two functions.
+built_for._dynamo_marked_constant = True
+
+
+@functools.lru_cache
+def _built_for(device: int) -> bool:
     if not torch.cuda.is_available():  # a fake tensor's device
         return False
     return torch.ops.irpe.has_code_for(device) if hasattr(torch.ops.irpe, "has_code_for") else True
-
-
-built_for._dynamo_marked_constant = True  # called while torch.compile traces
 
 
 def under_function_transform() -> bool:

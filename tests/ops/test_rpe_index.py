@@ -250,3 +250,14 @@ def test_a_gpu_that_the_extension_was_not_built_for_gets_plain_pytorch(monkeypat
     monkeypatch.setattr(MODULE, "compiled_devices", ("cpu", "cuda"))
     monkeypatch.setattr(MODULE, "built_for", lambda device: built and device == 1)
     assert MODULE.has_kernel(tensor) is built
+
+
+def test_asking_what_the_extension_was_built_for_is_a_constant_of_the_graph(monkeypatch):
+    """Dynamo traces through a cache, mark or no mark, and an operator that returns a bool has no place in a graph."""
+    with torch.library._scoped_library("irpe_of_a_test", "DEF") as library:
+        library.define("has_code_for(int device) -> bool")
+        library.impl("has_code_for", lambda device: device == 7, "CompositeExplicitAutograd")
+        cuda, ops = SimpleNamespace(is_available=lambda: True), SimpleNamespace(irpe=torch.ops.irpe_of_a_test)
+        monkeypatch.setattr(MODULE, "torch", SimpleNamespace(cuda=cuda, ops=ops))
+        compiled = torch.compile(lambda x: x + MODULE.built_for(7), backend="eager", fullgraph=True)
+        assert compiled(torch.zeros(())) == 1
