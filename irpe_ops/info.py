@@ -188,8 +188,9 @@ def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float
     for spec in (f"rpe-1.9-product-ctx-1-{on}", "rpe-20-euc-bias-0-qk", "rpe-2.0-cross-ctx-1-k"):
         for dtype in (torch.float32, torch.bfloat16):
             ours, exact = _outputs_and_gradients(spec, dtype, name, device)
-            for what, got, wanted in zip(("forward", "backward"), ours, exact, strict=True):
-                yield f"{spec} {what} {_short(dtype)}", _relative(got, wanted), _allowed(dtype)
+            # A gradient is a longer sum: on an H200 that of PyTorch's own fp32 kernel is 9 eps away.
+            for what, eps, got, wanted in zip(("forward", "backward"), (8, 16), ours, exact, strict=True):
+                yield f"{spec} {what} {_short(dtype)}", _relative(got, wanted), _allowed(dtype, eps)
 
 
 def _outputs_and_gradients(spec: str, dtype: torch.dtype, name: str, device: str) -> list[tuple[Tensor, Tensor]]:
@@ -218,8 +219,8 @@ def _relative(ours: Tensor, exact: Tensor) -> float:
     return float((ours - exact).norm() / exact.norm())
 
 
-def _allowed(dtype: torch.dtype) -> float:
-    return 8 * torch.finfo(dtype).eps
+def _allowed(dtype: torch.dtype, eps: int = 8) -> float:
+    return eps * torch.finfo(dtype).eps
 
 
 def _short(dtype: torch.dtype) -> str:
