@@ -291,6 +291,18 @@ def test_function_transforms_go_through_plain_pytorch():
     torch.testing.assert_close(torch.func.grad(loss)(q.detach()), expected)
 
 
+def test_no_gradient_from_above_is_a_gradient_of_zero():
+    class Stop(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, grad: None)
+
+    q = torch.randn(1, 2, 9, 8, requires_grad=True)
+    rpe_k = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k"), 8, 2)[1]
+    out = rpe_attention(q, q, q, None, rpe_k, height=3, width=3, backend="compiled")
+    for grad in torch.autograd.grad(Stop.apply(out).sum(), [q, rpe_k.lookup_table_weight]):
+        assert not grad.any()
+
+
 def test_second_derivative_is_refused_with_the_way_out():
     case = Case("rpe-1.9-product-ctx-1-k", 3, 3, batch=1)
     q, k, v, _ = case.tensors

@@ -39,6 +39,7 @@ def _context(ctx, inputs, output) -> None:
         raise RuntimeError("irpe::attention: keep=True is needed where gradients are")
     _, stats, probs, sums = output
     ctx.mark_non_differentiable(stats, probs, sums)
+    ctx.set_materialize_grads(False)  # zeros for these three, as large as they, at every backward
     ctx.save_for_backward(
         stats, probs, sums, q, k, v, table_q, table_k, table_v, padding, mask, seed, *index_q, *index_k, *index_v
     )
@@ -49,6 +50,7 @@ def _context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_out: Tensor, *_):
     stats, probs, sums, q, k, v, table_q, table_k, table_v, padding, mask, seed, *index = ctx.saved_tensors
     first, second, _ = ctx.parts
+    grad_out = torch.zeros_like(q) if grad_out is None else grad_out
     index_q, index_k, index_v = index[:first], index[first : first + second], index[first + second :]
     grads = _ops.attention_backward(
         grad_out, stats, probs, sums, q, k, v, table_q, table_k, table_v, index_q, index_k, index_v,
