@@ -125,15 +125,18 @@ _GRADIENTS = ("grad_out", "grad_sums", "out", "sums", "log_sums")
 )
 def fused_attention(*arguments):
     """Result ``(B, H, L, D)``; weights summed by bucket, ``(B, H, L, N)`` or empty; log2 of the softmax's divisors."""
-    from irpe_ops.backends import triton_kernels
-
     out, sums, log_sums = _results(*arguments)
     launch = Launch(call := Arguments(*arguments))
-    for chunk in launch.chunks("BLOCK_M", kept=call.on_values):
-        peaks = log_sums.new_empty(chunk.peaks if call.on_values else 0)
-        launch(triton_kernels.forward_kernel, chunk, out, chunk.kept, peaks, log_sums)
-        if call.on_values:
-            launch.sum(chunk, sums, peaks, log_sums)
+    on_k, on_q, on_v = call.lookup_k is not None, call.lookup_q is not None, call.on_values
+    for chunk in launch.chunks(on_q + (on_k or on_v)):
+        pairs_k, pairs_q = launch.spread(chunk, call.lookup_k), launch.spread(chunk, call.lookup_q)
+        kept = launch.room(chunk) if on_v and not on_k else pairs_k  # the place of each pair is read, then written
+        tiles = -(-launch.length // launch.given["BLOCK_N"])
+        peaks = log_sums.new_empty(chunk.planes, launch.length, tiles) if on_v else None
+        launch.by_tile("forward_kernel", "BLOCK_M", chunk, pairs_k=pairs_k, pairs_q=pairs_q, kept=kept, peaks=peaks,
+                       log_sums=log_sums, out=out)  # fmt: skip
+        if on_v:
+            launch.sum(chunk, kept, sums, peaks, log_sums)
     return out, sums, log_sums
 
 
@@ -151,21 +154,23 @@ def _results(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 )  # fmt: skip
 def fused_attention_backward(grad_out, grad_sums, out, sums, log_sums, *arguments):
     """Gradients of q, k, v, lookup_k and lookup_q (empty where there is none), with all weights computed again."""
-    from irpe_ops.backends import triton_kernels
-
     launch = Launch(call := Arguments(*arguments), grad_out)
     grad_q, grad_k, grad_v, grad_lookup_k, grad_lookup_q = grads = _gradients(*[None] * 5, *arguments)
-    deltas, grad_out, grad_sums = torch.empty_like(log_sums), launch.grad_out, grad_sums.contiguous()
-    for chunk in launch.chunks("BLOCK_M", kept=call.lookup_k is not None):
-        launch(triton_kernels.query_gradient_kernel, chunk, out, sums, log_sums, grad_out, grad_sums, grad_q,
-               chunk.kept, deltas)  # fmt: skip
-        if call.lookup_k is not None:
-            launch.sum(chunk, grad_lookup_k)
-    for chunk in launch.chunks("BLOCK_N", kept=call.lookup_q is not None):
-        launch(triton_kernels.key_gradient_kernel, chunk, log_sums, deltas, grad_out, grad_sums, grad_k, grad_v,
-               chunk.kept)  # fmt: skip
-        if call.lookup_q is not None:
-            launch.sum(chunk, grad_lookup_q)
+    deltas, grad_sums = torch.empty_like(log_sums), grad_sums.contiguous()
+    own = {"deltas": deltas, "log_sums": log_sums, "out": out, "sums": sums, "grad_sums": grad_sums}
+    for everything in launch.chunks(0):
+        launch.by_tile("delta_kernel", "BLOCK_M", everything, **own)
+    for chunk in launch.chunks(1 + (call.lookup_q is not None) + call.on_values):
+        pairs_k, pairs_q = launch.spread(chunk, call.lookup_k), launch.spread(chunk, call.lookup_q)
+        pairs_v = launch.spread(chunk, grad_sums if call.on_values else None)
+        kept = launch.room(chunk) if pairs_k is None else pairs_k
+        launch.by_tile("key_gradient_kernel", "BLOCK_N", chunk, pairs_k=pairs_k, pairs_q=pairs_q, pairs_v=pairs_v,
+                       kept=kept, grad_k=grad_k, grad_v=grad_v, **own)  # fmt: skip
+        launch.by_tile("query_gradient_kernel", "BLOCK_M", chunk, kept=kept, grad_q=grad_q)
+        if pairs_k is not None:
+            launch.sum(chunk, kept, grad_lookup_k)
+        if pairs_q is not None:
+            launch.sum(chunk, pairs_q, grad_lookup_q)
     return grads
 
 

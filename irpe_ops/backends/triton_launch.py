@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the kernels of `triton_kernels` are compiled and launched: arguments, tiles, and tokens in chunks."""
+"""How the kernels of `triton_kernels` are compiled and launched: arguments, tiles, and planes in chunks."""
 
 import functools
 import os
@@ -14,7 +14,7 @@ from irpe_ops.buckets import count_buckets
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COLUMN_MULTIPLE = 8  # rows of halves then start at multiples of 16 bytes, which loads and products want
-CHUNK_BYTES = 64 << 20  # of weights, or gradients of scores, that wait to be summed by bucket; at least one tile a head
+CHUNK_BYTES = 256 << 20  # of numbers for pairs of tokens at a time; at least one plane
 
 
 class Arguments(NamedTuple):
@@ -46,84 +46,95 @@ class Arguments(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens ``first`` to ``first + rows`` of every head, and room for what is summed by bucket of theirs."""
+    """Planes ``first`` to ``first + planes``, of the ``B * H`` there are."""
 
     first: int
-    rows: int
-    programs: int
-    kept: Tensor  # (B * H, rows, kept_row), empty where nothing is summed
-    peaks: int  # (B * H, rows, tiles) fp32 numbers
+    planes: int
 
 
 class Launch:
-    """The arguments that all kernels share, taken apart, and the shape of the launch."""
+    """All that the kernels may ask for by name, and how their launches are shaped."""
 
     def __init__(self, arguments: Arguments, grad_out: Tensor | None = None) -> None:
-        q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, *_, dropout_p, scale = arguments
-        q, k, v = (_rows_adjacent(x) for x in (q, k, v))
-        self.q = q
-        batch, heads, length, head_dim = q.shape
-        on_k, on_q = lookup_k is not None, lookup_q is not None
-        lookup_k, lookup_q = (q if x is None else _rows_adjacent(x) for x in (lookup_k, lookup_q))
-        parts, table_size = (1, 0) if offsets is None else offsets.shape
-        padded = COLUMN_MULTIPLE if offsets is None else arguments.columns // parts
-        self.table = q if offsets is None else offsets
+        q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, *_ = arguments
+        batch, heads, self.length, head_dim = q.shape
+        self.q, self.planes, self.row = q, batch * heads, self.length + -self.length % COLUMN_MULTIPLE
+        kind = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float"
+        if kind == "bool":
+            attn_mask = attn_mask.view(torch.uint8)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.contiguous().view(torch.uint8)
-        kind = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float"
-        mask = q if attn_mask is None else attn_mask.view(torch.uint8) if kind == "bool" else attn_mask
-        padding = q if key_padding_mask is None else key_padding_mask
-        self.tensors = (q, k, v, lookup_k, lookup_q, self.table, padding, mask)
-        self.seed = q if seed is None else seed
-        self.strides = [stride for x in (q, k, v, lookup_k, lookup_q) for stride in x.stride()[:3]]
-        self.strides += mask.stride() if attn_mask is not None else [0] * 4
-        if grad_out is not None:
-            self.grad_out = _rows_adjacent(grad_out)
-            self.strides += self.grad_out.stride()[:3]
-        self.grid = (length, arguments.height, arguments.width, arguments.skip, table_size)
-        self.sizes = (heads, *self.grid, scale, dropout_p)
-        self.planes, self.length, self.kept_row = batch * heads, length, length + -length % COLUMN_MULTIPLE
-        self.constants = constants(q.dtype, head_dim, padded, generation(q.device)) | {
-            "ON_K": on_k, "ON_Q": on_q, "ON_V": arguments.on_values, "PADDING": key_padding_mask is not None,
-            "MASK": kind, "DROPOUT": dropout_p > 0, "PARTS": parts,
+        parts = 1 if offsets is None else len(offsets)
+        columns = COLUMN_MULTIPLE if offsets is None else arguments.columns
+        self.given = constants(q.dtype, head_dim, generation(q.device)) | {
+            "padding": q if key_padding_mask is None else key_padding_mask,
+            "mask": q if attn_mask is None else attn_mask,
+            "seed": q if seed is None else seed,
+            "offset_table": offsets,
+            "heads": heads, "length": self.length, "row": self.row, "height": arguments.height,
+            "width": arguments.width, "skip": arguments.skip, "table_size": 0 if offsets is None else offsets.shape[1],
+            "scale": arguments.scale, "dropout_p": arguments.dropout_p,
+            "ON_K": lookup_k is not None, "ON_Q": lookup_q is not None, "ON_V": arguments.on_values,
+            "PADDING": key_padding_mask is not None, "MASK": kind, "DROPOUT": arguments.dropout_p > 0,
+            "PARTS": parts, "PADDED": columns // parts, "ALL_PADDED": columns,
+            "COLUMNS": max(16, power_of_two(columns)),
         }  # fmt: skip
+        for name, x in {"q": q, "k": k, "v": v, "grad_out": grad_out}.items():
+            if x is not None:
+                self.given[name] = x = x if x.stride(-1) == 1 else x.contiguous()
+                name = "go" if name == "grad_out" else name
+                self.given |= zip((f"{name}_batch", f"{name}_head", f"{name}_row"), x.stride(), strict=False)
+        strides = (0,) * 4 if attn_mask is None else attn_mask.stride()
+        self.given |= zip(("mask_batch", "mask_head", "mask_query", "mask_key"), strides, strict=True)
 
-    def chunks(self, block: str, *, kept: bool) -> Iterator[Chunk]:
-        """All tokens in tiles of the constant ``block``, at once unless too much would be kept."""
-        tile, rows = self.constants[block], self.length
-        if kept and self.q.numel():
-            row_bytes = self.planes * self.kept_row * self.q.element_size()
-            rows = min(rows, max(1, CHUNK_BYTES // (row_bytes * tile)) * tile)
-        room = self.q.new_empty(self.planes * rows * self.kept_row if kept else 0)
-        for first in range(0, self.length, max(rows, 1)):
-            here = min(rows, self.length - first)
-            peaks = self.planes * here * -(-self.length // self.constants["BLOCK_N"])
-            yield Chunk(first, here, self.planes * -(-here // tile), room, peaks)
-
-    def __call__(self, kernel, chunk: Chunk, *tensors: Tensor) -> None:
+    def chunks(self, buffers: int) -> Iterator[Chunk]:
+        """All planes, at once unless so many ``buffers`` of pairs would be too large."""
         if self.q.numel():
-            with torch.cuda.device_of(self.q):
-                kernel[(chunk.programs,)](
-                    *self.tensors, self.seed, *tensors, *self.strides, *self.sizes, chunk.first, chunk.rows,
-                    self.kept_row, **self.constants,
-                )  # fmt: skip
+            plane_bytes = self.length * self.row * self.q.element_size() * buffers
+            step = min(self.planes, max(1, CHUNK_BYTES // plane_bytes)) if buffers else self.planes
+            for first in range(0, self.planes, step):
+                yield Chunk(first, min(step, self.planes - first))
 
-    def sum(self, chunk: Chunk, sums: Tensor, peaks: Tensor | None = None, log_sums: Tensor | None = None) -> None:
-        """What the chunk has kept, by bucket, into ``sums``; with ``peaks`` and ``log_sums`` it is weights."""
+    def room(self, chunk: Chunk) -> Tensor:
+        """For a number for each pair of tokens."""
+        return self.q.new_empty(chunk.planes, self.length, self.row)
+
+    def spread(self, chunk: Chunk, lookup: Tensor | None) -> Tensor | None:
+        """What ``lookup (B, H, L, N)`` has in the bucket of each pair of tokens."""
+        if lookup is None:
+            return None
+        if lookup.stride(-1) != 1 or any(stride % COLUMN_MULTIPLE for stride in lookup.stride()[:3]):
+            lookup = lookup.contiguous()
+        pairs, (batch, head, token, _) = self.room(chunk), lookup.stride()
+        self._by_token("spread_kernel", chunk, lookup=lookup, pairs=pairs, batch_stride=batch, head_stride=head,
+                       row_stride=token)  # fmt: skip
+        return pairs
+
+    def sum(self, chunk: Chunk, pairs: Tensor, sums: Tensor, peaks: Tensor | None = None, log_sums=None) -> None:
+        """Sum pairs by bucket, into the chunk's part of ``sums (B, H, L, N)``.
+
+        With ``peaks`` and ``log_sums`` they are the weights that `forward_kernel` has kept.
+        """
+        relative = {"RELATIVE": peaks is not None, "BLOCK_N": self.given["BLOCK_N"]}
+        self._by_token("sum_kernel", chunk, pairs=pairs, sums=sums, peaks=peaks, log_sums=log_sums, **relative)
+
+    def _by_token(self, kernel: str, chunk: Chunk, **more) -> None:
+        tiles = by_token(self.q.dtype, self.given["COLUMNS"], chunk.planes)
+        self._run(kernel, (self.length, -(-chunk.planes // tiles["BLOCK_P"])), chunk, **tiles | more)
+
+    def by_tile(self, kernel: str, block: str, chunk: Chunk, **more) -> None:
+        """Run a kernel whose programs take BLOCK_M queries, or BLOCK_N keys, of one plane; ``more`` are arguments."""
+        self._run(kernel, (chunk.planes * -(-self.length // self.given[block]),), chunk, **more)
+
+    def _run(self, kernel: str, grid: tuple[int, ...], chunk: Chunk, **more) -> None:
         from irpe_ops.backends import triton_kernels
 
-        if not self.q.numel():
-            return
-        relative, parts, padded = peaks is not None, self.constants["PARTS"], self.constants["PADDED"]
-        columns = max(16, power_of_two(parts * padded))
-        planes = min(max(16, power_of_two(self.planes)), 64 if columns <= 128 else 32)
+        function = getattr(triton_kernels, kernel)
+        given = self.given | chunk._asdict() | more
+        given |= {name: self.q for name, x in more.items() if x is None}  # a pointer that is never read
+        options = {name: given[name] for name in ("num_warps", "num_stages")}
         with torch.cuda.device_of(self.q):
-            triton_kernels.sum_kernel[(chunk.rows, -(-self.planes // planes))](
-                chunk.kept, peaks if relative else chunk.kept, log_sums if relative else chunk.kept, self.table, sums,
-                self.planes, *self.grid, chunk.first, chunk.rows, self.kept_row,
-                RELATIVE=relative, PARTS=parts, PADDED=padded, BLOCK_P=planes, BLOCK_N=self.constants["BLOCK_N"],
-                ALL_COLUMNS=columns, INTERPRETED=INTERPRETED, num_warps=4, num_stages=3,
-            )  # fmt: skip
+            function[grid](**{name: given[name] for name in function.arg_names}, **options)
 
 
 def power_of_two(n: int) -> int:
@@ -140,24 +151,28 @@ def generation(device: torch.device) -> int:
 generation._dynamo_marked_constant = True  # called while torch.compile traces
 
 
-def constants(dtype: torch.dtype, head_dim: int, padded: int, generation: int) -> dict:
-    """How a kernel is compiled for these sizes: docs/benchmarks/README.md counts what other tiles cost."""
-    columns, head = max(16, power_of_two(padded)), max(16, power_of_two(head_dim))
-    # Four warps of 16 rows each divide a tile of 64 without computing anything twice. A wider tile is worth its
-    # registers where Hopper's matrix instructions read both factors from shared memory. fp32 needs twice the registers.
+def constants(dtype: torch.dtype, head_dim: int, generation: int) -> dict:
+    """How the kernels that take a tile of one plane are compiled. Other tiles: docs/benchmarks/README.md."""
+    head = max(16, power_of_two(head_dim))
+    # Four warps of 16 rows each divide a tile of 64 without computing anything twice. fp32 needs twice the registers.
     wide = dtype != torch.float32
     return {
-        "PADDED": padded,
-        "COLUMNS": columns,
         "HEAD_DIM": head_dim,
         "HEAD": head,
-        "BLOCK_M": 64 if wide and columns <= 128 else 32,
-        "BLOCK_N": 64 if wide and columns <= 128 and head <= 64 and generation == 9 else 32,
-        "PRECISION": "ieee" if dtype != torch.float32 else fp32_products(),
+        "BLOCK_M": 64 if wide else 32,
+        "BLOCK_N": 64 if wide and head <= 64 and generation >= 9 else 32,
+        "PRECISION": "ieee" if wide else fp32_products(),
         "INTERPRETED": INTERPRETED,
         "num_warps": 4 if wide else 8,
         "num_stages": 2 if wide else 1,
     }
+
+
+def by_token(dtype: torch.dtype, columns: int, planes: int) -> dict:
+    """How the kernels that take one token of many planes are compiled."""
+    most = 64 if columns <= 128 and dtype != torch.float32 else 32
+    return {"BLOCK_P": min(max(16, power_of_two(planes)), most), "BLOCK_N": 64 if columns <= 128 else 32,
+            "num_warps": 4, "num_stages": 3}  # fmt: skip
 
 
 def fp32_products() -> str:
@@ -166,7 +181,3 @@ def fp32_products() -> str:
     if hasattr(matmul, "fp32_precision"):  # the older question raises once the newer switch has been used
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def _rows_adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -18,10 +18,10 @@ from triton.compiler import ASTSource
 
 from irpe_ops.backends import triton_kernels, triton_launch
 
-KERNELS = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "sum_kernel")
+KERNELS = ("spread_kernel", "forward_kernel", "delta_kernel", "key_gradient_kernel", "query_gradient_kernel", "sum_kernel")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_TENSORS = ["q", "k", "v", "lookup_k", "lookup_q", "out", "sums", "kept", "grad_out", "grad_sums", "grad_q", "grad_k",
-            "grad_v"]  # fmt: skip
+_TENSORS = ["q", "k", "v", "lookup", "pairs", "pairs_k", "pairs_q", "pairs_v", "out", "sums", "kept", "grad_out",
+            "grad_sums", "grad_q", "grad_k", "grad_v"]  # fmt: skip
 _OTHERS = {"offset_table": "*u8", "padding": "*u8", "seed": "*i64", "log_sums": "*fp32", "deltas": "*fp32",
            "peaks": "*fp32", "scale": "fp32", "dropout_p": "fp32"}  # fmt: skip
 _NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
@@ -51,13 +51,16 @@ VARIANTS = [  # compute capability, head_dim, buckets, dtype, flags; without fla
 def compile_kernel(name: str, *, head_dim: int, buckets: int, arch: int, dtype=torch.bfloat16, tiles=None, **flags):
     """Kernel ``name`` as a launch would compile it for ``sm_{arch}``; ``tiles`` replaces some of its constants."""
     kernel = getattr(triton_kernels, name)
-    padded = buckets + -buckets % triton_launch.COLUMN_MULTIPLE
-    constants = triton_launch.constants(dtype, head_dim, padded, arch // 10) | _NO_FLAGS | flags | (tiles or {})
+    parts = flags.get("PARTS", 1)
+    padded = (buckets + -buckets % triton_launch.COLUMN_MULTIPLE) * parts
+    columns = max(16, triton_launch.power_of_two(padded))
+    constants = triton_launch.constants(dtype, head_dim, arch // 10) | _NO_FLAGS | flags
+    constants |= {"PADDED": padded // parts, "ALL_PADDED": padded, "COLUMNS": columns}
+    if name in ("spread_kernel", "sum_kernel"):
+        relative = {"RELATIVE": constants["ON_V"], "BLOCK_N": constants["BLOCK_N"]} if name == "sum_kernel" else {}
+        constants |= triton_launch.by_token(dtype, columns, 64) | relative
+    constants |= tiles or {}
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
-    if name == "sum_kernel":
-        columns = max(16, triton_launch.power_of_two(padded * constants["PARTS"]))
-        constants |= {"RELATIVE": constants["ON_V"], "BLOCK_P": 64 if columns <= 128 else 32, "ALL_COLUMNS": columns}
-        options = {"num_warps": 4, "num_stages": 3}
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     types = _OTHERS | dict.fromkeys(_TENSORS, _NAMES[dtype])
     types["mask"] = "*fp32" if flags.get("MASK") == "float" else "*u8"

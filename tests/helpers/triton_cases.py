@@ -80,10 +80,10 @@ def test_several_tiles():
 
 
 @pytest.mark.parametrize("spec", ["rpe-0.5-product-ctx-1-qkv", "rpe-0.5-cross-ctx-0-qkv"])
-def test_what_is_summed_by_bucket_is_kept_for_some_tokens_at_a_time(monkeypatch, spec):
-    case = example(spec, (8, 10), 1, batch=1)
+def test_numbers_for_pairs_are_kept_for_some_planes_at_a_time(monkeypatch, spec):
+    case = example(spec, (4, 5), 1, batch=2)
     whole = run(*case, "triton", torch.float32)
-    monkeypatch.setattr(triton_launch, "CHUNK_BYTES", 1)  # a tile of tokens, the least there is
+    monkeypatch.setattr(triton_launch, "CHUNK_BYTES", 1)  # a plane, the least there is
     for pieces, expected in zip(run(*case, "triton", torch.float32), whole, strict=True):
         assert torch.equal(pieces, expected)
 
@@ -260,7 +260,7 @@ def test_fp32_products_follow_either_of_the_switches(switch, words):
         if switch != "older":
             torch.backends.fp32_precision = "ieee" if "ieee" in switch else "tf32"
         assert triton_launch.fp32_products() == words
-        assert triton_launch.constants(torch.bfloat16, 64, 56, 9)["PRECISION"] == "ieee"  # it is about fp32 alone
+        assert triton_launch.constants(torch.bfloat16, 64, 9)["PRECISION"] == "ieee"  # it is about fp32 alone
     finally:
         torch.backends.fp32_precision = before
 
