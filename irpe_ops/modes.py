@@ -42,8 +42,16 @@ def product(x: Tensor, table: Tensor) -> Tensor:
 
 def _matmul(x: Tensor, table: Tensor) -> Tensor:
     with without_autocast(x.device):
+        if _is_packed(x):  # a product for each head copies nothing
+            found = _rows(x, x.shape[1]) @ table.expand(x.shape[1], -1, -1)
+            return found.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
         # One table for all heads is one product of matrices, and so is its gradient.
         return x @ (table[0] if table.shape[0] == 1 else table)
+
+
+def _is_packed(x: Tensor) -> bool:
+    """Whether ``x (B, H, L, D)`` lies inside q, k and v of all heads, on a GPU."""
+    return x.is_cuda and not x.is_contiguous()
 
 
 class _Product(torch.autograd.Function):
@@ -61,12 +69,14 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _matmul(grad, table.to(x.dtype).mT)
         if ctx.needs_input_grad[1]:
-            a, b = (_rows(t, len(table)) for t in (x, grad))
+            tables = x.shape[1] if _is_packed(x) else len(table)
+            a, b = (_rows(t, tables) for t in (x, grad))
             with without_autocast(x.device):
                 if table.dtype == torch.float32 and _sums_halves_in_fp32(x.device, x.dtype):
                     grad_table = torch.bmm(a.mT, b, out_dtype=torch.float32)
                 else:
                     grad_table = a.mT.to(table.dtype) @ b.to(table.dtype)
+            grad_table = grad_table.sum_to_size(table.shape)
         return grad_x, grad_table
 
 

@@ -177,7 +177,7 @@ def fused_attention_backward(grad_out, grad_sums, out, sums, log_sums, *argument
 @fused_attention_backward.register_fake
 def _gradients(grad_out, grad_sums, out, sums, log_sums, *arguments) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
-    lookups = (call.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (call.lookup_k, call.lookup_q))
+    lookups = (call.q.new_empty(0) if x is None else torch.empty_like(x) for x in (call.lookup_k, call.lookup_q))
     return *(_heads_inside(call.q) for _ in range(3)), *lookups
 
 

@@ -74,6 +74,7 @@ class Launch:
             "heads": heads, "length": self.length, "row": self.row, "height": arguments.height,
             "width": arguments.width, "skip": arguments.skip, "table_size": 0 if offsets is None else offsets.shape[1],
             "scale": arguments.scale, "dropout_p": arguments.dropout_p,
+            "drop_below": round(arguments.dropout_p * 65536),
             "ON_K": lookup_k is not None, "ON_Q": lookup_q is not None, "ON_V": arguments.on_values,
             "PADDING": key_padding_mask is not None, "MASK": kind, "DROPOUT": arguments.dropout_p > 0,
             "PARTS": parts, "PADDED": columns // parts, "ALL_PADDED": columns,
@@ -105,20 +106,20 @@ class Launch:
             return None
         if lookup.stride(-1) != 1 or any(stride % COLUMN_MULTIPLE for stride in lookup.stride()[:3]):
             lookup = lookup.contiguous()
-        pairs, (batch, head, token, _) = self.room(chunk), lookup.stride()
-        self._by_token("spread_kernel", chunk, lookup=lookup, pairs=pairs, batch_stride=batch, head_stride=head,
-                       row_stride=token)  # fmt: skip
+        pairs = self.room(chunk)
+        self._by_token("spread_kernel", chunk, lookup, lookup=lookup, pairs=pairs)
         return pairs
 
     def sum(self, chunk: Chunk, pairs: Tensor, sums: Tensor, peaks: Tensor | None = None, log_sums=None) -> None:
-        """Sum pairs by bucket, into the chunk's part of ``sums (B, H, L, N)``.
+        """Sum pairs by bucket, into the chunk's part of ``sums (B, H, L, N)``, whose rows are adjacent.
 
         With ``peaks`` and ``log_sums`` they are the weights that `forward_kernel` has kept.
         """
         relative = {"RELATIVE": peaks is not None, "BLOCK_N": self.given["BLOCK_N"]}
-        self._by_token("sum_kernel", chunk, pairs=pairs, sums=sums, peaks=peaks, log_sums=log_sums, **relative)
+        self._by_token("sum_kernel", chunk, sums, pairs=pairs, sums=sums, peaks=peaks, log_sums=log_sums, **relative)
 
-    def _by_token(self, kernel: str, chunk: Chunk, **more) -> None:
+    def _by_token(self, kernel: str, chunk: Chunk, bucketed: Tensor, **more) -> None:
+        more |= zip(("batch_stride", "head_stride", "row_stride"), bucketed.stride(), strict=False)
         tiles = by_token(self.q.dtype, self.given["COLUMNS"], chunk.planes)
         self._run(kernel, (self.length, -(-chunk.planes // tiles["BLOCK_P"])), chunk, **tiles | more)
 

@@ -18,7 +18,14 @@ from triton.compiler import ASTSource
 
 from irpe_ops.backends import triton_kernels, triton_launch
 
-KERNELS = ("spread_kernel", "forward_kernel", "delta_kernel", "key_gradient_kernel", "query_gradient_kernel", "sum_kernel")
+KERNELS = (
+    "spread_kernel",
+    "forward_kernel",
+    "delta_kernel",
+    "key_gradient_kernel",
+    "query_gradient_kernel",
+    "sum_kernel",
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _TENSORS = ["q", "k", "v", "lookup", "pairs", "pairs_k", "pairs_q", "pairs_v", "out", "sums", "kept", "grad_out",
             "grad_sums", "grad_q", "grad_k", "grad_v"]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
+from irpe_ops import build_rpe, modes, parse_rpe_spec, rpe_attention
 from irpe_ops.attention import missing_backend
 from irpe_ops.modes import MODES, Mode, _Product, product
 
@@ -179,3 +179,23 @@ def test_under_autocast_no_backend_rounds_the_gradient_of_a_table(backend, rpe_o
         assert ours.dtype == table.dtype
         assert (ours != ours.bfloat16()).float().mean() > 0.9  # of a random fp32 number the last 16 bits are not zero
         assert (ours.double() - answer).norm() < 2**-8 * answer.norm()
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_products_of_packed_tokens_as_on_a_gpu(monkeypatch, dtype, tables):
+    """There q lies inside q, k and v, and each head is a product of its own."""
+    results = []
+    for packed in (False, True):
+        monkeypatch.setattr(modes, "_is_packed", lambda x, packed=packed: packed)
+        generator = torch.Generator().manual_seed(0)
+        x, table, grad = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in ((2, 5, 3, 3, 4), (tables, 4, 6), (2, 3, 5, 6))
+        )
+        x, table = x.to(dtype).requires_grad_(), table.float().requires_grad_()
+        out = modes.product(x.permute(2, 0, 3, 1, 4)[0], table if dtype != torch.float64 else table.double())
+        results.append([out, *torch.autograd.grad(out, [x, table], grad.to(dtype))])
+    for plain, ours in zip(*results, strict=True):
+        assert ours.shape == plain.shape and ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain)
