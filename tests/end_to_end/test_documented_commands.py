@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from tests.helpers.quick_python import quick_programs
 from tests.helpers.snippets import REPOSITORY, python_blocks, run_python_blocks
 
 try:
@@ -123,13 +124,14 @@ def check_command(command: str, monkeypatch) -> None:
 
 def check_script(program: str, rest: list[str], settings: dict[str, str], monkeypatch) -> None:
     """Run a script with DRY_RUN=1, then check what it would have started."""
-    environment = {**os.environ, **settings, "DRY_RUN": "1", "PYTHON": sys.executable}
+    python = str(quick_programs() / "python")
+    environment = {**os.environ, **settings, "DRY_RUN": "1", "PYTHON": python}
     environment.setdefault("GPUS", "1")
     ran = subprocess.run([REPOSITORY / program, *rest], env=environment, capture_output=True, text=True, cwd=REPOSITORY)
     assert ran.returncode == 0, ran.stderr
     for line in ran.stdout.splitlines():
         started = shlex.split(line)
-        if started and started[0] == sys.executable:
+        if started and started[0] == python:
             launcher = started[1:3] == ["-m", "torch.distributed.run"]
             check_command(shlex.join(["torchrun", *started[3:]] if launcher else ["python", *started[1:]]), monkeypatch)
 

@@ -1,12 +1,11 @@
 """The commands of README.md, docs/ and examples/ run as they stand, page by page, in a copy of the repository.
 
 The data sets and checkpoints they name are there, tiny and of the right layout; ``tests/helpers/smaller.py`` makes the
-runs small. Programs start in forked processes that have imported PyTorch already, scripts and ``torchrun`` as they are.
+runs small, ``tests/helpers/quick_python.py`` their start.
 """
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from deit_irpe import create_model
 from irpe_train.download import cache_folder, sha256
 from irpe_train.zoo import read_zoo
 from tests.deit.test_data_at_scale import write_parquet, write_shards
-from tests.end_to_end.test_documented_commands import PAGES, PROJECT, RUN_BY_THEIR_OWN_TEST, documented_commands
+from tests.end_to_end.test_documented_commands import PAGES, RUN_BY_THEIR_OWN_TEST, documented_commands
 from tests.helpers.deit_runs import deit_ok
 from tests.helpers.detr_runs import detr_ok
-from tests.helpers.processes import Program
+from tests.helpers.quick_python import quick_programs
 from tests.helpers.smaller import TINY_VIT, extra_flags, smaller
 from tests.helpers.snippets import REPOSITORY
 from tests.helpers.tiny_coco import write_tiny_coco
@@ -119,7 +118,7 @@ def copy(things, tmp_path) -> Path:
     """A copy of the repository with the ``things`` beside it."""
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     for name in COPIED:
-        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
     return tmp_path
 
 
@@ -137,33 +136,20 @@ class Command:
             "IRPE_EXTRA_FLAGS": extra_flags(text),
             "OMP_NUM_THREADS": "1",
             "TORCH_HOME": str(folder / "torch"),
-            "PYTHON": sys.executable,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHON": str(quick_programs() / "python"),
+            "PATH": f"{quick_programs()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_DATASETS_CACHE": str(folder / "hf"),
             "HF_DATASETS_OFFLINE": "1",
         }
-        words = shlex.split(text, comments=True)
-        while re.fullmatch(r"[A-Z_]+=.*", words[0]) and "python" in words:
-            key, _, value = words.pop(0).partition("=")
-            environment[key] = value
-        if words[0] in PROJECT["scripts"]:
-            words = ["python", "-m", PROJECT["scripts"][words[0]].partition(":")[0], *words[1:]]
-        if words[0].endswith(".py"):
-            words = ["python", *words]
-        if words[0] == "python":
-            self.process = Program(words[1:], folder, self.output, environment)
-        else:
-            ends = " --inspect" if words[0] == "tensorboard" else ""
-            with open(self.output, "w") as output:
-                self.process = subprocess.Popen(
-                    ["bash", "-c", text + ends], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
-                )
+        ends = " --inspect" if text.startswith("tensorboard") else ""
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(
+                ["bash", "-c", text + ends], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def ended(self, timeout: float = 180) -> tuple[int, str]:
         """Exit status and what it printed; a command that does not end is killed, and so fails."""
-        if isinstance(self.process, Program):
-            return self.process.ended(timeout)
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:

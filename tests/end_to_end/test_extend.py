@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.quick_python import quick_programs
 from tests.helpers.smaller import DEIT, TINY_VIT
 from tests.helpers.snippets import REPOSITORY
 from tests.helpers.tiny_images import write_images
@@ -44,7 +44,7 @@ def carry_out(title: str, folder: Path, *flags: str) -> None:
     blocks = blocks_of(title)
     fork = any(language == "diff" for language, _ in blocks)
     for name in PACKAGES if fork else ():
-        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / name, folder / name)
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     for language, content in blocks:
         if language == "diff":
@@ -53,7 +53,7 @@ def carry_out(title: str, folder: Path, *flags: str) -> None:
             (folder / named[1]).write_text(content)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), *([] if fork else [str(REPOSITORY)])]),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{quick_programs()}:{os.environ['PATH']}",
         "IRPE_EXTRA_FLAGS": " ".join([DEIT, *TINY_VIT, *flags]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

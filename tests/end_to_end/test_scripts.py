@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
 from irpe_lab.ablate import get_parser as ablate_parser
 from irpe_train.config import parse_args
+from tests.helpers.quick_python import quick_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 PARSERS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser, "irpe_lab.ablate": ablate_parser}
@@ -31,7 +31,7 @@ def run(folder, script, *arguments, ok=True, **environment):
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**clean, "PYTHON": sys.executable, "DRY_RUN": "1", **environment},
+        env={**clean, "PYTHON": str(quick_programs() / "python"), "DRY_RUN": "1", **environment},
     )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout if ok else done.stderr

@@ -7,7 +7,6 @@ that an earlier test has touched reach them, and none has to import PyTorch agai
 import faulthandler
 import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -121,38 +120,3 @@ def _child(main, get_parser, argv, output, rank, world_size, port, environment):
         launch(main, get_parser(), argv)
     except KeyboardInterrupt:  # before or behind launch, which ends so too
         sys.exit(130)
-
-
-class Program:
-    """``python WORDS``, started in ``folder``; all it prints goes to the file ``output``."""
-
-    def __init__(self, words: list[str], folder: Path, output: Path, environment: dict[str, str] | None = None):
-        self.output = output
-        environment = dict(os.environ) if environment is None else environment
-        self.process = SERVER.Process(target=_program, args=(list(map(str, words)), folder, output, environment))
-        self.process.start()
-
-    def ended(self, timeout: float = 180) -> tuple[int, str]:
-        """Exit status and what it printed; one that does not end is killed, and so fails."""
-        self.process.join(timeout)
-        self.process.kill()
-        self.process.join()
-        return self.process.exitcode, self.output.read_text()
-
-
-def _program(words: list[str], folder: Path, output: Path, environment: dict[str, str]) -> None:
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    stream = open(output, "w", buffering=1)  # noqa: SIM115
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    sys.stdout = sys.stderr = stream
-    sys.argv = words[1:] if words[0] == "-m" else words
-    sys.path.insert(0, str(folder))
-    if words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(folder / Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")

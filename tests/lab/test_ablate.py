@@ -21,7 +21,7 @@ from irpe_lab.grid import read_grid
 from irpe_lab.results import Outcome, Row
 from irpe_train.config import ROOT
 from irpe_train.errors import RunError
-from tests.helpers.processes import Program
+from tests.helpers.quick_python import quick_programs
 from tests.helpers.tiny_images import write_images
 
 # Stands in for deit_irpe: two "epochs" to log.txt, resuming; every start and every epoch is noted in trace.txt.
@@ -172,7 +172,7 @@ def test_a_table_counts_the_model_that_was_trained_and_evaluates_it_at_another_s
     """Three classes: parameters, multiply-accumulates and buckets are the run's, not those of 1000 classes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jobs, "LocalPool", lambda slots: OneAfterTheOther())
-    monkeypatch.setattr(jobs, "_run", lambda command, log, lock: (Program(command, tmp_path, log).ended()[0], False))
+    monkeypatch.setattr(sys, "executable", quick_programs() / "python")
     for split in ("train", "val"):
         write_images(tmp_path / split, {"ant": 2, "bee": 2, "cat": 2})
     (tmp_path / "grid.yaml").write_text(

@@ -1,0 +1,136 @@
+"""``python`` without its five seconds of importing PyTorch: programs run in processes forked from a server that has it.
+
+Nothing of this repository is imported before the fork, so what runs is the copy that the program itself would find.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+STANDS_FOR = {
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run"],
+    "irpe": ["-m", "irpe"],
+    "irpe-info": ["-m", "irpe_ops.info"],
+    "deit-irpe": ["-m", "deit_irpe"],
+    "detr-irpe": ["-m", "detr_irpe"],
+}
+IMPORTED = (
+    "torch._dynamo",
+    "torch.distributed.launcher",
+    "torch.onnx",
+    "torch.utils.tensorboard",
+    "torchvision",
+    "timm",
+    "scipy.optimize",
+    "pycocotools.coco",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "onnxruntime",
+    "onnxscript",
+)
+STAND_IN = """#!{python} -IS
+import json, os, socket, sys
+words = {words} + [word for word in sys.argv[1:] if word != "-u"]
+if words[:1] != ["-m"] and not "".join(words[:1]).endswith(".py"):
+    os.execv({python!r}, [{python!r}, *words])
+with socket.socket(socket.AF_UNIX) as door:
+    door.connect({door!r})
+    socket.send_fds(door, [b"."], [0, 1, 2])
+    door.sendall(json.dumps([{stand_in!r}, words, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+    code = int(door.makefile().readline())
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+@functools.cache
+def quick_programs() -> Path:
+    """A folder to put first in ``PATH``: each program of ``STANDS_FOR`` hands all it was given to the server."""
+    folder = Path(tempfile.mkdtemp(prefix="quick_python_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, words in STANDS_FOR.items():
+        file = folder / name
+        given = dict(python=sys.executable, words=words, door=str(folder / "door"), stand_in=str(folder / "python"))
+        file.write_text(STAND_IN.format(**given))
+        file.chmod(0o755)
+    door = socket.socket(socket.AF_UNIX)
+    door.bind(str(folder / "door"))
+    door.listen(64)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", __file__, str(door.fileno())]
+    # It ends with this process, which holds the other end of its standard input.
+    quick_programs.server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, env=environment, pass_fds=[door.fileno()], start_new_session=True
+    )
+    return folder
+
+
+def serve(door: socket.socket) -> None:
+    """Fork for each stand-in that comes to the door. Returns when nobody can come any more."""
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.set_start_method("fork")
+    multiprocessing.get_context = lambda method=None: fork  # nor do the processes that a program spawns wait
+    gc.freeze()
+    os.fsync = lambda handle: None  # as quick_disk.py
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks are waited for by nobody
+    while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
+        client = door.accept()[0]
+        if os.fork() == 0:
+            attend(client)
+        client.close()
+
+
+def attend(client: socket.socket) -> None:
+    """Run one program in a fork and tell the stand-in its exit status; end it when the stand-in has ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, streams, _, _ = socket.recv_fds(client, 1, 3)
+    program = multiprocessing.Process(target=run, args=(streams, *json.loads(client.makefile().readline())))
+    program.start()
+    if client in multiprocessing.connection.wait([client, program.sentinel]):
+        program.terminate()
+    program.join()
+    with contextlib.suppress(BrokenPipeError):
+        client.sendall(b"%d\n" % program.exitcode)
+    os._exit(0)  # a Python that tidies up touches, and so copies, all that it shares with the server
+
+
+def run(streams: list[int], stand_in: str, words: list[str], folder: str, environment: dict[str, str]) -> None:
+    """What ``python WORDS`` does."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.executable, sys.orig_argv, sys.argv = stand_in, [stand_in, *words], words
+    module = words[1] if words[0] == "-m" else None
+    sys.path[:0] = [folder if module else str(Path(words[0]).resolve().parent)]
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    if module:
+        sys.argv = ["-m", *words[2:]]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
