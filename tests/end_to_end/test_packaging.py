@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.test_documented_commands import PROJECT
+from tests.helpers.quick_python import quick_programs
 from tests.helpers.smaller import DEIT, DETR, TINY_DETR
 from tests.helpers.snippets import REPOSITORY
 from tests.helpers.tiny_coco import write_tiny_coco
@@ -97,11 +98,12 @@ def test_a_wheel_trains_two_steps_in_another_folder(tmp_path):
 
     env = {**os.environ, "PYTHONPATH": str(home)}
     code = f"import {', '.join(PACKAGES)}; print({', '.join(f'{name}.__file__' for name in PACKAGES)})"
-    files = ran(sys.executable, "-c", code, cwd=work, env=env).split()
+    python = quick_programs() / "python"
+    files = ran(python, "-c", code, cwd=work, env=env).split()
     assert all(Path(file).is_relative_to(home) and Path(file).with_name("py.typed").is_file() for file in files)
 
     def irpe(command: str, flags: str = "") -> str:
-        words = [sys.executable, home / "bin" / "irpe", *command.split()]
+        words = [python, home / "bin" / "irpe", *command.split()]
         return ran(*words, cwd=work, env=env | {"IRPE_EXTRA_FLAGS": flags})
 
     assert "deit_small_patch16_224_ctx_product_50_shared_k" in irpe("zoo")
@@ -120,4 +122,4 @@ def test_a_wheel_trains_two_steps_in_another_folder(tmp_path):
     command = "ablate configs/ablation/demo.yaml --only none --seeds 0 --gpus-per-run 1 --set data-path=data --out grid"
     irpe(command, tiny)
     assert "| none |" in (work / "grid" / "table.md").read_text()
-    assert "--enc_rpe2d" in ran(sys.executable, home / "bin" / "detr-irpe", "--help", cwd=work, env=env)
+    assert "--enc_rpe2d" in ran(python, home / "bin" / "detr-irpe", "--help", cwd=work, env=env)

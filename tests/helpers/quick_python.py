@@ -47,7 +47,7 @@ IMPORTED = (
 STAND_IN = """#!{python} -IS
 import json, os, socket, sys
 words = {words} + [word for word in sys.argv[1:] if word != "-u"]
-if words[:1] != ["-m"] and not "".join(words[:1]).endswith(".py"):
+if not words or words[0] not in ("-c", "-m") and words[0].startswith("-"):
     os.execv({python!r}, [{python!r}, *words])
 with socket.socket(socket.AF_UNIX) as door:
     door.connect({door!r})
@@ -122,12 +122,14 @@ def run(streams: list[int], stand_in: str, words: list[str], folder: str, enviro
         os.close(stream)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.executable, sys.orig_argv, sys.argv = stand_in, [stand_in, *words], words
-    module = words[1] if words[0] == "-m" else None
-    sys.path[:0] = [folder if module else str(Path(words[0]).resolve().parent)]
+    sys.path[:0] = [folder if words[0] in ("-c", "-m") else str(Path(words[0]).resolve().parent)]
     sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    if module:
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
         sys.argv = ["-m", *words[2:]]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(words[0], run_name="__main__")
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +17,7 @@ from irpe_lab.figures import TASKS
 from irpe_lab.plots import COLOURS, curve, plot_intervals, plot_runs
 from irpe_lab.results import Outcome, Row, bootstrap_interval
 from irpe_train.errors import BadData
+from tests.helpers.quick_python import quick_programs
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_logs.py"
 
@@ -219,11 +219,10 @@ def test_missing_log_and_nothing_to_draw(tmp_path):
 
 def test_script(tmp_path):
     write(tmp_path / "log.txt", map(deit, range(2)))
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path, "-o", tmp_path / "x.png"], capture_output=True, text=True)
+    command = [quick_programs() / "python", SCRIPT, "-o", tmp_path / "x.png"]
+    done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0 and "x.png: loss, top-1 accuracy (%), learning rate" in done.stdout, done.stderr
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "none", "-o", tmp_path / "y.png"], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, tmp_path / "none"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("plot_logs.py: ") and "Traceback" not in done.stderr
 
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, register_bucket_method, rpe_attention
 from irpe_ops.attention import missing_backend
 from irpe_ops.methods import METHODS, BucketMap, maps_of
+from tests.helpers.quick_python import quick_programs
 
 PLUGIN = """
 import torch
@@ -186,7 +186,7 @@ def test_the_parts_of_cross_are_named_after_it():
 
 def run(code, folder, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=os.environ | environment,
+        [quick_programs() / "python", "-c", code], cwd=folder, env=os.environ | environment,
         capture_output=True, text=True,
     )  # fmt: skip
 
