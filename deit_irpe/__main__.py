@@ -1,22 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m deit_irpe``, and the console command ``deit-irpe``."""
-
-import contextlib
+"""``python -m deit_irpe``, and the console command ``deit-irpe``: train or evaluate."""
 
 from deit_irpe.args import get_args_parser
-from irpe_train.config import ConfigError, parse_args
+from deit_irpe.train import main
+from irpe_train.launch import launch
 
 
 def run() -> None:
-    """Train or evaluate, as the command line says; help and mistakes do not wait for PyTorch."""
-    parser = get_args_parser()
-    with contextlib.suppress(ConfigError):  # launch reports it
-        parse_args(parser)
-
-    from deit_irpe.train import main
-    from irpe_train.launch import launch
-
-    launch(main, parser)
+    launch(main, get_args_parser())
 
 
 if __name__ == "__main__":  # a spawned worker imports this file again

@@ -5,7 +5,9 @@ The file's entries become flags placed before the typed ones, so argparse checks
 """
 
 import argparse
+import contextlib
 import difflib
+import importlib
 import os
 import re
 import shlex
@@ -84,6 +86,23 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         print(_as_yaml(parser, args), end="")
         parser.exit()
     return args
+
+
+def answer_early(package: str) -> None:
+    """Help and mistakes of a package's programs come before PyTorch is imported, which takes seconds.
+
+    Called by ``PACKAGE/__init__.py``; does nothing unless Python imports that for ``python -m PACKAGE``,
+    ``python -m PACKAGE.PROGRAM`` or the console command. The parsers are those of ``PACKAGE/args.py``.
+    """
+    first = "".join(sys.argv[:1])
+    started = [Path(first).stem.replace("-", "_")]
+    if first == "-m":  # what follows is still to be found
+        started = [word.removeprefix("-m") for word in sys.orig_argv]
+    parsers = importlib.import_module(f"{package}.args")
+    for name, verb in {"": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}.items():
+        if package + name in started:
+            with contextlib.suppress(ConfigError):  # launch reports it
+                parse_args(getattr(parsers, f"get_{verb}_parser")())
 
 
 def _with_home(argv: list[str]) -> list[str]:

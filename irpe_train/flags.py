@@ -99,8 +99,3 @@ def find_flag(parser: argparse.ArgumentParser, name: str) -> argparse.Action | N
     """The action of the flag ``name``, ``-`` and ``_`` alike; None if there is none."""
     options = parser._option_string_actions.items()
     return next((action for option, action in options if same_name(option) == same_name(name)), None)
-
-
-def is_program(package: str) -> bool:
-    """Whether Python is about to run ``python -m package``, and is importing it for that."""
-    return sys.argv[:1] == ["-m"] and any(word.removeprefix("-m") == package for word in sys.orig_argv)

@@ -228,18 +228,22 @@ def test_an_unforeseen_error_of_a_file_is_one_message_or_the_traceback_that_was_
     assert ("Traceback" in ran.stderr) == bool(asked)
 
 
+@pytest.mark.parametrize("program", ["", ".predict", ".export", ".check_data"])
 @pytest.mark.parametrize("package", ["deit_irpe", "detr_irpe"])
-@pytest.mark.parametrize("flag, status", [("--help", 0), ("--lr=x", 2)])
-def test_the_module_forms_do_not_wait_for_pytorch_either(package, flag, status):
-    command = [sys.executable, "-X", "importtime", "-m", package, flag]
+@pytest.mark.parametrize("flag, status", [("--help", 0), ("--num_workers=x", 2)])
+def test_the_module_forms_do_not_wait_for_pytorch_either(package, program, flag, status):
+    does_not_wait(["-m", package + program, flag], status)
+
+
+@pytest.mark.parametrize("package", ["deit_irpe", "detr_irpe"])
+def test_nor_do_the_console_commands(package, tmp_path):
+    command = tmp_path / package.replace("_", "-")
+    command.write_text(f"from {package}.__main__ import run\nrun()\n")
+    does_not_wait([command, "--help"], 0)
+
+
+def does_not_wait(command, status):
+    command = [sys.executable, "-X", "importtime", *command]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     imported = {line.split("|")[-1].strip() for line in ran.stderr.splitlines()}
     assert ran.returncode == status and "torch" not in imported and "irpe_train.flags" in imported
-
-
-def test_importing_registers_the_models_and_hands_on_their_names_unless_the_package_is_the_program():
-    run = "; print(sys.modules.keys() >= {'deit_irpe.models'}, deit_irpe.create_model.__name__)"
-    for argv, before in (("['-m']", "False"), ("['x.py']", "True")):
-        code = f"import sys; sys.argv = {argv}; sys.orig_argv += ['-m', 'deit_irpe']; import deit_irpe{run}"
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-        assert ran.stdout.split() == [before, "create_model"], ran.stderr
