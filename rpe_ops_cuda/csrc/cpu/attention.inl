@@ -85,7 +85,7 @@ INLINE float* rows_of(const Rows& r, int64_t b, int64_t h) { return r.data + b *
 INLINE void prefetch_row(const AttentionArgs& a, const Rows& r, int64_t matrix, int64_t i) {
   if (matrix >= a.batch * a.heads) return;
   const float* row = rows_of(r, matrix / a.heads, matrix % a.heads) + i * r.row_stride;
-  for (int64_t x = 0; x < a.head_dim; x += 16) __builtin_prefetch(row + x);
+  for (int64_t x = 0; x < a.head_dim; x += 16) __builtin_prefetch(row + x, 0, 2);
 }
 
 // dest (count, d padded) = factor * rows; the padding is zero.
@@ -374,7 +374,7 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
           drop_row(a, top + i, p, b.dropped + i * a.width);
         }
         if (a.probs)
-          for (int64_t j = 0; j < a.length; j += 16) __builtin_prefetch(p + 4 * a.padded + j);
+          for (int64_t j = 0; j < a.length; j += 16) __builtin_prefetch(p + 4 * a.padded + j, 0, 2);
         // The sum below equals grad_out . out, but cancels better where one key has nearly all the weight.
         vf products = {};
         for (int64_t j = 0; j < a.length; j += LANES) products += load(p + j) * load(grad + j);
