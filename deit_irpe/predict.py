@@ -22,7 +22,7 @@ from irpe_ops.visualize import attention_bias, draw_maps, draw_over_image, draw_
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
 from irpe_train.launch import launch
-from irpe_train.outputs import OutputFolder
+from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, files_of, read_image
 
 
@@ -71,16 +71,15 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging(0)
     names = result_names(files_of(args.images, besides=args.out))
     out = OutputFolder(args.out)
-    listed = ["predictions.json"] if names else []
-    out.refuse_to_replace([f"{name}.png" for name in names.values()] + listed)
+    pictures = [f"{name}.png" for name in names.values()] + ["predictions.json"][: len(names)]
+    out.refuse_to_replace(pictures)
     flags = dict(ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size)
     classifier = Classifier(args.resume, choose_device(args.device), **flags)
     points = points_of(classifier.model, args.attention) if args.attention is not None else []
     encoded = points and any(isinstance(module, IRPE) for module in classifier.model.modules())
     maps = [f"{name}_{kind}_{r}-{c}.png" for name in names.values() for kind in MAPS for r, c in points]
     tables = ["tables.png"] if args.tables or encoded else []
-    _refuse_doubles([f"{name}.png" for name in names.values()] + maps + tables)
-    out.refuse_to_replace(maps + tables)
+    out.refuse_to_replace(pictures + maps + tables)
 
     predictions, unreadable = [], []
     for file, name in names.items():
@@ -110,18 +109,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 MAPS = ("attention", "encoding")  # the pictures of a patch
-
-
-def result_names(files: Sequence[Path]) -> dict[Path, str]:
-    """The name of each image's results: its own, with folders and suffix where needed to tell them apart."""
-    whole = [Path(os.path.abspath(file)) for file in files]
-    common = os.path.commonpath([file.parent for file in whole]) if files else ""
-    within = [file.relative_to(common) for file in whole]
-    for name_of in (lambda path: path.stem, lambda path: str(path.with_suffix("")), str):
-        names = [name_of(path) for path in within]
-        if len({name.casefold() for name in names}) == len(names):  # some file systems ignore case
-            break
-    return dict(zip(files, names, strict=True))
 
 
 def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -156,11 +143,6 @@ def draw_attention(
 def _save(figure: Figure, out: OutputFolder, name: str) -> None:
     save(figure, out.path(name))
     out.wrote(name)
-
-
-def _refuse_doubles(names: Sequence[str]) -> None:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two results would be called {', '.join(twice)}: predict one of these images elsewhere")
 
 
 def _shown(path: Path) -> str:

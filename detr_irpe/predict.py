@@ -3,7 +3,6 @@
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
 from irpe_train.launch import launch
-from irpe_train.outputs import OutputFolder
+from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import files_of, is_turned, read_image
 
 REACH = 8  # rows and columns in the pictures of learned tables, the patch itself counted
@@ -38,18 +37,17 @@ def main(args: argparse.Namespace) -> None:
     if args.point and not args.attention:
         raise ValueError("--point says where --attention looks from: add --attention")
     set_up_logging(0)
-    images = files_of(args.images, besides=args.out)
-    _check_names(images, taken={"encodings"} if args.tables or args.attention else set())
+    names = result_names(files_of(args.images, besides=args.out))
     suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
+    results = [name + suffix for name in names.values() for suffix in suffixes]
     out = OutputFolder(args.out)
-    out.refuse_to_replace([image.stem + suffix for image in images for suffix in suffixes])
+    out.refuse_to_replace(results + (["encodings.png"] if args.tables or args.attention else []))
     detector = Detector(args.resume, choose_device(args.device))
     if args.attention and not len(detector.encoder.layers):
         raise ValueError(f"--attention: {args.resume} has no encoder layer to look into")
     with_tables = args.tables or args.attention and detector.flags.enc_rpe2d
-    out.refuse_to_replace(["encodings.png"] if with_tables else [])
     truth = Truth(args.annotations, detector.names) if args.annotations else None
-    numbers = {image: truth.number_of(image) if truth else None for image in images}
+    numbers = {image: truth.number_of(image) if truth else None for image in names}
     if with_tables:
         save(draw_tables(detector.encoder, REACH, REACH), out.path("encodings.png"))
         out.wrote("encodings.png")
@@ -66,20 +64,21 @@ def main(args: argparse.Namespace) -> None:
             continue
         layer = _Inputs(detector.encoder.layers[-1].self_attn) if args.attention else None
         found = detector(image)
-        found = {name: values[found["scores"] > args.threshold] for name, values in found.items()}
+        found = {kind: values[found["scores"] > args.threshold] for kind, values in found.items()}
         picture = draw_found(image, found, detector.names)
         if truth is not None:
             picture = side_by_side({"truth": truth.draw(image, number, detector.names), "prediction": picture})
-        picture.save(out.path(f"{path.stem}.png"))
+        name = names[path]
+        picture.save(out.path(f"{name}.png"))
         described = describe(path, image, found, detector.names) | {"frame": frame}
-        out.path(f"{path.stem}.json").write_text(json.dumps(described, indent=1))
-        out.wrote(f"{path.stem}.png", f"{path.stem}.json")
-        logger.info(f"{path}: {len(found['scores'])} objects -> {args.out / path.stem}.png, .json")
+        out.path(f"{name}.json").write_text(json.dumps(described, indent=1))
+        out.wrote(f"{name}.png", f"{name}.json")
+        logger.info(f"{path}: {len(found['scores'])} objects -> {args.out / name}.png, .json")
         if layer is not None:
-            draw_attention(image, found, layer, args.point, path.name, out.path(f"{path.stem}_attention.png"))
-            out.wrote(f"{path.stem}_attention.png")
+            draw_attention(image, found, layer, args.point, path.name, out.path(f"{name}_attention.png"))
+            out.wrote(f"{name}_attention.png")
     if unreadable:
-        raise BadData(f"{len(unreadable)} of {len(images)} images could not be predicted: {'; '.join(unreadable[:3])}")
+        raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")
 
 
 def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Image, str]:
@@ -202,17 +201,6 @@ def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
     limit = torch.tensor([image.width, image.height]) - 1
     points = xyxy_to_cxcywh(boxes[:MOST_POINTS])[:, :2].clamp(min=0).minimum(limit).tolist()
     return list(dict.fromkeys(map(tuple, points))) or [(image.width / 2, image.height / 2)]
-
-
-def _check_names(images: Sequence[Path], taken: set[str]) -> None:
-    """Raises ValueError: two images would have one result, or the result of one has another's name or one ``taken``."""
-    stems = Counter(path.stem.casefold() for path in images)  # one file on some systems, if only the case differs
-    twice = {stem for stem, count in stems.items() if count > 1}
-    if twice := sorted(twice | ({f"{stem}_attention" for stem in stems} | taken) & set(stems)):
-        raise ValueError(
-            f"more than one result would be called {', '.join(twice[:3])}, and one would overwrite the other: predict "
-            "these images one folder at a time, or rename them."
-        )
 
 
 if __name__ == "__main__":

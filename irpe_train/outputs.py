@@ -3,7 +3,8 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from irpe_train.errors import RunError
@@ -31,6 +32,18 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
     writable_folder(file.parent, flag)
 
 
+def result_names(files: Sequence[Path]) -> dict[Path, str]:
+    """The name of each image's results: its own, with folders and suffix where needed to tell them apart."""
+    whole = [Path(os.path.abspath(file)) for file in files]
+    common = os.path.commonpath([file.parent for file in whole]) if files else ""
+    within = [file.relative_to(common) for file in whole]
+    for name_of in (lambda path: path.stem, lambda path: str(path.with_suffix("")), str):
+        names = [name_of(path) for path in within]
+        if len({name.casefold() for name in names}) == len(names):  # some file systems ignore case
+            break
+    return dict(zip(files, names, strict=True))
+
+
 class OutputFolder:
     """A folder that predictions are written to; it remembers, in a hidden list, what it wrote.
 
@@ -45,8 +58,11 @@ class OutputFolder:
             self._written = {}
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
-        """Call it before any work. Raises RunError: a file cannot be written, or is not of ``predict``."""
+        """Call it before any work. Raises RunError: a file cannot be written, is not of ``predict``, or comes twice."""
         names = list(names)
+        counts = Counter(name.casefold() for name in names)
+        if twice := [name for name in names if counts[name.casefold()] > 1]:
+            raise RunError(f"two results would be called {twice[0]}: predict one of these images elsewhere")
         for folder in {(self.folder / name).parent for name in [LIST, *names]}:
             writable_folder(folder)
         others = [name for name in names if self._state(name) not in (None, self._written.get(name))]

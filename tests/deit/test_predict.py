@@ -16,7 +16,7 @@ from deit_irpe.classifier import Classifier, load_onnx
 from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
-from deit_irpe.predict import attention_maps, get_predict_parser, main, result_names
+from deit_irpe.predict import attention_maps, get_predict_parser, main
 from irpe_train.config import parse_args
 from irpe_train.errors import BadCheckpoint
 from tests.helpers.processes import run_ranks
@@ -133,21 +133,6 @@ def test_one_bad_image_costs_the_others_nothing(checkpoint, tmp_path):
     assert [one["image"] for one in json.loads((tmp_path / "out/predictions.json").read_text())] == [
         str(tmp_path / "images" / "0.png")
     ]
-
-
-@pytest.mark.parametrize(
-    ("files", "names"),
-    [
-        (["p/a.png", "p/b.jpg"], ["a", "b"]),
-        (["p/a/1.png", "p/b/1.png", "p/b/2.png"], ["a/1", "b/1", "b/2"]),
-        (["p/1.png", "p/1.jpg"], ["1.png", "1.jpg"]),
-        (["p/X.png", "p/q/x.png"], ["X", "q/x"]),
-        (["p/a/1.png", "p/a/1.jpg", "p/b/1.png"], ["a/1.png", "a/1.jpg", "b/1.png"]),
-        ([], []),
-    ],
-)
-def test_each_image_has_results_of_its_own(files, names):
-    assert list(result_names([Path(file) for file in files]).values()) == names
 
 
 def test_names_with_dollars_and_other_letters(checkpoint, tmp_path):

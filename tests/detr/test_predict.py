@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_attention_and_encodings(tmp_path, photo):
         predict(photo, "--resume", resume, "--out", tmp_path / "out", "--attention", "--point", "60,0")
 
 
+def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, photo):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy(photo, tmp_path / folder)
+    resume = write_checkpoint(tmp_path / "x.pth")
+    predict(tmp_path / "a", tmp_path / "b", "--resume", resume, "--out", tmp_path / "out")
+    written = [file for file in (tmp_path / "out").rglob("[!.]*.*")]
+    assert {str(file.relative_to(tmp_path / "out")) for file in written} == {
+        "a/photo.json", "a/photo.png", "b/photo.json", "b/photo.png"
+    }  # fmt: skip
+
+
 def test_tables_need_no_image(tmp_path):
     predict("--tables", "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").glob("[!.]*")] == ["encodings.png"]
@@ -123,10 +136,8 @@ def test_what_cannot_be_predicted(tmp_path, photo):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(BadData, match="1 of 1 images could not be predicted: .*text.png: this image cannot be read"):
         predict(tmp_path / "text.png", "--resume", resume, "--out", tmp_path / "out")
-    with pytest.raises(ValueError, match="more than one result would be called photo"):
-        predict(photo, tmp_path / "a" / "photo.png", "--resume", resume, "--out", tmp_path / "out")
     for name, flag in (("encodings.png", "--tables"), ("photo_attention.png", "--attention")):
-        with pytest.raises(ValueError, match=f"would be called {name[:-4]}, and one would overwrite"):
+        with pytest.raises(RunError, match=f"two results would be called {name}"):
             predict(photo, tmp_path / "a" / name, "--resume", resume, "--out", tmp_path / "out", flag)
     with pytest.raises(ValueError, match="--attention: .*no_encoder.pth has no encoder layer to look into"):
         no_encoder = write_checkpoint(tmp_path / "no_encoder.pth", enc_layers=0)

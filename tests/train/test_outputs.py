@@ -1,9 +1,10 @@
 import os
+from pathlib import Path
 
 import pytest
 
 from irpe_train.errors import RunError
-from irpe_train.outputs import OutputFolder, refuse_existing, writable_folder
+from irpe_train.outputs import OutputFolder, refuse_existing, result_names, writable_folder
 
 
 def test_only_what_was_written_before_is_replaced(tmp_path):
@@ -66,3 +67,23 @@ def test_links_are_somebodys(tmp_path):
             OutputFolder(tmp_path).refuse_to_replace([name])
         with pytest.raises(RunError, match=f"--out .*{name}: already there; give another name"):
             refuse_existing(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["p/a.png", "p/b.jpg"], ["a", "b"]),
+        (["p/a/1.png", "p/b/1.png", "p/b/2.png"], ["a/1", "b/1", "b/2"]),
+        (["p/1.png", "p/1.jpg"], ["1.png", "1.jpg"]),
+        (["p/X.png", "p/q/x.png"], ["X", "q/x"]),
+        (["p/a/1.png", "p/a/1.jpg", "p/b/1.png"], ["a/1.png", "a/1.jpg", "b/1.png"]),
+        ([], []),
+    ],
+)
+def test_each_image_has_results_of_its_own(files, names):
+    assert list(result_names([Path(file) for file in files]).values()) == names
+
+
+def test_two_results_of_one_name_are_refused_before_any_work(tmp_path):
+    with pytest.raises(RunError, match="two results would be called A.png: predict one of these images elsewhere"):
+        OutputFolder(tmp_path).refuse_to_replace(["A.png", "b.png", "a.png"])
