@@ -42,16 +42,30 @@ def product(x: Tensor, table: Tensor) -> Tensor:
 
 def _matmul(x: Tensor, table: Tensor) -> Tensor:
     with without_autocast(x.device):
-        if _is_packed(x):  # a product for each head copies nothing
-            found = _rows(x, x.shape[1]) @ table.expand(x.shape[1], -1, -1)
-            return found.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+        if _is_packed(x):
+            heads, (dim, buckets) = x.shape[1], table.shape[1:]
+            tables = x.new_zeros(heads, dim, heads, buckets)
+            tables.diagonal(dim1=0, dim2=2).copy_(table.permute(1, 2, 0))
+            found = _tokens(x) @ tables.view(heads * dim, heads * buckets)
+            return found.unflatten(-1, (heads, buckets)).transpose(1, 2)
         # One table for all heads is one product of matrices, and so is its gradient.
         return x @ (table[0] if table.shape[0] == 1 else table)
 
 
 def _is_packed(x: Tensor) -> bool:
-    """Whether ``x (B, H, L, D)`` lies inside q, k and v of all heads, on a GPU."""
-    return x.is_cuda and not x.is_contiguous()
+    """Whether ``x (B, H, L, D)`` is many tokens on a GPU, each with its heads side by side.
+
+    All heads are then one product with a table that has the heads' tables on its diagonal: the zeros cost less there
+    than a copy of ``x`` by heads.
+    """
+    if not x.is_cuda or x.shape[1] == 1 or x.shape[1] * x.shape[3] > 512 or x.shape[0] * x.shape[2] < 4096:
+        return False
+    return x.stride(1) == x.shape[3] and x.stride(3) == 1
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``(B, H, L, D) -> (B, L, H D)``."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class _Product(torch.autograd.Function):
@@ -69,14 +83,16 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _matmul(grad, table.to(x.dtype).mT)
         if ctx.needs_input_grad[1]:
-            tables = x.shape[1] if _is_packed(x) else len(table)
-            a, b = (_rows(t, tables) for t in (x, grad))
+            packed = _is_packed(x)
+            a, b = (_tokens(t).flatten(0, 1)[None] if packed else _rows(t, len(table)) for t in (x, grad))
             with without_autocast(x.device):
                 if table.dtype == torch.float32 and _sums_halves_in_fp32(x.device, x.dtype):
                     grad_table = torch.bmm(a.mT, b, out_dtype=torch.float32)
                 else:
                     grad_table = a.mT.to(table.dtype) @ b.to(table.dtype)
-            grad_table = grad_table.sum_to_size(table.shape)
+            if packed:  # the diagonal of all pairs of heads
+                pairs = grad_table.view(x.shape[1], x.shape[3], x.shape[1], -1)
+                grad_table = pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1).sum_to_size(table.shape)
         return grad_x, grad_table
 
 

@@ -31,6 +31,16 @@ def dot(a, b, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def add_transposed(scores, tile, SIZE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """scores + trans(tile), exact: a product with the unit matrix, since tensor cores can read a tile transposed."""
+    if INTERPRETED:
+        return scores + tl.trans(tile).to(tl.float32)
+    places = tl.arange(0, SIZE)
+    unit = tl.where(places[:, None] == places[None, :], 1.0, 0.0)
+    return tl.dot(unit.to(tile.dtype), tl.trans(tile), scores, input_precision="ieee")
+
+
+@triton.jit
 def positions(tokens, length, height, width, skip):
     """Two numbers a token, as query and as key: their difference is the place of a pair in the table of offsets.
 
@@ -86,7 +96,7 @@ def load_pairs(pairs, local, tokens, others, length, row):
     row = row // 8 * 8  # as it is; the compiler learns that it is a multiple
     pairs += tl.multiple_of(local.to(tl.int64) * length * row, 8)
     mask = (tokens < length)[:, None] & (others < row)[None, :]
-    return tl.load(pairs + (tokens[:, None] * row + others[None, :]), mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pairs + (tokens[:, None] * row + others[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -139,20 +149,19 @@ def spread_kernel(
     PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """pairs[p, i, j] = lookup[first + p, i, id(i, j)] for one token i in BLOCK_P planes."""
+    """pairs[p, i, j] = lookup[first + p, i, id(i, j)] for one token i, BLOCK_N tokens j, and BLOCK_P planes."""
     token, local = tl.program_id(0), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     plane, columns = first + local, tl.arange(0, COLUMNS)
     place = bucket_row(plane, token, heads, batch_stride, head_stride, row_stride)
-    used = (local < planes)[:, None] & (columns < PARTS * PADDED)[None, :]
-    values = tl.load(lookup + place[:, None] + columns[None, :], mask=used, other=0.0)
+    mask = (local < planes)[:, None] & (columns < PARTS * PADDED)[None, :]
+    values = tl.load(lookup + place[:, None] + columns[None, :], mask=mask, other=0.0)
     row = row // 8 * 8
     pairs += (local.to(tl.int64) * length + token) * row
-    for start in range(0, row, BLOCK_N):
-        others = start + tl.arange(0, BLOCK_N)
-        ones = ones_of(token, others, columns, offset_table, length, height, width, skip, table_size, PARTS, PADDED)
-        here = dot(values, ones.to(values.dtype), "ieee", INTERPRETED)  # exact: one factor is 0 or 1
-        mask = (local < planes)[:, None] & (others < row)[None, :]
-        tl.store(pairs[:, None] + others[None, :], here.to(pairs.dtype.element_ty), mask=mask)
+    others = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ones = ones_of(token, others, columns, offset_table, length, height, width, skip, table_size, PARTS, PADDED)
+    here = dot(values, ones.to(values.dtype), "ieee", INTERPRETED)  # exact: one factor is 0 or 1
+    mask = (local < planes)[:, None] & (others < row)[None, :]
+    tl.store(pairs[:, None] + others[None, :], here.to(pairs.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -221,13 +230,15 @@ def forward_kernel(
     for start in range(0, length, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, keys, k_row, length, HEAD, HEAD_DIM)
-        scores = dot(q_tile, tl.trans(k_tile), PRECISION, INTERPRETED) * (scale * LOG2_E)
+        scores = dot(q_tile, tl.trans(k_tile), PRECISION, INTERPRETED) * scale
         if ON_K:
-            scores += load_pairs(pairs_k, local, queries, keys, length, row) * LOG2_E
+            scores += load_pairs(pairs_k, local, queries, keys, length, row).to(tl.float32)
         if ON_Q:
-            scores += tl.trans(load_pairs(pairs_q, local, keys, queries, length, row)) * LOG2_E
+            scores = add_transposed(
+                scores, load_pairs(pairs_q, local, keys, queries, length, row), BLOCK_M, INTERPRETED
+            )
         scores = mask_scores(
-            scores, padding, mask, mask_query, mask_key, queries[:, None], keys[None, :], length, PADDING, MASK
+            scores * LOG2_E, padding, mask, mask_query, mask_key, queries[:, None], keys[None, :], length, PADDING, MASK
         )
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         # A query without a key so far has -inf here, and -inf - -inf is NaN.
@@ -317,29 +328,31 @@ def key_gradient_kernel(
         go_tile = load_rows(grad_out, queries, go_row, length, HEAD, HEAD_DIM)
         log_sum = tl.load(log_sums + queries, mask=queries < length, other=float("inf"))
         delta = tl.load(deltas + queries, mask=queries < length, other=0.0)
-        scores = dot(k_tile, tl.trans(q_tile), PRECISION, INTERPRETED) * (scale * LOG2_E)
+        scores = dot(q_tile, tl.trans(k_tile), PRECISION, INTERPRETED) * scale
         if ON_K:
-            scores += tl.trans(load_pairs(pairs_k, local, queries, keys, length, row)) * LOG2_E
+            scores += load_pairs(pairs_k, local, queries, keys, length, row).to(tl.float32)
         if ON_Q:
-            scores += load_pairs(pairs_q, local, keys, queries, length, row) * LOG2_E
+            scores = add_transposed(
+                scores, load_pairs(pairs_q, local, keys, queries, length, row), BLOCK_M, INTERPRETED
+            )
         scores = mask_scores(
-            scores, padding, mask, mask_query, mask_key, queries[None, :], keys[:, None], length, PADDING, MASK
+            scores * LOG2_E, padding, mask, mask_query, mask_key, queries[:, None], keys[None, :], length, PADDING, MASK
         )
-        weights = tl.exp2(scores - log_sum[None, :])
-        grad = dot(v_tile, tl.trans(go_tile), PRECISION, INTERPRETED)
+        weights = tl.exp2(scores - log_sum[:, None])
+        grad = dot(go_tile, tl.trans(v_tile), PRECISION, INTERPRETED)
         if ON_V:
-            grad += tl.trans(load_pairs(pairs_v, local, queries, keys, length, row))
+            grad += load_pairs(pairs_v, local, queries, keys, length, row).to(tl.float32)
         dropped = weights
         if DROPOUT:
-            keep = tl.trans(keep_mask(seed, plane, queries, first_key, length, drop_below, BLOCK_M, BLOCK_N))
+            keep = keep_mask(seed, plane, queries, first_key, length, drop_below, BLOCK_M, BLOCK_N)
             dropped = tl.where(keep, weights * (1 / (1 - dropout_p)), 0.0)
             grad = tl.where(keep, grad * (1 / (1 - dropout_p)), 0.0)
-        gv += dot(dropped.to(go_tile.dtype), go_tile, PRECISION, INTERPRETED)
-        grad = (weights * (grad - delta[None, :])).to(q_tile.dtype)
-        gk += dot(grad, q_tile, PRECISION, INTERPRETED)
-        store_pairs(kept, local, queries, keys, length, row, tl.trans(grad))
+        gv += dot(tl.trans(dropped.to(go_tile.dtype)), go_tile, PRECISION, INTERPRETED)
+        grad = (weights * (grad - delta[:, None])).to(q_tile.dtype)
+        gk += dot(tl.trans(grad), q_tile, PRECISION, INTERPRETED)
+        store_pairs(kept, local, queries, keys, length, row, grad)
         if ON_Q:
-            store_pairs(pairs_q, local, keys, queries, length, row, grad)
+            store_pairs(pairs_q, local, keys, queries, length, row, tl.trans(grad))
 
     store_rows(grad_k, keys, heads * HEAD_DIM, length, gk * scale, HEAD, HEAD_DIM)
     store_rows(grad_v, keys, heads * HEAD_DIM, length, gv, HEAD, HEAD_DIM)

@@ -14,7 +14,7 @@ from irpe_ops.buckets import count_buckets
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COLUMN_MULTIPLE = 8  # rows of halves then start at multiples of 16 bytes, which loads and products want
-CHUNK_BYTES = 256 << 20  # of numbers for pairs of tokens at a time; at least one plane
+CHUNK_BYTES = 128 << 20  # of numbers for pairs of tokens at a time; at least one plane
 
 
 class Arguments(NamedTuple):
@@ -120,8 +120,9 @@ class Launch:
 
     def _by_token(self, kernel: str, chunk: Chunk, bucketed: Tensor, **more) -> None:
         more |= zip(("batch_stride", "head_stride", "row_stride"), bucketed.stride(), strict=False)
-        tiles = by_token(self.q.dtype, self.given["COLUMNS"], chunk.planes)
-        self._run(kernel, (self.length, -(-chunk.planes // tiles["BLOCK_P"])), chunk, **tiles | more)
+        tiles = by_token(self.q.dtype, self.given["COLUMNS"], chunk.planes) | more
+        others = -(-self.row // tiles["BLOCK_N"]) if kernel == "spread_kernel" else 1
+        self._run(kernel, (self.length, -(-chunk.planes // tiles["BLOCK_P"]), others), chunk, **tiles)
 
     def by_tile(self, kernel: str, block: str, chunk: Chunk, **more) -> None:
         """Run a kernel whose programs take BLOCK_M queries, or BLOCK_N keys, of one plane; ``more`` are arguments."""
