@@ -266,7 +266,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
-    out, sums, grad_out, grad_sums, deltas, go_batch, go_head, go_row, heads, length,
+    out, sums, grad_out, grad_sums, deltas, go_batch, go_head, go_row, gs_batch, gs_head, gs_row, heads, length,
     ON_V: tl.constexpr, ALL_PADDED: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -280,9 +280,10 @@ def delta_kernel(
     grad = load_rows(grad_out, queries, go_row, length, HEAD, HEAD_DIM).to(tl.float32)
     delta = tl.sum(grad * load_rows(out, queries, heads * HEAD_DIM, length, HEAD, HEAD_DIM).to(tl.float32), 1)
     if ON_V:
-        bucketed = plane.to(tl.int64) * length * ALL_PADDED
-        grad = load_rows(grad_sums + bucketed, queries, ALL_PADDED, length, COLUMNS, ALL_PADDED).to(tl.float32)
-        delta += tl.sum(grad * load_rows(sums + bucketed, queries, ALL_PADDED, length, COLUMNS, ALL_PADDED), 1)
+        sums += batch * length * heads * ALL_PADDED + head * ALL_PADDED
+        grad_sums += batch * gs_batch + head * gs_head
+        grad = load_rows(grad_sums, queries, gs_row, length, COLUMNS, ALL_PADDED).to(tl.float32)
+        delta += tl.sum(grad * load_rows(sums, queries, heads * ALL_PADDED, length, COLUMNS, ALL_PADDED), 1)
     tl.store(deltas + plane.to(tl.int64) * length + queries, delta, mask=queries < length)
 
 

@@ -55,7 +55,7 @@ class Chunk(NamedTuple):
 class Launch:
     """All that the kernels may ask for by name, and how their launches are shaped."""
 
-    def __init__(self, arguments: Arguments, grad_out: Tensor | None = None) -> None:
+    def __init__(self, arguments: Arguments, **gradients: Tensor) -> None:
         q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, *_ = arguments
         batch, heads, self.length, head_dim = q.shape
         self.q, self.planes, self.row = q, batch * heads, self.length + -self.length % COLUMN_MULTIPLE
@@ -80,11 +80,10 @@ class Launch:
             "PARTS": parts, "PADDED": columns // parts, "ALL_PADDED": columns,
             "COLUMNS": max(16, power_of_two(columns)),
         }  # fmt: skip
-        for name, x in {"q": q, "k": k, "v": v, "grad_out": grad_out}.items():
-            if x is not None:
-                self.given[name] = x = x if x.stride(-1) == 1 else x.contiguous()
-                name = "go" if name == "grad_out" else name
-                self.given |= zip((f"{name}_batch", f"{name}_head", f"{name}_row"), x.stride(), strict=False)
+        for name, x in {"q": q, "k": k, "v": v, **gradients}.items():
+            self.given[name] = x = x if x.stride(-1) == 1 else x.contiguous()
+            short = {"grad_out": "go", "grad_sums": "gs"}.get(name, name)
+            self.given |= zip((f"{short}_batch", f"{short}_head", f"{short}_row"), x.stride(), strict=False)
         strides = (0,) * 4 if attn_mask is None else attn_mask.stride()
         self.given |= zip(("mask_batch", "mask_head", "mask_query", "mask_key"), strides, strict=True)
 
