@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from detr_irpe.args import get_predict_parser
 from detr_irpe.boxes import xyxy_to_cxcywh
-from detr_irpe.check_data import naming_problems
+from detr_irpe.data.annotation_problems import naming_problems
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import decode_in_frame
 from detr_irpe.detector import Detector

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from detr_irpe.args import get_check_parser
-from detr_irpe.check_data import annotation_problems, main, quick_check
+from detr_irpe.check_data import main, quick_check
+from detr_irpe.data.annotation_problems import annotation_problems
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.panoptic import CocoPanoptic

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with annotations, as far as it shows without opening an image."""
+
+import filecmp
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detr_irpe.classes import plain_name, same_name
+from detr_irpe.data.annotations import Annotations
+from detr_irpe.data.coco import CocoDetection
+from detr_irpe.data.panoptic import CocoPanoptic
+
+MOST = 0.5  # the part of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
+FRACTIONS = 0.9  # if this part of all boxes lies within one pixel, the unit is not pixels
+CORNERS = 0.1  # if this part of boxes reaches outside, and all could be two corners, they are
+
+
+@dataclass
+class Problem:
+    """One kind of mistake: what it is, how often, and the first few places.
+
+    Attributes:
+        allowed: how often it may come before training does not start.
+    """
+
+    what: str
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+    allowed: float = 0
+
+    def add(self, place: str) -> None:
+        self.count += 1
+        if len(self.places) < 3:
+            self.places.append(place)
+
+    def stops(self) -> bool:
+        return self.count > self.allowed
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.places) else ""
+        return f"{self.what}: {self.count}" + (f" ({', '.join(self.places)}{more})" if self.places else "")
+
+
+Found = list[tuple[Path, Problem]]  # each with the file that it is in
+
+
+def annotation_problems(
+    annotations: Annotations, num_classes: int | None = None, *, train: bool = True, masks: bool = False
+) -> list[Problem]:
+    """The problems that show without opening an image."""
+    boxes, labels = annotations.boxes, annotations.labels
+    owner = annotations.image_of_object()
+    x, y, width, height = boxes.unbind(1)
+    image_height, image_width = annotations.sizes[owner].unbind(1)
+    sized = (image_height > 0) & (image_width > 0)
+    outside = sized & ((x < -1) | (y < -1) | (x + width > image_width + 1) | (y + height > image_height + 1))
+    lost = sized & ((x >= image_width) | (y >= image_height) | (x + width <= 0) | (y + height <= 0))
+    learnable = (width > 0) & (height > 0) & ~lost & (annotations.iscrowd == 0)
+    fractions = len(boxes) > 0 and ((boxes >= 0) & (boxes <= 1)).all(1).float().mean() >= FRACTIONS
+    as_corners = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    as_corners &= (width <= image_width + 1) & (height <= image_height + 1)
+    corners = len(boxes) > 0 and as_corners.all() and outside.float().mean() >= CORNERS
+    rows = np.column_stack([owner, labels, boxes])
+    order = np.lexsort(rows.T)  # equal rows are neighbours, in the order of the file
+    again = torch.zeros(len(rows), dtype=torch.bool)
+    again[order[1:][(rows[order[1:]] == rows[order[:-1]]).all(1)]] = True
+    names = Counter(name.decode() for name in annotations.names)
+    twice = [name for name, count in names.items() if count > 1]
+    unsized = annotations.unsized() if masks else []
+    called = Counter(map(plain_name, annotations.categories.values()))
+    shared = [name for name, count in called.items() if count > 1]
+
+    def boxes_that(what: str, bad: Tensor) -> Problem:
+        places = [annotations.place_of_object(i) for i in bad.nonzero()[:3, 0].tolist()]
+        return Problem(what, int(bad.sum()), places, MOST * len(boxes))
+
+    return [
+        *class_problems(labels, num_classes),
+        Problem("boxes that look like fractions of the image; pixels are wanted", len(boxes) if fractions else 0),
+        Problem("boxes that look like two corners; x, y, width, height are wanted", len(boxes) if corners else 0),
+        Problem("names that several categories have", len(shared), shared[:3], allowed=math.inf),
+        boxes_that("objects with a negative area, which are not scored", annotations.area < 0),
+        boxes_that("boxes with a negative side, which are dropped", (width < 0) | (height < 0)),
+        boxes_that("empty boxes, which are dropped", torch.minimum(width, height) == 0),
+        boxes_that("boxes that reach outside their image, and are clipped to it", outside),
+        Problem("duplicate file names", len(annotations) - len(names), twice[:3]),
+        boxes_that("duplicate objects (same image, category and box)", again),
+        nothing_to_learn(int(learnable.sum()), len(annotations), train),
+        Problem("objects without a mask, and --masks needs one for each", masks and annotations.without_mask or 0),
+        Problem("images without height and width, and --masks needs them", len(unsized), unsized[:3]),
+    ]
+
+
+def panoptic_problems(dataset: CocoPanoptic, num_classes: int | None = None, *, train: bool = True) -> list[Problem]:
+    """The same for a panoptic set, whose segments are objects too."""
+    known = dataset.annotations
+    listed = set() if known is None else set(known.image_ids.tolist())
+    unknown = [] if known is None else [str(i) for i in dataset.image_ids.tolist() if i not in listed]
+    return [
+        *class_problems(dataset.labels, num_classes),
+        nothing_to_learn(int((dataset.iscrowd == 0).sum()), len(dataset), train),
+        Problem(
+            f"images that {known and known.path.name} does not list, and boxes are scored by it",
+            len(unknown),
+            unknown[:3],
+        ),
+    ]
+
+
+def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
+    """Category ids that the class head has no output for."""
+    beyond = labels[labels >= (num_classes if num_classes is not None else torch.iinfo(torch.int64).max)]
+    ids = [str(i) for i in beyond.unique().tolist()]
+    return [Problem(f"category ids out of range (0 to {(num_classes or 0) - 1})", len(beyond), ids[:3])]
+
+
+def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
+    """A set in which every object is a crowd or has no box inside its image."""
+    if not images:
+        return Problem("no images", 1)
+    if train:
+        return Problem("images without one object to learn (all are crowds or have no box)", 0 if objects else images)
+    return Problem("images without one object to find: AP will be -1", 0 if objects else images, allowed=math.inf)
+
+
+def split_problems(train: CocoDetection | CocoPanoptic, val: CocoDetection | CocoPanoptic) -> Found:
+    """What is wrong between two splits: other names, or one file for both."""
+    same = Problem(f"the very annotations of {val.path.name}: figures on images that are trained on", allowed=math.inf)
+    same.count = int(filecmp.cmp(train.path, val.path, shallow=False))
+    found = naming_problems(train.categories, val.categories, train.path, val.path)
+    return [(train.path, same)] * same.count + found
+
+
+def naming_problems(ours: dict[int, str], theirs: dict[int, str], our_file: Path, their_file: Path) -> Found:
+    """Categories with different names or ids in two files: right answers would be scored as wrong."""
+    first, second = our_file.name, their_file.name
+    other = Problem(f"category ids that stand for something else in {second}")
+    new = Problem(f"categories of {second} that {first} does not list", allowed=math.inf)
+    for i, name in theirs.items():
+        elsewhere = [j for j, other_name in ours.items() if same_name(other_name, name)]
+        if i in ours and not same_name(ours[i], name):
+            other.add(f"{i} is {ours[i]!r} in {first} and {name!r} in {second}")
+        elif i not in ours and elsewhere:
+            other.add(f"{name!r} is {elsewhere[0]} in {first} and {i} in {second}")
+        elif i not in ours:
+            new.add(f"{i} {name!r}")
+    return [(our_file, problem) for problem in (other, new) if problem.count]

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with the images of a data set, with its masks and its segment images."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detr_irpe.data.annotation_problems import MOST, Problem
+from detr_irpe.data.annotations import Annotations
+from detr_irpe.data.coco import read_image
+from detr_irpe.data.image_files import FilesInFolder, FilesInZip
+from detr_irpe.data.panoptic import CocoPanoptic
+from detr_irpe.data.segmentations import box_of_mask
+from irpe_train.pixels import is_turned
+
+
+def image_problems(
+    annotations: Annotations,
+    images: FilesInFolder | FilesInZip,
+    looked_at: Sequence[int],
+    *,
+    masks: bool,
+    allowed: float,
+    num_workers: int,
+) -> list[Problem]:
+    """The problems that show when images are decoded: unreadable files, other sizes than annotated, turned photos."""
+    unreadable = Problem("unreadable images", allowed=allowed)
+    other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
+    turned = Problem("photos that are read as stored and shown turned (EXIF)", allowed=math.inf)
+    generator = torch.Generator()  # its own, so that the check does not change the run that follows
+    data = _Decoded(annotations, images, looked_at)
+    decoded = DataLoader(data, batch_size=None, num_workers=num_workers, generator=generator)
+    for index, (height, width, other, error) in zip(looked_at, decoded, strict=True):
+        name, wanted = annotations.names[index].decode(), annotations.sizes[index].tolist()
+        if error:
+            unreadable.add(error)
+        elif 0 not in wanted and wanted != [height, width]:
+            other_size.add(f"{name} is {height} x {width}, annotated {wanted[0]} x {wanted[1]}")
+        elif other:
+            turned.add(name)
+    return [unreadable, other_size, turned]
+
+
+def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
+    """Masks beside the box of their object: in fractions, of another scale, of another object, or empty."""
+    beside = Problem("masks that do not meet the box of their object", allowed=1)
+    for index in looked_at:
+        size, objects = annotations.sizes[index].tolist(), annotations.of_image(index)
+        shapes = annotations.segmentations_of_image(index)
+        for box, number, shape in zip(objects["boxes"].tolist(), objects["ids"].tolist(), shapes, strict=True):
+            if shape:
+                beside.allowed += MOST
+                mask = box_of_mask(shape, *size)
+                low, high = (
+                    [max(mask[i], box[i]) for i in (0, 1)],
+                    [min(b[i] + b[i + 2] for b in (mask, box)) for i in (0, 1)],
+                )
+                if low[0] >= high[0] or low[1] >= high[1]:
+                    beside.add(f"annotation {number} of {annotations.names[index].decode()}")
+    return beside
+
+
+def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allowed: float) -> list[Problem]:
+    """Segment images that cannot be read, or do not fit their image or ``segments_info``."""
+    unreadable = Problem("unreadable segment images", allowed=allowed)
+    other_size = Problem("segment images of another size than their image")
+    unlisted = Problem("segment images with ids that 'segments_info' does not list")
+    absent = Problem("segments that 'segments_info' lists and no pixel has")
+    for index in looked_at:
+        name = dataset.segment_images.name(index)
+        try:
+            ids, segments = dataset.truth(index)
+            image = read_image(dataset.images, index)
+        except OSError as error:
+            unreadable.add(str(error))
+            continue
+        if ids.shape != (image.height, image.width):
+            other_size.add(f"{name} is {ids.shape[0]} x {ids.shape[1]}, not {image.height} x {image.width}")
+        seen, listed = set(np.unique(ids).tolist()) - {0}, {segment["id"] for segment in segments}
+        absent.allowed += MOST * len(listed)
+        for segment_id in sorted(listed - seen):
+            absent.add(f"{segment_id} of {name}")
+        if seen - listed:
+            unlisted.add(name)
+    return [unreadable, other_size, unlisted, absent]
+
+
+class _Decoded(Dataset):
+    """Height and width of an image as training reads it, whether viewers show it turned, or why it cannot be read."""
+
+    def __init__(self, annotations: Annotations, images, only: Sequence[int]) -> None:
+        self.annotations, self.images, self.only = annotations, images, only
+
+    def __len__(self) -> int:
+        return len(self.only)
+
+    def __getitem__(self, number: int) -> tuple[int, int, bool, str]:
+        index = self.only[number]
+        try:
+            image = read_image(self.images, index, self.annotations.sizes[index].tolist())
+        except OSError as error:
+            return 0, 0, False, str(error)
+        return image.height, image.width, is_turned(image), ""
