@@ -56,7 +56,7 @@ class Classifier:
         """The probability of each class, ``(C,)``, on the CPU."""
         shares = self._model(self.pixels(image)).float().softmax(1)[0].cpu()
         if not shares.isfinite().all():
-            raise BadCheckpoint(f"checkpoint {self.source}: its answer is not finite")
+            raise BadCheckpoint(f"checkpoint {self.source}: its output has values that are NaN or infinite")
         return shares
 
 

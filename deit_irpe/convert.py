@@ -51,7 +51,7 @@ def convert(
                 raise BadCheckpoint(f"{name} is not zero: the plain model would compute something else")
             continue
         if new in converted:
-            raise BadCheckpoint(f"two entries would be called {new}, the second is {name}: rename less")
+            raise BadCheckpoint(f"two entries would be called {new}, the second is {name}; change --rename")
         converted[new] = value
     if not converted:
         raise BadCheckpoint(f"no entry begins with {prefix!r}; there are {', '.join(list(weights)[:5])}, ...")

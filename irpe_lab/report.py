@@ -233,7 +233,7 @@ def refuse_to_replace(report: Report) -> None:
     page = report.page
     others = [page.with_suffix(".html"), page.with_suffix(".png")]
     if page in others:
-        raise RunError(f"report: -o {page}: expected the page, such as {page.with_suffix('.md')}; that is beside it")
+        raise RunError(f"report: -o {page}: is written beside the page; name that, such as {page.with_suffix('.md')}")
     others += [report.curves_of(folder) for folder in report.ablations()]
     ours = page.is_file() and read_text(page).startswith(TITLE)
     if found := [] if ours else [path for path in (page, *others) if os.path.lexists(path)]:

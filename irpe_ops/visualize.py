@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.spec is None:
             if args.grid or args.query:
-                raise ValueError("--grid and --query are of one encoding; name it, such as rpe-1.9-product-ctx-1-k")
+                raise ValueError("--grid and --query are for one encoding: name it, such as rpe-1.9-product-ctx-1-k")
             figure = draw_overview()
         else:
             height, width = grid = args.grid or (14, 14)

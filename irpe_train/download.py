@@ -48,7 +48,7 @@ def local_file(path: str | Path) -> Path:
 
     def check(file: Path) -> None:
         if digest and not (found := sha256(file)).startswith(digest[1]):
-            raise BadCheckpoint(f"checkpoint {file}: its sha256 is {found}, not as named. Delete it, fetch again.")
+            raise BadCheckpoint(f"checkpoint {file}: its sha256 is {found}, unlike its name; delete it, fetch it again")
 
     if target.exists():
         check(target)

@@ -62,7 +62,7 @@ class OutputFolder:
         names = list(names)
         counts = Counter(name.casefold() for name in names)
         if twice := [name for name in names if counts[name.casefold()] > 1]:
-            raise RunError(f"two results would be called {twice[0]}: predict one of these images elsewhere")
+            raise RunError(f"two results would be called {twice[0]}: predict one of the images into another --out")
         for folder in {(self.folder / name).parent for name in [LIST, *names]}:
             writable_folder(folder)
         others = [name for name in names if self._state(name) not in (None, self._written.get(name))]

@@ -48,7 +48,7 @@ def open_run(
         then = "Its optimizer and schedule go on as they were"
         warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=(*data_flags, "start_epoch", "save_interval"))
     elif state.epoch >= args.epochs:
-        logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: there is nothing to train")
+        logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: nothing to train; give more --epochs")
     record_start(parser, args, stats)
     images = loader.batch_size * world_size()
     banner(

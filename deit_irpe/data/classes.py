@@ -39,7 +39,7 @@ def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] 
     if only:
         raise ValueError(f"{names[0]} and {names[1]} have different classes; {'; '.join(only)}")
     if len(one) == 1:
-        raise ValueError(f"one class, {one[0]!r}, leaves nothing to learn; the folders of classes lie side by side")
+        raise ValueError(f"one class, {one[0]!r}, leaves nothing to learn; expected one folder a class, side by side")
 
 
 def check_resumed_classes(stored: list[str] | None, classes: list[str], *, source: str) -> None:

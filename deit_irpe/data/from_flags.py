@@ -73,7 +73,7 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
         sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
     batch_size = min(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
     if batch_size < 1:
-        raise ValueError("one training sample per process: Mixup and CutMix pair samples (or --mixup 0 --cutmix 0)")
+        raise ValueError("one training image per process, and Mixup and CutMix mix two: add --mixup 0 --cutmix 0")
     if batch_size < args.batch_size:
         logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
     return TrainLoader(train_set, sampler, batch_size=batch_size, seed=args.seed, **_loading(args, device))

@@ -92,9 +92,9 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
     if args.pretrained and weights and not from_zoo:
         own = tuple(tuple(model.pretrained_cfg[name]) for name in ("mean", "std"))
         if own != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-            logger.warning(f"--pretrained: these weights are of pixels with mean and deviation {own}, not ImageNet's")
+            logger.warning(f"--pretrained: trained on pixels with mean and deviation {own}; here they have ImageNet's")
     if fresh and args.eval:
-        raise ValueError(f"--eval would evaluate a class head that was never trained: {fresh[0]}")
+        raise ValueError(f"--eval: the class head was never trained: {fresh[0]}; leave out --eval to train it")
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
         model.set_distilled_training(args.distillation_type != "none")
     return model

@@ -117,7 +117,7 @@ def start_from(
         if args.eval:
             if fresh := [key for key, what in report.items() if "class_embed" in key]:
                 raise BadCheckpoint(
-                    f"--eval: {fresh[0]} {report[fresh[0]]}; a class head that was never trained is not evaluated"
+                    f"--eval: the class head was never trained ({fresh[0]} {report[fresh[0]]}); train first"
                 )
             compare_for_evaluation(trained, categories, source=start.source)
     if args.frozen_weights:

@@ -74,5 +74,5 @@ def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
         raise ValueError(f"--position_embedding {name!r}: expected one of {', '.join(kinds)}.")
     divisor = 4 if kinds[name] is PositionEmbeddingSine else 2  # two axes, sine and cosine
     if hidden_dim % divisor:
-        raise ValueError(f"--hidden_dim {hidden_dim}: positions of kind {name!r} need one that divides by {divisor}")
+        raise ValueError(f"--hidden_dim {hidden_dim}: positions of kind {name!r} need a multiple of {divisor}")
     return kinds[name](hidden_dim // 2)

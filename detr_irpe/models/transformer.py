@@ -21,7 +21,7 @@ class MultiheadAttention(nn.Module):
     def __init__(self, d_model: int, nhead: int, dropout: float):
         super().__init__()
         if d_model % nhead:
-            raise ValueError(f"--hidden_dim {d_model} does not divide by --nheads {nhead}.")
+            raise ValueError(f"--hidden_dim {d_model} is not a multiple of --nheads {nhead}.")
         self.nhead = nhead
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))

@@ -27,13 +27,13 @@ def test_a_missing_folder(tmp_path):
 def test_a_folder_around_all_classes_is_not_learned_to_100_percent(tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path / split / "images", {"ant": 2, "bee": 2})
-    explained(tmp_path, tmp_path, "one class, 'images', leaves nothing to learn; the folders of classes lie side by")
+    explained(tmp_path, tmp_path, "one class, 'images', leaves nothing to learn; expected one folder a class, side by")
 
 
 def test_one_image_cannot_be_mixed():
     one = LabelledImages(["a"], ["x.png"], [0])
     flags = ["--no-repeated-aug", "--num_workers", "0"]
-    with pytest.raises(ValueError, match="one training sample per process: Mixup and CutMix pair samples"):
+    with pytest.raises(ValueError, match="one training image per process, and Mixup and CutMix mix two"):
         training_loader(get_args_parser().parse_args(flags), one, torch.device("cpu"))
     plain = get_args_parser().parse_args([*flags, "--mixup", "0", "--cutmix", "0"])
     assert len(training_loader(plain, one, torch.device("cpu"))) == 1

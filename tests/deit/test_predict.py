@@ -203,7 +203,7 @@ def test_an_exported_file_is_tried_before_it_is_used(tmp_path):
     assert torch.allclose(model(pixels), pixels.mean((2, 3)), atol=1e-6)
     bad = Classifier(str(small_onnx(tmp_path / "X.ONNX")), torch.device("cpu"))
     bad.pixels = lambda image: torch.full((1, 3, 32, 32), torch.nan)
-    with pytest.raises(BadCheckpoint, match="X.ONNX: its answer is not finite"):
+    with pytest.raises(BadCheckpoint, match="X.ONNX: its output has values that are NaN"):
         bad(None)
 
 

@@ -208,5 +208,5 @@ def test_a_batch_is_images():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="--hidden_dim 16 does not divide by --nheads 3"):
+    with pytest.raises(ValueError, match="--hidden_dim 16 is not a multiple of --nheads 3"):
         tiny_model(nheads=3)

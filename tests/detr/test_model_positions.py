@@ -55,9 +55,7 @@ def test_names():
     with pytest.raises(ValueError, match="--position_embedding 'cosine': expected one of sine, learned"):
         build_position_encoding("cosine", 16)
     for kind, channels, divisor in (("sine", 10, 4), ("sine", 17, 4), ("learned", 17, 2)):
-        with pytest.raises(
-            ValueError, match=f"--hidden_dim {channels}: .* '{kind}' need one that divides by {divisor}"
-        ):
+        with pytest.raises(ValueError, match=f"--hidden_dim {channels}: .* '{kind}' need a multiple of {divisor}"):
             build_position_encoding(kind, channels)
     with pytest.raises(ValueError, match="even number of channels an axis; got 5"):
         PositionEmbeddingSine(5)

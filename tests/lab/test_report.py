@@ -253,7 +253,7 @@ def test_a_page_replaces_no_file_of_somebody_else(logs, name):
 def test_a_page_is_made_anew_and_is_not_its_own_twin(logs):
     for _ in range(2):
         assert report.main([str(logs), "-o", str(logs / "page.md")]) == 0
-    with pytest.raises(SystemExit, match=r"expected the page, such as .*page\.md"):
+    with pytest.raises(SystemExit, match=r"name that, such as .*page\.md"):
         report.main([str(logs), "-o", str(logs / "page.html")])
 
 

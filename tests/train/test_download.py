@@ -26,7 +26,7 @@ def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(downloads, "download", download)
     for _ in range(2):  # the second time it is there
-        with pytest.raises(BadCheckpoint, match="not as named") if name == "wrong" else contextlib.nullcontext():
+        with pytest.raises(BadCheckpoint, match="unlike its name") if name == "wrong" else contextlib.nullcontext():
             assert read_weights(f"https://example.org/a/{file}?download=1")["w"].sum() == 3
     assert asked == [f"https://example.org/a/{file}?download=1"] * (2 if name == "wrong" else 1)
 

@@ -227,7 +227,7 @@ def test_auto_starts_anew_goes_on_and_knows_when_it_is_finished(tmp_path):
 
 def test_a_run_without_epochs_says_so(tmp_path):
     (ended,) = tiny(tmp_path / "run", "--start_epoch", "3")
-    assert "warning: --start_epoch 3 --epochs 3: there is nothing to train" in ended.text
+    assert "warning: --start_epoch 3 --epochs 3: nothing to train" in ended.text
 
 
 def test_another_batch_size_restarts_the_epoch(tmp_path):
