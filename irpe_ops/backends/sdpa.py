@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
-from irpe_ops.rpe_index import has_kernel, rpe_index, under_function_transform
+from irpe_ops.rpe_index import has_kernel, rpe_index, rpe_index_adjoint, under_function_transform
 
 # The memory-efficient kernel wants rows of the mask to start at a multiple of so many elements, or it copies the mask.
 ROW_MULTIPLE = 8
@@ -39,31 +39,23 @@ def attention(call: AttentionCall) -> Tensor:
     sums half precision in fp32.
     """
     q, k, v, rpe_q, rpe_k, _, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
-    mask = None
-    if rpe_k is not None:
-        mask = _added_to_scores(q, rpe_k, height, width, scale)
-    if rpe_q is not None:
-        of_keys = _added_to_scores(k, rpe_q, height, width, scale).transpose(2, 3)
-        mask = of_keys if mask is None else _in_place(mask, torch.Tensor.add_, of_keys)
-    ours = mask is not None
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        added = attn_mask.to(q.dtype)
-        mask = _in_place(mask, torch.Tensor.add_, added) if ours else added
-    excluded = attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else None
+    lookups = _lookups(q, rpe_k, height, width, scale)
+    of_queries = len(lookups)
+    lookups += _lookups(k, rpe_q, height, width, scale)
+    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    added = None if attn_mask is None or boolean else attn_mask.to(q.dtype)
+    excluded = attn_mask if boolean else None
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, :]
         excluded = padding if excluded is None else excluded | padding
-    if excluded is not None:
-        mask = q.new_zeros((1,) * 4) if mask is None else mask
-        mask = _in_place(mask, torch.Tensor.masked_fill_, excluded, -math.inf, ours=ours)
-    empty = None  # queries without a key get zeros; kernels give NaN, zeros or the mean of all values
-    if attn_mask is not None:
-        empty = mask.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1), or what broadcasts to it
-    elif key_padding_mask is not None:
-        empty = padding.all(-1, keepdim=True)
-    if empty is not None:
-        mask = _in_place(mask, torch.Tensor.masked_fill_, empty, 0.0, ours=ours)
-    if mask is not None:
+    unreachable = excluded
+    if added is not None:
+        unreachable = added == -math.inf if excluded is None else excluded | (added == -math.inf)
+    # Queries without a key get zeros; kernels give NaN, zeros or the mean of all values.
+    empty = None if unreachable is None else unreachable.all(-1, keepdim=True)  # broadcasts to (B, H, L, 1)
+    mask = None
+    if lookups or unreachable is not None:
+        mask = _Mask.apply(q.dtype, of_queries, added, excluded, empty, *(x for pair in lookups for x in pair))
         mask = mask.expand(*q.shape[:3], q.shape[2])
         if mask.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
             # Frozen before the tables: PyTorch's CUDA kernel would not keep what its backward pass reads.
@@ -73,21 +65,60 @@ def attention(call: AttentionCall) -> Tensor:
     return out if empty is None else out.masked_fill(empty, 0.0)
 
 
-def _in_place(mask: Tensor, change: Callable, other: Tensor, *rest: float, ours: bool = True) -> Tensor:
-    """``change(mask, other, *rest)``: in place, which keeps rows aligned, if the mask is ours and as large as both."""
+def _lookups(
+    x: Tensor, rpe: Encoding | None, height: int | None, width: int | None, scale: float
+) -> list[tuple[Tensor, Tensor]]:
+    """For each part of the encoding what its buckets add to the scores, and the ids."""
+    dtype = x.dtype if has_kernel(x) else torch.promote_types(x.dtype, torch.float32)
+    parts = () if rpe is None else rpe.parts
+    return [(p.lookup(x, scale, dtype), p.bucket_ids(x.shape[2], height, width, x.device)) for p in parts]
+
+
+class _Mask(torch.autograd.Function):
+    """All that is added to the scores. Its gradient is summed by bucket as it comes.
+
+    Autograd would copy it into rows of whole `ROW_MULTIPLE` first, and write zeros where no weight is, and no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, dtype: torch.dtype, of_queries: int, added: Tensor | None, excluded: Tensor | None, empty: Tensor | None,
+        *lookups: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.of_queries = of_queries
+        ctx.kinds = [(x.shape, x.dtype) for x in lookups[::2]]
+        ctx.added = None if added is None else added.shape
+        ctx.save_for_backward(*lookups[1::2])
+        mask = None
+        for place, (lookup, ids) in enumerate(zip(lookups[::2], lookups[1::2], strict=True)):
+            padded = F.pad(ids, (0, -len(ids) % ROW_MULTIPLE))
+            found = rpe_index(lookup, padded).to(dtype)[..., : len(ids)]
+            found = found if place < of_queries else found.transpose(2, 3)
+            mask = found if mask is None else _in_place(mask, torch.Tensor.add_, found)
+        if added is not None:
+            mask = added.clone() if mask is None else _in_place(mask, torch.Tensor.add_, added)
+        if excluded is not None:
+            mask = torch.zeros((1,) * 4, dtype=dtype, device=excluded.device) if mask is None else mask
+            mask = _in_place(mask, torch.Tensor.masked_fill_, excluded, -math.inf)
+        return mask if empty is None else _in_place(mask, torch.Tensor.masked_fill_, empty, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = []
+        for place, ((shape, dtype), ids) in enumerate(zip(ctx.kinds, ctx.saved_tensors, strict=True)):
+            wanted = None
+            if ctx.needs_input_grad[5 + 2 * place]:
+                of_part = grad if place < ctx.of_queries else grad.transpose(2, 3)
+                of_part = of_part.sum_to_size(*shape[:3], len(ids)).to(dtype)
+                wanted = rpe_index_adjoint(of_part, ids, shape[3])
+            grads += [wanted, None]
+        of_added = grad.sum_to_size(ctx.added) if ctx.needs_input_grad[2] else None
+        return None, None, of_added, None, None, *grads
+
+
+def _in_place(mask: Tensor, change: Callable, other: Tensor, *rest: float) -> Tensor:
+    """``change(mask, other, *rest)``: in place, which keeps rows aligned, if the mask is as large as both."""
     shape = torch.broadcast_shapes(mask.shape, other.shape)
-    if not ours or shape != mask.shape:
+    if shape != mask.shape:
         mask = mask.expand(shape).clone()
     return change(mask, other, *rest)
-
-
-def _added_to_scores(x: Tensor, rpe: Encoding, height: int | None, width: int | None, scale: float) -> Tensor:
-    """``(B or 1, H or 1, L, L)`` in the dtype of x; its rows start at multiples of `ROW_MULTIPLE`."""
-    length = x.shape[2]
-    dtype = x.dtype if has_kernel(x) else torch.promote_types(x.dtype, torch.float32)
-    total = None
-    for part in rpe.parts:
-        ids = F.pad(part.bucket_ids(length, height, width, x.device), (0, -length % ROW_MULTIPLE))
-        found = rpe_index(part.lookup(x, scale, dtype), ids).to(x.dtype)
-        total = found if total is None else total + found
-    return total[..., :length]

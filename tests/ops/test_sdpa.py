@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
 from irpe_ops.backends import sdpa
@@ -107,6 +108,31 @@ def test_rows_of_the_mask_start_at_multiples_of_eight(spec, masks, monkeypatch):
         assert mask.stride(-1) in (1, 8) and all(stride % 8 == 0 for stride in mask.stride()[:2])
     if "q" not in spec.split("-")[-1] or "k" in spec.split("-")[-1]:
         assert mask.stride(-2) == 8 or "bias" in spec
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "bool"])
+@pytest.mark.parametrize("spec", SPECS[1:3])
+def test_the_gradient_of_the_mask_is_summed_as_it_comes(spec, mask):
+    """Not copied into padded rows, and not filled with zeros where a weight was none: these passes cost as much."""
+    packed, encodings, options = example(spec)
+    out = rpe_attention(*packed.permute(2, 0, 3, 1, 4), *encodings, **options, **MASKS[mask], backend="sdpa")
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((function.overloadpacket.__name__, getattr(args[0], "shape", ())))
+            return function(*args, **kwargs or {})
+
+    with Seen():
+        out.sum().backward()
+    assert "slice_backward" not in dict(seen)
+    assert not [shape for name, shape in seen if name.startswith("masked_fill") and shape == (2, 2, 7, 7)]
+
+
+def test_second_derivatives():
+    packed, encodings, options = example()
+    function = lambda x: rpe_attention(*x.permute(2, 0, 3, 1, 4), *encodings, **options, backend="sdpa")  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, packed)
 
 
 @pytest.mark.parametrize("mask", ["none", "padding", "no key"])
