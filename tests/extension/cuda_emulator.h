@@ -123,6 +123,11 @@ T __shfl_sync(unsigned, T value, int lane) {
 }
 
 template <typename T>
+T __ldg(const T* place) {
+  return *place;
+}
+
+template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
 }

@@ -34,7 +34,7 @@ __global__ void sum_by_scanning(View<T> grad, const Id* __restrict__ index, int6
     const T* const values = grad.row(x / buckets / grad.rows, i);
     typename Sum<T>::type sum = 0;
     for (int64_t j = 0; j < grad.columns; ++j) {
-      const int id = safe_id(index[i * grad.columns + j], buckets, bad);
+      const int id = safe_id(index[i * grad.columns + j], static_cast<int>(buckets), bad);
       if (id == x % buckets) sum += widen(values[j * grad.column_stride]);
     }
     narrow(sum, out[x]);

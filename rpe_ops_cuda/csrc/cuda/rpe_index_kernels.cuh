@@ -2,7 +2,6 @@
 //
 // Lookup and sums move far more bytes than they compute, and the id map is the same for every (batch, head) pair, called a
 // plane below. So one block, or warp, works on the same ids for several planes. No atomics: sums have a fixed order.
-// Each file has an obvious version of its kernel, which serves odd sizes, and a fast one.
 #pragma once
 
 #undef NDEBUG  // an id outside the table must stop the kernel in release builds too
@@ -13,6 +12,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <type_traits>
 
 namespace irpe {
 namespace {
@@ -33,15 +33,16 @@ struct View {
         row_stride(s.row_stride), column_stride(s.column_stride) {}
 
   __device__ const T* row(int64_t plane, int64_t i) const {
-    return data + plane / heads * batch_stride + plane % heads * head_stride + i * row_stride;
+    const int p = static_cast<int>(plane), count = static_cast<int>(heads);  // 64-bit division is a hundred instructions
+    return data + p / count * batch_stride + p % count * head_stride + i * row_stride;
   }
 };
 
 // The id, or 0 and a note in `bad` if the table has no such row: the kernel goes on inside its own memory and stops at
 // its end, where the call behind assert() costs no registers.
 template <typename Id>
-__device__ __forceinline__ int safe_id(Id id, int64_t buckets, bool& bad) {
-  const bool good = static_cast<int64_t>(id) >= 0 && static_cast<int64_t>(id) < buckets;
+__device__ __forceinline__ int safe_id(Id id, int buckets, bool& bad) {
+  const bool good = static_cast<std::make_unsigned_t<Id>>(id) < static_cast<unsigned>(buckets);
   bad |= !good;
   return good ? static_cast<int>(id) : 0;
 }
