@@ -47,39 +47,33 @@ static __attribute__((noinline)) void gemm_rows(int64_t registers, int64_t depth
     gemm_block<ROWS, 1, TRANSPOSED>(depth, a, lda, b, ldb, c, ldc, accumulate);
 }
 
+using Block = void (*)(int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+
+template <bool TRANSPOSED, int ROWS = kMaxRows>
+static Block block_of(int64_t rows) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return block_of<TRANSPOSED, ROWS - 1>(rows);
+  return gemm_rows<ROWS, TRANSPOSED>;
+}
+
 template <bool TRANSPOSED>
 static void gemm(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
                  int64_t panel_stride, float* c, int64_t ldc, bool accumulate) {
-  using Block = void (*)(int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
-#if LANES == 8
-  constexpr Block kBlocks[kMaxRows + 1] = {nullptr, gemm_rows<1, TRANSPOSED>, gemm_rows<2, TRANSPOSED>,
-                                           gemm_rows<3, TRANSPOSED>, gemm_rows<4, TRANSPOSED>,
-                                           gemm_rows<5, TRANSPOSED>, gemm_rows<6, TRANSPOSED>};
-#else
-  constexpr Block kBlocks[kMaxRows + 1] = {nullptr, gemm_rows<1, TRANSPOSED>, gemm_rows<2, TRANSPOSED>, nullptr,
-                                           gemm_rows<4, TRANSPOSED>, nullptr, nullptr, nullptr, gemm_rows<8, TRANSPOSED>,
-                                           nullptr, nullptr, nullptr, gemm_rows<12, TRANSPOSED>};
-#endif
   const int64_t panels = (cols + kPanel - 1) / kPanel;
   for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
     const int64_t depth_here = depth - k < kDepth ? depth - k : kDepth;
-    const auto block = [&](int64_t m, int64_t height, int64_t panel) {
-      const int64_t n = panel * kPanel;
-      kBlocks[height](cols - n > LANES ? 2 : 1, depth_here, TRANSPOSED ? a + k * lda + m : a + m * lda + k, lda,
+    const auto block = [&](int64_t m, int64_t panel) {
+      const int64_t n = panel * kPanel, height = rows - m < kMaxRows ? rows - m : kMaxRows;
+      block_of<TRANSPOSED>(height)(cols - n > LANES ? 2 : 1, depth_here, TRANSPOSED ? a + k * lda + m : a + m * lda + k, lda,
                       b + panel * panel_stride + k * ldb, ldb, c + m * ldc + n, ldc, accumulate || k > 0);
-    };
-    const auto height_at = [&](int64_t m) {
-      int64_t height = rows - m < kMaxRows ? rows - m : kMaxRows;
-      while (kBlocks[height] == nullptr) --height;
-      return height;
     };
     // What stays in the first-level cache: one panel of B; or all of a small B, so that A is read once.
     if (TRANSPOSED && depth_here * cols <= kSmall) {
-      for (int64_t m = 0; m < rows; m += height_at(m))
-        for (int64_t panel = 0; panel < panels; ++panel) block(m, height_at(m), panel);
+      for (int64_t m = 0; m < rows; m += kMaxRows)
+        for (int64_t panel = 0; panel < panels; ++panel) block(m, panel);
     } else {
       for (int64_t panel = 0; panel < panels; ++panel)
-        for (int64_t m = 0; m < rows; m += height_at(m)) block(m, height_at(m), panel);
+        for (int64_t m = 0; m < rows; m += kMaxRows) block(m, panel);
     }
   }
 }
