@@ -2,6 +2,7 @@
 """The modes: what a table holds for a bucket, and what it adds to the scores. A mode is one row of `MODES`."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -87,7 +88,10 @@ class _Product(torch.autograd.Function):
             a, b = (_tokens(t).flatten(0, 1)[None] if packed else _rows(t, len(table)) for t in (x, grad))
             with without_autocast(x.device):
                 if table.dtype == torch.float32 and _sums_halves_in_fp32(x.device, x.dtype):
+                    a, b = _in_groups(a, b)
                     grad_table = torch.bmm(a.mT, b, out_dtype=torch.float32)
+                    if len(a) > len(table):
+                        grad_table = grad_table.sum(0, keepdim=True)
                 else:
                     grad_table = a.mT.to(table.dtype) @ b.to(table.dtype)
             if packed:  # the diagonal of all pairs of heads
@@ -106,6 +110,13 @@ def _sums_halves_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 _sums_halves_in_fp32._dynamo_marked_constant = True  # called while torch.compile traces
+
+
+def _in_groups(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """One pair of ``(1, rows, columns)`` as groups of rows: one long product would not fill a GPU."""
+    tiles = -(-a.shape[2] // 128) * -(-b.shape[2] // 128)
+    groups = math.gcd(a.shape[1], 1 << max(0, (128 // tiles).bit_length() - 1)) if len(a) == 1 else 1
+    return (t.unflatten(1, (groups, -1)).flatten(0, 1) for t in (a, b)) if groups > 1 else (a, b)
 
 
 def _rows(x: Tensor, tables: int) -> Tensor:

@@ -131,6 +131,7 @@ def _attend(*arguments):
                        log_sums=log_sums, out=out)  # fmt: skip
         if on_v:
             launch.sum(chunk, kept, sums, peaks, log_sums)
+        del pairs_k, pairs_q, kept, peaks  # before there is room for the next chunk
     return out, sums, log_sums
 
 
@@ -152,19 +153,26 @@ def _differentiate(grad_out, grad_sums, out, sums, log_sums, *arguments):
         pairs_v = launch.spread(chunk, grad_sums if call.on_values else None)
         kept = launch.room(chunk) if pairs_k is None else pairs_k
         launch.by_tile("key_gradient_kernel", "BLOCK_N", chunk, pairs_k=pairs_k, pairs_q=pairs_q, pairs_v=pairs_v,
-                       kept=kept, grad_k=grad_k, grad_v=grad_v, **own)  # fmt: skip
+                       kept=kept, grad_k=grad_k, grad_v=grad_v, num_stages=launch.given["KEY_STAGES"],
+                       **own)  # fmt: skip
         launch.by_tile("query_gradient_kernel", "BLOCK_M", chunk, kept=kept, grad_q=grad_q)
         if pairs_k is not None:
             launch.sum(chunk, kept, grad_lookup_k)
         if pairs_q is not None:
             launch.sum(chunk, pairs_q, grad_lookup_q)
+        del pairs_k, pairs_q, pairs_v, kept  # before there is room for the next chunk
     return grads
 
 
 def _gradients(grad_out, grad_sums, out, sums, log_sums, *arguments) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
-    lookups = (call.q.new_empty(0) if x is None else torch.empty_like(x) for x in (call.lookup_k, call.lookup_q))
+    lookups = (call.q.new_empty(0) if x is None else _rows_like(x) for x in (call.lookup_k, call.lookup_q))
     return *(_side_by_side(call.q) for _ in range(3)), *lookups
+
+
+def _rows_like(x: Tensor) -> Tensor:
+    """In the order of ``x`` if its rows are adjacent in memory, as those of the result have to be."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 # The dispatcher's words for the fields of `Arguments`, whose list both operators share.

@@ -55,16 +55,15 @@ def positions(tokens, length, height, width, skip):
 
 
 @triton.jit
-def ones_of(token, others, columns, offset_table, length, height, width, skip, table_size, PARTS: tl.constexpr,
-            PADDED: tl.constexpr):  # fmt: skip
-    """(columns, others): 1 in the bucket of each pair of the one token and another; for two maps two ones a pair."""
+def ids_of(token, others, offset_table, length, height, width, skip, table_size, PARTS: tl.constexpr):
+    """The buckets of the one token paired with others, by the one map or the two."""
     as_query, unused_key = positions(token, length, height, width, skip)
     unused_query, as_key = positions(others, length, height, width, skip)
     pair = offset_table + (as_query - as_key)
-    ones = columns[:, None] == tl.load(pair).to(tl.int32)[None, :]
+    first = tl.load(pair).to(tl.int32)
     if PARTS == 2:
-        ones = ones | (columns[:, None] == tl.load(pair + table_size).to(tl.int32)[None, :] + PADDED)
-    return tl.where(ones, 1.0, 0.0)
+        return first, tl.load(pair + table_size).to(tl.int32)
+    return first, first
 
 
 @triton.jit
@@ -146,22 +145,23 @@ def mask_scores(scores, padding, mask, mask_query, mask_key, queries, keys, leng
 def spread_kernel(
     lookup, offset_table, pairs, batch_stride, head_stride, row_stride,
     heads, length, height, width, skip, table_size, first, planes, row,
-    PARTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PARTS: tl.constexpr, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """pairs[p, i, j] = lookup[first + p, i, id(i, j)] for one token i, BLOCK_N tokens j, and BLOCK_P planes."""
+    """pairs[p, i, j] = lookup[first + p, i, id(i, j)] for one token i, BLOCK_N tokens j, and BLOCK_P planes.
+
+    A row of lookups is one or two lines of the L1 cache, which neighbouring threads read from.
+    """
     token, local = tl.program_id(0), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    plane, columns = first + local, tl.arange(0, COLUMNS)
-    place = bucket_row(plane, token, heads, batch_stride, head_stride, row_stride)
-    mask = (local < planes)[:, None] & (columns < PARTS * PADDED)[None, :]
-    values = tl.load(lookup + place[:, None] + columns[None, :], mask=mask, other=0.0)
-    row = row // 8 * 8
-    pairs += (local.to(tl.int64) * length + token) * row
     others = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ones = ones_of(token, others, columns, offset_table, length, height, width, skip, table_size, PARTS, PADDED)
-    here = dot(values, ones.to(values.dtype), "ieee", INTERPRETED)  # exact: one factor is 0 or 1
+    first_ids, second_ids = ids_of(token, others, offset_table, length, height, width, skip, table_size, PARTS)
+    source = lookup + bucket_row(first + local, token, heads, batch_stride, head_stride, row_stride)[:, None]
+    row = row // 8 * 8
     mask = (local < planes)[:, None] & (others < row)[None, :]
-    tl.store(pairs[:, None] + others[None, :], here.to(pairs.dtype.element_ty), mask=mask)
+    found = tl.load(source + first_ids[None, :], mask=mask)
+    if PARTS == 2:
+        found = found.to(tl.float32) + tl.load(source + (second_ids + PADDED)[None, :], mask=mask).to(tl.float32)
+    pairs += (local.to(tl.int64) * length + token) * row
+    tl.store(pairs[:, None] + others[None, :], found.to(pairs.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -185,10 +185,13 @@ def sum_kernel(
     pairs += (local.to(tl.int64) * length + token) * row
     for start in range(0, length, BLOCK_N):
         others = start + tl.arange(0, BLOCK_N)
-        ones = ones_of(token, others, columns, offset_table, length, height, width, skip, table_size, PARTS, PADDED)
+        first_ids, second_ids = ids_of(token, others, offset_table, length, height, width, skip, table_size, PARTS)
+        ones = columns[:, None] == first_ids[None, :]
+        if PARTS == 2:
+            ones = ones | (columns[:, None] == second_ids[None, :] + PADDED)
         mask = (local < planes)[:, None] & (others < row)[None, :]
         values = tl.load(pairs[:, None] + others[None, :], mask=mask, other=0.0)
-        here = dot(values, tl.trans(ones.to(values.dtype)), "ieee", INTERPRETED)
+        here = dot(values, tl.trans(tl.where(ones, 1.0, 0.0).to(values.dtype)), "ieee", INTERPRETED)
         if RELATIVE:
             peak = tl.load(peaks + start // BLOCK_N, mask=local < planes, other=0.0)
             here = here * tl.exp2(peak - log_sum)[:, None]

@@ -106,7 +106,7 @@ class Launch:
         if lookup.stride(-1) != 1 or any(stride % COLUMN_MULTIPLE for stride in lookup.stride()[:3]):
             lookup = lookup.contiguous()
         pairs = self.room(chunk)
-        self._by_token("spread_kernel", chunk, lookup, lookup=lookup, pairs=pairs)
+        self._by_token("spread_kernel", chunk, spread_tiles(self.row), lookup, lookup=lookup, pairs=pairs)
         return pairs
 
     def sum(self, chunk: Chunk, pairs: Tensor, sums: Tensor, peaks: Tensor | None = None, log_sums=None) -> None:
@@ -114,14 +114,15 @@ class Launch:
 
         With ``peaks`` and ``log_sums`` they are the weights that `forward_kernel` has kept.
         """
-        relative = {"RELATIVE": peaks is not None, "BLOCK_N": self.given["BLOCK_N"]}
-        self._by_token("sum_kernel", chunk, sums, pairs=pairs, sums=sums, peaks=peaks, log_sums=log_sums, **relative)
+        tiles = sum_tiles(self.q.dtype, self.given["COLUMNS"], chunk.planes) | {"BLOCK_N": self.given["BLOCK_N"]}
+        self._by_token("sum_kernel", chunk, tiles, sums, pairs=pairs, sums=sums, peaks=peaks, log_sums=log_sums,
+                       RELATIVE=peaks is not None)  # fmt: skip
 
-    def _by_token(self, kernel: str, chunk: Chunk, bucketed: Tensor, **more) -> None:
-        more |= zip(("batch_stride", "head_stride", "row_stride"), bucketed.stride(), strict=False)
-        tiles = by_token(self.q.dtype, self.given["COLUMNS"], chunk.planes) | more
+    def _by_token(self, kernel: str, chunk: Chunk, tiles: dict, bucketed: Tensor, **more) -> None:
+        strides = dict(zip(("batch_stride", "head_stride", "row_stride"), bucketed.stride(), strict=False))
         others = -(-self.row // tiles["BLOCK_N"]) if kernel == "spread_kernel" else 1
-        self._run(kernel, (self.length, -(-chunk.planes // tiles["BLOCK_P"]), others), chunk, **tiles)
+        grid = (self.length, -(-chunk.planes // tiles["BLOCK_P"]), others)
+        self._run(kernel, grid, chunk, **tiles, **strides, **more)
 
     def by_tile(self, kernel: str, block: str, chunk: Chunk, **more) -> None:
         """Run a kernel whose programs take BLOCK_M queries, or BLOCK_N keys, of one plane; ``more`` are arguments."""
@@ -166,14 +167,19 @@ def constants(dtype: torch.dtype, head_dim: int, generation: int) -> dict:
         "INTERPRETED": INTERPRETED,
         "num_warps": 4 if wide else 8,
         "num_stages": 2 if wide else 1,
+        "KEY_STAGES": 3 if wide and head <= 64 and generation == 9 else 2 if wide else 1,
     }
 
 
-def by_token(dtype: torch.dtype, columns: int, planes: int) -> dict:
-    """How the kernels that take one token of many planes are compiled."""
+def spread_tiles(row: int) -> dict:
+    """How `spread_kernel` is compiled: one token, with others along a row, in some planes."""
+    return {"BLOCK_P": 16, "BLOCK_N": min(256, max(64, power_of_two(row))), "num_warps": 4, "num_stages": 1}
+
+
+def sum_tiles(dtype: torch.dtype, columns: int, planes: int) -> dict:
+    """How `sum_kernel` is compiled, apart from BLOCK_N."""
     most = 64 if columns <= 128 and dtype != torch.float32 else 32
-    return {"BLOCK_P": min(max(16, power_of_two(planes)), most), "BLOCK_N": 64 if columns <= 128 else 32,
-            "num_warps": 4, "num_stages": 3}  # fmt: skip
+    return {"BLOCK_P": min(max(16, power_of_two(planes)), most), "num_warps": 4, "num_stages": 3}
 
 
 def fp32_products() -> str:

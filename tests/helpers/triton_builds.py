@@ -63,9 +63,12 @@ def compile_kernel(name: str, *, head_dim: int, buckets: int, arch: int, dtype=t
     columns = max(16, triton_launch.power_of_two(padded))
     constants = triton_launch.constants(dtype, head_dim, arch // 10) | _NO_FLAGS | flags
     constants |= {"PADDED": padded // parts, "ALL_PADDED": padded, "COLUMNS": columns}
-    if name in ("spread_kernel", "sum_kernel"):
-        relative = {"RELATIVE": constants["ON_V"], "BLOCK_N": constants["BLOCK_N"]} if name == "sum_kernel" else {}
-        constants |= triton_launch.by_token(dtype, columns, 64) | relative
+    if name == "spread_kernel":
+        constants |= triton_launch.spread_tiles(200)
+    elif name == "sum_kernel":
+        constants |= triton_launch.sum_tiles(dtype, columns, 64) | {"RELATIVE": constants["ON_V"]}
+    elif name == "key_gradient_kernel":
+        constants["num_stages"] = constants["KEY_STAGES"]
     constants |= tiles or {}
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}

@@ -70,8 +70,12 @@ def test_a_registered_method():
     assert_right(*example("rpe-1.0-reach-ctx-1-qkv", (2, 3), 1, batch=1))
 
 
-def test_a_registered_mode():
-    modes.MODES["half"] = modes.MODES["ctx"]._replace(lookup=lambda x, table: modes.product(x, table) / 2)
+LAYOUTS = [lambda x: x, lambda x: x.mT.contiguous().mT, lambda x: torch.cat([x, x[..., :1]], -1)[..., :-1]]
+
+
+@pytest.mark.parametrize("lay_out", LAYOUTS, ids=["rows", "columns", "rows of odd lengths"])
+def test_a_registered_mode(lay_out):
+    modes.MODES["half"] = modes.MODES["ctx"]._replace(lookup=lambda x, table: lay_out(modes.product(x, table) / 2))
     assert_right(*example("rpe-1.0-product-half-1-qk", (2, 3), 1, batch=1))
 
 
