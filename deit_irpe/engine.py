@@ -38,15 +38,8 @@ def train_one_epoch(
     Returns: means over the epoch's iterations: ``lr`` of the first parameter group, ``loss``.
     """
     model.train(train_mode)
-    meters, header = steps.state.meters, f"Epoch: [{steps.state.epoch}]"
-    for images, targets in meters.log_every(
-        steps,
-        every=10,
-        header=header,
-        start=steps.state.step,
-        images_per_step=steps.images_per_step,
-        later=steps.seconds_later,
-    ):
+    meters = steps.state.meters
+    for images, targets in steps.log_every(10):
         images = images.to(precision.device, non_blocking=True)
         targets = targets.to(precision.device, non_blocking=True)
         if mixup is not None:

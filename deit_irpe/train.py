@@ -24,7 +24,6 @@ from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching
 from irpe_train.distributed import logger
-from irpe_train.download import local_file
 from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -124,9 +123,7 @@ def evaluate_only(
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect:
         source = checkpoint.source if checkpoint is not None else models.starting_weights(args)
-        file = local_file(source) if source else None
-        about = dict(checkpoint=file, data=[data.validation_data(args)])
-        row = card.row_to_expect(args.expect, [file.stem if file else "", args.model], figure="acc1", **about)
+        expected = card.Expected(args.expect, source, args.model, figure="acc1", data=data.validation_data(args))
     number, confusion = len(val_set.classes), None
     if args.output_dir and number <= MOST_CONFUSED:
         confusion = torch.zeros(number, number, dtype=torch.int64)
@@ -138,9 +135,7 @@ def evaluate_only(
         files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
         logger.info(f"confusion matrix: {', '.join(map(str, files))}")
     if args.expect and distributed.is_main():
-        measured = {"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}
-        if not card.expect(row, measured, **about, output_dir=args.output_dir):
-            raise SystemExit(1)
+        expected.meet({"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}, args.output_dir)
 
 
 # --- what the flags stand for

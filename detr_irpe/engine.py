@@ -31,15 +31,8 @@ def train_one_epoch(
     """
     model.train()
     criterion.train()
-    meters, header = steps.state.meters, f"Epoch: [{steps.state.epoch}]"
-    for images, targets in meters.log_every(
-        steps,
-        every=10,
-        header=header,
-        start=steps.state.step,
-        images_per_step=steps.images_per_step,
-        later=steps.seconds_later,
-    ):
+    meters = steps.state.meters
+    for images, targets in steps.log_every(10):
         images, targets = to_device(images, targets, precision.device)
         with precision.autocast():
             outputs = model(images)

@@ -24,7 +24,6 @@ from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching, write_checkpoint
 from irpe_train.distributed import logger
-from irpe_train.download import local_file
 from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -122,18 +121,13 @@ def evaluate_only(
     elif start is None:
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect:
-        used = checkpoint or start
-        file = local_file(used.source) if used else None
-        about = dict(checkpoint=file, data=[Path(args.coco_path) / "annotations" / "instances_val2017.json"])
-        candidates = [args.pretrained, file.stem if file else "", args.enc_rpe2d]
-        row = card.row_to_expect(args.expect, candidates, figure="AP", **about)
+        source, file = (checkpoint or start or Checkpoint("", {})).source, "annotations/instances_val2017.json"
+        expected = card.Expected(args.expect, source, args.enc_rpe2d, figure="AP", data=Path(args.coco_path) / file)
     stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
     write_eval(args.output_dir, curves, ("eval.pth",))
     if args.expect and distributed.is_main():
         names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-        measured = dict(zip(names, stats["coco_eval_bbox"], strict=False)) | count(model)
-        if not card.expect(row, measured, **about, output_dir=args.output_dir):
-            raise SystemExit(1)
+        expected.meet(dict(zip(names, stats["coco_eval_bbox"], strict=False)) | count(model), args.output_dir)
 
 
 def score(

@@ -21,13 +21,13 @@ import torch
 
 from irpe_train.config import ROOT
 from irpe_train.distributed import logger
-from irpe_train.download import sha256
+from irpe_train.download import local_file, sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.run_log import PACKAGES, surroundings
 from irpe_train.text_files import write_text
-from irpe_train.zoo import Entry, Zoo, read_zoo
+from irpe_train.zoo import Entry, read_zoo
 
 NOT_RUN = "not run"
 
@@ -54,7 +54,7 @@ class Line:
         return "PASS" if abs(self.difference) <= self.tolerance + 1e-9 else "FAIL"
 
 
-def compare(name: str, measured: Mapping[str, float], zoo: Zoo | None = None) -> list[Line]:
+def compare(name: str, measured: Mapping[str, float]) -> list[Line]:
     """One line for every figure that is published for the zoo entry ``name``, in the order of the file.
 
     Args:
@@ -62,7 +62,7 @@ def compare(name: str, measured: Mapping[str, float], zoo: Zoo | None = None) ->
             ``buckets``; ``params_M`` is made of ``n_parameters``.
     Raises: ValueError: unknown ``name``, or a measured figure without a published one (a misspelt one never fails).
     """
-    zoo = zoo or read_zoo()
+    zoo = read_zoo()
     expect = zoo.find(name).expect
     measured = dict(measured)
     if "n_parameters" in measured and "params_M" in expect:
@@ -80,14 +80,14 @@ def verdict(lines: Iterable[Line]) -> str:
     return "partial" if NOT_RUN in verdicts else "PASS"
 
 
-def choose(wanted: str, candidates: Iterable[str], zoo: Zoo | None = None) -> str:
+def choose(wanted: str, candidates: Iterable[str]) -> str:
     """The zoo entry a run is compared with: ``wanted``, or for ``"auto"`` the first candidate that the zoo has.
 
     Args:
-        candidates: names that may be zoo names: stem of the checkpoint or config, model name, spec.
+        candidates: names that may be zoo names: stem of the checkpoint, model name or spec.
     Raises: ValueError: neither; lists the names.
     """
-    zoo = zoo or read_zoo()
+    zoo = read_zoo()
     if wanted != "auto":
         return zoo.find(wanted).name
     candidates = [name for name in candidates if name]
@@ -100,69 +100,55 @@ def choose(wanted: str, candidates: Iterable[str], zoo: Zoo | None = None) -> st
     )
 
 
-def row_to_expect(
-    wanted: str,
-    candidates: Iterable[str],
-    *,
-    figure: str,
-    checkpoint: str | Path | None = None,
-    data: Iterable[str | Path] = (),
-) -> str:
-    """The zoo entry for `expect`. Call it before the evaluation, so that a mistake shows at once.
+class Expected:
+    """``--expect``: the published row for an evaluation. Made before it, so that a mistake shows at once.
 
-    Args: figure: what the evaluation measures, such as ``acc1``.
+    Args:
+        wanted: the row, or ``auto``, see `choose`. source: path or address of the checkpoint, empty for none.
+        name: of the model, which may be a row's.
+        figure: what the evaluation measures, such as ``acc1``.
+        data: the validation folder or file.
     Raises: ValueError: see `choose`, or the row has no such figure; FileNotFoundError: the checkpoint or data that the
         card will name are not there.
     """
-    for path in (*([checkpoint] if checkpoint else []), *data):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"--expect: the card would name {path}, which is not there")
-    name = choose(wanted, candidates)
-    if figure not in (published := read_zoo().find(name).expect):
-        raise ValueError(f"--expect {name}: its figures are {', '.join(published)}; this evaluation measures {figure}")
-    return name
 
+    def __init__(self, wanted: str, source: str, name: str, *, figure: str, data: Path):
+        self.data, self.checkpoint = data, local_file(source) if source else None
+        for path in filter(None, (self.checkpoint, data)):
+            if not path.exists():
+                raise FileNotFoundError(f"--expect: the card would name {path}, which is not there")
+        self.row = choose(wanted, [self.checkpoint.stem if self.checkpoint else "", name])
+        if figure not in (published := read_zoo().find(self.row).expect):
+            raise ValueError(
+                f"--expect {self.row}: its figures are {', '.join(published)}; this evaluation measures {figure}"
+            )
 
-def expect(
-    name: str,
-    measured: Mapping[str, float],
-    *,
-    checkpoint: str | Path | None = None,
-    data: Iterable[str | Path] = (),
-    output_dir: str | Path | None = None,
-) -> bool:
-    """Print the card of this evaluation and save it as ``card.json`` and ``.md``. Returns: whether no figure failed.
+    def meet(self, measured: Mapping[str, float], output_dir: str | Path) -> None:
+        """Print the card and save it as ``card.json`` and ``.md``. Raises: SystemExit: a figure failed.
 
-    Args:
-        name: of `row_to_expect`. measured: see `compare`.
-        checkpoint: the file that was evaluated. data: the validation folders or files.
-    """
-    card = make_card(name, measured, checkpoint=checkpoint, data=data)
-    logger.info(to_markdown(card))
-    if output_dir:
-        write_card(card, Path(output_dir) / "card")
-    return card["verdict"] != "FAIL"
+        Args: measured: see `compare`. output_dir: empty: nothing is saved.
+        """
+        card = make_card(self.row, measured, checkpoint=self.checkpoint, data=[self.data])
+        logger.info(to_markdown(card))
+        if output_dir:
+            write_card(card, Path(output_dir) / "card")
+        if card["verdict"] == "FAIL":
+            sys.exit(1)
 
 
 def make_card(
-    name: str,
-    measured: Mapping[str, float],
-    *,
-    checkpoint: str | Path | None = None,
-    data: Iterable[str | Path] = (),
-    zoo: Zoo | None = None,
+    name: str, measured: Mapping[str, float], *, checkpoint: Path | None = None, data: Iterable[Path] = ()
 ) -> dict:
-    """The card as plain data. See `expect` for the arguments."""
-    zoo = zoo or read_zoo()
-    lines = compare(name, measured, zoo)
+    """The card as plain data. See `Expected` for the arguments."""
+    zoo, lines = read_zoo(), compare(name, measured)
     return {
         "name": name,
         "verdict": verdict(lines),
         "source": zoo.source,
         "config": zoo.find(name).config,
         "figures": [asdict(line) | {"difference": line.difference, "verdict": line.verdict} for line in lines],
-        "checkpoint": None if not checkpoint else {"file": Path(checkpoint).name, "sha256": sha256(Path(checkpoint))},
-        "data": [fingerprint(Path(path)) for path in data],
+        "checkpoint": checkpoint and {"file": checkpoint.name, "sha256": sha256(checkpoint)},
+        "data": [fingerprint(path) for path in data],
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -269,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         writable_folder(args.output, "-o")
         for entry in [zoo.find(name) for name in args.names or zoo.models]:
-            card = make_card(entry.name, count_without_data(entry), zoo=zoo)
+            card = make_card(entry.name, count_without_data(entry))
             write_card(card, args.output / entry.name)
             print(to_markdown(card))
             failed += card["verdict"] == "FAIL"

@@ -3,7 +3,7 @@
 
 The loop iterates over a ``Steps``; what must happen at the same step on every rank happens here:
 
-    for batch in steps:
+    for batch in steps.log_every(10):
         loss = ...
         steps.watch(loss, lr=lr)
         precision.backward(loss / steps.group_size)
@@ -15,6 +15,7 @@ The loop iterates over a ``Steps``; what must happen at the same step on every r
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -67,19 +68,21 @@ class Steps:
         self._bad_looked_at = 0
         state.fit_to(len(loader), mix(loader.batch_size, accumulate, seed))
 
-    def seconds_later(self, step_time: float) -> float:
-        """Seconds left after this epoch's training, if a step takes ``step_time`` seconds."""
-        epochs = max(self.epochs - self.state.epoch, 1)
-        return step_time * len(self) * (epochs - 1) + self._between * epochs
-
     def __len__(self) -> int:
         """Steps in a whole epoch."""
         return len(self.loader)
 
-    @property
-    def images_per_step(self) -> int:
-        """Of all ranks together."""
-        return self.loader.batch_size * world_size()
+    def log_every(self, every: int) -> Iterator:
+        """The batches; ``state.meters`` report at every so many of them, with the time that the run will take."""
+        epochs = max(self.epochs - self.state.epoch, 1)
+        return self.state.meters.log_every(
+            self,
+            every=every,
+            header=f"Epoch: [{self.state.epoch}]",
+            start=self.state.step,
+            images_per_step=self.loader.batch_size * world_size(),
+            later=lambda step_time: step_time * len(self) * (epochs - 1) + self._between * epochs,
+        )
 
     def __iter__(self):
         state = self.state

@@ -39,7 +39,7 @@ class Criterion(torch.nn.Module):
 class Steps(list):
     """Two steps, each an update."""
 
-    images_per_step, group_size, group_ends = 1, 1, True
+    group_size, group_ends = 1, True
     state = SimpleNamespace(meters=MetricLogger(), epoch=0, step=0)
 
     def watch(self, loss, **terms):
@@ -48,8 +48,8 @@ class Steps(list):
     def confirm(self):
         pass
 
-    def seconds_later(self, step_time):
-        return 0.0
+    def log_every(self, every):
+        return self.state.meters.log_every(self, every=every)
 
 
 def batch(image_id, size, original):

@@ -82,10 +82,8 @@ def get_parser():
 
 def train_one_epoch(model, steps, state, precision, device, args):
     model.train()
-    meters, header = state.meters, f"Epoch: [{state.epoch}]"
-    for points, labels in meters.log_every(
-        steps, every=5, header=header, start=state.step, images_per_step=steps.images_per_step
-    ):
+    meters = state.meters
+    for points, labels in steps.log_every(5):
         points, labels = points.to(device), labels.to(device)
         here = [distributed.rank(), state.epoch, state.step]
         time.sleep(args.step_time)

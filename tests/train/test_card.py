@@ -33,9 +33,15 @@ ZOO = Zoo(
 
 
 def verdicts(**measured):
-    return {line.figure: line.verdict for line in card.compare("net", measured, ZOO)}
+    return {line.figure: line.verdict for line in card.compare("net", measured)}
 
 
+@pytest.fixture
+def zoo(monkeypatch):
+    monkeypatch.setattr(card, "read_zoo", lambda: ZOO)
+
+
+@pytest.mark.usefixtures("zoo")
 def test_verdicts():
     assert verdicts(acc1=73.7, n_parameters=5755816) == {"acc1": "PASS", "params_M": "PASS", "n_parameters": "PASS"}
     assert verdicts(acc1=73.85)["acc1"] == "PASS" and verdicts(acc1=73.55)["acc1"] == "PASS"
@@ -54,23 +60,26 @@ def test_verdicts():
         ({"acc1": 70.0}, "FAIL"),
     ],
 )
+@pytest.mark.usefixtures("zoo")
 def test_the_verdict_of_a_card(measured, verdict):
     """PASS is every published figure; a card of nothing does not pass, and one of some figures is partial."""
-    assert card.make_card("net", measured, zoo=ZOO)["verdict"] == verdict
+    assert card.make_card("net", measured)["verdict"] == verdict
 
 
+@pytest.mark.usefixtures("zoo")
 def test_a_misspelt_figure_is_an_error():
     with pytest.raises(ValueError, match="no published acc_1; there are acc1, params_M, n_parameters"):
-        card.compare("net", {"acc_1": 73.7}, ZOO)
+        card.compare("net", {"acc_1": 73.7})
 
 
+@pytest.mark.usefixtures("zoo")
 def test_which_row():
-    assert card.choose("auto", ["checkpoint", "", "net"], ZOO) == "net"
-    assert card.choose("net", [], ZOO) == "net"
+    assert card.choose("auto", ["checkpoint", "", "net"]) == "net"
+    assert card.choose("net", []) == "net"
     with pytest.raises(ValueError, match="called checkpoint or deit_x; name the row: --expect NAME"):
-        card.choose("auto", ["checkpoint", "deit_x"], ZOO)
+        card.choose("auto", ["checkpoint", "deit_x"])
     with pytest.raises(ValueError, match="no published checkpoint 'nte'"):
-        card.choose("nte", ["net"], ZOO)
+        card.choose("nte", ["net"])
 
 
 def test_fingerprint(tmp_path, monkeypatch):
@@ -104,7 +113,8 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"123")
     name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
     measured = {"acc1": 73.68, "acc5": 92.04, "n_parameters": 5755816}
-    assert card.expect(name, measured, checkpoint=tmp_path / "x.pth", output_dir=tmp_path / "out")
+    about = dict(figure="acc1", data=tmp_path)
+    card.Expected(name, str(tmp_path / "x.pth"), "", **about).meet(measured, tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "card.json").read_text())
     assert saved["verdict"] == "partial" and saved["checkpoint"]["sha256"].startswith("a665a459")
     assert saved["versions"]["torch"] and saved["hardware"]
@@ -113,24 +123,25 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
     assert text.startswith(f"# {name}: partial (2 of 6 figures not run)")
     assert "| acc1 | 73.68 | 73.7 | -0.02 | 0.15 | PASS |" in text
     assert "| n_parameters | 5,755,816 | 5,755,816 | +0 | 0 | PASS |" in text
-    assert not card.expect(name, measured | {"acc1": 70.0})
+    with pytest.raises(SystemExit, match="1"):
+        card.Expected("auto", "", name, **about).meet(measured | {"acc1": 70.0}, "")
 
 
 def test_what_the_card_will_name_is_looked_for_before_the_evaluation(tmp_path):
     name, file = "deit_tiny_patch16_224_ctx_product_50_shared_k", tmp_path / "x.pth"
     with pytest.raises(FileNotFoundError, match="--expect: the card would name .*x.pth, which is not there"):
-        card.row_to_expect(name, [], figure="acc1", checkpoint=file)
+        card.Expected(name, str(file), "", figure="acc1", data=tmp_path)
     file.write_bytes(b"123")
-    assert card.row_to_expect("auto", ["x", name], figure="acc5", checkpoint=file, data=[tmp_path]) == name
+    assert card.Expected("auto", str(file), name, figure="acc5", data=tmp_path).row == name
     with pytest.raises(FileNotFoundError, match="the card would name .*val, which is not there"):
-        card.row_to_expect(name, [], figure="acc1", checkpoint=file, data=[tmp_path / "val"])
+        card.Expected(name, str(file), "", figure="acc1", data=tmp_path / "val")
 
 
-def test_a_row_of_the_other_task_is_refused_before_the_evaluation():
+def test_a_row_of_the_other_task_is_refused_before_the_evaluation(tmp_path):
     with pytest.raises(ValueError, match="--expect deit_tiny.*: its figures are acc1, .*; this evaluation measures AP"):
-        card.row_to_expect("deit_tiny_patch16_224_ctx_product_50_shared_k", [], figure="AP")
+        card.Expected("deit_tiny_patch16_224_ctx_product_50_shared_k", "", "", figure="AP", data=tmp_path)
     with pytest.raises(ValueError, match="--expect rpe-2.0-.*: its figures are AP.*; this evaluation measures acc1"):
-        card.row_to_expect("auto", ["rpe-2.0-product-ctx-1-k"], figure="acc1")
+        card.Expected("auto", "", "rpe-2.0-product-ctx-1-k", figure="acc1", data=tmp_path)
 
 
 def told_here(command, *, cwd, **_):
