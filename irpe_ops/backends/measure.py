@@ -154,15 +154,27 @@ def _distance(ours: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    """The median of a few rounds after two to warm up, a run.
-
-    A round is one run; on a GPU several in a row, as in a step, where Python launches work while the GPU is busy.
-    """
-    times, runs = [], 5 if device.type == "cuda" else 1
+    """The median of a few rounds after two to warm up: on a GPU its own time, without Python's to launch the work."""
+    times = []
     for _ in range(rounds + 2):
         start = time.perf_counter()
-        for _ in range(runs):
-            run()
+        run()
         _wait(device)
-        times.append(1e3 * (time.perf_counter() - start) / runs)
+        times.append(1e3 * (time.perf_counter() - start))
+    if device.type == "cuda":
+        return _gpu_milliseconds(run, launched_within=2 * statistics.median(times), rounds=rounds)
     return statistics.median(times[2:])
+
+
+def _gpu_milliseconds(run: Callable[[], object], launched_within: float, rounds: int) -> float:
+    """The median of a few rounds. Each waits in the GPU's queue until all of it is launched, as in a busy training."""
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(launched_within * 2_000_000))  # cycles, at about 2 GHz
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)

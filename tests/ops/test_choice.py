@@ -27,6 +27,13 @@ def make_call(spec="rpe-1.9-product-ctx-1-qkv", dropout_p=0.0, dtype=torch.float
     return AttentionCall(q.requires_grad_(), k, v, *encodings, *grid, dropout_p=dropout_p, scale=0.5, **options)
 
 
+def make_layer():
+    layer = torch.nn.Module()
+    layer.attn_backend = "auto"
+    layer.rpe_q, layer.rpe_k, layer.rpe_v = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k", 1), 8, 2)
+    return layer
+
+
 class Clock:
     """Each look at it is a millisecond later; ``slow`` takes as many more as it was called before."""
 
@@ -283,6 +290,18 @@ def test_what_cannot_run_the_call_is_no_candidate(fakes):
     assert sum(fakes.runs.values()) == 0  # one candidate: nothing to measure
 
 
+@pytest.mark.filterwarnings("ignore:attention backend")
+def test_the_first_that_is_right_where_two_runs_must_choose_alike(fakes):
+    """``slow`` stands before ``eager``, which is faster; ``raising`` stands before both and is not right."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice.choose(make_call()) == "slow"
+        line = choice.describe(make_layer(), batch=2, height=3, width=4)
+        assert line == "slow (deterministic: the first of raising, slow, eager that is right here)"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_fixed_order_where_nothing_may_be_measured(fakes, monkeypatch):
     monkeypatch.setenv("IRPE_ATTENTION_TUNING", "0")
     assert choice.choose(make_call()) == "slow"
@@ -296,11 +315,8 @@ def test_a_fixed_order_where_nothing_may_be_measured(fakes, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, name, lambda: True)
             assert choice.choose(make_call()) == ("eager" if name == "is_exporting" else "slow")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert choice.choose(make_call()) == "slow"
-    finally:
-        torch.use_deterministic_algorithms(False)
+            patch.setattr(choice, "FIXED_COMPILED", {"cpu": ("wrong", "slow")})
+            assert choice.choose(make_call()) == ("eager" if name == "is_exporting" else "wrong")
     chosen = []
     call = make_call()
     torch.func.vmap(lambda q: chosen.append(choice.choose(call._replace(q=q))) or q)(call.q)
@@ -333,9 +349,7 @@ def test_calls_of_one_kind():
 
 @pytest.mark.filterwarnings("ignore:attention backend")
 def test_the_banner_says_what_is_taken(fakes):
-    layer = torch.nn.Module()
-    layer.attn_backend = "auto"
-    layer.rpe_q, layer.rpe_k, layer.rpe_v = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k", 1), 8, 2)
+    layer = make_layer()
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         line = choice.describe(model, batch=2, height=3, width=4, padding=True)
@@ -348,9 +362,7 @@ def test_the_banner_says_what_is_taken(fakes):
 
 
 def test_the_banner_without_measuring(monkeypatch):
-    layer = torch.nn.Module()
-    layer.attn_backend = "auto"
-    layer.rpe_q, layer.rpe_k, layer.rpe_v = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k", 1), 8, 2)
+    layer = make_layer()
     monkeypatch.setattr(choice, "FIXED", {"cpu": ("sdpa", "eager")})
     line = choice.describe(layer, batch=2, height=3, width=4)
     assert line == "sdpa (the first of sdpa, eager that can run here)"
