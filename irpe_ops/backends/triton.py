@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rpe_attention` on CUDA in one pass over the scores: the backend ``triton``.
+"""`rpe_attention` on CUDA: the backend ``triton``.
 
 Small products stay in PyTorch, so that autograd sums the gradients of the tables in a fixed order: ``lookup_k =
 scale * q @ table_k`` and ``lookup_q = scale * k @ table_q``, both ``(B, H, L, N)``, go into the kernels of
-`triton_kernels`; sums of attention weights by bucket, ``(B, H, L, N)`` again, come out and meet ``table_v``. Of every
-part N is rounded up to a multiple of `COLUMN_MULTIPLE`.
+`triton_kernels`, which spread them over pairs of tokens, for some heads at a time; sums of attention weights by bucket,
+``(B, H, L, N)`` again, come out and meet ``table_v``. Of every part N is rounded up to a multiple of `COLUMN_MULTIPLE`.
 """
 
 import functools
@@ -20,7 +20,7 @@ from irpe_ops.modes import product
 from irpe_ops.modules import IRPE
 from irpe_ops.rpe_index import under_function_transform
 
-# A row of lookups and a row of q are held in registers.
+# `sum_kernel` holds a row of buckets in registers, the others a row of q.
 MAX_BUCKETS, MAX_HEAD_DIM = 256, {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
