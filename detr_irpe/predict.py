@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     unreadable = []
     for path, number in numbers.items():
         try:
-            image, frame = read_in_frame(path, truth.size_of(number) if truth else None)
+            image, frame = read_in_frame(path, truth.annotations.sizes[number].tolist() if truth else None)
             for point in args.point or ():
                 cell_of(point, image.size, 1, 1)
         except (OSError, ValueError) as error:  # the other images are still predicted
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
 def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Image, str]:
     """An RGB image, and which frame its pixels are in: ``displayed``, as a person sees it, or ``stored``.
 
-    Args: annotated: height and width of its annotations, which have a frame of their own; None without.
+    Args: annotated: height and width of its annotations, 0 where they do not say; None without annotations.
     Raises: OSError: it cannot be read; the message names it.
     """
     stored = read_image(path)
@@ -121,11 +121,6 @@ class Truth:
             raise ValueError(f"--annotations {self.annotations.path}: {count} called {path.name} there")
         return fitting[0]
 
-    def size_of(self, number: int) -> tuple[int, int]:
-        """Annotated height and width, 0 where the file does not say."""
-        height, width = self.annotations.sizes[number].tolist()
-        return height, width
-
     def draw(self, image: Image.Image, number: int, names: dict[int, str]) -> Image.Image:
         """The image with the objects that its annotations name, in the colours of the classes that are predicted."""
         objects, known = self.annotations.of_image(number), self.annotations.categories
@@ -137,9 +132,10 @@ class Truth:
 
 
 def draw_found(image: Image.Image, found: dict[str, Tensor], names: dict[int, str]) -> Image.Image:
-    """The image with what was found in it."""
-    classes = class_indices(found["labels"].tolist(), names)
-    return draw_objects(image, found["boxes"], classes, labels_of(found, names), found.get("masks"))
+    """The image with what was found in it, each with its name and score."""
+    ids = found["labels"].tolist()
+    labels = [f"{names.get(i, i)} {score:.2f}" for i, score in zip(ids, found["scores"].tolist(), strict=True)]
+    return draw_objects(image, found["boxes"], class_indices(ids, names), labels, found.get("masks"))
 
 
 def class_indices(category_ids: Sequence[int], names: dict[int, str]) -> list[int]:
@@ -169,14 +165,6 @@ class _Inputs:
     def _keep(self, _module: nn.Module, inputs: tuple) -> None:
         self.inputs = inputs
         self.handle.remove()
-
-
-def labels_of(found: dict[str, Tensor], names: dict[int, str]) -> list[str]:
-    """``"cat 0.97"`` for each object."""
-    return [
-        f"{names.get(label, label)} {score:.2f}"
-        for label, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)
-    ]
 
 
 def describe(path: Path, image: Image.Image, found: dict[str, Tensor], names: dict[int, str]) -> dict:

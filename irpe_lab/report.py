@@ -63,15 +63,11 @@ def find_runs(folder: Path) -> dict[str, Run]:
 
     Raises: BadData: a log that is none (names file and line).
     """
-    runs = {}
-    for path in sorted(folder.glob("log_*.txt")):
-        name = path.stem.removeprefix("log_")
-        runs[name] = Run(name, path, read_log(path))
+    runs = {path.stem.removeprefix("log_"): (path, read_log(path)) for path in sorted(folder.glob("log_*.txt"))}
     for path in sorted(folder.glob("detail_*.log")):
-        name = path.stem.removeprefix("detail_")
-        if name not in runs and path.is_file():
-            runs[name] = Run(name, path, read_detail(path))
-    return runs
+        if (name := path.stem.removeprefix("detail_")) not in runs and path.is_file():
+            runs[name] = path, read_detail(path)
+    return {name: Run(name, *read) for name, read in runs.items()}
 
 
 class Report:

@@ -42,13 +42,14 @@ class Backend:
 
 def backends() -> list[Backend]:
     """All backends, the slow and simple ones first."""
+    triton = missing_backend("triton") or module_of("triton").too_old(torch.device(_best_device(), 0))
     return [
         Backend("plain PyTorch", None, lambda: _check_attention("eager", "cpu")),
         Backend("sdpa attention", None, lambda: _check_attention("sdpa", _best_device())),
         Backend("compiled rpe_index, CPU", _missing_operator("cpu"), lambda: _check_lookup("cpu")),
         Backend("compiled rpe_index, CUDA", _missing_operator("cuda"), lambda: _check_lookup("cuda")),
         Backend("compiled attention, CPU", missing_backend("compiled"), lambda: _check_attention("compiled", "cpu")),
-        Backend("triton attention, CUDA", _missing_triton(), lambda: _check_attention("triton", "cuda")),
+        Backend("triton attention, CUDA", triton, lambda: _check_attention("triton", "cuda")),
     ]
 
 
@@ -119,10 +120,6 @@ def _call(batch, heads, height, width, skip, head_dim, spec, padded, device, dty
             nn.init.normal_(table.requires_grad_(training), std=0.02)
     padding = torch.zeros(batch, length, dtype=torch.bool, device=device) if padded else None
     return AttentionCall(q, k, v, *encodings, height, width, padding, scale=head_dim**-0.5)
-
-
-def _missing_triton() -> str | None:
-    return missing_backend("triton") or module_of("triton").too_old(torch.device(_best_device(), 0))
 
 
 def _missing_operator(device: str) -> str | None:

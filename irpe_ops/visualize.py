@@ -113,14 +113,13 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
 @contextmanager
 def _eager(model: nn.Module):
     """Attention by the definition, which calls the encodings as modules; the fast backends read only their tables."""
-    layers = [module for module in model.modules() if hasattr(module, "attn_backend")]
-    before = [layer.attn_backend for layer in layers]
+    before = {module: module.attn_backend for module in model.modules() if hasattr(module, "attn_backend")}
     try:
-        for layer in layers:
+        for layer in before:
             layer.attn_backend = "eager"
         yield
     finally:
-        for layer, backend in zip(layers, before, strict=True):
+        for layer, backend in before.items():
             layer.attn_backend = backend
 
 

@@ -178,7 +178,7 @@ def reduce_mean(value: torch.Tensor) -> torch.Tensor:
 
 
 class report_lost_ranks:
-    """Turns the backend's error about a dead or silent peer into ``RankLost``."""
+    """Turns an error of gloo, nccl or the store about a dead or silent peer, not its own call, into ``RankLost``."""
 
     def __init__(self, where: str):
         self.where = where
@@ -187,17 +187,13 @@ class report_lost_ranks:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and speaks_of_a_lost_rank(error):
+        of_backend = isinstance(error, RuntimeError) and not isinstance(error, RunError)
+        if of_backend and world_size() > 1 and LOST_RANK.search(str(error)):
             STOP.leave_if_asked()  # it has left first
             raise RankLost(
                 f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {self.where}: "
                 f"{first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
             ) from error
-
-
-def speaks_of_a_lost_rank(error: BaseException) -> bool:
-    """Whether an error of gloo, nccl or the store is about a peer, and not about this process's own call."""
-    return world_size() > 1 and bool(LOST_RANK.search(str(error)))
 
 
 class _Console(logging.StreamHandler):

@@ -188,7 +188,8 @@ class MetricLogger:
                     run = f"run: {_clock(left + later(step_time.avg))}" if later else ""
                     place, eta = (step, total), f"eta: {_clock(left)}"
                     self._report_briefly(bar, header, place, eta, speed, run)
-                    self._report_in_full(header, place, eta, f"time: {step_time}  data: {data_time}", speed)
+                    full = header, _place(*place), eta, str(self), f"time: {step_time}  data: {data_time}", _memory()
+                    logger.info(_joined(*full, speed), extra={"only": "file"})  # up to the speed as published
         spent = time.monotonic() - began
         done = max(total - start, 0)
         if bar and done:
@@ -208,10 +209,6 @@ class MetricLogger:
         text = _joined(f"{header} [{'#' * filled}{'.' * (20 - filled)}] {step + 1}/{total}", *shown, speed, eta, run)
         sys.stdout.write(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}")
         sys.stdout.flush()
-
-    def _report_in_full(self, header: str, place: tuple[int, int], eta: str, times: str, speed: str) -> None:
-        full = _joined(header, _place(*place), eta, str(self), times, _memory(), speed)  # up to the speed as published
-        logger.info(full, extra={"only": "file"})
 
 
 def _place(step: int, total: int) -> str:

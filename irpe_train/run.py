@@ -109,7 +109,8 @@ class Run:
                 "n_parameters": count_parameters(state.model),
             }
         )
-        state.next_epoch()
+        state.epoch += 1
+        state.start_of_epoch()
         self.checkpoints.save(state, also=(Checkpoints.BEST,) if improved else ())
         if any(gather(STOP.signal is not None)):
             STOP.leave()

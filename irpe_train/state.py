@@ -55,11 +55,6 @@ class TrainState:
         self.meters = MetricLogger()
         self._fits: list | None = None
 
-    def next_epoch(self) -> None:
-        """The running epoch is over, its evaluation included."""
-        self.epoch += 1
-        self.start_of_epoch()
-
     def start_of_epoch(self) -> None:
         self.step, self.train_stats = 0, None
         self.meters.reset()

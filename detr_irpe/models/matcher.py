@@ -50,7 +50,7 @@ class HungarianMatcher:
         num_queries = logits.shape[2]
         return [
             [
-                _assign(cost.view(num_queries, n))
+                tuple(map(torch.from_numpy, linear_sum_assignment(cost.view(num_queries, n).numpy())))
                 for cost, n in zip(layer.split([num_queries * n for n in counts]), counts, strict=True)
             ]
             for layer in own
@@ -68,8 +68,3 @@ class HungarianMatcher:
             cost = self.cost_bbox * distance - self.cost_giou * giou
             cost = cost.view(*logits.shape[:3], -1) - self.cost_class * probability
         return cost.nan_to_num(nan=WORST, posinf=WORST, neginf=-WORST)
-
-
-def _assign(cost: Tensor) -> tuple[Tensor, Tensor]:
-    queries, objects = linear_sum_assignment(cost.numpy())
-    return torch.from_numpy(queries), torch.from_numpy(objects)
