@@ -38,7 +38,6 @@ class CocoDetection(Dataset):
         self.annotations = Annotations(self.path, with_masks=return_masks)
         self.images = open_images(Path(root), split, [name.decode() for name in self.annotations.names], self.path)
         self.transforms, self.return_masks = transforms, return_masks
-        raise_if_missing(self.images, self.path)
 
     @property
     def categories(self) -> dict[int, str]:
@@ -108,13 +107,3 @@ def corners_inside(boxes: Tensor, height: int, width: int) -> tv_tensors.Boundin
     corners[:, 0::2].clamp_(0, width)
     corners[:, 1::2].clamp_(0, height)
     return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
-
-
-def raise_if_missing(images, annotations: Path) -> None:
-    """Raise FileNotFoundError if any image that the annotations name is not there."""
-    if images.missing:
-        first = ", ".join(images.missing[:3])
-        raise FileNotFoundError(
-            f"{images.path}: images that {annotations} names are missing: {len(images.missing)} ({first}"
-            f"{', ...' if len(images.missing) > 3 else ''}). Extract or download the set again."
-        )

@@ -103,8 +103,7 @@ def open_images(
 
     Args:
         listed_in: the file that has the names. flag: the one that named ``root``. Both for messages.
-    Raises: ValueError: a name could lead outside. FileNotFoundError: neither is there. Names that are missing from it
-        are listed in ``missing``.
+    Raises: ValueError: a name could lead outside. FileNotFoundError: neither is there, or some of the images are not.
     """
     for name in names:
         path = PurePosixPath(name)
@@ -120,6 +119,10 @@ def open_images(
         images = FilesInZip(archive, names)
     else:
         raise FileNotFoundError(f'{flag} {root}: no {split}/ or {split}.zip there. See README, "Data".')
+    if images.missing:
+        first = ", ".join(images.missing[:3]) + (", ..." if len(images.missing) > 3 else "")
+        missing = f"images that {listed_in} names are missing: {len(images.missing)} ({first})"
+        raise FileNotFoundError(f"{images.path}: {missing}. Extract or download the set again.")
     return images
 
 

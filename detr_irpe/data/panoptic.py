@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 from detr_irpe.data.annotations import Annotations, read_categories, refuse_repeated, refuse_unknown
-from detr_irpe.data.coco import raise_if_missing, read_image, transformed
+from detr_irpe.data.coco import read_image, transformed
 from detr_irpe.data.image_files import open_images
 from detr_irpe.data.json_columns import FLAG, JsonList, read_json
 from detr_irpe.data.packed_strings import PackedStrings
@@ -73,8 +73,6 @@ class CocoPanoptic(Dataset):
         self.images = open_images(Path(image_root), split, names, path)
         where = (Path(panoptic_root), f"panoptic_{split}", maps, path)
         self.segment_images = open_images(*where, flag="--coco_panoptic_path")
-        raise_if_missing(self.images, path)
-        raise_if_missing(self.segment_images, path)
         self.transforms, self.return_masks = transforms, return_masks
         self.annotations = Annotations(instances, with_masks=return_masks) if instances is not None else None
 
