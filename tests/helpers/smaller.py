@@ -23,6 +23,7 @@ BEHIND = {  # by program
     "scripts/benchmark_models.py": "--quick --model deit_tiny_patch16_224",
     "scripts/benchmark_coco_start.py": "--annotations 200 --workers 1 --rounds 1",
     "scripts/benchmark_memory.py": "--grids 12x12",
+    "irpe detect export": "--formats safetensors",  # tests/detr/test_export.py writes the others
     "scripts/make_demo_data.py": "--task classification",  # detection takes longer; a test of its own has it
     "examples/finetune_digits.py": "--epochs 1",
 }
