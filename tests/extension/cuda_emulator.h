@@ -2,15 +2,21 @@
 // is a fiber that runs until it meets a barrier. Blocks run one after another. Not a model of memory ordering or speed.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <vector>
 
 #define __launch_bounds__(...)
+using std::isfinite;
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
@@ -26,7 +32,7 @@ static ucontext_t scheduler;
 static int current;
 static std::function<void()> body;
 alignas(16) static unsigned char shared_memory[232448];
-static unsigned char exchange[1024][16];
+static unsigned char exchange[1024][32];
 
 static void enter() {
   body();
@@ -122,6 +128,35 @@ T __shfl_sync(unsigned, T value, int lane) {
   return other;
 }
 
+static void fetch(const char*) {}
+
+static int __any_sync(unsigned, int value) {
+  for (int lane = 0; lane < 32; ++lane) value |= __shfl_sync(~0u, value, lane);  // a copy of each, of any lane by then
+  return value;
+}
+
+// mma.m16n8k16: `sums` (16, 8) += `a` (16, 16) times `b` (16, 8), each lane with its part of each.
+template <typename T>
+void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, T) {
+  struct Operands {
+    T a[8], b[4];
+  };
+  const int me = emulator::current, warp = me / 32 * 32, lane = me % 32;
+  const uint32_t words[6] = {a0, a1, a2, a3, b0, b1};
+  std::memcpy(emulator::exchange[me], words, sizeof(words));
+  __syncwarp();
+  for (int x = 0; x < 4; ++x) {
+    const int row = lane / 4 + x / 2 * 8, column = lane % 4 * 2 + x % 2;
+    for (int k = 0; k < 16; ++k) {
+      const auto* left = reinterpret_cast<Operands*>(emulator::exchange[warp + row % 8 * 4 + k % 8 / 2]);
+      const auto* right = reinterpret_cast<Operands*>(emulator::exchange[warp + column * 4 + k % 8 / 2]);
+      const T a = left->a[k / 8 * 4 + row / 8 * 2 + k % 2], b = right->b[k / 8 * 2 + k % 2];
+      sums[x] += static_cast<float>(a) * static_cast<float>(b);
+    }
+  }
+  __syncwarp();
+}
+
 template <typename T>
 T __ldg(const T* place) {
   return *place;
@@ -139,7 +174,9 @@ T max(T a, T b) {
 extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 232448, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : 232448, cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 }
 template <typename... Args>

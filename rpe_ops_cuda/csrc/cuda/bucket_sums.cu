@@ -25,19 +25,33 @@ __device__ __forceinline__ void narrow(double x, double& y) { y = x; }
 __device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
+// The ids of row i, which lie `stride` apart.
+template <typename Id>
+struct Ids {
+  const Id* index;
+  int64_t row_stride, stride;
+
+  __device__ const Id* row(int64_t i) const { return index + i * row_stride; }
+};
+
 template <typename T, typename Id>
-__global__ void sum_by_scanning(View<T> grad, const Id* __restrict__ index, int64_t buckets, T* __restrict__ out) {
+__device__ typename Sum<T>::type sum_of(View<T> grad, Ids<Id> ids, int64_t plane, int64_t i, int bucket, int buckets,
+                                        bool& bad) {
+  typename Sum<T>::type sum = 0;
+  for (int64_t j = 0; j < grad.columns; ++j) {
+    const int id = safe_id(ids.row(i)[j * ids.stride], buckets, bad);
+    if (id == bucket) sum += widen(grad.row(plane, i)[j * grad.column_stride]);
+  }
+  return sum;
+}
+
+template <typename T, typename Id>
+__global__ void sum_by_scanning(View<T> grad, Ids<Id> ids, int buckets, T* __restrict__ out) {
   const int64_t total = grad.planes * grad.rows * buckets;
   bool bad = false;
   for (int64_t x = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; x < total; x += int64_t{gridDim.x} * blockDim.x) {
     const int64_t i = x / buckets % grad.rows;
-    const T* const values = grad.row(x / buckets / grad.rows, i);
-    typename Sum<T>::type sum = 0;
-    for (int64_t j = 0; j < grad.columns; ++j) {
-      const int id = safe_id(index[i * grad.columns + j], static_cast<int>(buckets), bad);
-      if (id == x % buckets) sum += widen(values[j * grad.column_stride]);
-    }
-    narrow(sum, out[x]);
+    narrow(sum_of(grad, ids, x / buckets / grad.rows, i, static_cast<int>(x % buckets), buckets, bad), out[x]);
   }
   stop_if(bad);
 }
@@ -52,8 +66,9 @@ __global__ void sum_by_scanning(View<T> grad, const Id* __restrict__ index, int6
 // read coalesced as they are. Where rows are few, `splits` warps share 32 rows and their histograms are added in order.
 
 constexpr int kSumWarps = 4;
-constexpr int kStagedBytes = 128;             // of each row and step
-constexpr int kHistogramStride = kWarp + 1;   // 33: neither a lane's bucket nor a bucket's lanes meet in one bank
+constexpr int kStagedBytes = 128;                    // of each row and step
+constexpr int kPiecesPerRow = kStagedBytes / 16 + 1;  // one more, as the row may start inside a piece
+constexpr int kHistogramStride = kWarp + 1;          // 33: neither a lane's bucket nor a bucket's lanes meet in one bank
 constexpr int kUnroll = 8;
 
 template <typename T>
@@ -63,11 +78,10 @@ template <typename T>
 constexpr int64_t kTileBytes = kWarp * kTileWords<T> * 4;
 
 template <typename T, typename Id, bool staged>
-__global__ void __launch_bounds__(kSumWarps * kWarp)
-    sum_by_rows(View<T> grad, const Id* __restrict__ index, int buckets, T* __restrict__ out, int splits) {
+__global__ void __launch_bounds__(kSumWarps * kWarp, 5)
+    sum_by_rows(View<T> grad, Ids<Id> all_ids, int buckets, T* __restrict__ out, int splits) {
   using S = typename Sum<T>::type;
   constexpr int kStep = kStagedBytes / sizeof(T);
-  constexpr int kPiecesPerRow = kStagedBytes / 16 + 1;  // one more, as the row may start inside a piece
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   S* const histogram = reinterpret_cast<S*>(shared) + warp * buckets * kHistogramStride;
@@ -82,11 +96,23 @@ __global__ void __launch_bounds__(kSumWarps * kWarp)
   const int64_t i = !active ? 0 : staged ? number / grad.planes : number % grad.rows;
   const int64_t plane = !active ? 0 : staged ? number % grad.planes : number / grad.rows;
   const T* const values = grad.row(plane, i);
-  const Id* const ids = index + i * grad.columns;
+  const Id* const ids = all_ids.row(i);
+  const int64_t id_stride = staged ? 1 : all_ids.stride;
   const uintptr_t row_begin = reinterpret_cast<uintptr_t>(values);
-  const uintptr_t row_end = active ? row_begin + grad.columns * sizeof(T) : 0;
   const T* const mine = reinterpret_cast<const T*>(tile + lane * kTileWords<T>) + row_begin % 16 / sizeof(T);
 
+  // Which pieces of which rows this lane copies at each step: the first, and how many follow.
+  const uint4* from[kPiecesPerRow];
+  int left[kPiecesPerRow];
+#pragma unroll
+  for (int k = 0; staged && k < kPiecesPerRow; ++k) {
+    const int row = (lane + k * kWarp) / kPiecesPerRow, part = (lane + k * kWarp) % kPiecesPerRow;
+    const uintptr_t begin = __shfl_sync(~0u, row_begin, row);
+    from[k] = reinterpret_cast<const uint4*>(begin / 16 * 16) + part;  // 16 aligned bytes never leave the allocation
+    left[k] = static_cast<int>((begin % 16 + grad.columns * sizeof(T) + 15) / 16) - part;
+  }
+
+  S* const column = histogram + lane;
   bool bad = false;
   int bucket = 0;
   S sum = 0;
@@ -94,45 +120,44 @@ __global__ void __launch_bounds__(kSumWarps * kWarp)
     if constexpr (staged) {
       __syncwarp();
 #pragma unroll
-      for (int x = lane; x < kWarp * kPiecesPerRow; x += kWarp) {
-        const int row = x / kPiecesPerRow, part = x % kPiecesPerRow;
-        const uintptr_t from = __shfl_sync(~0u, row_begin, row) + begin * sizeof(T);
-        const uintptr_t end = __shfl_sync(~0u, row_end, row);
-        const uintptr_t address = from / 16 * 16 + part * 16;  // 16 aligned bytes never leave the allocation
+      for (int k = 0; k < kPiecesPerRow; ++k) {
+        const int row = (lane + k * kWarp) / kPiecesPerRow, part = (lane + k * kWarp) % kPiecesPerRow;
+        const int done = static_cast<int>(begin * sizeof(T) / 16);
         uint32_t* const target = tile + row * kTileWords<T> + part * 4;
-        if (address < end) {
-          const uint4 piece = *reinterpret_cast<const uint4*>(address);
+        if (done < left[k]) {
+          const uint4 piece = __ldg(from[k] + done);
           target[0] = piece.x, target[1] = piece.y, target[2] = piece.z, target[3] = piece.w;
         }
       }
       __syncwarp();
     }
-    const int count = active ? static_cast<int>(min(int64_t{kStep}, grad.columns - begin)) : 0;
-    for (int c = 0; c < count; c += kUnroll) {
-      int next_bucket[kUnroll];
-      S next[kUnroll];
+    const auto add = [&](auto many, int c) {
+      constexpr int n = decltype(many)::value;
+      int next_bucket[n];
+      S next[n];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (c + u >= count) {
-          next_bucket[u] = -1;
-          continue;
-        }
-        next_bucket[u] = safe_id(ids[begin + c + u], buckets, bad);
+      for (int u = 0; u < n; ++u) {
+        next_bucket[u] = safe_id(__ldg(ids + (begin + c + u) * id_stride), buckets, bad);
         next[u] = widen(staged ? mine[c + u] : values[(begin + c + u) * grad.column_stride]);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (next_bucket[u] < 0) break;
+      for (int u = 0; u < n; ++u) {
         if (next_bucket[u] != bucket) {
-          histogram[bucket * kHistogramStride + lane] += sum;
+          column[bucket * kHistogramStride] = sum;
           bucket = next_bucket[u];
-          sum = 0;
+          sum = column[bucket * kHistogramStride];
         }
         sum += next[u];
       }
-    }
+    };
+    const int count = active ? static_cast<int>(min(int64_t{kStep}, grad.columns - begin)) : 0;
+    int c = 0;
+#pragma unroll 1
+    for (; c + kUnroll <= count; c += kUnroll) add(std::integral_constant<int, kUnroll>{}, c);
+  #pragma unroll 1
+    for (; c < count; ++c) add(std::integral_constant<int, 1>{}, c);
   }
-  histogram[bucket * kHistogramStride + lane] += sum;
+  column[bucket * kHistogramStride] = sum;
   __syncthreads();
 
   // Lanes change from rows to buckets, so that a row of `out` is written as a whole.
@@ -143,6 +168,7 @@ __global__ void __launch_bounds__(kSumWarps * kWarp)
     if (target < 0) break;  // the rows after it are missing too
     for (int n = lane; n < buckets; n += kWarp) {
       S total = 0;
+#pragma unroll 1
       for (int s = 0; s < splits; ++s) total += first_histogram[(s * buckets + n) * kHistogramStride + row];
       narrow(total, out[target * buckets + n]);
     }
@@ -151,7 +177,7 @@ __global__ void __launch_bounds__(kSumWarps * kWarp)
 }
 
 template <typename T, typename Id, bool staged>
-cudaError_t launch_sum_by_rows(const View<T>& grad, const Id* ids, int buckets, T* out, int64_t shared_bytes,
+cudaError_t launch_sum_by_rows(const View<T>& grad, Ids<Id> ids, int buckets, T* out, int64_t shared_bytes,
                                cudaStream_t stream) {
   const auto kernel = sum_by_rows<T, Id, staged>;
   if (shared_bytes > kDefaultSharedBytes) {
@@ -169,28 +195,196 @@ cudaError_t launch_sum_by_rows(const View<T>& grad, const Id* ids, int buckets, 
   return cudaGetLastError();
 }
 
+// ------------------------------------------------------------------------------------------ halves, on tensor cores
+//
+// For one i, the sums of all planes are a product, (buckets, keys) by (keys, planes), whose first factor has a one where
+// a key is in a bucket. A warp takes 32 planes and 64 buckets and makes that factor in registers from the ids. The order
+// of the keys in a product is free, so a lane takes eight adjacent ones, one aligned 16-byte load of each row; the
+// planes of a warp are `period` apart, for then their rows start at the same place between such pieces.
+
+constexpr int kPlanesPerWarp = 32;
+constexpr int kTiles = 4;  // of 16 buckets
+
+template <typename T>
+union Piece {
+  uint4 whole;
+  uint32_t words[4];
+  T parts[8];
+};
+
+#ifdef __CUDACC__  // where the tests run this file on a CPU they bring their own
+template <typename T>
+__device__ __forceinline__ void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1, T) {
+#if __CUDA_ARCH__ >= 800
+#define MULTIPLY(type)                                                                                       \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
+      "{%8, %9}, {%0, %1, %2, %3};"                                                                          \
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                           \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, __half>) {
+    MULTIPLY("f16");
+  } else {
+    MULTIPLY("bf16");
+  }
+#endif
+}
+
+__device__ __forceinline__ void fetch(const char* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
+#endif
+
 template <typename T, typename Id>
-cudaError_t launch_sum(const Strided& tensor, const void* index, int64_t buckets, void* out, cudaStream_t stream) {
+__global__ void __launch_bounds__(kSumWarps * kWarp, 3)
+    sum_by_products(View<T> grad, Ids<Id> all_ids, int buckets, T* __restrict__ out, int period, int slices) {
+  const int lane = threadIdx.x % kWarp, group = lane / 4, part = lane % 4;
+  const int rows = static_cast<int>(grad.rows), planes = static_cast<int>(grad.planes);
+  const int keys = static_cast<int>(grad.columns);
+  const unsigned task = blockIdx.x * kSumWarps + threadIdx.x / kWarp;
+  const int first_bucket = static_cast<int>(task % slices) * kTiles * 16;
+  const int i = static_cast<int>(task / slices % rows), lot = static_cast<int>(task / slices / rows);
+  const int first_plane = lot / period * period * kPlanesPerWarp + lot % period;
+  if (first_plane >= planes) return;
+
+  const auto row_of = [&](int number) {
+    const int plane = first_plane + period * number;
+    return reinterpret_cast<const char*>(grad.row(plane < planes ? plane : first_plane, i));
+  };
+  for (int byte = 0; byte < keys * 2; byte += 128) fetch(row_of(lane) + byte);
+  const uint4* pieces[4];
+  int skew = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(row_of(group + 8 * r));
+    pieces[r] = reinterpret_cast<const uint4*>(begin / 16 * 16) + part;  // 16 aligned bytes never leave the allocation
+    skew = static_cast<int>(begin % 16 / sizeof(T));
+  }
+  const Id* const ids = all_ids.row(i);
+  T one;
+  narrow(1.0f, one);
+  const uint32_t ones = *reinterpret_cast<const uint16_t*>(&one) * 0x10001u;
+
+  float sums[4][kTiles][4] = {};
+  Piece<T> next[4];
+  bool bad = false;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) next[r].whole = part * 8 - skew < keys ? __ldg(pieces[r]) : make_uint4(0, 0, 0, 0);
+#pragma unroll 2
+  for (int begin = -skew; begin < keys; begin += kWarp) {
+    const int j = begin + part * 8;
+    Piece<T> values[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      values[r] = next[r];
+      pieces[r] += 4;
+      if (j + kWarp < keys) next[r].whole = __ldg(pieces[r]);
+    }
+    int places[8];  // of eight keys, counted from the first bucket of this lane
+    if (j >= 0 && j + 8 <= keys) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) places[e] = safe_id(__ldg(ids + j + e), buckets, bad) - first_bucket - group;
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        places[e] = -1;
+        if (j + e >= 0 && j + e < keys) {
+          places[e] = safe_id(__ldg(ids + j + e), buckets, bad) - first_bucket - group;
+        } else {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) narrow(0.0f, values[r].parts[e]);  // it may be no number, and times zero is none
+        }
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < 4; w += 2) {
+      const __half2 front = __floats2half2_rn(places[2 * w], places[2 * w + 1]);  // small integers are exact
+      const __half2 back = __floats2half2_rn(places[2 * w + 2], places[2 * w + 3]);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const __half2 low = __float2half2_rn(16.0f * n), high = __float2half2_rn(16.0f * n + 8);
+        const uint32_t a0 = __heq2_mask(front, low) & ones, a1 = __heq2_mask(front, high) & ones;
+        const uint32_t a2 = __heq2_mask(back, low) & ones, a3 = __heq2_mask(back, high) & ones;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          multiply(sums[r][n], a0, a1, a2, a3, values[r].words[w], values[r].words[w + 1], one);
+        }
+      }
+    }
+  }
+
+  bool finite = true;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const int plane = first_plane + period * (8 * r + part * 2 + x % 2);
+      T* const target = out + (int64_t{plane} * rows + i) * buckets;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int bucket = first_bucket + n * 16 + x / 2 * 8 + group;
+        finite = finite && isfinite(sums[r][n][x]);
+        if (plane < planes && bucket < buckets) narrow(sums[r][n][x], target[bucket]);
+      }
+    }
+  }
+  // What is no number has spread, times zero, to all buckets of its row: such rows are summed again, one by one.
+  if (__any_sync(~0u, !finite)) {
+    const int end = min(buckets, first_bucket + kTiles * 16);
+    for (int plane = first_plane; plane < min(planes, first_plane + period * kPlanesPerWarp); plane += period) {
+      T* const target = out + (int64_t{plane} * rows + i) * buckets;
+      for (int n = first_bucket + lane; n < end; n += kWarp) {
+        narrow(sum_of(grad, all_ids, plane, i, n, buckets, bad), target[n]);
+      }
+    }
+  }
+  stop_if(bad);
+}
+
+// How many planes lie between those whose rows start at the same place in 16 bytes; 0 where there is no such number.
+template <typename T>
+int period_of(const View<T>& grad) {
+  const int64_t batch = grad.planes > grad.heads ? grad.batch_stride : grad.heads * grad.head_stride;
+  const int64_t head = grad.heads > 1 ? grad.head_stride : batch;
+  if (grad.column_stride != 1 || (batch != grad.heads * head && (batch % 8 != 0 || head % 8 != 0))) return 0;
+  int period = 1;
+  while (head * period % 8 != 0) period *= 2;
+  return period;
+}
+
+template <typename T, typename Id>
+cudaError_t launch_sum(const Strided& tensor, const void* index, int64_t buckets_, void* out, cudaStream_t stream) {
   const View<T> grad(tensor);
-  const Id* const ids = static_cast<const Id*>(index);
+  const bool turned = ids_are_transposed(tensor);
+  const Ids<Id> ids{static_cast<const Id*>(index), turned ? 1 : grad.columns, turned ? grad.rows : 1};
   T* const result = static_cast<T*>(out);
-  int device = 0, most_shared = 0;
+  if (std::max({grad.planes, grad.rows, grad.columns, buckets_}) > kMost) return cudaErrorInvalidConfiguration;
+  const int buckets = static_cast<int>(buckets_);
+  int device = 0, most_shared = 0, generation = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
+  if constexpr (sizeof(T) == 2) {
+    const int64_t period = period_of(grad), slices = (buckets + kTiles * 16 - 1) / (kTiles * 16);
+    const int64_t lot = std::max<int64_t>(period, 1) * kPlanesPerWarp, lots = (grad.planes + lot - 1) / lot * period;
+    const int64_t blocks = (lots * grad.rows * slices + kSumWarps - 1) / kSumWarps;
+    if (generation >= 8 && period > 0 && blocks < kMost / kSumWarps) {
+      sum_by_products<T, Id><<<static_cast<unsigned>(blocks), kSumWarps * kWarp, 0, stream>>>(
+          grad, ids, buckets, result, static_cast<int>(period), static_cast<int>(slices));
+      return cudaGetLastError();
+    }
+  }
   const int64_t histogram_bytes = kSumWarps * buckets * kHistogramStride * sizeof(typename Sum<T>::type);
-  const bool staged = grad.column_stride == 1 || grad.columns == 1;
-  const int64_t shared_bytes = histogram_bytes + (staged ? kSumWarps * kTileBytes<T> : 0);
+  const int64_t shared_bytes = histogram_bytes + (turned ? 0 : kSumWarps * kTileBytes<T>);
   if (shared_bytes > most_shared) {
     const int64_t blocks = (grad.planes * grad.rows * buckets + kThreads - 1) / kThreads;
     sum_by_scanning<T, Id><<<static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)), kThreads, 0, stream>>>(
         grad, ids, buckets, result);
     return cudaGetLastError();
   }
-  return staged ? launch_sum_by_rows<T, Id, true>(grad, ids, static_cast<int>(buckets), result, shared_bytes, stream)
-                : launch_sum_by_rows<T, Id, false>(grad, ids, static_cast<int>(buckets), result, shared_bytes, stream);
+  return turned ? launch_sum_by_rows<T, Id, false>(grad, ids, buckets, result, shared_bytes, stream)
+                : launch_sum_by_rows<T, Id, true>(grad, ids, buckets, result, shared_bytes, stream);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ namespace {
 // its ids, already turned into offsets into a plane's table, in registers. A warp reads two or three rows of a table
 // again and again: the first cache has them, and copies in shared memory are hardly faster.
 
-constexpr int64_t kMost = INT32_MAX - (1 << 16);  // of planes, of elements in one, of blocks: all counted in 32 bits
 constexpr int kPlanesPerThread = 16;
 constexpr int kAtOnce = 2;  // planes whose loads are in flight together
 

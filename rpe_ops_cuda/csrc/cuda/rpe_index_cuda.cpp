@@ -63,7 +63,7 @@ at::Tensor rpe_index_adjoint_cuda(const at::Tensor& grad, const at::Tensor& inde
   if (grad.numel() == 0) return at::zeros(sizes, grad.options());
   at::Tensor out = at::empty(sizes, grad.options());
   if (out.numel() == 0) return out;
-  const at::Tensor ids = ids_of(index);
+  const at::Tensor ids = ids_of(ids_are_transposed(strided(grad)) ? index.t() : index);
   C10_CUDA_CHECK(launch_rpe_index_adjoint(strided(grad), value_type(grad), ids.const_data_ptr(), id_type(ids),
                                           num_buckets, out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return out;

@@ -20,6 +20,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;  // more needs an opt-in
 constexpr int kThreads = 256;
+constexpr int64_t kMost = INT32_MAX - (1 << 16);  // of planes, rows, blocks: what is counted in 32 bits
 
 template <typename T>
 struct View {

@@ -23,8 +23,12 @@ struct Strided {
 cudaError_t launch_rpe_index(const Strided& input, ValueType value_type, const void* index, IdType id_type,
                              int64_t keys, void* out, cudaStream_t stream);
 
+// Whether the kernel for this grad goes through its columns: its warps then read a column of the ids at once.
+inline bool ids_are_transposed(const Strided& grad) { return grad.column_stride != 1 && grad.columns != 1; }
+
 // out[b, h, i, n] = sum of grad[b, h, i, j] over the j with index[i, j] == n, always added in the same order.
-// `index` is (grad.rows, grad.columns), `out` (batch, heads, rows, buckets); both contiguous. Sums in fp32 (double: fp64).
+// `index` is (grad.rows, grad.columns), or transposed where `ids_are_transposed`, and `out` (batch, heads, rows, buckets);
+// both contiguous. Sums in fp32 (double: fp64).
 cudaError_t launch_rpe_index_adjoint(const Strided& grad, ValueType value_type, const void* index, IdType id_type,
                                      int64_t buckets, void* out, cudaStream_t stream);
 
