@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a backend on a small grid, and time it at the shape of the call."""
 
+import contextlib
 import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,13 @@ def measure(
     # What is saved for backward here is hidden from hooks of the run, such as those of activation checkpointing.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     devices = [device] if call.q.is_cuda else []
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.set_grad_enabled(training), unhooked:
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(training),
+        unhooked,
+        _any_algorithm(),
+    ):
         small = _small_copy(call, training)
         with torch.autocast(device.type, enabled=False):
             exact = _run(eager, _in_double(small, training), training)
@@ -63,6 +70,17 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return Measurement(ms, left_out)
+
+
+@contextlib.contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Deterministic algorithms off: plain PyTorch, which all are compared with, may have no such ones."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _check_device(device: torch.device, name: str, reason: str) -> None:

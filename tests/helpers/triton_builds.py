@@ -92,7 +92,7 @@ def resources(compiled, folder: Path) -> dict[str, int]:
 
 
 def instructions(compiled, folder: Path) -> int:
-    """Of the binary, in its longest loop: what is executed for every tile."""
+    """Of the binary, in its longest loop, or in all of it where there is none: what is executed for every tile."""
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     text = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
@@ -103,7 +103,7 @@ def instructions(compiled, folder: Path) -> int:
         target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
         if target and places.get(int(target[1], 16), number) < number:
             loops.append(number - places[int(target[1], 16)] + 1)
-    return max(loops)
+    return max(loops) or len(lines)
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
                 used, longest = resources(compiled, Path(folder)), instructions(compiled, Path(folder))
             tiles = compiled.src.constants
             tiles = {compiled.src.fn.arg_names[place[0]]: value for place, value in tiles.items()}
-            shape = tiles.get("BLOCK_M", tiles.get("BLOCK_P")), tiles["BLOCK_N"]
+            shape = tiles.get("BLOCK_M", tiles.get("BLOCK_P")), tiles.get("BLOCK_N", tiles.get("HEAD"))
             per_score = longest * 32 * compiled.metadata.num_warps / (shape[0] * shape[1])
             roles = "qkv" if flags.get("ON_V") else "k"
             extras = "+".join(key.lower() for key in ("PADDING", "MASK", "DROPOUT", "PARTS") if key in flags)

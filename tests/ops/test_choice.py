@@ -298,6 +298,7 @@ def test_the_first_that_is_right_where_two_runs_must_choose_alike(fakes):
         assert choice.choose(make_call()) == "slow"
         line = choice.describe(make_layer(), batch=2, height=3, width=4)
         assert line == "slow (deterministic: the first of raising, slow, eager that is right here)"
+        assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
 
