@@ -44,7 +44,9 @@ IMPORTED = (
     "onnxruntime",
     "onnxscript",
 )
-STAND_IN = """#!{python} -IS
+# The second line is a command of the shell, and text for Python: a #! takes no path with spaces.
+STAND_IN = """#!/bin/sh
+"exec" "{python}" "-IS" "$0" "$@"
 import json, os, socket, sys
 words = {words} + [word for word in sys.argv[1:] if word != "-u"]
 if not words or words[0] not in ("-c", "-m") and words[0].startswith("-"):
@@ -68,15 +70,13 @@ def quick_programs() -> Path:
         given = dict(python=sys.executable, words=words, door=str(folder / "door"), stand_in=str(folder / "python"))
         file.write_text(STAND_IN.format(**given))
         file.chmod(0o755)
-    door = socket.socket(socket.AF_UNIX)
-    door.bind(str(folder / "door"))
-    door.listen(64)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", __file__, str(door.fileno())]
-    # It ends with this process, which holds the other end of its standard input.
-    quick_programs.server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, env=environment, pass_fds=[door.fileno()], start_new_session=True
-    )
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(folder / "door"))
+        door.listen(64)
+        options = dict(pass_fds=[door.fileno()], env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        command = [sys.executable, "-I", __file__, str(door.fileno())]
+        # It ends with this process, which holds the other end of its standard input.
+        quick_programs.server = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
     return folder
 
 
