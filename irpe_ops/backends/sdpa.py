@@ -4,6 +4,7 @@
 The mask is a ``(B, H, L, L)`` tensor, so memory grows with L squared, once, where the definition has several of them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -48,14 +49,16 @@ def attention(call: AttentionCall) -> Tensor:
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, :]
         excluded = padding if excluded is None else excluded | padding
-    unreachable = excluded
-    if added is not None:
-        unreachable = added == -math.inf if excluded is None else excluded | (added == -math.inf)
-    # Queries without a key get zeros; kernels give NaN, zeros or the mean of all values.
-    empty = None if unreachable is None else unreachable.all(-1, keepdim=True)  # broadcasts to (B, H, L, 1)
+    # Queries without a key get zeros; kernels give NaN, zeros or the mean of all values. Here they see every key.
+    empty = None
+    blocked = [x for x in (excluded, None if added is None else added == -math.inf) if x is not None]
+    if blocked:
+        empty = functools.reduce(torch.logical_or, blocked).all(-1, keepdim=True)  # broadcasts to (B, H, L, 1)
+        added = None if added is None else added.masked_fill(empty, 0.0)
+        excluded = None if excluded is None else excluded & ~empty
     mask = None
-    if lookups or unreachable is not None:
-        mask = _Mask.apply(q.dtype, of_queries, added, excluded, empty, *(x for pair in lookups for x in pair))
+    if lookups or blocked:
+        mask = _Mask.apply(q.dtype, of_queries, added, excluded, *(x for pair in lookups for x in pair))
         mask = mask.expand(*q.shape[:3], q.shape[2])
         if mask.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
             # Frozen before the tables: PyTorch's CUDA kernel would not keep what its backward pass reads.
@@ -82,9 +85,8 @@ class _Mask(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, dtype: torch.dtype, of_queries: int, added: Tensor | None, excluded: Tensor | None, empty: Tensor | None,
-        *lookups: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx, dtype: torch.dtype, of_queries: int, added: Tensor | None, excluded: Tensor | None, *lookups: Tensor
+    ) -> Tensor:
         ctx.of_queries = of_queries
         ctx.kinds = [(x.shape, x.dtype) for x in lookups[::2]]
         ctx.added = None if added is None else added.shape
@@ -100,20 +102,20 @@ class _Mask(torch.autograd.Function):
         if excluded is not None:
             mask = torch.zeros((1,) * 4, dtype=dtype, device=excluded.device) if mask is None else mask
             mask = _in_place(mask, torch.Tensor.masked_fill_, excluded, -math.inf)
-        return mask if empty is None else _in_place(mask, torch.Tensor.masked_fill_, empty, 0.0)
+        return mask
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = []
         for place, ((shape, dtype), ids) in enumerate(zip(ctx.kinds, ctx.saved_tensors, strict=True)):
             wanted = None
-            if ctx.needs_input_grad[5 + 2 * place]:
+            if ctx.needs_input_grad[4 + 2 * place]:
                 of_part = grad if place < ctx.of_queries else grad.transpose(2, 3)
                 of_part = of_part.sum_to_size(*shape[:3], len(ids)).to(dtype)
                 wanted = rpe_index_adjoint(of_part, ids, shape[3])
             grads += [wanted, None]
         of_added = grad.sum_to_size(ctx.added) if ctx.needs_input_grad[2] else None
-        return None, None, of_added, None, None, *grads
+        return None, None, of_added, None, *grads
 
 
 def _in_place(mask: Tensor, change: Callable, other: Tensor, *rest: float) -> Tensor:
