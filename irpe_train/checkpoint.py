@@ -196,9 +196,9 @@ def _is_state_dict(value) -> bool:
     )
 
 
-def read_weights(path: str | Path, *, key: str = "model") -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict of a checkpoint file; see ``read_checkpoint`` and ``model_weights``."""
-    return model_weights(read_checkpoint(path), source=path, key=key)
+    return model_weights(read_checkpoint(path), source=path)
 
 
 def load_matching(

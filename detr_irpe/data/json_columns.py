@@ -96,9 +96,9 @@ class JsonList:
             column = np.array(self._parsed(field, values, _box, "a list of four finite numbers"))
         return column.reshape(-1, 4)
 
-    def texts(self, field: str, default: Sequence[str] | None = None) -> list[str]:
-        """Text of every entry, not empty; ``default`` where it is missing or null."""
-        return self._parsed(field, self._values(field, default), _text, "text")
+    def texts(self, field: str) -> list[str]:
+        """Text of every entry, not empty."""
+        return self._parsed(field, self._values(field, None), _text, "text")
 
     def _parsed(self, field: str, values: list, parse: Callable, wanted: str) -> list:
         """``parse`` of every value. Raises ValueError where that is None, with the first places."""

@@ -50,19 +50,20 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
         config = dataclasses.replace(config, skip=_leading_tokens(embeddings))
         grid = TokenGrid(config.skip, varies=True)
         _add_to_layers(model, f"{family}Layer", f"{family}Attention", config, grid, backend)
-        embeddings.patch_embeddings.register_forward_hook(_RememberImage(grid))
+        patches = embeddings.patch_embeddings
+        patches.register_forward_pre_hook(_Remember(grid, patches.patch_size))
     elif family == "Detr":
         config = dataclasses.replace(config, skip=0)
         grid = TokenGrid(config.skip, varies=True)
         _add_to_layers(names["DetrEncoder"], "DetrEncoderLayer", "DetrSelfAttention", config, grid, backend)
-        names["DetrModel"].input_projection.register_forward_hook(_RememberMap(grid))
+        names["DetrModel"].input_projection.register_forward_pre_hook(_Remember(grid))
     else:
         config = dataclasses.replace(config, skip=0)
         for module in model.modules():
             if type(module).__name__ == "RTDetrAIFILayer":  # one for each scale that has attention
                 grid = TokenGrid(config.skip, varies=True)
                 _add_to_layers(module, "RTDetrEncoderLayer", "RTDetrSelfAttention", config, grid, backend)
-                module.register_forward_pre_hook(_RememberMap(grid))
+                module.register_forward_pre_hook(_Remember(grid))
     model.set_attn_implementation({"": "irpe"})
 
 
@@ -124,22 +125,14 @@ def _leading_tokens(embeddings: nn.Module) -> int:
     return sum(token.shape[1] for token in tokens if token is not None)
 
 
-class _RememberImage:
-    """Forward hook of patch embeddings: the grid of the image. A class, so that the model can be pickled."""
+class _Remember:
+    """Forward pre-hook of a module that takes an image or a map ``(B, C, height, width)``: its grid of patches.
 
-    def __init__(self, grid: TokenGrid) -> None:
-        self.grid = grid
+    A class, so that the model can be pickled.
+    """
 
-    def __call__(self, patches: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        (height, width), (rows, cols) = inputs[0].shape[-2:], patches.patch_size
-        self.grid.remember(height // rows, width // cols)
+    def __init__(self, grid: TokenGrid, patch_size: tuple[int, int] = (1, 1)) -> None:
+        self.grid, self.patch_size = grid, patch_size
 
-
-class _RememberMap:
-    """Forward hook or pre-hook of a module whose output, or input, is the feature map ``(B, C, height, width)``."""
-
-    def __init__(self, grid: TokenGrid) -> None:
-        self.grid = grid
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
-        self.grid.remember(*(inputs[0] if output is None else output).shape[-2:])
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.grid.remember(*(side // of for side, of in zip(inputs[0].shape[-2:], self.patch_size, strict=True)))
