@@ -23,9 +23,7 @@ PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
 PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
 
 
-def build_model(
-    args: argparse.Namespace, *, backbone_weights: str | None = None
-) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
     num_classes = number_of_classes(args)
     model = create_model(
@@ -33,7 +31,7 @@ def build_model(
         args.enc_rpe2d,
         num_classes,
         args.num_queries,
-        _pretrained_backbone(_backbone_weights(args) if backbone_weights is None else backbone_weights),
+        _pretrained_backbone(args),
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,
         enc_layers=args.enc_layers,
@@ -72,23 +70,18 @@ def number_of_classes(args: argparse.Namespace) -> int:
     return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
 
 
-def _backbone_weights(args: argparse.Namespace) -> str:
+def _pretrained_backbone(args: argparse.Namespace) -> bool | str:
     """``--backbone_weights``; none where the flags name a checkpoint that fills the whole model."""
     filled = any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights"))
-    return "none" if filled else getattr(args, "backbone_weights", "imagenet")
-
-
-def _pretrained_backbone(source: str) -> bool | str:
+    source = "none" if filled else getattr(args, "backbone_weights", "imagenet")
     if source == "imagenet":
         return is_main()  # the other processes get theirs from the main one, when DDP starts
     return False if source == "none" else str(source)
 
 
 def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool) -> tuple[nn.Module, nn.Module, dict]:
-    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model."""
-    filled = filled or flags.eval or flags.pretrained or flags.finetune or flags.frozen_weights
-    weights = "none" if filled else flags.backbone_weights  # nothing is fetched that a checkpoint replaces
-    model, criterion, postprocessors = build_model(flags, backbone_weights=weights)
+    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model, so no weights are fetched."""
+    model, criterion, postprocessors = build_model(argparse.Namespace(**vars(flags) | {"resume": filled}))
     if "panoptic" in postprocessors:
         postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(flags.num_classes)}
     return model, criterion, postprocessors
