@@ -219,12 +219,7 @@ def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[
             refuse("expected true or false")
         positive = [option for option in action.option_strings if not option.startswith("--no-")]
         negative = [option for option in action.option_strings if option.startswith("--no-")]
-        # `no-x: true` says what `--no-x` says.
-        return (
-            [(negative if spelling in negative else positive)[0]]
-            if value
-            else [(positive if spelling in negative else negative)[0]]
-        )
+        return [(negative if (spelling in negative) == value else positive)[0]]  # `no-x: true` says what `--no-x` says
     if action.nargs == 0:
         if not isinstance(value, bool):
             refuse("this is a switch: expected true or false")
