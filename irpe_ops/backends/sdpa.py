@@ -15,7 +15,8 @@ from torch import Tensor
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.rpe_index import has_kernel, rpe_index, rpe_index_adjoint, under_function_transform
 
-# The memory-efficient kernel wants rows of the mask to start at a multiple of so many elements, or it copies the mask.
+# Rows start at multiples of so many elements: the memory-efficient kernel would copy the mask otherwise, and products
+# of halves would take longer.
 ROW_MULTIPLE = 8
 
 
@@ -74,7 +75,8 @@ def _lookups(
     """For each part of the encoding what its buckets add to the scores, and the ids."""
     dtype = x.dtype if has_kernel(x) else torch.promote_types(x.dtype, torch.float32)
     parts = () if rpe is None else rpe.parts
-    return [(p.lookup(x, scale, dtype), p.bucket_ids(x.shape[2], height, width, x.device)) for p in parts]
+    length = x.shape[2]
+    return [(p.lookup(x, scale, dtype, ROW_MULTIPLE), p.bucket_ids(length, height, width, x.device)) for p in parts]
 
 
 class _Mask(torch.autograd.Function):

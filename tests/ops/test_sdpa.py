@@ -94,9 +94,10 @@ def test_sums_by_bucket_are_in_fp32_where_no_kernel_makes_them_so(kernels, monke
 @pytest.mark.parametrize("masks", ["none", "padding"])
 @pytest.mark.parametrize("spec", SPECS[1:])
 def test_rows_of_the_mask_start_at_multiples_of_eight(spec, masks, monkeypatch):
-    """What PyTorch's memory-efficient kernel asks for; otherwise it copies the mask."""
+    """What PyTorch's memory-efficient kernel asks for, or it copies the mask. Lookups too, for quicker products."""
     packed, encodings, options = example(spec, dtype=torch.float32)
-    seen = []
+    seen, lookups, index = [], [], sdpa.rpe_index
+    monkeypatch.setattr(sdpa, "rpe_index", lambda input, ids: lookups.append(input.shape[3]) or index(input, ids))
     real = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         sdpa.F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or real(*a, **k)
@@ -104,6 +105,7 @@ def test_rows_of_the_mask_start_at_multiples_of_eight(spec, masks, monkeypatch):
     results(packed, encodings, options | MASKS[masks], "sdpa")
     (mask,) = seen
     assert mask.shape == (2, 2, 7, 7)
+    assert lookups and all(columns % 8 == 0 for columns in lookups)
     if "bias" not in spec or masks == "none":
         assert mask.stride(-1) in (1, 8) and all(stride % 8 == 0 for stride in mask.stride()[:2])
     if "q" not in spec.split("-")[-1] or "k" in spec.split("-")[-1]:
