@@ -30,11 +30,10 @@ from irpe_ops.rpe_index import compiled_devices, under_function_transform
 # The first that can run the call is taken where nothing is measured.
 FIXED = {"cpu": ("compiled", "eager"), "meta": ("eager",)}
 FIXED_ELSEWHERE = ("sdpa", "eager")
-# Compiled code on a GPU is Triton's too, so it works there. On an H200 it took 0.4 to 0.6 of sdpa's time.
-FIXED_COMPILED = {"cuda": ("triton", "sdpa", "eager")}
 # On an AMD EPYC, one thread, sdpa took 0.4 to 0.6 of eager's time forward, and 1.0 to 1.3 of it with backward.
 FIXED_INFERENCE = {"cpu": ("compiled", "sdpa", "eager")}
-MEASURED = {"cuda": ("triton", "sdpa", "eager")}  # the order of deterministic runs
+# On an NVIDIA H200 triton took half of sdpa's time in bf16, and three times as much in fp32, without tensor cores.
+MEASURED = {"cuda": ("triton", "sdpa", "eager")}
 
 logger = logging.getLogger(__name__)
 _known: dict[str, "Measurement"] = {}
@@ -51,18 +50,24 @@ def choose(call: AttentionCall) -> str:
         if len(candidates) > 1 and (found := measurement(call, candidates)):
             right = [name for name in candidates if name in found.ms]
             if torch.are_deterministic_algorithms_enabled():
-                return next(iter(right), "eager")
+                return next((name for name in _by_dtype(call) if name in right), "eager")
             return min(right, key=found.ms.get, default="eager")
     return next(name for name in _order(call) if can_run(name, call))
 
 
 def _order(call: AttentionCall, compiled: bool = False) -> tuple[str, ...]:
     device = call.q.device.type
-    if device in FIXED_COMPILED and (compiled or torch.compiler.is_compiling()):
-        return FIXED_COMPILED[device]
+    if device in MEASURED and (compiled or torch.compiler.is_compiling()):
+        return _by_dtype(call)  # compiled code on a GPU is Triton's too, so it works there
     if device in FIXED_INFERENCE and not trains(call):
         return FIXED_INFERENCE[device]
     return FIXED.get(device, FIXED_ELSEWHERE)
+
+
+def _by_dtype(call: AttentionCall) -> tuple[str, ...]:
+    """The candidates of a GPU in the usual order of their times."""
+    first, *others = MEASURED[call.q.device.type]
+    return (*others, first) if call.q.dtype == torch.float32 else (first, *others)
 
 
 def can_run(name: str, call: AttentionCall) -> bool:
@@ -223,5 +228,5 @@ def describe(
     if measured is None:
         return f"{name} (the first of {', '.join(order)} that can run here)"
     if torch.are_deterministic_algorithms_enabled():
-        return f"{name} (deterministic: the first of {', '.join(MEASURED[device.type])} that is right here)"
+        return f"{name} (deterministic: the first of {', '.join(_by_dtype(call))} that is right here)"
     return f"{name}, measured here: {measured}"

@@ -14,7 +14,7 @@ from irpe_ops.buckets import count_buckets
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COLUMN_MULTIPLE = 8  # rows of halves then start at multiples of 16 bytes, which loads and products want
-CHUNK_BYTES = 128 << 20  # of numbers for pairs of tokens at a time; at least one plane
+CHUNK_BYTES = 64 << 20  # of numbers for pairs of tokens at a time, at least; and at least one plane
 
 
 class Arguments(NamedTuple):
@@ -91,7 +91,7 @@ class Launch:
         """All planes, at once unless so many ``buffers`` of pairs would be too large."""
         if self.q.numel():
             plane_bytes = self.length * self.row * self.q.element_size() * buffers
-            step = min(self.planes, max(1, CHUNK_BYTES // plane_bytes)) if buffers else self.planes
+            step = min(self.planes, max(1, chunk_bytes(self.q.device) // plane_bytes)) if buffers else self.planes
             for first in range(0, self.planes, step):
                 yield Chunk(first, min(step, self.planes - first))
 
@@ -142,6 +142,12 @@ class Launch:
 def power_of_two(n: int) -> int:
     """The least one that is not below ``n``."""
     return 1 << (n - 1).bit_length()
+
+
+@functools.lru_cache
+def chunk_bytes(device: torch.device) -> int:
+    """For numbers for pairs of tokens at a time: a 64th of the GPU's memory. Each chunk is some launches more."""
+    return CHUNK_BYTES if INTERPRETED else max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
 @functools.lru_cache
