@@ -291,9 +291,10 @@ static void bucket_sums(const PlanView& plan, const float* grad, float* out, int
   float* sums = new float[buckets + 2 * LANES];
   float* last = new float[plan.cols + LANES]();
   for (int64_t row = begin; row < end; ++row) {
-    // The sums jump about in a row, so the processor does not foresee what they read.
-    const int64_t later = row + 4 < end ? row + 4 : row;
-    for (int64_t j = 0; j < plan.cols; j += 16) __builtin_prefetch(grad + later * plan.cols + j);
+    // The sums jump about in a row, so the processor does not foresee what they read. Long rows would not stay in the first cache.
+    const float* later = grad + (row + 4 < end ? row + 4 : row) * plan.cols;
+    for (int64_t j = 0; j < plan.cols; j += 16)
+      plan.cols < 512 ? __builtin_prefetch(later + j) : __builtin_prefetch(later + j, 0, 2);
     const float* x = grad + row * plan.cols;
     const bool room = (end - row - 1) * plan.cols >= LANES;  // to read past its end
     if (!room) x = static_cast<float*>(__builtin_memcpy(last, x, plan.cols * sizeof(float)));
