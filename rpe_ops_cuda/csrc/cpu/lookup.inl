@@ -133,11 +133,11 @@ static void columns(const PlanView& plan, int64_t i, int64_t count, float* table
   }
 }
 
+constexpr int kCopies = 4;  // of the sums: neighbours often share a bucket, and an add must wait for the one before it
+
 // sums[n] = sum of x[j] over the keys with id(i, j) == n, for the ids of the plan; sums must be zero. Writes up to 2 * LANES - 1
 // zeros past the last id and reads LANES - 1 entries past the last key. `scratch` has bucket_scratch(plan) entries.
 static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, float* sums, float* scratch) {
-  // Neighbours often share a bucket, and an add must wait for the one before it: neighbours add to different copies.
-  constexpr int kCopies = 8;
   const uint16_t* ids = plan.ids + i * plan.cols;
   const int64_t cols = plan.cols, lowest = plan.min_id, used = plan.max_id + 1 - lowest, stride = used + LANES;
   for (int64_t n = 0; n < kCopies * stride; ++n) scratch[n] = 0;
@@ -281,7 +281,7 @@ static void lookup_16(const PlanView& plan, const uint16_t* in, uint16_t* out, i
 }
 
 static int64_t bucket_scratch(const PlanView& plan) {
-  const int64_t copies = 8 * (plan.max_id + 1 - plan.min_id + 2 * LANES);
+  const int64_t copies = kCopies * (plan.max_id + 1 - plan.min_id + 2 * LANES);
   const int64_t slots = plan.separable ? plan.num_slots * rounded_up(plan.width) : 0;
   return copies > slots ? copies : slots;
 }
