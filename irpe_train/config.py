@@ -95,7 +95,7 @@ def answer_early(package: str) -> None:
     ``python -m PACKAGE.PROGRAM`` or the console command. The parsers are those of ``PACKAGE/args.py``.
     """
     first = "".join(sys.argv[:1])
-    started = [Path(first).stem.replace("-", "_")]
+    started = [Path(first).name.removesuffix(".exe").replace("-", "_")]
     if first == "-m":  # what follows is still to be found
         started = [word.removeprefix("-m") for word in sys.orig_argv]
     parsers = importlib.import_module(f"{package}.args")
