@@ -150,7 +150,6 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES if INTERPRETED else max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
-@functools.lru_cache
 def generation(device: torch.device) -> int:
     """The first number of the GPU's compute capability: 8 is Ampere and Ada, 9 Hopper, 10 and 12 Blackwell."""
     return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
