@@ -50,25 +50,4 @@ if [ "$task" != classification ]; then
         --annotations "$DATA/coco_digits/annotations/instances_val2017.json" --out "$OUT/detr/predictions"
 fi
 
-say "results"
-"$PYTHON" - "$OUT" <<'SUMMARY'
-import json
-import sys
-from pathlib import Path
-
-out = Path(sys.argv[1])
-for name, figures in (("deit", {"top-1 %": "test_acc1", "top-5 %": "test_acc5"}),
-                      ("detr", {"AP": 0, "AP50": 1})):
-    log = out / name / "log.txt"
-    if not log.exists():
-        continue
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    values = {label: [row[key] if isinstance(key, str) else row["test_coco_eval_bbox"][key] for row in rows]
-              for label, key in figures.items()}
-    print(f"{name}: {len(rows)} epochs, {rows[-1]['n_parameters']:,} parameters")
-    for label, series in values.items():
-        print(f"  {label:8} last {series[-1]:7.3f}   best {max(series):7.3f}")
-    for what in ("log.txt", "plot.png", "best.pth", "predictions"):
-        if (out / name / what).exists():
-            print(f"  {out / name / what}")
-SUMMARY
+say "log.txt, plot.png, best.pth and pictures of each run are in $OUT; its best figure stands behind best.pth above"
