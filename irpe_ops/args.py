@@ -12,6 +12,7 @@ def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentPa
     what = "Which backends exist here, why a missing one is missing, whether those that exist are right, and how fast."
     parser = kind("python -m irpe_ops.info", description=what)
     parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
+    parser.add_argument("--benchmark", type=Path, metavar="DIR", help="write times at full batches as a CSV")
     return parser
 
 

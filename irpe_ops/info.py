@@ -3,14 +3,19 @@
 
 python -m irpe_ops.info                     the list
 python -m irpe_ops.info --check             each against an fp64 reference; then times at DeiT's and DETR's shapes
+python -m irpe_ops.info --benchmark DIR     these times, with full batches, as a CSV in DIR
 """
 
 import copy
+import csv
+import datetime
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +33,7 @@ SHAPES = {
     "DeiT-S B64 H6 L197 D64": (64, 6, 14, 14, 1, 64, "rpe-1.9-product-ctx-1-", False),
     "DETR encoder B2 H8 L850 D32": (2, 8, 25, 34, 0, 32, "rpe-2.0-product-ctx-1-", True),
 }
+FIELDS = ["shape", "dtype", "encodings", "work", "candidate", "median_ms", "left_out", "auto"]
 _BUILD = "pip install ./rpe_ops_cuda"
 
 
@@ -56,6 +62,12 @@ def backends() -> list[Backend]:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
     args = get_info_parser().parse_args(argv)
+    if args.benchmark:  # minutes of work: first check that the result can be written
+        try:
+            args.benchmark.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.benchmark).close()
+        except OSError as error:
+            sys.exit(f"--benchmark {args.benchmark}: nothing can be written there ({error})")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
     wrong = 0
     for backend in backends():
@@ -64,8 +76,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'':8}  {backend.missing}")
         elif args.check:
             wrong += not _passes(backend)
-    if args.check:
-        _print_times()
+    if args.check and not args.benchmark:
+        list(_rows(batch=1 if _best_device() == "cpu" else None))
+    if args.benchmark:
+        print(_write_csv(args.benchmark, list(_rows())))
     if wrong:
         print(f"{wrong} of the backends above are wrong on this machine; use backend='eager' and report this output")
     return 1 if wrong else 0
@@ -89,27 +103,34 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _print_times() -> None:
-    """Every candidate at every shape, on a CPU with one image, checked and timed as `choice` does it."""
+def _rows(batch: int | None = None) -> Iterator[list[str]]:
+    """Every candidate at every shape, checked and timed as `choice` does it: printed, and as rows of a CSV.
+
+    Args:
+        batch: instead of the shape's own.
+    """
     device = _best_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for shape, sizes in SHAPES.items():
-        if device == "cpu":
-            shape, sizes = re.sub(r"B\d+", "B1", shape), (1, *sizes[1:])
         for rpe_on in ("k", "qkv"):
             for training in (False, True):
-                call = _call(*sizes[:6], sizes[6] + rpe_on, sizes[7], device, dtype, training)
+                call = _call(*sizes[:6], sizes[6] + rpe_on, sizes[7], batch or sizes[0], device, dtype, training)
                 names = [name for name in NAMES if choice.can_run(name, call)]
                 found = choice.measure(call, {name: module_of(name).attention for name in names}, eager.attention)
                 with torch.set_grad_enabled(training):
                     taken = choice.choose(call)
                 work = "forward + backward" if training else "forward"
-                print(f"{shape}, {rpe_on}, {work}, {_short(dtype)}: {found}; auto takes {taken}")
-                for name, reason in found.left_out.items():
-                    print(f"{'':8}  {name} is left out: {reason}")
+                shown = shape if batch is None else re.sub(r"B\d+", f"B{batch}", shape)
+                print(f"{shown}, {rpe_on}, {work}, {_short(dtype)}: {found}; auto takes {taken}")
+                for name in names:
+                    ms, reason = found.ms.get(name), found.left_out.get(name, "")
+                    if reason:
+                        print(f"{'':8}  {name} is left out: {reason}")
+                    time = "" if ms is None else f"{ms:.3f}"
+                    yield [shown, _short(dtype), rpe_on, work, name, time, reason, "yes" if name == taken else ""]
 
 
-def _call(batch, heads, height, width, skip, head_dim, spec, padded, device, dtype, training) -> AttentionCall:
+def _call(batch_, heads, height, width, skip, head_dim, spec, padded, batch, device, dtype, training) -> AttentionCall:
     generator = torch.Generator().manual_seed(0)
     length = height * width + skip
     packed = torch.randn(batch, length, 3, heads, head_dim, generator=generator).to(device, dtype)
@@ -120,6 +141,17 @@ def _call(batch, heads, height, width, skip, head_dim, spec, padded, device, dty
             nn.init.normal_(table.requires_grad_(training), std=0.02)
     padding = torch.zeros(batch, length, dtype=torch.bool, device=device) if padded else None
     return AttentionCall(q, k, v, *encodings, height, width, padding, scale=head_dim**-0.5)
+
+
+def _write_csv(folder: Path, rows: list[list[str]]) -> Path:
+    """The rows in a file that says on which device and day, and in its first line with what."""
+    today = datetime.date.today().isoformat()
+    device = re.sub(r"[^a-z0-9]+", "-", _device().lower()).strip("-")
+    path = folder / f"attention_{device}_{today}.csv"
+    with path.open("w", newline="") as file:
+        file.write(f"# {_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {today}, medians\n")
+        csv.writer(file).writerows([FIELDS, *rows])
+    return path
 
 
 def _missing_operator(device: str) -> str | None:

@@ -41,6 +41,7 @@ step "DETR, fp32, deterministic" "$PYTHON" -m detr_irpe "${DETR[@]}" --determini
 set_launcher deit_irpe
 step "DeiT, on all GPUs" "${LAUNCH[@]}" "${DEIT[@]}" --output_dir "$OUT/deit_all_gpus"
 step "Every backend against fp64, and times" "$PYTHON" -m irpe_ops.info --check
+step "Attention, every candidate" "$PYTHON" -m irpe_ops.info --benchmark "$OUT"
 for dtype in bf16 fp32; do
     step "One layer, $dtype" "$PYTHON" "$ROOT/scripts/benchmark_ops.py" --device cuda --dtype "$dtype" --output "$OUT"
 done

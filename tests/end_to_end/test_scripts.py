@@ -193,7 +193,7 @@ def test_training_is_written_as_the_zoo_names_it(tmp_path):
 
 def test_gpu_report_lists_its_steps_and_needs_a_gpu(tmp_path):
     lines = run(tmp_path, "gpu_report.sh", "out", PYTHON="python").splitlines()
-    assert [line for line in lines if "-m pytest -q -m gpu" in line] and "irpe_ops.info --check" in "\n".join(lines)
-    assert len(lines) == 12 and not (tmp_path / "out").exists()
+    assert [line for line in lines if "-m pytest -q -m gpu" in line] and "--benchmark out" in "\n".join(lines)
+    assert len(lines) == 13 and not (tmp_path / "out").exists()
     words = run(tmp_path, "gpu_report.sh", "out", ok=False, DRY_RUN="", CUDA_VISIBLE_DEVICES="")
     assert "PyTorch finds no GPU here" in words and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """python -m irpe_ops.info: what it lists, what it says is missing, and that --check can fail."""
 
+import csv
 import dataclasses
 import re
 import subprocess
@@ -48,13 +49,21 @@ def test_check_runs_what_is_there(capsys):
     assert len(lines) == 4 and all(re.search(r"(eager|sdpa|compiled) [\d.]+ ms.*; auto takes \w+$", x) for x in lines)
 
 
-def test_check_says_what_auto_leaves_out(capsys, monkeypatch):
+def test_benchmark_writes_a_csv(tmp_path, capsys, monkeypatch):
     real = info.module_of("sdpa").attention
     monkeypatch.setattr(info.module_of("sdpa"), "attention", lambda call: real(call) + 1)
-    info.main(["--check"])
-    out = capsys.readouterr().out
-    assert len(re.findall("sdpa is left out: .*wrong by", out)) == 2  # with keys; with values it is no candidate
-    assert re.findall(r"auto takes (\w+)", out) in (["compiled"] * 4, ["eager"] * 4)
+    assert info.main(["--benchmark", str(tmp_path / "new")]) == 0
+    (path,) = (tmp_path / "new").iterdir()
+    assert path.name.startswith("attention_cpu") and str(path) in capsys.readouterr().out
+    with path.open() as file:
+        assert file.readline().startswith("# CPU only")
+        rows = list(csv.DictReader(file))
+    assert {row["encodings"] for row in rows} == {"k", "qkv"}
+    assert {row["work"] for row in rows} == {"forward", "forward + backward"}
+    assert all(float(row["median_ms"]) > 0 for row in rows if row["candidate"] == "eager")
+    wrong = [row for row in rows if row["candidate"] == "sdpa"]
+    assert len(wrong) == 2 and all("wrong by" in row["left_out"] and not row["median_ms"] for row in wrong)
+    assert [row["candidate"] for row in rows if row["auto"]] in ([["compiled"] * 4, ["eager"] * 4])
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan"), RuntimeError("illegal instruction")])
@@ -72,6 +81,13 @@ def test_a_wrong_backend_makes_check_fail(error, monkeypatch, capsys):
     assert "ok    first: relative error 0.0e+00, allowed 1.0e-01" in out
     assert ("WRONG RuntimeError: illegal instruction" if isinstance(error, Exception) else "WRONG second") in out
     assert "1 of the backends above are wrong" in out
+
+
+def test_where_no_csv_can_be_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(info, "_rows", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--benchmark .*file: nothing can be written there"):
+        info.main(["--benchmark", str(tmp_path / "file")])
 
 
 def test_a_missing_backend_is_no_failure(monkeypatch):
