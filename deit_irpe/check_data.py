@@ -4,10 +4,10 @@
 import argparse
 import hashlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from deit_irpe.args import get_check_parser
 from deit_irpe.data import build_dataset, check_same_classes
@@ -15,40 +15,29 @@ from deit_irpe.data.split import split_folder
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
 from irpe_train.launch import launch
-from irpe_train.loader import UNREADABLE
+from irpe_train.loader import Tried
 
 MOST_SHOWN = 5  # unreadable images that are named
 
 
-class _Readable(Dataset):
-    """The class number of an image that can be decoded and a hash of its pixels, or -1 and why it cannot."""
-
-    def __init__(self, images: Dataset) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, int, str]:
-        try:
-            image, label = self.images[index]
-        except UNREADABLE as error:
-            return -1, 0, str(error)
-        pixels = hashlib.blake2b(b"%d %d " % image.size + image.tobytes(), digest_size=7).digest()
-        return label, int.from_bytes(pixels, "big"), ""
+def _label_and_pixels(images: Dataset, index: int) -> tuple[int, bytes]:
+    """The class number of an image, and a hash of its pixels."""
+    image, label = images[index]
+    return label, hashlib.blake2b(b"%d %d " % image.size + image.tobytes(), digest_size=7).digest()
 
 
-def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str], dict[int, int]]:
+def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str], Counter[bytes]]:
     """Decode every image. Returns: readable images of each class, why the others cannot be read, and how often each
     picture comes, by a hash of its pixels.
     """
-    counts, reasons, pictures = torch.zeros(len(images.classes), dtype=torch.int64), [], Counter()
-    loader = DataLoader(_Readable(images), batch_size=64, num_workers=num_workers)
-    for labels, hashes, texts in loader:
-        counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
-        pictures.update(hashes[labels >= 0].tolist())
-        reasons += [text for text in texts if text]
-    return counts.tolist(), reasons, pictures
+    counts, reasons, pictures = [0] * len(images.classes), [], Counter()
+    for found, reason in Tried(partial(_label_and_pixels, images), range(len(images))).all(num_workers):
+        if reason:
+            reasons.append(reason)
+        else:
+            counts[found[0]] += 1
+            pictures[found[1]] += 1
+    return counts, reasons, pictures
 
 
 def main(args: argparse.Namespace) -> int:

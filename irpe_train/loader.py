@@ -9,7 +9,8 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from zipfile import BadZipFile
 
 import torch
@@ -149,6 +150,27 @@ class EvalLoader:
                     "fix or remove this file."
                 )
             yield batch
+
+
+class Tried(Dataset):
+    """(``read(index)``, "") for each of ``indices``, or (None, why it cannot be read)."""
+
+    def __init__(self, read: Callable[[int], object], indices: Sequence[int]):
+        self.read, self.indices = read, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> tuple[object, str]:
+        try:
+            return self.read(self.indices[number]), ""
+        except UNREADABLE as error:
+            return None, str(error) or type(error).__name__
+
+    def all(self, num_workers: int) -> Iterator[tuple[object, str]]:
+        """All of them in order, read by ``num_workers`` processes; random generators stay as they are."""
+        how = dict(batch_size=64, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
+        return chain.from_iterable(DataLoader(self, **how))
 
 
 def _start(loader: DataLoader) -> Iterator:

@@ -3,10 +3,9 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from detr_irpe.data.annotation_problems import MOST, Problem
 from detr_irpe.data.annotations import Annotations
@@ -14,6 +13,7 @@ from detr_irpe.data.coco import read_image
 from detr_irpe.data.image_files import FilesInFolder, FilesInZip
 from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.segmentations import box_of_mask
+from irpe_train.loader import Tried
 from irpe_train.pixels import is_turned
 
 
@@ -30,18 +30,22 @@ def image_problems(
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
     turned = Problem("photos that are read as stored and shown turned (EXIF)", allowed=math.inf)
-    generator = torch.Generator()  # its own, so that the check does not change the run that follows
-    data = _Decoded(annotations, images, looked_at)
-    decoded = DataLoader(data, batch_size=None, num_workers=num_workers, generator=generator)
-    for index, (height, width, other, error) in zip(looked_at, decoded, strict=True):
+    decoded = Tried(partial(_seen, annotations, images), looked_at).all(num_workers)
+    for index, (found, error) in zip(looked_at, decoded, strict=True):
         name, wanted = annotations.names[index].decode(), annotations.sizes[index].tolist()
         if error:
             unreadable.add(error)
-        elif 0 not in wanted and wanted != [height, width]:
-            other_size.add(f"{name} is {height} x {width}, annotated {wanted[0]} x {wanted[1]}")
-        elif other:
+        elif 0 not in wanted and wanted != found[:2]:
+            other_size.add(f"{name} is {found[0]} x {found[1]}, annotated {wanted[0]} x {wanted[1]}")
+        elif found[2]:
             turned.add(name)
     return [unreadable, other_size, turned]
+
+
+def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: int) -> list[int]:
+    """Height and width of an image as training reads it, and whether viewers show it turned."""
+    image = read_image(images, index, annotations.sizes[index].tolist())
+    return [image.height, image.width, is_turned(image)]
 
 
 def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
@@ -86,21 +90,3 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allo
         if seen - listed:
             unlisted.add(name)
     return [unreadable, other_size, unlisted, absent]
-
-
-class _Decoded(Dataset):
-    """Height and width of an image as training reads it, whether viewers show it turned, or why it cannot be read."""
-
-    def __init__(self, annotations: Annotations, images, only: Sequence[int]) -> None:
-        self.annotations, self.images, self.only = annotations, images, only
-
-    def __len__(self) -> int:
-        return len(self.only)
-
-    def __getitem__(self, number: int) -> tuple[int, int, bool, str]:
-        index = self.only[number]
-        try:
-            image = read_image(self.images, index, self.annotations.sizes[index].tolist())
-        except OSError as error:
-            return 0, 0, False, str(error)
-        return image.height, image.width, is_turned(image), ""
