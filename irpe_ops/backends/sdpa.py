@@ -86,9 +86,9 @@ class _Mask(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, dtype: torch.dtype, of_queries: int, added: Tensor | None, excluded: Tensor | None, *lookups: Tensor
-    ) -> Tensor:
+    def forward(ctx, *inputs: torch.dtype | int | Tensor | None) -> Tensor:
+        # No parameter is named: Dynamo leaves ctx out where there are as many as arguments.
+        dtype, of_queries, added, excluded, *lookups = inputs
         ctx.of_queries = of_queries
         ctx.kinds = [(x.shape, x.dtype) for x in lookups[::2]]
         ctx.added = None if added is None else added.shape

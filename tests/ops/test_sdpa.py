@@ -167,14 +167,20 @@ def test_dropout_is_seeded_and_off_when_not_training():
     assert torch.equal(results(packed, encodings, options, "sdpa")[0], first) and not torch.equal(first, second)
 
 
-def test_compiles_whole():
-    packed, encodings, options = example()
+@pytest.mark.parametrize("spec", ["rpe-1.9-product-ctx-1-k", *SPECS[1:]])
+@pytest.mark.parametrize("trains", [True, False])
+def test_compiles_whole(spec, trains):
+    torch._dynamo.reset()
+    packed, encodings, options = example(spec)
+    for rpe in filter(None, encodings):
+        rpe.requires_grad_(trains)
     function = torch.compile(rpe_attention, backend="eager", fullgraph=True)
     inputs = packed.detach().permute(2, 0, 3, 1, 4)
-    torch.testing.assert_close(
-        function(*inputs, *encodings, **options, backend="sdpa"),
-        rpe_attention(*inputs, *encodings, **options, backend="eager"),
-    )
+    for mask in ("none", "padding", "float"):
+        torch.testing.assert_close(
+            function(*inputs, *encodings, **options, **MASKS[mask], backend="sdpa"),
+            rpe_attention(*inputs, *encodings, **options, **MASKS[mask], backend="eager"),
+        )
 
 
 def test_what_it_cannot_do_is_refused():
