@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// plan_for: plans are kept for the last few index tensors, as every layer of a model asks for the same one.
+// plan_for: plans are kept for the last few maps of ids, as every layer of a model asks for the same one.
 #include <ATen/ops/aminmax.h>
-#include <c10/util/intrusive_ptr.h>
 
+#include <cstring>
 #include <list>
 #include <mutex>
 
@@ -12,10 +12,7 @@ namespace irpe {
 namespace {
 
 struct Known {
-  // A weak reference keeps the address from being used again, so an equal address is the same tensor.
-  c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
-  uint32_t version;  // counts in-place changes
-  const void* data;
+  at::Tensor index;  // a copy: compiled graphs write another map where one was, and no tensor tells
   LookUp direction;
   std::shared_ptr<const Plan> plan;
 };
@@ -38,28 +35,25 @@ std::shared_ptr<const Plan> build(const at::Tensor& index, LookUp direction, int
   return plan;
 }
 
+bool same(const at::Tensor& a, const at::Tensor& b) {
+  return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
+         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+}
+
 }  // namespace
 
-std::shared_ptr<const Plan> plan_for(const at::Tensor& index, int64_t buckets, const char* function, LookUp direction) {
-  if (index.is_inference()) return build(index, direction, buckets, function);  // has no version
-  const uint32_t version = index._version();
+std::shared_ptr<const Plan> plan_for(const at::Tensor& index_, int64_t buckets, const char* function, LookUp direction) {
+  const at::Tensor index = index_.contiguous();
   const std::lock_guard<std::mutex> lock(mutex);
-  for (auto it = known.begin(); it != known.end();) {
-    if (it->tensor.expired()) {
-      it = known.erase(it);
-    } else if (it->tensor._unsafe_get_target() == index.unsafeGetTensorImpl() && it->version == version &&
-               it->data == index.const_data_ptr() && it->direction == direction) {
-      known.splice(known.begin(), known, it);
-      TORCH_CHECK_INDEX(it->plan->view.max_id < buckets, function, ": index holds ", it->plan->view.max_id, "; with ",
-                        buckets, " buckets it must be in [0, ", buckets, ")");
-      return it->plan;
-    } else {
-      ++it;
-    }
+  for (auto it = known.begin(); it != known.end(); ++it) {
+    if (it->direction != direction || !same(it->index, index)) continue;
+    known.splice(known.begin(), known, it);
+    TORCH_CHECK_INDEX(it->plan->view.max_id < buckets, function, ": index holds ", it->plan->view.max_id, "; with ",
+                      buckets, " buckets it must be in [0, ", buckets, ")");
+    return it->plan;
   }
   auto plan = build(index, direction, buckets, function);
-  known.push_front({c10::weak_intrusive_ptr<c10::TensorImpl>(index.getIntrusivePtr()), version, index.const_data_ptr(),
-                    direction, plan});
+  known.push_front({index.clone(), direction, plan});
   if (known.size() > kKept) known.pop_back();
   return plan;
 }

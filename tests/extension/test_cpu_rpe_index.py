@@ -140,6 +140,15 @@ def test_index_changed_in_place_is_seen():
         ops.rpe_index(input, index)
 
 
+def test_index_changed_behind_the_back_of_its_tensor_is_seen():
+    """Graphs of torch.compile write one map where another was: cross on keys was wrong there, rows looked up twice."""
+    index = torch.zeros(3, 40, dtype=torch.uint8)
+    input = torch.arange(6.0).reshape(1, 1, 3, 2)
+    for value in (0, 1, 0):
+        index.numpy()[:] = value  # counts no version
+        assert torch.equal(ops.rpe_index(input, index), gather(input, index.long()))
+
+
 def test_inference_mode_index_is_read_afresh():
     with torch.inference_mode():
         index = torch.zeros(3, 40, dtype=torch.int64)
