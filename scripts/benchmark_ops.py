@@ -77,9 +77,8 @@ class Bench:
             print(f"{operation:28} {shape:28} {dtype:5} {name:15} {median:9.2f} ms   {ratios}", flush=True)
 
     def _host_time(self, run: Callable) -> float:
-        repeats = (
-            3 if self.device.type == "cuda" else 1
-        )  # as in a training, Python launches one step while another runs
+        # As in a training on a GPU, Python launches one step while another runs.
+        repeats = 3 if self.device.type == "cuda" else 1
         self._wait()
         start = self.clock()
         for _ in range(repeats):
