@@ -2,7 +2,6 @@
 """The modes: what a table holds for a bucket, and what it adds to the scores. A mode is one row of `MODES`."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -113,10 +112,15 @@ _sums_halves_in_fp32._dynamo_marked_constant = True  # called while torch.compil
 
 
 def _in_groups(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """One pair of ``(1, rows, columns)`` as groups of rows: one long product would not fill a GPU."""
+    """One pair of ``(1, rows, columns)`` as groups of rows: one long product would not fill a GPU.
+
+    Not in compiled graphs, which would be compiled anew for each number of rows.
+    """
+    if len(a) > 1 or torch.compiler.is_compiling():
+        return a, b
     tiles = -(-a.shape[2] // 128) * -(-b.shape[2] // 128)
-    groups = math.gcd(a.shape[1], 1 << max(0, (128 // tiles).bit_length() - 1)) if len(a) == 1 else 1
-    return (t.unflatten(1, (groups, -1)).flatten(0, 1) for t in (a, b)) if groups > 1 else (a, b)
+    groups = next(n for n in range(max(1, 128 // tiles), 0, -1) if a.shape[1] % n == 0)
+    return tuple(t.unflatten(1, (groups, -1)).flatten(0, 1) for t in (a, b))
 
 
 def _rows(x: Tensor, tables: int) -> Tensor:
