@@ -94,15 +94,15 @@ def answer_early(package: str) -> None:
     Called by ``PACKAGE/__init__.py``; does nothing unless Python imports that for ``python -m PACKAGE``,
     ``python -m PACKAGE.PROGRAM`` or the console command. The parsers are those of ``PACKAGE/args.py``.
     """
-    first = "".join(sys.argv[:1])
-    started = [Path(first).name.removesuffix(".exe").replace("-", "_")]
-    if first == "-m":  # what follows is still to be found
-        started = [word.removeprefix("-m") for word in sys.orig_argv]
-    parsers = importlib.import_module(f"{package}.args")
-    for name, verb in {"": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}.items():
-        if package + name in started:
-            with contextlib.suppress(ConfigError):  # launch reports it
-                parse_args(getattr(parsers, f"get_{verb}_parser")())
+    programs = {"": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}
+    parsers = {package + program: f"get_{verb}_parser" for program, verb in programs.items()}
+    words = [Path("".join(sys.argv[:1])).name.removesuffix(".exe").replace("-", "_")]
+    if words == ["_m"]:  # the module is still to be found; its name comes before its arguments
+        words = [word.removeprefix("-m") for word in sys.orig_argv]
+    program = next((word for word in words if word.split(".")[0] == package), "")
+    if program in parsers:
+        with contextlib.suppress(ConfigError):  # launch reports it
+            parse_args(getattr(importlib.import_module(f"{package}.args"), parsers[program])())
 
 
 def _with_home(argv: list[str]) -> list[str]:

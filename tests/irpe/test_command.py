@@ -13,6 +13,7 @@ from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
 from irpe.__main__ import COMMANDS, completion, main, overview
 from irpe_ops.attention import BACKENDS
+from irpe_train.config import answer_early
 from irpe_train.precision import DTYPES
 from tests.helpers.deit_runs import MODEL, QUICK
 from tests.helpers.quick_python import quick_programs
@@ -247,3 +248,19 @@ def does_not_wait(command, status):
     ran = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     imported = {line.split("|")[-1].strip() for line in ran.stderr.splitlines()}
     assert ran.returncode == status and "torch" not in imported and "irpe_train.flags" in imported
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-m", "deit_irpe.export", "--resume", "weights.pth", "--out", "deit_irpe"],
+        ["-m", "deit_irpe.model_stats", "deit_irpe"],
+        ["-m", "pytest", "deit_irpe"],
+        ["deit_irpe.model_stats"],
+    ],
+)
+def test_a_value_that_is_called_like_a_package_starts_nothing(monkeypatch, argv):
+    """The program is the first word that names the package; ``--out`` is a flag of its export, not of its training."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", *argv])
+    monkeypatch.setattr(sys, "argv", ["-m", *argv[2:]] if argv[0] == "-m" else argv)
+    answer_early("deit_irpe")
