@@ -96,10 +96,10 @@ def answer_early(package: str) -> None:
     """
     programs = {"": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}
     parsers = {package + program: f"get_{verb}_parser" for program, verb in programs.items()}
-    words = [Path("".join(sys.argv[:1])).name.removesuffix(".exe").replace("-", "_")]
-    if words == ["_m"]:  # the module is still to be found; its name comes before its arguments
-        words = [word.removeprefix("-m") for word in sys.orig_argv]
-    program = next((word for word in words if word.split(".")[0] == package), "")
+    program = Path("".join(sys.argv[:1])).name.removesuffix(".exe").replace("-", "_")
+    if program == "_m":  # the module is still to be found
+        options = " ".join(sys.orig_argv).partition(" -m")[2].split()
+        program = options[0] if options else ""
     if program in parsers:
         with contextlib.suppress(ConfigError):  # launch reports it
             parse_args(getattr(importlib.import_module(f"{package}.args"), parsers[program])())
