@@ -125,20 +125,29 @@ def keep_mask(
 
 
 @triton.jit
-def mask_scores(scores, padding, mask, mask_query, mask_key, queries, keys, length, PADDING: tl.constexpr,
-                MASK: tl.constexpr):  # fmt: skip
-    """Scores (base 2) with masks; `queries` and `keys` are a column and a row, or the other way round."""
-    inside = (queries < length) & (keys < length)
+def scores_of(
+    q_tile, k_tile, queries, keys, pairs_k, pairs_q, padding, mask, mask_query, mask_key, local, length, row, scale,
+    ON_K: tl.constexpr, ON_Q: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """(queries, keys) scores of a tile, base 2, with encodings and masks."""
+    scores = dot(q_tile, tl.trans(k_tile), PRECISION, INTERPRETED) * scale
+    if ON_K:
+        scores += load_pairs(pairs_k, local, queries, keys, length, row).to(tl.float32)
+    if ON_Q:
+        scores = add_transposed(scores, load_pairs(pairs_q, local, keys, queries, length, row), BLOCK_M, INTERPRETED)
+    scores = scores * LOG2_E
+    inside = (queries < length)[:, None] & (keys < length)[None, :]
     if MASK != "none":
-        where = queries.to(tl.int64) * mask_query + keys.to(tl.int64) * mask_key
+        where = queries[:, None].to(tl.int64) * mask_query + keys[None, :].to(tl.int64) * mask_key
         if MASK == "bool":
             scores = tl.where(tl.load(mask + where, mask=inside, other=1) != 0, float("-inf"), scores)
         else:
             scores += tl.load(mask + where, mask=inside, other=0.0).to(tl.float32) * LOG2_E
     if PADDING:
         ignored = tl.load(padding + keys, mask=keys < length, other=1) != 0
-        scores = tl.where(ignored, float("-inf"), scores)
-    return tl.where(keys < length, scores, float("-inf"))
+        scores = tl.where(ignored[None, :], float("-inf"), scores)
+    return tl.where((keys < length)[None, :], scores, float("-inf"))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -233,16 +242,9 @@ def forward_kernel(
     for start in range(0, length, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, keys, k_row, length, HEAD, HEAD_DIM)
-        scores = dot(q_tile, tl.trans(k_tile), PRECISION, INTERPRETED) * scale
-        if ON_K:
-            scores += load_pairs(pairs_k, local, queries, keys, length, row).to(tl.float32)
-        if ON_Q:
-            scores = add_transposed(
-                scores, load_pairs(pairs_q, local, keys, queries, length, row), BLOCK_M, INTERPRETED
-            )
-        scores = mask_scores(
-            scores * LOG2_E, padding, mask, mask_query, mask_key, queries[:, None], keys[None, :], length, PADDING, MASK
-        )
+        scores = scores_of(q_tile, k_tile, queries, keys, pairs_k, pairs_q, padding, mask, mask_query, mask_key, local,
+                           length, row, scale, ON_K, ON_Q, PADDING, MASK, PRECISION, INTERPRETED,
+                           BLOCK_M)  # fmt: skip
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         # A query without a key so far has -inf here, and -inf - -inf is NaN.
         finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -301,8 +303,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """A program takes BLOCK_N keys and runs over the queries: gradients of k, v and, kept as pairs, of all scores.
 
-    Tiles are (keys, queries) here, as the products for k and v want them. `kept` may be `pairs_k`, and gradients for
-    keys replace `pairs_q`: each place is read and then written by one program.
+    `kept` may be `pairs_k`, and gradients for keys replace `pairs_q`: one program reads each place, then writes it.
     """
     tiles = tl.cdiv(length, BLOCK_N)
     local = tl.program_id(0) // tiles
@@ -332,16 +333,9 @@ def key_gradient_kernel(
         go_tile = load_rows(grad_out, queries, go_row, length, HEAD, HEAD_DIM)
         log_sum = tl.load(log_sums + queries, mask=queries < length, other=float("inf"))
         delta = tl.load(deltas + queries, mask=queries < length, other=0.0)
-        scores = dot(q_tile, tl.trans(k_tile), PRECISION, INTERPRETED) * scale
-        if ON_K:
-            scores += load_pairs(pairs_k, local, queries, keys, length, row).to(tl.float32)
-        if ON_Q:
-            scores = add_transposed(
-                scores, load_pairs(pairs_q, local, keys, queries, length, row), BLOCK_M, INTERPRETED
-            )
-        scores = mask_scores(
-            scores * LOG2_E, padding, mask, mask_query, mask_key, queries[:, None], keys[None, :], length, PADDING, MASK
-        )
+        scores = scores_of(q_tile, k_tile, queries, keys, pairs_k, pairs_q, padding, mask, mask_query, mask_key, local,
+                           length, row, scale, ON_K, ON_Q, PADDING, MASK, PRECISION, INTERPRETED,
+                           BLOCK_M)  # fmt: skip
         weights = tl.exp2(scores - log_sum[:, None])
         grad = dot(go_tile, tl.trans(v_tile), PRECISION, INTERPRETED)
         if ON_V:
