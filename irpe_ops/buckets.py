@@ -79,7 +79,11 @@ def traced_bucket_map(
 
 
 def offset_map(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
-    """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)``, smallest first; cached: read only."""
+    """The bucket of every offset between two tokens, in one dimension; cached: read only.
+
+    An offset (rows, columns) is at ``rows * (2 width - 1) + columns``, counted from the smallest one. As many entries
+    beyond the largest one, and one more, are for pairs with a leading token.
+    """
     if type(torch.empty(0)) is not Tensor:
         return _make_offsets(bucket_map_named(method), ratio, height, width, device)
     return _kept(_cached_offsets(bucket_map_named(method), ratio, height, width, device))
@@ -90,9 +94,9 @@ def traced_offset_map(
 ) -> Tensor:
     """`offset_map` for ``torch.compile``, as `traced_bucket_map`."""
     rows, cols = torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
-    bucket_of = _traced_index(ratio, gamma, device)
-    ids = ids_of(bucket_map_named(method), rows[:, None], cols[None, :], bucket_of, beta, f"bucket map {method!r}")
-    return ids.to(_id_dtype(count_buckets(method, beta, 1)))
+    row, bucket_of = bucket_map_named(method), _traced_index(ratio, gamma, device)
+    ids = ids_of(row, rows[:, None], cols[None, :], bucket_of, beta, f"bucket map {method!r}")
+    return _with_leading(ids, row.num_buckets(beta))
 
 
 def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -101,14 +105,21 @@ def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Ten
 
 
 def _make_offsets(row: BucketMap, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
-    """Of `offset_map`: sent to the device without waiting for it."""
     with torch.inference_mode(False), torch.no_grad():
-        offsets = offset_ids(row, ratio, height, width, "bucket map")
-        offsets = offsets.to(_id_dtype(row.num_buckets(int(2 * ratio)) + 1))
-        # Elsewhere, as on MPS, the copy might read this memory after it is freed. A fake tensor cannot be pinned.
-        if device.type != "cuda" or type(offsets) is not Tensor:
-            return offsets.to(device)
-        return offsets.pin_memory().to(device, non_blocking=True)
+        ids = offset_ids(row, ratio, height, width, "bucket map")
+        return _sent(_with_leading(ids, row.num_buckets(int(2 * ratio))), device)
+
+
+def _with_leading(ids: Tensor, bucket: int) -> Tensor:
+    return F.pad(ids.flatten(), (0, ids.numel() + 1), value=bucket).to(_id_dtype(bucket + 1))
+
+
+def _sent(ids: Tensor, device: torch.device) -> Tensor:
+    """``ids`` on the device, without waiting for it."""
+    # Elsewhere, as on MPS, the copy might read this memory after it is freed. A fake tensor cannot be pinned.
+    if device.type != "cuda" or type(ids) is not Tensor:
+        return ids.to(device)
+    return ids.pin_memory().to(device, non_blocking=True)
 
 
 def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
@@ -118,7 +129,8 @@ def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, 
     """
     num_buckets = row.num_buckets(int(2 * ratio)) + (1 if skip else 0)
     with torch.inference_mode(False), torch.no_grad():
-        offsets = _make_offsets(row, ratio, height, width, device).to(_id_dtype(num_buckets))
+        ids = offset_ids(row, ratio, height, width, "bucket map").to(_id_dtype(num_buckets))
+        offsets = _sent(ids, device)
         # From query (r, c), key (0, 0) has offset (r, c), and further keys have smaller ones: windows of the reverse.
         windows = offsets.flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (height, width, height, width)
         ids = windows.flip(0, 1).reshape(height * width, height * width)

@@ -41,15 +41,25 @@ def product(x: Tensor, table: Tensor) -> Tensor:
 
 
 def _matmul(x: Tensor, table: Tensor) -> Tensor:
+    return _times(x, _matrix(x, table))
+
+
+def _matrix(x: Tensor, table: Tensor) -> Tensor:
+    """``table`` as `_times` takes it: ``(D, N)`` or ``(H, D, N)``; if packed, one with the heads' on its diagonal."""
+    if not _is_packed(x):
+        # One table for all heads is one product of matrices, and so is its gradient.
+        return table[0] if table.shape[0] == 1 else table
+    heads, (dim, buckets) = x.shape[1], table.shape[1:]
+    tables = x.new_zeros(heads, dim, heads, buckets)
+    tables.diagonal(dim1=0, dim2=2).copy_(table.permute(1, 2, 0))
+    return tables.view(heads * dim, heads * buckets)
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
     with without_autocast(x.device):
         if _is_packed(x):
-            heads, (dim, buckets) = x.shape[1], table.shape[1:]
-            tables = x.new_zeros(heads, dim, heads, buckets)
-            tables.diagonal(dim1=0, dim2=2).copy_(table.permute(1, 2, 0))
-            found = _tokens(x) @ tables.view(heads * dim, heads * buckets)
-            return found.unflatten(-1, (heads, buckets)).transpose(1, 2)
-        # One table for all heads is one product of matrices, and so is its gradient.
-        return x @ (table[0] if table.shape[0] == 1 else table)
+            return (_tokens(x) @ matrix).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+        return x @ matrix
 
 
 def _is_packed(x: Tensor) -> bool:
@@ -73,17 +83,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(x, table)
-        return _matmul(x, table.to(x.dtype))
+        matrix = _matrix(x, table.to(x.dtype))
+        ctx.save_for_backward(x, table, matrix)
+        return _times(x, matrix)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, table = ctx.saved_tensors
-        grad_x = grad_table = None
+        x, table, matrix = ctx.saved_tensors
+        grad_x, grad_table, packed = None, None, _is_packed(x)
         if ctx.needs_input_grad[0]:
-            grad_x = _matmul(grad, table.to(x.dtype).mT)
+            grad_x = _times(grad, matrix.mT) if packed == _is_packed(grad) else _matmul(grad, table.to(x.dtype).mT)
         if ctx.needs_input_grad[1]:
-            packed = _is_packed(x)
             a, b = (_tokens(t).flatten(0, 1)[None] if packed else _rows(t, len(table)) for t in (x, grad))
             with without_autocast(x.device):
                 if table.dtype == torch.float32 and _sums_halves_in_fp32(x.device, x.dtype):

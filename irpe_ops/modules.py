@@ -86,7 +86,7 @@ class IRPE(nn.Module):
         return bucket_map(self.method, self.ratio, height, width, self.skip, device)
 
     def offset_ids(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The bucket of every offset on the grid, ``(2 height - 1, 2 width - 1)``, smallest first. Read-only too."""
+        """The bucket of every offset between two tokens, in the order of `buckets.offset_map`. Read-only too."""
         if torch.compiler.is_compiling():
             return traced_offset_map(self.method, *self._coefficients, height, width, device)
         return offset_map(self.method, self.ratio, height, width, device)

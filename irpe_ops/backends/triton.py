@@ -15,9 +15,7 @@ from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.backends.triton_launch import COLUMN_MULTIPLE, INTERPRETED, Arguments, Launch, generation
-from irpe_ops.buckets import count_buckets
 from irpe_ops.modes import product
-from irpe_ops.modules import IRPE
 from irpe_ops.rpe_index import under_function_transform
 
 # `sum_kernel` holds a row of buckets in registers, the others a row of q.
@@ -83,7 +81,8 @@ def attention(call: AttentionCall) -> Tensor:
     q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
     if call.encodings:
         name, skip = _map_of(call.encodings[0])
-        offsets = _offsets(call.encodings[0].parts, height, width, q.device)
+        maps = [part.offset_ids(height, width, q.device) for part in call.encodings[0].parts]
+        offsets = maps[0][None] if len(maps) == 1 else torch.stack(maps)
     else:
         name, skip, height, width, offsets = "", 0, 1, q.shape[2], None
     with torch.autocast(q.device.type, enabled=False):
@@ -188,13 +187,15 @@ fused_attention_backward.register_fake(_gradients)
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of the divisors, which nobody asks for
     ctx.save_for_backward(*output, *inputs[:9])
     ctx.options = inputs[9:]
 
 
-def _backward(ctx, grad_out: Tensor, grad_sums: Tensor, _, operator=fused_attention_backward):
+def _backward(ctx, *grads: Tensor | None, operator=fused_attention_backward):
     saved = ctx.saved_tensors
-    grads = operator(grad_out, grad_sums, *saved, *ctx.options)
+    given = (torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads[:2], saved, strict=False))
+    grads = operator(*given, *saved, *ctx.options)
     absent = (False, False, False, saved[6] is None, saved[7] is None)
     return *(None if no else grad for grad, no in zip(grads, absent, strict=True)), *[None] * 11
 
@@ -212,10 +213,9 @@ class _Attention(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor, grad_sums: Tensor, _):
+    def backward(ctx, *grads: Tensor | None):
         # The registered operator refuses to be differentiated again.
-        operator = fused_attention_backward if torch.is_grad_enabled() else _differentiate
-        return _backward(ctx, grad_out, grad_sums, _, operator)
+        return _backward(ctx, *grads, operator=fused_attention_backward if torch.is_grad_enabled() else _differentiate)
 
 
 def _is_plain(q: Tensor) -> bool:
@@ -227,18 +227,3 @@ def _side_by_side(q: Tensor, columns: int | None = None) -> Tensor:
     """``(B, H, L, columns or D)``, in memory ``(B, L, H, ...)``: merging the heads afterwards copies nothing."""
     batch, heads, length, head_dim = q.shape
     return q.new_empty(batch, length, heads, head_dim if columns is None else columns).transpose(1, 2)
-
-
-def _offsets(parts: tuple[IRPE, ...], height: int, width: int, device: torch.device) -> Tensor:
-    """``(parts, offsets)`` uint8: the bucket of every offset between two tokens, at the place `positions` gives it.
-
-    An offset (rows, columns) is at ``rows * (2 width - 1) + columns``, counted from the smallest one; entries beyond
-    the largest one are for pairs with a leading token.
-    """
-    table = []
-    for part in parts:
-        # One row of offsets after the other. Between two rows `positions` jumps by their length, so none is left out.
-        ids = part.offset_ids(height, width, device).flatten()
-        leading = 2 * ((height - 1) * (2 * width - 1) + width - 1) + 2
-        table.append(F.pad(ids, (0, leading), value=count_buckets(part.method, 2 * part.ratio, skip=0)))
-    return torch.stack(table)

@@ -136,7 +136,7 @@ class Launch:
         given |= {name: self.q for name, x in more.items() if x is None}  # a pointer that is never read
         options = {name: given[name] for name in ("num_warps", "num_stages")}
         with torch.cuda.device_of(self.q):
-            function[grid](**{name: given[name] for name in function.arg_names}, **options)
+            function[grid](*[given[name] for name in function.arg_names], **options)
 
 
 def power_of_two(n: int) -> int:

@@ -224,7 +224,7 @@ def test_compiles_without_a_graph_break(spec):
 def test_operator_is_registered_correctly():
     packed, encodings, options = example(batch=1, heads=1)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
-    lookup, offsets = torch.randn(1, 1, 7, 32, device=DEVICE), triton_backend._offsets((encodings[1],), 2, 3, q.device)
+    lookup, offsets = torch.randn(1, 1, 7, 32, device=DEVICE), encodings[1].offset_ids(2, 3, q.device)[None]
     tensors = [x.detach().requires_grad_() for x in (q, k, v, lookup)]
     arguments = (*tensors[:3], tensors[3], None, None, None, None, offsets, "product:1.0", 2, 3, 1, True, 0.0, 0.5)
     torch.library.opcheck(

@@ -144,7 +144,9 @@ def test_on_a_gpu_the_product_of_halves_is_asked_for_in_fp32(monkeypatch, capabi
         x = torch.empty(2, 3, 5, 4, device="cuda", dtype=dtype)
         for tables in (1, 3):
             table = torch.empty(tables, 4, 7, device="cuda")
-            ctx = SimpleNamespace(saved_tensors=(x, table), needs_input_grad=(True, True))
+            ctx = SimpleNamespace(
+                saved_tensors=(x, table, modes._matrix(x, table.to(dtype))), needs_input_grad=(True, True)
+            )
             grad_x, grad_table = _Product.backward(ctx, product(x, table))
             assert (grad_x.dtype, grad_table.dtype) == (dtype, torch.float32)
             assert grad_x.shape == x.shape and grad_table.shape == table.shape
