@@ -2,9 +2,6 @@
 """Parameters and multiply-accumulates of a model, counted the way the published table counts them.
 
     python -m deit_irpe.model_stats [MODEL ...]
-    python -m deit_irpe.model_stats --json FLAGS    what a command line of python -m deit_irpe builds, as JSON
-
-The second form needs no data, so the classes are told with ``--num_classes``.
 
 The rule (for one image, L tokens, P patches, width C, H heads of D, N buckets):
 
@@ -21,8 +18,6 @@ it: weights are summed into buckets first, ``H L L`` additions, then multiplied 
 
 import contextlib
 import copy
-import json
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from deit_irpe.args import get_args_parser
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, build_model, create_model
 from irpe_ops.modules import buckets_of
-from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
@@ -109,24 +103,17 @@ def count(model: nn.Module) -> dict[str, float]:
 
 
 def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
-    """What the command line ``argv`` of ``python -m deit_irpe`` builds: ``n_parameters``, ``macs_M``, ``buckets``."""
-    parser = get_args_parser()
-    parser.add_argument("--num_classes", default=1000, type=positive_int)
-    args = parse_args(parser, argv)
+    """What the command line ``argv`` of ``python -m deit_irpe`` builds, with ImageNet's 1000 classes."""
     with torch.device("meta"):  # shapes only: nothing is allocated
-        return count(build_model(args, args.num_classes))
+        return count(build_model(parse_args(get_args_parser(), argv), 1000))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = FlagParser("deit_irpe.model_stats", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: every registered one and the plain DeiTs")
     parser.add_argument("--rpe", help="this encoding instead of the one in the name, e.g. rpe-2.0-product-ctx-1-k")
     try:
-        if argv[:1] == ["--json"]:
-            print(json.dumps(stats_of_flags(argv[1:])))
-        else:
-            print_table(**vars(parser.parse_args(argv)))
+        print_table(**vars(parser.parse_args(argv)))
     except (RunError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 

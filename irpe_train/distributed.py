@@ -177,23 +177,19 @@ def reduce_mean(value: torch.Tensor) -> torch.Tensor:
     return total / world_size()
 
 
-class report_lost_ranks:
+@contextlib.contextmanager
+def report_lost_ranks(where: str):
     """Turns an error of gloo, nccl or the store about a dead or silent peer, not its own call, into ``RankLost``."""
-
-    def __init__(self, where: str):
-        self.where = where
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        of_backend = isinstance(error, RuntimeError) and not isinstance(error, RunError)
-        if of_backend and world_size() > 1 and LOST_RANK.search(str(error)):
-            STOP.leave_if_asked()  # it has left first
-            raise RankLost(
-                f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {self.where}: "
-                f"{first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
-            ) from error
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RunError) or world_size() == 1 or not LOST_RANK.search(str(error)):
+            raise
+        STOP.leave_if_asked()  # it has left first
+        raise RankLost(
+            f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {where}: "
+            f"{first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
+        ) from error
 
 
 class _Console(logging.StreamHandler):

@@ -92,8 +92,6 @@ def test_the_statistics_of_a_model_are_not_changed_by_counting():
         (["resnet18"], "model 'resnet18': the rule does not cover every part of this ResNet"),
         (["vit_base_patch16_siglip_224"], "does not cover every part of this VisionTransformer: attention pooling"),
         (["deit_tiny_patch16_224", "--rpe", "rpe-1-euc"], "rpe spec 'rpe-1-euc'"),
-        (["--json", "--rpe", "rpe-1-euc"], "rpe spec 'rpe-1-euc'"),
-        (["--json", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_mistakes_end_in_one_line(argv, words, capsys):
