@@ -44,12 +44,102 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``irpe_train.config.parse_args`` reads ``--config`` files with it."""
     parser = FlagParser("deit_irpe", first=FIRST, description="Train and evaluate DeiT with iRPE (ICCV 2021).")
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="fp16")  # fp16 autocast on CUDA, as published
-    _add_schedule(parser.add_argument_group("length and learning rate"))
-    _add_model(parser.add_argument_group("model"))
-    _add_optimizer(parser.add_argument_group("optimizer"))
-    _add_data(parser.add_argument_group("data"))
-    _add_augmentation(parser.add_argument_group("augmentation (training)"))
-    _add_distillation(parser.add_argument_group("distillation"))
+
+    add = parser.add_argument_group("length and learning rate").add_argument
+    add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
+    add("--epochs", default=300, type=positive_int, help="epochs")
+    add("--sched", default="cosine", type=schedule, metavar="{cosine,tanh,step}", help="learning-rate schedule")
+    add("--lr", default=5e-4, type=nonnegative_float, help="at 512 images per update; scaled with their number")
+    add("--lr-noise", type=fraction, nargs="+", metavar="FRACTION", help="add noise between these points of the run")
+    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="FRACTION", help="largest noise, of the rate")
+    add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="standard deviation of the noise")
+    add("--warmup-lr", default=1e-6, type=nonnegative_float, help="rate at the start of warm-up; not scaled")
+    add("--min-lr", default=1e-5, type=nonnegative_float, help="rate at the end of the schedule; not scaled")
+    add("--decay-epochs", default=30, type=positive_float, metavar="N", help="step schedule: epochs between decays")
+    add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N", help="epochs of linear warm-up")
+    add("--cooldown-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
+    add("--patience-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
+    add("--decay-rate", "--dr", default=0.1, type=nonnegative_float, help="step schedule: factor of each decay")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="deit_base_patch16_224", metavar="NAME", help="of deit_irpe.models, or any timm model")
+    add("--rpe", metavar="SPEC", help="rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on} or none; default: by --model")
+    add("--no-abs-pos", action="store_true", help="no absolute position embedding")
+    add("--attn-backend", default="auto", choices=BACKENDS, help="what computes attention with an encoding (irpe info)")
+    add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
+    add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="image size in pixels")
+    add("--drop", default=0.0, type=fraction, help="dropout")
+    add("--drop-path", default=0.1, type=fraction, help="stochastic depth rate of the last block")
+    add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights")
+    add("--no-model-ema", dest="model_ema", action="store_false", help="no moving average")
+    add("--model-ema-decay", default=0.99996, type=fraction, help="decay of the average per update")
+    add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
+    add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
+    add("--pretrained", action="store_true", help="start from, or --eval, the published weights of --model")
+    add("--finetune", default="", metavar="PATH|URL", help="start from these weights; other heads, tables start fresh")
+    add(
+        "--train-mode",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="dropout and stochastic depth in training; the published code has neither with --finetune",
+    )
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--opt", default="adamw", help="any optimizer of timm")
+    add("--opt-eps", default=1e-8, type=float, help="epsilon of the optimizer")
+    add("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
+    add("--clip-grad", type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
+    add("--momentum", default=0.9, type=nonnegative_float, help="momentum of sgd")
+    add("--weight-decay", default=0.05, type=nonnegative_float, help="not of vectors, biases, class token, positions")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR", help="holds train/ and val/")
+    add(
+        "--data-set",
+        default="IMNET",
+        choices=SETS,
+        help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
+        "datasets (docs/data.md)",
+    )
+    add("--val-split", type=fraction, metavar="FRACTION", help="of every class to hold out; --data-path has no val/")
+    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
+    add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
+    add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
+    add("--no-dist-eval", dest="dist_eval", action="store_false", help="each process evaluates everything")
+    add("--pin-mem", default=True, action="store_true", help="pinned memory for batches")
+    add("--no-pin-mem", dest="pin_mem", action="store_false", help="no pinned memory")
+    add("--repeated-aug", default=True, action="store_true", help="three augmented copies of an image per update")
+    add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once per epoch")
+
+    add = parser.add_argument_group("augmentation (training)").add_argument
+    add("--color-jitter", default=0.4, type=nonnegative_float, help="used where --aa is off")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm; none for none")
+    add("--smoothing", default=0.1, type=fraction, help="label smoothing")
+    add(
+        "--train-interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic", "lanczos", "hamming"),
+        help="of crops; the published code takes any other word for bilinear",
+    )
+    add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
+    add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
+    add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what the erased area is filled with")
+    add("--recount", default=1, type=positive_int, help="number of areas to erase")
+    add("--resplit", action="store_true", help="no effect, as published")
+    add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
+    add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
+    add("--cutmix-minmax", type=float, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
+    add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
+    add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")
+
+    add = parser.add_argument_group("distillation").add_argument
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="probabilities or decisions")
+    add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
+    add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
+    add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
+    add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft")
     return parser
 
 
@@ -80,114 +170,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--pretrained and --finetune both say what to start from; give one")
     if args.expect and not args.eval:
         raise ValueError("--expect compares an evaluation with the published figures: add --eval")
-
-
-def _add_schedule(group) -> None:
-    add = group.add_argument
-    add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
-    add("--epochs", default=300, type=positive_int, help="epochs")
-    add("--sched", default="cosine", type=schedule, metavar="{cosine,tanh,step}", help="learning-rate schedule")
-    add("--lr", default=5e-4, type=nonnegative_float, help="at 512 images per update; scaled with their number")
-    add("--lr-noise", type=fraction, nargs="+", metavar="FRACTION", help="add noise between these points of the run")
-    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="FRACTION", help="largest noise, of the rate")
-    add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="standard deviation of the noise")
-    add("--warmup-lr", default=1e-6, type=nonnegative_float, help="rate at the start of warm-up; not scaled")
-    add("--min-lr", default=1e-5, type=nonnegative_float, help="rate at the end of the schedule; not scaled")
-    add("--decay-epochs", default=30, type=positive_float, metavar="N", help="step schedule: epochs between decays")
-    add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N", help="epochs of linear warm-up")
-    add("--cooldown-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
-    add("--patience-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
-    add("--decay-rate", "--dr", default=0.1, type=nonnegative_float, help="step schedule: factor of each decay")
-
-
-def _add_model(group) -> None:
-    add = group.add_argument
-    add("--model", default="deit_base_patch16_224", metavar="NAME", help="of deit_irpe.models, or any timm model")
-    add("--rpe", metavar="SPEC", help="rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on} or none; default: by --model")
-    add("--no-abs-pos", action="store_true", help="no absolute position embedding")
-    add("--attn-backend", default="auto", choices=BACKENDS, help="what computes attention with an encoding (irpe info)")
-    add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
-    add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="image size in pixels")
-    add("--drop", default=0.0, type=fraction, help="dropout")
-    add("--drop-path", default=0.1, type=fraction, help="stochastic depth rate of the last block")
-    add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights")
-    add("--no-model-ema", dest="model_ema", action="store_false", help="no moving average")
-    add("--model-ema-decay", default=0.99996, type=fraction, help="decay of the average per update")
-    add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
-    add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
-    add("--pretrained", action="store_true", help="start from, or --eval, the published weights of --model")
-    add("--finetune", default="", metavar="PATH|URL", help="start from these weights; other heads, tables start fresh")
-    add(
-        "--train-mode",
-        default=True,
-        action=argparse.BooleanOptionalAction,
-        help="dropout and stochastic depth in training; the published code has neither with --finetune",
-    )
-
-
-def _add_optimizer(group) -> None:
-    add = group.add_argument
-    add("--opt", default="adamw", help="any optimizer of timm")
-    add("--opt-eps", default=1e-8, type=float, help="epsilon of the optimizer")
-    add("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
-    add("--clip-grad", type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
-    add("--momentum", default=0.9, type=nonnegative_float, help="momentum of sgd")
-    add("--weight-decay", default=0.05, type=nonnegative_float, help="not of vectors, biases, class token, positions")
-
-
-def _add_data(group) -> None:
-    add = group.add_argument
-    add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR", help="holds train/ and val/")
-    add(
-        "--data-set",
-        default="IMNET",
-        choices=SETS,
-        help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
-        "datasets (docs/data.md)",
-    )
-    add("--val-split", type=fraction, metavar="FRACTION", help="of every class to hold out; --data-path has no val/")
-    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
-    add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
-    add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
-    add("--no-dist-eval", dest="dist_eval", action="store_false", help="each process evaluates everything")
-    add("--pin-mem", default=True, action="store_true", help="pinned memory for batches")
-    add("--no-pin-mem", dest="pin_mem", action="store_false", help="no pinned memory")
-    add("--repeated-aug", default=True, action="store_true", help="three augmented copies of an image per update")
-    add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once per epoch")
-
-
-def _add_augmentation(group) -> None:
-    add = group.add_argument
-    add("--color-jitter", default=0.4, type=nonnegative_float, help="used where --aa is off")
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm; none for none")
-    add("--smoothing", default=0.1, type=fraction, help="label smoothing")
-    add(
-        "--train-interpolation",
-        default="bicubic",
-        choices=("random", "bilinear", "bicubic", "lanczos", "hamming"),
-        help="of crops; the published code takes any other word for bilinear",
-    )
-    add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
-    add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
-    add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
-    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what the erased area is filled with")
-    add("--recount", default=1, type=positive_int, help="number of areas to erase")
-    add("--resplit", action="store_true", help="no effect, as published")
-    add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
-    add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
-    add("--cutmix-minmax", type=float, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
-    add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
-    add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")
-
-
-def _add_distillation(group) -> None:
-    add = group.add_argument
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="probabilities or decisions")
-    add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
-    add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
-    add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
-    add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft")
 
 
 def get_predict_parser() -> argparse.ArgumentParser:

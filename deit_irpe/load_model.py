@@ -34,10 +34,8 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     """
     checkpoint = read_checkpoint(source)
     weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
-    given, known = (
-        {name: value for name, value in flags.items() if value is not None},
-        _flags(checkpoint, source=source),
-    )
+    given = {name: value for name, value in flags.items() if value is not None}
+    known = _flags(checkpoint, source=source)
     args = argparse.Namespace(**known | given)
     stored = {name: known[name] for name in given if known.get(name) is not None}
     if (others := changed_flags(get_args_parser(), args, stored=stored)) != "nothing":

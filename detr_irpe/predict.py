@@ -43,8 +43,11 @@ def main(args: argparse.Namespace) -> None:
     out = OutputFolder(args.out)
     out.refuse_to_replace(results + (["encodings.png"] if args.tables or args.attention else []))
     detector = Detector(args.resume, choose_device(args.device))
-    if args.attention and not len(detector.encoder.layers):
-        raise ValueError(f"--attention: {args.resume} has no encoder layer to look into")
+    if args.attention:
+        if not len(detector.encoder.layers):
+            raise ValueError(f"--attention: {args.resume} has no encoder layer to look into")
+        seen, layer = [], detector.encoder.layers[-1].self_attn
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     with_tables = args.tables or args.attention and detector.flags.enc_rpe2d
     truth = Truth(args.annotations, detector.names) if args.annotations else None
     numbers = {image: truth.number_of(image) if truth else None for image in names}
@@ -62,7 +65,6 @@ def main(args: argparse.Namespace) -> None:
             unreadable.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
             logger.error(unreadable[-1])
             continue
-        layer = _Inputs(detector.encoder.layers[-1].self_attn) if args.attention else None
         found = detector(image)
         found = {kind: values[found["scores"] > args.threshold] for kind, values in found.items()}
         picture = draw_found(image, found, detector.names)
@@ -74,8 +76,9 @@ def main(args: argparse.Namespace) -> None:
         out.path(f"{name}.json").write_text(json.dumps(described, indent=1))
         out.wrote(f"{name}.png", f"{name}.json")
         logger.info(f"{path}: {len(found['scores'])} objects -> {args.out / name}.png, .json")
-        if layer is not None:
-            draw_attention(image, found, layer, args.point, path.name, out.path(f"{name}_attention.png"))
+        if args.attention:
+            points = args.point or centres(found["boxes"], image)
+            draw_attention(image, layer, seen.pop(), points, path.name, out.path(f"{name}_attention.png"))
             out.wrote(f"{name}_attention.png")
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")
@@ -145,26 +148,13 @@ def class_indices(category_ids: Sequence[int], names: dict[int, str]) -> list[in
 
 
 def draw_attention(
-    image: Image.Image, found: dict[str, Tensor], layer: "_Inputs", points: Sequence | None, name: str, path: Path
+    image: Image.Image, layer: nn.Module, inputs: tuple, points: Sequence[tuple[float, float]], name: str, path: Path
 ) -> None:
-    """Save where the last encoder layer looks from ``points``, or from the centres of the best detections."""
-    points, grid = points or centres(found["boxes"], image), layer.inputs[3:]
-    maps = [attention_maps(layer.layer, layer.inputs, cell_of(p, image.size, *grid)) for p in points]
+    """Save where an encoder layer, called with ``inputs``, looks from ``points``."""
+    grid = inputs[3:]
+    maps = [attention_maps(layer, inputs, cell_of(point, image.size, *grid)) for point in points]
     title = f"{name}: the last encoder layer ({grid[0]} x {grid[1]}), looking from each point"
     save(draw_over_image(image, points, maps, title), path)
-
-
-class _Inputs:
-    """Keeps what an encoder layer's attention is called with."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-        self.inputs: tuple = ()
-        self.handle = layer.register_forward_pre_hook(self._keep)
-
-    def _keep(self, _module: nn.Module, inputs: tuple) -> None:
-        self.inputs = inputs
-        self.handle.remove()
 
 
 def describe(path: Path, image: Image.Image, found: dict[str, Tensor], names: dict[int, str]) -> dict:

@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,29 +134,19 @@ def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
     with open(plain_file(log), "a") as console:
         # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
         options = dict(stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
-        child = subprocess.Popen([sys.executable, "-u", *command], **options)
-        with _passing_on_sigterm(child) as stopped:
+        child, stopped = subprocess.Popen([sys.executable, "-u", *command], **options), []
+
+        def pass_on(number: int, frame) -> None:
+            stopped.append(number)
+            child.terminate()
+
+        in_main_thread = threading.current_thread() is threading.main_thread()  # submitit's own tests are in another
+        before = signal.signal(signal.SIGTERM, pass_on) if in_main_thread else None
+        try:
             return child.wait(), bool(stopped)
-
-
-@contextlib.contextmanager
-def _passing_on_sigterm(child: subprocess.Popen) -> Iterator[list]:
-    """Yields a list that is no longer empty once a SIGTERM was passed on."""
-    stopped: list[int] = []
-
-    def pass_on(number: int, frame) -> None:
-        stopped.append(number)
-        child.terminate()
-
-    try:
-        before = signal.signal(signal.SIGTERM, pass_on)
-    except ValueError:  # not in the main thread (submitit's own tests run jobs in one)
-        yield stopped
-        return
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, before)
 
 
 class LocalPool:

@@ -153,13 +153,10 @@ def save(canvas: "matplotlib.figure.Figure", path: str | Path) -> None:
 def _labels(runs: Sequence[str | Path]) -> list[str]:
     """What to call each run: the shortest end of its path that tells it from the others; seeds of one run share it."""
     paths = [path.parent if path.name == "log.txt" else path for path in (Path(run).resolve() for run in runs)]
-    parts = [(*path.parts[:-1], _without_seed(path.name)) for path in paths]
+    names = [re.sub(r"_seed\d+$", "", path.name.removesuffix(".txt").removeprefix("log_")) for path in paths]
+    parts = [(*path.parts[:-1], name) for path, name in zip(paths, names, strict=True)]
     labels = []
     for own in parts:
         length = next((n for n in range(1, len(own)) if all(own == p or own[-n:] != p[-n:] for p in parts)), len(own))
         labels.append("/".join(own[-length:]))
     return labels
-
-
-def _without_seed(name: str) -> str:
-    return re.sub(r"_seed\d+$", "", name.removesuffix(".txt").removeprefix("log_"))

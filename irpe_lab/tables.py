@@ -86,15 +86,13 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def latex(header: Sequence[str], body: Sequence[Sequence[str]], failed: Sequence[bool]) -> str:
     """A booktabs table; failed rows are red (needs the packages booktabs and xcolor)."""
-    lines = ["\\begin{tabular}{l" + "r" * (len(header) - 1) + "}", "\\toprule", _tex(header), "\\midrule"]
-    for line, bad in zip(body, failed, strict=True):
-        red = [f"\\textcolor{{red}}{{{_escape(cell)}}}" for cell in line]
-        lines.append(_tex(red, escape=False) if bad else _tex(line))
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
+    def row(line: Sequence[str], style: str = "{}") -> str:
+        return " & ".join(style.format(_escape(cell)) for cell in line) + " \\\\"
 
-def _tex(line: Sequence[str], escape: bool = True) -> str:
-    return " & ".join(_escape(cell) if escape else cell for cell in line) + " \\\\"
+    rows = [row(line, "\\textcolor{{red}}{{{}}}" if bad else "{}") for line, bad in zip(body, failed, strict=True)]
+    begin = ["\\begin{tabular}{l" + "r" * (len(header) - 1) + "}", "\\toprule", row(header), "\\midrule"]
+    return "\n".join([*begin, *rows, "\\bottomrule", "\\end{tabular}", ""])
 
 
 def _escape(text: str) -> str:

@@ -27,7 +27,7 @@ from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.run_log import PACKAGES, surroundings
 from irpe_train.text_files import write_text
-from irpe_train.zoo import Entry, read_zoo
+from irpe_train.zoo import read_zoo
 
 NOT_RUN = "not run"
 
@@ -158,13 +158,11 @@ def to_markdown(card: Mapping) -> str:
     """The card as Markdown, to print and to keep."""
     rows = ["| figure | here | published | difference | tolerance | |", "|---|---|---|---|---|---|"]
     for line in card["figures"]:
-        here, gap = (
-            (NOT_RUN, "") if line["here"] is None else (_number(line["here"]), f"{_rounded(line['difference']):+g}")
-        )
-        rows.append(
-            f"| {line['figure']} | {here} | {_number(line['published'])} | {gap} | {line['tolerance']:g} "
-            f"| {line['verdict']} |"
-        )
+        here, gap = NOT_RUN, ""
+        if line["here"] is not None:
+            here, gap = _number(line["here"]), f"{_rounded(line['difference']):+g}"
+        shown = line["figure"], here, _number(line["published"]), gap, f"{line['tolerance']:g}", line["verdict"]
+        rows.append(f"| {' | '.join(shown)} |")
     facts = [f"* published: {card['source']}; config: `{card['config']}`"]
     checkpoint = card["checkpoint"]
     facts.append("* checkpoint: " + (f"{checkpoint['file']}, sha256 {checkpoint['sha256']}" if checkpoint else "none"))
@@ -232,13 +230,6 @@ def _rounded(value: float) -> float:
     return float(f"{value:.10g}") if abs(value) >= 1 else round(value, 6)
 
 
-def count_without_data(entry: Entry) -> dict[str, float]:
-    """Parameters, MACs (where published) and buckets of what the entry's config builds, told by its package."""
-    package = importlib.import_module(f"{entry.package}.model_stats")
-    told = package.stats_of_flags(["--config", str(ROOT / entry.config)])
-    return {figure: value for figure, value in told.items() if figure in entry.expect}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Make the cards that need no data. Returns: 1 if one fails."""
     parser = FlagParser("python -m irpe_train.card", description=__doc__)
@@ -249,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         writable_folder(args.output, "-o")
         for entry in [zoo.find(name) for name in args.names or zoo.models]:
-            card = make_card(entry.name, count_without_data(entry))
+            count = importlib.import_module(f"{entry.package}.model_stats").stats_of_flags
+            counted = count(["--config", str(ROOT / entry.config)])
+            card = make_card(entry.name, {name: value for name, value in counted.items() if name in entry.expect})
             write_card(card, args.output / entry.name)
             print(to_markdown(card))
             failed += card["verdict"] == "FAIL"

@@ -220,36 +220,27 @@ def load_matching(
     own = model.state_dict()
     # Counters of batch norm: published backbones freeze it and have none, checkpoints from elsewhere may.
     weights = {key: value for key, value in weights.items() if key in own or not key.endswith("num_batches_tracked")}
-    for key, value in weights.items():  # integers in place of fractions are quantised, in units that nothing here knows
-        if key in own and own[key].is_floating_point() and not value.is_floating_point():
+    odd = {key: ("missing", key, "starts fresh: not in the checkpoint") for key in own if key not in weights}
+    for key, value in weights.items():
+        if key not in own:
+            odd[key] = "unexpected", key, "is not used"
+        elif own[key].is_floating_point() and not value.is_floating_point():  # in units that nothing here knows
             raise BadCheckpoint(f"checkpoint {source}: {key} holds {value.dtype}; quantised weights are not read")
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own]
-    shapes = {
-        key: (tuple(weights[key].shape), tuple(own[key].shape))
-        for key in own
-        if key in weights and own[key].shape != weights[key].shape
-    }
-    problems = [
-        f"{title}: {_some(wrong)}"
-        for title, keys in (
-            ("missing", {key: key for key in missing}),
-            ("unexpected", {key: key for key in unexpected}),
-            ("other shapes", {key: f"{key} {there}, not {here}" for key, (there, here) in shapes.items()}),
-        )
-        if (wrong := [text for key, text in keys.items() if not may_start_fresh(key)])
-    ]
-    if problems:
+        elif value.shape != own[key].shape:
+            there, here = tuple(value.shape), tuple(own[key].shape)
+            odd[key] = "other shapes", f"{key} {there}, not {here}", f"starts fresh: {there} there, {here} here"
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "other shapes": []}
+    for key, (kind, text, _) in odd.items():
+        if not may_start_fresh(key):
+            problems[kind].append(text)
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {_some(texts)}" for kind, texts in problems.items() if texts)
         raise BadCheckpoint(
-            f"checkpoint {source} is of another model than {type(model).__name__} here; "
-            f"{'; '.join(problems)}. Build the model with the flags it was trained with."
+            f"checkpoint {source} is of another model than {type(model).__name__} here; {told}. "
+            "Build the model with the flags it was trained with."
         )
-    model.load_state_dict(own | {key: weights[key] for key in own if key in weights and key not in shapes})
-    return (
-        {key: f"starts fresh: {there} there, {here} here" for key, (there, here) in shapes.items()}
-        | dict.fromkeys(missing, "starts fresh: not in the checkpoint")
-        | dict.fromkeys(unexpected, "is not used")
-    )
+    model.load_state_dict(own | {key: value for key, value in weights.items() if key not in odd})
+    return {key: note for key, (_, _, note) in odd.items()}
 
 
 def _some(names: list[str], most: int = 8) -> str:

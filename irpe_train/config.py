@@ -143,16 +143,14 @@ def parse_yaml(text: str, source: str) -> object:
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            where = f"{source}: line {event.start_mark.line + 1}"
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:  # PyYAML takes minutes for some thousand brackets
-                raise ConfigError(f"{source}: line {event.start_mark.line + 1}: more than {DEEPEST} nested lists")
+                raise ConfigError(f"{where}: more than {DEEPEST} nested lists")
             if getattr(event, "tag", None):
-                raise ConfigError(
-                    f"{source}: line {event.start_mark.line + 1}: the tag {event.tag!r} is "
-                    "refused: a config is plain names and values"
-                )
+                raise ConfigError(f"{where}: the tag {event.tag!r} is refused: a config is plain names and values")
             if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"{source}: line {event.start_mark.line + 1}: aliases (*name) are refused")
+                raise ConfigError(f"{where}: aliases (*name) are refused")
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         _refuse_repeated_names(root, source)

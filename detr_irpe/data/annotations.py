@@ -43,10 +43,8 @@ class Annotations:
     def __init__(self, path: Path, *, with_masks: bool = False, categories: dict[int, str] | None = None) -> None:
         self.path = path
         content = read_json(path)
-        images, objects = (
-            JsonList(path, "images", content["images"]),
-            JsonList(path, "annotations", content.get("annotations")),
-        )
+        images = JsonList(path, "images", content["images"])
+        objects = JsonList(path, "annotations", content.get("annotations"))
         listed = JsonList(path, "categories", content.get("categories"))
         self.categories = categories if categories and not len(listed) else read_categories(listed)
 

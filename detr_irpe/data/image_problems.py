@@ -58,10 +58,8 @@ def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
             if shape:
                 beside.allowed += MOST
                 mask = box_of_mask(shape, *size)
-                low, high = (
-                    [max(mask[i], box[i]) for i in (0, 1)],
-                    [min(b[i] + b[i + 2] for b in (mask, box)) for i in (0, 1)],
-                )
+                low = [max(mask[axis], box[axis]) for axis in (0, 1)]
+                high = [min(mask[axis] + mask[axis + 2], box[axis] + box[axis + 2]) for axis in (0, 1)]
                 if low[0] >= high[0] or low[1] >= high[1]:
                     beside.add(f"annotation {number} of {annotations.names[index].decode()}")
     return beside

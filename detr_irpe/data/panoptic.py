@@ -52,10 +52,8 @@ class CocoPanoptic(Dataset):
         counted = categories.integers("isthing", valid=FLAG)
         self.things = {i for i, thing in zip(self.categories, counted.tolist(), strict=True) if thing}
 
-        images, entries = (
-            JsonList(path, "images", content["images"]),
-            JsonList(path, "annotations", content.get("annotations")),
-        )
+        images = JsonList(path, "images", content["images"])
+        entries = JsonList(path, "annotations", content.get("annotations"))
         ids, owners = images.integers("id"), entries.integers("image_id")
         refuse_repeated(path, "image ids", ids)
         refuse_repeated(path, "annotations of images", owners)

@@ -29,9 +29,12 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
                 "resnet_micro has no ImageNet weights. Give --backbone_weights FILE (train it as a "
                 "classifier first) or --backbone_weights none."
             )
-        return timm.create_model(
-            "resnet10t", norm_layer=_frozen_norm, zero_init_last=False, output_stride=16 if dilation else 32, **MICRO
-        )
+
+        def norm(channels: int, **_) -> nn.Module:  # timm also names a device and a dtype
+            return FrozenBatchNorm2d(channels)
+
+        stride = 16 if dilation else 32
+        return timm.create_model("resnet10t", norm_layer=norm, zero_init_last=False, output_stride=stride, **MICRO)
     if name not in resnet_names():
         raise ValueError(f"--backbone {name!r}: expected resnet_micro or one of {', '.join(resnet_names())}.")
     if dilation and name in ("resnet18", "resnet34"):
@@ -78,11 +81,13 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
         stages = ("layer1", "layer2", "layer3", "layer4") if return_interm_layers else ("layer4",)
         self.body = IntermediateLayerGetter(resnet, {stage: stage for stage in stages})
-        self.channels = [_stage_channels(getattr(resnet, stage)) for stage in stages]
+        last = [getattr(resnet, stage)[-1] for stage in stages]
+        self.channels = [getattr(block, "conv3", block.conv2).out_channels for block in last]
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:
         """Maps ``(B, channels[i], h, w)``, from fine to coarse."""
-        return [NestedTensor(x, _shrink(images.mask, x)) for x in self.body(images.tensors).values()]
+        mask, maps = images.mask[:, None].float(), self.body(images.tensors).values()
+        return [NestedTensor(x, F.interpolate(mask, x.shape[-2:], mode="nearest")[:, 0].bool()) for x in maps]
 
 
 class Joiner(nn.Sequential):
@@ -96,16 +101,3 @@ class Joiner(nn.Sequential):
         """The maps, and the positions ``(B, hidden_dim, h, w)`` for the last of them."""
         features = self[0](images)
         return features, self[1](features[-1]).to(features[-1].tensors.dtype)
-
-
-def _frozen_norm(channels: int, **_) -> FrozenBatchNorm2d:
-    return FrozenBatchNorm2d(channels)  # timm also names a device and a dtype
-
-
-def _shrink(mask: Tensor, features: Tensor) -> Tensor:
-    return F.interpolate(mask[:, None].float(), size=features.shape[-2:], mode="nearest")[:, 0].bool()  # (B, h, w)
-
-
-def _stage_channels(stage: nn.Module) -> int:
-    last = stage[-1]
-    return (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels

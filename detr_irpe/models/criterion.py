@@ -5,6 +5,7 @@ Source: Carion et al., ECCV 2020, Sec. 3.1 (set loss), A.2 (the terms).
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -129,9 +130,7 @@ class SetCriterion(nn.Module):
 
     def _match(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[Matched]:
         """Matched pairs of every layer on the device: down once with the costs, up once with the pairs."""
-        starts = [0]
-        for target in targets:
-            starts.append(starts[-1] + len(target["labels"]))
+        starts = [0, *accumulate(len(target["labels"]) for target in targets)]
         pairs = torch.stack(
             [
                 torch.cat(
