@@ -28,7 +28,7 @@ from typing import TextIO
 
 from irpe_lab.console_log import last_words
 from irpe_lab.figures import LARGEST
-from irpe_train.errors import Preempted, RunError
+from irpe_train.errors import Preempted, RunError, blamed_on
 from irpe_train.text_files import plain_file, read_text, write_text
 
 BUSY = 3  # exit status of a worker that found another one running
@@ -198,8 +198,9 @@ class SlurmPool:
         except ImportError as error:
             raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
         self._submitit, self._folder = submitit, folder
-        self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        self._executor.update_parameters(**parameters)
+        with blamed_on("--slurm, --slurm-option"):
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+            self._executor.update_parameters(**parameters)
         self._jobs: dict[Path, object] = {}
 
     def free(self) -> bool:

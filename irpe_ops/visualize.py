@@ -252,7 +252,8 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     path = path if path.suffix else path.with_suffix(".png")
-    if (kind := path.suffix[1:].lower()) not in (known := figure.canvas.get_supported_filetypes()):
+    known = figure.canvas.get_supported_filetypes().keys() - {"pgf"}  # which runs LaTeX
+    if (kind := path.suffix[1:].lower()) not in known:
         raise ValueError(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)

@@ -29,7 +29,7 @@ def blamed_on(flags: str):
         yield
     except RunError:
         raise
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, LookupError, NameError, RuntimeError, TypeError, ValueError) as error:
         raise BadFlags(f"{flags}: {in_one_line(error)}") from error
 
 

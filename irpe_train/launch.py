@@ -8,14 +8,16 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.distributed import report_lost_ranks, stop_printing
-from irpe_train.errors import RunError, WorkerLost, first_line
+from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # as PyTorch says it
 
@@ -132,35 +134,39 @@ def submit(
 
     Args:
         nodes, timeout (minutes): the published defaults of the task.
-    Raises: ImportError: submitit is not installed.
+    Raises: SystemExit: as ``launch``, also where submitit is not installed.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
     slurm = parser.add_argument_group("SLURM")
-    slurm.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, per node")
-    slurm.add_argument("--nodes", default=nodes, type=int, help="number of nodes")
-    slurm.add_argument("--timeout", default=timeout, type=int, help="minutes")
+    slurm.add_argument("--ngpus", default=8, type=positive_int, help="GPUs, and processes, per node")
+    slurm.add_argument("--nodes", default=nodes, type=positive_int, help="number of nodes")
+    slurm.add_argument("--timeout", default=timeout, type=positive_int, help="minutes")
     slurm.add_argument("--job_dir", default="", help="folder of the job and its output; default: ./submitit/<job id>")
     slurm.add_argument("--partition", default=None, help="SLURM partition; default: the cluster's")
     slurm.add_argument("--use_volta32", action="store_true", help="only on nodes with the feature volta32gb")
     slurm.add_argument("--comment", default="", help="passed to SLURM, for priority")
     slurm.add_argument("--executor", default="slurm", choices=("slurm", "local"), help="local: on this machine, to try")
-    args = parse_args(parser, argv)
+    launch(partial(_queue, main, parser.prog), parser, argv)
+
+
+def _queue(main: Callable[[argparse.Namespace], None], name: str, args: argparse.Namespace) -> None:
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
     job_dir = Path(args.job_dir or "submitit/%j").absolute()
-    executor = submitit.AutoExecutor(folder=job_dir, cluster=args.executor, slurm_max_num_timeout=30)
     constraint = "volta32gb" if args.use_volta32 else None
     asked = {"slurm_partition": args.partition, "slurm_comment": args.comment, "slurm_constraint": constraint}
-    executor.update_parameters(
-        name=parser.prog,
-        nodes=args.nodes,
-        tasks_per_node=args.ngpus,
-        gpus_per_node=args.ngpus if args.device.startswith("cuda") else 0,
-        cpus_per_task=10,
-        timeout_min=args.timeout,
-        **{name: value for name, value in asked.items() if value},
-    )
+    with blamed_on(f"--executor {args.executor}"):
+        executor = submitit.AutoExecutor(folder=job_dir, cluster=args.executor, slurm_max_num_timeout=30)
+        executor.update_parameters(
+            name=name,
+            nodes=args.nodes,
+            tasks_per_node=args.ngpus,
+            gpus_per_node=args.ngpus if args.device.startswith("cuda") else 0,
+            cpus_per_task=10,
+            timeout_min=args.timeout,
+            **{name: value for name, value in asked.items() if value},
+        )
     args.output_dir = args.output_dir or str(job_dir)
     job = executor.submit(SlurmJob(main, args))
-    print(f"submitted job {job.job_id}; output in {job_dir}")
+    print(f"submitted job {job.job_id}; output in {str(job_dir).replace('%j', job.job_id)}")

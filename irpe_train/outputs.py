@@ -53,9 +53,9 @@ class OutputFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self._written = dict(json.loads(read_text(folder / LIST)))
-        except (OSError, ValueError, TypeError):
-            self._written = {}
+            self.written = {str(name): state for name, state in json.loads(read_text(folder / LIST)).items()}
+        except (OSError, ValueError, AttributeError):
+            self.written = {}
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
         """Call it before any work. Raises RunError: a file cannot be written, is not of ``predict``, or comes twice."""
@@ -65,7 +65,7 @@ class OutputFolder:
             raise RunError(f"two results would be called {twice[0]}: predict one of the images into another --out")
         for folder in {(self.folder / name).parent for name in [LIST, *names]}:
             writable_folder(folder)
-        others = [name for name in names if self._state(name) not in (None, self._written.get(name))]
+        others = [name for name in names if self._state(name) not in (None, self.written.get(name))]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise RunError(
@@ -79,8 +79,8 @@ class OutputFolder:
 
     def wrote(self, *names: str) -> None:
         """These files are written, and may be replaced by a later prediction."""
-        self._written |= {name: self._state(name) for name in names}
-        write_text(self.path(LIST), json.dumps(self._written, indent=0))
+        self.written |= {name: self._state(name) for name in names}
+        write_text(self.path(LIST), json.dumps(self.written, indent=0))
 
     def _state(self, name: str) -> str | None:
         try:

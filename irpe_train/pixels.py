@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from irpe_train.distributed import logger
+from irpe_train.outputs import OutputFolder
 
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
@@ -26,24 +27,31 @@ class UnreadableImage(OSError):
 
 
 def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
-    """The images that files, folders and patterns name, each once. Raises ValueError: one of them names none.
+    """The images that files, folders and patterns name, each once, also where links lead to their folder again.
 
-    Args: besides: a folder whose files are results, and not found by searching.
+    Args: besides: a folder whose files are results. These, and what predict wrote elsewhere, searching does not find.
+    Raises: ValueError: one of them names none.
     """
-    files: dict[Path, None] = {}
+    files: dict[Path, Path] = {}
     for text in named:
         fits = not glob.has_magic(text) or Path(text).exists()  # else it is a pattern; ** is any folders
         paths = [Path(text)] if fits else _outside(besides, sorted(map(Path, glob.glob(text, recursive=True))))
         found = [file for path in paths for file in (_files_below(path, besides) if path.is_dir() else [path])]
         if not found:
-            where = "in this folder (--out left aside)" if Path(text).is_dir() else "fits this pattern"
-            raise ValueError(f"{text}: no image {where}")
-        files |= dict.fromkeys(found)
-    return list(files)
+            where = "in this folder" if Path(text).is_dir() else "fits this pattern"
+            raise ValueError(f"{text}: no image {where} (results of predict left aside)")
+        for file in found:
+            files[_place(file)] = min(files.get(_place(file), file), file, key=lambda path: len(path.parts))
+    return list(files.values())
+
+
+def _place(file: Path) -> Path:
+    """Where a file is, however its folder is called; a link to a file is a file of its own."""
+    return Path(os.path.realpath(file.parent), file.name)
 
 
 def _files_below(folder: Path, besides: Path) -> list[Path]:
-    found, seen = [], set()
+    found, seen, results = [], set(), set()
     for parent, folders, names in os.walk(folder, followlinks=True):  # as training follows links
         here = os.stat(parent)
         if (here.st_dev, here.st_ino) in seen:  # a link back, or a second one to the same folder
@@ -51,15 +59,17 @@ def _files_below(folder: Path, besides: Path) -> list[Path]:
             continue
         seen.add((here.st_dev, here.st_ino))
         folders.sort()
+        results |= {Path(parent, name) for name in OutputFolder(Path(parent)).written}
         found += [Path(parent, file) for file in names]
-    found = (file for file in found if not is_hidden(file.relative_to(folder).parts))
+    found = (file for file in found if file not in results and not is_hidden(file.relative_to(folder).parts))
     files_there = _outside(besides, found)
     report_unread(folder, (file.name for file in files_there))
     return sorted(file for file in files_there if file.suffix.lower() in IMG_EXTENSIONS)
 
 
 def _outside(folder: Path, files: Iterable[Path]) -> list[Path]:
-    return [file for file in files if folder.absolute() not in file.absolute().parents]
+    there = Path(os.path.realpath(folder))
+    return [file for file in files if there not in _place(file).parents]
 
 
 def report_unread(where: str | Path, names: Iterable[str]) -> None:

@@ -324,6 +324,15 @@ def test_slurm_jobs_go_through_submitit(place, monkeypatch):
     assert json.loads((place / "out" / "none_seed0" / "slurm.json").read_text())["job_id"]
 
 
+@pytest.mark.parametrize("option", ["cluster=slurm", "foo=1", "timeout_min=x"])
+def test_what_slurm_does_not_take_is_one_message(place, monkeypatch, option):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", "")  # this is no cluster
+    argv = ["grid.yaml", "--slurm", "--slurm-option", "cluster=local", "--slurm-option", option]
+    with pytest.raises(SystemExit, match="ablate: --slurm, --slurm-option: ."):
+        main(argv)
+
+
 @pytest.mark.parametrize("flag", ["--jobs", "--gpus-per-run"])
 def test_nothing_at_a_time_is_refused(place, flag, capsys):
     with pytest.raises(SystemExit):

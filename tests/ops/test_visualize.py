@@ -161,6 +161,7 @@ def test_what_is_printed_is_what_was_written(tmp_path, capsys):
         (["-o", "."], "IsADirectoryError: . is a folder; name a file in it"),
         (["-o", "there.txt/x.png"], "there.txt"),
         (["-o", "x.xyz"], "x.xyz: expected a picture's suffix, one of"),
+        (["-o", "x.pgf"], "x.pgf: expected a picture's suffix"),
         (["--grid", "3x3"], "--grid and --query are for one encoding: name it"),
         (["--query", "1,1"], "--grid and --query are for one encoding: name it"),
         (["rpe-1.9-product-ctx-1-k", "--grid", "0x3"], "--grid 0x3: from 1 to 1000"),

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 
 import pytest
@@ -179,10 +180,26 @@ def test_submit_takes_the_published_flags(tmp_path, monkeypatch):
     assert slurm == {"slurm_partition": "learnfair", "slurm_comment": "ICCV", "slurm_constraint": "volta32gb"}
 
 
-def test_submit_without_submitit_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ImportError, match="pip install submitit"):
-        submit(tiny_run.main, tiny_run.get_parser(), [])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "tiny_run: BadFlags: --executor slurm: Could not detect .srun."),  # this is no cluster
+        (["--executor", "local"], "--executor local: .*nodes=1"),
+        (["--config", "none.yaml"], "--config none.yaml: no file none.yaml"),
+        (["--nodes", "0"], "--nodes: expected 1 or more, got 0"),
+        (None, "pip install submitit"),
+    ],
+)
+def test_what_cannot_be_queued_is_one_message(monkeypatch, tmp_path, capsys, argv, words):
+    if argv is None:
+        monkeypatch.setitem(sys.modules, "submitit", None)
+    else:
+        pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        submit(tiny_run.main, tiny_run.get_parser(), argv or [])
+    assert end.value.code in (1, 2) and re.search(words, capsys.readouterr().err)
 
 
 class Dropped:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from irpe_train.outputs import OutputFolder
 from irpe_train.pixels import UnreadableImage, decode_image, files_of, is_turned, read_image
 from tests.helpers.tiny_images import write_images
 
@@ -185,6 +186,9 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "photos")
     linked = Path("photos/linked/c/0.png")
     assert files_of(["photos"], besides=Path("photos/out")) == [*found, linked]
+    assert files_of(
+        ["photos/**/*.png", str(tmp_path / "photos/a"), "elsewhere/../photos/b"], besides=Path("x/../photos/out")
+    ) == [*found, linked]  # each once, by its shortest name
     (tmp_path / "[x].png").touch()
     assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
     for text, words in (
@@ -194,3 +198,13 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=words):
             files_of([text], besides=Path("out"))
+
+
+def test_what_predict_wrote_is_not_found_in_a_folder(tmp_path):
+    write_images(tmp_path, {"photos": 1, "photos/first/a": 1})
+    out = OutputFolder(tmp_path / "photos" / "first")
+    out.wrote("a/0.png")
+    found = tmp_path / "photos" / "0.png"
+    assert files_of([str(tmp_path / "photos")], besides=tmp_path / "second") == [found]
+    result = str(out.path("a/0.png"))
+    assert files_of([result], besides=tmp_path / "second") == [Path(result)]  # but where it is named
