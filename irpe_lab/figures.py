@@ -67,7 +67,8 @@ class Task:
         return next(figure for figure in self.figures if figure.name == self.main)
 
 
-COCO = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+BY_SIZE = ("AP_small", "AP_medium", "AP_large")
+COCO = ("AP", "AP50", "AP75", *BY_SIZE)
 TASKS = {
     task.package: task
     for task in (
@@ -78,11 +79,11 @@ TASKS = {
             encoding="rpe",
             main="acc1",
             figures=(
+                Figure("acc1", "top-1 (%)", "test_acc1"),
+                Figure("acc5", "top-5 (%)", "test_acc5"),
                 Figure("params_M", "parameters (M)"),
                 Figure("macs_M", "MACs (M)"),
                 Figure("buckets", "buckets"),
-                Figure("acc1", "top-1 (%)", "test_acc1"),
-                Figure("acc5", "top-5 (%)", "test_acc5"),
             ),
             evaluation=re.compile(
                 rf"\* Acc@1 (?P<test_acc1>{NUMBER}) Acc@5 (?P<test_acc5>{NUMBER})(?: loss (?P<test_loss>{NUMBER}))?"
@@ -95,9 +96,9 @@ TASKS = {
             encoding="enc_rpe2d",
             main="AP",
             figures=(
-                Figure("buckets", "buckets"),
-                Figure("n_parameters", "parameters"),
                 *(Figure(name, name.replace("_", " "), "test_coco_eval_bbox", at) for at, name in enumerate(COCO)),
+                Figure("n_parameters", "parameters"),
+                Figure("buckets", "buckets"),
             ),
             evaluation=re.compile(
                 r"Average Precision +\(AP\) @\[ IoU=0\.50:0\.95 \| area= +all \| maxDets=100 \] = "

@@ -4,8 +4,8 @@
     python -m irpe_lab.report logs/ -o docs/results.md       the page, beside it results.png (curves) and results.html
     python -m irpe_lab.report logs/ --readme README.md       the same tables between the markers of another file
 
-A marker pair is ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, NAME one of ``results`` (both published tables),
-``imagenet``, ``coco``, ``demo`` (what was measured here on small data: the ablations and other runs of the folder).
+A marker pair is ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, NAME one of ``imagenet``, ``coco``, ``results``
+(both, without AP by size), ``demo`` (what was measured here on small data: the ablations and other runs of the folder).
 Logs are called as in the published zoo: ``log_<name>.txt``, ``detail_<name>.log``.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from irpe_lab.console_log import read_detail, read_log
-from irpe_lab.figures import TASKS, Figure, Task
+from irpe_lab.figures import BY_SIZE, TASKS, Figure, Task
 from irpe_lab.plots import plot_runs, save
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT, read_yaml
@@ -84,7 +84,8 @@ class Report:
         if name in MARKERS:
             return self.published_and_here(MARKERS[name])
         if name == "results":
-            return "\n".join(f"**{task.title}**\n\n{self.published_and_here(task)}" for task in TASKS.values())
+            tables = {task.title: self.published_and_here(task, short=True) for task in TASKS.values()}
+            return "\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
         if name == "demo":
             return "\n".join(part for folder in self.ablations() for part in self._ablation(folder)) + self.other_runs()
         raise RunError(f"report: nothing to put at {name}:begin; expected results, {', '.join(MARKERS)} or demo")
@@ -112,16 +113,22 @@ class Report:
         drawn |= {self.curves_of(folder): sorted(folder.glob("log_*_seed*.txt")) for folder in self.ablations()}
         return {picture: logs for picture, logs in drawn.items() if logs}
 
-    def published_and_here(self, task: Task) -> str:
-        """One row a published model with its weights; each figure in two columns, "published" and "here"."""
-        titles = ["model (links to its config)", "weights"]
-        titles += [f"{figure.title}, {whose}" for figure in task.figures for whose in ("published", "here")]
+    def published_and_here(self, task: Task, short: bool = False) -> str:
+        """One row a published model with its weights; each figure in two columns, "published" and "here".
+
+        ``short``: models go by their configs, and AP by size is left out.
+        """
+        figures = [figure for figure in task.figures if not (short and figure.name in BY_SIZE)]
+        titles = ["config" if short else "model (links to its config)", "weights"]
+        titles += [f"{figure.title}, {whose}" for figure in figures for whose in ("published", "here")]
         body = []
         for entry in self.zoo.models.values():
             if entry.package == task.package:
-                row = [self._link(entry.name, ROOT / entry.config), f"[{entry.file.rpartition('.')[2]}]({entry.url})"]
-                for figure in task.figures:
-                    row += [f"{entry.expect[figure.name]:,}", self._here(entry, figure)]
+                name = Path(entry.config).stem if short else entry.name
+                row = [self._link(name, ROOT / entry.config), f"[{entry.file.rpartition('.')[2]}]({entry.url})"]
+                for figure in figures:
+                    published = entry.expect[figure.name]
+                    row += [f"{published:,}" if figure.place is None else f"{published:.3f}", self._here(entry, figure)]
                 body.append(row)
         return markdown(titles, body)
 
@@ -135,7 +142,7 @@ class Report:
         card = self.logs / "cards" / f"{entry.name}.json"
         for line in _card(card)["figures"] if self.inside(card) else ():
             if line["figure"] == figure.name and line["here"] is not None:
-                shown = f"{line['here']:,}" if isinstance(line["here"], int) else f"{line['here']:.2f}"
+                shown = f"{line['here']:,}" if isinstance(line["here"], int) else f"{line['here']:,.2f}"
                 return self._link(f"{shown} {line['verdict']}", card.with_suffix(".md"))
         return NOT_RUN
 

@@ -9,6 +9,7 @@ import pytest
 
 from irpe_lab import console_log, report
 from irpe_lab.tables import markdown
+from irpe_train.config import ROOT
 from irpe_train.errors import BadData
 
 MODEL = "deit_small_patch16_224_ctx_product_50_shared_k"
@@ -105,7 +106,7 @@ def test_published_and_here_side_by_side(logs, tmp_path):
     made = report.Report(logs, tmp_path / "docs" / "results.md")
     rows = {line.split("]")[0][3:]: line for line in made.block("imagenet").splitlines()}
     assert f"| 80.9 | [80.93](../logs/log_{MODEL}.txt) |" in rows[MODEL]
-    assert "| 95.4 | [95](../logs" in rows[MODEL] and "| 4,659 | not run |" in rows[MODEL]
+    assert f"| 95.4 | [95](../logs/log_{MODEL}.txt) | 22.09 | not run | 4,659 | not run |" in rows[MODEL]
     assert "| 73.7 | not run |" in rows[MODEL.replace("small", "tiny")]
     assert f"| [pth]({made.zoo.models[MODEL].url}) |" in rows[MODEL]
     coco = made.block("coco")
@@ -114,7 +115,10 @@ def test_published_and_here_side_by_side(logs, tmp_path):
     assert "| demo | [flags](../logs/demo.yaml) | 1 | 22,089,064 | [97.20 top-1 (%)](../logs/log_demo.txt) |" in other
     assert "| other | - | 2 | 5,755,816 | [73.70 top-1 (%)](../logs/detail_other.log) |" in other and MODEL not in other
     assert made.block("demo").startswith("Small-scale evidence.\n\n| run |") and other in made.block("demo")
-    assert made.block("imagenet") in made.block("results") and coco in made.block("results")
+    assert "| 0.410 | not run |" in coco and "| AP small, published |" in coco
+    short = made.block("results")
+    assert f"| [small_k]({os.path.relpath(ROOT / 'configs/deit/small_k.yaml', tmp_path / 'docs')}) | [pth]" in short
+    assert "| 80.9 | [80.93]" in short and "| 0.422 | [0.4213]" in short and "AP small" not in short
     with pytest.raises(report.RunError, match="nothing to put at nope:begin; expected results, imagenet, coco or demo"):
         made.block("nope")
 
@@ -134,7 +138,7 @@ def test_cards_fill_what_needs_no_data(logs, tmp_path):
     ]
     (logs / "cards" / f"{MODEL}.json").write_text(json.dumps({"figures": figures}))
     table = report.Report(logs, tmp_path / "README.md").block("imagenet")
-    assert f"| 4,659 | [4658.82 PASS](logs/cards/{MODEL}.md) | 50 | [51 FAIL](logs/cards/{MODEL}.md) |" in table
+    assert f"| 4,659 | [4,658.82 PASS](logs/cards/{MODEL}.md) | 50 | [51 FAIL](logs/cards/{MODEL}.md) |" in table
     for broken in ("[1]", "{", "[" * 100_000, '{"figures": [{"figure": "acc1", "here": 1, "verdict": "<b>"}]}'):
         (logs / "cards" / f"{MODEL}.json").write_text(broken)
         with pytest.raises(BadData, match=f"{MODEL}.json: not a reproduction card"):
