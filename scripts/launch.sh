@@ -93,7 +93,7 @@ train() {
     logs="${LOGS:-logs}"
     data_flag "$flag" "$config" "$@"
     set_launcher "$module"
-    local command=("${LAUNCH[@]}" --config "$config" "${DATA_FLAG[@]}" --output_dir "$output" "$@")
+    local command=("${LAUNCH[@]}" --config "$config" ${DATA_FLAG[@]+"${DATA_FLAG[@]}"} --output_dir "$output" "$@")
     if [[ -n "${DRY_RUN:-}" || "${NODE_RANK:-0}" != 0 ]]; then start "${command[@]}"; return; fi
     mkdir -p "$output" "$logs"
     local status=0
@@ -120,7 +120,7 @@ evaluate() {
         weights=(--resume "$("$PYTHON" -m irpe_train.zoo "$config" ${DRY_RUN:+--where})")
     fi
     set_launcher "$module"
-    start "${LAUNCH[@]}" --config "$config" "${DATA_FLAG[@]}" --eval "${weights[@]}" \
+    start "${LAUNCH[@]}" --config "$config" ${DATA_FLAG[@]+"${DATA_FLAG[@]}"} --eval ${weights[@]+"${weights[@]}"} \
         --output_dir "${OUTPUT:-outputs/eval_$name}" "$@"
 }
 

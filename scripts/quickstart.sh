@@ -45,8 +45,8 @@ if [ "$task" != classification ]; then
     train_and_evaluate detr_irpe configs/detr/demo.yaml --coco_path "$DATA/coco_digits" "$OUT/detr" \
         --backbone_weights "$OUT/backbone/checkpoint.pth"
     say "detr_irpe: drawing predictions"
-    mapfile -t images < <(find "$DATA/coco_digits/val2017" -name '*.jpg' -o -name '*.png' | sort | head -n 6)
-    "$PYTHON" -m detr_irpe.predict "${images[@]}" --resume "$OUT/detr/best.pth" \
+    images=("$DATA"/coco_digits/val2017/*)
+    "$PYTHON" -m detr_irpe.predict "${images[@]:0:6}" --resume "$OUT/detr/best.pth" \
         --annotations "$DATA/coco_digits/annotations/instances_val2017.json" --out "$OUT/detr/predictions"
 fi
 

@@ -3,6 +3,7 @@
 # Makes .venv in the repository (VENV=DIR for another place), installs this project with the named extras into it and
 # builds the compiled extension. Safe to run again: what is already there and unchanged is left alone.
 # PYTHON=... picks the interpreter; IRPE_EXTENSION=require makes a failed extension build an error instead of a warning.
+# These scripts keep to what bash 3.2 has, for macOS: no mapfile, and no "${array[@]}" of an empty array.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPO/.venv}
@@ -27,7 +28,7 @@ install_once() {
     while [ "$1" != -- ]; do files+=("$1"); shift; done
     shift
     local stamp=$VENV/.irpe_$name now
-    now=$( (printf '%s\n' "$*"; cat "${files[@]}") | sha256sum)
+    now=$( (printf '%s\n' "$*"; cat "${files[@]}") | cksum)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && return
     "$@" || return 1
     printf '%s\n' "$now" >"$stamp"
@@ -43,8 +44,8 @@ install_project() {
 }
 
 build_extension() {
-    local sources
-    mapfile -t sources < <(find "$REPO/rpe_ops_cuda" -type f \
+    local sources=() file
+    while IFS= read -r file; do sources+=("$file"); done < <(find "$REPO/rpe_ops_cuda" -type f \
         \( -name '*.py' -o -name '*.toml' -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*' \) -not -path '*/build/*' | sort)
     say "building the compiled extension rpe_ops_cuda (a minute or so the first time)"
     if ! install_once extension "$REPO/requirements.txt" "${sources[@]}" -- \

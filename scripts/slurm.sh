@@ -15,5 +15,5 @@ name="$(basename "${config%.yaml}")"
 shift 2
 read -r -a more <<<"${SBATCH:-}"
 start sbatch "--job-name=$name" "--nodes=$NNODES" --ntasks-per-node=1 "--gpus-per-node=$GPUS" --export=ALL \
-    "--output=slurm_%j_$name.txt" "${more[@]}" --wrap "srun --kill-on-bad-exit=1 $(printf '%q ' "$script" "$config" "$@")"
+    "--output=slurm_%j_$name.txt" ${more[@]+"${more[@]}"} --wrap "srun --kill-on-bad-exit=1 $(printf '%q ' "$script" "$config" "$@")"
 if [[ -n "${DRY_RUN:-}" ]]; then NODE_RANK=0 MASTER_ADDR="${MASTER_ADDR:-FIRST_NODE}" "$script" "$config" "$@"; fi

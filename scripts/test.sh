@@ -23,4 +23,4 @@ say "style"
 
 say "tests"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$VENV/bin/python" -m pytest --numprocesses=auto --dist=worksteal "${selection[@]}" "$@"
+"$VENV/bin/python" -m pytest --numprocesses=auto --dist=worksteal ${selection[@]+"${selection[@]}"} "$@"

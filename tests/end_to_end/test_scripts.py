@@ -176,6 +176,14 @@ def test_every_script_opens_with_its_usage():
         assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
 
 
+def test_scripts_keep_to_what_macos_has():
+    """Its bash is 3.2, and its tools are those of BSD."""
+    newer = r"mapfile|readarray|declare -A|\$\{\w+(,,|\^\^)|sha256sum|realpath|readlink -f|sed -i|grep -P|xargs -d"
+    for script in [*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]:
+        code = "\n".join(line for line in script.read_text().splitlines() if not line.startswith("#"))
+        assert not re.findall(newer, code), script.name
+
+
 def test_training_is_written_as_the_zoo_names_it(tmp_path):
     """With a stand-in for the package: the logs folder has the run's log.txt and console, whatever the outcome."""
     package = tmp_path / "deit_irpe"
