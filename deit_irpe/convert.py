@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deit_irpe.args import image_size, image_size_text
 from deit_irpe.models import create_model
-from deit_irpe.models.finetune import head_names
+from deit_irpe.models.finetune import head_prefixes
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint
 from irpe_train.flags import FlagParser
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     )
     size = image_size(args.input_size)
     with torch.device("meta"):
-        head = f"{head_names(create_model(args.model, args.rpe, img_size=size))[0]}.weight"
+        head = f"{head_prefixes(create_model(args.model, args.rpe, img_size=size))[0]}weight"
     if head not in weights or weights[head].ndim != 2:
         raise BadCheckpoint(f"checkpoint {args.source}: no class head ({head}) in it; expected a classifier")
     num_classes = len(weights[head])

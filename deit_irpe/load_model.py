@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from deit_irpe.args import get_args_parser, image_size, image_size_text, keywords
 from deit_irpe.data import stored_classes
 from deit_irpe.models import build_model
-from deit_irpe.models.finetune import head_names
+from deit_irpe.models.finetune import head_prefixes
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
@@ -45,7 +45,8 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     if ":" in args.model and "model" not in given:
         raise BadCheckpoint(f"checkpoint {source}: its model is {args.model!r}, from elsewhere: give --model yourself")
     try:
-        num_classes = _number_of_classes(_shapes(args, 1000, weights), weights)
+        heads = [f"{prefix}bias" for prefix in head_prefixes(_shapes(args, 1000, weights))]
+        num_classes = next((len(weights[name]) for name in heads if name in weights), 1000)
         shapes = _shapes(args, num_classes, weights)
     except Exception as error:  # the flags may be anything at all
         raise BadCheckpoint(f"checkpoint {source}: its flags describe no model ({error or repr(error)})") from error
@@ -102,11 +103,6 @@ def _shapes(args: argparse.Namespace, num_classes: int, weights: dict[str, Tenso
             return build_model(args, num_classes)
     finally:
         hook.remove()
-
-
-def _number_of_classes(model: nn.Module, weights: dict[str, Tensor]) -> int:
-    biases = (weights.get(f"{name}.bias") for name in head_names(model))
-    return next((bias.shape[0] for bias in biases if bias is not None), 1000)
 
 
 def class_names(count: int) -> list[str]:

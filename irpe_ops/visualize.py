@@ -143,6 +143,8 @@ def draw_maps(
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
     width = cell * columns + 1.2
     figure = _figure(width, cell * len(rows) + 0.8)
+    from matplotlib.patches import Rectangle
+
     figure.suptitle(textwrap.fill(plain_text(title), int(13 * width)), fontsize=9)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
@@ -154,7 +156,9 @@ def draw_maps(
                 axis.axis("off")
                 continue
             image = axis.imshow(values[head].numpy(), vmax=most, **scale)
-            _frame(axis, mark)
+            axis.set(xticks=[], yticks=[])
+            if mark:
+                axis.add_patch(Rectangle((mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor="red"))
             if head == 0:
                 axis.set_ylabel(plain_text(name.replace(".", "\n")), fontsize=6)
             if not numbers:
@@ -270,14 +274,6 @@ def _figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise ImportError("irpe_ops.visualize draws with matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _frame(axis, mark: tuple[int, int] | None) -> None:
-    from matplotlib.patches import Rectangle
-
-    axis.set(xticks=[], yticks=[])
-    if mark:
-        axis.add_patch(Rectangle((mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor="red"))
 
 
 def _write_numbers(axis, values: Tensor, is_light) -> None:

@@ -188,15 +188,9 @@ def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list
 
 def _find(parser: argparse.ArgumentParser, key: str, source: str) -> tuple[argparse.Action, str]:
     """The action called ``key``, by a flag's spelling (``-`` and ``_`` alike) or else by the name of its value."""
-    by_flag, by_dest = {}, {}
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction) or action.dest == "config":
-            continue
-        for option in action.option_strings:
-            if option.startswith("--"):
-                by_flag[same_name(option[2:])] = (action, option)
-        by_dest.setdefault(same_name(action.dest), (action, (action.option_strings or [""])[-1]))
-    known = by_dest | by_flag
+    actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction) and a.dest != "config"]
+    known = {same_name(a.dest): (a, (a.option_strings or [""])[-1]) for a in reversed(actions)}
+    known |= {same_name(o[2:]): (a, o) for a in actions for o in a.option_strings if o.startswith("--")}
     if same_name(key) in known:
         return known[same_name(key)]
     close = difflib.get_close_matches(same_name(key), known, n=3, cutoff=0.5)

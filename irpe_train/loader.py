@@ -225,17 +225,16 @@ class _SeededDataset(Dataset):
         epoch, position, index = key
         bad = []
         for attempt in range(min(self.TRIES, len(self.dataset))):
-            candidate = (index + attempt) % len(self.dataset)
-            try:
-                with sample_randomness(self.seed, epoch, position * self.world_size + self.rank):
-                    return self.dataset[candidate], bad
-            except UNREADABLE as error:
-                bad.append((_name(self.dataset, candidate), _reason(error)))
+            with sample_randomness(self.seed, epoch, position * self.world_size + self.rank):
+                sample, unreadable = _read(self.dataset, (index + attempt) % len(self.dataset))
+            bad += unreadable
+            if not unreadable:
+                return sample, bad
         return None, bad
 
 
 class _NamedDataset(Dataset):
-    """index -> (sample, []) or (None, [(name, reason)]): raised in a worker, an error would lose its type."""
+    """index -> what ``_read`` returns: raised in a worker, an error would lose its type."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -244,10 +243,16 @@ class _NamedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        try:
-            return self.dataset[index], []
-        except UNREADABLE as error:
-            return None, [(_name(self.dataset, index), _reason(error))]
+        return _read(self.dataset, index)
+
+
+def _read(dataset: Dataset, index: int) -> tuple[object, list[tuple[str, str]]]:
+    """(sample, []), or (None, [(name, reason)]) of an unreadable image."""
+    try:
+        return dataset[index], []
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else "no details"
+        return None, [(_name(dataset, index), f"{type(error).__name__}: {reason}")]
 
 
 class _CollateAndReport:
@@ -263,7 +268,3 @@ class _CollateAndReport:
 
 def _name(dataset: Dataset, index: int) -> str:
     return dataset.name(index) if hasattr(dataset, "name") else f"image {index}"
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no details'}"

@@ -40,10 +40,6 @@ class SmoothedValue:
         self.count += n
 
     @property
-    def median(self) -> float:
-        return statistics.median_low(self.window) if self.window else 0.0
-
-    @property
     def avg(self) -> float:
         return statistics.fmean(self.window) if self.window else 0.0
 
@@ -51,21 +47,11 @@ class SmoothedValue:
     def global_avg(self) -> float:
         return self.total / self.count if self.count else 0.0
 
-    @property
-    def max(self) -> float:
-        return max(self.window, default=0.0)
-
-    @property
-    def value(self) -> float:
-        return self.window[-1] if self.window else 0.0
-
-    def reset(self) -> None:
-        self.window.clear()
-        self.total, self.count = 0.0, 0
-
     def text(self, global_avg: float) -> str:
         """As ``fmt`` says, with this mean: that of all ranks where they were asked."""
-        return self.fmt.format(median=self.median, avg=self.avg, global_avg=global_avg, max=self.max, value=self.value)
+        window = self.window or [0.0]
+        of_window = dict(median=statistics.median_low(window), avg=self.avg, max=max(window), value=window[-1])
+        return self.fmt.format(global_avg=global_avg, **of_window)
 
     def __str__(self) -> str:
         return self.text(self.global_avg)
@@ -131,7 +117,8 @@ class MetricLogger:
         """Forget all values; formats and windows stay."""
         self._pending.clear()
         for meter in self._meters.values():
-            meter.reset()
+            meter.window.clear()
+            meter.total, meter.count = 0.0, 0
 
     def state_dict(self) -> dict:
         return {

@@ -183,9 +183,10 @@ class Steps:
             if is_main():
                 with contextlib.suppress(OSError, RunError):  # a full disk must not hide why the run stops
                     write_text(path, json.dumps(guilty, indent=2) + "\n")
+        terms = ", ".join(f"{name} {value:g}" for name, value in guilty[0]["terms"].items())
         raise NonFiniteLoss(
             f"loss is not finite on rank {', '.join(str(r['rank']) for r in guilty)} at epoch {state.epoch}, step "
-            f"{state.step}: {_terms(guilty[0]['terms'])}, lr {self._lr:g}. The weights were not changed ({where}). "
+            f"{state.step}: {terms}, lr {self._lr:g}. The weights were not changed ({where}). "
             "Try a lower --lr, gradient clipping, or --amp none; --resume auto continues from the last checkpoint."
         )
 
@@ -199,7 +200,3 @@ class Steps:
                 f"{len(bad)} of {len(self.loader.dataset)} training images are unreadable, and --max-bad "
                 f"{self.max_bad:g} allows {int(allowed)}: {some}. Fix or remove them, or raise --max-bad."
             )
-
-
-def _terms(terms: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in terms.items())

@@ -17,10 +17,10 @@ from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the class heads, as timm's config of the model has them, and DeiT's second head."""
+def head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the keys of the class heads begin with: as timm's config of the model has them, and DeiT's second head."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return *((named,) if isinstance(named, str) else named), "head_dist"
+    return *(f"{name}." for name in ([named] if isinstance(named, str) else named)), "head_dist."
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -49,7 +49,7 @@ def fit_classes(
         theirs: the classes of ``weights``; None where they are not named, and the heads are then what they are.
     Returns: a new state dict, and what became of each key that changed.
     """
-    heads = tuple(f"{name}." for name in head_names(model))
+    heads = head_prefixes(model)
     keys = [key for key in weights if key.startswith(heads)]
     if theirs is None or theirs == list(ours):
         return dict(weights), {}
@@ -130,7 +130,8 @@ def load_pretrained_weights(
     Raises: BadCheckpoint: anything else is missing, left over or of another shape; the keys are named.
     """
     weights, notes = resample_positions(model, weights, old_grid, source=source)
-    heads = tuple(f"{name}." for name in head_names(model))
-    return notes | load_matching(
-        model, weights, source=source, may_start_fresh=lambda key: key.startswith(heads) or ".lookup_table_" in key
-    )
+
+    def fresh(key: str) -> bool:
+        return key.startswith(head_prefixes(model)) or ".lookup_table_" in key
+
+    return notes | load_matching(model, weights, source=source, may_start_fresh=fresh)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deit_irpe.args import get_args_parser, image_size, keywords
 from deit_irpe.data.classes import check_same_classes, stored_classes
-from deit_irpe.models.finetune import head_names, start_from
+from deit_irpe.models.finetune import head_prefixes, start_from
 from deit_irpe.models.names import RPE_MODELS
 from deit_irpe.models.registration import UnknownArgument, create_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
@@ -77,22 +77,21 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
 
     Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
     """
-    from_zoo = args.pretrained and args.model in RPE_MODELS
-    model = build_model(args, len(classes), pretrained=args.pretrained and weights and not from_zoo)
+    from_timm = weights and args.pretrained and args.model not in RPE_MODELS
+    model = build_model(args, len(classes), pretrained=from_timm)
     fresh = []
-    if weights and (from_zoo or args.finetune):
-        flag, started = "--pretrained" if from_zoo else "--finetune", start_from(model, starting_weights(args), classes)
-        notes = {f"{flag}: {key} {what}": key for key, what in started.items()}
-        for note in notes:
-            logger.info(note)
-        heads = tuple(f"{name}." for name in head_names(model))
-        fresh = [note for note, key in notes.items() if key.startswith(heads) and "starts fresh" in note]
-    elif args.pretrained and weights and (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
-        fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
-    if args.pretrained and weights and not from_zoo:
+    if from_timm:
+        if (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
+            fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
         own = tuple(tuple(model.pretrained_cfg[name]) for name in ("mean", "std"))
         if own != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
             logger.warning(f"--pretrained: trained on pixels with mean and deviation {own}; here they have ImageNet's")
+    elif weights and (source := starting_weights(args)):
+        for key, what in start_from(model, source, classes).items():
+            note = f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}"
+            logger.info(note)
+            if key.startswith(head_prefixes(model)) and "starts fresh" in what:
+                fresh.append(note)
     if fresh and args.eval:
         raise ValueError(f"--eval: the class head was never trained: {fresh[0]}; leave out --eval to train it")
     if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
@@ -107,8 +106,8 @@ def starting_weights(args: argparse.Namespace) -> str:
 
 def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number: int, *, source: str) -> None:
     """Raises BadCheckpoint if the class head in ``weights`` has another size."""
-    for name in head_names(model):
-        bias = weights.get(f"{name}.bias")
+    for prefix in head_prefixes(model):
+        bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:
             raise BadCheckpoint(
                 f"checkpoint {source}: its head has {bias.numel()} outputs and names no classes; the data have {number}"

@@ -42,28 +42,22 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
             f"equip: {type(model).__name__} of transformers is not known here; known are "
             f"{', '.join((*_VITS, *_DETRS))}. {HELP}"
         )
-    before = [module for module in model.modules() if hasattr(module, "rpe_k")]
-    if before:
+    if any(hasattr(module, "rpe_k") for module in model.modules()):
         raise ValueError("equip: this model has iRPE already; equip a fresh model")
+    # Encoders, and of each the module that is given its image or map, and the size of its patches.
+    layer, attention, skip = f"{family}EncoderLayer", f"{family}SelfAttention", 0
     if family in _VITS:
         embeddings = names[f"{family}Embeddings"]
-        config = dataclasses.replace(config, skip=_leading_tokens(embeddings))
-        grid = TokenGrid(config.skip, varies=True)
-        _add_to_layers(model, f"{family}Layer", f"{family}Attention", config, grid, backend)
-        patches = embeddings.patch_embeddings
-        patches.register_forward_pre_hook(_Remember(grid, patches.patch_size))
+        layer, attention, skip = f"{family}Layer", f"{family}Attention", _leading_tokens(embeddings)
+        encoders = [(model, embeddings.patch_embeddings, embeddings.patch_embeddings.patch_size)]
     elif family == "Detr":
-        config = dataclasses.replace(config, skip=0)
-        grid = TokenGrid(config.skip, varies=True)
-        _add_to_layers(names["DetrEncoder"], "DetrEncoderLayer", "DetrSelfAttention", config, grid, backend)
-        names["DetrModel"].input_projection.register_forward_pre_hook(_Remember(grid))
-    else:
-        config = dataclasses.replace(config, skip=0)
-        for module in model.modules():
-            if type(module).__name__ == "RTDetrAIFILayer":  # one for each scale that has attention
-                grid = TokenGrid(config.skip, varies=True)
-                _add_to_layers(module, "RTDetrEncoderLayer", "RTDetrSelfAttention", config, grid, backend)
-                module.register_forward_pre_hook(_Remember(grid))
+        encoders = [(names["DetrEncoder"], names["DetrModel"].input_projection, (1, 1))]
+    else:  # one for each scale that has attention
+        encoders = [(part, part, (1, 1)) for part in model.modules() if type(part).__name__ == "RTDetrAIFILayer"]
+    for encoder, given, patch_size in encoders:
+        grid = TokenGrid(skip, varies=True)
+        _add_to_layers(encoder, layer, attention, dataclasses.replace(config, skip=skip), grid, backend)
+        given.register_forward_pre_hook(_Remember(grid, patch_size))
     model.set_attn_implementation({"": "irpe"})
 
 
@@ -131,7 +125,7 @@ class _Remember:
     A class, so that the model can be pickled.
     """
 
-    def __init__(self, grid: TokenGrid, patch_size: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, grid: TokenGrid, patch_size: tuple[int, int]) -> None:
         self.grid, self.patch_size = grid, patch_size
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

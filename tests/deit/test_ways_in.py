@@ -11,7 +11,7 @@ import deit_irpe
 from deit_irpe.args import get_args_parser
 from deit_irpe.load_model import class_names, load_model
 from deit_irpe.models import build_model, from_flags
-from deit_irpe.models.finetune import fit_classes, head_names, load_pretrained_weights
+from deit_irpe.models.finetune import fit_classes, head_prefixes, load_pretrained_weights
 from irpe_train.errors import BadCheckpoint
 
 NAME, DEMO = "deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_demo_patch4_32"
@@ -202,7 +202,7 @@ def test_a_flag_that_is_off_stops_no_model():
 )
 def test_the_heads_that_may_start_fresh(name, heads):
     model = timm.create_model(name, num_classes=3)
-    assert set(head_names(model)) == {*heads, "head_dist"}
+    assert set(head_prefixes(model)) == {*(f"{name}." for name in heads), "head_dist."}
     old = timm.create_model(name, num_classes=4)
     notes = load_pretrained_weights(model, old.state_dict(), source="x.pth")
     assert sorted(notes) == sorted(f"{head}.{part}" for head in heads for part in ("weight", "bias"))
