@@ -10,7 +10,8 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from deit_irpe.args import get_check_parser
-from deit_irpe.data import build_dataset, check_same_classes
+from deit_irpe.data.classes import check_same_classes
+from deit_irpe.data.datasets import build_dataset
 from deit_irpe.data.split import split_folder
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError

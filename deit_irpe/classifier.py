@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from deit_irpe.args import image_size
-from deit_irpe.data import build_transform, stored_classes
-from deit_irpe.data.transforms import MEAN, STD
+from deit_irpe.data.classes import stored_classes
+from deit_irpe.data.transforms import MEAN, STD, build_transform
 from deit_irpe.load_model import load_model, stored_size
 from irpe_train.errors import BadCheckpoint
 from irpe_train.export import read_onnx

@@ -64,9 +64,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy over images and cross entropy over batches, over all processes.
 
-    Args:
-        confusion: ``(C, C)`` int64, where this process's images are added: the true class is the row, the answer the
-            column.
+    Args: confusion: ``(C, C)`` int64, where this process's images are added: the true class is the row, the answer the
+        column.
     Returns: ``loss``, the mean over batches, each counting the same; ``acc1`` and ``acc5`` in percent. With fewer than
         five classes every image is among the first five.
     """

@@ -27,9 +27,8 @@ def main(args: argparse.Namespace) -> None:
         examples,
         args.out,
         formats=args.formats,
-        dynamic=[{0: "batch"}],
-        input_names=["images"],
-        output_names=["logits"],
+        inputs={"images": {0: "batch"}},
+        outputs=["logits"],
         metadata={key: json.dumps(value) for key, value in told.items()},
     )
     for format, difference in differences.items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from deit_irpe.args import get_args_parser, image_size, image_size_text, keywords
-from deit_irpe.data import stored_classes
+from deit_irpe.data.classes import stored_classes
 from deit_irpe.models import build_model
 from deit_irpe.models.finetune import head_prefixes
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint

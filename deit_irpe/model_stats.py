@@ -37,8 +37,7 @@ from irpe_train.metrics import count_parameters
 def macs(model: VisionTransformer, *, values_by_bucket: bool = False) -> int:
     """Multiply-accumulates for one image at the model's own input size, by the rule above.
 
-    Args:
-        values_by_bucket: count the value encoding as computed here, not as published.
+    Args: values_by_bucket: count the value encoding as computed here, not as published.
     Raises: ValueError: the rule does not cover this model.
     """
     try:

@@ -29,8 +29,7 @@ from irpe_train.pixels import UnreadableImage, files_of, read_image
 def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
     """The attention weights of the patch at (row, col) on all patches, in the last block.
 
-    Args:
-        images: ``(1, 3, H, W)``.
+    Args: images: ``(1, 3, H, W)``.
     Returns: ``(heads, height, width)``; the rest, up to a sum of one, is on the leading tokens.
     """
     seen = []

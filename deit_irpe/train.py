@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 
 from deit_irpe.args import check_args, get_args_parser
 from deit_irpe.confusion import MOST_CONFUSED, write_confusion
-from deit_irpe.data import check_resumed_classes, check_same_classes, renumber, stored_classes, warn_of_odd_sets
 from deit_irpe.data import from_flags as data
+from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
+from deit_irpe.data.images import warn_of_odd_sets
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.load_model import MODEL_FLAGS
 from deit_irpe.losses import DistillationLoss, classification_loss

@@ -27,8 +27,7 @@ def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
 
     torchvision's own elementwise loss adds 1e-7 to the areas, which changes the result for small normalised boxes.
 
-    Args:
-        boxes, others: ``(n, 4)`` corners.
+    Args: boxes, others: ``(n, 4)`` corners.
     Returns: ``(n,)``, in ``[-1, 1]``.
     Source: Rezatofighi et al., CVPR 2019, Algorithm 1.
     """

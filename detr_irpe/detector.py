@@ -19,8 +19,7 @@ from irpe_train.export import read_onnx
 class Detector:
     """A trained model with its image size, category names and post-processing.
 
-    Attributes:
-        names: category id -> name.
+    Attributes: names: category id -> name.
     """
 
     def __init__(self, source: str, device: torch.device):

@@ -90,8 +90,7 @@ def cell_of(point: tuple[float, float], size: tuple[int, int], height: int, widt
 def attention_maps(layer: torch.nn.Module, inputs: tuple, token: int) -> dict[str, Tensor]:
     """The attention of one token in an encoder layer, ``(height, width)`` each: the mean of the heads, and each head.
 
-    Args:
-        layer: an ``RPESelfAttention``; inputs: what it was called with.
+    Args: layer: an ``RPESelfAttention``; inputs: what it was called with.
     """
     query_key, _, padding, height, width = inputs
     weights = layer.weights(query_key, padding, height, width)[0, :, token].unflatten(-1, (height, width))

@@ -42,16 +42,13 @@ def main(args: argparse.Namespace) -> None:
         padding = torch.zeros(batch, height, width, dtype=torch.bool)
         padding[-1, :, width - 16 :] = True
         examples.append((torch.randn(batch, 3, height, width), padding))
-    axes = {"batch": 0, "height": -2, "width": -1}
-    dynamic = [{axis % rank: name for name, axis in axes.items()} for rank in (4, 3)]
     differences = export_model(
         TensorsInOut(model),
         examples,
         args.out,
         formats=args.formats,
-        dynamic=dynamic,
-        input_names=["images", "padding"],
-        output_names=["pred_logits", "pred_boxes"],
+        inputs={"images": {0: "batch", 2: "height", 3: "width"}, "padding": {0: "batch", 1: "height", 2: "width"}},
+        outputs=["pred_logits", "pred_boxes"],
         metadata={
             "categories": json.dumps(categories),
             "image_size": str(trained.image_size),

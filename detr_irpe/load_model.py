@@ -35,8 +35,7 @@ LARGEST_IMAGE_SIZE = 10_000  # pixels; beyond it a photo no longer fits in memor
 def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.Namespace, dict[int, str]]:
     """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing is downloaded for it.
 
-    Args:
-        source: path or address.
+    Args: source: path or address.
     Returns: model (without auxiliary outputs), post-processors, the flags it was built from, and its categories.
     Raises: BadCheckpoint: it does not say how its model was built, or its weights are of another model.
     """

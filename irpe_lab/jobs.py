@@ -37,9 +37,8 @@ BUSY = 3  # exit status of a worker that found another one running
 def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[str]] | None = None) -> None:
     """Write ``flags.yaml`` and ``job.json``.
 
-    Args:
-        then: evaluations by name, to be run after ``command``. Where they have changed, a finished run starts again: it
-            resumes at its end, and evaluates.
+    Args: then: evaluations by name, to be run after ``command``. Where they have changed, a finished run starts again:
+        it resumes at its end, and evaluates.
     Raises: RunError: the folder has results of something else.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
@@ -152,8 +151,7 @@ def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
 class LocalPool:
     """Processes on this machine: each slot takes one run at a time.
 
-    Args:
-        slots: what each slot adds to the environment, e.g. ``{"CUDA_VISIBLE_DEVICES": "3"}``.
+    Args: slots: what each slot adds to the environment, e.g. ``{"CUDA_VISIBLE_DEVICES": "3"}``.
     """
 
     poll_seconds = 1.0

@@ -36,8 +36,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     """Draw runs over each other: solid training, dashed test. Seeds of a run (``x_seed0``, ``x_seed1``) are one line,
     their mean, in a band from the lowest to the highest of them.
 
-    Args:
-        out: also save it here, in the format of the suffix (.png at 300 dpi, .pdf, .svg).
+    Args: out: also save it here, in the format of the suffix (.png at 300 dpi, .pdf, .svg).
     Returns: the figure; the titles of its axes are those of the panels that have data.
     """
     from matplotlib.figure import Figure as Canvas

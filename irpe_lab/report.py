@@ -214,8 +214,7 @@ def _card(path: Path) -> dict:
 def to_html(text: str, pictures: dict[str, Path]) -> str:
     """Markdown as one HTML page that needs nothing else. HTML in it is shown as text; unsafe links are.
 
-    Args:
-        pictures: the files that may be shown, by the address the text gives them; any other is left out.
+    Args: pictures: the files that may be shown, by the address the text gives them; any other is left out.
     """
     from markdown_it import MarkdownIt
 

@@ -99,16 +99,7 @@ class RPEConfig:
         return f"rpe-{self.ratio:.12g}-{self.method}-{self.mode}-{int(self.shared_head)}-{self.rpe_on}"
 
 
-def get_rpe_config(
-    ratio: float = 1.9,
-    method: str = "product",
-    mode: str = "ctx",
-    shared_head: bool = True,
-    skip: int = 0,
-    rpe_on: str = "k",
-) -> RPEConfig:
-    """The config with these fields; see `RPEConfig` for their meaning and errors."""
-    return RPEConfig(ratio, method, mode, shared_head, skip, rpe_on)
+get_rpe_config = RPEConfig  # under its published name
 
 
 def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:

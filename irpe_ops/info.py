@@ -106,8 +106,7 @@ def _best_device() -> str:
 def _rows(batch: int | None = None) -> Iterator[list[str]]:
     """Every candidate at every shape, checked and timed as `choice` does it: printed, and as rows of a CSV.
 
-    Args:
-        batch: instead of the shape's own.
+    Args: batch: instead of the shape's own.
     """
     device = _best_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

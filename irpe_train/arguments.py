@@ -17,8 +17,7 @@ def add_runtime_arguments(
 ) -> argparse._ArgumentGroup:
     """Add the group "run" to ``parser``: where and how to run, resume and log; nothing about what is trained.
 
-    Args:
-        seed, num_workers, amp: the tree's published defaults.
+    Args: seed, num_workers, amp: the tree's published defaults.
     Returns: the group, for a tree's own additions.
     """
     add_config_argument(parser)

@@ -57,9 +57,8 @@ class Line:
 def compare(name: str, measured: Mapping[str, float]) -> list[Line]:
     """One line for every figure that is published for the zoo entry ``name``, in the order of the file.
 
-    Args:
-        measured: ``acc1`` and ``acc5`` in percent, ``AP``, ``AP50``, ... as fractions, ``n_parameters``, ``macs_M``,
-            ``buckets``; ``params_M`` is made of ``n_parameters``.
+    Args: measured: ``acc1`` and ``acc5`` in percent, ``AP``, ``AP50``, ... as fractions, ``n_parameters``, ``macs_M``,
+        ``buckets``; ``params_M`` is made of ``n_parameters``.
     Raises: ValueError: unknown ``name``, or a measured figure without a published one (a misspelt one never fails).
     """
     zoo = read_zoo()
@@ -83,8 +82,7 @@ def verdict(lines: Iterable[Line]) -> str:
 def choose(wanted: str, candidates: Iterable[str]) -> str:
     """The zoo entry a run is compared with: ``wanted``, or for ``"auto"`` the first candidate that the zoo has.
 
-    Args:
-        candidates: names that may be zoo names: stem of the checkpoint, model name or spec.
+    Args: candidates: names that may be zoo names: stem of the checkpoint, model name or spec.
     Raises: ValueError: neither; lists the names.
     """
     zoo = read_zoo()

@@ -42,11 +42,9 @@ USE_ANOTHER = "; copy it again or use an earlier one"
 def read_checkpoint(path: str | Path) -> dict:
     """The contents of a checkpoint, on the CPU; tensors, numbers, text and ``argparse.Namespace`` alone.
 
-    Args:
-        path: a file, or an ``https://`` address as the published evaluation commands use (kept in torch's cache).
-    Raises:
-        BadCheckpoint: missing, empty, truncated, not as its checksum says, larger inside than outside, or holding
-            anything that could run, or tensors that are not plain numbers.
+    Args: path: a file, or an ``https://`` address as the published evaluation commands use (kept in torch's cache).
+    Raises: BadCheckpoint: missing, empty, truncated, not as its checksum says, larger inside than outside, or holding
+        anything that could run, or tensors that are not plain numbers.
     """
     path = local_file(path)
     if not path.is_file():

@@ -100,8 +100,7 @@ def first_host(node_list: str) -> str:
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device called ``name``; the CPU, with a note, when CUDA is asked for and absent.
 
-    Args:
-        local_rank: which GPU of this machine a process of several takes; None in a single process.
+    Args: local_rank: which GPU of this machine a process of several takes; None in a single process.
     Raises: ValueError: no such device, or more processes than GPUs.
     """
     try:

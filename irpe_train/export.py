@@ -2,10 +2,12 @@
 """Write a trained model for other programs: ONNX, ``torch.export`` and safetensors, each compared with the original."""
 
 import contextlib
+import copy
+import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +28,8 @@ def export_model(
     out: str | Path,
     *,
     formats: Sequence[str],
-    dynamic: Sequence[dict[int, str]],
-    input_names: Sequence[str],
-    output_names: Sequence[str],
+    inputs: dict[str, dict[int, str]],
+    outputs: Sequence[str],
     metadata: dict[str, str] | None = None,
 ) -> dict[str, float]:
     """Write ``model`` in each format and run what was written.
@@ -38,7 +39,7 @@ def export_model(
         examples: inputs. The first is traced; all are compared, so they should differ in every dynamic dimension.
         out: a suffix of any of the formats is replaced by that of each; to another name (``m_lr0.1``) it is added.
         formats: keys of ``SUFFIX``.
-        dynamic: for each input, ``{dimension: name}`` of those that may vary.
+        inputs: by name, ``{dimension: name}`` of those dimensions that may vary. outputs: their names.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
     Returns: for each format the largest difference between its outputs and the model's, relative to the largest output.
@@ -54,21 +55,22 @@ def export_model(
     with torch.no_grad():
         expected = [_as_tuple(model(*example)) for example in examples]
         # One name is one size, in whichever inputs it stands; torch finds the equalities itself.
-        shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in dynamic)
+        shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in inputs.values())
         program, differences = None, {}
         for format in formats:
             path = _exported(Path(out), format)
             try:
                 if format == "safetensors":
-                    outputs = [_as_tuple(_reload_safetensors(model, path, metadata)(*example)) for example in examples]
+                    written = _save_safetensors(model, path, metadata)
                 else:
                     program = program or torch.export.export(model, tuple(examples[0]), dynamic_shapes=shapes)
                     save = _save_onnx if format == "onnx" else _save_pt2
-                    outputs = save(program, path, examples, metadata or {}, dynamic, input_names, output_names)
+                    written = save(program, path, metadata or {}, inputs, outputs)
+                found = [_as_tuple(written(*example)) for example in examples]
             except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
                 path.unlink(missing_ok=True)
                 raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
-            differences[format] = _largest_difference(outputs, expected)
+            differences[format] = _largest_difference(found, expected)
             if not differences[format] <= TOLERANCE:
                 raise ValueError(
                     f"{path}: its outputs differ from the model's by {differences[format]:.1e} of the "
@@ -108,24 +110,21 @@ def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
         raise BadCheckpoint(f"{path}: not a {what} ({type(error).__name__}: {in_one_line(error)})") from error
 
 
-def _save_onnx(program, path: Path, examples, metadata, dynamic, input_names, output_names) -> list[tuple[Tensor, ...]]:
+def _save_onnx(program, path: Path, metadata: dict, inputs: dict, outputs: Sequence[str]) -> Callable:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it lists what it does not simplify
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # inputs share "batch", as they should
-        names = {"input_names": list(input_names), "output_names": list(output_names)}
-        shapes = dict(zip(input_names, dynamic, strict=True))
-        exported = torch.onnx.export(program, **names, dynamic_shapes=shapes, verbose=False)
+        names = dict(input_names=list(inputs), output_names=list(outputs))
+        exported = torch.onnx.export(program, **names, dynamic_shapes=inputs, verbose=False)
     exported.model.metadata_props.update(metadata)
     exported.save(path, external_data=False)
     written = OnnxModel(path)
-    feeds = [dict(zip(input_names, example, strict=True)) for example in examples]
-    return [tuple(written.run(output_names, **feed)) for feed in feeds]
+    return lambda *example: written.run(outputs, **dict(zip(inputs, example, strict=True)))
 
 
-def _save_pt2(program, path: Path, examples, metadata, *_) -> list[tuple[Tensor, ...]]:
+def _save_pt2(program, path: Path, metadata: dict, *_) -> Callable:
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
-    loaded = torch.export.load(path).module()
-    return [_as_tuple(loaded(*example)) for example in examples]
+    return torch.export.load(path).module()
 
 
 def _exported(out: Path, format: str) -> Path:
@@ -134,8 +133,6 @@ def _exported(out: Path, format: str) -> Path:
 
 
 def _need_packages(format: str) -> None:
-    import importlib.util
-
     missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -144,13 +141,11 @@ def _need_packages(format: str) -> None:
         )
 
 
-def _reload_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:
-    from copy import deepcopy
-
+def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:
     from safetensors.torch import load_file, save_file
 
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, metadata)
-    fresh = deepcopy(model)
+    fresh = copy.deepcopy(model)
     with torch.no_grad():
         for tensor in fresh.state_dict().values():
             tensor.zero_()

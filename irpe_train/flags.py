@@ -14,11 +14,9 @@ from irpe_train.config import same_name
 class FlagParser(argparse.ArgumentParser):
     """``ArgumentParser`` with a short and a long help, that answers a mistake with one line.
 
-    Args:
-        first: the most common flags, without dashes. ``--help`` shows these and ``--help-all`` all of them; without
-            ``first`` there is one help, with everything.
-    Attributes:
-        others: parsers of other commands by name; a flag that one of them knows is named as such.
+    Args: first: the most common flags, without dashes. ``--help`` shows these and ``--help-all`` all of them; without
+        ``first`` there is one help, with everything.
+    Attributes: others: parsers of other commands by name; a flag that one of them knows is named as such.
     """
 
     def __init__(self, prog: str | None = None, *, first: Sequence[str] = (), description: str = "", **kwargs) -> None:

@@ -132,8 +132,7 @@ def submit(
 ) -> None:
     """Queue ``main`` on SLURM with the published flags; the training flags follow on the same line.
 
-    Args:
-        nodes, timeout (minutes): the published defaults of the task.
+    Args: nodes, timeout (minutes): the published defaults of the task.
     Raises: SystemExit: as ``launch``, also where submitit is not installed.
     """
     slurm = parser.add_argument_group("SLURM")

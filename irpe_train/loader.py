@@ -106,8 +106,7 @@ class EvalLoader:
     The ranks may have different numbers of batches, so a loop over it must not reduce or run a wrapped model
     (DistributedDataParallel sends buffers around in its forward): use the plain model and combine at the end.
 
-    Args:
-        shard: False gives every rank the whole set.
+    Args: shard: False gives every rank the whole set.
     Raises: BadData: on an unreadable image, with its name.
     """
 

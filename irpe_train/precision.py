@@ -41,8 +41,7 @@ class Precision:
     ) -> None:
         """Change the weights by the gradients added so far, and forget these.
 
-        Args:
-            clip: largest gradient norm; None or 0 for no clipping.
+        Args: clip: largest gradient norm; None or 0 for no clipping.
         """
         if clip:
             self.scaler.unscale_(optimizer)

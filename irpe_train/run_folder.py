@@ -50,8 +50,7 @@ class Checkpoints:
     def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
         """Write the state; call it on every rank, the main one writes.
 
-        Args:
-            also: further names in the same folder, for instance ``best.pth``.
+        Args: also: further names in the same folder, for instance ``best.pth``.
         """
         if self.folder is None:
             return

@@ -25,8 +25,7 @@ def mix(*coordinates: int | str) -> int:
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     """Seed ``random``, NumPy, PyTorch and every CUDA device.
 
-    Args:
-        deterministic: also allow nothing but deterministic kernels; an operator without one raises.
+    Args: deterministic: also allow nothing but deterministic kernels; an operator without one raises.
     """
     if not -(2**63) <= seed <= LARGEST_SEED:
         raise ValueError(f"--seed {seed}: expected at most {LARGEST_SEED}")

@@ -62,8 +62,7 @@ class TrainState:
     def fit_to(self, steps: int, recipe: int) -> None:
         """Go back to the epoch's start if a restored position counts other steps than this run's.
 
-        Args:
-            steps: in an epoch. recipe: a number that differs where the same step has other samples.
+        Args: steps: in an epoch. recipe: a number that differs where the same step has other samples.
         """
         here = [steps, world_size(), recipe]
         if self.step and self.train_stats is None and self._fits != here:

@@ -14,8 +14,7 @@ MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtime
 def load_checked(part, given: dict, *, epoch: int) -> None:
     """``part.load_state_dict(given)`` for an optimizer, a scheduler or a scaler, and a trial of what comes next.
 
-    Args:
-        epoch: the next one.
+    Args: epoch: the next one.
     Raises: one of MISFITS: it has other kinds of values than ``part`` has now, or would fail at the next step, or make
         weights or a learning rate that are not finite. ``part`` is not to be used then.
     """

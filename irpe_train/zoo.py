@@ -118,9 +118,8 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> P
 def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
     """Raise ValueError unless ``path`` is the entry's checkpoint: size, hash and number of tensors.
 
-    Args:
-        record: the hash of the first download (default: beside ``path``). Without it, and without a hash in
-            the zoo, the file is read as a checkpoint, and its hash is recorded.
+    Args: record: the hash of the first download (default: beside ``path``). Without it, and without a hash in the zoo,
+        the file is read as a checkpoint, and its hash is recorded.
     """
     record = record or _record(path)
     again = "Delete it, fetch again."

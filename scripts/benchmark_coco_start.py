@@ -54,14 +54,6 @@ def write_set(root: Path, annotations: int) -> None:
     (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
 
 
-def plain(image, target):
-    return prepare_image(image, 64), target
-
-
-def first(batch):
-    return batch[0]
-
-
 def memory(pids: list[int]) -> float:
     """MiB of these processes, memory that they share counted once."""
     texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
@@ -70,6 +62,10 @@ def memory(pids: list[int]) -> float:
 
 def measure(root: Path, who: str, workers: int, result) -> None:
     warnings.simplefilter("ignore")  # PyTorch's advice on the number of workers
+
+    def plain(image, target):
+        return prepare_image(image, 64), target
+
     before, began, busy = memory([os.getpid()]), time.perf_counter(), time.process_time()
     if who.startswith("torchvision"):
         file = root / "annotations/instances_train2017.json"
@@ -77,7 +73,8 @@ def measure(root: Path, who: str, workers: int, result) -> None:
             data = torchvision.datasets.CocoDetection(root / "train2017", file, transforms=plain)
     else:
         data = CocoDetection(root, "train2017", plain, return_masks="masks" in who)
-    loader = iter(DataLoader(data, batch_size=2, num_workers=workers, collate_fn=first, multiprocessing_context="fork"))
+    how = dict(batch_size=2, num_workers=workers, multiprocessing_context="fork")
+    loader = iter(DataLoader(data, collate_fn=lambda batch: batch[0], **how))
     next(loader)
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]

@@ -20,12 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_ops import describe, write_csv
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from benchmark_ops import describe, write_csv  # noqa: E402  its neighbour
 
 CANDIDATES = ["sdpa", "ours k", "ours qkv", "gather k", "gather qkv"]
 

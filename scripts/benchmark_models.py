@@ -11,22 +11,18 @@ step of ``k`` under --deterministic. Rounds and clock are those of benchmark_ops
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from benchmark_ops import DTYPES, FIELDS, Bench, check, describe, write_csv
 from torch import Tensor, nn
 
 import deit_irpe
 import detr_irpe
 from detr_irpe.args import get_args_parser
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from benchmark_ops import DTYPES, FIELDS, Bench, check, describe, write_csv  # noqa: E402
 
 ENCODED = ("k", "qk", "qkv")
 

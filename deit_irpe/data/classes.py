@@ -56,8 +56,7 @@ def check_resumed_classes(stored: list[str] | None, classes: list[str], *, sourc
 def renumber(dataset: Dataset, classes: list[str], *, whose: str) -> None:
     """Renumber the labels of ``dataset`` as in ``classes``, and log it where they change.
 
-    Args:
-        whose: where ``classes`` are from, for messages. It may have more classes than the data.
+    Args: whose: where ``classes`` are from, for messages. It may have more classes than the data.
     Raises: ValueError: the data have other classes, or are of a kind whose numbers are fixed.
     """
     own = list(dataset.classes)

@@ -23,9 +23,8 @@ class ShardImages(LabelledImages):
     Only offsets are kept, and bytes are read in place, as by ``TarImages``: an interrupted training resumes at exactly
     the next image, which a stream of shards cannot do. The order is that of the shards' names.
 
-    Args:
-        root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, ``train`` and ``val`` each a
-            word of its own, and perhaps ``classes.txt``, the names of the classes in order.
+    Args: root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, ``train`` and ``val`` each a
+        word of its own, and perhaps ``classes.txt``, the names of the classes in order.
     Raises: FileNotFoundError, ValueError: no shards, a damaged one, or a sample in them that has no image or no class.
     """
 

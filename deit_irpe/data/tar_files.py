@@ -23,8 +23,7 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
     tarfile takes a damaged header, or a file cut between two members, for the end of the archive. Here the archive must
     end with its end marker and zeros.
 
-    Args:
-        file: the tar file. inside: a tar that is a member of it, called ``name``.
+    Args: file: the tar file. inside: a tar that is a member of it, called ``name``.
     Raises: ValueError: the archive is damaged, cut or compressed; a member is a link, a device or sparse; it points
         outside of the archive; two members have one name. Archive and member are named.
     """

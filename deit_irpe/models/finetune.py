@@ -45,8 +45,7 @@ def fit_classes(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights whose class heads are of the classes ``ours``, in their order; heads of other classes are left out.
 
-    Args:
-        theirs: the classes of ``weights``; None where they are not named, and the heads are then what they are.
+    Args: theirs: the classes of ``weights``; None where they are not named, and the heads are then what they are.
     Returns: a new state dict, and what became of each key that changed.
     """
     heads = head_prefixes(model)

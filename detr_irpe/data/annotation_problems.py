@@ -25,8 +25,7 @@ CORNERS = 0.1  # if this part of boxes reaches outside, and all could be two cor
 class Problem:
     """One kind of mistake: what it is, how often, and the first few places.
 
-    Attributes:
-        allowed: how often it may come before training does not start.
+    Attributes: allowed: how often it may come before training does not start.
     """
 
     what: str

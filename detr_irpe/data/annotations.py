@@ -34,10 +34,9 @@ class Annotations:
             width, area, iscrowd, id, segmentation and a category's name may be missing or null.
         with_masks: keep the segmentations too (several times the memory of all the rest).
         categories: what stands for 'categories' where the file has none; by default it must have them.
-    Raises:
-        FileNotFoundError, ValueError: the file is missing or has another form, an id comes twice, an object is of a
-            category or an image that the file does not list, or its mask does not fit its image; the message names the
-            entries.
+    Raises: FileNotFoundError, ValueError: the file is missing or has another form, an id comes twice, an object is of a
+        category or an image that the file does not list, or its mask does not fit its image; the message names the
+        entries.
     """
 
     def __init__(self, path: Path, *, with_masks: bool = False, categories: dict[int, str] | None = None) -> None:

@@ -29,8 +29,7 @@ class CocoDetection(Dataset):
         split: ``train2017`` or ``val2017``.
         transforms: see ``transforms.py``.
         return_masks: with ``masks`` in the targets.
-    Raises:
-        FileNotFoundError: annotations, images, or some of the images are not there.
+    Raises: FileNotFoundError: annotations, images, or some of the images are not there.
     """
 
     def __init__(self, root: str | Path, split: str, transforms: Callable, *, return_masks: bool = False) -> None:

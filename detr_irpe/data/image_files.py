@@ -101,8 +101,7 @@ def open_images(
 ) -> FilesInFolder | FilesInZip:
     """The images ``names`` of ``root/split/``, or of ``root/split.zip`` where there is no such folder.
 
-    Args:
-        listed_in: the file that has the names. flag: the one that named ``root``. Both for messages.
+    Args: listed_in: the file that has the names. flag: the one that named ``root``. Both for messages.
     Raises: ValueError: a name could lead outside. FileNotFoundError: neither is there, or some of the images are not.
     """
     for name in names:

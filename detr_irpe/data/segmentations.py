@@ -40,8 +40,7 @@ def problem_of(segmentation, height: int, width: int) -> str | None:
 class PackedMasks:
     """The segmentations of many objects, in flat arrays that worker processes share: polygons as numbers, else as JSON.
 
-    Args:
-        shapes: of every object; lists of polygons and run lengths may stand side by side.
+    Args: shapes: of every object; lists of polygons and run lengths may stand side by side.
     Raises: TypeError, OverflowError: some are neither, or a polygon is no list of numbers.
     """
 

@@ -70,8 +70,7 @@ class Backbone(nn.Module):
         train_backbone: train ``layer2`` to ``layer4``; the stem and ``layer1`` never are.
         return_interm_layers: all four stages (the mask head needs them), else the last alone.
 
-    Attributes:
-        channels: of each returned map.
+    Attributes: channels: of each returned map.
     """
 
     def __init__(self, resnet: nn.Module, *, train_backbone: bool = True, return_interm_layers: bool = False):

@@ -53,8 +53,7 @@ class DETR(nn.Module):
     def forward(self, samples: NestedTensor | Sequence[Tensor] | Tensor) -> dict:
         """Detect.
 
-        Args:
-            samples: a ``NestedTensor``; or images ``(3, h, w)``, normalised; or ``(B, 3, h, w)`` of one size.
+        Args: samples: a ``NestedTensor``; or images ``(3, h, w)``, normalised; or ``(B, 3, h, w)`` of one size.
         Returns: ``pred_logits`` ``(B, Q, C + 1)``; ``pred_boxes`` ``(B, Q, 4)``, centre and size, as fractions of the
             image without its padding; with ``aux_loss`` also ``aux_outputs``, the same of the decoder layers before.
         """

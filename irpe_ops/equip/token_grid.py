@@ -32,8 +32,7 @@ class TokenGrid:
     on a thread of autograd's. So where image sizes vary, each block's backward pass starts by restoring the grid of its
     forward pass: 7 x 14 and 14 x 7 have the same number of tokens.
 
-    Args:
-        skip: leading tokens. varies: image sizes may. tokens_dim: of what blocks return, 1 for ``(B, L, C)``.
+    Args: skip: leading tokens. varies: image sizes may. tokens_dim: of what blocks return, 1 for ``(B, L, C)``.
     """
 
     def __init__(self, skip: int, varies: bool = False, tokens_dim: int = 1) -> None:

@@ -9,7 +9,9 @@ from PIL import Image
 
 from deit_irpe.args import get_check_parser
 from deit_irpe.check_data import main
-from deit_irpe.data import build_dataset, split_folder, warn_of_odd_sets
+from deit_irpe.data.datasets import build_dataset
+from deit_irpe.data.images import warn_of_odd_sets
+from deit_irpe.data.split import split_folder
 from tests.deit.test_archives import tar_of
 from tests.helpers.tiny_images import write_images
 

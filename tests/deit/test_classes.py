@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from deit_irpe.data import build_dataset, check_resumed_classes, check_same_classes, renumber, stored_classes
+from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
+from deit_irpe.data.datasets import build_dataset
 from deit_irpe.data.hugging_face import _numbered
 from deit_irpe.data.images import LabelledImages
 from deit_irpe.models import create_model

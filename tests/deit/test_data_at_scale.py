@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deit_irpe.data import build_dataset
+from deit_irpe.data.datasets import build_dataset
 from deit_irpe.data.shards import ShardImages
 from tests.helpers.deit_runs import deit_ok
 

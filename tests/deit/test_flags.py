@@ -7,7 +7,8 @@ import torch
 from deit_irpe import optimizer as optimizers
 from deit_irpe import train
 from deit_irpe.args import get_args_parser
-from deit_irpe.data import build_dataset, from_flags
+from deit_irpe.data import from_flags
+from deit_irpe.data.datasets import build_dataset
 from deit_irpe.models.from_flags import build_ema
 from irpe_train import loader as loaders
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deit_irpe.confusion import class_rows, draw_confusion, write_confusion
-from deit_irpe.data import split_folder
+from deit_irpe.data.split import split_folder
 from deit_irpe.engine import evaluate
 from irpe_train.precision import Precision
 from tests.helpers.deit_runs import deit, deit_ok

@@ -19,7 +19,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from deit_irpe import create_model
-from deit_irpe.data import build_dataset
+from deit_irpe.data.datasets import build_dataset
 from deit_irpe.models import RPE_MODELS
 from tests.helpers.snippets import REPOSITORY
 

@@ -33,9 +33,8 @@ def export(model, out, formats):
         [(torch.randn(2, 4),), (torch.randn(5, 4),)],
         out,
         formats=formats,
-        dynamic=[{0: "batch"}],
-        input_names=["x"],
-        output_names=["y"],
+        inputs={"x": {0: "batch"}},
+        outputs=["y"],
     )
 
 
