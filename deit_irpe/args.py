@@ -168,7 +168,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--eval-ema needs the moving average beside the model; leave out --model-ema-force-cpu")
     if args.pretrained and args.finetune:
         raise ValueError("--pretrained and --finetune both say what to start from; give one")
-    if args.expect and not args.eval:
+    if args.expect is not None and not args.eval:
         raise ValueError("--expect compares an evaluation with the published figures: add --eval")
 
 

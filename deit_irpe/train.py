@@ -122,7 +122,7 @@ def evaluate_only(
             logger.info(f"--input-size {args.input_size}: {key} {note}")
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
-    if args.expect:
+    if args.expect is not None:
         source = checkpoint.source if checkpoint is not None else models.starting_weights(args)
         expected = card.Expected(args.expect, source, args.model, figure="acc1", data=data.validation_data(args))
     number, confusion = len(val_set.classes), None
@@ -135,7 +135,7 @@ def evaluate_only(
     if confusion is not None and distributed.is_main():
         files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
         logger.info(f"confusion matrix: {', '.join(map(str, files))}")
-    if args.expect and distributed.is_main():
+    if args.expect is not None and distributed.is_main():
         expected.meet({"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}, args.output_dir)
 
 

@@ -110,7 +110,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--enc_rpe2d {args.enc_rpe2d}: --enc_layers 0 leaves no encoder for it; leave one out")
     if args.pretrained and args.finetune:
         raise ValueError("--pretrained and --finetune both say what to start from; give one")
-    if args.expect and not args.eval:
+    if args.expect is not None and not args.eval:
         raise ValueError("--expect compares an evaluation with the published figures: add --eval")
 
 

@@ -120,12 +120,12 @@ def evaluate_only(
         compare_for_evaluation(trained, val_loader.dataset.categories, source=checkpoint.source)
     elif start is None:
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
-    if args.expect:
+    if args.expect is not None:
         source, file = (checkpoint or start or Checkpoint("", {})).source, "annotations/instances_val2017.json"
         expected = card.Expected(args.expect, source, args.enc_rpe2d, figure="AP", data=Path(args.coco_path) / file)
     stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
     write_eval(args.output_dir, curves, ("eval.pth",))
-    if args.expect and distributed.is_main():
+    if args.expect is not None and distributed.is_main():
         names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
         expected.meet(dict(zip(names, stats["coco_eval_bbox"], strict=False)) | count(model), args.output_dir)
 

@@ -25,6 +25,7 @@ from irpe_train.download import local_file, sha256
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
+from irpe_train.pixels import walk
 from irpe_train.run_log import PACKAGES, surroundings
 from irpe_train.text_files import write_text
 from irpe_train.zoo import read_zoo
@@ -192,11 +193,11 @@ def fingerprint(path: Path) -> dict:
     if path.is_file():
         return {"path": path.name, "files": 1, "bytes": path.stat().st_size, "of": "sha256", "sha256": sha256(path)}
     digest, count, total = hashlib.sha256(), 0, 0
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        subfolders.sort()
+    for folder, files in walk(path):
         for file in sorted(files):
-            size = os.path.getsize(os.path.join(folder, file))
-            digest.update(f"{Path(folder, file).relative_to(path).as_posix()} {size}\n".encode())
+            file = os.path.join(folder, file)
+            size = os.stat(file, follow_symlinks=os.path.exists(file)).st_size  # of a broken link its own
+            digest.update(f"{Path(file).relative_to(path).as_posix()} {size}\n".encode())
             count, total = count + 1, total + size
     of = "sha256 of names and sizes"
     return {"path": path.name, "files": count, "bytes": total, "of": of, "sha256": digest.hexdigest()}

@@ -5,7 +5,7 @@ import glob
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +51,31 @@ def _place(file: Path) -> Path:
 
 
 def _files_below(folder: Path, besides: Path) -> list[Path]:
-    found, seen, results = [], set(), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):  # as training follows links
-        here = os.stat(parent)
-        if (here.st_dev, here.st_ino) in seen:  # a link back, or a second one to the same folder
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders.sort()
+    found, results = [], set()
+    for parent, names in walk(folder):
         results |= {Path(parent, name) for name in OutputFolder(Path(parent)).written}
         found += [Path(parent, file) for file in names]
     found = (file for file in found if file not in results and not is_hidden(file.relative_to(folder).parts))
     files_there = _outside(besides, found)
     report_unread(folder, (file.name for file in files_there))
     return sorted(file for file in files_there if file.suffix.lower() in IMG_EXTENSIONS)
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """``folder`` and each folder below it, through links as in training, with its files. Raises OSError: unreadable."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen:  # a link back, or a second one to the same folder
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        yield parent, names
 
 
 def _outside(folder: Path, files: Iterable[Path]) -> list[Path]:

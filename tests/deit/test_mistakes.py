@@ -90,6 +90,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
         (("--finetune", "absent.pth"), "absent.pth: no such file"),
         (("--pretrained", "--finetune", "x.pth"), "give one"),
         (("--expect",), "--expect compares an evaluation with the published figures: add --eval"),
+        (("--eval", "--expect", ""), "no published checkpoint ''; expected one of"),
         (("--opt", "adamm"), "adamm"),
         (("--opt-betas", "0.9"), "--opt adamw with lr"),
         (("--opt-betas", "0.9", "1.5"), "--opt adamw with lr"),

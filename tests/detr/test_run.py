@@ -375,6 +375,7 @@ def test_published_class_counts():
         (["--frozen_weights", "x.pth"], "add --masks"),
         (["--pretrained", "x", "--finetune", "y"], "give one"),
         (["--expect"], "add --eval"),
+        (["--eval", "--expect", ""], "no published checkpoint ''"),
         (["--enc_rpe2d", "rpe-2.0-product-ctx-1-k", "--enc_layers", "0"], "leaves no encoder for it"),
         (["--num_classes", "9"], r"category ids out of range \(0 to 8\)"),
         (["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"], "unknown method 'prodct'"),

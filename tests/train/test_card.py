@@ -96,6 +96,9 @@ def test_fingerprint(tmp_path, monkeypatch):
     assert card.fingerprint(data) == told  # in whatever order a file system lists them
     whole = card.fingerprint(data / "a" / "1.png")
     assert whole["sha256"].startswith("a665a459")  # sha256 of "123"
+    for name, target in (("b/loop", data), ("b/again", data), ("b/gone", "nowhere"), ("b/itself", "itself")):
+        (data / name).symlink_to(target)
+    assert card.fingerprint(data)["files"] == told["files"] + 2  # the broken ones, by their names
     with pytest.raises(FileNotFoundError, match="no data at"):
         card.fingerprint(tmp_path / "nowhere")
 

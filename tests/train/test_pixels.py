@@ -200,6 +200,20 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
             files_of([text], besides=Path("out"))
 
 
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    write_images(tmp_path, {"photos/a": 1, "photos/b": 1})
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read everything
+    with pytest.raises(PermissionError, match="photos/b"):
+        files_of([str(tmp_path / "photos")], besides=Path("out"))
+
+
 def test_what_predict_wrote_is_not_found_in_a_folder(tmp_path):
     write_images(tmp_path, {"photos": 1, "photos/first/a": 1})
     out = OutputFolder(tmp_path / "photos" / "first")
