@@ -39,7 +39,7 @@ def test_yolo(page, images, tmp_path):
     assert data.categories == {1: "cat", 2: "dog"} and len(data) == 2 and len(data[1][1]["boxes"]) == 0
     assert data[0][1]["boxes"].tolist() == [[10, 15, 30, 45]] and data[0][1]["labels"].tolist() == [2]
     (tmp_path / "labels" / "b.txt").write_text("1 0.1 0.1 0.2 0.1 0.2 0.2\n")
-    with pytest.raises(ValueError, match="b.txt: .* is no box"):
+    with pytest.raises(ValueError, match="b.txt: .* is not a box"):
         page["yolo_to_coco"](images, tmp_path / "labels", ["cat", "dog"])
 
 

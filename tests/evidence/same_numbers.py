@@ -19,10 +19,10 @@ from tests.helpers.trajectories import Difference, differences, replay
 CASES: dict[str, dict] = json.loads((Path(__file__).parent / "trajectories.json").read_text())["cases"]
 HEAD = """# The same numbers as the published code
 
-Whole training runs of the published code, on tiny models and from inputs that numpy alone makes, repeated here: same
-pictures, same weights, same order of the samples, nothing random. `tests/evidence/trajectories.json` holds what the
-published code gave at every step (PyTorch 2.15, timm 1.0.31, CPU); `tests/helpers/trajectories.py` makes the inputs and
-compares. The test command runs all cases. This page is written by
+Whole training runs of the published code, on tiny models with inputs made by NumPy alone, repeated here: same
+pictures, same weights, same order of the samples, nothing random. `tests/evidence/trajectories.json` holds the
+published results at every step (PyTorch 2.15, timm 1.0.31, CPU); `tests/helpers/trajectories.py` makes the inputs and
+compares. The test suite runs all cases. This page is written by
 
 ```bash
 python -m tests.evidence.same_numbers -o docs/same_numbers.md
@@ -36,16 +36,16 @@ python -m tests.evidence.same_numbers -o docs/same_numbers.md
 TOLERANCES = """
 Differences of losses and of `log.txt` are relative to 1 + the published value, those of rates to the published rate.
 Weights are compared by sum (over the root of the number of elements), norm and distance from the start, each relative
-to the published distance from the start. Largest differences are rounded up. Exact are the keys of the log and their
-order, counts of steps and tensors, the tensors that moved, and the epoch.
+to the published distance from the start. Largest differences are rounded up. The keys of the log and their order, the
+counts of steps and tensors, the tensors that changed, and the epoch must match exactly.
 
-Why these tolerances: two runs of the published code whose starting weights differ by a relative 2e-7 (rounding) end up
-to 2e-6 (losses) and 5e-5 (weights) apart for DeiT, 2e-5 and 1.4e-3 for DETR, whose matching amplifies rounding. The
+Why these tolerances: two runs of the published code whose starting weights differ by a relative 2e-7 (rounding) end as
+far as 2e-6 (losses) and 5e-5 (weights) apart for DeiT, 2e-5 and 1.4e-3 for DETR, whose matching amplifies rounding. The
 tolerances are 3.5 to 20 times that, and still small enough for the changes below to show.
 
 ## What a change of the recipe does
 
-A check that cannot fail shows nothing. Each line is a run with one thing changed (`pytest -m slow tests/evidence`).
+A check that cannot fail shows nothing. Each row is a run with one thing changed (`pytest -m slow tests/evidence`).
 
 | change | case | seen in | times the tolerance, at most |
 |---|---|---|---|
@@ -53,13 +53,13 @@ A check that cannot fail shows nothing. Each line is a run with one thing change
 TAIL = """
 ## What this does not show
 
-* The cases have encodings on keys only. Queries and values, like all methods, are held against loops in fp64
+* The cases have encodings on keys only. Queries and values, like all methods, are tested against loops in fp64
   (`tests/ops`): a query encoding that is not transposed fails 61 tests of `test_attention.py`.
 * Random numbers (dropout, stochastic depth, augmentation, Mixup) are off: their order is not the published one.
 * DeiT's clipping norm: AdamW divides by the size of the gradient, so 0.525 for 0.5 stays within the tolerances there.
 * Half precision, GPUs, several processes, real data: [evaluate.md](evaluate.md) compares with a published row.
-* Parameters whose gradient is rounding alone are left out, for AdamW makes whole steps of it: biases of keys; the first
-  decoder layer's self-attention, where all values are equal at first; encodings of DeiT's last block.
+* Parameters whose gradient is only rounding noise are left out, because AdamW scales it to full steps: biases of keys;
+  the first decoder layer's self-attention, where all values are equal at first; encodings of DeiT's last block.
 """
 
 
