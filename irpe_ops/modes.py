@@ -139,8 +139,11 @@ def _rows(x: Tensor, tables: int) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A block without autocast; there is none to switch off on ``meta``."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """A block without autocast; it costs nothing where there is none, as on ``meta``."""
+    # torch.compile differentiates a block under the autocast around it, whatever the block is under.
+    if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _table_alone(x: Tensor, table: Tensor) -> Tensor:

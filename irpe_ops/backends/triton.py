@@ -15,7 +15,7 @@ from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.backends.triton_launch import COLUMN_MULTIPLE, INTERPRETED, Arguments, Launch, generation
-from irpe_ops.modes import product
+from irpe_ops.modes import product, without_autocast
 from irpe_ops.rpe_index import under_function_transform
 
 # `sum_kernel` holds a row of buckets in registers, the others a row of q.
@@ -85,7 +85,7 @@ def attention(call: AttentionCall) -> Tensor:
         offsets = maps[0][None] if len(maps) == 1 else torch.stack(maps)
     else:
         name, skip, height, width, offsets = "", 0, 1, q.shape[2], None
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         lookup_k = None if rpe_k is None else _lookup(q, rpe_k, scale)
         lookup_q = None if rpe_q is None else _lookup(k, rpe_q, scale)
         if attn_mask is not None:
