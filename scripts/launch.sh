@@ -63,65 +63,56 @@ set_launcher() {
     fi
 }
 
-# data_flag FLAG CONFIG ARGS...: DATA_FLAG becomes (FLAG $DATA); an error if neither DATA, nor the config, nor ARGS say
-data_flag() {
-    local flag="$1" config="$2"
-    shift 2
-    DATA_FLAG=()
-    if [[ -n "${DATA:-}" ]]; then
-        [[ -n "${DRY_RUN:-}" || -e "$DATA" ]] || fail "DATA=$DATA: no such folder"
-        DATA_FLAG=("$flag" "$DATA")
-    elif ! grep -q "^${flag#--}:" "$config" && [[ " $* " != *" $flag"* ]]; then
-        fail "where is the data? DATA=DIR $(basename "$0") ... (or $flag DIR at the end)"
-    fi
-}
-
 # start COMMAND...: run it, or with DRY_RUN=1 print it
 start() {
     if [[ -n "${DRY_RUN:-}" ]]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
-# train MODULE FOLDER DATA_FLAG CONFIG ARGS...
-train() {
-    local module="$1" folder="$2" flag="$3" config name output logs
+# prepare MODULE FOLDER FLAG CONFIG ARGS...: CONFIG and its NAME, and RUN, the command up to ARGS. It has (FLAG $DATA);
+# an error if neither DATA, nor the config, nor ARGS say
+prepare() {
+    local module="$1" folder="$2" flag="$3" data=()
     (($# >= 4)) || usage 2 >&2
     [[ "$4" != -h && "$4" != --help ]] || usage
-    config="$(find_config "$folder" "$4")"
-    name="$(basename "${config%.yaml}")"
+    CONFIG="$(find_config "$folder" "$4")"
+    NAME="$(basename "${CONFIG%.yaml}")"
     shift 4
-    output="${OUTPUT:-outputs/$name}"
-    logs="${LOGS:-logs}"
-    data_flag "$flag" "$config" "$@"
+    if [[ -n "${DATA:-}" ]]; then
+        [[ -n "${DRY_RUN:-}" || -e "$DATA" ]] || fail "DATA=$DATA: no such folder"
+        data=("$flag" "$DATA")
+    elif ! grep -q "^${flag#--}:" "$CONFIG" && [[ " $* " != *" $flag"* ]]; then
+        fail "where is the data? DATA=DIR $(basename "$0") ... (or $flag DIR at the end)"
+    fi
     set_launcher "$module"
-    local command=("${LAUNCH[@]}" --config "$config" ${DATA_FLAG[@]+"${DATA_FLAG[@]}"} --output_dir "$output" "$@")
-    if [[ -n "${DRY_RUN:-}" || "${NODE_RANK:-0}" != 0 ]]; then start "${command[@]}"; return; fi
+    RUN=("${LAUNCH[@]}" --config "$CONFIG" ${data[@]+"${data[@]}"})
+}
+
+# train MODULE FOLDER DATA_FLAG CONFIG ARGS...
+train() {
+    prepare "$@"
+    shift 4
+    local output="${OUTPUT:-outputs/$NAME}" logs="${LOGS:-logs}" status=0
+    RUN+=(--output_dir "$output" "$@")
+    if [[ -n "${DRY_RUN:-}" || "${NODE_RANK:-0}" != 0 ]]; then start "${RUN[@]}"; return; fi
     mkdir -p "$output" "$logs"
-    local status=0
-    "${command[@]}" 2>&1 | tee -a "$logs/detail_$name.log" || status=$?
-    if [[ -f "$output/log.txt" ]]; then cp "$output/log.txt" "$logs/log_$name.txt"; fi
+    "${RUN[@]}" 2>&1 | tee -a "$logs/detail_$NAME.log" || status=$?
+    if [[ -f "$output/log.txt" ]]; then cp "$output/log.txt" "$logs/log_$NAME.txt"; fi
     ((status == 0)) || exit "$status"
-    echo "log: $logs/log_$name.txt, console: $logs/detail_$name.log, checkpoints: $output"
+    echo "log: $logs/log_$NAME.txt, console: $logs/detail_$NAME.log, checkpoints: $output"
 }
 
 # evaluate MODULE FOLDER DATA_FLAG CONFIG [CHECKPOINT] ARGS...
 evaluate() {
-    local module="$1" folder="$2" flag="$3" config name weights=()
-    (($# >= 4)) || usage 2 >&2
-    [[ "$4" != -h && "$4" != --help ]] || usage
-    config="$(find_config "$folder" "$4")"
-    name="$(basename "${config%.yaml}")"
+    prepare "$@"
     shift 4
-    data_flag "$flag" "$config" "$@"
     if [[ $# -gt 0 && "$1" != -* ]]; then
         [[ -n "${DRY_RUN:-}" || -f "$1" ]] || fail "no checkpoint $1"
-        weights=(--resume "$1")
+        RUN+=(--resume "$1")
         shift
     elif [[ " $* " != *" --resume"* ]]; then
-        weights=(--resume "$("$PYTHON" -m irpe_train.zoo "$config" ${DRY_RUN:+--where})")
+        RUN+=(--resume "$("$PYTHON" -m irpe_train.zoo "$CONFIG" ${DRY_RUN:+--where})")
     fi
-    set_launcher "$module"
-    start "${LAUNCH[@]}" --config "$config" ${DATA_FLAG[@]+"${DATA_FLAG[@]}"} --eval ${weights[@]+"${weights[@]}"} \
-        --output_dir "${OUTPUT:-outputs/eval_$name}" "$@"
+    start "${RUN[@]}" --eval --output_dir "${OUTPUT:-outputs/eval_$NAME}" "$@"
 }
 
 # ablate KIND {deit|detr} ARGS...
