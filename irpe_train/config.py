@@ -67,7 +67,11 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(action.dest == "config" for action in parser._actions):
-        argv += _extra_flags()
+        extra = os.environ.get("IRPE_EXTRA_FLAGS", "")
+        try:
+            argv += shlex.split(extra)
+        except ValueError as error:
+            raise ConfigError(f"IRPE_EXTRA_FLAGS={extra}: {error}; write it as in a shell") from error
     argv = _with_home(argv)
     find = argparse.ArgumentParser(add_help=False)  # --conf is --config, as argparse has it
     find.add_argument("--config", action="append", default=[])
@@ -109,14 +113,6 @@ def _with_home(argv: list[str]) -> list[str]:
     """``~/`` as shells read it, also behind ``--flag=``, where they leave it, and in a file, which has no shell."""
     home = os.path.join(os.path.expanduser("~"), "")
     return [re.sub("^(--[^=]+=)?~/", lambda found: (found[1] or "") + home, word) for word in argv]
-
-
-def _extra_flags() -> list[str]:
-    text = os.environ.get("IRPE_EXTRA_FLAGS", "")
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"IRPE_EXTRA_FLAGS={text}: {error}; write it as in a shell") from error
 
 
 def read_yaml(path: Path, source: str) -> dict:

@@ -49,7 +49,9 @@ def export_model(
     if not Path(out).name or Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
     for format in formats:
-        _need_packages(format)
+        if missing := [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]:
+            install = f"pip install {' '.join(missing)} (or install this project with [export])"
+            raise ImportError(f"--formats {format} needs {', '.join(missing)}: {install}")
         refuse_existing(_exported(Path(out), format))
     model = model.eval()
     with torch.no_grad():
@@ -130,15 +132,6 @@ def _save_pt2(program, path: Path, metadata: dict, *_) -> Callable:
 def _exported(out: Path, format: str) -> Path:
     stem = out.stem if out.suffix in SUFFIX.values() else out.name
     return out.with_name(stem + SUFFIX[format])
-
-
-def _need_packages(format: str) -> None:
-    missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"--formats {format} needs {', '.join(missing)}: pip install {' '.join(missing)} "
-            "(or install this project with [export])"
-        )
 
 
 def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:

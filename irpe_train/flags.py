@@ -39,7 +39,9 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.replace("unrecognized arguments", "unexpected argument")
-        message = re.sub(r"invalid (\w+) value: ", _said_of_numbers, message)
+        # argparse says "invalid positive_int value: ", with the name of the type.
+        message = re.sub(r"invalid \w*int value: ", "expected a whole number, got ", message)
+        message = re.sub(r"invalid \w+ value: ", "expected a number, got ", message)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def format_short_help(self) -> str:
@@ -72,11 +74,6 @@ class FlagParser(argparse.ArgumentParser):
         self.error(
             f"unknown flag {name}; " + (f"did you mean {known[close[0]]}?" if close else f"{everything} lists all")
         )
-
-
-def _said_of_numbers(found: re.Match) -> str:
-    """For argparse's ``invalid positive_int value: ``, the name of a function."""
-    return f"expected a {'whole number' if 'int' in found[1] else 'number'}, got "
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):

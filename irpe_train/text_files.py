@@ -19,12 +19,14 @@ def read_text(path: Path, *, errors: str = "replace") -> str:
     return plain_file(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` as a whole: a kill or a full disk leaves the old file. What is no UTF-8 becomes ``?``."""
+def write_text(path: Path, text: str, *, errors: str = "replace") -> None:
+    """Replace ``path`` as a whole: a kill or a full disk leaves the old file. What is no UTF-8 becomes ``?``, or as
+    ``errors`` says.
+    """
     temporary = plain_file(path).with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # whatever it is: a file is not written through a link
-        temporary.write_text(text, encoding="utf-8", errors="replace", newline="")
+        temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from deit_irpe.data.images import FolderImages, same_text
 from irpe_train.distributed import is_main, logger
-from irpe_train.text_files import read_text
+from irpe_train.text_files import read_text, write_text
 
 
 def split_folder(
@@ -57,9 +57,7 @@ def split_folder(
     if written is not None and not os.path.lexists(written) and is_main():
         written.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{name}\n" for name, held in zip(names, held_out, strict=True) if held)
-        temporary = written.with_name(f".{written.name}.tmp")  # other ranks see all of it or nothing
-        temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")
-        os.replace(temporary, written)
+        write_text(written, lines, errors="surrogateescape")  # other ranks see all of it or nothing
         logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out; {written} lists them")
     images.keep(held_out != train)
     return images

@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from detr_irpe.data.archives import check_archive
 from detr_irpe.data.packed_strings import PackedStrings
 from irpe_train.errors import BadData
 
+LARGEST_MEMBER = 2**30  # bytes; far above any image or annotation file of these data sets
+LARGEST_RATIO = 200  # claimed to stored; deflate cannot exceed 1032, images and JSON stay far below this
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
 
 
@@ -70,14 +71,15 @@ class FilesInZip:
         offset, stored_size, size, method, checksum = self._places[index].tolist()
         if offset < 0:
             raise FileNotFoundError(f"{self.name(index)}: no such member in the archive")
-        file = self._own_handle()
-        file.seek(offset)
-        header = file.read(_LOCAL_HEADER.size)
+        if self._process != os.getpid():
+            self._file, self._process = self.path.open("rb"), os.getpid()
+        self._file.seek(offset)
+        header = self._file.read(_LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise OSError(f"{self.name(index)}: the archive is damaged (no file header at byte {offset})")
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        file.seek(name_length + extra_length, os.SEEK_CUR)
-        content = file.read(stored_size)
+        self._file.seek(name_length + extra_length, os.SEEK_CUR)
+        content = self._file.read(stored_size)
         if method == zipfile.ZIP_DEFLATED:
             try:  # one byte more than promised is enough to detect a zip bomb
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
@@ -86,11 +88,6 @@ class FilesInZip:
         if len(content) != size or zlib.crc32(content) != checksum:
             raise OSError(f"{self.name(index)}: the archive is damaged (size or checksum differs)")
         return content
-
-    def _own_handle(self):
-        if self._process != os.getpid():
-            self._file, self._process = self.path.open("rb"), os.getpid()
-        return self._file
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None, "_process": None}
@@ -136,3 +133,26 @@ def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
             raise BadData(f"{archive}: two members are called {name!r}; pack it again with one of each")
         members[name] = (info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
     return members
+
+
+def check_archive(path: Path) -> list[zipfile.ZipInfo]:
+    """The members of a zip archive that are files; reads its directory, unpacks nothing.
+
+    Raises: BadData: a path that leaves the folder, or a member that claims to be larger than an image or annotation
+        file can be; names archive and member. Also if it is no archive at all.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except FileNotFoundError as error:
+        raise BadData(f"{path}: no such file") from error
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        raise BadData(f"{path}: damaged, or not a .zip archive ({error})") from error
+    for member in members:
+        name, size, stored = member.filename, member.file_size, member.compress_size
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in name[:2]:
+            raise BadData(f"{path}: refused: member {name!r} points outside of the archive")
+        if size > LARGEST_MEMBER or size > max(stored, 4096) * LARGEST_RATIO:
+            raise BadData(f"{path}: refused: member {name!r} claims {size:,} bytes, stored in {stored:,}")
+    return [member for member in members if not member.is_dir()]

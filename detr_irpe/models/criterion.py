@@ -113,7 +113,9 @@ class SetCriterion(nn.Module):
         Source: Lin et al., ICCV 2017 (focal); Milletari et al., 3DV 2016 (dice).
         """
         masks = outputs["pred_masks"][matched.image, matched.query].float()  # (n, h, w)
-        wanted = _pad_to_one_size([target["masks"] for target in targets])[matched.object].to(masks)
+        height, width = (max(target["masks"].shape[axis] for target in targets) for axis in (1, 2))
+        wanted = [F.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in (t["masks"] for t in targets)]
+        wanted = torch.cat(wanted)[matched.object].to(masks)  # (n, height, width), padded as the batch of images is
         masks = F.interpolate(masks[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False)
         masks, wanted = masks.flatten(1), wanted.flatten(1)
         focal = sigmoid_focal_loss(masks, wanted, alpha=0.25, gamma=2).mean(1)
@@ -144,10 +146,3 @@ class SetCriterion(nn.Module):
             ]
         )  # (layers, 3, n)
         return [Matched(*layer) for layer in pairs.to(layers[0]["pred_logits"].device, non_blocking=True)]
-
-
-def _pad_to_one_size(masks: Sequence[Tensor]) -> Tensor:
-    """Masks ``(n_i, h_i, w_i)`` of all images -> ``(sum of n_i, H, W)``, padded as the batch of images is."""
-    height = max(m.shape[-2] for m in masks)
-    width = max(m.shape[-1] for m in masks)
-    return torch.cat([F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2])) for m in masks])

@@ -48,7 +48,9 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     layer, attention, skip = f"{family}EncoderLayer", f"{family}SelfAttention", 0
     if family in _VITS:
         embeddings = names[f"{family}Embeddings"]
-        layer, attention, skip = f"{family}Layer", f"{family}Attention", _leading_tokens(embeddings)
+        tokens = [getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens")]
+        skip = sum(token.shape[1] for token in tokens if token is not None)
+        layer, attention = f"{family}Layer", f"{family}Attention"
         encoders = [(model, embeddings.patch_embeddings, embeddings.patch_embeddings.patch_size)]
     elif family == "Detr":
         encoders = [(names["DetrEncoder"], names["DetrModel"].input_projection, (1, 1))]
@@ -112,11 +114,6 @@ def irpe_attention(
     options = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling, backend=module.attn_backend)
     out = rpe_attention(query, key, value, *encodings, height=height, width=width, **options)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _leading_tokens(embeddings: nn.Module) -> int:
-    tokens = [getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens")]
-    return sum(token.shape[1] for token in tokens if token is not None)
 
 
 class _Remember:

@@ -6,8 +6,7 @@ import zipfile
 
 import pytest
 
-from detr_irpe.data.archives import check_archive
-from detr_irpe.data.image_files import FilesInZip
+from detr_irpe.data.image_files import FilesInZip, check_archive
 from irpe_train.errors import BadData
 from tests.helpers.tiny_coco import write_tiny_coco
 
