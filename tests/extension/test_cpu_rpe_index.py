@@ -158,9 +158,24 @@ def test_inference_mode_index_is_read_afresh():
         assert torch.equal(ops.rpe_index(input, index), gather(input, index))
 
 
-def test_threads_change_nothing(capability):
-    index, num_buckets = MAPS["product 14x14+1"]()
-    input, grad = torch.randn(3, 2, 197, num_buckets), torch.randn(3, 2, 197, 197)
+@pytest.mark.parametrize("name", MAPS)
+def test_heads_summed_together_get_what_each_gets_alone(capability, name):
+    index, num_buckets = MAPS[name]()
+    grad = torch.randn(2, 9, *index.shape)  # eight at a time, and two more
+    grad[0, 3, 0, 0], grad[1, 2, -1, -1] = float("inf"), float("-inf")
+    sums = ops.rpe_index_adjoint(grad, index, num_buckets)
+    torch.testing.assert_close(sums, scatter(grad, index, num_buckets))
+    assert all(
+        torch.equal(sums[b, h], ops.rpe_index_adjoint(grad[b, h][None, None], index, num_buckets)[0, 0])
+        for b in range(2)
+        for h in range(9)
+    )
+
+
+@pytest.mark.parametrize("name", ["product 14x14+1", "euc 14x14+1"])
+def test_threads_change_nothing(capability, name):
+    index, num_buckets = MAPS[name]()
+    input, grad = torch.randn(3, 6, 197, num_buckets), torch.randn(3, 6, 197, 197)
 
     def both():
         return ops.rpe_index(input, index), ops.rpe_index_adjoint(grad, index, num_buckets)

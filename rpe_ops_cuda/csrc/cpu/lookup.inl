@@ -72,6 +72,45 @@ INLINE int64_t column_group(const PlanView& plan, int64_t i, int64_t left) {
   return share < left ? share : left;
 }
 
+constexpr int kKeyRows = WIDEST / LANES;  // as registers allow: AVX-512 has 32
+
+// ROWS key rows at one register of key columns, for MOST queries: each entry of the table, if a query's column part is its own,
+// is added to the query's row of x, or, if BACK, the other way round. `base`, `table` and `x` begin at the first of the key rows.
+// A narrow row spills over into the next one, which is stored after it.
+template <int ROWS, int MOST, bool BACK>
+INLINE void key_rows(const int32_t* base, int64_t width, const int32_t* part_of, int64_t parts_stride, int32_t low, int32_t high,
+                     float* table, int64_t stride, float* x, int64_t x_stride) {
+  vf rows[ROWS][MOST];
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int q = 0; q < MOST; ++q) rows[r][q] = load(x + q * x_stride + r * width);
+  vi part = low - vi{};
+  for (int32_t p = low; p <= high; ++p, part += 1) {
+    vf here[ROWS];
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r) here[r] = load(table + (base[r] + p) * stride + r * width);
+#pragma GCC unroll 8
+    for (int q = 0; q < MOST; ++q) {
+      const vi mine = load(part_of + q * parts_stride) == part;
+#pragma GCC unroll 2
+      for (int r = 0; r < ROWS; ++r)
+        if (BACK)
+          here[r] = mine ? here[r] + rows[r][q] : here[r];
+        else
+          rows[r][q] = mine ? rows[r][q] + here[r] : rows[r][q];
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r)
+      if (BACK) store(table + (base[r] + p) * stride + r * width, here[r]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int q = 0; q < MOST; ++q)
+      if (!BACK) store(x + q * x_stride + r * width, rows[r][q]);
+}
+
 // For `count` (at most MOST) queries from i on, of one grid row, and their rows of x, `x_stride` apart:
 //   x[j] += table[id(j, i)][j], or, if BACK, table[id(j, i)][j] += x[j].
 template <int MOST, bool BACK>
@@ -88,29 +127,11 @@ INLINE void grouped_columns(int64_t count, const PlanView& plan, int64_t i, floa
       range += 2 * chunks;
       low = range[0] < low ? range[0] : low, high = range[1] > high ? range[1] : high;
     }
-    for (int64_t key_row = 0; key_row < plan.height; ++key_row) {
-      const int64_t j = plan.skip + key_row * plan.width + chunk * LANES;
-      float* entry = table + (base[key_row] + low) * stride + j;
-      vf rows[MOST];
-#pragma GCC unroll 8
-      for (int q = 0; q < MOST; ++q) rows[q] = load(x + q * x_stride + j);
-      vi part = low - vi{};
-      for (int32_t p = low; p <= high; ++p, part += 1, entry += stride) {
-        vf here = load(entry);
-#pragma GCC unroll 8
-        for (int q = 0; q < MOST; ++q) {
-          const vi mine = load(part_of + q * chunks * LANES) == part;
-          if (BACK)
-            here = mine ? here + rows[q] : here;
-          else
-            rows[q] = mine ? rows[q] + here : rows[q];
-        }
-        if (BACK) store(entry, here);
-      }
-#pragma GCC unroll 8
-      for (int q = 0; q < MOST; ++q)
-        if (!BACK) store(x + q * x_stride + j, rows[q]);
-    }
+    int64_t row = 0, j = plan.skip + chunk * LANES;
+    for (; row + kKeyRows <= plan.height; row += kKeyRows, j += kKeyRows * plan.width)
+      key_rows<kKeyRows, MOST, BACK>(base + row, plan.width, part_of, chunks * LANES, low, high, table + j, stride, x + j, x_stride);
+    for (; row < plan.height; ++row, j += plan.width)
+      key_rows<1, MOST, BACK>(base + row, plan.width, part_of, chunks * LANES, low, high, table + j, stride, x + j, x_stride);
   }
   for (int q = 0; q < MOST; ++q)
     for (int64_t j = 0; j < plan.skip; ++j) {
@@ -145,11 +166,58 @@ static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, f
   int64_t j = 0;
   for (; j + kCopies <= cols; j += kCopies)
     for (int copy = 0; copy < kCopies; ++copy) copies[copy * stride + ids[j + copy]] += x[j + copy];
-  for (; j < cols; ++j) copies[ids[j]] += x[j];
+  for (; j < cols; ++j) copies[j % kCopies * stride + ids[j]] += x[j];
   for (int64_t n = 0; n < used; n += LANES) {
     vf total = load(scratch + n);
     for (int copy = 1; copy < kCopies; ++copy) total += load(scratch + copy * stride + n);
     store(sums + lowest + n, total);
+  }
+}
+
+#ifdef __AVX2__
+constexpr bool kTransposes = true;
+#else
+constexpr bool kTransposes = false;  // by single values, which takes longer than what it saves
+#endif
+
+// The same for LANES rows at once, of one query in as many heads: their ids are the same. Each gets the bits it would get alone.
+// Fills `buckets` sums. `scratch` has kCopies * LANES entries for each id from the least to the greatest.
+static void bucket_sums_of_heads(const PlanView& plan, int64_t i, const float* x, int64_t x_stride, float* sums, int64_t sums_stride,
+                                 int64_t buckets, float* scratch) {
+  const uint16_t* ids = plan.ids + i * plan.cols;
+  const int64_t stride = (plan.max_id + 1 - plan.min_id) * LANES;
+  __builtin_memset(scratch, 0, kCopies * stride * sizeof(float));
+  float* copies = scratch - plan.min_id * LANES;
+  const auto add_key = [&](int64_t copy, int64_t id, vf values) {
+    float* into = copies + copy * stride + id * LANES;
+    store(into, load(into) + values);
+  };
+  vf block[LANES];
+  int64_t j = 0;
+  for (; j + LANES <= plan.cols; j += LANES) {
+    for (int r = 0; r < LANES; ++r) block[r] = load(x + r * x_stride + j);
+    transpose(block);
+#pragma GCC unroll 8
+    for (int key = 0; key < LANES; ++key) add_key(key % kCopies, ids[j + key], block[key]);
+  }
+  for (; j < plan.cols; ++j) {
+    for (int r = 0; r < LANES; ++r) block[0][r] = x[r * x_stride + j];
+    add_key(j % kCopies, ids[j], block[0]);
+  }
+  for (int64_t n = 0; n < buckets; n += LANES) {
+    for (int64_t b = 0; b < LANES; ++b) {
+      block[b] = vf{};
+      if (n + b < plan.min_id || n + b > plan.max_id) continue;
+      for (int copy = 0; copy < kCopies; ++copy) block[b] += load(copies + copy * stride + (n + b) * LANES);
+    }
+    transpose(block);
+    for (int r = 0; r < LANES; ++r) {
+      float* into = sums + r * sums_stride + n;
+      if (n + LANES <= buckets)
+        store(into, block[r]);
+      else
+        for (int64_t b = 0; n + b < buckets; ++b) into[b] = block[r][b];
+    }
   }
 }
 
@@ -289,8 +357,16 @@ static int64_t bucket_scratch(const PlanView& plan) {
 static void bucket_sums(const PlanView& plan, const float* grad, float* out, int64_t begin, int64_t end, int64_t buckets) {
   float* scratch = new float[bucket_scratch(plan)];
   float* sums = new float[buckets + 2 * LANES];
+  float* heads = new float[kCopies * LANES * (plan.max_id + 1 - plan.min_id)];
   float* last = new float[plan.cols + LANES]();
   for (int64_t row = begin; row < end; ++row) {
+    if (kTransposes && !plan.separable && row + LANES * plan.rows <= end) {
+      for (int64_t last_query = row + plan.rows; row < last_query; ++row)
+        bucket_sums_of_heads(plan, row % plan.rows, grad + row * plan.cols, plan.rows * plan.cols, out + row * buckets,
+                             plan.rows * buckets, buckets, heads);
+      row += (LANES - 1) * plan.rows - 1;
+      continue;
+    }
     // The sums jump about in a row, so the processor does not foresee what they read. Long rows would not stay in the first cache.
     const float* later = grad + (row + 4 < end ? row + 4 : row) * plan.cols;
     for (int64_t j = 0; j < plan.cols; j += 16)
@@ -303,6 +379,7 @@ static void bucket_sums(const PlanView& plan, const float* grad, float* out, int
     __builtin_memcpy(out + row * buckets, sums, buckets * sizeof(float));
   }
   delete[] last;
+  delete[] heads;
   delete[] sums;
   delete[] scratch;
 }
