@@ -14,7 +14,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,33 +32,13 @@ from irpe_train.zoo import read_zoo
 NOT_RUN = "not run"
 
 
-@dataclass(frozen=True)
-class Line:
-    """One figure: here, as published, and how far apart they may be. ``here`` is None where it was not measured."""
-
-    figure: str
-    here: float | None
-    published: float
-    tolerance: float
-
-    @property
-    def difference(self) -> float | None:
-        return None if self.here is None else self.here - self.published
-
-    @property
-    def verdict(self) -> str:
-        """``PASS``, ``FAIL`` or ``not run``; a NaN fails."""
-        if self.here is None:
-            return NOT_RUN
-        # 1e-9: a difference of exactly the tolerance is a PASS however it was rounded.
-        return "PASS" if abs(self.difference) <= self.tolerance + 1e-9 else "FAIL"
-
-
-def compare(name: str, measured: Mapping[str, float]) -> list[Line]:
+def compare(name: str, measured: Mapping[str, float]) -> list[dict]:
     """One line for every figure that is published for the zoo entry ``name``, in the order of the file.
 
     Args: measured: ``acc1`` and ``acc5`` in percent, ``AP``, ``AP50``, ... as fractions, ``n_parameters``, ``macs_M``,
         ``buckets``; ``params_M`` is made of ``n_parameters``.
+    Returns: ``figure``, ``here`` (None: not measured), ``published``, ``tolerance``, ``difference``, and ``verdict``:
+        ``PASS``, ``FAIL`` (a NaN too) or ``not run``.
     Raises: ValueError: unknown ``name``, or a measured figure without a published one (a misspelt one never fails).
     """
     zoo = read_zoo()
@@ -69,12 +48,21 @@ def compare(name: str, measured: Mapping[str, float]) -> list[Line]:
         measured.setdefault("params_M", measured["n_parameters"] / 1e6)
     if strange := measured.keys() - expect.keys():
         raise ValueError(f"card of {name}: no published {', '.join(sorted(strange))}; there are {', '.join(expect)}.")
-    return [Line(key, measured.get(key), value, zoo.tolerance[key]) for key, value in expect.items()]
+    lines = []
+    for figure, published in expect.items():
+        here, tolerance, difference, verdict = measured.get(figure), zoo.tolerance[figure], None, NOT_RUN
+        if here is not None:
+            difference = here - published
+            # 1e-9: a difference of exactly the tolerance is a PASS however it was rounded.
+            verdict = "PASS" if abs(difference) <= tolerance + 1e-9 else "FAIL"
+        line = dict(figure=figure, here=here, published=published, tolerance=tolerance)
+        lines.append(line | dict(difference=difference, verdict=verdict))
+    return lines
 
 
-def verdict(lines: Iterable[Line]) -> str:
+def verdict(lines: Iterable[dict]) -> str:
     """``PASS`` when every figure passed, ``partial`` when some passed and the others were not run; else ``FAIL``."""
-    verdicts = {line.verdict for line in lines}
+    verdicts = {line["verdict"] for line in lines}
     if "FAIL" in verdicts or "PASS" not in verdicts:
         return "FAIL"
     return "partial" if NOT_RUN in verdicts else "PASS"
@@ -145,7 +133,7 @@ def make_card(
         "verdict": verdict(lines),
         "source": zoo.source,
         "config": zoo.find(name).config,
-        "figures": [asdict(line) | {"difference": line.difference, "verdict": line.verdict} for line in lines],
+        "figures": lines,
         "checkpoint": checkpoint and {"file": checkpoint.name, "sha256": sha256(checkpoint)},
         "data": [fingerprint(path) for path in data],
         "versions": versions(),

@@ -10,6 +10,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from zipfile import BadZipFile
 
@@ -62,7 +63,7 @@ class TrainLoader:
         self._loader = DataLoader(
             _SeededDataset(dataset, seed, rank(), world_size()),
             batch_sampler=self._order,
-            collate_fn=_CollateAndReport(collate_fn),
+            collate_fn=partial(_collate_and_report, collate_fn),
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
@@ -129,7 +130,7 @@ class EvalLoader:
         self._loader = DataLoader(
             _NamedDataset(dataset),
             batch_sampler=self.batches,
-            collate_fn=_CollateAndReport(collate_fn),
+            collate_fn=partial(_collate_and_report, collate_fn),
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=ignore_signals_from_others,
@@ -254,15 +255,10 @@ def _read(dataset: Dataset, index: int) -> tuple[object, list[tuple[str, str]]]:
         return None, [(_name(dataset, index), f"{type(error).__name__}: {reason}")]
 
 
-class _CollateAndReport:
+def _collate_and_report(collate_fn: Callable, items: list) -> tuple[object, list]:
     """[(sample, bad)] -> (batch, bad); a batch of evaluation with a bad image is not collated."""
-
-    def __init__(self, collate_fn: Callable):
-        self.collate_fn = collate_fn
-
-    def __call__(self, items: list):
-        samples, bad = [sample for sample, _ in items], [entry for _, entries in items for entry in entries]
-        return (None if any(sample is None for sample in samples) else self.collate_fn(samples)), bad
+    samples, bad = [sample for sample, _ in items], [entry for _, entries in items for entry in entries]
+    return (None if any(sample is None for sample in samples) else collate_fn(samples)), bad
 
 
 def _name(dataset: Dataset, index: int) -> str:

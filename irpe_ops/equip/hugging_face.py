@@ -6,6 +6,7 @@ config (a decoder's) goes to PyTorch's fused attention, as before.
 """
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     for encoder, given, patch_size in encoders:
         grid = TokenGrid(skip, varies=True)
         _add_to_layers(encoder, layer, attention, dataclasses.replace(config, skip=skip), grid, backend)
-        given.register_forward_pre_hook(_Remember(grid, patch_size))
+        given.register_forward_pre_hook(functools.partial(_remember, grid, patch_size))
     model.set_attn_implementation({"": "irpe"})
 
 
@@ -116,14 +117,6 @@ def irpe_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-class _Remember:
-    """Forward pre-hook of a module that takes an image or a map ``(B, C, height, width)``: its grid of patches.
-
-    A class, so that the model can be pickled.
-    """
-
-    def __init__(self, grid: TokenGrid, patch_size: tuple[int, int]) -> None:
-        self.grid, self.patch_size = grid, patch_size
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.grid.remember(*(side // of for side, of in zip(inputs[0].shape[-2:], self.patch_size, strict=True)))
+def _remember(grid: TokenGrid, patch_size: tuple[int, int], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook of a module that takes an image or a map ``(B, C, height, width)``: its grid of patches."""
+    grid.remember(*(side // of for side, of in zip(inputs[0].shape[-2:], patch_size, strict=True)))

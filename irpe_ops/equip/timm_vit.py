@@ -2,6 +2,7 @@
 """timm's plain and rotary vision transformers. timm itself is imported only to rotate."""
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +24,23 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     config = dataclasses.replace(config, skip=model.num_prefix_tokens)
     grid = TokenGrid(config.skip)
     grid.remember(*model.patch_embed.grid_size)
-    model.patch_embed.register_forward_hook(_RememberPatches(grid))
+    model.patch_embed.register_forward_hook(functools.partial(_remember, grid))
     for block, attention in zip(model.blocks, attentions, strict=True):
         block.attn = RPEAttention(attention, config, grid, backend)
         grid.follow(block)
 
 
-class _RememberPatches:
-    """Forward hook of ``patch_embed``; a class, so that the model can be pickled."""
-
-    def __init__(self, grid: TokenGrid) -> None:
-        self.grid = grid
-
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
-        if isinstance(patches, torch.fx.Proxy):  # a traced graph is of one size: the one that is remembered
-            return
-        self.grid.varies = patches.dim() == 4  # dynamic_img_size: (B, height, width, C)
-        if self.grid.varies:
-            self.grid.remember(*patches.shape[1:3])
-        elif hasattr(patch_embed, "dynamic_feat_size"):
-            self.grid.remember(*patch_embed.dynamic_feat_size(inputs[0].shape[-2:]))
-        else:
-            self.grid.remember(*patch_embed.grid_size)
+def _remember(grid: TokenGrid, patch_embed: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
+    """Forward hook of ``patch_embed``."""
+    if isinstance(patches, torch.fx.Proxy):  # a traced graph is of one size: the one that is remembered
+        return
+    grid.varies = patches.dim() == 4  # dynamic_img_size: (B, height, width, C)
+    if grid.varies:
+        grid.remember(*patches.shape[1:3])
+    elif hasattr(patch_embed, "dynamic_feat_size"):
+        grid.remember(*patch_embed.dynamic_feat_size(inputs[0].shape[-2:]))
+    else:
+        grid.remember(*patch_embed.grid_size)
 
 
 class RPEAttention(nn.Module):

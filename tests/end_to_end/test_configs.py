@@ -98,7 +98,7 @@ def test_published_rows(entry):
     module = deit_irpe.model_stats if entry.package == "deit_irpe" else detr_irpe.model_stats
     told = facts(module, "--config", str(ROOT / entry.config))
     lines = card.compare(entry.name, {key: value for key, value in told.items() if key in entry.expect})
-    verdicts = {line.figure: line.verdict for line in lines}
+    verdicts = {line["figure"]: line["verdict"] for line in lines}
     counted = {"params_M", "n_parameters", "macs_M", "buckets"} & set(entry.expect)
     assert {figure for figure, verdict in verdicts.items() if verdict == "PASS"} == counted
     assert "FAIL" not in verdicts.values()

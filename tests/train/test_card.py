@@ -26,7 +26,7 @@ ZOO = Zoo(
 
 
 def verdicts(**measured):
-    return {line.figure: line.verdict for line in card.compare("net", measured)}
+    return {line["figure"]: line["verdict"] for line in card.compare("net", measured)}
 
 
 @pytest.fixture
