@@ -16,7 +16,7 @@ from deit_irpe.data.split import split_folder
 from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
 from irpe_train.launch import launch
-from irpe_train.loader import Tried
+from irpe_train.loader import try_all
 
 MOST_SHOWN = 5  # unreadable images that are named
 
@@ -32,7 +32,7 @@ def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str]
     picture comes, by a hash of its pixels.
     """
     counts, reasons, pictures = [0] * len(images.classes), [], Counter()
-    for found, reason in Tried(partial(_label_and_pixels, images), range(len(images))).all(num_workers):
+    for found, reason in try_all(partial(_label_and_pixels, images), range(len(images)), num_workers):
         if reason:
             reasons.append(reason)
         else:

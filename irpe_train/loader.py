@@ -24,6 +24,7 @@ from irpe_train.seeding import sample_randomness
 
 # What decoders raise on damaged files. PIL raises SyntaxError on a broken PNG.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, BadZipFile, tarfile.TarError)
+TRIES = 16  # neighbours that may stand in for an unreadable training image
 
 
 class TrainLoader:
@@ -61,7 +62,7 @@ class TrainLoader:
                 f"{batch_size}: lower the batch size or add images"
             )
         self._loader = DataLoader(
-            _SeededDataset(dataset, seed, rank(), world_size()),
+            _Read(partial(_read_seeded, dataset, seed, rank(), world_size())),
             batch_sampler=self._order,
             collate_fn=partial(_collate_and_report, collate_fn),
             num_workers=num_workers,
@@ -128,7 +129,7 @@ class EvalLoader:
         batches = [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)]
         self.batches = [list(batch) for batch in batches[first::stride]]
         self._loader = DataLoader(
-            _NamedDataset(dataset),
+            _Read(partial(_read_named, dataset)),
             batch_sampler=self.batches,
             collate_fn=partial(_collate_and_report, collate_fn),
             num_workers=num_workers,
@@ -152,25 +153,20 @@ class EvalLoader:
             yield batch
 
 
-class Tried(Dataset):
-    """(``read(index)``, "") for each of ``indices``, or (None, why it cannot be read)."""
+def try_all(read: Callable[[int], object], indices: Sequence[int], num_workers: int) -> Iterator[tuple[object, str]]:
+    """(``read(index)``, "") for each of ``indices`` in order, or (None, why it cannot be read).
 
-    def __init__(self, read: Callable[[int], object], indices: Sequence[int]):
-        self.read, self.indices = read, indices
+    They are read by ``num_workers`` processes; random generators stay as they are.
+    """
+    how = dict(batch_size=64, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
+    return chain.from_iterable(DataLoader(_Read(partial(_tried, read)), sampler=indices, **how))
 
-    def __len__(self) -> int:
-        return len(self.indices)
 
-    def __getitem__(self, number: int) -> tuple[object, str]:
-        try:
-            return self.read(self.indices[number]), ""
-        except UNREADABLE as error:
-            return None, str(error) or type(error).__name__
-
-    def all(self, num_workers: int) -> Iterator[tuple[object, str]]:
-        """All of them in order, read by ``num_workers`` processes; random generators stay as they are."""
-        how = dict(batch_size=64, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
-        return chain.from_iterable(DataLoader(self, **how))
+def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:
+    try:
+        return read(index), ""
+    except UNREADABLE as error:
+        return None, str(error) or type(error).__name__
 
 
 def _start(loader: DataLoader) -> Iterator:
@@ -210,44 +206,31 @@ class _Order(Sampler):
             yield self.batch(step)
 
 
-class _SeededDataset(Dataset):
+class _Read(Dataset):
+    """A set whose item ``key``, whatever that is, is ``read(key)``."""
+
+    def __init__(self, read: Callable):
+        self.read = read
+
+    def __getitem__(self, key):
+        return self.read(key)
+
+
+def _read_seeded(dataset: Dataset, seed: int, rank: int, world_size: int, key: tuple[int, int, int]):
     """(epoch, position, index) -> (sample, [(name, reason) of each unreadable image met]); None if all were."""
-
-    TRIES = 16
-
-    def __init__(self, dataset: Dataset, seed: int, rank: int, world_size: int):
-        self.dataset, self.seed, self.rank, self.world_size = dataset, seed, rank, world_size
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int, int]):
-        epoch, position, index = key
-        bad = []
-        for attempt in range(min(self.TRIES, len(self.dataset))):
-            with sample_randomness(self.seed, epoch, position * self.world_size + self.rank):
-                sample, unreadable = _read(self.dataset, (index + attempt) % len(self.dataset))
-            bad += unreadable
-            if not unreadable:
-                return sample, bad
-        return None, bad
+    epoch, position, index = key
+    bad = []
+    for attempt in range(min(TRIES, len(dataset))):
+        with sample_randomness(seed, epoch, position * world_size + rank):
+            sample, unreadable = _read_named(dataset, (index + attempt) % len(dataset))
+        bad += unreadable
+        if not unreadable:
+            return sample, bad
+    return None, bad
 
 
-class _NamedDataset(Dataset):
-    """index -> what ``_read`` returns: raised in a worker, an error would lose its type."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int):
-        return _read(self.dataset, index)
-
-
-def _read(dataset: Dataset, index: int) -> tuple[object, list[tuple[str, str]]]:
-    """(sample, []), or (None, [(name, reason)]) of an unreadable image."""
+def _read_named(dataset: Dataset, index: int) -> tuple[object, list[tuple[str, str]]]:
+    """(sample, []), or (None, [(name, reason)]) of an unreadable image: raised in a worker, an error loses its type."""
     try:
         return dataset[index], []
     except UNREADABLE as error:

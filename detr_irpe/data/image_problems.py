@@ -13,7 +13,7 @@ from detr_irpe.data.coco import read_image
 from detr_irpe.data.image_files import FilesInFolder, FilesInZip
 from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.segmentations import box_of_mask
-from irpe_train.loader import Tried
+from irpe_train.loader import try_all
 from irpe_train.pixels import is_turned
 
 
@@ -30,7 +30,7 @@ def image_problems(
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
     turned = Problem("photos that are read as stored and shown turned (EXIF)", allowed=math.inf)
-    decoded = Tried(partial(_seen, annotations, images), looked_at).all(num_workers)
+    decoded = try_all(partial(_seen, annotations, images), looked_at, num_workers)
     for index, (found, error) in zip(looked_at, decoded, strict=True):
         name, wanted = annotations.names[index].decode(), annotations.sizes[index].tolist()
         if error:
