@@ -58,6 +58,8 @@ def main(args: argparse.Namespace) -> None:
     train_set = None if args.eval else data.training_set(args)
     classes = agree_on_classes(checkpoint, train_set, val_set)
     warn_of_odd_sets(train_set, val_set)
+    for index in () if args.eval else range(0, len(val_set), -(-len(val_set) // 16)):
+        val_set[index]  # images that cannot be read are named before the first epoch, not behind it
 
     # --- model
     model = models.model_of_flags(args, classes, weights=checkpoint is None).to(device)

@@ -102,6 +102,8 @@ class FolderImages(LabelledImages):
             names += files
             labels += [label] * len(files)
         report_unread(root, unread)
+        if flat:
+            logger.warning(f"{flat[0]}: beside the class folders, so of no class; {len(flat)} such images are left out")
         super().__init__([os.path.basename(folder) for folder in folders], names, labels, transform)
         self.origins = folders
 

@@ -12,10 +12,10 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from deit_irpe import data
 from deit_irpe.data import datasets, images
+from deit_irpe.data.classes import check_same_classes
 from deit_irpe.data.tar_files import TarImages
-from deit_irpe.data.transforms import _posterize
+from deit_irpe.data.transforms import _posterize, build_transform
 from irpe_train.pixels import UnreadableImage
 from tests.helpers.tiny_images import write_images
 
@@ -56,7 +56,7 @@ def test_grey_images_become_rgb_and_nested_folders_count(tmp_path):
 
 def test_number_of_classes_comes_from_the_data_for_tar_too(colours, tmp_path):
     pack(colours / "train", tmp_path / "train.tar")
-    assert len(data.build_dataset(tmp_path, True, load_tar=True).classes) == 4
+    assert len(datasets.build_dataset(tmp_path, True, load_tar=True).classes) == 4
 
 
 @pytest.mark.parametrize(
@@ -76,27 +76,35 @@ def test_a_wrong_folder_is_named(tmp_path, damage, error, words):
     root = tmp_path / "nowhere"
     damage(root)
     with pytest.raises(error, match=words):
-        data.build_dataset(root, train=False)
+        datasets.build_dataset(root, train=False)
+
+
+def test_images_beside_the_classes_are_told_of(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
+    write_images(tmp_path, {"val/a": 1, "val/b": 1, "val": 2})
+    assert len(datasets.build_dataset(tmp_path, train=False)) == 2
+    assert said == [f"{tmp_path}/val/0.png: beside the class folders, so of no class; 2 such images are left out"]
 
 
 def test_a_wrong_tar_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val\.tar: no such file \(--load-tar"):
-        data.build_dataset(tmp_path, False, load_tar=True)
+        datasets.build_dataset(tmp_path, False, load_tar=True)
     (tmp_path / "val.tar").write_bytes(b"no tar" * 500)
     with pytest.raises(ValueError, match="not an uncompressed tar file"):
-        data.build_dataset(tmp_path, False, load_tar=True)
+        datasets.build_dataset(tmp_path, False, load_tar=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         tar.add(tmp_path / "x.png", "x.png")
     with pytest.raises(ValueError, match="x.png lies in no class folder"):
-        data.build_dataset(tmp_path, False, load_tar=True)
+        datasets.build_dataset(tmp_path, False, load_tar=True)
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         tar.add(tmp_path / "x.png", "a/../../x.png")
     with pytest.raises(ValueError, match="x.png. points outside of the archive"):
-        data.build_dataset(tmp_path, False, load_tar=True)
+        datasets.build_dataset(tmp_path, False, load_tar=True)
     tarfile.open(tmp_path / "val.tar", "w").close()
     with pytest.raises(ValueError, match="no images in it"):
-        data.build_dataset(tmp_path, False, load_tar=True)
+        datasets.build_dataset(tmp_path, False, load_tar=True)
 
 
 def test_a_tar_member_that_claims_to_be_huge_is_refused(tmp_path):
@@ -104,12 +112,12 @@ def test_a_tar_member_that_claims_to_be_huge_is_refused(tmp_path):
     member.size = 2**40
     (tmp_path / "val.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"x" * 5000)
     with pytest.raises(ValueError, match="val.tar: not an uncompressed tar file"):
-        data.build_dataset(tmp_path, False, load_tar=True)
+        datasets.build_dataset(tmp_path, False, load_tar=True)
 
 
 def test_different_classes_are_named():
     with pytest.raises(ValueError, match="train and val have different classes; only in train: dog; only in val: fox"):
-        data.check_same_classes(["cat", "dog"], ["cat", "fox"])
+        check_same_classes(["cat", "dog"], ["cat", "fox"])
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
@@ -131,21 +139,21 @@ def test_inaturalist_numbers_classes_by_first_appearance_in_training(tmp_path):
     (tmp_path / "val2018.json").write_text(json.dumps({"annotations": [], "images": [image(0)]}))
     (tmp_path / "train_val2018" / "0").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "train_val2018" / "0" / "x0.jpg")
-    val = data.build_dataset(tmp_path, False, data_set="INAT")
+    val = datasets.build_dataset(tmp_path, False, data_set="INAT")
     assert val.classes == ["species2", "species0", "species1"] and val[0][1] == 1
-    assert data.build_dataset(tmp_path, True, data_set="INAT", inat_category="genus").classes == ["g0", "g1"]
+    assert datasets.build_dataset(tmp_path, True, data_set="INAT", inat_category="genus").classes == ["g0", "g1"]
     with pytest.raises(FileNotFoundError, match="train2019.json: no such file"):
-        data.build_dataset(tmp_path, True, data_set="INAT19")
+        datasets.build_dataset(tmp_path, True, data_set="INAT19")
 
 
 def test_missing_cifar_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no cifar-100-python/ there"):
-        data.build_dataset(tmp_path, True, data_set="CIFAR")
+        datasets.build_dataset(tmp_path, True, data_set="CIFAR")
 
 
 @pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic", "lanczos", "hamming"])
 def test_every_interpolation_of_crops_works_with_the_augmentation(interpolation):
-    augmentation = data.build_transform(True, 40, interpolation=interpolation)
+    augmentation = build_transform(True, 40, interpolation=interpolation)
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 50, 3)).astype(np.uint8))
     for _ in range(30):  # rotations and shears are among the draws
         assert augmentation(image).shape == (3, 40, 40)
@@ -155,12 +163,12 @@ def test_every_interpolation_of_crops_works_with_the_augmentation(interpolation)
 
 def test_evaluation_transform_is_the_published_one():
     """Short side to int(256 / 224 * size), bicubic, centre crop, ImageNet's mean and deviation."""
-    resize, crop, _, normalise = data.build_transform(False, 224).transforms
+    resize, crop, _, normalise = build_transform(False, 224).transforms
     assert (resize.size, resize.interpolation, crop.size) == (256, transforms.InterpolationMode.BICUBIC, (224, 224))
-    assert data.build_transform(False, 384).transforms[0].size == 438
+    assert build_transform(False, 384).transforms[0].size == 438
     assert (tuple(normalise.mean), tuple(normalise.std)) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     image = Image.new("RGB", (300, 500))
-    assert data.build_transform(False, (96, 160))(image).shape == (3, 96, 160)
+    assert build_transform(False, (96, 160))(image).shape == (3, 96, 160)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (37, 37)])
@@ -177,20 +185,20 @@ def test_the_centre_is_cut_out_to_the_pixel(height, width, size):
     top, left = round((scaled_h - want_h) / 2), round((scaled_w - want_w) / 2)
     wanted = scaled[top : top + want_h, left : left + want_w].astype(np.float32) / 255
     wanted = (wanted - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
-    seen = data.build_transform(False, size)(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+    seen = build_transform(False, size)(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(seen, wanted, atol=1e-5)
 
 
 def test_an_image_like_a_thread_takes_no_memory():
     """Its ends would be cut off anyway; scaled whole, this one would have 256 x 2,560,000 pixels."""
     image = Image.new("RGB", (10_000, 1), (9, 9, 9))
-    assert data.build_transform(False, 224)(image).shape == (3, 224, 224)
-    resize = data.build_transform(False, 224).transforms[0]
+    assert build_transform(False, 224)(image).shape == (3, 224, 224)
+    resize = build_transform(False, 224).transforms[0]
     assert resize(image).size == (64 * 256, 256) and resize(Image.new("RGB", (64, 1))).size == (64 * 256, 256)
 
 
 def test_training_transform_is_the_published_one():
-    names = [type(step).__name__ for step in data.build_transform(True, 224).transforms]
+    names = [type(step).__name__ for step in build_transform(True, 224).transforms]
     assert names == [
         "RandomResizedCropAndInterpolation",
         "RandomHorizontalFlip",
@@ -199,13 +207,13 @@ def test_training_transform_is_the_published_one():
         "Normalize",
         "RandomErasing",
     ]
-    crop = data.build_transform(True, 224).transforms[0]
+    crop = build_transform(True, 224).transforms[0]
     assert (tuple(crop.size), tuple(crop.scale)) == ((224, 224), (0.08, 1.0))
-    assert data.build_transform(True, (96, 160))(Image.new("RGB", (300, 500))).shape == (3, 96, 160)
+    assert build_transform(True, (96, 160))(Image.new("RGB", (300, 500))).shape == (3, 96, 160)
 
 
 def test_each_flag_reaches_its_step_of_the_augmentation():
-    steps = data.build_transform(
+    steps = build_transform(
         True,
         64,
         aa=None,
@@ -221,14 +229,14 @@ def test_each_flag_reaches_its_step_of_the_augmentation():
     np.testing.assert_allclose((jitter.brightness, jitter.contrast, jitter.saturation), [(0.7, 1.3)] * 3)
     assert (erasing.probability, erasing.min_count, erasing.max_count) == (0.75, 1, 2)
     assert not erasing.rand_color and not erasing.per_pixel  # const
-    pixel = data.build_transform(True, 64, remode="pixel").transforms[-1]
+    pixel = build_transform(True, 64, remode="pixel").transforms[-1]
     assert pixel.per_pixel and (pixel.probability, pixel.max_count) == (0.25, 1)
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original", "v0"])
 def test_every_augmentation_works_at_its_extreme(policy):
     """Posterize to 0 bits, which newer Pillow refuses, is part of the published policy (magnitude 9, deviation 0.5)."""
-    transform = data.build_transform(True, 32, aa=policy)
+    transform = build_transform(True, 32, aa=policy)
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
     random.seed(0)
     for _ in range(30):
@@ -245,13 +253,13 @@ def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(colours):
 
 
 def test_small_images_are_shifted_and_not_scaled():
-    _, shift, *others = data.build_transform(True, 32).transforms
+    _, shift, *others = build_transform(True, 32).transforms
     assert isinstance(shift, transforms.RandomCrop) and (shift.size, shift.padding) == ((32, 32), 4)
-    large = data.build_transform(True, 33).transforms  # as for these, but for the crop
+    large = build_transform(True, 33).transforms  # as for these, but for the crop
     assert [type(step) for step in others] == [type(step) for step in large[1:]]
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    evaluated = data.build_transform(False, 32)(image) * std + mean
+    evaluated = build_transform(False, 32)(image) * std + mean
     assert torch.allclose(evaluated, transforms.functional.to_tensor(image), atol=1e-6)
 
 
