@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import os
+import re
 import socket
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -82,8 +83,9 @@ class Checkpoints:
                     self._claim(where)
                 if where:
                     found = self._newest_good() if where == "auto" else _checked(where)
-                if where == "auto" and found is None and evaluate:
-                    raise BadCheckpoint(f"--resume auto: no checkpoint in {self.folder}")
+                if where == "auto" and found is None and (evaluate or self._there()):
+                    others = f", but {', '.join(self._there())}: name one" if self._there() else ""
+                    raise BadCheckpoint(f"--resume auto: no {self.NAME} in {self.folder}{others}")
                 if self.folder is not None and evaluate:
                     writable_folder(self.folder, "--output_dir")
                 if found is not None and where == "auto" and not evaluate:
@@ -99,15 +101,19 @@ class Checkpoints:
             return None
         return found or Checkpoint(source, read_checkpoint(source))
 
+    def _there(self) -> list[str]:
+        """The names in the folder that a run may write; with ``checkpoint0099.pth``, which detection keeps."""
+        names = [path.name for path in self.folder.glob("*.pth")] if self.folder else []
+        return sorted(name for name in names if re.fullmatch(r"best\.pth|checkpoint(\d+|_previous)?\.pth", name))
+
     def _claim(self, where: str) -> None:
         """Lock the folder until this process ends, and begin its log of details.
 
         A folder is refused where another run's checkpoints would be replaced.
         """
         self._lock = lock(self.folder)
-        old = [name for name in (self.NAME, self.PREVIOUS, self.BEST) if (self.folder / name).exists()]
         own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
-        if old and not own:
+        if (old := self._there()) and not own:
             raise RunError(
                 f"--output_dir {self.folder} holds {', '.join(old)} of another run. "
                 "Go on with --resume auto, or choose another folder."
@@ -128,7 +134,7 @@ class Checkpoints:
             raise BadCheckpoint("--resume auto looks into --output_dir: give one")
         problems = []
         for path in (self.folder / self.NAME, self.folder / self.PREVIOUS):
-            if not path.exists():
+            if not os.path.lexists(path):
                 continue
             try:
                 found = _checked(path)

@@ -51,7 +51,8 @@ def training_set(args: argparse.Namespace) -> Dataset:
 def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
     if args.val_split is not None:
         written = Path(args.output_dir, "val_split.txt") if args.output_dir else None
-        trained = None if args.resume in ("", "auto") else Path(args.resume).with_name("val_split.txt")
+        source = args.resume or (args.finetune if args.eval else "")
+        trained = None if source in ("", "auto") else Path(source).with_name("val_split.txt")
         lists = dict(written=written, trained=trained)
         return split_folder(Path(args.data_path), train, args.val_split, seed=args.seed, **lists, transform=transform)
     options = dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)

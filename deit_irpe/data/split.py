@@ -53,6 +53,8 @@ def split_folder(
                 count = f"{held.sum()} of {len(held)} images of class {name!r} are held out"
                 raise ValueError(f"{file}: {count}; expected some, not all. Edit the list, or remove it")
     else:
+        if trained is not None and not train:
+            logger.warning(f"{trained}: no such list, so --seed {seed} holds images out; some may have been trained on")
         held_out = _draw(images, fraction, seed)
     if written is not None and not os.path.lexists(written) and is_main():
         written.parent.mkdir(parents=True, exist_ok=True)

@@ -154,5 +154,10 @@ def test_from_a_folder_to_the_figures_of_its_classes(tmp_path):
     assert "on the 4 test images" in text and "eval_classes.csv" in text
     write_images(tmp_path / "photos", {"a": 20, "b": 20})
     assert "on the 4 test images" in deit_ok(tmp_path / "photos", tmp_path, *flags, "--eval", "--resume", best)
+    text = deit_ok(tmp_path / "photos", tmp_path, *flags, "--eval", "--finetune", best, "--seed", 1)
+    assert "on the 4 test images" in text and "no such list" not in text
+    moved = (tmp_path / "moved").mkdir() or best.rename(tmp_path / "moved/x.pth")
+    text = deit_ok(tmp_path / "photos", tmp_path / "new", *flags, "--eval", "--resume", moved)
+    assert f"warning: {tmp_path}/moved/val_split.txt: no such list, so --seed 0 holds images out; some may" in text
     with open(tmp_path / "out/eval_classes.csv", newline="") as file:
         assert [row["images"] for row in csv.DictReader(file)] == ["2", "2"]

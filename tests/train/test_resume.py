@@ -256,7 +256,7 @@ def test_auto_does_not_start_anew_over_two_bad_checkpoints(tmp_path):
     assert ended.code == 1 and "no usable checkpoint" in ended.text and "the file is empty" in ended.text
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint_previous.pth", "best.pth"])
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint_previous.pth", "best.pth", "checkpoint0099.pth"])
 @pytest.mark.parametrize("flags", [(), ("--resume", "elsewhere.pth")])
 def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path, name, flags):
     (tmp_path / "run").mkdir()
@@ -265,6 +265,28 @@ def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path, name, flags):
     assert ended.code == 1 and f"--output_dir {tmp_path / 'run'} holds {name} of another run. Go on" in ended.text
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", name]
     assert (tmp_path / "run" / name).read_text() == "of a run of last week"
+
+
+@pytest.mark.parametrize("name", ["best.pth", "checkpoint0099.pth"])
+def test_auto_does_not_start_anew_over_what_was_kept(tmp_path, name):
+    tiny(tmp_path / "run", "--epochs", "1")
+    (tmp_path / "run/checkpoint.pth").replace(kept := tmp_path / "run" / name)
+    for path in tmp_path.glob("run/*.pth"):
+        if path != kept:
+            path.unlink()
+    before = kept.read_bytes()
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto")
+    words = f"--resume auto: no checkpoint.pth in {tmp_path / 'run'}, but {name}: name one"
+    assert ended.code == 1 and words in ended.text and kept.read_bytes() == before
+    (ended,) = tiny(tmp_path / "run", "--resume", str(kept), "--epochs", "2")
+    assert ended.code == 0 and "epoch 1, step 0" in ended.text, ended.text
+
+
+def test_auto_does_not_start_anew_over_a_link_to_a_disk_that_is_away(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.pth").symlink_to(tmp_path / "disk/checkpoint.pth")
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto")
+    assert ended.code == 1 and "no usable checkpoint" in ended.text and "checkpoint.pth: no such file" in ended.text
 
 
 def test_a_run_may_go_on_from_any_checkpoint_of_its_own_folder(tmp_path):
