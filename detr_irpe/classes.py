@@ -70,10 +70,8 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
             f"checkpoint {source} numbers its categories in another way than this data: {'; '.join(moved[:5])}. "
             "Number the categories of the annotations as it does."
         )
-    if other := differences(trained, here):
-        logger.warning(
-            f"checkpoint {source} was trained on other categories than this data has: {'; '.join(other[:5])}"
-        )
+    if odd := differences(trained, here):
+        logger.warning(f"checkpoint {source} was trained on other categories than this data has: {'; '.join(odd[:5])}")
 
 
 def compare_for_resume(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:

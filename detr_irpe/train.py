@@ -139,9 +139,8 @@ def score(
     precision: Precision,
 ) -> tuple[dict, dict | None]:
     """Evaluate, score and print; returns what ``log.txt`` has after ``test_``, and what ``eval.pth`` holds."""
-    evaluator = CocoEvaluator(
-        val_loader.dataset.annotations, [kind for kind in ("bbox", "segm") if kind in postprocessors]
-    )
+    kinds = [kind for kind in ("bbox", "segm") if kind in postprocessors]
+    evaluator = CocoEvaluator(val_loader.dataset.annotations, kinds)
     panoptic = None
     if "panoptic" in postprocessors:
         folder = Path(args.output_dir) / "panoptic_eval" if args.output_dir else None

@@ -220,9 +220,7 @@ def _product(grid: dict, source: str) -> list[tuple[str, dict]]:
         count *= sum(math.prod(map(len, _choices(v))) if isinstance(v, str) else 1 for v in values)
         if not 0 < count <= MOST_RUNS:
             raise ConfigError(f"{source}: grid: {key}: {count} runs up to here; expected 1 to {MOST_RUNS}")
-        options.append(
-            [(key, one) for value in values for one in (expand(value) if isinstance(value, str) else [value])]
-        )
+        options.append([(key, one) for v in values for one in (expand(v) if isinstance(v, str) else [v])])
     if not options:
         return []
     return [

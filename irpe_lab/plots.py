@@ -72,9 +72,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     legend = [Line2D([], [], label=plain_text(name), **style) for name, style in styles.items()]
-    legend += [
-        Line2D([], [], color="gray", linestyle=dashes, label=of) for dashes, of in (("-", "train"), ("--", "test"))
-    ]
+    legend += [Line2D([], [], color="gray", linestyle=line, label=of) for line, of in (("-", "train"), ("--", "test"))]
     canvas.legend(handles=legend, loc="outside lower center", ncols=entries, fontsize="small")
     if out is not None:
         save(canvas, out)
@@ -111,9 +109,8 @@ def plot_intervals(
     from irpe_ops.visualize import plain_text
 
     baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
-    panels = [
-        (name, against) for name in (None, *evaluations) for against in ([None, baseline] if baseline else [None])
-    ]
+    compared = [None, baseline] if baseline else [None]
+    panels = [(name, against) for name in (None, *evaluations) for against in compared]
     canvas = Canvas(figsize=(2.5 + 4.5 * len(panels), 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, against) in zip(axes, panels, strict=True):

@@ -122,27 +122,17 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_masks(q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
     batch, heads, length, _ = q.shape
     if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            raise ValueError(
-                f"rpe_attention: key_padding_mask must be bool (True = ignored), not {key_padding_mask.dtype}"
-            )
-        if key_padding_mask.shape != (batch, length):
-            raise ValueError(
-                f"rpe_attention: key_padding_mask must be (B, L) = ({batch}, {length}), "
-                f"got {tuple(key_padding_mask.shape)}"
-            )
+        shape, dtype = tuple(key_padding_mask.shape), key_padding_mask.dtype
+        if dtype != torch.bool:
+            raise ValueError(f"rpe_attention: key_padding_mask must be bool (True = ignored), not {dtype}")
+        if shape != (batch, length):
+            raise ValueError(f"rpe_attention: key_padding_mask must be (B, L) = ({batch}, {length}), got {shape}")
     if attn_mask is not None:
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise ValueError(
-                f"rpe_attention: attn_mask must be bool (True = excluded) or floating point, not {attn_mask.dtype}"
-            )
-        wanted = (batch, heads, length, length)
-        if attn_mask.dim() > 4 or any(
-            m not in (1, w) for m, w in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
-        ):
-            raise ValueError(
-                f"rpe_attention: attn_mask must broadcast to (B, H, L, L) = {wanted}, got {tuple(attn_mask.shape)}"
-            )
+        shape, dtype, wanted = tuple(attn_mask.shape), attn_mask.dtype, (batch, heads, length, length)
+        if dtype != torch.bool and not dtype.is_floating_point:
+            raise ValueError(f"rpe_attention: attn_mask must be bool (True = excluded) or floating point, not {dtype}")
+        if len(shape) > 4 or any(m not in (1, w) for m, w in zip(shape[::-1], wanted[::-1], strict=False)):
+            raise ValueError(f"rpe_attention: attn_mask must broadcast to (B, H, L, L) = {wanted}, got {shape}")
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.device != q.device:
             raise ValueError(f"rpe_attention: {name} is on {mask.device} and q on {q.device}; move one of them")

@@ -202,12 +202,10 @@ def ids_of(
         raise ValueError(f"{name}: ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.dim() > len(shape) or any(a not in (1, b) for a, b in zip(ids.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name}: ids must broadcast to {tuple(shape)}, as drow and dcol do, got {tuple(ids.shape)}")
+    wanted = f"{name}: ids must lie in [0, {count}) for beta={beta}"
     if torch.compiler.is_compiling():
         if row.ids not in _PUBLISHED_IDS and not torch.compiler.is_exporting():  # exported, plain gathers check
-            wanted = f"{name}: ids must lie in [0, {count}) for beta={beta}"
             torch._assert_async((ids.min() >= 0) & (ids.max() < count), wanted)
     elif type(ids) is Tensor and not (int(ids.min()) >= 0 and int(ids.max()) < count):  # a fake tensor has no values
-        raise ValueError(
-            f"{name}: ids must lie in [0, {count}) for beta={beta}, got {int(ids.min())} to {int(ids.max())}"
-        )
+        raise ValueError(f"{wanted}, got {int(ids.min())} to {int(ids.max())}")
     return ids.expand(shape)

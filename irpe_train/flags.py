@@ -29,9 +29,8 @@ class FlagParser(argparse.ArgumentParser):
         self.others: Mapping[str, argparse.ArgumentParser] = {}
         if first:
             self.add_argument("-h", "--help", action=_ShortHelp, help="show the most common flags")
-        self.add_argument(
-            "--help-all" if first else "-h", *([] if first else ["--help"]), action="help", help="show every flag"
-        )
+        names = ["--help-all"] if first else ["-h", "--help"]
+        self.add_argument(*names, action="help", help="show every flag")
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -71,9 +70,8 @@ class FlagParser(argparse.ArgumentParser):
         known = {same_name(option): option for option in options if option.startswith("--")}
         close = difflib.get_close_matches(same_name(name), known, n=1)
         everything = "--help-all" if self.first else "--help"
-        self.error(
-            f"unknown flag {name}; " + (f"did you mean {known[close[0]]}?" if close else f"{everything} lists all")
-        )
+        hint = f"did you mean {known[close[0]]}?" if close else f"{everything} lists all"
+        self.error(f"unknown flag {name}; {hint}")
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):

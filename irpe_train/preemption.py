@@ -52,9 +52,7 @@ class Preemption:
             return self
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if (number == signal.SIGTERM and callable(before)) or (
-                number == signal.SIGHUP and before == signal.SIG_IGN
-            ):
+            if number == signal.SIGTERM and callable(before) or number == signal.SIGHUP and before == signal.SIG_IGN:
                 continue
             self._before[number] = before if before is not signal.default_int_handler else None
             signal.signal(number, self._note)

@@ -68,9 +68,8 @@ def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, s
     Returns: what became of each key that was not copied as it was.
     """
     checkpoint = read_checkpoint(source)
-    weights, notes = fit_classes(
-        model, model_weights(checkpoint, source=source), stored_classes(checkpoint, source=source), classes
-    )
+    theirs = stored_classes(checkpoint, source=source)
+    weights, notes = fit_classes(model, model_weights(checkpoint, source=source), theirs, classes)
     old_grid = trained_grid(model, checkpoint)
     return load_pretrained_weights(model, weights, old_grid, source=source) | notes
 

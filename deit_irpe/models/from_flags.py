@@ -56,15 +56,13 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
     size = image_size(args.input_size)
     if extra.get("img_size", size) != size:
         raise ValueError(f"--model-kwargs img_size={extra['img_size']}: give --input-size, here {args.input_size}")
-    options = dict(num_classes=num_classes, img_size=size, drop_path_rate=args.drop_path or None)
+    options = dict(num_classes=num_classes, img_size=size, drop_path_rate=args.drop_path or None, pretrained=pretrained)
     if args.drop:  # where DeiT has it: after the positions, and after both layers of attention and MLP
         options |= dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop)
     if args.no_abs_pos:
         options["pos_embed"] = "none"
     try:
-        return create_model(
-            args.model, args.rpe, attn_backend=args.attn_backend, pretrained=pretrained, **options | extra
-        )
+        return create_model(args.model, args.rpe, attn_backend=args.attn_backend, **options | extra)
     except UnknownArgument as error:
         if error.argument in extra or error.argument not in FLAGS:
             raise ValueError(f"--model-kwargs: {error}") from error

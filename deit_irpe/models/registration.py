@@ -69,9 +69,8 @@ def create_model(
     spec = named_rpe if rpe is None else rpe
     if spec not in (None, "none"):
         if not isinstance(model, (VisionTransformer, Eva)):  # Eva has rotary positions
-            raise ValueError(
-                f"--rpe {spec}: model {name!r} is a {type(model).__name__}; iRPE needs a Vision Transformer"
-            )
+            kind = type(model).__name__
+            raise ValueError(f"--rpe {spec}: model {name!r} is a {kind}; iRPE needs a Vision Transformer")
         model = equip(model, spec, backend=attn_backend)
     if registered:
         model.pretrained_cfg = model.default_cfg = config
@@ -182,9 +181,8 @@ def _timm_config(name: str):
     base = RPE_MODELS[name][0] if name in RPE_MODELS else "deit_tiny_patch16_224"
     published = read_zoo().models.get(name)
     crop = dict(crop_pct=224 / 256) if name in RPE_MODELS else dict(crop_pct=1.0, input_size=(3, 32, 32))
-    return dataclasses.replace(
-        get_pretrained_cfg(base), url=published.url if published else None, hf_hub_id=None, tag=None, **crop
-    )
+    where = dict(url=published.url if published else None, hf_hub_id=None, tag=None)
+    return dataclasses.replace(get_pretrained_cfg(base), **where, **crop)
 
 
 default_cfgs = generate_default_cfgs({name: _timm_config(name) for name in [*RPE_MODELS, *DEMO_SIZES]})  # timm's name

@@ -57,9 +57,8 @@ class CocoDetection(Dataset):
         target["orig_size"] = torch.tensor([image.height, image.width])
         if self.return_masks:
             if (image.height, image.width) != size:  # the masks have that size
-                raise OSError(
-                    f"{self.name(index)}: {image.height} x {image.width} pixels, annotated {size[0]} x {size[1]}"
-                )
+                annotated = f"annotated {size[0]} x {size[1]}"
+                raise OSError(f"{self.name(index)}: {image.height} x {image.width} pixels, {annotated}")
             segmentations = self.annotations.segmentations_of_image(index)
             chosen = [segmentations[i] for i in single.nonzero().flatten().tolist()]
             target["masks"] = decode_masks(chosen, image.height, image.width)

@@ -30,9 +30,7 @@ class FilesInFolder:
         self.path = folder
         self._names = PackedStrings(os.fsencode(name) for name in names)
         present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # a pipe would never end
-        self.missing = [
-            name for name in names if name not in present and ("/" not in name or not (folder / name).is_file())
-        ]
+        self.missing = [name for name in names if name not in present and not (folder / name).is_file()]
 
     def name(self, index: int) -> str:
         return str(self.path / os.fsdecode(self._names[index]))

@@ -74,11 +74,9 @@ class DETR(nn.Module):
         projected = self.input_proj(features[-1].tensors)
         hs, memory = self.transformer(projected, features[-1].mask, self.query_embed.weight, pos)
         logits, boxes = self.class_embed(hs), self.bbox_embed(hs).sigmoid()
-        outputs = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        *earlier, outputs = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes, strict=True)]
         if self.aux_loss:
-            outputs["aux_outputs"] = [
-                {"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1], strict=True)
-            ]
+            outputs["aux_outputs"] = earlier
         return outputs, features, projected, hs[-1], memory
 
 
@@ -123,8 +121,7 @@ def create_model(
         Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks),
         build_position_encoding(position_embedding, hidden_dim),
     )
-    transformer = Transformer(
-        hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, enc_rpe2d, attn_backend
-    )
+    shape = (hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
+    transformer = Transformer(*shape, enc_rpe2d, attn_backend)
     model = DETR(joiner, transformer, num_classes, num_queries, aux_loss)
     return DETRsegm(model, freeze_detr=freeze_detr) if masks else model

@@ -104,10 +104,8 @@ def start_from(
         for key, what in report.items():
             logger.info(f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}")
         if args.eval:
-            if fresh := [key for key, what in report.items() if "class_embed" in key]:
-                raise BadCheckpoint(
-                    f"--eval: the class head was never trained ({fresh[0]} {report[fresh[0]]}); train first"
-                )
+            if fresh := [f"{key} {what}" for key, what in report.items() if "class_embed" in key]:
+                raise BadCheckpoint(f"--eval: the class head was never trained ({fresh[0]}); train first")
             compare_for_evaluation(trained, categories, source=start.source)
     if args.frozen_weights:
         frozen = Checkpoint(args.frozen_weights, read_checkpoint(args.frozen_weights))

@@ -38,12 +38,8 @@ class MultiheadAttention(nn.Module):
             q, k = F.linear(query, weight_qk, bias_qk).chunk(2, dim=-1)
             v = F.linear(value, weight_v, bias_v)
         else:
-            q, k, v = (
-                F.linear(x, weight, bias)
-                for x, weight, bias in zip(
-                    (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
-                )
-            )
+            parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+            q, k, v = (F.linear(x, weight, bias) for x, weight, bias in parts)
         return tuple(x.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for x in (q, k, v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
@@ -71,9 +67,8 @@ class RPESelfAttention(MultiheadAttention):
     def __init__(self, d_model: int, nhead: int, dropout: float, enc_rpe2d: str, attn_backend: str):
         super().__init__(d_model, nhead, dropout)
         self.has_rpe = bool(enc_rpe2d)
-        self.rpe_q, self.rpe_k, self.rpe_v = (
-            build_rpe(parse_rpe_spec(enc_rpe2d), d_model // nhead, nhead) if enc_rpe2d else (None, None, None)
-        )
+        config = parse_rpe_spec(enc_rpe2d) if enc_rpe2d else None
+        self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(config, d_model // nhead, nhead)
         self.attn_backend = attn_backend
 
     def weights(self, query_key: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
@@ -215,13 +210,10 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         shape = (d_model, nhead, dim_feedforward, dropout, pre_norm)
-        self.encoder = TransformerEncoder(
-            [TransformerEncoderLayer(*shape, enc_rpe2d, attn_backend) for _ in range(num_encoder_layers)],
-            nn.LayerNorm(d_model) if pre_norm else None,
-        )
-        self.decoder = TransformerDecoder(
-            [TransformerDecoderLayer(*shape) for _ in range(num_decoder_layers)], nn.LayerNorm(d_model)
-        )
+        layers = [TransformerEncoderLayer(*shape, enc_rpe2d, attn_backend) for _ in range(num_encoder_layers)]
+        self.encoder = TransformerEncoder(layers, nn.LayerNorm(d_model) if pre_norm else None)
+        layers = [TransformerDecoderLayer(*shape) for _ in range(num_decoder_layers)]
+        self.decoder = TransformerDecoder(layers, nn.LayerNorm(d_model))
         self.d_model = d_model
         self.nhead = nhead
         for parameter in self.parameters():  # the lookup tables among them, as published: they do not start at zero
