@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from deit_irpe.data import datasets, images
+from deit_irpe.data import build_dataset, datasets, images
 from deit_irpe.data.classes import check_same_classes
 from deit_irpe.data.tar_files import TarImages
 from deit_irpe.data.transforms import _posterize, build_transform
@@ -56,7 +56,7 @@ def test_grey_images_become_rgb_and_nested_folders_count(tmp_path):
 
 def test_number_of_classes_comes_from_the_data_for_tar_too(colours, tmp_path):
     pack(colours / "train", tmp_path / "train.tar")
-    assert len(datasets.build_dataset(tmp_path, True, load_tar=True).classes) == 4
+    assert len(build_dataset(tmp_path, True, load_tar=True).classes) == 4
 
 
 @pytest.mark.parametrize(
@@ -76,35 +76,35 @@ def test_a_wrong_folder_is_named(tmp_path, damage, error, words):
     root = tmp_path / "nowhere"
     damage(root)
     with pytest.raises(error, match=words):
-        datasets.build_dataset(root, train=False)
+        build_dataset(root, train=False)
 
 
 def test_images_beside_the_classes_are_told_of(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
     write_images(tmp_path, {"val/a": 1, "val/b": 1, "val": 2})
-    assert len(datasets.build_dataset(tmp_path, train=False)) == 2
+    assert len(build_dataset(tmp_path, train=False)) == 2
     assert said == [f"{tmp_path}/val/0.png: beside the class folders, so of no class; 2 such images are left out"]
 
 
 def test_a_wrong_tar_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val\.tar: no such file \(--load-tar"):
-        datasets.build_dataset(tmp_path, False, load_tar=True)
+        build_dataset(tmp_path, False, load_tar=True)
     (tmp_path / "val.tar").write_bytes(b"no tar" * 500)
     with pytest.raises(ValueError, match="not an uncompressed tar file"):
-        datasets.build_dataset(tmp_path, False, load_tar=True)
+        build_dataset(tmp_path, False, load_tar=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         tar.add(tmp_path / "x.png", "x.png")
     with pytest.raises(ValueError, match="x.png lies in no class folder"):
-        datasets.build_dataset(tmp_path, False, load_tar=True)
+        build_dataset(tmp_path, False, load_tar=True)
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         tar.add(tmp_path / "x.png", "a/../../x.png")
     with pytest.raises(ValueError, match="x.png. points outside of the archive"):
-        datasets.build_dataset(tmp_path, False, load_tar=True)
+        build_dataset(tmp_path, False, load_tar=True)
     tarfile.open(tmp_path / "val.tar", "w").close()
     with pytest.raises(ValueError, match="no images in it"):
-        datasets.build_dataset(tmp_path, False, load_tar=True)
+        build_dataset(tmp_path, False, load_tar=True)
 
 
 def test_a_tar_member_that_claims_to_be_huge_is_refused(tmp_path):
@@ -112,7 +112,7 @@ def test_a_tar_member_that_claims_to_be_huge_is_refused(tmp_path):
     member.size = 2**40
     (tmp_path / "val.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"x" * 5000)
     with pytest.raises(ValueError, match="val.tar: not an uncompressed tar file"):
-        datasets.build_dataset(tmp_path, False, load_tar=True)
+        build_dataset(tmp_path, False, load_tar=True)
 
 
 def test_different_classes_are_named():
@@ -139,16 +139,16 @@ def test_inaturalist_numbers_classes_by_first_appearance_in_training(tmp_path):
     (tmp_path / "val2018.json").write_text(json.dumps({"annotations": [], "images": [image(0)]}))
     (tmp_path / "train_val2018" / "0").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "train_val2018" / "0" / "x0.jpg")
-    val = datasets.build_dataset(tmp_path, False, data_set="INAT")
+    val = build_dataset(tmp_path, False, data_set="INAT")
     assert val.classes == ["species2", "species0", "species1"] and val[0][1] == 1
-    assert datasets.build_dataset(tmp_path, True, data_set="INAT", inat_category="genus").classes == ["g0", "g1"]
+    assert build_dataset(tmp_path, True, data_set="INAT", inat_category="genus").classes == ["g0", "g1"]
     with pytest.raises(FileNotFoundError, match="train2019.json: no such file"):
-        datasets.build_dataset(tmp_path, True, data_set="INAT19")
+        build_dataset(tmp_path, True, data_set="INAT19")
 
 
 def test_missing_cifar_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no cifar-100-python/ there"):
-        datasets.build_dataset(tmp_path, True, data_set="CIFAR")
+        build_dataset(tmp_path, True, data_set="CIFAR")
 
 
 @pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic", "lanczos", "hamming"])
