@@ -147,10 +147,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError: flags that contradict each other."""
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not args.eval:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: Mixup and CutMix pair the images of a batch, so it must be "
-            "even (or use --mixup 0 --cutmix 0)"
-        )
+        why = "Mixup and CutMix pair the images of a batch, so it must be even (or use --mixup 0 --cutmix 0)"
+        raise ValueError(f"--batch-size {args.batch_size}: {why}")
     if args.val_split is not None and (args.data_set != "IMNET" or args.load_tar):
         raise ValueError("--val-split is for folders of images: leave out --data-set and --load-tar")
     keywords(args.model_kwargs)
@@ -217,10 +215,8 @@ def _point(text: str) -> tuple[int, int]:
 
 def schedule(text: str) -> str:
     if text == "plateau":
-        raise argparse.ArgumentTypeError(
-            "plateau never worked: the published command gives it no metric and fails after warm-up; use cosine, tanh "
-            "or step"
-        )
+        why = "the published command gives it no metric and fails after warm-up; use cosine, tanh or step"
+        raise argparse.ArgumentTypeError(f"plateau never worked: {why}")
     if text not in ("cosine", "tanh", "step"):
         raise argparse.ArgumentTypeError(f"expected cosine, tanh or step, got {text!r}")
     return text

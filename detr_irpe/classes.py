@@ -66,10 +66,8 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
         if (plain := plain_name(name)) in ids and not same_name(trained.get(i), name)
     ]
     if moved:
-        raise BadCheckpoint(
-            f"checkpoint {source} numbers its categories in another way than this data: {'; '.join(moved[:5])}. "
-            "Number the categories of the annotations as it does."
-        )
+        how = f"{'; '.join(moved[:5])}. Number the categories of the annotations as it does."
+        raise BadCheckpoint(f"checkpoint {source} numbers its categories in another way than this data: {how}")
     if odd := differences(trained, here):
         logger.warning(f"checkpoint {source} was trained on other categories than this data has: {'; '.join(odd[:5])}")
 
@@ -78,7 +76,5 @@ def compare_for_resume(trained: Mapping[int, str], here: Mapping[int, str], *, s
     """Raises BadCheckpoint: a run would go on with other classes than it began with."""
     other = differences(trained, here) + [f"{i} {name!r} is there only" for i, name in trained.items() if i not in here]
     if trained and other:
-        raise BadCheckpoint(
-            f"checkpoint {source} was trained on other categories than this data has: {'; '.join(other[:5])}. "
-            "Start a run of its own from it with --finetune."
-        )
+        how = f"{'; '.join(other[:5])}. Start a run of its own from it with --finetune."
+        raise BadCheckpoint(f"checkpoint {source} was trained on other categories than this data has: {how}")

@@ -131,10 +131,8 @@ def find_method(name: object) -> str:
     if method not in METHODS:
         _import_plugins()
     if method not in METHODS:
-        raise ValueError(
-            f"unknown method {name!r}; expected one of {', '.join(METHODS)} "
-            "(or your own: IRPE_PLUGINS names the module that registers it)"
-        )
+        yours = "(or your own: IRPE_PLUGINS names the module that registers it)"
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)} {yours}")
     return method
 
 

@@ -209,10 +209,8 @@ def resolve_grid(length: int, height: int | None, width: int | None, skip: int, 
     if height is None:
         side = int(math.sqrt(max(length - skip, 0)))
         if side < 1 or side * side + skip != length:
-            raise ValueError(
-                f"{name}: L={length} less skip={skip} leading tokens is no square grid; "
-                "pass height and width, or build the encoding with the right skip"
-            )
+            remedy = "pass height and width, or build the encoding with the right skip"
+            raise ValueError(f"{name}: L={length} less skip={skip} leading tokens is no square grid; {remedy}")
         return side, side
     for side, value in (("height", height), ("width", width)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -108,10 +108,8 @@ def _check(tensor: Tensor, index: Tensor, function: str, name: str, last: str, c
         kinds = f"{type(tensor).__name__} and {type(index).__name__}"
         raise ValueError(f"{function}: {name} and index must be tensors, not {kinds}")
     if tensor.dim() != 4 or index.dim() != 2:
-        raise ValueError(
-            f"{function}: expected {name} (B, H, L_query, {last}) and index (L_query, L_key); "
-            f"got {name} {tuple(tensor.shape)} and index {tuple(index.shape)}"
-        )
+        got = f"got {name} {tuple(tensor.shape)} and index {tuple(index.shape)}"
+        raise ValueError(f"{function}: expected {name} (B, H, L_query, {last}) and index (L_query, L_key); {got}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{function}: {name} must have a floating-point dtype, not {tensor.dtype}; use {name}.float()")
     if index.dtype not in INDEX_DTYPES:

@@ -81,10 +81,8 @@ def choose(wanted: str, candidates: Iterable[str]) -> str:
     for name in candidates:
         if name in zoo.models:
             return name
-    raise ValueError(
-        f"--expect: nothing published is called {' or '.join(candidates) or '(no name)'}; "
-        f"name the row: --expect NAME, one of {', '.join(zoo.models)}."
-    )
+    remedy = f"name the row: --expect NAME, one of {', '.join(zoo.models)}."
+    raise ValueError(f"--expect: nothing published is called {' or '.join(candidates) or '(no name)'}; {remedy}")
 
 
 class Expected:

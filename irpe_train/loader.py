@@ -88,10 +88,8 @@ class TrainLoader:
                     logger.warning(f"unreadable training image, its neighbour was taken: {name} ({reason})")
                 self.bad[name] = reason
             if batch is None:
-                raise BadData(
-                    f"{len(bad)} training images in a row are unreadable, the last: {bad[-1][0]} "
-                    f"({bad[-1][1]}). Fix or remove them."
-                )
+                last = f"{bad[-1][0]} ({bad[-1][1]}). Fix or remove them."
+                raise BadData(f"{len(bad)} training images in a row are unreadable, the last: {last}")
             yield batch
 
     def samples(self, step: int) -> list[str]:
@@ -146,10 +144,8 @@ class EvalLoader:
             STOP.leave_if_asked()
             if bad:
                 name, reason = bad[0]
-                raise BadData(
-                    f"evaluation cannot read {name} ({reason}). Every image counts, so none is skipped: "
-                    "fix or remove this file."
-                )
+                remedy = "Every image counts, so none is skipped: fix or remove this file."
+                raise BadData(f"evaluation cannot read {name} ({reason}). {remedy}")
             yield batch
 
 

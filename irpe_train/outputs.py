@@ -68,10 +68,8 @@ class OutputFolder:
         others = [name for name in names if self._state(name) not in (None, self.written.get(name))]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            raise RunError(
-                f"{self.folder / others[0]}{more}: already there, and not a result of predict; nothing was written. "
-                "Give another --out, or move the file away."
-            )
+            remedy = "nothing was written. Give another --out, or move the file away."
+            raise RunError(f"{self.folder / others[0]}{more}: already there, and not a result of predict; {remedy}")
 
     def path(self, name: str) -> Path:
         """Where the file ``name`` goes."""

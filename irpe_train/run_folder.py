@@ -114,10 +114,8 @@ class Checkpoints:
         self._lock = lock(self.folder)
         own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
         if (old := self._there()) and not own:
-            raise RunError(
-                f"--output_dir {self.folder} holds {', '.join(old)} of another run. "
-                "Go on with --resume auto, or choose another folder."
-            )
+            remedy = "Go on with --resume auto, or choose another folder."
+            raise RunError(f"--output_dir {self.folder} holds {', '.join(old)} of another run. {remedy}")
         log_details(self.folder)
 
     def _name_again(self, found: Checkpoint) -> None:

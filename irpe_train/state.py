@@ -159,10 +159,8 @@ def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
             raise
         right = False
     if not right:
-        raise BadCheckpoint(
-            f"checkpoint {source}: its position (epoch, progress) makes no sense; "
-            "use an earlier one, or --finetune for the weights"
-        )
+        remedy = "use an earlier one, or --finetune for the weights"
+        raise BadCheckpoint(f"checkpoint {source}: its position (epoch, progress) makes no sense; {remedy}")
     return progress
 
 

@@ -60,10 +60,8 @@ class Zoo:
         for entry in self.models.values():
             if Path(name).resolve() == ROOT / entry.config:
                 return entry
-        raise ValueError(
-            f"model zoo: no published checkpoint {name!r}; expected one of {', '.join(self.models)}, "
-            "or the config of one."
-        )
+        known = f"expected one of {', '.join(self.models)}, or the config of one."
+        raise ValueError(f"model zoo: no published checkpoint {name!r}; {known}")
 
 
 def read_zoo(path: Path = ZOO_FILE) -> Zoo:

@@ -102,10 +102,8 @@ def resample_positions(
         if old_grid is None or math.prod(old_grid) != tokens:
             old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
         if tokens < 1 or math.prod(old_grid) != tokens:
-            raise BadCheckpoint(
-                f"checkpoint {source}: pos_embed is {shape}: with {leading} leading token(s) that is no square grid; "
-                "was it trained as another model?"
-            )
+            why = f"with {leading} leading token(s) that is no square grid; was it trained as another model?"
+            raise BadCheckpoint(f"checkpoint {source}: pos_embed is {shape}: {why}")
         if old_grid != new_grid:
             notes["pos_embed"] = f"resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches"
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], old_grid, new_grid)

@@ -102,10 +102,8 @@ def open_images(
     for name in names:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0\r\n"):
-            raise ValueError(
-                f"{listed_in}: unsafe file name {name!r}; names must be relative, with / between folders, and stay "
-                f"inside {split}"
-            )
+            wanted = f"names must be relative, with / between folders, and stay inside {split}"
+            raise ValueError(f"{listed_in}: unsafe file name {name!r}; {wanted}")
     folder, archive = root / split, root / f"{split}.zip"
     if folder.is_dir():
         images = FilesInFolder(folder, names)

@@ -25,10 +25,8 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
     """
     if name == "resnet_micro":
         if pretrained:
-            raise ValueError(
-                "resnet_micro has no ImageNet weights. Give --backbone_weights FILE (train it as a "
-                "classifier first) or --backbone_weights none."
-            )
+            remedy = "Give --backbone_weights FILE (train it as a classifier first) or --backbone_weights none."
+            raise ValueError(f"resnet_micro has no ImageNet weights. {remedy}")
 
         def norm(channels: int, **_) -> nn.Module:  # timm also names a device and a dtype
             return FrozenBatchNorm2d(channels)

@@ -58,10 +58,8 @@ class PositionEmbeddingLearned(nn.Module):
         batch, height, width = features.mask.shape
         limit = self.row_embed.num_embeddings
         if height > limit or width > limit:
-            raise ValueError(
-                f"learned positions reach {limit} rows and columns; the map is {height} x {width}. "
-                "Take --position_embedding sine or smaller images."
-            )
+            got = f"the map is {height} x {width}. Take --position_embedding sine or smaller images."
+            raise ValueError(f"learned positions reach {limit} rows and columns; {got}")
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)

@@ -28,10 +28,8 @@ class PostProcess(nn.Module):
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if len(logits) != len(target_sizes) or target_sizes.shape[1:] != (2,):
-            raise ValueError(
-                f"target_sizes holds (height, width) of each of {len(logits)} images; "
-                f"got shape {tuple(target_sizes.shape)}."
-            )
+            got = f"got shape {tuple(target_sizes.shape)}."
+            raise ValueError(f"target_sizes holds (height, width) of each of {len(logits)} images; {got}")
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         boxes = scale_to_pixels(cxcywh_to_xyxy(boxes), target_sizes)
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
@@ -93,10 +91,8 @@ class PostProcessPanoptic(nn.Module):
         """
         target_sizes = processed_sizes if target_sizes is None else target_sizes
         if not len(processed_sizes) == len(target_sizes) == len(outputs["pred_logits"]):
-            raise ValueError(
-                f"a size for each of {len(outputs['pred_logits'])} images is wanted; got "
-                f"{len(processed_sizes)} processed_sizes and {len(target_sizes)} target_sizes."
-            )
+            got = f"got {len(processed_sizes)} processed_sizes and {len(target_sizes)} target_sizes."
+            raise ValueError(f"a size for each of {len(outputs['pred_logits'])} images is wanted; {got}")
         images = zip(outputs["pred_logits"], outputs["pred_masks"], processed_sizes, target_sizes, strict=True)
         return [
             self.segment(logits.float(), masks.float(), _pair(seen), _pair(wanted))

@@ -39,10 +39,8 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     family = next((name for name in (*_VITS, *_DETRS) if f"{name}Embeddings" in names or f"{name}Encoder" in names), "")
     family = "RTDetr" if "RTDetrAIFILayer" in names else family
     if not family:
-        raise ValueError(
-            f"equip: {type(model).__name__} of transformers is not known here; known are "
-            f"{', '.join((*_VITS, *_DETRS))}. {HELP}"
-        )
+        known = f"known are {', '.join((*_VITS, *_DETRS))}. {HELP}"
+        raise ValueError(f"equip: {type(model).__name__} of transformers is not known here; {known}")
     if any(hasattr(module, "rpe_k") for module in model.modules()):
         raise ValueError("equip: this model has iRPE already; equip a fresh model")
     # Encoders, and of each the module that is given its image or map, and the size of its patches.
