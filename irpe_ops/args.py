@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flags of ``irpe info`` and ``irpe visualize``, which the command reads before PyTorch is imported.
 
-``kind`` is the class of the parser: the command has one of its own.
+``kind`` is the parser class: the command has its own.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    what = "Which backends exist here, why a missing one is missing, whether those that exist are right, and how fast."
+    what = "Which backends exist here, why the others are missing, whether their results are correct, and how fast."
     parser = kind("python -m irpe_ops.info", description=what)
     parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
     parser.add_argument("--benchmark", type=Path, metavar="DIR", help="write times at full batches as a CSV")
@@ -21,7 +21,7 @@ def get_visualize_parser(kind: type = argparse.ArgumentParser) -> argparse.Argum
     add = parser.add_argument
     add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
     add("--grid", type=_pair("x", "HxW"), metavar="HxW", help="patches (default 14x14)")
-    add("--query", type=_pair(",", "ROW,COL"), metavar="ROW,COL", help="the patch that looks (default: middle)")
+    add("--query", type=_pair(",", "ROW,COL"), metavar="ROW,COL", help="the query patch (default: middle)")
     add("-o", "--output", type=Path, default=Path("encoding.png"), metavar="FILE", help="default: encoding.png")
     return parser
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with relative position encoding: arguments are checked here, and a backend computes it."""
+"""Attention with relative position encoding: checks the arguments and hands them to a backend."""
 
 import torch
 from torch import Tensor
@@ -38,14 +38,14 @@ def rpe_attention(
         key_padding_mask: ``(B, L)`` bool, True = this key is ignored.
         attn_mask: broadcasts to ``(B, H, L, L)``; float is added to the scores, bool True = excluded.
         dropout_p: probability of dropping an attention weight, in ``[0, 1)``; pass 0 when evaluating.
-        scale: of the queries; None means ``D ** -0.5``.
+        scale: factor on the queries; None means ``D ** -0.5``.
         backend: ``auto`` (see `irpe_ops.backends.choice`), ``eager`` (the definition), ``sdpa`` (PyTorch's fused
             attention), ``compiled`` (CPU) or ``triton`` (CUDA).
-    Returns: ``(B, H, L, D)``. A query whose keys are all masked gets zeros. Under autocast, inputs are taken in its
+    Returns: ``(B, H, L, D)``. A query whose keys are all masked gets zeros. Under autocast, inputs are cast to its
         dtype and the softmax is fp32. Lookups and sums over buckets are fp32 in ``eager`` and ``compiled``; on a GPU
         ``triton`` and ``sdpa`` add in fp32 and round the results to that dtype, as a linear layer does. The gradient
-        of an fp32 table is summed in fp32 and stays so in all of them.
-    Raises: ValueError: for arguments that do not fit together, or a call the named backend cannot run;
+        of an fp32 table is summed in fp32 and stays fp32 in every backend.
+    Raises: ValueError: for arguments that do not fit together, or a call that the named backend cannot run;
         ImportError: for a named backend that does not exist on this machine.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -76,14 +76,14 @@ def rpe_attention(
 
 
 def missing_backend(name: str) -> str | None:
-    """Why the backend ``name`` does not exist on this machine, with the remedy; None where it does."""
+    """Why the backend ``name`` does not exist on this machine, with the remedy; None if it does."""
     return module_of(name).missing()
 
 
 def _resolve_encodings(
     q: Tensor, height: int | None, width: int | None, *encodings: Encoding | None
 ) -> tuple[int | None, int | None]:
-    """Check the encodings against q and each other; the grid they agree on."""
+    """Check the encodings against q and each other; return the grid they agree on."""
     _, heads, length, head_dim = shape = q.shape
     for role, rpe in zip("qkv", encodings, strict=True):
         if rpe is None:

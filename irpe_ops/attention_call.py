@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of `rpe_attention`, its arguments checked and its defaults filled in: what every backend is given."""
+"""One call of `rpe_attention`, as every backend gets it: arguments checked and defaults filled in."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ Encoding = IRPE | IRPESum
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of `rpe_attention`, by its names; ``height`` and ``width`` are None where nothing is encoded."""
+    """The arguments of `rpe_attention`, by name; ``height`` and ``width`` are None if there is no encoding."""
 
     q: Tensor  # (B, H, L, D), not yet scaled
     k: Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From two positions on a grid to the number of a bucket: maps of whole grids, on any device, kept in one cache."""
+"""From two positions on a grid to a bucket number: maps of whole grids, on any device, kept in one cache."""
 
 import functools
 import math
@@ -31,10 +31,10 @@ def get_bucket_ids_2d(
         height, width: of the grid, in patches; ``L = height * width + skip``.
         alpha, beta, gamma: of `piecewise_index`; ``ratio * (1, 2, 8)`` in iRPE.
     Returns:
-        ids: ``(L, L)`` int64 on the CPU, free to change; row = query (the token that looks), column = key.
-        num_buckets: ``N``; with ``skip > 0`` bucket ``N - 1`` is every pair with a leading token in it.
+        ids: ``(L, L)`` int64 on the CPU, yours to modify; row = query, column = key.
+        num_buckets: ``N``; with ``skip > 0`` bucket ``N - 1`` holds every pair with a leading token.
     Raises: ValueError: for an unknown method, ``cross`` (two maps), an empty grid or impossible coefficients;
-        for ids of a registered method that are no int64 or no bucket on this grid.
+        for ids of a registered method that are not int64 or out of range on this grid.
     Source: Wu et al., ICCV 2021, section 3.2.2.
     """
     method = find_map(method)
@@ -43,23 +43,23 @@ def get_bucket_ids_2d(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"get_bucket_ids_2d: {name} must be an integer of at least {least}, not {value!r}")
     bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
-    # A map first made while evaluating must still serve training, which inference tensors cannot.
+    # A map first made during evaluation must also work in training, where inference tensors cannot.
     with torch.inference_mode(False), torch.no_grad():
         ids = _pair_ids(method, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
     return ids, count_buckets(method, beta, skip)
 
 
 def count_buckets(method: str, beta: float, skip: int) -> int:
-    """``N`` of one map, e.g. ``2 int(beta) + 1`` a signed axis; one more with leading tokens."""
+    """``N`` of one map, e.g. ``2 int(beta) + 1`` per signed axis; one more with leading tokens."""
     return bucket_map_named(method).num_buckets(int(beta)) + (1 if skip else 0)
 
 
 def bucket_map(method: str, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
     """The ids of `get_bucket_ids_2d` on ``device``, ``(L, L)``, from one bounded cache: treat them as read-only.
 
-    uint8 where every id fits, int32 otherwise.
+    uint8 if every id fits, int32 otherwise.
     """
-    if type(torch.empty(0)) is not Tensor:  # shape propagation (FakeTensorMode): no cache, or it would keep fake maps
+    if type(torch.empty(0)) is not Tensor:  # FakeTensorMode: no cache, or it would keep fake maps
         return _make_map(bucket_map_named(method), ratio, height, width, skip, device)
     return _kept(_cached_map(bucket_map_named(method), ratio, height, width, skip, device))
 
@@ -67,11 +67,11 @@ def bucket_map(method: str, ratio: float, height: int, width: int, skip: int, de
 def traced_bucket_map(
     method: str, ratio: str, beta: int, gamma: int, height: int, width: int, skip: int, device: torch.device
 ) -> Tensor:
-    """`bucket_map` for ``torch.compile`` and ``torch.export``, where sizes may be symbols.
+    """`bucket_map` for ``torch.compile`` and ``torch.export``, where sizes may be symbolic.
 
-    A compiler may round a logarithm differently, so the piecewise index is a table made beforehand; it is constant from
-    gamma on. ``ratio`` is the number's ``repr``, because a float may be traced as a symbol and the table may not;
-    ``beta`` is ``int(2 * ratio)`` and ``gamma`` ``ceil(8 * ratio)``.
+    A compiler may round a logarithm differently, so the piecewise index is a precomputed table; it is constant from
+    gamma on. ``ratio`` is the number's ``repr``, because a float may be traced as a symbol, but the table must not
+    depend on one; ``beta`` is ``int(2 * ratio)`` and ``gamma`` ``ceil(8 * ratio)``.
     """
     bucket_of = _traced_index(ratio, gamma, device)
     ids = _pair_ids(method, height, width, skip, beta, bucket_of, device)
@@ -79,10 +79,10 @@ def traced_bucket_map(
 
 
 def offset_map(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
-    """The bucket of every offset between two tokens, in one dimension; cached: read only.
+    """The bucket of every offset between two tokens, flattened; cached, so read-only.
 
-    An offset (rows, columns) is at ``rows * (2 width - 1) + columns``, counted from the smallest one. As many entries
-    beyond the largest one, and one more, are for pairs with a leading token.
+    Offset (rows, columns) is at ``rows * (2 width - 1) + columns``, counted from the smallest one. As many again,
+    and one more, follow for pairs with a leading token.
     """
     if type(torch.empty(0)) is not Tensor:
         return _make_offsets(bucket_map_named(method), ratio, height, width, device)
@@ -92,7 +92,7 @@ def offset_map(method: str, ratio: float, height: int, width: int, device: torch
 def traced_offset_map(
     method: str, ratio: str, beta: int, gamma: int, height: int, width: int, device: torch.device
 ) -> Tensor:
-    """`offset_map` for ``torch.compile``, as `traced_bucket_map`."""
+    """`offset_map` for ``torch.compile``; see `traced_bucket_map`."""
     rows, cols = torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
     row, bucket_of = bucket_map_named(method), _traced_index(ratio, gamma, device)
     ids = ids_of(row, rows[:, None], cols[None, :], bucket_of, beta, f"bucket map {method!r}")
@@ -115,30 +115,30 @@ def _with_leading(ids: Tensor, bucket: int) -> Tensor:
 
 
 def _sent(ids: Tensor, device: torch.device) -> Tensor:
-    """``ids`` on the device, without waiting for it."""
-    # Elsewhere, as on MPS, the copy might read this memory after it is freed. A fake tensor cannot be pinned.
+    """``ids`` copied to the device, asynchronously on CUDA."""
+    # On other devices, such as MPS, the copy might read this memory after it is freed. Fake tensors cannot be pinned.
     if device.type != "cuda" or type(ids) is not Tensor:
         return ids.to(device)
     return ids.pin_memory().to(device, non_blocking=True)
 
 
 def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
-    """`get_bucket_ids_2d` for grids that change from step to step: offsets are few, and pairs are made where needed.
+    """`get_bucket_ids_2d` for grids that change from step to step: offsets are few, and the device makes the pairs.
 
-    Only ``(2 height - 1)(2 width - 1)`` ids are computed and sent to the device, without waiting for it.
+    Only ``(2 height - 1)(2 width - 1)`` ids are computed and sent to the device, asynchronously.
     """
     num_buckets = row.num_buckets(int(2 * ratio)) + (1 if skip else 0)
     with torch.inference_mode(False), torch.no_grad():
         ids = offset_ids(row, ratio, height, width, "bucket map").to(_id_dtype(num_buckets))
         offsets = _sent(ids, device)
-        # From query (r, c), key (0, 0) has offset (r, c), and further keys have smaller ones: windows of the reverse.
+        # Key (0, 0) has offset (r, c) from query (r, c), and later keys have smaller ones: windows of the flipped map.
         windows = offsets.flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (height, width, height, width)
         ids = windows.flip(0, 1).reshape(height * width, height * width)
         return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1) if skip else ids
 
 
 def _settled(ids: Tensor) -> Tensor:
-    """``ids``, waited for where the caller has a CUDA stream of its own: another may find them in the cache."""
+    """``ids``, synchronized if the caller uses a CUDA stream of its own: another stream may find them in the cache."""
     if ids.device.type == "cuda":
         stream = torch.cuda.current_stream(ids.device)
         if stream != torch.cuda.default_stream(ids.device):
@@ -146,7 +146,7 @@ def _settled(ids: Tensor) -> Tensor:
     return ids
 
 
-# 32 maps of a 1,764-token DETR grid are 100 MB at one byte an id; a training run has more sizes than are worth keeping.
+# 32 maps of a 1,764-token DETR grid are 100 MB at one byte per id; a training run has too many sizes to keep them all.
 _cached_map = functools.lru_cache(maxsize=32)(lambda *key: _settled(_make_map(*key)))
 _cached_offsets = functools.lru_cache(maxsize=256)(lambda *key: _settled(_make_offsets(*key)))
 
@@ -155,7 +155,7 @@ _read_by_graphs: set[Tensor] = set()
 
 
 def _kept(ids: Tensor) -> Tensor:
-    """``ids``, for ever if a CUDA graph is being recorded: it will read this memory, whatever is cached by then."""
+    """``ids``, kept forever if a CUDA graph is being captured: its replays read it, cached or not."""
     if ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _read_by_graphs.add(ids)
     return ids
@@ -166,7 +166,7 @@ def _table_of_index(ratio: str, device: torch.device) -> Tensor:
     return _cached_table(float(ratio), device)
 
 
-# torch.compiler.assume_constant_result does this, but first imports torch._dynamo: seconds, in every process.
+# torch.compiler.assume_constant_result does this, but imports torch._dynamo first: seconds, in every process.
 _table_of_index._dynamo_marked_constant = True
 
 
@@ -176,7 +176,7 @@ def _cached_table(ratio: float, device: torch.device) -> Tensor:
         distances = torch.arange(math.ceil(8 * ratio) + 1, device="cpu")
         return piecewise_index(distances, ratio, 2 * ratio, 8 * ratio).to(device)
 
-    # A thread of its own has none of the caller's modes: while exporting, the caller's tensors are fake.
+    # A fresh thread has none of the caller's modes: during export the caller's tensors are fake.
     with ThreadPoolExecutor(max_workers=1) as clean:
         return clean.submit(make).result()
 

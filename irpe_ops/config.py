@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of relative position encoding: a frozen config, and the spec strings that name one."""
+"""Which relative position encoding: a frozen config, and the spec strings that name one."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from irpe_ops.buckets import count_buckets
 from irpe_ops.methods import find_method, maps_of
 from irpe_ops.modes import MODES
 
-MAX_BUCKETS = 1 << 24  # in one table; more can only be a typing mistake
+MAX_BUCKETS = 1 << 24  # in one table; more can only be a typo
 RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
 SPEC_FORMAT = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
 
@@ -24,8 +24,8 @@ class RPEConfig:
         mode: ``ctx`` (the token's vector times the table; alias ``contextual``) or ``bias`` (the table alone).
         shared_head: one table for all heads, or one for each.
         skip: leading tokens without a position (class, distillation, registers).
-        rpe_on: on which of queries, keys and values: ``q k v qk qv kv qkv``, letters in any order.
-    Raises: ValueError: naming the field, what was wanted and what came.
+        rpe_on: which of queries, keys and values are encoded: ``q k v qk qv kv qkv``, letters in any order.
+    Raises: ValueError: naming the field, the expected value and the given one.
     Source: Wu et al., ICCV 2021.
     """
 
@@ -74,12 +74,12 @@ class RPEConfig:
 
     @property
     def num_buckets(self) -> int:
-        """``N``, with the bucket of the leading tokens; for a method of several tables their sum."""
+        """``N``, including the bucket of the leading tokens; summed over the tables of a method with several."""
         return sum(count_buckets(name, self.beta, self.skip) for name in maps_of(self.method))
 
     @property
     def rpe_q(self) -> "RPEConfig | None":
-        """The encoding on queries alone, None where there is none; ``rpe_k`` and ``rpe_v`` likewise."""
+        """The encoding on queries alone, None if there is none; ``rpe_k`` and ``rpe_v`` likewise."""
         return self._on("q")
 
     @property
@@ -105,11 +105,11 @@ get_rpe_config = RPEConfig  # under its published name
 def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
     """The config that a spec string names, e.g. ``"rpe-2.0-product-ctx-1-k"``.
 
-    Raises: ValueError: quoting the spec, the part that is wrong and the format.
+    Raises: ValueError: quoting the spec, the wrong part and the format.
     """
     if not isinstance(spec, str):
         raise ValueError(f"an rpe spec is a string, not {type(spec).__name__}. Format: {SPEC_FORMAT}")
-    # The ratio may be written with an exponent's minus sign or be negative, so it is not simply split at "-".
+    # The ratio may contain a minus sign (an exponent, or negative), so a plain split at "-" would not do.
     match = re.fullmatch(r"rpe-(.+)-([^-]*)-([^-]*)-([^-]*)-([^-]*)", spec.strip(), flags=re.IGNORECASE)
     if match is None:
         raise ValueError(f"rpe spec {spec!r}: expected six parts joined by '-'. Format: {SPEC_FORMAT}")
@@ -123,7 +123,7 @@ def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
 
 
 def _check_ratio(ratio: float, method: str) -> float:
-    """``ratio`` as a float; ValueError unless it is finite, with at least one bucket a side and tables of some size."""
+    """``ratio`` as a float; ValueError unless it is finite, with at least one bucket per side and no huge table."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")
     if 2 * ratio < 1:

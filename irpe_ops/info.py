@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backends exist here, why a missing one is missing, whether those that exist are right, and how fast they are.
+"""Which backends exist here, why the others are missing, whether their results are correct, and how fast they are.
 
 python -m irpe_ops.info                     the list
 python -m irpe_ops.info --check             each against an fp64 reference; then times at DeiT's and DETR's shapes
@@ -28,7 +28,7 @@ from irpe_ops.config import parse_rpe_spec
 from irpe_ops.modules import build_rpe
 from irpe_ops.rpe_index import built_for, compiled_devices, extension_error, rpe_index
 
-# batch, heads, height, width, leading tokens, head dimension, spec without its places, whether images are padded
+# batch, heads, height, width, leading tokens, head dimension, spec without rpe_on, whether images are padded
 SHAPES = {
     "DeiT-S B64 H6 L197 D64": (64, 6, 14, 14, 1, 64, "rpe-1.9-product-ctx-1-", False),
     "DETR encoder B2 H8 L850 D32": (2, 8, 25, 34, 0, 32, "rpe-2.0-product-ctx-1-", True),
@@ -39,7 +39,7 @@ _BUILD = "pip install ./rpe_ops_cuda"
 
 @dataclass(frozen=True)
 class Backend:
-    """One way of computing: ``missing`` says why it is not there and which command installs it."""
+    """One implementation; ``missing`` says why it is not available and which command installs it."""
 
     name: str
     missing: str | None
@@ -47,7 +47,7 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """All backends, the slow and simple ones first."""
+    """All backends, slow and simple ones first."""
     triton = missing_backend("triton") or module_of("triton").too_old(torch.device(_best_device(), 0))
     return [
         Backend("plain PyTorch", None, lambda: _check_attention("eager", "cpu")),
@@ -62,12 +62,12 @@ def backends() -> list[Backend]:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
     args = get_info_parser().parse_args(argv)
-    if args.benchmark:  # minutes of work: first check that the result can be written
+    if args.benchmark:  # takes minutes: first check that the result can be written
         try:
             args.benchmark.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=args.benchmark).close()
         except OSError as error:
-            sys.exit(f"--benchmark {args.benchmark}: nothing can be written there ({error})")
+            sys.exit(f"--benchmark {args.benchmark}: cannot be written to ({error})")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
     wrong = 0
     for backend in backends():
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.benchmark:
         print(_write_csv(args.benchmark, list(_rows())))
     if wrong:
-        print(f"{wrong} of the backends above are wrong on this machine; use backend='eager' and report this output")
+        print(f"{wrong} of the backends above gave wrong results; use backend='eager' and report this output")
     return 1 if wrong else 0
 
 
@@ -104,9 +104,9 @@ def _best_device() -> str:
 
 
 def _rows(batch: int | None = None) -> Iterator[list[str]]:
-    """Every candidate at every shape, checked and timed as `choice` does it: printed, and as rows of a CSV.
+    """Every candidate at every shape, checked and timed as in `choice`: printed, and as rows of a CSV.
 
-    Args: batch: instead of the shape's own.
+    Args: batch: replaces the shape's own.
     """
     device = _best_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -143,7 +143,7 @@ def _call(batch_, heads, height, width, skip, head_dim, spec, padded, batch, dev
 
 
 def _write_csv(folder: Path, rows: list[list[str]]) -> Path:
-    """The rows in a file that says on which device and day, and in its first line with what."""
+    """The rows in a file named after device and day; its first line names the setup."""
     today = datetime.date.today().isoformat()
     device = re.sub(r"[^a-z0-9]+", "-", _device().lower()).strip("-")
     path = folder / f"attention_{device}_{today}.csv"
@@ -180,17 +180,17 @@ def _check_lookup(device: str) -> Iterator[tuple[str, float, float]]:
 
 
 def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float]]:
-    on = "qk" if name == "sdpa" else "qkv"  # which has no encoding on values
+    on = "qk" if name == "sdpa" else "qkv"  # sdpa cannot encode values
     for spec in (f"rpe-1.9-product-ctx-1-{on}", "rpe-20-euc-bias-0-qk", "rpe-2.0-cross-ctx-1-k"):
         for dtype in (torch.float32, torch.bfloat16):
             ours, exact = _outputs_and_gradients(spec, dtype, name, device)
-            # A gradient is a longer sum: on an H200 that of PyTorch's own fp32 kernel is 9 eps away.
+            # A gradient is a longer sum: on an H200 PyTorch's own fp32 kernel is off by 9 eps.
             for what, eps, got, wanted in zip(("forward", "backward"), (8, 16), ours, exact, strict=True):
                 yield f"{spec} {what} {_short(dtype)}", _relative(got, wanted), _allowed(dtype, eps)
 
 
 def _outputs_and_gradients(spec: str, dtype: torch.dtype, name: str, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Outputs, and all gradients as one vector, of the backend and of plain PyTorch in fp64, from the same inputs."""
+    """Outputs, and all gradients as one vector, of the backend and of plain PyTorch in fp64, for the same inputs."""
     generator = torch.Generator().manual_seed(0)
     encodings = nn.ModuleList(rpe or nn.Identity() for rpe in build_rpe(parse_rpe_spec(spec, skip=1), 32, 2))
     for table in encodings.parameters():

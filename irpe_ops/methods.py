@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The piecewise index and the methods made of it: a method is one row of `METHODS`, yours included."""
+"""The piecewise index and the methods built on it: a method is one row of `METHODS`, yours included."""
 
 import importlib
 import math
@@ -25,9 +25,9 @@ def piecewise_index(distance: Tensor, alpha: float, beta: float, gamma: float) -
     """
     check_coefficients(alpha, beta, gamma)
     size = distance.abs().float()
-    # float32 and this order of operations decide exact ties (ratio 1.5 at distance 6), so they are part of the format.
+    # float32 and this order of operations decide exact ties (ratio 1.5 at distance 6), so checkpoints depend on them.
     far = alpha + torch.log(size / alpha) / math.log(gamma / alpha) * (beta - alpha)
-    # Clipped after rounding, at a bound that is no integer: ratio 1.9 clips 4 to 3.8, which truncates to bucket 3.
+    # Clipped after rounding, at a bound that need not be an integer: ratio 1.9 clips 4 to 3.8, which truncates to 3.
     far = far.round().clamp(max=beta)
     return (torch.where(size <= alpha, size.round(), far) * distance.sign()).long()
 
@@ -48,7 +48,7 @@ class BucketMap(NamedTuple):
         ids: ``(drow, dcol, index, beta) -> ids``. ``drow`` and ``dcol`` are int64, query minus key, in patches, and
             broadcast against each other. ``index`` is `piecewise_index` for the encoding's ratio, from int64 distances
             to int64 in ``[-beta, beta]``. Ids are int64 in ``[0, num_buckets(beta))``.
-        num_buckets: ``beta -> N``, leading tokens not counted; ``beta`` is ``int(2 * ratio)``.
+        num_buckets: ``beta -> N``, without the bucket for leading tokens; ``beta`` is ``int(2 * ratio)``.
     """
 
     ids: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], Tensor]
@@ -61,7 +61,7 @@ def one_signed_axis(beta: int) -> int:
 
 
 def _euclidean(drow, dcol, index, beta):
-    # No integer has a root ending in a half, so rounding is never in doubt.
+    # The root of an integer never ends in exactly one half, so rounding has no ties.
     return index((drow**2 + dcol**2).float().sqrt().round().long()) + beta
 
 
@@ -81,7 +81,7 @@ def _rows_by_columns(drow, dcol, index, beta):
     return (index(drow) + beta) * (2 * beta + 1) + index(dcol) + beta
 
 
-# A method of several maps is the sum of as many encodings. Map "part" of method "name" is called "name_part".
+# A method with several maps is the sum of as many encodings. Map "part" of method "name" is called "name_part".
 METHODS: dict[str, BucketMap | dict[str, BucketMap]] = {
     "euc": BucketMap(_euclidean, one_signed_axis),
     "quant": BucketMap(_squared, one_signed_axis),
@@ -101,18 +101,18 @@ def register_bucket_method(
 
     Args:
         name: lower-case letters, digits and underscores.
-        ids, num_buckets: see `BucketMap`. ``ids`` may use tensor operations only, so that it can be compiled.
+        ids, num_buckets: see `BucketMap`. ``ids`` may use only tensor operations, so that it can be compiled.
     Raises: ValueError: for a name that is malformed or taken, or ids that are not int64 in ``[0, num_buckets(beta))``.
 
-    A program that is not yours (``python -m deit_irpe``) imports the modules named in the environment variable
-    ``IRPE_PLUGINS`` (separated by commas) when it meets a method that it does not know.
+    Programs that do not import your module (``python -m deit_irpe``) import the modules named in the environment
+    variable ``IRPE_PLUGINS`` (separated by commas) when they meet an unknown method.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"register_bucket_method: a name has a-z, 0-9 and _, and starts with a letter; got {name!r}")
     taken = METHODS.get(name)
     if name in _PUBLISHED or name in _map_names() and taken is None:
         raise ValueError(f"register_bucket_method: {name!r} is a method of iRPE; choose another name")
-    if taken is not None and _origin(taken.ids) != _origin(ids):  # the same place again: a notebook's cell, run twice
+    if taken is not None and _origin(taken.ids) != _origin(ids):  # equal if a notebook cell is run twice
         raise ValueError(f"register_bucket_method: {name!r} is registered already, by {'.'.join(_origin(taken.ids))}")
     row = BucketMap(ids, num_buckets)
     for ratio in (0.5, 1.9, 20.0):
@@ -137,13 +137,13 @@ def find_method(name: object) -> str:
 
 
 def maps_of(method: str) -> dict[str, BucketMap]:
-    """The maps of a known method by their names: one, or one for each part."""
+    """The maps of a known method by name: one, or one for each part."""
     row = METHODS[method]
     return {method: row} if isinstance(row, BucketMap) else {f"{method}_{part}": one for part, one in row.items()}
 
 
 def find_map(name: object) -> str:
-    """``name`` in lower case. Raises: ValueError: unless it names one map."""
+    """``name`` in lower case. Raises: ValueError: unless it names a single map."""
     wanted = name.lower() if isinstance(name, str) else None
     if wanted not in _map_names() and wanted not in METHODS:
         _import_plugins()
@@ -156,7 +156,7 @@ def find_map(name: object) -> str:
 
 
 def bucket_map_named(name: str) -> BucketMap:
-    """The map that `find_map` has found."""
+    """The map of a name returned by `find_map`."""
     row = METHODS.get(name)
     if isinstance(row, BucketMap):
         return row
@@ -177,9 +177,9 @@ def _import_plugins() -> None:
 
 
 def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str) -> Tensor:
-    """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)`` int64 on the CPU, the smallest one first.
+    """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)`` int64 on the CPU, smallest offset first.
 
-    Raises: ValueError: as `ids_of`.
+    Raises: ValueError: see `ids_of`.
     """
     index = partial(piecewise_index, alpha=ratio, beta=2 * ratio, gamma=8 * ratio)
     drow = torch.arange(1 - height, height, device="cpu")[:, None]
@@ -190,10 +190,10 @@ def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str)
 def ids_of(
     row: BucketMap, drow: Tensor, dcol: Tensor, index: Callable[[Tensor], Tensor], beta: int, name: str
 ) -> Tensor:
-    """``row.ids`` of these offsets, as large as both together.
+    """``row.ids`` of these offsets, broadcast to their common shape.
 
-    Raises: ValueError: naming ``name``, unless they are int64, of a shape that fits, in ``[0, num_buckets(beta))``;
-        in a graph of ``torch.compile``, values of a registered method: RuntimeError, when the graph runs.
+    Raises: ValueError: naming ``name``, unless they are int64, of a fitting shape, in ``[0, num_buckets(beta))``;
+        RuntimeError: for wrong values of a registered method under ``torch.compile``, when the graph runs.
     """
     ids, count, shape = row.ids(drow, dcol, index, beta), row.num_buckets(beta), (drow + dcol).shape
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
@@ -202,7 +202,7 @@ def ids_of(
         raise ValueError(f"{name}: ids must broadcast to {tuple(shape)}, as drow and dcol do, got {tuple(ids.shape)}")
     wanted = f"{name}: ids must lie in [0, {count}) for beta={beta}"
     if torch.compiler.is_compiling():
-        if row.ids not in _PUBLISHED_IDS and not torch.compiler.is_exporting():  # exported, plain gathers check
+        if row.ids not in _PUBLISHED_IDS and not torch.compiler.is_exporting():  # exported gathers check by themselves
             torch._assert_async((ids.min() >= 0) & (ids.max() < count), wanted)
     elif type(ids) is Tensor and not (int(ids.min()) >= 0 and int(ids.max()) < count):  # a fake tensor has no values
         raise ValueError(f"{wanted}, got {int(ids.min())} to {int(ids.max())}")

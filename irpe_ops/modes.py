@@ -17,11 +17,12 @@ class Mode(NamedTuple):
     Attributes:
         parameter: the name of the table in checkpoints.
         shape: ``(heads, head_dim, num_buckets) -> shape`` of the table on queries and keys.
-        lookup: ``(x (B, H, L, D), table) -> `` what each bucket adds to the scores of each token, to be broadcast to
-            ``(B, H, L, N)``; linear in the table. Under autocast ``x`` may be half precision beside an fp32 table:
+        lookup: ``(x (B, H, L, D), table) ->`` what each bucket adds to the scores of each token, broadcastable to
+            ``(B, H, L, N)``; linear in the table. Under autocast ``x`` may be half precision while the table is fp32:
             `product` takes both.
         uses_tokens: whether ``x`` matters beyond its shape; then it must have the table's head dimension.
-        on_values: whether it exists on values too; the last two dimensions of the table are swapped, ``(heads, N, D)``.
+        on_values: whether the mode also works on values; there the table's last two dimensions are swapped,
+            ``(heads, N, D)``.
     """
 
     parameter: str
@@ -33,7 +34,7 @@ class Mode(NamedTuple):
 
 def product(x: Tensor, table: Tensor) -> Tensor:
     """``(B, H, L, D)`` times ``(H or 1, D, N)`` in the dtype of ``x``; the gradient of ``table`` in its own dtype."""
-    # torch.compile differentiates under the autocast around the call, even what was computed without it.
+    # torch.compile traces backward under the autocast around the call, even for code that switched autocast off.
     plain = x.dtype == table.dtype and not torch.compiler.is_compiling()
     if plain or torch.compiler.is_exporting() or under_function_transform():
         return _matmul(x, table.to(x.dtype))
@@ -45,9 +46,9 @@ def _matmul(x: Tensor, table: Tensor) -> Tensor:
 
 
 def _matrix(x: Tensor, table: Tensor) -> Tensor:
-    """``table`` as `_times` takes it: ``(D, N)`` or ``(H, D, N)``; if packed, one with the heads' on its diagonal."""
+    """``table`` as `_times` takes it: ``(D, N)`` or ``(H, D, N)``; if packed, block-diagonal over the heads."""
     if not _is_packed(x):
-        # One table for all heads is one product of matrices, and so is its gradient.
+        # With one table for all heads, the product and its gradient are a single matmul each.
         return table[0] if table.shape[0] == 1 else table
     heads, (dim, buckets) = x.shape[1], table.shape[1:]
     tables = x.new_zeros(heads, dim, heads, buckets)
@@ -63,10 +64,10 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _is_packed(x: Tensor) -> bool:
-    """Whether ``x (B, H, L, D)`` is many tokens on a GPU, each with its heads side by side.
+    """Whether ``x (B, H, L, D)`` is many tokens on a GPU, each with its heads adjacent in memory.
 
-    All heads are then one product with a table that has the heads' tables on its diagonal: the zeros cost less there
-    than a copy of ``x`` by heads.
+    All heads are then one product with a block-diagonal table of the heads' tables: multiplying the zeros costs less
+    there than copying ``x`` head by head.
     """
     if not x.is_cuda or x.shape[1] == 1 or x.shape[1] * x.shape[3] > 512 or x.shape[0] * x.shape[2] < 4096:
         return False
@@ -79,7 +80,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Autograd would round the table's gradient, a sum over 300,000 rows in DeiT-S, to half precision."""
+    """Autograd would round the table's gradient, a sum of 300,000 rows in DeiT-S, to half precision."""
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
@@ -103,14 +104,14 @@ class _Product(torch.autograd.Function):
                         grad_table = grad_table.sum(0, keepdim=True)
                 else:
                     grad_table = a.mT.to(table.dtype) @ b.to(table.dtype)
-            if packed:  # the diagonal of all pairs of heads
+            if packed:  # of all pairs of heads, keep the diagonal
                 pairs = grad_table.view(x.shape[1], x.shape[3], x.shape[1], -1)
                 grad_table = pairs.diagonal(dim1=0, dim2=2).permute(2, 0, 1).sum_to_size(table.shape)
         return grad_x, grad_table
 
 
 def _sums_halves_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of halves can come out in fp32 there, without copies in fp32: not on ROCm or before Ampere."""
+    """Whether a half-precision product can return fp32 without fp32 copies: not on ROCm or before Ampere."""
     if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
         return False
     if torch.backends.cuda.matmul.allow_fp16_accumulation and dtype == torch.float16:
@@ -122,9 +123,9 @@ _sums_halves_in_fp32._dynamo_marked_constant = True  # called while torch.compil
 
 
 def _in_groups(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """One pair of ``(1, rows, columns)`` as groups of rows: one long product would not fill a GPU.
+    """A pair of ``(1, rows, columns)`` split into groups of rows: one long product would not fill a GPU.
 
-    Not in compiled graphs, which would be compiled anew for each number of rows.
+    Not in compiled graphs, which would recompile for each number of rows.
     """
     if len(a) > 1 or torch.compiler.is_compiling():
         return a, b
@@ -134,13 +135,13 @@ def _in_groups(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor, tables: int) -> Tensor:
-    """``(tables, rows, columns)``: the rows that meet each table."""
+    """``(tables, rows, columns)``: the rows multiplied with each table."""
     return x.flatten(0, 2)[None] if tables == 1 else x.transpose(0, 1).flatten(1, 2)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A block without autocast; it costs nothing where there is none, as on ``meta``."""
-    # torch.compile differentiates a block under the autocast around it, whatever the block is under.
+    """A context without autocast; it costs nothing if autocast is off, as on ``meta``."""
+    # torch.compile traces backward under the autocast around the block, whatever the block switches off.
     if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

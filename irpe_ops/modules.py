@@ -17,7 +17,7 @@ from irpe_ops.rpe_index import rpe_index, rpe_index_adjoint
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on ``device``; None where it is off, and on ``meta``."""
+    """The dtype of autocast on ``device``; None if it is off, and on ``meta``."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -28,9 +28,9 @@ class IRPE(nn.Module):
 
     Args:
         config: mode, ratio, shared_head, skip.
-        head_dim, num_heads: ``D`` and ``H`` of the attention it belongs to.
+        head_dim, num_heads: ``D`` and ``H`` of its attention.
         role: ``"q"``, ``"k"`` or ``"v"``: what it encodes.
-        method: the bucket map, when it is not the config's method: a part of it, such as ``cross_rows``.
+        method: the bucket map, if not the config's method but a part of it, such as ``cross_rows``.
 
     The table starts at zero, so that a fresh encoding changes nothing: ``lookup_table_weight`` (``ctx``) is
     ``(H or 1, D, N)`` on q and k and ``(H or 1, N, D)`` on v; ``lookup_table_bias`` (``bias``) is ``(H or 1, N)``.
@@ -52,12 +52,12 @@ class IRPE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A table of zeros; for models made on the device ``meta`` too, whose weights come later."""
+        """Zero the table; also called for models first built on the device ``meta``."""
         nn.init.zeros_(self.table)
 
     @property
     def on_values(self) -> bool:
-        """Whether it turns attention weights into values, rather than vectors into attention scores."""
+        """Whether it maps attention weights to values, rather than vectors to attention scores."""
         return self.role == "v"
 
     @property
@@ -67,18 +67,18 @@ class IRPE(nn.Module):
 
     @property
     def uses_tokens(self) -> bool:
-        """Whether the tokens' own vectors matter, and not only where they are."""
+        """Whether the tokens' vectors matter, and not only their positions."""
         return MODES[self.mode].uses_tokens
 
     @property
     def parts(self) -> tuple["IRPE", ...]:
-        """The encodings with one table that this one is the sum of: itself."""
+        """The single-table encodings that add up to this one: itself."""
         return (self,)
 
     def bucket_ids(self, length: int, height: int | None, width: int | None, device: torch.device) -> Tensor:
         """The ``(L, L)`` map of this encoding for a sequence of ``length`` tokens. Shared: treat it as read-only.
 
-        Raises: ValueError: when the tokens do not fit the grid (see `resolve_grid`).
+        Raises: ValueError: if the tokens do not fit the grid (see `resolve_grid`).
         """
         height, width = resolve_grid(length, height, width, self.skip, f"rpe_{self.role}")
         if torch.compiler.is_compiling():
@@ -86,7 +86,7 @@ class IRPE(nn.Module):
         return bucket_map(self.method, self.ratio, height, width, self.skip, device)
 
     def offset_ids(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The bucket of every offset between two tokens, in the order of `buckets.offset_map`. Read-only too."""
+        """The bucket of every offset between two tokens, in the order of `buckets.offset_map`. Also read-only."""
         if torch.compiler.is_compiling():
             return traced_offset_map(self.method, *self._coefficients, height, width, device)
         return offset_map(self.method, self.ratio, height, width, device)
@@ -97,10 +97,10 @@ class IRPE(nn.Module):
         """What every bucket would add to the scores of every token, for an encoding on queries or keys.
 
         Args:
-            x: ``(B, H, L, D)``; for k the queries, for q the keys. scale: of ``x``, applied to the table.
+            x: ``(B, H, L, D)``; for k the queries, for q the keys. scale: of ``x``, applied to the table instead.
             dtype: of the product; None means the table's.
-            columns_multiple: N is rounded up to it by columns of zeros.
-        Returns: ``(B, H, L, N)``, or what broadcasts to it; column ``N - 1`` is for leading tokens, where there are.
+            columns_multiple: N is padded with zeros to a multiple of this.
+        Returns: ``(B, H, L, N)``, or broadcastable to it; column ``N - 1`` is for leading tokens, if there are any.
         """
         mode = MODES[self.mode]
         with without_autocast(x.device):
@@ -113,7 +113,7 @@ class IRPE(nn.Module):
             return mode.lookup(x, table)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        """What to add to the scores (q, k) or to the output (v) of attention.
+        """What this encoding adds to the scores (q, k) or to the output (v) of attention.
 
         Args:
             x: for k the scaled queries, for q the scaled keys, ``(B, H, L, D)``; for v the weights ``(B, H, L, L)``.
@@ -143,7 +143,7 @@ class IRPE(nn.Module):
         self.check_table(x)
 
     def check_table(self, x: Tensor) -> None:
-        """Raises: ValueError: the table is on another device than ``x``, or of another dtype without autocast."""
+        """Raises: ValueError: the table is on another device than ``x``, or has another dtype without autocast."""
         name, table = f"rpe_{self.role}", self.table
         if x.device != table.device:
             raise ValueError(f"{name}: its table is on {table.device} and its input on {x.device}; move one of them")
@@ -157,7 +157,7 @@ class IRPE(nn.Module):
 
 
 class IRPESum(nn.Module):
-    """A method of several maps (``cross``): the sum of one encoding for each, ``rp_rows`` and ``rp_cols``."""
+    """A method with several maps (``cross``): the sum of one encoding for each, ``rp_rows`` and ``rp_cols``."""
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, role: str) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class IRPESum(nn.Module):
 
     @property
     def parts(self) -> tuple[IRPE, ...]:
-        """The encodings with one table that this one is the sum of; for ``cross`` rows, then columns."""
+        """The single-table encodings that add up to this one; for ``cross`` rows, then columns."""
         return tuple(self.children())
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
@@ -184,7 +184,7 @@ class IRPESum(nn.Module):
 def build_rpe(
     config: RPEConfig | None, head_dim: int, num_heads: int
 ) -> tuple[IRPE | IRPESum | None, IRPE | IRPESum | None, IRPE | IRPESum | None]:
-    """The modules ``(rpe_q, rpe_k, rpe_v)`` that a config asks for, None where it asks for none.
+    """The modules ``(rpe_q, rpe_k, rpe_v)`` that a config asks for, None for those it does not ask for.
 
     Raises: ValueError: for a head_dim or num_heads below 1; TypeError: for a config of another type.
     """
@@ -202,7 +202,8 @@ def build_rpe(
 def resolve_grid(length: int, height: int | None, width: int | None, skip: int, name: str) -> tuple[int, int]:
     """The grid of a sequence: ``(height, width)`` as given, or the square of ``length - skip`` tokens.
 
-    Raises: ValueError: for one side without the other, no integers, or tokens that are not ``height * width + skip``.
+    Raises: ValueError: for one side without the other, non-integers, or a ``length`` other than
+        ``height * width + skip``.
     """
     if (height is None) != (width is None):
         raise ValueError(f"{name}: got height={height} and width={width}; give both, or neither for a square grid")
@@ -210,7 +211,7 @@ def resolve_grid(length: int, height: int | None, width: int | None, skip: int, 
         side = int(math.sqrt(max(length - skip, 0)))
         if side < 1 or side * side + skip != length:
             remedy = "pass height and width, or build the encoding with the right skip"
-            raise ValueError(f"{name}: L={length} less skip={skip} leading tokens is no square grid; {remedy}")
+            raise ValueError(f"{name}: L={length} minus skip={skip} leading tokens is not a square grid; {remedy}")
         return side, side
     for side, value in (("height", height), ("width", width)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -224,6 +225,6 @@ def resolve_grid(length: int, height: int | None, width: int | None, skip: int, 
 
 
 def buckets_of(model: nn.Module) -> int:
-    """Buckets of the first encoding in ``model``, those of rows and of columns added for ``cross``; 0 without one."""
+    """Buckets of the first encoding in ``model``, rows plus columns for ``cross``; 0 without an encoding."""
     encodings = (module for module in model.modules() if isinstance(module, (IRPE, IRPESum)))
     return sum(part.num_buckets for part in getattr(next(encodings, None), "parts", ()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lookup at the heart of iRPE and its adjoint, in plain PyTorch; and when the compiled kernel is taken instead."""
+"""The lookup at the heart of iRPE and its adjoint, in plain PyTorch or by the compiled kernels."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 try:
-    # Beside a checkout, `import rpe_ops_cuda` alone would find the source folder and succeed.
+    # In a checkout, a bare `import rpe_ops_cuda` would find the source folder and succeed.
     from rpe_ops_cuda import _C  # noqa: F401  importing it registers torch.ops.irpe.*
 
     extension_error = ""
@@ -36,8 +36,8 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
         index: ``(L_query, L_key)``, uint8, int16, int32 or int64, values in ``[0, N)``, on the device of ``input``.
     Returns: ``(B, H, L_query, L_key)``, the dtype of ``input``.
     Raises: ValueError: for shapes, dtypes or devices that do not fit; IndexError: for a value outside ``[0, N)``.
-        Values are checked for CPU tensors, once for each state of ``index``, and not inside ``torch.compile``; on CUDA
-        the check would wait for the device, and a wrong value is the device's own assertion.
+        Values are checked for CPU tensors, once for each version of ``index``, and not inside ``torch.compile``; on
+        CUDA the check would have to synchronize, so a wrong value fails an assertion on the device.
     """
     _check(input, index, "rpe_index", "input", "N", 3)
     _check_range(index, input.shape[-1], "rpe_index")
@@ -57,7 +57,7 @@ def rpe_index_adjoint(grad: Tensor, index: Tensor, num_buckets: int) -> Tensor:
         index: ``(L_query, L_key)``, as in `rpe_index`.
         num_buckets: ``N``.
     Returns: ``(B, H, L_query, N)``, the dtype of ``grad``.
-    Raises: as `rpe_index`.
+    Raises: see `rpe_index`.
     """
     _check(grad, index, "rpe_index_adjoint", "grad", "L_key", 4)
     _check_range(index, num_buckets, "rpe_index_adjoint")
@@ -74,16 +74,16 @@ def has_kernel(tensor: Tensor) -> bool:
         and (tensor.device.type != "cuda" or built_for(tensor.device.index))
         and tensor.dtype in DTYPES
         and not under_function_transform()
-        and not torch.compiler.is_exporting()  # what is exported runs where our operators are unknown: plain gathers
+        and not torch.compiler.is_exporting()  # exported programs run where our operators are unknown: plain gathers
     )
 
 
 def built_for(device: int) -> bool:
-    """Whether the extension has code for this CUDA device: it is compiled for some generations of GPUs, not all."""
+    """Whether the extension has code for this CUDA device: it is built for some GPU generations, not all."""
     return _built_for(device)
 
 
-# Called while torch.compile traces, which looks through a cache and at no mark of it: hence two functions.
+# Called while torch.compile traces. It looks through lru_cache and misses a mark on it: hence two functions.
 built_for._dynamo_marked_constant = True
 
 
@@ -95,10 +95,10 @@ def _built_for(device: int) -> bool:
 
 
 def under_function_transform() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is at work: plain PyTorch serves those.
+    """Whether ``torch.func`` or forward-mode differentiation is active: both need plain PyTorch.
 
-    A ``torch.library`` operator knows its backward alone: ``torch.func.grad`` raises there, and forward mode returns
-    a zero tangent without a word.
+    A ``torch.library`` operator only has a backward: ``torch.func.grad`` raises on it, and forward mode returns a zero
+    tangent silently.
     """
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
@@ -128,10 +128,10 @@ def _check(tensor: Tensor, index: Tensor, function: str, name: str, last: str, c
 def _check_range(index: Tensor, num_buckets: int, function: str) -> None:
     if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling() or under_function_transform():
         return
-    if type(index) is not Tensor:  # shape propagation: there are no values
+    if type(index) is not Tensor:  # a fake tensor has no values
         return
     version = None if index.is_inference() else index._version
-    known = getattr(index, "_irpe_range", None)  # (version, smallest, largest), left there by an earlier call
+    known = getattr(index, "_irpe_range", None)  # (version, smallest, largest), stored by an earlier call
     if known is None or version is None or known[0] != version:
         smallest, largest = index.aminmax()
         known = index._irpe_range = (version, int(smallest), int(largest))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw encodings: buckets around a patch, learned tables, what a patch is given, and where it looks. Needs matplotlib.
+"""Draw encodings: buckets around a patch, learned tables, biases, and attention. Needs matplotlib.
 
     python -m irpe_ops.visualize -o irpe.svg                                  the piecewise index, and all methods
     python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --grid 14x14 --query 7,7 -o buckets.png
 
-What a trained model has learned is drawn by ``python -m deit_irpe.predict`` and ``python -m detr_irpe.predict``
-(``--tables``, ``--attention``), which call the functions of this file. Each returns a matplotlib figure: save it as
-PNG, PDF or SVG, or let a notebook show it.
+To draw a trained model, use ``python -m deit_irpe.predict`` and ``python -m detr_irpe.predict`` (``--tables``,
+``--attention``), which call the functions in this file. Each returns a matplotlib figure: save it as PNG, PDF or SVG,
+or show it in a notebook.
 """
 
 import re
@@ -26,14 +26,14 @@ from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
 from irpe_ops.modules import IRPE, IRPESum
 
-LARGEST_SIDE = 1000  # patches that a picture still shows
+LARGEST_SIDE = 1000  # in patches; more cannot be seen in a picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) -> dict[str, Tensor]:
-    """The bucket that each patch of the grid has for the query at ``(row, col)``.
+    """The bucket of each patch of the grid for the query at ``(row, col)``.
 
     Returns: ``(height, width)`` int64 by the name of the map; two maps for ``cross``, one for any other method.
     Raises: ValueError: for a query outside the grid.
@@ -45,12 +45,12 @@ def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) 
 
 
 def _seen_from_middle(name: str, ratio: float, height: int, width: int) -> Tensor:
-    """The bucket of every offset, ``(2 height - 1, 2 width - 1)``, as keys lie around a query in the middle."""
+    """The bucket of every offset, ``(2 height - 1, 2 width - 1)``: the keys around a query in the middle."""
     return offset_ids(bucket_map_named(name), ratio, height, width, name).flip(0, 1)  # an offset is query minus key
 
 
 def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tensor]:
-    """What each table of a model holds for every offset on a grid: a bias itself, or the length of a bucket's vector.
+    """What each table of a model holds for every offset on a grid: the bias, or the length of the bucket's vector.
 
     Returns: ``(H or 1, 2 height - 1, 2 width - 1)`` by module name, the query in the middle.
     Raises: ValueError: the model has no encoding.
@@ -70,7 +70,7 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
     """What each encoding on queries or keys adds to the scores of the patch at ``(row, col)``, for one forward pass.
 
     Args:
-        model: any model with iRPE modules (`equip`, deit_irpe, detr_irpe); images: what it takes, a batch of one.
+        model: any model with iRPE modules (`equip`, deit_irpe, detr_irpe); images: its input, a batch of one.
         height, width: the token grid of that image; leading tokens are skipped.
     Returns: ``(H or 1, height, width)`` by module name. Raises: ValueError: no encoding there, or another grid.
     """
@@ -131,13 +131,13 @@ def draw_maps(
     signed: bool = False,
     numbers: bool = False,
 ) -> "Figure":
-    """A picture of maps: one row a name, with one scale of colours, and one column a head.
+    """A picture of maps: one row per name, with its own colour scale, and one column per head.
 
     Args:
-        rows: ``(heads, height, width)`` by name. Names and ``title`` are shown as they stand (`plain_text`).
+        rows: ``(heads, height, width)`` by name. Names and ``title`` are shown literally (`plain_text`).
         mark: (row, col) of the query, outlined in every map.
-        signed: values may be below zero: zero is white, blue is below and red above. Else zero is the darkest colour.
-        numbers: these are bucket ids, not heads: write each into its cell where there is room.
+        signed: values may be negative: zero is white, blue is below and red above. Else zero is the darkest colour.
+        numbers: these are bucket ids, not heads: write each into its cell if there is room.
     """
     columns = max(values.shape[0] for values in rows.values())
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
@@ -149,7 +149,7 @@ def draw_maps(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
         values = values.detach().float().cpu()
-        most = float(values.abs().max()) or 1.0  # a table of zeros has the colour that zero has elsewhere
+        most = float(values.abs().max()) or 1.0  # so that a table of zeros gets the colour of zero
         scale = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}
         for head, axis in enumerate(line):
             if head >= values.shape[0]:
@@ -171,7 +171,7 @@ def draw_maps(
 
 
 def draw_tables(model: nn.Module, height: int, width: int) -> "Figure":
-    """A picture of `learned_tables`, one row a table and one column a head.
+    """A picture of `learned_tables`, one row per table and one column per head.
 
     Raises: ValueError: the model has no encoding.
     """
@@ -185,12 +185,12 @@ def draw_tables(model: nn.Module, height: int, width: int) -> "Figure":
 def draw_over_image(
     image: Any, points: Sequence[tuple[float, float]], maps: Sequence[Mapping[str, Tensor]], title: str
 ):
-    """A picture of an image with points, and beside it, for each point, its maps over the image.
+    """One row per point: the image with the point, and beside it the point's maps over the image.
 
     Args:
         image: a PIL image. points: ``(x, y)`` in its pixels.
-        maps: for each point ``(height, width)`` maps by their titles, the same ones for all.
-        title: shown as it stands, as the titles of the maps are (`plain_text`).
+        maps: for each point ``(height, width)`` maps by title, the same titles for all.
+        title: shown literally, like the titles of the maps (`plain_text`).
     """
     columns = 1 + len(maps[0])
     figure = _figure(3 * columns, 3 * len(points) * min(image.height / image.width, 8) + 0.5)
@@ -226,7 +226,7 @@ def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
     names = [name for method in ("product", "euc", "quant", "cross") for name in maps_of(method)]
     for axis, name in zip(axes, names, strict=True):
         ids = _seen_from_middle(name, ratio, reach + 1, reach + 1)
-        values = ids.unique(return_inverse=True)[1]  # 0, 1, ...: neighbours differ in colour as in number
+        values = ids.unique(return_inverse=True)[1]  # 0, 1, ...: neighbouring ids get neighbouring colours
         axis.pcolormesh(values.numpy(), cmap="viridis", edgecolors="face", linewidth=0.2)
         rows, cols = (ids[1:] != ids[:-1]).nonzero().T
         axis.hlines(rows + 1, cols, cols + 1, color="white", linewidth=1.2)
@@ -241,14 +241,14 @@ def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
 
 
 def plain_text(text: str) -> str:
-    """For matplotlib, which takes what is between two dollars for a formula, and wants file names that are UTF-8."""
+    """Escaped for matplotlib, which reads text between two dollars as a formula and cannot draw invalid UTF-8."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("$", r"\$")
 
 
 def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
-    """Write a figure as its suffix says (PNG, PDF, SVG ...; none is PNG); the same figure gives the same file.
+    """Write a figure in the format of its suffix (PNG, PDF, SVG ...; none is PNG); the same figure gives the same file.
 
-    Returns: what was written. Raises: OSError: where nothing can be; ValueError: for a suffix that is no picture's.
+    Returns: the path written. Raises: OSError: if it cannot be written; ValueError: for an unknown suffix.
     """
     from matplotlib import rc_context
 
@@ -262,7 +262,7 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box for each letter, and a warning for each box
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # each is drawn as a box; one warning per box
         figure.savefig(path, dpi=dpi, metadata=undated)
     return path
 
@@ -289,12 +289,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.spec is None:
             if args.grid or args.query:
-                raise ValueError("--grid and --query are for one encoding: name it, such as rpe-1.9-product-ctx-1-k")
+                raise ValueError("--grid and --query need an encoding: name one, such as rpe-1.9-product-ctx-1-k")
             figure = draw_overview()
         else:
             height, width = grid = args.grid or (14, 14)
             if not 1 <= min(grid) <= max(grid) <= LARGEST_SIDE:
-                raise ValueError(f"--grid {height}x{width}: from 1 to {LARGEST_SIDE} patches a side")
+                raise ValueError(f"--grid {height}x{width}: expected 1 to {LARGEST_SIDE} patches per side")
             row, col = query = args.query or (height // 2, width // 2)
             maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
             figure = draw_maps(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build backend: setuptools, with the torch that is already installed.
 
-pip builds in an isolated environment, where the installed torch is out of sight. Naming torch under
-``build-system.requires`` would fetch another one, gigabytes of it, and a library built against it may not load into the
-installed one. So this backend puts the site-packages of the running interpreter back at the *end* of the search path.
+pip builds in an isolated environment, which hides the installed torch. Naming torch under ``build-system.requires``
+would download another one, gigabytes of it, and an extension built against that may not load with the installed one. So
+this backend puts the site-packages of the running interpreter back at the *end* of the search path.
 """
 
 import importlib.util

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds rpe_ops_cuda._C: CPU code always, CUDA code when its sources and a CUDA toolkit are there.
+"""Builds rpe_ops_cuda._C: CPU code always, CUDA code if its sources and a CUDA toolkit are found.
 
-FORCE_CUDA=1   fail instead of leaving the CUDA code out (and build it where no GPU is present)
+FORCE_CUDA=1   fail instead of leaving the CUDA code out (and build it without a GPU)
 FORCE_CUDA=0   leave the CUDA code out
-CUDA_HOME      the toolkit; /usr/local/cuda is found by itself
+CUDA_HOME      the toolkit; /usr/local/cuda is found automatically
 IRPE_CXXFLAGS  more flags for the C++ compiler, after ours: "-O1 -g -fsanitize=address"
-TORCH_CUDA_ARCH_LIST   default: the GPUs present; where there is none, those of ARCHITECTURES that the toolkit knows
+TORCH_CUDA_ARCH_LIST   default: the GPUs present, else all of ARCHITECTURES that the toolkit knows
 """
 
 import os
@@ -21,8 +21,8 @@ ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")  # their binaries r
 
 
 def cuda_home() -> Path | None:
-    """The toolkit: CUDA_HOME, else /usr/local/cuda. An ``nvcc`` on PATH may be a wrapper script outside the toolkit,
-    from which torch would guess a folder without headers and libraries, so PATH is not asked."""
+    """The toolkit: CUDA_HOME, else /usr/local/cuda. PATH is not searched: an ``nvcc`` there may be a wrapper script
+    outside the toolkit, from which torch would guess a folder without headers and libraries."""
     for candidate in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         if candidate and (Path(candidate) / "bin" / "nvcc").exists():
             return Path(candidate)
@@ -57,7 +57,7 @@ def toolkit_version() -> str:
 
 
 def architectures() -> str:
-    """What to build for where no GPU says so: all that the toolkit knows, and PTX of the last for those to come."""
+    """The architectures to build for without a GPU: all that the toolkit knows, and PTX of the last for newer ones."""
     known = _nvcc("--list-gpu-arch").split()
     return ";".join(a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known) + "+PTX"
 
@@ -70,7 +70,7 @@ def openmp() -> list[str]:
     """The flag for threads: at::parallel_for is a header template and would run on one thread without it."""
     if sys.platform == "win32":
         raise SystemExit(
-            "rpe_ops_cuda: its kernels need GCC or Clang (vector types), which PyTorch on Windows does not build with. "
+            "rpe_ops_cuda: its kernels need GCC or Clang (vector types), and PyTorch on Windows builds with neither. "
             "irpe_ops runs without this package, in plain PyTorch."
         )
     if sys.platform == "darwin":
@@ -90,11 +90,11 @@ def extension() -> setuptools.Extension:
         else f"rpe_ops_cuda: building for CPU and CUDA ({cuda_home()})",
         file=sys.stderr,
     )
-    if not reason:  # before the import below, which looks for the toolkit once
+    if not reason:  # before the import below, which looks for the toolkit only once
         os.environ["CUDA_HOME"] = str(cuda_home())
     from torch.utils import cpp_extension
 
-    # -ffp-contract=fast: a * b + c is one fused instruction where the machine has one.
+    # -ffp-contract=fast: a * b + c becomes one fused instruction if the machine has one.
     cxx = [
         "-O3",
         *threads,
@@ -128,7 +128,7 @@ def extension() -> setuptools.Extension:
 
 
 def version() -> str:
-    """That of the last tag, if setuptools-scm is there and this is a checkout."""
+    """The version of the last tag, if setuptools-scm is installed and this is a checkout."""
     try:
         from setuptools_scm import get_version
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file for each way to compute `rpe_attention`, ``eager.py`` being the definition; and the choice between them.
+"""One file for each way to compute `rpe_attention`, with ``eager.py`` as the definition; and the choice among them.
 
 A backend is a module with ``missing() -> str | None`` (why it does not exist on this machine), ``why_not(call) -> str |
 None`` (why it cannot run this call) and ``attention(call) -> Tensor``.
@@ -9,7 +9,7 @@ NAMES = ("eager", "sdpa", "compiled", "triton")
 
 
 def module_of(name: str):
-    """The module of a backend, imported when it is first asked for."""
+    """The module of a backend, imported on first use."""
     # Import statements, not importlib: torch.compile can follow these.
     if name == "eager":
         from irpe_ops.backends import eager as module

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend ``auto`` takes: a fixed order, or on a GPU the fastest of those that are right, checked and timed once.
+"""Which backend ``auto`` takes: by a fixed order, or on a GPU the fastest correct one, checked and timed once.
 
 On CUDA the first call of each kind (see `_kind`) runs every candidate forward and backward on a small grid against the
-definition in fp64, then times it at the call's own shape. What fails to compile, runs out of memory or differs is left
-out with one warning. The result is kept for the process and in the user's cache folder, for this GPU, PyTorch, Triton
-and version of the backends; within a process group the rank that measures first tells the others.
-Under deterministic algorithms it is the first of those that are right: times differ, and two runs must choose alike.
+definition in fp64, then times it at the call's own shape. A candidate that fails to compile, runs out of memory or
+differs is left out with one warning. The result is cached in the process and in the user's cache folder, by GPU,
+PyTorch, Triton and version of the backends; within a process group the rank that measures first tells the others.
+Under deterministic algorithms the first correct one is taken: times vary, and two runs must choose alike.
 ``IRPE_ATTENTION_TUNING=0`` keeps to the fixed order, as do ``torch.compile``, export and CUDA graphs without a warm-up,
-inside which nothing can be measured.
+because nothing can be measured inside them.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from irpe_ops.backends.measure import Measurement, measure, trains
 from irpe_ops.modules import autocast_dtype
 from irpe_ops.rpe_index import compiled_devices, under_function_transform
 
-# The first that can run the call is taken where nothing is measured.
+# Without measuring, the first that can run the call is taken.
 FIXED = {"cpu": ("compiled", "eager"), "meta": ("eager",)}
 FIXED_ELSEWHERE = ("sdpa", "eager")
-# On an AMD EPYC, one thread, sdpa took 0.4 to 0.6 of eager's time forward, and 1.0 to 1.3 of it with backward.
+# On an AMD EPYC with one thread, sdpa took 0.4 to 0.6 of eager's time forward, and 1.0 to 1.3 of it with backward.
 FIXED_INFERENCE = {"cpu": ("compiled", "sdpa", "eager")}
-# On an NVIDIA H200 triton took half of sdpa's time in bf16, and 2.6 times it in fp32, without tensor cores.
+# On an NVIDIA H200 triton took 0.5 of sdpa's time in bf16, and 2.6 times as long in fp32, without tensor cores.
 MEASURED = {"cuda": ("triton", "sdpa", "eager")}
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _order(call: AttentionCall, compiled: bool = False) -> tuple[str, ...]:
 
 
 def _by_dtype(call: AttentionCall) -> tuple[str, ...]:
-    """The candidates of a GPU in the usual order of their times."""
+    """The candidates on a GPU, usually fastest first."""
     first, *others = MEASURED[call.q.device.type]
     return (*others, first) if call.q.dtype == torch.float32 else (first, *others)
 
@@ -79,7 +79,7 @@ def may_measure(call: AttentionCall) -> bool:
     """Whether measuring is possible (an ordinary eager call) and not switched off."""
     if torch.compiler.is_compiling() or under_function_transform() or type(call.q) is not Tensor:
         return False
-    if torch._C._len_torch_dispatch_stack():  # a mode that counts or keeps what is computed: it is not to see this
+    if torch._C._len_torch_dispatch_stack():  # a mode that counts or records operators must not see the measuring
         return False
     return call.q.numel() > 0 and os.environ.get("IRPE_ATTENTION_TUNING") != "0"
 
@@ -89,9 +89,9 @@ def _is_captured(call: AttentionCall) -> bool:
 
 
 def measurement(call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]]) -> Measurement | None:
-    """The measurement of this kind of call: known to this process, to the group or to the cache, or made now.
+    """The measurement for this kind of call: from this process, the group or the cache, or made now.
 
-    A CUDA graph being recorded goes by what its warm-up has measured; None if that was nothing.
+    A CUDA graph being captured uses the measurement of its warm-up; None if there was none.
     """
     kind = _kind(call)
     if kind not in _known:
@@ -107,7 +107,7 @@ def measurement(call: AttentionCall, candidates: Mapping[str, Callable[[Attentio
 
 
 def _kind(call: AttentionCall) -> str:
-    """Calls of one kind get one answer: device, dtypes, D, encodings, masks, dropout, size class of L, training."""
+    """Calls of one kind share one measurement: device, dtypes, D, encodings, masks, dropout, size class, training."""
     encodings = [
         f"{role}:{part.mode}:{part.num_buckets}:{'shared' if part.shared_head else 'heads'}:{part.table.dtype}"
         for role, rpe in zip("qkv", (call.rpe_q, call.rpe_k, call.rpe_v), strict=True)
@@ -122,7 +122,7 @@ def _kind(call: AttentionCall) -> str:
 
 
 def _agreed(kind: str, find: Callable[[], Measurement]) -> Measurement:
-    """The measurement that all ranks use: that of the first rank, shared through the process group's store.
+    """The measurement that all ranks use: from the rank that is first, shared through the process group's store.
 
     No rank waits for another: ranks with images of other sizes may never ask for this kind.
     """
@@ -135,17 +135,17 @@ def _agreed(kind: str, find: Callable[[], Measurement]) -> Measurement:
 
 
 def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
-    """A measurement from the user's cache folder, or a new one left there. A folder that cannot be used is no error."""
+    """A measurement from the user's cache folder, or a new one, stored there. An unusable folder is not an error."""
     try:
         path = cache_file()
-    except RuntimeError:  # there is no home folder, as for an unknown user of a container
+    except RuntimeError:  # no home folder, as for an unknown user in a container
         return find()
     try:
         entry = _entries(path)[kind]
         return Measurement(dict(entry["ms"]), dict(entry["left_out"]))
     except (KeyError, TypeError, ValueError):
         found = find()
-    # Another day there may be more memory. A relative folder is no cache: a home that nobody knows is still called ~.
+    # Next time there may be more memory. A relative path is not a cache: an unknown home stays "~".
     if any(reason.startswith("OutOfMemory") for reason in found.left_out.values()) or not path.is_absolute():
         return found
     try:
@@ -159,15 +159,15 @@ def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
 
 
 def _entries(path: Path) -> dict:
-    """What is in the cache file now: others may have written meanwhile."""
+    """The current entries of the cache file, read again because other processes may have written it."""
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}  # a pipe would never end
+        return dict(json.loads(path.read_text())) if path.is_file() else {}  # reading a pipe would never end
     except (OSError, ValueError, TypeError):
         return {}
 
 
 def cache_file() -> Path:
-    """Where measurements are kept: one file a GPU, PyTorch, Triton and version of these backends."""
+    """Where measurements are kept: one file per GPU, PyTorch, Triton and version of these backends."""
     try:
         import triton
 
@@ -201,9 +201,9 @@ def describe(
 
     Args:
         model: with attention layers that keep ``attn_backend`` and ``rpe_q, rpe_k, rpe_v``.
-        batch, height, width: of a usual step on this device, in images and tokens.
-        padding, dropout_p: whether the layers are given padding masks, and the dropout of attention weights.
-        compiled: the model runs inside ``torch.compile``.
+        batch, height, width: of a typical step on this device, in images and tokens.
+        padding, dropout_p: whether the layers get padding masks, and the dropout of attention weights.
+        compiled: whether the model runs inside ``torch.compile``.
 
     Call it under the run's autocast.
     """
@@ -214,7 +214,7 @@ def describe(
     else:
         return "no relative position encoding"
     if layer.attn_backend != "auto":
-        return f"{layer.attn_backend}, as asked for"
+        return f"{layer.attn_backend}, as requested"
     part = next(filter(None, encodings)).parts[0]
     device, dtype = part.table.device, autocast_dtype(part.table.device) or part.table.dtype
     measures = device.type in MEASURED and not compiled
@@ -228,5 +228,5 @@ def describe(
     if measured is None:
         return f"{name} (the first of {', '.join(order)} that can run here)"
     if torch.are_deterministic_algorithms_enabled():
-        return f"{name} (deterministic: the first of {', '.join(_by_dtype(call))} that is right here)"
+        return f"{name} (deterministic: the first of {', '.join(_by_dtype(call))} that is correct here)"
     return f"{name}, measured here: {measured}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rpe_attention` on CPU by the kernels of rpe_ops_cuda: no (L, L) tensor unless it is small enough to be kept."""
+"""`rpe_attention` on CPU by the kernels of rpe_ops_cuda: no (L, L) tensor unless it is small enough to keep."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,19 @@ from torch import Tensor
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.rpe_index import extension_error, under_function_transform
 
-# Attention weights of up to so many bytes are kept for backward; more are computed again, which then is cheaper than
-# fresh memory: the C library returns larger blocks to the system, and each step would fault its pages in anew.
+# Attention weights up to this size are kept for backward; larger ones are recomputed, which is then cheaper than fresh
+# memory: the C library returns larger blocks to the system, and each step would fault their pages in again.
 KEPT_BYTES = 30 << 20
-MODES = ("ctx", "bias")  # the kernels have their own lookups, inside their tiles
+MODES = ("ctx", "bias")  # the kernels do their own lookups, inside their tiles
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def missing() -> str | None:
-    """Why this backend does not exist here, with the remedy; None where it does."""
+    """Why this backend does not exist here, with the remedy; None if it does."""
     if extension_error:
         return f"rpe_ops_cuda does not load ({extension_error}); build it with: pip install ./rpe_ops_cuda"
     if not hasattr(torch.ops.irpe, "attention"):
-        return "rpe_ops_cuda is of an older version without fused attention; rebuild it: pip install ./rpe_ops_cuda"
+        return "rpe_ops_cuda is an older version without fused attention; rebuild it: pip install ./rpe_ops_cuda"
     return None
 
 
@@ -63,7 +63,7 @@ def attention(call: AttentionCall) -> Tensor:
 def _table_and_maps(
     rpe: Encoding | None, length: int, height: int | None, width: int | None, device: torch.device
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The tables of all parts side by side along the buckets, and their maps."""
+    """The tables of all parts, concatenated along the buckets, and their maps."""
     if rpe is None:
         return None, []
     maps = [part.bucket_ids(length, height, width, device) for part in rpe.parts]

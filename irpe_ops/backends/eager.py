@@ -20,7 +20,7 @@ def why_not(call: AttentionCall) -> None:
 
 
 def attention(call: AttentionCall) -> Tensor:
-    """`rpe_attention` for arguments it has checked. Returns ``(B, H, L, D)``."""
+    """`rpe_attention` for checked arguments. Returns ``(B, H, L, D)``."""
     weights, v = attention_weights(call), call.v
     if call.dropout_p > 0:
         weights = F.dropout(weights, call.dropout_p)
@@ -48,6 +48,6 @@ def attention_weights(call: AttentionCall) -> Tensor:
         scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
     if attn_mask is None and key_padding_mask is None:
         return scores.softmax(-1)
-    # The softmax of a row of minus infinities is NaN, and so is its gradient: take such rows out before and after.
+    # The softmax of an all -inf row is NaN, and so is its gradient: mask such rows before and after.
     empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1)
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a backend on a small grid, and time it at the shape of the call."""
+"""Checks a backend on a small grid, and times it at the shape of the call."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ class Measurement(NamedTuple):
 
 
 def trains(call: AttentionCall) -> bool:
-    """Whether backward will come. Dropout is a sign too: reentrant checkpointing runs forward without gradients."""
+    """Whether backward will follow. Dropout is a sign too: reentrant checkpointing runs forward without gradients."""
     tensors = [call.q, call.k, call.v, *(part.table for rpe in call.encodings for part in rpe.parts)]
     return call.dropout_p > 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
@@ -42,7 +42,7 @@ def measure(
     """
     training, device = trains(call), call.q.device
     ms, left_out = {}, {}
-    # What is saved for backward here is hidden from hooks of the run, such as those of activation checkpointing.
+    # Hides the tensors saved for backward here from the run's own hooks, such as activation checkpointing.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     devices = [device] if call.q.is_cuda else []
     with (
@@ -60,13 +60,13 @@ def measure(
             try:
                 error = _distance(_run(attention, small, training), exact)
                 if not error <= allowed:  # not `>`, which a NaN would pass
-                    raise ArithmeticError(f"wrong by {error:.1e} of the answer; {allowed:.1e} is allowed")
+                    raise ArithmeticError(f"relative error {error:.1e}; {allowed:.1e} is allowed")
                 ms[name] = _milliseconds(functools.partial(_run, attention, _copy(call, training), training), device)
-            except Exception as error:  # of a compiler, driver or kernel: the run continues without it
+            except Exception as error:  # from a compiler, driver or kernel: the run continues without it
                 words = str(error).strip().splitlines()
                 left_out[name] = f"{type(error).__name__}: {words[0] if words else 'no message'}"
                 _check_device(device, name, left_out[name])
-    if call.q.is_cuda:  # what was measured is not the run's: neither its memory nor its peak
+    if call.q.is_cuda:  # neither the memory used here nor its peak belongs to the run
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return Measurement(ms, left_out)
@@ -74,7 +74,7 @@ def measure(
 
 @contextlib.contextmanager
 def _any_algorithm() -> Iterator[None]:
-    """Deterministic algorithms off: plain PyTorch, which all are compared with, may have no such ones."""
+    """Deterministic algorithms off: plain PyTorch, the reference, may have no deterministic ones."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -89,7 +89,7 @@ def _check_device(device: torch.device, name: str, reason: str) -> None:
     except RuntimeError as error:
         raise RuntimeError(
             f"attention backend {name!r} has left {device} unusable for this process ({reason}); "
-            "start again with another one: backend='eager', or --attn-backend eager"
+            "restart with another backend: backend='eager', or --attn-backend eager"
         ) from error
 
 
@@ -99,7 +99,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _copy(call: AttentionCall, training: bool) -> AttentionCall:
-    """A copy of the call with its own leaves and modules, so that the run's graph is not touched."""
+    """A copy of the call with its own leaf tensors and modules, so that the run's graph is not touched."""
     q, k, v = (x.detach().clone().requires_grad_(training) for x in (call.q, call.k, call.v))
     mask = call.attn_mask
     mask = None if mask is None else mask.detach().clone().requires_grad_(mask.requires_grad)
@@ -107,7 +107,7 @@ def _copy(call: AttentionCall, training: bool) -> AttentionCall:
 
 
 def _own_encodings(call: AttentionCall, copied: Callable[[Tensor], Tensor] = torch.clone) -> list[Encoding | None]:
-    """Copies of rpe_q, rpe_k and rpe_v. Their tables may be no leaves: replicas, views of one flat parameter."""
+    """Copies of rpe_q, rpe_k and rpe_v. Their tables may be non-leaf tensors: replicas, views of one flat parameter."""
     tables = [part.table for rpe in call.encodings for part in rpe.parts]
     own = {id(t): nn.Parameter(copied(t.detach()), requires_grad=t.requires_grad) for t in tables}
     return [copy.deepcopy(rpe, own) for rpe in call[3:6]]
@@ -164,7 +164,7 @@ def _run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, trai
 
 
 def _distance(ours: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest distance of an output or gradient from the exact one, relative to the length of the exact one."""
+    """The largest relative error of an output or gradient, in the L2 norm."""
     return max(
         float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
         for x, y in zip(ours, exact, strict=True)
@@ -172,7 +172,7 @@ def _distance(ours: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    """The median of a few rounds after two to warm up: on a GPU its own time, without Python's to launch the work."""
+    """The median of a few rounds after two for warm-up: on a GPU the device's own time, without launch overhead."""
     times = []
     for _ in range(rounds + 2):
         start = time.perf_counter()
@@ -185,7 +185,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device, rounds: int =
 
 
 def _gpu_milliseconds(run: Callable[[], object], launched_within: float, rounds: int) -> float:
-    """The median of a few rounds. Each waits in the GPU's queue until all of it is launched, as in a busy training."""
+    """The median of a few rounds. The GPU sleeps until each is fully launched, so its queue is full, as in training."""
     times = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

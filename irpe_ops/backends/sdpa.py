@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rpe_attention` by PyTorch's own fused attention, with the encodings as its additive mask: any device, plain PyTorch.
 
-The mask is a ``(B, H, L, L)`` tensor, so memory grows with L squared, once, where the definition has several of them.
+The mask is a ``(B, H, L, L)`` tensor, so memory grows with L squared, but the definition holds several such tensors.
 """
 
 import functools
@@ -15,13 +15,13 @@ from torch import Tensor
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.rpe_index import has_kernel, rpe_index, rpe_index_adjoint, under_function_transform
 
-# Rows start at multiples of so many elements: the memory-efficient kernel would copy the mask otherwise, and products
-# of halves would take longer.
+# Rows start at multiples of this many elements: otherwise the memory-efficient kernel would copy the mask, and
+# half-precision products would take longer.
 ROW_MULTIPLE = 8
 
 
 def missing() -> str | None:
-    """Why this backend does not exist here: it always does."""
+    """None: this backend exists everywhere."""
     return None
 
 
@@ -37,7 +37,7 @@ def why_not(call: AttentionCall) -> str | None:
 def attention(call: AttentionCall) -> Tensor:
     """`rpe_attention` for arguments that passed its checks and `why_not`. Returns ``(B, H, L, D)``.
 
-    The mask has the dtype of q. Lookups, and sums of its gradient by bucket, are fp32 where no kernel of rpe_ops_cuda
+    The mask has the dtype of q. Lookups, and sums of its gradient by bucket, are fp32 unless a kernel of rpe_ops_cuda
     sums half precision in fp32.
     """
     q, k, v, rpe_q, rpe_k, _, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
@@ -50,7 +50,7 @@ def attention(call: AttentionCall) -> Tensor:
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, :]
         excluded = padding if excluded is None else excluded | padding
-    # Queries without a key get zeros; kernels give NaN, zeros or the mean of all values. Here they see every key.
+    # Queries without a key get zeros; fused kernels give NaN, zeros or the mean of all values: let them see every key.
     empty = None
     blocked = [x for x in (excluded, None if added is None else added == -math.inf) if x is not None]
     if blocked:
@@ -62,7 +62,7 @@ def attention(call: AttentionCall) -> Tensor:
         mask = _Mask.apply(q.dtype, of_queries, added, excluded, *(x for pair in lookups for x in pair))
         mask = mask.expand(*q.shape[:3], q.shape[2])
         if mask.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
-            # Frozen before the tables: PyTorch's CUDA kernel would not keep what its backward pass reads.
+            # If only the tables need gradients, PyTorch's CUDA kernel would not save what its backward pass reads.
             link = mask[..., :1, :1]
             q = q + link.masked_fill(torch.ones_like(link, dtype=torch.bool), 0.0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
@@ -72,7 +72,7 @@ def attention(call: AttentionCall) -> Tensor:
 def _lookups(
     x: Tensor, rpe: Encoding | None, height: int | None, width: int | None, scale: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each part of the encoding what its buckets add to the scores, and the ids."""
+    """For each part of the encoding, what its buckets add to the scores, and the ids."""
     dtype = x.dtype if has_kernel(x) else torch.promote_types(x.dtype, torch.float32)
     parts = () if rpe is None else rpe.parts
     length = x.shape[2]
@@ -80,14 +80,15 @@ def _lookups(
 
 
 class _Mask(torch.autograd.Function):
-    """All that is added to the scores. Its gradient is summed by bucket as it comes.
+    """The sum of all terms added to the scores. Its gradient is summed by bucket without a copy.
 
-    Autograd would copy it into rows of whole `ROW_MULTIPLE` first, and write zeros where no weight is, and no gradient.
+    Autograd would first copy it into rows of a multiple of `ROW_MULTIPLE`, and write zeros for masked weights, whose
+    gradient is zero anyway.
     """
 
     @staticmethod
     def forward(ctx, *inputs: torch.dtype | int | Tensor | None) -> Tensor:
-        # No parameter is named: Dynamo leaves ctx out where there are as many as arguments.
+        # *inputs instead of named parameters: Dynamo drops ctx if there are as many parameters as arguments.
         dtype, of_queries, added, excluded, *lookups = inputs
         ctx.of_queries = of_queries
         ctx.kinds = [(x.shape, x.dtype) for x in lookups[::2]]
@@ -121,7 +122,7 @@ class _Mask(torch.autograd.Function):
 
 
 def _in_place(mask: Tensor, change: Callable, other: Tensor, *rest: float) -> Tensor:
-    """``change(mask, other, *rest)``: in place, which keeps rows aligned, if the mask is as large as both."""
+    """``change(mask, other, *rest)``, in place (which keeps rows aligned) if the mask has the broadcast shape."""
     shape = torch.broadcast_shapes(mask.shape, other.shape)
     if shape != mask.shape:
         mask = mask.expand(shape).clone()

@@ -4,7 +4,7 @@
 Small products stay in PyTorch, so that autograd sums the gradients of the tables in a fixed order: ``lookup_k =
 scale * q @ table_k`` and ``lookup_q = scale * k @ table_q``, both ``(B, H, L, N)``, go into the kernels of
 `triton_kernels`, which spread them over pairs of tokens, for some heads at a time; sums of attention weights by bucket,
-``(B, H, L, N)`` again, come out and meet ``table_v``. Of every part N is rounded up to a multiple of `COLUMN_MULTIPLE`.
+again ``(B, H, L, N)``, come out and are multiplied with ``table_v``. N of every part is padded to `COLUMN_MULTIPLE`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from irpe_ops.backends.triton_launch import COLUMN_MULTIPLE, INTERPRETED, Argume
 from irpe_ops.modes import product, without_autocast
 from irpe_ops.rpe_index import under_function_transform
 
-# `sum_kernel` holds a row of buckets in registers, the others a row of q.
+# `sum_kernel` holds a row of buckets in registers, the other kernels a row of q.
 MAX_BUCKETS, MAX_HEAD_DIM = 256, {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
@@ -40,17 +40,17 @@ _MISSING = _find_missing()
 
 
 def missing() -> str | None:
-    """Why this backend does not exist on this machine; None where it does."""
+    """Why this backend does not exist on this machine; None if it does."""
     return _MISSING
 
 
 def too_old(device: torch.device) -> str | None:
-    """Why the kernels run no call on this GPU; None where they can."""
+    """Why the kernels cannot run on this GPU; None if they can."""
     return "it needs a GPU of compute capability 8.0 (Ampere) or later" if generation(device) < 8 else None
 
 
 def why_not(call: AttentionCall) -> str | None:
-    """Why these arguments of `rpe_attention` cannot run here, with the remedy; None where they can."""
+    """Why these arguments of `rpe_attention` cannot run here, with the remedy; None if they can."""
     q, attn_mask, encodings = call.q, call.attn_mask, call.encodings
     if q.device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA tensors, q is on {q.device}"
@@ -73,10 +73,10 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def attention(call: AttentionCall) -> Tensor:
-    """`rpe_attention` for arguments that it has checked and `why_not` has let pass; ``(B, H, L, D)``.
+    """`rpe_attention` for arguments that passed its checks and `why_not`. Returns ``(B, H, L, D)``.
 
-    Lookups, sums by bucket and their gradients are computed in fp32 and rounded to the dtype of q, as the products of a
-    linear layer are; everything between them is fp32, but for what is summed by bucket, which is rounded too.
+    Lookups, sums by bucket and their gradients are computed in fp32 and rounded to the dtype of q, as in linear layers;
+    everything between them is fp32, except the terms summed by bucket, which are rounded too.
     """
     q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale = call
     if call.encodings:
@@ -90,7 +90,7 @@ def attention(call: AttentionCall) -> Tensor:
         lookup_q = None if rpe_q is None else _lookup(k, rpe_q, scale)
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*q.shape[:3], q.shape[2])
-        # On the device and from PyTorch's generator: torch.manual_seed decides, and nothing waits.
+        # On the device and from PyTorch's generator: it follows torch.manual_seed without a synchronization.
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
         operator = _Attention.apply if _is_plain(q) else fused_attention
         out, sums, _ = operator(
@@ -104,7 +104,7 @@ def attention(call: AttentionCall) -> Tensor:
 
 
 def _map_of(rpe: Encoding) -> tuple[str, int]:
-    """What ids depend on, besides the grid: methods and ratio as one string, which no compiler takes for a symbol."""
+    """What ids depend on, besides the grid: methods and ratio as one string, which no compiler makes symbolic."""
     part = rpe.parts[0]
     return ",".join(part.method for part in rpe.parts) + ":" + repr(part.ratio), part.skip
 
@@ -123,7 +123,7 @@ def _attend(*arguments):
     on_k, on_q, on_v = call.lookup_k is not None, call.lookup_q is not None, call.on_values
     for chunk in launch.chunks(on_q + (on_k or on_v)):
         pairs_k, pairs_q = launch.spread(chunk, call.lookup_k), launch.spread(chunk, call.lookup_q)
-        kept = launch.room(chunk) if on_v and not on_k else pairs_k  # the place of each pair is read, then written
+        kept = launch.room(chunk) if on_v and not on_k else pairs_k  # each pair is read before its place is overwritten
         tiles = -(-launch.length // launch.given["BLOCK_N"])
         peaks = log_sums.new_empty(chunk.planes, launch.length, tiles) if on_v else None
         launch.by_tile("forward_kernel", "BLOCK_M", chunk, pairs_k=pairs_k, pairs_q=pairs_q, kept=kept, peaks=peaks,
@@ -141,7 +141,7 @@ def _results(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _differentiate(grad_out, grad_sums, out, sums, log_sums, *arguments):
-    """Gradients of q, k, v, lookup_k and lookup_q (empty where there is none), with all weights computed again."""
+    """Gradients of q, k, v, lookup_k and lookup_q (empty if there is none), with all weights recomputed."""
     launch = Launch(call := Arguments(*arguments), grad_out=grad_out, grad_sums=grad_sums)
     grad_q, grad_k, grad_v, grad_lookup_k, grad_lookup_q = grads = _gradients(*[None] * 5, *arguments)
     own = {"deltas": torch.empty_like(log_sums), "log_sums": log_sums, "out": out, "sums": sums}
@@ -170,11 +170,11 @@ def _gradients(grad_out, grad_sums, out, sums, log_sums, *arguments) -> tuple[Te
 
 
 def _rows_like(x: Tensor) -> Tensor:
-    """In the order of ``x`` if its rows are adjacent in memory, as those of the result have to be."""
+    """Empty, with the strides of ``x`` if its columns are adjacent in memory, as the result's must be."""
     return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-# The dispatcher's words for the fields of `Arguments`, whose list both operators share.
+# The dispatcher's names for the types in `Arguments`, which both operators share.
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", int: "SymInt", bool: "bool", float: "float"}
 _SCHEMA = ", ".join(f"{_TYPES[type_]} {name}" for name, type_ in Arguments.__annotations__.items())
 _GRADIENTS = ("grad_out", "grad_sums", "out", "sums", "log_sums")
@@ -187,7 +187,7 @@ fused_attention_backward.register_fake(_gradients)
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # no zeros for the gradient of the divisors, which nobody asks for
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of the divisors, which nobody needs
     ctx.save_for_backward(*output, *inputs[:9])
     ctx.options = inputs[9:]
 
@@ -204,7 +204,7 @@ fused_attention.register_autograd(_backward, setup_context=_save)
 
 
 class _Attention(torch.autograd.Function):
-    """The operator for ordinary calls: a third of the time that PyTorch's registry of operators takes."""
+    """The operator for ordinary calls: a third of the overhead of PyTorch's registered operators."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -219,7 +219,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _is_plain(q: Tensor) -> bool:
-    """Whether nothing but autograd looks on: no compiler, no mode that counts operators, no fake tensor."""
+    """Whether nothing but autograd is watching: no compiler, no mode that counts operators, no fake tensor."""
     return not torch.compiler.is_compiling() and type(q) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 

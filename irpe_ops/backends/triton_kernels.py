@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels of `irpe_ops.backends.triton`.
 
-Encodings are turned into numbers for pairs of tokens by `spread_kernel`, and sums over pairs into sums by bucket by
-`sum_kernel`. Both take one token at a time, whose ids are the same in every (batch, head), called a plane: a product
-with a matrix of zeros and ones, on the tensor cores. Between them stands ordinary attention with numbers added to its
-scores: `forward_kernel`, and for the gradients `delta_kernel`, `key_gradient_kernel`, which also keeps the gradients of
-all scores, and `query_gradient_kernel`. No atomics: each program owns what it writes, and adds in a fixed order.
+`spread_kernel` turns encodings into values for pairs of tokens, and `sum_kernel` sums values of pairs by bucket. Both
+take one token at a time, whose ids are the same in every (batch, head), called a plane; the sums are a product with a
+matrix of zeros and ones, on the tensor cores. Between them is ordinary attention with values added to its scores:
+`forward_kernel`, and for the gradients `delta_kernel`, `key_gradient_kernel`, which also keeps the gradients of all
+scores, and `query_gradient_kernel`. No atomics: each program owns what it writes, and adds in a fixed order.
 
-Pairs lie in memory as ``(planes, length, row)``: of a chunk of planes, each row as long as a multiple of 8. Names in
-capitals are constants of a compiled kernel. BLOCK_M queries meet BLOCK_N keys; D is padded to a power of two, HEAD.
-PARTS is 2 for ``cross`` (rows and columns: two maps, two lookups side by side), else 1. A lookup has PADDED columns a
-part, a multiple of 8, so that its rows start at multiples of 16 bytes, and COLUMNS, a power of two, hold all parts.
+Pairs are stored as ``(planes, length, row)`` for a chunk of planes, with rows padded to a multiple of 8. Names in
+capitals are compile-time constants. BLOCK_M queries meet BLOCK_N keys; D is padded to a power of two, HEAD.
+PARTS is 2 for ``cross`` (rows and columns: two maps, two lookups side by side), else 1. A lookup has PADDED columns per
+part, a multiple of 8, so that its rows start at multiples of 16 bytes; COLUMNS, a power of two, holds all parts.
 """
 
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Triton would compile anew for each of these that is 1, or a multiple of 16: too often where images have many sizes.
+# Triton would recompile whenever one of these is 1 or a multiple of 16: too often if images have many sizes.
 SIZES = ["heads", "length", "height", "width", "skip", "table_size", "batch_stride", "head_stride", "mask_batch",
          "mask_head", "mask_query", "mask_key", "first", "planes", "row", "drop_below"]  # fmt: skip
 
@@ -32,7 +32,7 @@ def dot(a, b, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def add_transposed(scores, tile, SIZE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """scores + trans(tile), exact: a product with the unit matrix, since tensor cores can read a tile transposed."""
+    """scores + trans(tile), exact: a product with the identity, because tensor cores can read a tile transposed."""
     if INTERPRETED:
         return scores + tl.trans(tile).to(tl.float32)
     places = tl.arange(0, SIZE)
@@ -42,9 +42,9 @@ def add_transposed(scores, tile, SIZE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def positions(tokens, length, height, width, skip):
-    """Two numbers a token, as query and as key: their difference is the place of a pair in the table of offsets.
+    """Two positions per token, as query and as key: their difference is a pair's place in the table of offsets.
 
-    Leading tokens stand so far outside the grid that every pair with one of them falls into the table's last part.
+    Leading tokens are placed so far outside the grid that every pair with one falls into the last part of the table.
     """
     place = tl.minimum(tokens, length - 1) - skip
     on_grid = place // width * (2 * width - 1) + place % width
@@ -56,7 +56,7 @@ def positions(tokens, length, height, width, skip):
 
 @triton.jit
 def ids_of(token, others, offset_table, length, height, width, skip, table_size, PARTS: tl.constexpr):
-    """The buckets of the one token paired with others, by the one map or the two."""
+    """The buckets of one token paired with the others, in each of the one or two maps."""
     as_query, unused_key = positions(token, length, height, width, skip)
     unused_query, as_key = positions(others, length, height, width, skip)
     pair = offset_table + (as_query - as_key)
@@ -68,9 +68,9 @@ def ids_of(token, others, offset_table, length, height, width, skip, table_size,
 
 @triton.jit
 def bucket_row(plane, token, heads, batch_stride, head_stride, row_stride):
-    """Where the row of a token in each plane starts, in a tensor (B, H, L, N)."""
+    """Where the row of a token starts in each plane of a (B, H, L, N) tensor."""
     place = (plane // heads).to(tl.int64) * batch_stride + (plane % heads).to(tl.int64) * head_stride
-    return (place + token.to(tl.int64) * row_stride) // 8 * 8  # as it is; the compiler learns that it is a multiple
+    return (place + token.to(tl.int64) * row_stride) // 8 * 8  # unchanged, but now the compiler knows it is a multiple
 
 
 @triton.jit
@@ -91,8 +91,8 @@ def store_rows(pointer, rows, row_stride, count, values, COLUMNS: tl.constexpr, 
 
 @triton.jit
 def load_pairs(pairs, local, tokens, others, length, row):
-    """(tokens, others) of the chunk's plane `local`; zero where there is none."""
-    row = row // 8 * 8  # as it is; the compiler learns that it is a multiple
+    """(tokens, others) of the chunk's plane `local`; zero outside."""
+    row = row // 8 * 8  # unchanged, but now the compiler knows it is a multiple
     pairs += tl.multiple_of(local.to(tl.int64) * length * row, 8)
     mask = (tokens < length)[:, None] & (others < row)[None, :]
     return tl.load(pairs + (tokens[:, None] * row + others[None, :]), mask=mask, other=0.0)
@@ -158,7 +158,7 @@ def spread_kernel(
 ):  # fmt: skip
     """pairs[p, i, j] = lookup[first + p, i, id(i, j)] for one token i, BLOCK_N tokens j, and BLOCK_P planes.
 
-    A row of lookups is one or two lines of the L1 cache, which neighbouring threads read from.
+    A row of lookups is one or two L1 cache lines, shared by neighbouring threads.
     """
     token, local = tl.program_id(0), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     others = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -182,7 +182,7 @@ def sum_kernel(
 ):  # fmt: skip
     """sums[first + p, i, n]: the sum of pairs[p, i, j] over the j with id(i, j) == n, of one token i in BLOCK_P planes.
 
-    RELATIVE values still have to be multiplied by 2 ** (peak of their tile - log_sum).
+    RELATIVE values must still be multiplied by 2 ** (peak of their tile - log_sum).
     """
     token, local = tl.program_id(0), tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     plane, columns = first + local, tl.arange(0, COLUMNS)
@@ -246,7 +246,7 @@ def forward_kernel(
                            length, row, scale, ON_K, ON_Q, PADDING, MASK, PRECISION, INTERPRETED,
                            BLOCK_M)  # fmt: skip
         new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # A query without a key so far has -inf here, and -inf - -inf is NaN.
+        # A query that has seen no key yet has -inf here, and -inf - -inf is NaN.
         finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - finite)
         weights = tl.exp2(scores - finite[:, None])
@@ -257,7 +257,7 @@ def forward_kernel(
             weights = tl.where(keep, weights * (1 / (1 - dropout_p)), 0.0)
         v_tile = load_rows(v, keys, v_row, length, HEAD, HEAD_DIM)
         result = result * shrink[:, None] + dot(weights.to(v_tile.dtype), v_tile, PRECISION, INTERPRETED)
-        if ON_V:  # relative to the highest score so far, which the sums need to know
+        if ON_V:  # relative to the highest score so far, which `sum_kernel` needs
             store_pairs(kept, local, queries, keys, length, row, weights)
             peak = peaks + queries * tl.cdiv(length, BLOCK_N) + start // BLOCK_N
             tl.store(peak, highest, mask=queries < length)
@@ -275,7 +275,7 @@ def delta_kernel(
     ON_V: tl.constexpr, ALL_PADDED: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """For each query the sum of weights times their gradients, which the softmax's gradient subtracts."""
+    """For each query, the sum of weights times their gradients, which the gradient of softmax subtracts."""
     tiles = tl.cdiv(length, BLOCK_M)
     plane = tl.program_id(0) // tiles
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
@@ -303,7 +303,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """A program takes BLOCK_N keys and runs over the queries: gradients of k, v and, kept as pairs, of all scores.
 
-    `kept` may be `pairs_k`, and gradients for keys replace `pairs_q`: one program reads each place, then writes it.
+    `kept` may be `pairs_k`, and gradients for keys replace `pairs_q`: the same program reads a place before writing it.
     """
     tiles = tl.cdiv(length, BLOCK_N)
     local = tl.program_id(0) // tiles

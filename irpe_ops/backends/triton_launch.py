@@ -13,12 +13,12 @@ from irpe_ops.buckets import count_buckets
 
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COLUMN_MULTIPLE = 8  # rows of halves then start at multiples of 16 bytes, which loads and products want
-CHUNK_BYTES = 64 << 20  # of numbers for pairs of tokens at a time, at least; and at least one plane
+COLUMN_MULTIPLE = 8  # half-precision rows then start at multiples of 16 bytes, as loads and products need
+CHUNK_BYTES = 64 << 20  # of values for pairs of tokens at a time, at least; and at least one plane
 
 
 class Arguments(NamedTuple):
-    """What both operators are given; their schemas are made of it."""
+    """The arguments of both operators; their schemas are generated from it."""
 
     q: Tensor
     k: Tensor
@@ -29,7 +29,7 @@ class Arguments(NamedTuple):
     attn_mask: Tensor | None
     seed: Tensor | None
     offsets: Tensor | None
-    name: str  # methods and ratio, as one string, which no compiler takes for a symbol
+    name: str  # methods and ratio, as one string, which no compiler makes symbolic
     height: int
     width: int
     skip: int
@@ -39,21 +39,21 @@ class Arguments(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of a lookup, all parts together."""
+        """Columns of a lookup, over all parts."""
         methods, ratio = self.name.split(":")
         counts = [count_buckets(method, 2 * float(ratio), self.skip) for method in methods.split(",")]
         return sum(n + -n % COLUMN_MULTIPLE for n in counts)
 
 
 class Chunk(NamedTuple):
-    """Planes ``first`` to ``first + planes``, of the ``B * H`` there are."""
+    """Planes ``first`` to ``first + planes`` of all ``B * H``."""
 
     first: int
     planes: int
 
 
 class Launch:
-    """All that the kernels may ask for by name, and how their launches are shaped."""
+    """All kernel arguments by name, and how the launches are shaped."""
 
     def __init__(self, arguments: Arguments, **gradients: Tensor) -> None:
         q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets, *_ = arguments
@@ -88,7 +88,7 @@ class Launch:
         self.given |= zip(("mask_batch", "mask_head", "mask_query", "mask_key"), strides, strict=True)
 
     def chunks(self, buffers: int) -> Iterator[Chunk]:
-        """All planes, at once unless so many ``buffers`` of pairs would be too large."""
+        """All planes at once, unless that many ``buffers`` of pairs would be too large."""
         if self.q.numel():
             plane_bytes = self.length * self.row * self.q.element_size() * buffers
             step = min(self.planes, max(1, chunk_bytes(self.q.device) // plane_bytes)) if buffers else self.planes
@@ -96,11 +96,11 @@ class Launch:
                 yield Chunk(first, min(step, self.planes - first))
 
     def room(self, chunk: Chunk) -> Tensor:
-        """For a number for each pair of tokens."""
+        """An uninitialized value for each pair of tokens."""
         return self.q.new_empty(chunk.planes, self.length, self.row)
 
     def spread(self, chunk: Chunk, lookup: Tensor | None) -> Tensor | None:
-        """What ``lookup (B, H, L, N)`` has in the bucket of each pair of tokens."""
+        """The entry of ``lookup (B, H, L, N)`` for the bucket of each pair of tokens."""
         if lookup is None:
             return None
         if lookup.stride(-1) != 1 or any(stride % COLUMN_MULTIPLE for stride in lookup.stride()[:3]):
@@ -110,9 +110,9 @@ class Launch:
         return pairs
 
     def sum(self, chunk: Chunk, pairs: Tensor, sums: Tensor, peaks: Tensor | None = None, log_sums=None) -> None:
-        """Sum pairs by bucket, into the chunk's part of ``sums (B, H, L, N)``, whose rows are adjacent.
+        """Sum pairs by bucket, into the chunk's part of ``sums (B, H, L, N)``, whose columns are adjacent.
 
-        With ``peaks`` and ``log_sums`` they are the weights that `forward_kernel` has kept.
+        With ``peaks`` and ``log_sums`` the pairs are the weights that `forward_kernel` has kept.
         """
         tiles = sum_tiles(self.q.dtype, self.given["COLUMNS"], chunk.planes) | {"BLOCK_N": self.given["BLOCK_N"]}
         self._by_token("sum_kernel", chunk, tiles, sums, pairs=pairs, sums=sums, peaks=peaks, log_sums=log_sums,
@@ -125,7 +125,7 @@ class Launch:
         self._run(kernel, grid, chunk, **tiles, **strides, **more)
 
     def by_tile(self, kernel: str, block: str, chunk: Chunk, **more) -> None:
-        """Run a kernel whose programs take BLOCK_M queries, or BLOCK_N keys, of one plane; ``more`` are arguments."""
+        """Run a kernel whose programs take BLOCK_M queries, or BLOCK_N keys, of one plane; ``more``: its arguments."""
         self._run(kernel, (chunk.planes * -(-self.length // self.given[block]),), chunk, **more)
 
     def _run(self, kernel: str, grid: tuple[int, ...], chunk: Chunk, **more) -> None:
@@ -140,13 +140,13 @@ class Launch:
 
 
 def power_of_two(n: int) -> int:
-    """The least one that is not below ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 @functools.lru_cache
 def chunk_bytes(device: torch.device) -> int:
-    """For numbers for pairs of tokens at a time: a 64th of the GPU's memory. Each chunk is some launches more."""
+    """Memory for the pairs of one chunk: 1/64 of the GPU's. More chunks mean more launches."""
     return CHUNK_BYTES if INTERPRETED else max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
@@ -159,9 +159,9 @@ generation._dynamo_marked_constant = True  # called while torch.compile traces
 
 
 def constants(dtype: torch.dtype, head_dim: int, generation: int) -> dict:
-    """How the kernels that take a tile of one plane are compiled. Other tiles: docs/benchmarks/README.md."""
+    """Compile-time constants of the kernels that take a tile of one plane. Other tiles: docs/benchmarks/README.md."""
     head = max(16, power_of_two(head_dim))
-    # Four warps of 16 rows each divide a tile of 64 without computing anything twice. fp32 needs twice the registers.
+    # Four warps of 16 rows each split a tile of 64 without duplicate work. fp32 needs twice the registers.
     wide = dtype != torch.float32
     return {
         "HEAD_DIM": head_dim,
@@ -177,12 +177,12 @@ def constants(dtype: torch.dtype, head_dim: int, generation: int) -> dict:
 
 
 def spread_tiles(row: int) -> dict:
-    """How `spread_kernel` is compiled: one token, with others along a row, in some planes."""
+    """Compile-time constants of `spread_kernel`: one token, with others along a row, in some planes."""
     return {"BLOCK_P": 16, "BLOCK_N": min(256, max(64, power_of_two(row))), "num_warps": 4, "num_stages": 1}
 
 
 def sum_tiles(dtype: torch.dtype, columns: int, planes: int) -> dict:
-    """How `sum_kernel` is compiled, apart from BLOCK_N."""
+    """Compile-time constants of `sum_kernel`, apart from BLOCK_N."""
     most = 64 if columns <= 128 and dtype != torch.float32 else 32
     return {"BLOCK_P": min(max(16, power_of_two(planes)), most), "num_warps": 4, "num_stages": 3}
 
@@ -190,6 +190,6 @@ def sum_tiles(dtype: torch.dtype, columns: int, planes: int) -> dict:
 def fp32_products() -> str:
     """``ieee``, exact to fp32, unless the user has allowed ``tf32`` by any of PyTorch's switches."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # the older question raises once the newer switch has been used
+    if hasattr(matmul, "fp32_precision"):  # allow_tf32 raises once the newer switch has been used
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"

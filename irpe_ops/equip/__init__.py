@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts relative position encoding into models of other libraries: one function, one file for each library."""
+"""Puts relative position encoding into models from other libraries: one function, one file for each library."""
 
 from torch import nn
 

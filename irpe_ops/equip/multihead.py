@@ -35,7 +35,7 @@ def equip_torchvision_vit(model: nn.Module, config: RPEConfig, backend: str) -> 
 def equip_encoder(
     encoder: nn.TransformerEncoder, config: RPEConfig, backend: str, size: tuple[int, int] | None
 ) -> None:
-    """Encodings for every layer; ``encoder.token_grid`` can be told of other sizes."""
+    """Encodings for every layer; tell ``encoder.token_grid`` about other sizes."""
     if not len(encoder.layers):
         raise ValueError("equip: this TransformerEncoder has no layers")
     for layer in encoder.layers:
@@ -51,11 +51,11 @@ def equip_encoder(
         layer.self_attn = RPEMultiheadAttention(layer.self_attn, config, grid, backend)
         layer.activation_relu_or_gelu = 0  # else PyTorch's fast path skips self_attn in eval mode
         grid.follow(layer)
-    encoder.use_nested_tensor = False  # which have no grid
+    encoder.use_nested_tensor = False  # nested tensors have no grid
 
 
 class RPEMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with encodings, for self-attention; takes over the weights of the one it replaces."""
+    """``nn.MultiheadAttention`` with encodings, for self-attention; reuses the weights of the module it replaces."""
 
     def __init__(self, attention: nn.MultiheadAttention, config: RPEConfig, grid: TokenGrid, backend: str) -> None:
         nn.Module.__init__(self)
@@ -108,8 +108,8 @@ def _check(attention: nn.Module) -> None:
     if type(attention) is not nn.MultiheadAttention:
         reason = f"its attention is a {type(attention).__name__}, not torch.nn.MultiheadAttention"
     elif not attention._qkv_same_embed_dim:
-        reason = "its keys and values have other sizes than its queries"
+        reason = "its keys and values differ in size from its queries"
     elif attention.bias_k is not None or attention.add_zero_attn:
-        reason = "it attends to a learned or a zero key, which has no place on the grid"
+        reason = "it attends to a learned or zero key, which has no place on the grid"
     if reason := reason or why_changed(attention):
         raise ValueError(f"equip: {reason}. {HELP}")

@@ -12,14 +12,14 @@ from irpe_ops.config import RPEConfig
 from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe
 
-# The parts an attention of timm may have, by its class. With any other part, what it computes is not known here.
+# The parts that timm's attention classes may have. With any other part, we do not know what it computes.
 _PLAIN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 _ROTARY = ("q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias")
 _PARTS = {"Attention": _PLAIN, "AttentionRope": _ROTARY + _PLAIN, "EvaAttention": _ROTARY + _PLAIN}
 
 
 def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
-    """Replace the attention of every block of a timm ``VisionTransformer`` or ``Eva`` by an `RPEAttention`."""
+    """Replace the attention in every block of a timm ``VisionTransformer`` or ``Eva`` with an `RPEAttention`."""
     attentions = _find_attentions(model)
     config = dataclasses.replace(config, skip=model.num_prefix_tokens)
     grid = TokenGrid(config.skip)
@@ -32,7 +32,7 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
 
 def _remember(grid: TokenGrid, patch_embed: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
     """Forward hook of ``patch_embed``."""
-    if isinstance(patches, torch.fx.Proxy):  # a traced graph is of one size: the one that is remembered
+    if isinstance(patches, torch.fx.Proxy):  # a traced graph has one size: the one remembered
         return
     grid.varies = patches.dim() == 4  # dynamic_img_size: (B, height, width, C)
     if grid.varies:
@@ -44,7 +44,7 @@ def _remember(grid: TokenGrid, patch_embed: nn.Module, inputs: tuple[Tensor, ...
 
 
 class RPEAttention(nn.Module):
-    """The attention of a timm ViT with encodings; takes over the submodules of the one it replaces.
+    """The attention of a timm ViT with encodings; reuses the submodules of the module it replaces.
 
     With rotary positions, encodings are added to the scores of the rotated queries and keys.
     """
@@ -54,11 +54,11 @@ class RPEAttention(nn.Module):
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.head_dim = attention.proj.in_features // attention.num_heads
         self.fused_attn = getattr(attention, "fused_attn", True)
-        self.num_prefix_tokens = getattr(attention, "num_prefix_tokens", 0)  # which are not rotated
+        self.num_prefix_tokens = getattr(attention, "num_prefix_tokens", 0)  # these are not rotated
         self.rotate_half = getattr(attention, "rotate_half", False)
         for name in _PARTS[type(attention).__name__]:
             part = getattr(attention, name, None)
-            if name == "k_bias" and part is not None:  # zeros, which timm does not keep in checkpoints
+            if name == "k_bias" and part is not None:  # zeros, which timm leaves out of checkpoints
                 self.register_buffer(name, part, persistent=False)
             else:
                 optional = name in (*_ROTARY, "gate", "qkv")
@@ -116,7 +116,7 @@ def _find_attentions(model: nn.Module) -> list[nn.Module]:
     missing = [name for name in ("patch_embed", "num_prefix_tokens") if not hasattr(model, name)]
     if missing or not hasattr(model.patch_embed, "grid_size"):
         raise ValueError(
-            f"equip: {kind} does not tell its token grid ({', '.join(missing) or 'patch_embed.grid_size'} missing); "
+            f"equip: {kind} does not say its token grid ({', '.join(missing) or 'patch_embed.grid_size'} missing); "
             f"expected a timm VisionTransformer. {HELP}"
         )
     if getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0:
@@ -133,7 +133,7 @@ def _find_attentions(model: nn.Module) -> list[nn.Module]:
 
 
 def _why_unknown(attention: nn.Module | None) -> str | None:
-    """Why this is no attention of a plain or rotary timm ViT, or None where it is."""
+    """Why this is not the attention of a plain or rotary timm ViT, or None if it is."""
     if attention is None:
         return "it has no attn"
     kind = type(attention).__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token grid of a running forward pass, for attention that is only handed a sequence."""
+"""The token grid of the current forward pass, for attention that only sees a sequence."""
 
 import threading
 import weakref
@@ -14,25 +14,25 @@ HELP = "See docs/equip.md for equipping other models by hand."
 
 
 class _Here(threading.local):
-    """The grids last seen by this thread: two threads may run one model on two image sizes."""
+    """The grids last seen by this thread: two threads may run the same model on different image sizes."""
 
     def __init__(self) -> None:
         self.grids = weakref.WeakKeyDictionary()
 
 
 _here = _Here()
-# Of reentrant checkpointing: the storage of a block's input -> the grid of the forward pass that it came from.
+# For reentrant checkpointing: storage of a block's input -> grid of the forward pass it came from.
 _first_runs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class TokenGrid:
     """Grids by number of tokens, as each thread last saw them.
 
-    Gradient checkpointing runs blocks again during the backward pass, perhaps after forward passes of other sizes and
-    on a thread of autograd's. So where image sizes vary, each block's backward pass starts by restoring the grid of its
-    forward pass: 7 x 14 and 14 x 7 have the same number of tokens.
+    Gradient checkpointing reruns blocks during the backward pass, perhaps after forward passes of other sizes and on an
+    autograd thread. So if image sizes vary, each block's backward pass first restores the grid of its forward pass:
+    7 x 14 and 14 x 7 have the same number of tokens.
 
-    Args: skip: leading tokens. varies: image sizes may. tokens_dim: of what blocks return, 1 for ``(B, L, C)``.
+    Args: skip: leading tokens. varies: image sizes may change. tokens_dim: of a block's output, 1 for ``(B, L, C)``.
     """
 
     def __init__(self, skip: int, varies: bool = False, tokens_dim: int = 1) -> None:
@@ -40,10 +40,10 @@ class TokenGrid:
         self.by_length: dict[int, tuple[int, int]] = {}  # from the thread that ran last
 
     def remember(self, height: int, width: int) -> None:
-        """The tokens that come next on this thread lie on a ``height x width`` grid."""
+        """The next tokens on this thread lie on a ``height x width`` grid."""
         length = height * width + self.skip
         self.by_length[length] = (height, width)
-        if not torch.compiler.is_compiling():  # a compiled graph is of one size, and knows nothing of threads
+        if not torch.compiler.is_compiling():  # a compiled graph has one size, and knows nothing of threads
             _here.grids.setdefault(self, {})[length] = (height, width)
 
     def of(self, length: int) -> tuple[int, int]:
@@ -59,12 +59,12 @@ class TokenGrid:
         return self.by_length[length]
 
     def follow(self, block: nn.Module) -> None:
-        """``block`` finds the grid of its own forward pass again when it runs during the backward pass."""
+        """Make ``block`` use the grid of its own forward pass when it is rerun during the backward pass."""
         block.register_forward_pre_hook(self._before_block)
         block.register_forward_hook(self._after_block)
 
     def _before_block(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # Reentrant checkpointing runs a block without gradients, then on a detached input of the same storage.
+        # Reentrant checkpointing runs a block without gradients, then again on a detached input with the same storage.
         if not inputs or not self._will_have_gradient(inputs[0]):
             return
         storage = StorageWeakRef(inputs[0].untyped_storage())
@@ -98,7 +98,7 @@ class _PutBack(torch.autograd.Function):
 
 
 def why_changed(attention: nn.Module) -> str | None:
-    """Why an attention does not compute what its class does, or None where it does."""
+    """Why an attention module may not compute what its class does, or None if it does."""
     if "forward" in vars(attention):
         return "its forward was replaced by another function"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -108,7 +108,7 @@ def why_changed(attention: nn.Module) -> str | None:
 
 
 def add_encodings(attention: nn.Module, weight: Tensor, encodings: tuple, grid: TokenGrid, backend: str) -> None:
-    """Add what every equipped attention has: ``rpe_q, rpe_k, rpe_v``, ``grid`` and ``attn_backend``."""
+    """Add the attributes of every equipped attention: ``rpe_q, rpe_k, rpe_v``, ``grid`` and ``attn_backend``."""
     for role, rpe in zip("qkv", encodings, strict=True):
         setattr(attention, f"rpe_{role}", None if rpe is None else rpe.to(weight))
     attention.grid, attention.attn_backend = grid, backend

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fused attention with relative position encoding on CPU tensors: schemas, and what must happen to tensors before and
-// after the kernels of cpu/attention.inl.
+// Fused attention with relative position encoding on CPU tensors: schemas, and the preparation of tensors around the
+// kernels of cpu/attention.inl.
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -35,7 +35,7 @@ at::Tensor as_float_rows(const at::Tensor& x) {
 
 Rows rows_of(const at::Tensor& x) { return {x.data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// (B, H, L, D), laid out as (B, L, H, D), which the projection that follows takes as it is.
+// (B, H, L, D), laid out as (B, L, H, D), so that the projection that follows needs no copy.
 at::Tensor empty_like_output(const at::Tensor& q) {
   return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options().dtype(at::kFloat)).transpose(1, 2);
 }
@@ -43,14 +43,14 @@ at::Tensor empty_like_output(const at::Tensor& q) {
 // An Encoding with the tensors and plans it points to.
 struct Prepared {
   Encoding encoding = {};
-  int64_t bucket_dim = 0, first_bucket = 0;  // of the table as it came, and what is used of it
+  int64_t bucket_dim = 0, first_bucket = 0;  // of the given table; first bucket used
   at::Tensor table, transposed, grad;
   std::vector<std::shared_ptr<const Plan>> plans;
 };
 
 enum class On { kQueries, kKeys, kValues };
 
-// Tables as they come: ctx on q and k (heads or 1, D, N), on v (heads or 1, N, D), bias (heads or 1, N).
+// Tables as given: ctx on q and k (heads or 1, D, N), on v (heads or 1, N, D), bias (heads or 1, N).
 void prepare(Prepared& into, const char* name, On on, const OptionalTensor& table, at::TensorList index, const at::Tensor& q,
              float factor, bool backward) {
   Encoding& e = into.encoding;
@@ -69,7 +69,7 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
   e.shared = given.size(0) == 1;
   into.bucket_dim = e.bias || on_values ? 1 : 2;
   const int64_t buckets = given.size(into.bucket_dim), per_part = buckets / e.parts;
-  TORCH_CHECK_VALUE(buckets % e.parts == 0, "irpe::attention: ", name, " ", given.sizes(), " is not of two equal parts");
+  TORCH_CHECK_VALUE(buckets % e.parts == 0, "irpe::attention: ", name, " ", given.sizes(), " does not have two equal parts");
   for (int32_t p = 0; p < e.parts; ++p) {
     TORCH_CHECK_VALUE(index[p].dim() == 2 && index[p].size(0) == length && index[p].size(1) == length,
                       "irpe::attention: the index maps of ", name, " must be (L, L) with L=", length, ", got ", index[p].sizes());
@@ -77,7 +77,7 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
     into.plans.push_back(plan_for(index[p], per_part, "irpe::attention", direction));
     e.plan[p] = &into.plans.back()->view;
   }
-  // A lookup loads a whole register, from as many buckets before the last id as that has lanes.
+  // A lookup loads a whole register, so the table keeps as many buckets before the last id as a register has lanes.
   const PlanView &front = *e.plan[0], &back = *e.plan[e.parts - 1];
   into.first_bucket = std::max<int64_t>(0, std::min<int64_t>(front.min_id, front.max_id + 1 - kLookupLanes));
   e.buckets = (e.parts - 1) * per_part + back.max_id + 1 - into.first_bucket;
@@ -96,11 +96,11 @@ void prepare(Prepared& into, const char* name, On on, const OptionalTensor& tabl
   const int64_t matrices = q.size(0) * heads;
   const auto options = q.options().dtype(at::kFloat);
   into.grad = e.bias ? at::empty({matrices, e.padded}, options) : at::empty({matrices, e.buckets, d}, options);
-  if (e.bias || q.numel() == 0) into.grad.zero_();  // a bias is summed in place, the rest is written
+  if (e.bias || q.numel() == 0) into.grad.zero_();  // a bias accumulates, the rest is overwritten
   e.grad = into.grad.data_ptr<float>();
 }
 
-// The table's gradient from those of all (b, h), summed in their order.
+// The table's gradient: those of all (b, h), summed in order.
 at::Tensor reduced(const Prepared& p, On on, const OptionalTensor& table, int64_t batch, int64_t heads, float factor) {
   if (!table.has_value()) return at::empty({0});
   const bool transposed = on != On::kValues && !p.encoding.bias;
@@ -134,7 +134,7 @@ void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     "irpe::attention: dropout needs a seed, an int64 tensor of one element");
 }
 
-// Queries worked on at a time: as many as keep their scores within `bytes`, in tiles of about equal size.
+// Queries per tile: as many as keep their scores within `bytes`, in tiles of about equal size.
 int64_t tile_rows(int64_t length, int64_t row_bytes, int64_t bytes) {
   const int64_t step = kernels().block_rows;
   const int64_t most = std::max<int64_t>(step, bytes / row_bytes / step * step);
@@ -180,7 +180,7 @@ void fill(Call& c, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   if (dropout_p > 0) a.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
 }
 
-// Runs `kernel` on the thread's share of [0, count) with scratch memory of its own.
+// Runs `kernel` on each thread's share of [0, count), with scratch memory per thread.
 template <class Kernel>
 void in_parallel(const AttentionArgs& args, bool backward, int64_t count, Kernel kernel) {
   const int64_t bytes = kernels().attention_scratch(args, backward);
@@ -203,7 +203,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
   at::Tensor out = empty_like_output(q);
   at::Tensor stats = at::empty({keep ? matrices * a.length * 2 : 0}, options);
   at::Tensor probs = at::empty({keep && keep_probs ? matrices * a.length * a.padded + 16 : 0}, options);
-  // Room for every bucket, as its fake has it, which knows no ids.
+  // Room for every bucket, as in the fake kernel, which cannot see the ids.
   const int64_t sums_width = keep && a.on_v.parts ? rounded_up(table_v->size(1), 16) : 0;
   at::Tensor sums = at::empty({matrices * a.length * sums_width}, options);
   if (a.on_v.padded < sums_width) sums.zero_();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module _C: empty, for importing it runs the operator registrations of this library.
+// The Python module _C: empty, because importing it runs the operator registrations of this library.
 #include <Python.h>
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

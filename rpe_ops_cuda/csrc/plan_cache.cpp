@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// plan_for: plans are kept for the last few maps of ids, as every layer of a model asks for the same one.
+// plan_for: plans are cached for the last few maps of ids, because every layer of a model asks for the same one.
 #include <ATen/ops/aminmax.h>
 
 #include <cstring>
@@ -12,7 +12,7 @@ namespace irpe {
 namespace {
 
 struct Known {
-  at::Tensor index;  // a copy: compiled graphs write another map where one was, and no tensor tells
+  at::Tensor index;  // a copy: compiled graphs reuse the memory of a map for another, without bumping any version
   LookUp direction;
   std::shared_ptr<const Plan> plan;
 };

@@ -43,11 +43,11 @@ void check_common(const char* function, const char* name, const at::Tensor& valu
                     " queries and index ", index.sizes(), " has ", index.size(0));
 }
 
-// Rows a thread takes at least: about 64 KB of output, below which starting a thread costs more than it saves.
+// Fewest rows per thread: about 64 KB of output; below that, starting a thread costs more than it saves.
 int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
 
-// at::empty, in pages of 2 MB where the system grants them on request. The C library takes blocks of 32 MB and more from the
-// system anew each time, and faulting them in by pages of 4 KB costs several times what filling them does.
+// at::empty, in pages of 2 MB if the system grants them. The C library takes blocks of 32 MB and more from the system anew
+// each time, and faulting them in by pages of 4 KB takes several times as long as filling them.
 at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor x = at::empty(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -55,7 +55,7 @@ at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& 
   if (x.nbytes() >= kLarge) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr()), end = begin + x.nbytes();
     const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal changes nothing but the time
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal only costs time
   }
 #endif
   return x;
@@ -90,7 +90,7 @@ at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
   return out;
 }
 
-// Bucket sums of halves, summed in fp32: one (L_query, L_key) at a time, so that no fp32 copy of `grad` is made.
+// Bucket sums of half precision, in fp32: one (L_query, L_key) matrix at a time, without an fp32 copy of all of `grad`.
 template <class T>
 void sum_halves(const PlanView& plan, const at::Tensor& grad, at::Tensor& out, int64_t buckets) {
   const Kernels& isa = kernels();

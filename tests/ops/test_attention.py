@@ -308,7 +308,7 @@ WRONG = {
                    "attn_mask must broadcast to (B, H, L, L) = (2, 2, 7, 7), got (4, 7, 7)"),
     "mask device": (lambda: rpe_attention(Q, Q, Q, attn_mask=torch.zeros(7, 7, device="meta")), "attn_mask is on meta"),
     "grid": (lambda: rpe_attention(*example(), height=2, width=2), "gives 4 tokens and the table expects skip=1"),
-    "no grid": (lambda: rpe_attention(*example()), "L=7 less skip=1 leading tokens is no square grid"),
+    "no grid": (lambda: rpe_attention(*example()), "L=7 minus skip=1 leading tokens is not a square grid"),
     "one side": (lambda: rpe_attention(*example(), height=2), "got height=2 and width=None"),
     "head_dim": (lambda: rpe_attention(Q, Q, Q, rpe_k=example(head_dim=8)[4], height=2, width=3),
                  "rpe_k: built for head_dim=8, got D=4 in (2, 2, 7, 4)"),

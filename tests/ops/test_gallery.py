@@ -211,7 +211,7 @@ def test_an_encoder_on_grids_of_one_length():
     assert torch.equal(*out[3, 4]) and not torch.allclose(out[3, 4][0], out[4, 3][0], atol=1e-3)
     square = equip(encoder().eval(), SPEC)
     assert square(torch.randn(1, 9, 16)).shape == (1, 9, 16)
-    with pytest.raises(ValueError, match="L=12 less skip=0 leading tokens is no square grid"):
+    with pytest.raises(ValueError, match="L=12 minus skip=0 leading tokens is not a square grid"):
         square(torch.randn(1, 12, 16))
     layer = model.layers[0].self_attn
     out, weights = layer(x, x, x)
@@ -337,7 +337,7 @@ def test_an_encoder_without_layers_is_refused():
 def test_attention_with_a_learned_key_is_refused():
     model = encoder()
     model.layers[1].self_attn = nn.MultiheadAttention(16, 2, add_bias_kv=True, batch_first=True)
-    with pytest.raises(ValueError, match="it attends to a learned or a zero key"):
+    with pytest.raises(ValueError, match="it attends to a learned or zero key"):
         equip(model, SPEC)
     assert not attentions(model)  # refused before anything was changed
     with pytest.raises(ValueError, match="VisionTransformer tells its grid itself; leave grid out"):

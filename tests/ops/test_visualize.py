@@ -140,8 +140,8 @@ def test_the_command_line_draws(tmp_path):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 1000
     for arguments, words in (
         (["rpe-1-prodct-ctx-1-k"], "unknown method"),
-        (["rpe-1-euc-ctx-1-k", "--grid", "0x3"], "--grid 0x3: from 1 to 1000 patches a side"),
-        (["rpe-1-euc-ctx-1-k", "--grid", "3x100000"], "--grid 3x100000: from 1 to 1000"),
+        (["rpe-1-euc-ctx-1-k", "--grid", "0x3"], "--grid 0x3: expected 1 to 1000 patches per side"),
+        (["rpe-1-euc-ctx-1-k", "--grid", "3x100000"], "--grid 3x100000: expected 1 to 1000"),
         (["rpe-1-euc-ctx-1-k", "--query", "14,0"], "query 14,0: outside the 14x14 grid"),
         (["rpe-1-euc-ctx-1-k", "-o", str(tmp_path / "a.doc")], "a.doc: expected a picture's suffix, one of"),
     ):
@@ -162,9 +162,9 @@ def test_what_is_printed_is_what_was_written(tmp_path, capsys):
         (["-o", "there.txt/x.png"], "there.txt"),
         (["-o", "x.xyz"], "x.xyz: expected a picture's suffix, one of"),
         (["-o", "x.pgf"], "x.pgf: expected a picture's suffix"),
-        (["--grid", "3x3"], "--grid and --query are for one encoding: name it"),
-        (["--query", "1,1"], "--grid and --query are for one encoding: name it"),
-        (["rpe-1.9-product-ctx-1-k", "--grid", "0x3"], "--grid 0x3: from 1 to 1000"),
+        (["--grid", "3x3"], "--grid and --query need an encoding: name one"),
+        (["--query", "1,1"], "--grid and --query need an encoding: name one"),
+        (["rpe-1.9-product-ctx-1-k", "--grid", "0x3"], "--grid 0x3: expected 1 to 1000"),
     ],
 )
 def test_a_wrong_command_line_ends_in_one_line(tmp_path, monkeypatch, flags, words):

@@ -25,7 +25,7 @@ __device__ __forceinline__ void narrow(double x, double& y) { y = x; }
 __device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
-// The ids of row i, which lie `stride` apart.
+// The ids of row i, `stride` apart.
 template <typename Id>
 struct Ids {
   const Id* index;
@@ -58,17 +58,17 @@ __global__ void sum_by_scanning(View<T> grad, Ids<Id> ids, int buckets, T* __res
 
 // ------------------------------------------------------------------------------------------ rpe_index_adjoint, fast
 //
-// A lane owns one row of grad and one column of a (buckets, 32) histogram in shared memory, so nothing is shared and
+// A lane owns one row of grad and one column of a (buckets, 32) histogram in shared memory, so lanes share nothing and
 // bank conflicts are rare. The 32 rows of a warp are the same i in 32 planes: all lanes meet the same id at the same
 // time, and neighbouring keys often share a bucket, so a lane adds in a register until the id changes.
 // Rows with adjacent columns are staged through shared memory, 128 bytes of each row at a time, in aligned 16-byte
-// loads. A transposed grad (from rpe_q) has adjacent rows instead: its warps take 32 neighbouring i of one plane and
-// read coalesced as they are. Where rows are few, `splits` warps share 32 rows and their histograms are added in order.
+// loads. A transposed grad (from rpe_q) has adjacent rows instead: its warps take 32 neighbouring i of one plane, whose
+// loads are coalesced anyway. If rows are few, `splits` warps share 32 rows and their histograms are added in order.
 
 constexpr int kSumWarps = 4;
-constexpr int kStagedBytes = 128;                    // of each row and step
+constexpr int kStagedBytes = 128;                    // of each row, per step
 constexpr int kPiecesPerRow = kStagedBytes / 16 + 1;  // one more, as the row may start inside a piece
-constexpr int kHistogramStride = kWarp + 1;          // 33: neither a lane's bucket nor a bucket's lanes meet in one bank
+constexpr int kHistogramStride = kWarp + 1;          // 33: neither a lane's buckets nor a bucket's lanes share a bank
 constexpr int kUnroll = 8;
 
 template <typename T>
@@ -160,12 +160,12 @@ __global__ void __launch_bounds__(kSumWarps * kWarp, 5)
   column[bucket * kHistogramStride] = sum;
   __syncthreads();
 
-  // Lanes change from rows to buckets, so that a row of `out` is written as a whole.
+  // Lanes switch from rows to buckets, so that a row of `out` is written in one piece.
   const S* const first_histogram = histogram - split * buckets * kHistogramStride;
   const int64_t out_row = active ? plane * grad.rows + i : -1;
   for (int row = split; row < kWarp; row += splits) {
     const int64_t target = __shfl_sync(~0u, out_row, row);
-    if (target < 0) break;  // the rows after it are missing too
+    if (target < 0) break;  // so are all later rows
     for (int n = lane; n < buckets; n += kWarp) {
       S total = 0;
 #pragma unroll 1
@@ -186,8 +186,8 @@ cudaError_t launch_sum_by_rows(const View<T>& grad, Ids<Id> ids, int buckets, T*
     if (error != cudaSuccess) return error;
   }
   const int64_t groups = (grad.planes * grad.rows + kWarp - 1) / kWarp;
-  // About 16 warps for each of some 130 multiprocessors hide the latency; fewer groups than that are shared out.
-  // The number depends on the shape alone, hence so do the bits.
+  // About 16 warps for each of some 130 multiprocessors hide the latency; fewer groups than that are split.
+  // The number depends only on the shape, and so do the bits of the sums.
   const int splits = groups >= 2048 ? 1 : groups >= 1024 ? 2 : 4;
   const int64_t blocks = (groups * splits + kSumWarps - 1) / kSumWarps;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
@@ -197,10 +197,10 @@ cudaError_t launch_sum_by_rows(const View<T>& grad, Ids<Id> ids, int buckets, T*
 
 // ------------------------------------------------------------------------------------------ halves, on tensor cores
 //
-// For one i, the sums of all planes are a product, (buckets, keys) by (keys, planes), whose first factor has a one where
-// a key is in a bucket. A warp takes 32 planes and 64 buckets and makes that factor in registers from the ids. The order
-// of the keys in a product is free, so a lane takes eight adjacent ones, one aligned 16-byte load of each row; the
-// planes of a warp are `period` apart, for then their rows start at the same place between such pieces.
+// For one i, the sums of all planes are a product, (buckets, keys) by (keys, planes), whose first factor is the one-hot
+// matrix of the ids. A warp takes 32 planes and 64 buckets and makes that factor in registers. The order of the keys in a
+// product is free, so a lane takes eight adjacent ones, one aligned 16-byte load of each row; the planes of a warp are
+// `period` apart, so that their rows have the same alignment.
 
 constexpr int kPlanesPerWarp = 32;
 constexpr int kTiles = 4;  // of 16 buckets
@@ -212,7 +212,7 @@ union Piece {
   T parts[8];
 };
 
-#ifdef __CUDACC__  // where the tests run this file on a CPU they bring their own
+#ifdef __CUDACC__  // tests that run this file on a CPU bring their own
 template <typename T>
 __device__ __forceinline__ void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                          uint32_t b0, uint32_t b1, T) {
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kSumWarps * kWarp, 3)
           places[e] = safe_id(__ldg(ids + j + e), buckets, bad) - first_bucket - group;
         } else {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) narrow(0.0f, values[r].parts[e]);  // it may be no number, and times zero is none
+          for (int r = 0; r < 4; ++r) narrow(0.0f, values[r].parts[e]);  // it may be NaN, and NaN times zero is NaN
         }
       }
     }
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(kSumWarps * kWarp, 3)
       }
     }
   }
-  // What is no number has spread, times zero, to all buckets of its row: such rows are summed again, one by one.
+  // A NaN or infinity, times zero, has spread NaN to all buckets of its row: sum such rows again, one by one.
   if (__any_sync(~0u, !finite)) {
     const int end = min(buckets, first_bucket + kTiles * 16);
     for (int plane = first_plane; plane < min(planes, first_plane + period * kPlanesPerWarp); plane += period) {
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kSumWarps * kWarp, 3)
   stop_if(bad);
 }
 
-// How many planes lie between those whose rows start at the same place in 16 bytes; 0 where there is no such number.
+// After how many planes rows have the same alignment to 16 bytes again; 0 if they never do.
 template <typename T>
 int period_of(const View<T>& grad) {
   const int64_t batch = grad.planes > grad.heads ? grad.batch_stride : grad.heads * grad.head_stride;

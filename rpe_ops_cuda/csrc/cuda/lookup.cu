@@ -6,10 +6,10 @@ namespace irpe {
 namespace {
 
 // A thread owns one 16-byte piece of a plane (rows of 197 elements do not start at multiples of 16 bytes, so pieces
-// run on over row ends) and writes it for many planes with one 16-byte store each. Planes of odd size start at different
+// run across row ends) and writes it for many planes with one 16-byte store each. Planes of odd size start at different
 // alignments; every `period`-th plane starts at the same one, so a thread takes planes that are `period` apart and keeps
 // its ids, already turned into offsets into a plane's table, in registers. A warp reads two or three rows of a table
-// again and again: the first cache has them, and copies in shared memory are hardly faster.
+// again and again: they are in L1, and copies in shared memory are hardly faster.
 
 constexpr int kPlanesPerThread = 16;
 constexpr int kAtOnce = 2;  // planes whose loads are in flight together
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   const int begin = static_cast<int>((blockIdx.x % chunks * kThreads + threadIdx.x) * V) - misaligned;
   if (begin >= plane_size || first_plane >= planes) return;
 
-  const int first = max(-begin, 0), last = min(plane_size - begin, V);  // what of the piece is in the plane
+  const int first = max(-begin, 0), last = min(plane_size - begin, V);  // the part of the piece inside the plane
   const int row = (begin + first) / keys;
   int offsets[V], column = begin + first - row * keys, below = 0;
   bool bad = false;
@@ -101,7 +101,7 @@ cudaError_t launch_rpe_index(const Strided& input, ValueType value_type, const v
                              int64_t keys, void* out, cudaStream_t stream) {
   return with_id(id_type, [&](auto id) {
     using Id = decltype(id);
-    switch (value_type) {  // only bits are moved: the size of an element is all that matters
+    switch (value_type) {  // only bits are moved: just the element size matters
       case ValueType::kDouble: return launch_gather<uint64_t, Id>(input, index, keys, out, stream);
       case ValueType::kFloat: return launch_gather<uint32_t, Id>(input, index, keys, out, stream);
       case ValueType::kHalf:
@@ -114,7 +114,7 @@ cudaError_t launch_rpe_index(const Strided& input, ValueType value_type, const v
 bool has_code_for_this_device() {
   cudaFuncAttributes attributes;
   const bool found = cudaFuncGetAttributes(&attributes, gather_pieces<uint32_t, uint8_t>) == cudaSuccess;
-  cudaGetLastError();  // else the next launch would be told of it
+  cudaGetLastError();  // clear it, or the next launch would report it
   return found;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// rpe_index and its adjoint on CUDA tensors: takes tensors apart and starts the kernels of lookup.cu and bucket_sums.cu.
-// Schemas, and what the arguments must look like, are in ../rpe_index.h and ../rpe_index.cpp.
+// rpe_index and its adjoint on CUDA tensors: unpacks tensors and launches the kernels of lookup.cu and bucket_sums.cu.
+// Schemas and argument checks are in ../rpe_index.h and ../rpe_index.cpp.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -35,7 +35,7 @@ IdType id_type(const at::Tensor& index) {
   }
 }
 
-// Contiguous, and of a type the kernels are built for: int16 is too rare to be worth its own.
+// Contiguous, in a type the kernels are built for: int16 is too rare to be worth one of its own.
 at::Tensor ids_of(const at::Tensor& index) {
   return (index.scalar_type() == at::kShort ? index.to(at::kInt) : index).contiguous();
 }

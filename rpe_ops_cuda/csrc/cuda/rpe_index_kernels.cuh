@@ -1,7 +1,7 @@
-// What the two kernel files share: views of tensors, and ids that are checked on the device.
+// Shared by the two kernel files: views of tensors, and ids checked on the device.
 //
 // Lookup and sums move far more bytes than they compute, and the id map is the same for every (batch, head) pair, called a
-// plane below. So one block, or warp, works on the same ids for several planes. No atomics: sums have a fixed order.
+// plane below. So a block, or warp, uses the same ids for several planes. No atomics: sums have a fixed order.
 #pragma once
 
 #undef NDEBUG  // an id outside the table must stop the kernel in release builds too
@@ -20,7 +20,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;  // more needs an opt-in
 constexpr int kThreads = 256;
-constexpr int64_t kMost = INT32_MAX - (1 << 16);  // of planes, rows, blocks: what is counted in 32 bits
+constexpr int64_t kMost = INT32_MAX - (1 << 16);  // planes, rows or blocks: they are counted in 32 bits
 
 template <typename T>
 struct View {
@@ -34,13 +34,13 @@ struct View {
         row_stride(s.row_stride), column_stride(s.column_stride) {}
 
   __device__ const T* row(int64_t plane, int64_t i) const {
-    const int p = static_cast<int>(plane), count = static_cast<int>(heads);  // 64-bit division is a hundred instructions
+    const int p = static_cast<int>(plane), count = static_cast<int>(heads);  // a 64-bit division takes a hundred instructions
     return data + p / count * batch_stride + p % count * head_stride + i * row_stride;
   }
 };
 
-// The id, or 0 and a note in `bad` if the table has no such row: the kernel goes on inside its own memory and stops at
-// its end, where the call behind assert() costs no registers.
+// The id, or 0 with `bad` set if it is out of range: the kernel stays inside its memory and fails only at its end, where
+// the call behind assert() costs no registers.
 template <typename Id>
 __device__ __forceinline__ int safe_id(Id id, int buckets, bool& bad) {
   const bool good = static_cast<std::make_unsigned_t<Id>>(id) < static_cast<unsigned>(buckets);

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled operators of image Relative Position Encoding, under ``torch.ops.irpe``, with fake and autograd.
+"""Compiled operators of image Relative Position Encoding, under ``torch.ops.irpe``, with fake kernels and autograd.
 
-``rpe_index`` and ``rpe_index_adjoint`` are each the other's gradient, so they have derivatives of every order.
+``rpe_index`` and ``rpe_index_adjoint`` are each other's gradients, so they have derivatives of every order.
 """
 
 import torch
 from torch import Tensor
 
-from rpe_ops_cuda import _C, attention  # noqa: F401  registers the operators, and the fake and autograd of attention
+from rpe_ops_cuda import _C, attention  # noqa: F401  registers the operators, and fake kernel and autograd of attention
 
 _ops = torch.ops.irpe
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake and autograd of ``torch.ops.irpe.attention``; the schema is in csrc/attention.cpp."""
+"""Fake kernel and autograd of ``torch.ops.irpe.attention``; the schema is in csrc/attention.cpp."""
 
 import torch
 from torch import Tensor
@@ -36,10 +36,10 @@ def _context(ctx, inputs, output) -> None:
     q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, padding, mask, seed, *settings = inputs
     scale, dropout_p, keep, _ = settings
     if not keep:
-        raise RuntimeError("irpe::attention: keep=True is needed where gradients are")
+        raise RuntimeError("irpe::attention: keep=True is needed for gradients")
     _, stats, probs, sums = output
     ctx.mark_non_differentiable(stats, probs, sums)
-    ctx.set_materialize_grads(False)  # zeros for these three, as large as they, at every backward
+    ctx.set_materialize_grads(False)  # else every backward makes zeros as large as these three
     ctx.save_for_backward(
         stats, probs, sums, q, k, v, table_q, table_k, table_v, padding, mask, seed, *index_q, *index_k, *index_v
     )
