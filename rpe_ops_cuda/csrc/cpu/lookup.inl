@@ -314,6 +314,8 @@ static void lookup_32(const PlanView& plan, const uint32_t* in, uint32_t* out, i
     // What a row writes past its end is overwritten by the next rows, but for the last rows of this thread.
     const bool room = (end - row - 1) * plan.cols >= LANES;
     uint32_t* dest = out + row * plan.cols;
+    // Stores wait for lines that are not in the first cache. Long rows would not stay there.
+    for (int64_t j = 0; j < plan.cols && plan.cols < 512; j += 16) __builtin_prefetch(dest + 2 * plan.cols + j, 1);
     lookup_row(plan, row % plan.rows, table, room ? dest : last);
     if (!room) __builtin_memcpy(dest, last, plan.cols * sizeof(uint32_t));
   }
