@@ -1,6 +1,6 @@
 # docker build -t irpe . && docker run --gpus all --shm-size 8g -v ./ImageNet:/data -v ./outputs:/outputs irpe \
 #     classify train --config configs/deit/small_k.yaml --data-path /data --output_dir /outputs/small_k
-# The toolkit is of the CUDA version that constraints.txt's PyTorch was built with, so the CUDA kernels are built too.
+# The toolkit has the CUDA version that constraints.txt's PyTorch was built with, so the CUDA kernels are built too.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 RUN apt-get update && apt-get install -y --no-install-recommends git python3-dev python3-venv && rm -rf /var/lib/apt/lists/*

@@ -24,8 +24,8 @@ def deit(name, rpe=None, **kwargs):
 def detr_resnet50(pretrained=False, enc_rpe2d="rpe-2.0-product-ctx-1-k", **kwargs):
     """DETR with a ResNet-50: see ``detr_irpe.create_model``.
 
-    ``pretrained`` is the name of a checkpoint of the zoo (``"rpe-2.0-product-ctx-1-k_300epochs"``), or True for the one
-    that is named like ``enc_rpe2d``.
+    ``pretrained`` is the name of a checkpoint in the zoo (``"rpe-2.0-product-ctx-1-k_300epochs"``), or True for the one
+    named after ``enc_rpe2d``.
     """
     from detr_irpe import create_model
     from irpe_train.checkpoint import load_matching, read_weights

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks of mkdocs.yml: README.md is the first page; pictures outside of docs/ are copied, other files linked."""
+"""Hooks of mkdocs.yml: README.md is the first page; pictures outside docs/ are copied, other files linked."""
 
 import posixpath
 import re

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain DeiT gains iRPE by fine-tuning, on the embedded handwritten digits; ends in a figure.
+"""A plain DeiT gains iRPE by fine-tuning, on scikit-learn's handwritten digits.
 
     python examples/finetune_digits.py --out outputs/finetune_digits [--epochs 6]
 
-1. A plain DeiT is trained. 2. It is given an encoding whose tables are zero: its accuracy is what it was. 3. It is
-fine-tuned with the encoding, and, to compare with, as long without. A small, single run: see docs/ablate.md.
+1. Train a plain DeiT. 2. Add an encoding whose tables are zero: the accuracy does not change. 3. Fine-tune it with the
+encoding and, for comparison, equally long without. This is a single small run: see docs/ablate.md.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def accuracy(output_dir: Path) -> float:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-parser.add_argument("--data", type=Path, default=REPOSITORY / "demo_data/digits", help="made if it is not there")
-parser.add_argument("--epochs", type=int, default=6, help="of each training")
+parser.add_argument("--data", type=Path, default=REPOSITORY / "demo_data/digits", help="created if missing")
+parser.add_argument("--epochs", type=int, default=6, help="of each training run")
 args = parser.parse_args()
 
 if not args.data.is_dir():

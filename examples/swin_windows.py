@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""timm's Swin with iRPE in its windows. Swin's own bias is a case of iRPE, so it moves over without loss.
+"""timm's Swin with iRPE in its windows. Swin's own bias is a special case of iRPE, so nothing is lost.
 
     python examples/swin_windows.py
 
 Swin learns one number for each offset and head: iRPE's ``bias`` mode with ``product``, a table for each head, and a
-ratio of at least the window's reach, so that every offset has a bucket of its own. From there it can become contextual.
+ratio of at least the window's reach, so that every offset has its own bucket. A contextual encoding is then added.
 """
 
 import timm

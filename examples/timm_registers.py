@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A timm ViT with a class token and four register tokens gains iRPE; the tokens that are no patches share one bucket.
+"""A timm ViT with a class token and four register tokens gains iRPE; tokens that are not patches share one bucket.
 
 python examples/timm_registers.py [--pretrained]      # DINOv2's weights, downloaded
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nn.TransformerEncoder over feature maps of different sizes, padded to one: the encoding follows the grid.
+"""nn.TransformerEncoder over feature maps padded to one size: the encoding follows the grid.
 
 python examples/transformer_encoder.py
 """
@@ -11,7 +11,7 @@ from irpe_ops import equip
 
 
 class MapEncoder(nn.Module):
-    """Encodes feature maps ``(B, C, height, width)``; ``padding`` ``(B, height, width)`` is True beside them."""
+    """Encodes feature maps ``(B, C, height, width)``; ``padding`` ``(B, height, width)`` is True outside each map."""
 
     def __init__(self, channels: int, nhead: int, layers: int, spec: str):
         super().__init__()
@@ -38,4 +38,4 @@ outside[:, :5, :7] = False
 with torch.no_grad():
     padded = model(larger, outside)[..., :5, :7]
 torch.testing.assert_close(padded, alone, atol=1e-4, rtol=0)
-print("a 5 x 7 map gives the same alone and padded to 8 x 9")
+print("a 5 x 7 map gives the same result alone and padded to 8 x 9")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a detection data set takes until its first batch, and what memory it then holds, beside torchvision's.
+"""How long a detection data set takes to its first batch, and how much memory it then holds, beside torchvision's.
 
     python scripts/benchmark_coco_start.py [--annotations 100000] [--workers 4] [--rounds 5]
 
 Writes a set of small images with polygons into a temporary folder. Each figure is from a fresh process, from the
-annotation file to the first batch of the loader: seconds, processor time (steadier on a busy machine), and the
-memory of the process and its workers (proportional set size: what they share counts once).
+annotation file to the first batch of the loader: seconds, CPU time (steadier on a busy machine), and the
+memory of the process and its workers (proportional set size: shared memory counts once).
 """
 
 import argparse
@@ -55,7 +55,7 @@ def write_set(root: Path, annotations: int) -> None:
 
 
 def memory(pids: list[int]) -> float:
-    """MiB of these processes, memory that they share counted once."""
+    """MiB of these processes, with shared memory counted once."""
     texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
     return sum(int(text.split("\nPss:")[1].split()[0]) for text in texts) / 1024
 
@@ -79,7 +79,7 @@ def measure(root: Path, who: str, workers: int, result) -> None:
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     held = memory(pids) - before
-    del loader  # the workers end, and their time is known
+    del loader  # ends the workers, so that their time is counted
     of_workers = resource.getrusage(resource.RUSAGE_CHILDREN)
     result.put((seconds, busy + of_workers.ru_utime + of_workers.ru_stime, held))
 

@@ -5,10 +5,10 @@ Usage:
     python scripts/benchmark_memory.py [--device cpu] [--grids 32x32 32x64 64x64] [--heads 8] [--head-dim 32]
                                        [--output docs/benchmarks]
 
-Beside ours: PyTorch's fused attention without encoding ("sdpa") and the definition with plain gathers, without our
-extension ("gather"). Each candidate runs in a process of its own: the growth of its resident set (Linux) or of its
-allocations (CUDA) from before the call to its peak, inputs included; beside it one fp32 (heads, L, L) tensor. A first
-call with one small head makes what all layers share and keep, the bucket map of the grid: one byte or four a pair.
+Compares ours with PyTorch's fused attention without encoding ("sdpa") and the definition with plain gathers, without
+our extension ("gather"). Each candidate runs in its own process: the growth of its resident set (Linux) or of its
+allocations (CUDA) from before the call to its peak, inputs included, compared with one fp32 (heads, L, L) tensor. A
+first call with one small head makes the bucket map of the grid, which all layers share: one or four bytes per pair.
 """
 
 import argparse
@@ -31,11 +31,11 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark begins again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
 
 
 def now_and_peak(device: torch.device) -> tuple[float, float]:
-    """MiB in use now and at most since ``reset_peak``."""
+    """MiB in use now, and the peak since ``reset_peak``."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20, torch.cuda.max_memory_allocated(device) / 2**20
     fields = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE))
@@ -77,9 +77,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
-        sys.exit("the peak of a process is measured by Linux's /proc; there is none here (--device cuda needs none)")
+        sys.exit("peak memory is read from Linux's /proc, which is missing here (--device cuda needs none)")
     torch.set_num_threads(1)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then gives back at once what is freed
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then returns freed memory at once
     print(describe(device))
     context, rows = multiprocessing.get_context("spawn"), []
     for height, width in (map(int, grid.split("x")) for grid in args.grids):

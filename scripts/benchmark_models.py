@@ -5,7 +5,7 @@ Usage:
     python scripts/benchmark_models.py [--device cpu] [--dtype fp32] [--threads 1] [--batch-size 16] [--quick]
                                        [--model deit_small_patch16_224 | detr_resnet50] [--output docs/benchmarks]
 
-DeiT is timed against timm's own, DETR against ours without encoding. A step is forward, loss, backward and AdamW. At
+DeiT is timed against timm's own, DETR against ours without encoding. A step is forward, loss, backward and AdamW. With
 zero tables the encoded model must give the plain model's outputs, which is checked first. ``k deterministic`` is the
 step of ``k`` under --deterministic. Rounds and clock are those of benchmark_ops.py.
 """
@@ -28,7 +28,7 @@ ENCODED = ("k", "qk", "qkv")
 
 
 def deit(name: str, batch: int, device: torch.device) -> tuple[dict[str, nn.Module], Tensor, Callable, Callable]:
-    """Models by name, the plain one first; images; their outputs -> loss; their outputs -> what must agree."""
+    """Models by name, the plain one first; images; outputs -> loss; outputs -> the tensor that must agree."""
     models = {"timm": timm.create_model(name)}
     models |= {on: deit_irpe.create_model(name, rpe=f"rpe-1.9-product-ctx-1-{on}") for on in ENCODED}
     labels = torch.randint(1000, (batch,), device=device)
@@ -37,7 +37,7 @@ def deit(name: str, batch: int, device: torch.device) -> tuple[dict[str, nn.Modu
 
 
 def detr(name: str, batch: int, device: torch.device) -> tuple[dict[str, nn.Module], Tensor, Callable, Callable]:
-    """The same for DETR, at 800 x 1088 pixels: 25 x 34 tokens in the encoder; ten objects an image."""
+    """The same for DETR, at 800 x 1088 pixels: 25 x 34 tokens in the encoder; ten objects per image."""
     flags = ["--backbone", name.removeprefix("detr_"), "--backbone_weights", "none"]
     parser = get_args_parser()
     plain, criterion, _ = detr_irpe.build_model(parser.parse_args(flags))
@@ -95,7 +95,7 @@ def inference(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of autocast; fp32: none")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of autocast; fp32 means none")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--model", default="deit_small_patch16_224", help="any of timm's DeiT, or detr_ and a ResNet")

@@ -6,13 +6,13 @@ Usage:
 
 Peers: `clone()` of the lookup's output, `gather`, `scatter_add` for the lookup; for attention
 `scaled_dot_product_attention` without encoding ("sdpa", the base of the ratios) and with the encoding as a float mask
-("sdpa + mask", whose mask must be made anew for each input, which is part of its time), and plain PyTorch ("eager").
-Every round runs each candidate once, so a slow moment of the machine touches all; medians are printed, and their ratio
+("sdpa + mask", timed with making the mask, which each input needs anew), and plain PyTorch ("eager").
+Every round runs each candidate once, so a slow moment of the machine affects all; it prints medians, and their ratio
 beside that of the fastest rounds.
-On a CPU with one thread the clock is the processor time of this process: other programs cannot stretch it. The C
-library keeps freed memory, as for a trainer, for every candidate alike: else what one frees another faults in.
-On a GPU it is the device's own time: calls wait in its queue behind a pause, so that Python's time to launch them is
-hidden, as it is in a training step that keeps the GPU busy. DeiT's batch is 256 there.
+On a CPU with one thread the clock is the CPU time of this process, which other programs cannot stretch. The C library
+keeps freed memory for every candidate, as in a trainer: otherwise one would fault in what another has freed.
+On a GPU it is the device's own time: calls wait in its queue behind a pause, which hides Python's launch time, as in a
+training step that keeps the GPU busy. DeiT's batch is 256 there.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SHAPES = {  # batch, heads, height, width, skip, head_dim, spec
     "DeiT-S euc B16 H6 L197 D64": (16, 6, 14, 14, 1, 64, "rpe-20-euc-ctx-1-"),
     "DETR encoder B2 H8 L850 D32": (2, 8, 25, 34, 0, 32, "rpe-2.0-product-ctx-1-"),
 }
-GPU_SHAPES = {  # a GPU wants more to do than a core; DETR's encoder has two images there too
+GPU_SHAPES = {  # a GPU needs more work than a core; DETR's encoder has two images there too
     name.replace("B16", "B256"): (256 if sizes[0] == 16 else sizes[0], *sizes[1:]) for name, sizes in SHAPES.items()
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +77,7 @@ class Bench:
             print(f"{operation:28} {shape:28} {dtype:5} {name:15} {median:9.2f} ms   {ratios}", flush=True)
 
     def _host_time(self, run: Callable) -> float:
-        # As in a training on a GPU, Python launches one step while another runs.
+        # As in GPU training, Python launches one step while another runs.
         repeats = 3 if self.device.type == "cuda" else 1
         self._wait()
         start = self.clock()
@@ -133,7 +133,7 @@ def benchmark_lookup(bench: Bench, shape: str, sizes: tuple, dtype_name: str) ->
 
 
 def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str) -> None:
-    """One attention layer, forward alone and forward + backward."""
+    """One attention layer, forward only and forward + backward."""
     batch, heads, height, width, skip, head_dim, spec = sizes
     dtype, length = DTYPES[dtype_name], height * width + skip
     q, k, v, grad = (
@@ -195,7 +195,7 @@ def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str)
 
 
 def processor_name() -> str:
-    """Model, or family and model where a virtual machine hides the name; and the instruction set the kernels take."""
+    """CPU model, or family and model if a virtual machine hides the name; and the instruction set of the kernels."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info, re.MULTILINE))
     name = fields.get("model name", platform.processor() or platform.machine())
@@ -218,7 +218,7 @@ def describe(device: torch.device, bench: Bench | None = None) -> str:
 def write_csv(
     folder: Path, kind: str, device: torch.device, fields: list[str], rows: list[list], bench: Bench | None = None
 ) -> Path:
-    """``<kind>_<hardware>_<date>.csv``, the conditions in its first line."""
+    """``<kind>_<hardware>_<date>.csv``, with the conditions in its first line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     if device.type == "cpu" and torch.get_num_threads() > 1:
         name += f" {torch.get_num_threads()} threads"

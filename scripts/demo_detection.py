@@ -4,10 +4,10 @@
 Everything comes with scikit-learn: its 1,797 handwritten digits (8 x 8) and its two photographs (``china.jpg``,
 ``flower.jpg``). Digits and parts of the photographs that are seen in training never occur in validation.
 
-``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 3 digits of 28 to 44 pixels an image, images of
-64 x 80 pixels, all of one size so that no figure depends on how a batch is padded. ``digits_on_photos/`` has single
-digits on photographs in the ImageNet layout: on it a backbone learns to classify before it learns to detect, as the
-published DETR's did on ImageNet.
+``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 3 digits of 28 to 44 pixels per image, all
+images 64 x 80 pixels so that no figure depends on how a batch is padded. ``digits_on_photos/`` has single digits on
+photographs in the ImageNet layout: a backbone learns to classify on it before it learns to detect, as the published
+DETR's did on ImageNet.
 """
 
 import json
@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-CATEGORY_IDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)  # of the digits 0 to 9: neither from 0 on nor without gaps
+CATEGORY_IDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)  # of the digits 0 to 9: not from 0, and with gaps
 HEIGHT, WIDTH = 64, 80  # pixels
-DIGIT_SIDE = (28, 44)  # pixels; the ink of a digit is smaller than the square it is written in
+DIGIT_SIDE = (28, 44)  # pixels; the ink of a digit is smaller than its square
 MOST_DIGITS = 3
 CLASSIFIED_SIDE = 54  # pixels of an image with one digit
 IMAGES = {"train2017": 6000, "val2017": 300}
@@ -42,7 +42,7 @@ class Source:
         self.labels = labels[chosen]
         left, right = (0, 448) if half == "train" else (448, 640)
         self.photos = [photo[:, left:right] for photo in load_sample_images().images]
-        self.rng = np.random.RandomState(SEED + (half == "val"))  # legacy generator: its stream is frozen for good
+        self.rng = np.random.RandomState(SEED + (half == "val"))  # legacy generator: its stream never changes
 
     def background(self, height: int, width: int) -> np.ndarray:
         """A random window of a photograph, (height, width, 3) uint8."""
@@ -52,7 +52,7 @@ class Source:
         return photo[top : top + height, left : left + width].copy()
 
     def digit(self) -> tuple[np.ndarray, int]:
-        """A random digit, enlarged and cut to its ink: opacity (h, w) uint8, and which digit it is."""
+        """A random digit, enlarged and cropped to its ink: opacity (h, w) uint8, and its number."""
         number = self.rng.randint(len(self.labels))
         side = self.rng.randint(DIGIT_SIDE[0], DIGIT_SIDE[1] + 1)
         ink = np.asarray(Image.fromarray(self.digits[number]).resize((side, side), Image.Resampling.BILINEAR))
@@ -62,7 +62,7 @@ class Source:
         return ink, int(self.labels[number])
 
     def paint(self, image: np.ndarray, ink: np.ndarray, top: int, left: int) -> None:
-        """Draw ``ink`` on ``image`` in place, in the one of five random colours that is most unlike what it covers."""
+        """Draw ``ink`` on ``image`` in place, in the one of five random colours that contrasts most with it."""
         under = image[top : top + ink.shape[0], left : left + ink.shape[1]]
         colours = self.rng.randint(0, 256, (5, 3))
         colour = colours[abs(colours - under.reshape(-1, 3).mean(0)).sum(1).argmax()]
@@ -110,7 +110,7 @@ def write_coco_split(root: Path, split: str, count: int, source: Source) -> None
             image, objects = source.scene(source.rng.randint(1, MOST_DIGITS + 1))
             name = f"{image_id:012d}.jpg"
             Image.fromarray(image).save(root / split / name, quality=95)
-            archive.writestr(zipfile.ZipInfo(f"{split}/{name}"), (root / split / name).read_bytes())  # without its time
+            archive.writestr(zipfile.ZipInfo(f"{split}/{name}"), (root / split / name).read_bytes())  # no timestamp
             images.append({"id": image_id, "file_name": name, "height": image.shape[0], "width": image.shape[1]})
             for digit, mask in objects:
                 annotations.append(annotation(len(annotations) + 1, image_id, CATEGORY_IDS[digit], mask))
@@ -120,7 +120,7 @@ def write_coco_split(root: Path, split: str, count: int, source: Source) -> None
 
 
 def annotation(number: int, image_id: int, category_id: int, mask: np.ndarray) -> dict:
-    """One object as COCO writes it; the box is the tightest around the mask, whose runs are compressed."""
+    """One object in COCO's format, with compressed RLE; the box is the tightest around the mask."""
     runs = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {
         "id": number,
@@ -134,7 +134,7 @@ def annotation(number: int, image_id: int, category_id: int, mask: np.ndarray) -
 
 
 def write_class_folders(folder: Path, count: int, source: Source) -> None:
-    """``folder/<digit>/*.jpg``: a digit anywhere on a photograph, an image each."""
+    """``folder/<digit>/*.jpg``: one digit per image, anywhere on a photograph."""
     for index in range(count):
         ink, label = source.digit()
         image = source.background(CLASSIFIED_SIDE, CLASSIFIED_SIDE)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # usage: scripts/gpu_report.sh [DIR]
-# For a person with an NVIDIA GPU: runs the GPU tests, short trainings on the demo data (with scikit-learn), the check of
+# For anyone with an NVIDIA GPU: runs the GPU tests, short trainings on the demo data (with scikit-learn), the check of
 # all backends and the benchmarks, and writes DIR/report.md (what ran, how it ended, its output) beside the CSV files.
-# DIR: gpu_report by default. About 30 minutes.
-# BATCH=N: images of DeiT's whole step (256, for about 40 GB of GPU memory; fewer on smaller ones).
+# DIR: gpu_report by default. Takes about 30 minutes.
+# BATCH=N: batch size of DeiT's training step (256 needs about 40 GB of GPU memory; use less on smaller GPUs).
 # DRY_RUN=1 prints the commands. PYTHON=FILE is the interpreter (default: as in scripts/launch.sh).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -12,7 +12,7 @@ OUT=${1:-gpu_report}
 REPORT=$OUT/report.md
 failed=0
 
-# step TITLE COMMAND...: run it, keep its output in the report, go on whatever happens
+# step TITLE COMMAND...: run it, keep its output in the report, continue even if it fails
 step() {
     local title=$1 status=0
     shift

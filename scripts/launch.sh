@@ -1,7 +1,7 @@
 # Sourced by train_*.sh, eval_*.sh and slurm.sh: finds the config, the GPUs and the nodes, and starts one command.
 #   GPUS=N            processes on this node (default: the GPUs found; 1 process on the CPU if there is none)
-#   NNODES=N          nodes (default 1); on each of them the same script with
-#   NODE_RANK=R       its number, from 0 (default under SLURM: SLURM_NODEID), and where they meet, either
+#   NNODES=N          nodes (default 1); run the same script on each of them with
+#   NODE_RANK=R       its number, from 0 (default under SLURM: SLURM_NODEID), and a place to meet, either
 #   MASTER_ADDR=HOST  the first node, MASTER_PORT=PORT (default 29500; under SLURM the host is found), or
 #   RDZV=HOST:PORT    an elastic rendezvous (c10d), NODE_RANK not needed
 #   PYTHON=FILE       the interpreter (default: the active environment, else the one scripts/setup.sh made, else python3)
@@ -21,7 +21,7 @@ usage() {  # the comment block that opens the calling script
     exit "${1:-0}"
 }
 
-# find_config FOLDER NAME: a file as given, one of the repository, or a bare name of configs/FOLDER
+# find_config FOLDER NAME: a file as given, one in the repository, or a bare name from configs/FOLDER
 find_config() {
     local candidate
     for candidate in "$2" "$ROOT/$2" "$ROOT/configs/$1/$2.yaml"; do
@@ -69,7 +69,7 @@ start() {
 }
 
 # prepare MODULE FOLDER FLAG CONFIG ARGS...: CONFIG and its NAME, and RUN, the command up to ARGS. It has (FLAG $DATA);
-# an error if neither DATA, nor the config, nor ARGS say
+# an error if none of DATA, config and ARGS names it
 prepare() {
     local module="$1" folder="$2" flag="$3" data=()
     (($# >= 4)) || usage 2 >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Write the embedded demo data, real images without a download.
+"""Write the demo data, real images without a download.
 
     python scripts/make_demo_data.py --out DIR [--task classification|detection|all]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIDE = 32  # pixels: at 4 x 4 pixels a patch, one patch for each pixel of the 8 x 8 originals
+SIDE = 32  # pixels: with 4 x 4 patches, one patch for each pixel of the 8 x 8 originals
 TRAIN_SHARE = 0.6
 SPLIT_SEED = 0
 
@@ -29,7 +29,7 @@ def write_digits(folder: Path) -> dict[str, int]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise SystemExit(
-            "make_demo_data.py needs scikit-learn, which carries the images: pip install scikit-learn"
+            "make_demo_data.py needs scikit-learn, which ships the images: pip install scikit-learn"
         ) from None
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -41,7 +41,7 @@ def write_digits(folder: Path) -> dict[str, int]:
                 name = f"{labels[index]}/digit_{index:04d}.png"
                 png = _png(pixels[index])
                 _parent(folder / split / name).write_bytes(png)
-                member = tarfile.TarInfo(name)  # no time, no owner: the same bytes on every machine
+                member = tarfile.TarInfo(name)  # no timestamp or owner: the same bytes on every machine
                 member.size = len(png)
                 tar.addfile(member, io.BytesIO(png))
         counts[split] = len(indices)
@@ -49,7 +49,7 @@ def write_digits(folder: Path) -> dict[str, int]:
 
 
 def _stratified_split(labels: np.ndarray) -> dict[str, list[int]]:
-    rng = np.random.RandomState(SPLIT_SEED)  # legacy generator: its stream is frozen for good
+    rng = np.random.RandomState(SPLIT_SEED)  # legacy generator: its stream never changes
     split = {"train": [], "val": []}
     for digit in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == digit))
@@ -72,7 +72,7 @@ def _parent(path: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if need be")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to; created if needed")
     parser.add_argument("--task", choices=("classification", "detection", "all"), default="all")
     args = parser.parse_args()
     if args.task in ("classification", "all"):

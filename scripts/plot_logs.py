@@ -3,7 +3,7 @@
 """Draw the curves of one or more runs: python scripts/plot_logs.py RUN... -o curves.png
 
 RUN is a run's folder or its log.txt; logs of the published code work too. Solid: training. Dashed: test. Seeds of a run
-(x_seed0, x_seed1, ...) are one line, their mean, in a band from the lowest to the highest.
+(x_seed0, x_seed1, ...) are drawn as their mean, in a band from lowest to highest.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # usage: scripts/quickstart.sh [classification|detection|all]
-# Sets up .venv if needed, makes the embedded demo data, trains and evaluates on it, and says where everything lies:
+# Sets up .venv if needed, makes the demo data, trains and evaluates on it, and says where everything is:
 # DeiT with iRPE on handwritten digits, then DETR with iRPE on digits scattered over photographs (default: all).
-# Run again, it goes on where it stopped, and only evaluates what is finished. DATA=DIR and OUT=DIR move the files.
+# Run again, it resumes where it stopped, and only evaluates finished runs. DATA=DIR and OUT=DIR move the files.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 task=${1:-all}
@@ -16,7 +16,7 @@ PYTHON=$VENV/bin/python
 DATA=${DATA:-demo_data}
 OUT=${OUT:-outputs/demo}
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
-# The models are small: on two cores one that trains and one that reads images were measured faster than two that train.
+# The models are small: on two cores, one core training and one reading images was measured faster than both training.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # train_and_evaluate MODULE CONFIG DATA_FLAG DATA OUTPUT [FLAG...]
@@ -39,7 +39,7 @@ if [ "$task" != detection ]; then
 fi
 
 if [ "$task" != classification ]; then
-    say "deit_irpe: training the detector's backbone as a classifier (DETR does not learn from scratch in minutes)"
+    say "deit_irpe: training the detector's backbone as a classifier (DETR from scratch does not learn in minutes)"
     "$PYTHON" -m deit_irpe --config configs/detr/demo_backbone.yaml --data-path "$DATA/digits_on_photos" \
         --output_dir "$OUT/backbone" --resume auto
     train_and_evaluate detr_irpe configs/detr/demo.yaml --coco_path "$DATA/coco_digits" "$OUT/detr" \
@@ -50,4 +50,4 @@ if [ "$task" != classification ]; then
         --annotations "$DATA/coco_digits/annotations/instances_val2017.json" --out "$OUT/detr/predictions"
 fi
 
-say "log.txt, plot.png, best.pth and pictures of each run are in $OUT; its best figure stands behind best.pth above"
+say "log.txt, plot.png, best.pth and pictures of each run are in $OUT; its best figure is shown after best.pth above"

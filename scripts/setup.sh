@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # usage: source scripts/setup.sh [EXTRA...]
 # Makes .venv in the repository (VENV=DIR for another place), installs this project with the named extras into it and
-# builds the compiled extension. Safe to run again: what is already there and unchanged is left alone.
+# builds the compiled extension. Safe to run again: finished, unchanged steps are skipped.
 # PYTHON=... picks the interpreter; IRPE_EXTENSION=require makes a failed extension build an error instead of a warning.
-# These scripts keep to what bash 3.2 has, for macOS: no mapfile, and no "${array[@]}" of an empty array.
+# These scripts run in macOS's bash 3.2: no mapfile, and no "${array[@]}" of an empty array.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPO/.venv}
@@ -16,12 +16,12 @@ make_environment() {
     [ -x "$VENV/bin/python" ] && [ -x "$VENV/bin/pip" ] && return
     command -v "$python" >/dev/null || die "no $python here. Install Python 3.10 or newer, or name one: PYTHON=/path/to/python3"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        die "$($python --version) is too old: Python 3.10 or newer is wanted. Name one: PYTHON=/path/to/python3"
+        die "$($python --version) is too old: expected Python 3.10 or newer. Name one: PYTHON=/path/to/python3"
     say "making the virtual environment $VENV"
     "$python" -m venv "$VENV" || die "python -m venv failed. On Debian and Ubuntu: apt install python3-venv"
 }
 
-# install_once NAME FILE... -- COMMAND...: run COMMAND unless it last succeeded with these very files
+# install_once NAME FILE... -- COMMAND...: run COMMAND unless it last succeeded with exactly these files
 install_once() {
     local name=$1 files=()
     shift
@@ -53,7 +53,7 @@ build_extension() {
         [ "${IRPE_EXTENSION:-}" = require ] && die "rpe_ops_cuda did not build: see the compiler's message above"
         echo "WARNING: rpe_ops_cuda did not build (see above). Everything runs without it, in plain PyTorch, only slower." >&2
     else
-        "$VENV/bin/python" -m irpe_ops.info  # pip is quiet, also about a build for the CPU alone
+        "$VENV/bin/python" -m irpe_ops.info  # pip is quiet, even about a CPU-only build
     fi
     return 0
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: DATA=DIR scripts/slurm.sh {train_deit|train_detr|eval_deit|eval_detr} CONFIG [FLAGS ...]
-#   Submits that script as a SLURM job: one task a node, each starting its own processes.
-#   NNODES=N (1), GPUS=N a node (8), SBATCH="--partition=gpu --time=72:00:00": more options for sbatch.
+#   Submits that script as a SLURM job: one task per node, each starting its own processes.
+#   NNODES=N (1), GPUS=N per node (8), SBATCH="--partition=gpu --time=72:00:00": more options for sbatch.
 #   DRY_RUN=1 prints the sbatch command, then the command of the first node.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
