@@ -25,6 +25,7 @@ from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching
 from irpe_train.distributed import logger
+from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -191,3 +192,7 @@ def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.
     base = classification_loss(mixes=data.mixes(args), smoothing=args.smoothing)
     how = args.distillation_type, args.distillation_alpha, args.distillation_tau
     return DistillationLoss(base, models.build_teacher(args, classes, device), *how)
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser())

@@ -24,7 +24,7 @@ class Detector:
 
     def __init__(self, source: str, device: torch.device):
         self.device = device
-        if Path(source).suffix == ".onnx":
+        if Path(source).suffix.lower() == ".onnx":
             self.model, self.flags, self.names = load_onnx(Path(source))
             self.postprocessors = {"bbox": PostProcess()}
         else:

@@ -24,6 +24,7 @@ from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.checkpoint import load_matching, write_checkpoint
 from irpe_train.distributed import logger
+from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -195,3 +196,7 @@ def rows_of_banner(
         "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
         "attention": attention,
     }
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser())

@@ -98,7 +98,7 @@ def answer_early(package: str) -> None:
     Called by ``PACKAGE/__init__.py``; does nothing unless Python imports that for ``python -m PACKAGE``,
     ``python -m PACKAGE.PROGRAM`` or the console command. The parsers are those of ``PACKAGE/args.py``.
     """
-    programs = {"": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}
+    programs = {"": "args", ".train": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}
     parsers = {package + program: f"get_{verb}_parser" for program, verb in programs.items()}
     program = Path("".join(sys.argv[:1])).name.removesuffix(".exe").replace("-", "_")
     if program == "_m":  # the module is still to be found

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results never overwrite other files, and a folder that cannot be written is refused before any work."""
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from irpe_train.errors import RunError
-from irpe_train.text_files import read_text, write_text
+from irpe_train.text_files import plain_file, read_text
 
 LIST = ".written_by_predict"
 
@@ -51,11 +52,11 @@ class OutputFolder:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            self.written = {str(name): state for name, state in json.loads(read_text(folder / LIST)).items()}
-        except (OSError, ValueError, AttributeError):
-            self.written = {}
+        self.folder, self.written = folder, {}
+        for line in read_text(folder / LIST).splitlines() if os.path.exists(folder / LIST) else ():
+            with contextlib.suppress(ValueError, TypeError):  # a line that a kill cut short
+                name, state = json.loads(line)
+                self.written[str(name)] = state
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
         """Call it before any work. Raises RunError: a file cannot be written, is not of ``predict``, or comes twice."""
@@ -77,8 +78,8 @@ class OutputFolder:
 
     def wrote(self, *names: str) -> None:
         """These files are written, and may be replaced by a later prediction."""
-        self.written |= {name: self._state(name) for name in names}
-        write_text(self.path(LIST), json.dumps(self.written, indent=0))
+        with open(plain_file(self.path(LIST)), "a") as file:  # another process may write here too
+            file.writelines(f"\n{json.dumps([name, self._state(name)])}" for name in names)
 
     def _state(self, name: str) -> str | None:
         try:

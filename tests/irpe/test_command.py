@@ -229,7 +229,7 @@ def test_an_unforeseen_error_of_a_file_is_one_message_or_the_traceback_that_was_
     assert ("Traceback" in ran.stderr) == bool(asked)
 
 
-@pytest.mark.parametrize("program", ["", ".predict", ".export", ".check_data"])
+@pytest.mark.parametrize("program", ["", ".train", ".predict", ".export", ".check_data"])
 @pytest.mark.parametrize("package", ["deit_irpe", "detr_irpe"])
 @pytest.mark.parametrize("flag, status", [("--help", 0), ("--num_workers=x", 2)])
 def test_the_module_forms_do_not_wait_for_pytorch_either(package, program, flag, status):

@@ -18,6 +18,20 @@ def test_only_what_was_written_before_is_replaced(tmp_path):
         OutputFolder(tmp_path / "new" / "out").refuse_to_replace(["a.json", "b.json"])
 
 
+def test_two_predictions_at_once_and_one_that_was_killed(tmp_path):
+    one, other = OutputFolder(tmp_path), OutputFolder(tmp_path)
+    for out, name in ((one, "a.json"), (other, "b.json"), (one, "c.json")):
+        out.path(name).write_text(name)
+        out.wrote(name)
+    OutputFolder(tmp_path).refuse_to_replace(["a.json", "b.json", "c.json"])
+    listed = tmp_path / ".written_by_predict"
+    listed.write_text(listed.read_text()[:-9])
+    other.wrote("b.json")
+    OutputFolder(tmp_path).refuse_to_replace(["a.json", "b.json"])
+    with pytest.raises(RunError, match="c.json: already there"):
+        OutputFolder(tmp_path).refuse_to_replace(["c.json"])
+
+
 def test_a_result_that_was_edited_is_somebodys(tmp_path):
     out = OutputFolder(tmp_path)
     out.path("a.json").write_text("1")
