@@ -58,7 +58,11 @@ def main(args: argparse.Namespace) -> None:
     unreadable = []
     for path, number in numbers.items():
         try:
-            image, frame = read_in_frame(path, truth.annotations.sizes[number].tolist() if truth else None)
+            annotated = truth.annotations.sizes[number].tolist() if truth else None
+            image, frame = read_in_frame(path, annotated)
+            if annotated and 0 not in annotated and annotated != [image.height, image.width]:
+                sides = f"{image.height} x {image.width} pixels, annotated {annotated[0]} x {annotated[1]}"
+                logger.warning(f"{path}: {sides}: the objects of its annotations may be drawn in wrong places")
             for point in args.point or ():
                 cell_of(point, image.size, 1, 1)
         except (OSError, ValueError) as error:  # the other images are still predicted

@@ -237,9 +237,12 @@ def test_a_photo_is_turned_as_people_see_it_and_the_json_says_so(tmp_path):
         (40, 56, [30, 5, 20, 10], "stored"),
         (56, 40, [25, 30, 10, 20], "displayed"),
         (None, None, [30, 5, 20, 10], "stored"),
+        (80, 112, [30, 5, 20, 10], "stored"),  # of a photo of another size
     ],
 )
-def test_with_annotations_the_frame_is_theirs(tmp_path, height, width, box, frame):
+def test_with_annotations_the_frame_is_theirs(tmp_path, height, width, box, frame, monkeypatch):
+    said = []
+    monkeypatch.setattr("detr_irpe.predict.logger.warning", said.append)
     path, resume = turned_photo(tmp_path / "p.jpg"), write_checkpoint(tmp_path / "x.pth")
     image = {"id": 1, "file_name": "p.jpg", "height": height, "width": width}
     truth = {"images": [image], "annotations": [{"id": 1, "image_id": 1, "category_id": 4, "bbox": box}]}
@@ -247,6 +250,7 @@ def test_with_annotations_the_frame_is_theirs(tmp_path, height, width, box, fram
     flags = ("--resume", resume, "--out", tmp_path / "out", "--annotations", tmp_path / "truth.json")
     predict(path, *flags, "--threshold", "1")
     assert json.loads((tmp_path / "out" / "p.json").read_text())["frame"] == frame
+    assert ["40 x 56 pixels, annotated 80 x 112" in line for line in said] == [True] * (height == 80)
     (tmp_path / "val2017").mkdir()
     path.rename(tmp_path / "val2017/p.jpg")
     (tmp_path / "annotations").mkdir()
