@@ -11,40 +11,38 @@ from pathlib import Path
 import irpe
 
 TASKS = {"classify": "deit_irpe", "detect": "detr_irpe"}
-COMMANDS = {  # the module that does it, and what the overview says of it
-    "classify train": ("deit_irpe.train", "train DeiT, or any ViT of timm, with or without an encoding"),
+COMMANDS = {  # its module, and its line in the overview
+    "classify train": ("deit_irpe.train", "train DeiT, or any timm ViT, with or without an encoding"),
     "classify eval": ("deit_irpe.train", "evaluate a checkpoint: top-1 and top-5"),
-    "classify predict": ("deit_irpe.predict", "the classes of images"),
-    "classify export": ("deit_irpe.export", "to ONNX, torch.export and safetensors"),
+    "classify predict": ("deit_irpe.predict", "predict the classes of images"),
+    "classify export": ("deit_irpe.export", "export to ONNX, torch.export and safetensors"),
     "classify check": ("deit_irpe.check_data", "find images that cannot be read, and classes that differ"),
     "detect train": ("detr_irpe.train", "train DETR with or without an encoding"),
     "detect eval": ("detr_irpe.train", "evaluate a checkpoint: COCO's average precision"),
-    "detect predict": ("detr_irpe.predict", "boxes and masks in images, drawn and as JSON"),
-    "detect export": ("detr_irpe.export", "to ONNX, torch.export and safetensors"),
-    "detect check": ("detr_irpe.check_data", "find what is wrong in annotations and images"),
-    "ablate": ("irpe_lab.ablate", "a grid of runs, resumable, and its table"),
-    "report": ("irpe_lab.report", "tables from logs, beside the published figures"),
+    "detect predict": ("detr_irpe.predict", "predict boxes and masks, drawn and as JSON"),
+    "detect export": ("detr_irpe.export", "export to ONNX, torch.export and safetensors"),
+    "detect check": ("detr_irpe.check_data", "find mistakes in annotations and images"),
+    "ablate": ("irpe_lab.ablate", "train a grid of runs, resumable, and make its table"),
+    "report": ("irpe_lab.report", "make tables from logs, beside the published figures"),
     "visualize": ("irpe_ops.visualize", "draw an encoding's buckets"),
-    "info": ("irpe_ops.info", "which backends this machine has, and why one is missing"),
-    "zoo": ("irpe_train.zoo", "list and fetch the published checkpoints"),
+    "info": ("irpe_ops.info", "show which backends this machine has, and why others are missing"),
+    "zoo": ("irpe_train.zoo", "list and download the published checkpoints"),
     "completion": ("", "print a completion script: irpe completion {bash,zsh,...}"),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run ``irpe ARGV``; a console that takes no more, as that of ``irpe info | head -1``, is no traceback, nor
-    is Ctrl-C.
-    """
+    """Run ``irpe ARGV``; neither a closed console, as in ``irpe info | head -1``, nor Ctrl-C gives a traceback."""
     try:
         _main(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:  # closed by who started this
+        if sys.stdout is not None:  # None if it was closed before the start
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for anything still to be flushed when Python ends
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"irpe: {error}")
 
 
@@ -60,7 +58,7 @@ def _main(argv: list[str]) -> None:
         print(f"irpe: error: no command {name!r}; {nearest(argv)}", file=sys.stderr)
         sys.exit(2)
     else:
-        sys.argv = [f"irpe {name}", *rest]  # the name of the program in its messages
+        sys.argv = [f"irpe {name}", *rest]  # the program's name in messages
         run(name, ["--eval", *rest] if name.endswith(" eval") else rest)
 
 
@@ -71,7 +69,7 @@ def overview(task: str = "") -> str:
 
 
 def nearest(argv: list[str]) -> str:
-    """What an unknown command was probably meant to be."""
+    """The command probably meant by an unknown one."""
     verbs = [name for name in COMMANDS if name.endswith(f" {argv[0]}")]
     close = verbs or difflib.get_close_matches(" ".join(argv[:2]), [*COMMANDS, *TASKS], n=1)
     close = close or difflib.get_close_matches(argv[0], [*COMMANDS, *TASKS], n=1)
@@ -79,7 +77,7 @@ def nearest(argv: list[str]) -> str:
 
 
 def run(name: str, argv: list[str]) -> None:
-    """Help and mistakes come first, in less time than importing PyTorch takes."""
+    """Help and flag errors come first, before PyTorch is imported."""
     if name == "completion":
         print(completion(argv))
         return
@@ -101,7 +99,7 @@ def run(name: str, argv: list[str]) -> None:
 
 
 def parser_of(name: str):
-    """The parser of a command; one in ``PACKAGE/args.py`` comes without the package, whose import takes seconds."""
+    """The parser of a command; ``PACKAGE/args.py`` is loaded without its package, whose import takes seconds."""
     from irpe_train.flags import FlagParser
 
     module = COMMANDS[name][0]
@@ -127,7 +125,7 @@ def completion(argv: list[str]) -> str:
         import shtab
     except ImportError:
         sys.exit("irpe completion needs shtab: pip install shtab")
-    asked = FlagParser("irpe completion", description="Print a completion script; it says where to put it.")
+    asked = FlagParser("irpe completion", description="Print a completion script, which says where to put it.")
     asked.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     shell = asked.parse_args(argv).shell
 

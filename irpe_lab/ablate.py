@@ -4,7 +4,7 @@
     python -m irpe_lab.ablate configs/ablation/demo.yaml [-o outputs/ablation/demo] [--seeds 0,1,2]
 
 Each run is ``python -m deit_irpe`` or ``python -m detr_irpe`` with its own folder. Kill it whenever you like and start
-it again: finished runs are not repeated, interrupted ones go on from their checkpoint, failed ones are tried once more.
+it again: finished runs are not repeated, interrupted ones resume from a checkpoint, failed ones are tried once more.
 A failed run is a red row with its reason. Beside the runs: table.csv, table.md, table.tex, table.png, table.pdf.
 """
 
@@ -36,19 +36,19 @@ class Ablation:
     def __init__(self, grid: Grid, folder: Path):
         self.grid, self.folder = grid, folder
         self.folders = {(run, seed): folder / f"{run}_seed{seed}" for run in grid.runs for seed in grid.seeds}
-        # The table is made every second, so what does not change any more is read once.
+        # The table is made every second, so finished runs are read only once.
         self._finished: dict[Path, Outcome] = {}
         self._flags = {run: shlex.join(grid.flags(run)) for run in grid.runs}
         zoo = read_zoo() if grid.published else None
         self._published = {run: zoo.find(name).expect[grid.task.main] for run, name in grid.published.items()}
 
     def command(self, run: str, seed: int, processes: int = 1) -> list[str]:
-        """What to start for a run, after the interpreter."""
+        """The command line of a run, without the interpreter."""
         folder = self.folders[run, seed]
         return [*self._start(folder, seed, processes), "--output_dir", str(folder), "--resume", "auto"]
 
     def evaluations(self, run: str, seed: int, processes: int = 1) -> dict[str, list[str]]:
-        """What to start after it, by name."""
+        """The command lines of its evaluations, by name."""
         folder = self.folders[run, seed]
         trained = ["--eval", "--resume", str(folder / "checkpoint.pth"), "--output_dir", ""]
         start = self._start(folder, seed, processes)
@@ -60,14 +60,14 @@ class Ablation:
         return [*(torchrun if processes > 1 else []), *module]
 
     def prepare(self, processes: int = 1) -> None:
-        """Write the files of every run. Raises: RunError: a folder has results of something else."""
+        """Write the files of every run. Raises: RunError: a folder has results of another run."""
         for (run, seed), folder in self.folders.items():
             flags = yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
             then = self.evaluations(run, seed, processes)
             jobs.prepare(folder, self.command(run, seed, processes), flags, then)
 
     def rows(self) -> list[Row]:
-        """The table as it stands on disk."""
+        """The table, as far as results are on disk."""
         rows = {}
         for run in self.grid.runs:
             outcomes = {seed: self._outcome(self.folders[run, seed]) for seed in self.grid.seeds}
@@ -84,7 +84,7 @@ class Ablation:
         return outcome
 
     def work(self, pool: jobs.LocalPool | jobs.SlurmPool, *, processes: int = 1) -> None:
-        """Run what is not finished. Returns when every run has an outcome or was stopped."""
+        """Run everything unfinished. Returns when every run has an outcome or was stopped."""
         self.prepare(processes)
         waiting = [folder for folder in self.folders.values() if not jobs.finished(folder)]
         started: set[Path] = set()
@@ -92,7 +92,7 @@ class Ablation:
         try:
             while True:
                 working = pool.working()
-                # A run that a worker of a killed runner still works on is waited for like our own.
+                # A run still being worked on by a worker of a killed runner is awaited like our own.
                 waiting += [folder for folder in started - working if not jobs.done(folder) and jobs.busy(folder)]
                 started -= set(waiting)
                 others = {folder for folder in waiting if folder not in working and jobs.busy(folder)}
@@ -116,7 +116,7 @@ class Ablation:
         return tables.write(self.rows(), self.folder, self.grid.task.figure, title=self.grid.name, evaluations=names)
 
     def published_files(self) -> dict[str, Path]:
-        """What ``publish`` copies, by its new name, which is that of the published zoo; the table is the first."""
+        """The files that ``publish`` copies, by new name (as in the published zoo); the table first."""
         files = {name: self.folder / name for name in tables.NAMES}
         for (run, seed), folder in self.folders.items():
             name = f"{run}_seed{seed}"
@@ -128,7 +128,7 @@ class Ablation:
         return files
 
     def refuse_to_replace(self, logs: Path | None) -> None:
-        """Raises RunError: tables, or what ``publish`` would copy to ``logs``, would replace other files."""
+        """Raises RunError: tables, or files that ``publish`` copies to ``logs``, would replace other files."""
         tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.every_run)
         if logs is not None:
             tables.refuse_to_replace(logs, self.published_files(), self.grid.every_run)
@@ -169,15 +169,15 @@ def get_parser() -> argparse.ArgumentParser:
     add("grid", type=Path, metavar="GRID.yaml", help="see irpe_lab/grid.py")
     add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
     add("--only", metavar="GLOB", help="only the runs whose name matches, e.g. '*-product-*'")
-    add("--seeds", help="instead of the file's, e.g. 0,1,2")
+    add("--seeds", help="replace the grid's seeds, e.g. 0,1,2")
     add("--set", dest="settings", type=_setting, action="append", default=[], metavar="FLAG=VALUE", help="for all runs")
     add("--jobs", type=positive_int, default=1, help="runs at once on a machine without GPUs")
-    add("--gpus-per-run", type=positive_int, default=1, metavar="N", help="processes and GPUs of one run")
+    add("--gpus-per-run", type=positive_int, default=1, metavar="N", help="processes and GPUs per run")
     add("--slurm", action="store_true", help="submit each run as a SLURM job")
     add("--slurm-option", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="for submitit")
     add("--dry-run", action="store_true", help="write each run's flags.yaml, print its command, start nothing")
     add("--logs", type=Path, metavar="DIR", help="also copy tables, logs and flags here, e.g. logs/ablation_demo")
-    add("--table", action="store_true", help="write the tables of what is there, start nothing")
+    add("--table", action="store_true", help="write the tables from existing results, start nothing")
     return parser
 
 
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = get_parser()
     args = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # So that the runs are told to save.
+    # So that the runs are asked to save.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         grid = read_grid(args.grid, dict(args.settings), seeds=args.seeds, only=args.only)

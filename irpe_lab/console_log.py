@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the logs of a run, ours or published: ``log.txt``, and the console in ``detail_<name>.log``."""
+"""Reads the logs of a run, ours or published: ``log.txt``, and the console output in ``detail_<name>.log``."""
 
 import json
 import re
@@ -17,10 +17,10 @@ MEMORY = re.compile(r"max mem: (\d{1,9})\b")
 
 
 def read_log(run: str | Path) -> list[dict]:
-    """The epochs of a run, in their order; of one that is there twice, the last counts, as in ``read_detail``.
+    """The epochs of a run, in order; if one is there twice, the last counts, as in ``read_detail``.
 
     Args: run: a ``log.txt``, or the folder that has one.
-    Raises: BadData: no such file, no epochs, or a line that is not a JSON object with ``epoch`` (its number is named).
+    Raises: BadData: no such file, no epochs, or a line (named by number) that is not a JSON object with ``epoch``.
     """
     path = Path(run)
     path = path / "log.txt" if path.is_dir() else path
@@ -39,15 +39,15 @@ def read_log(run: str | Path) -> list[dict]:
             raise BadData(f"{path}: line {number}: 'epoch' is {epoch['epoch']!r:.80}, not a whole number")
         epochs[epoch["epoch"]] = epoch
     if not epochs:
-        raise BadData(f"{path}: no epoch in it yet")
+        raise BadData(f"{path}: no epoch logged yet")
     return [epochs[number] for number in sorted(epochs)]
 
 
 def read_detail(path: str | Path) -> list[dict]:
     """The evaluations of a console log, in the keys of ``log.txt``: ``epoch``, ``test_acc1``, ``test_acc5``,
-    ``test_loss``, or ``test_coco_eval_bbox`` (its first figure alone), and ``n_parameters`` where it was printed.
+    ``test_loss``, or ``test_coco_eval_bbox`` (only its first figure), and ``n_parameters`` if it was printed.
 
-    An evaluation belongs to the epoch announced before it; of an epoch that was run twice, the last one counts.
+    An evaluation belongs to the epoch announced before it; if an epoch was run twice, the last one counts.
     """
     epochs: dict[int, dict] = {}
     epoch, parameters = 0, None
@@ -69,18 +69,18 @@ def read_detail(path: str | Path) -> list[dict]:
 
 
 def images_per_second(path: str | Path) -> float | None:
-    """The median speed of training that the run printed; None where it printed none (the published logs)."""
+    """The median training speed that the run printed; None if it printed none (the published logs)."""
     speeds = [float(found[1]) for line in _lines(path) if EPOCH.search(line) and (found := SPEED.search(line))]
     return statistics.median(speeds) if speeds else None
 
 
 def peak_memory(path: str | Path) -> int | None:
-    """The most memory that the run printed, in MiB: of the GPU, or of the process on a CPU."""
+    """The highest memory that the run printed, in MiB: of the GPU, or of the process on a CPU."""
     return max((int(found[1]) for line in _lines(path) if (found := MEMORY.search(line))), default=None)
 
 
 def last_words(path: str | Path) -> str:
-    """The last line that is not empty: why a run failed."""
+    """The last non-empty line: why a run failed."""
     return next((line.strip() for line in reversed(_lines(path)) if line.strip()), "it printed nothing")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of each task: the one table keyed by task, for grids, reports, plots and console logs.
+"""The figures of each task: the only table keyed by task, for grids, reports, plots and console logs.
 
 A new task is a row of ``TASKS`` and, if it logs figures of its own, a row of ``PANELS``.
 """
@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
-NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # as consoles print one
+NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # as printed in console logs
 LARGEST = 1e300  # whole numbers in JSON may be larger than any float
 
 
@@ -19,7 +19,7 @@ class Figure:
     Args:
         name: in the model zoo and on reproduction cards.
         title: of a column or an axis.
-        key, place: where ``log.txt`` has it, and its place in the list there (None: a number). No key: not logged.
+        key, place: its key in ``log.txt``, and its place in the list there (None: a number). No key: not logged.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Figure:
     place: int | None = None
 
     def of(self, epoch: dict) -> float | None:
-        """Its value in a line of ``log.txt``; None where it was not logged."""
+        """Its value in a line of ``log.txt``; None if it was not logged."""
         value = epoch.get(self.key) if self.key else None
         if isinstance(value, list):
             place = self.place or 0
@@ -38,7 +38,7 @@ class Figure:
         return value if -LARGEST < value < LARGEST or value != value else math.copysign(math.inf, value > 0 or -1)
 
     def text(self, value: float) -> str:
-        """Percent with two decimals, fractions with three, counts whole."""
+        """Percentages with two decimals, fractions with three, counts as integers."""
         return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if self.place is not None else f"{value:.2f}"
 
 
@@ -47,7 +47,7 @@ class Task:
     """A package that trains.
 
     Args:
-        title: of its published table. marker: its name between the markers of a page.
+        title: of its published table. marker: its name in the markers of a page.
         encoding: the flag that takes a spec.
         figures: the columns of its published table. main: the name of the one that ablations compare.
         evaluation: finds an evaluation in a console log; its groups are keys of ``log.txt``.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grid file of the ablation runner: values that multiply, single runs, seeds, and what to compare with.
+"""A grid file of the ablation runner: values to combine, single runs, seeds, and the run to compare with.
 
 package: deit_irpe                     # python -m deit_irpe
-config: configs/deit/small.yaml        # what all runs share: beside the grid, in the working folder, or a shipped one
-flags: {epochs: 100}                   # and what this grid changes for all of them
-grid:                                  # a product; braces in a value multiply too
+config: configs/deit/small.yaml        # shared by all runs: beside the grid, in the working folder, or a shipped one
+flags: {epochs: 100}                   # what this grid changes in all runs
+grid:                                  # all combinations; braces in a value expand too
   rpe: [none, "rpe-1.9-product-{ctx,bias}-{0,1}-k"]
   repeated-aug: [true, false]
-runs:                                  # or (and) single runs: a name and its flags
+runs:                                  # and/or single runs: a name and its flags
   small images: {input-size: 112, rpe: none}
 seeds: [0, 1, 2]
 baseline: none                         # the run that others are compared with, seed by seed; by default "none"
@@ -43,9 +43,9 @@ MOST_RUNS = 10_000
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid file says: ``runs`` maps each run's name to all its flags, those of the config included, in order.
+    """The content of a grid file: ``runs`` maps each run's name to all its flags, including the config's, in order.
 
-    ``every_run``: names, also of the runs that ``--only`` left out.
+    ``every_run``: all names, including the runs that ``--only`` left out.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Grid:
     every_run: tuple[str, ...] = ()
 
     def flags(self, run: str) -> list[str]:
-        """A run as a command line, without seed and folder. Raises: ConfigError: a name or value no flag can carry."""
+        """A run as a command line, without seed and folder. Raises: ConfigError: an unusable name or value."""
         return flags_of(self.parser(), self.runs[run], f"grid {self.name}: run {run}")
 
     def parser(self) -> argparse.ArgumentParser:
-        """Of the package that the grid trains."""
+        """The parser of the package that the grid trains."""
         return importlib.import_module(f"{self.task.package}.args").get_args_parser()
 
 
@@ -72,10 +72,10 @@ def read_grid(
     """Read a grid file, looked for in the working folder and then among the shipped ones.
 
     Args:
-        extra: flags for all runs, over those of the file.
-        seeds: ``"0,1,2"``, instead of those of the file.
-        only: a glob; keeps the runs whose name fits.
-    Raises: ConfigError: no such file, an unknown key, no runs, two runs of one name, a run that does not parse.
+        extra: flags for all runs, which override the file's.
+        seeds: ``"0,1,2"``, replaces the file's.
+        only: a glob; keeps the runs whose name matches.
+    Raises: ConfigError: no such file, an unknown key, no runs, two runs with the same name, a run that does not parse.
     """
     source = f"grid {path}"
     path = find_config(path, source=source)
@@ -91,7 +91,7 @@ def read_grid(
     runs = _runs(raw, base, extra or {}, source)
     kept = {name: flags for name, flags in runs.items() if only is None or fnmatch.fnmatchcase(name, only)}
     if not kept:
-        raise ConfigError(f"{source}: no run name matches {only!r}; there are {', '.join(runs)}")
+        raise ConfigError(f"{source}: no run name matches {only!r}; the runs are {', '.join(runs)}")
     published = _mapping(raw, "published", source)
     for name, row in published.items():
         _known(name, runs, f"{source}: published")
@@ -100,13 +100,13 @@ def read_grid(
         except ValueError as error:
             raise ConfigError(f"{source}: published: {error}") from error
         if found.package != raw["package"]:
-            raise ConfigError(f"{source}: published: {row} is of {found.package}, not of {raw['package']}")
+            raise ConfigError(f"{source}: published: {row} belongs to {found.package}, not to {raw['package']}")
     baseline = raw.get("baseline", "none" if "none" in runs else None)
     if baseline is not None:
         _known(baseline, runs, f"{source}: baseline")
     chosen = _seeds(seeds if seeds else raw.get("seeds", [0]), source)
     if len(kept) * len(chosen) > MOST_RUNS:
-        raise ConfigError(f"{source}: {len(kept)} runs of {len(chosen)} seeds; {MOST_RUNS} in all at most")
+        raise ConfigError(f"{source}: {len(kept)} runs with {len(chosen)} seeds; expected at most {MOST_RUNS} in all")
     rows = {name: row for name, row in published.items() if name in kept}
     baseline = baseline if baseline in kept else None
     grid = Grid(path.stem, TASKS[raw["package"]], kept, chosen, rows, baseline, every_run=tuple(runs))
@@ -120,14 +120,14 @@ def _evaluations(raw: dict, parser: argparse.ArgumentParser, source: str) -> dic
     for name, flags in _mapping(raw, "evaluations", source).items():
         where = f"{source}: evaluations: {name}"
         if not isinstance(flags, dict) or not slug(str(name)) or slug(str(name)) in map(slug, evaluations):
-            raise ConfigError(f"{where}: expected a name of its own and its flags, {{input-size: 288}}")
+            raise ConfigError(f"{where}: expected a unique name and its flags, {{input-size: 288}}")
         _refuse_runners_own(flags, where)
         evaluations[str(name)] = flags_of(parser, flags, where)
     return evaluations
 
 
 def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
-    """All runs by name, each with the flags of the config, of the grid, its own, and those for all from outside."""
+    """All runs by name, each with the flags of the config, of the grid, its own, and those of ``--set``."""
     common = _mapping(raw, "flags", source)
     singles = [(str(name), flags) for name, flags in _mapping(raw, "runs", source).items()]
     runs = {}
@@ -135,7 +135,7 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
         if not isinstance(flags, dict | None):
             raise ConfigError(f"{source}: runs: {name}: expected its flags, {{epochs: 3}}; got {flags!r:.80}")
         if not (name := slug(name)):
-            raise ConfigError(f"{source}: runs: a name without letters or digits; folders are called by it")
+            raise ConfigError(f"{source}: runs: a name needs letters or digits, because folders are named after it")
         if name in runs:
             raise ConfigError(f"{source}: two runs are called {name}")
         for added in (common, flags or {}, extra):
@@ -152,7 +152,7 @@ def _refuse_runners_own(flags: dict, where: str) -> None:
 
 
 def _merged(*layers: dict) -> dict:
-    """Later layers win, and stand later: ``no-x: true`` over ``x: true`` is read last, as a typed flag would be."""
+    """Later layers win, and come last: ``no-x: true`` over ``x: true`` is read last, as a typed flag would be."""
     merged: dict[str, tuple] = {}
     for key, value in (item for layer in layers for item in layer.items()):
         merged.pop(same_name(str(key)), None)
@@ -180,13 +180,13 @@ def _parse_all(grid: Grid) -> None:
 def _mapping(raw: dict, key: str, source: str) -> dict:
     value = {} if raw.get(key) is None else raw[key]
     if not isinstance(value, dict):
-        raise ConfigError(f"{source}: {key}: expected lines 'name: value', got {value!r:.80}")
+        raise ConfigError(f"{source}: {key}: expected 'name: value' lines, got {value!r:.80}")
     return value
 
 
 def _known(name: object, runs: dict, where: str) -> None:
     if not isinstance(name, str) or name not in runs:
-        raise ConfigError(f"{where}: no run is called {name!r:.80}; there are {', '.join(runs)}")
+        raise ConfigError(f"{where}: no run is called {name!r:.80}; the runs are {', '.join(runs)}")
 
 
 def _seeds(values: object, source: str) -> tuple[int, ...]:
@@ -203,7 +203,7 @@ def _seeds(values: object, source: str) -> tuple[int, ...]:
 
 
 def expand(text: str) -> list[str]:
-    """``"a-{b,c}-{0,1}"`` -> the four strings, the last brace fastest. Braces without a comma stay."""
+    """``"a-{b,c}-{0,1}"`` -> the four strings, the last brace varying fastest. Braces without a comma stay."""
     return ["".join(choice) for choice in itertools.product(*_choices(text))]
 
 
@@ -213,13 +213,13 @@ def _choices(text: str) -> list[list[str]]:
 
 
 def _product(grid: dict, source: str) -> list[tuple[str, dict]]:
-    """All combinations of values. A run is named by its values, and by ``key=value`` where a value is not text."""
+    """All combinations of values. A run is named after its values, or ``key=value`` for values that are not text."""
     options, count = [], 1
     for key, values in grid.items():
         values = values if isinstance(values, list) else [values]
         count *= sum(math.prod(map(len, _choices(v))) if isinstance(v, str) else 1 for v in values)
         if not 0 < count <= MOST_RUNS:
-            raise ConfigError(f"{source}: grid: {key}: {count} runs up to here; expected 1 to {MOST_RUNS}")
+            raise ConfigError(f"{source}: grid: {key}: {count} runs so far; expected 1 to {MOST_RUNS}")
         options.append([(key, one) for v in values for one in (expand(v) if isinstance(v, str) else [v])])
     if not options:
         return []

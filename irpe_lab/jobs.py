@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of an ablation: a folder with its command, its console and its outcome; and who works through many.
+"""One run of an ablation: a folder with its command, console output and outcome; and pools that work through many.
 
     FOLDER/flags.yaml    its flags, a --config file
-    FOLDER/job.json      the command and the evaluations after it; after a try also the seconds that all tries took
-    FOLDER/detail.log    what it printed
-    FOLDER/done.json     how it ended, written once it has
-    FOLDER/eval_*.log    what each evaluation after it printed
-    FOLDER/log.txt, ...  what the run itself writes
+    FOLDER/job.json      the command and the evaluations after it; after a try also the seconds of all tries
+    FOLDER/detail.log    its console output
+    FOLDER/done.json     how it ended, written at the end
+    FOLDER/eval_*.log    the console output of each evaluation after it
+    FOLDER/log.txt, ...  the files of the run itself
 
-A folder is worked on by a process of its own that holds ``FOLDER/lock``, as the run itself does, so that killing the
+A worker process of its own handles each folder and holds ``FOLDER/lock``, as the run itself does, so that killing the
 ablation runner neither loses a run nor starts it twice: the next runner sees the lock, waits, and reads the outcome.
 """
 
@@ -37,9 +37,9 @@ BUSY = 3  # exit status of a worker that found another one running
 def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[str]] | None = None) -> None:
     """Write ``flags.yaml`` and ``job.json``.
 
-    Args: then: evaluations by name, to be run after ``command``. Where they have changed, a finished run starts again:
+    Args: then: evaluations by name, to be run after ``command``. If they have changed, a finished run starts again:
         it resumes at its end, and evaluates.
-    Raises: RunError: the folder has results of something else.
+    Raises: RunError: the folder has results of another run.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
     known = read_json(job)
@@ -59,7 +59,7 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
 
 
 def done(folder: Path) -> dict | None:
-    """The outcome: ``rc``, ``seconds`` of all tries, ``reason`` (None after a success); None while there is none."""
+    """The outcome: ``rc``, ``seconds`` of all tries, ``reason`` (None after success); None if there is none yet."""
     outcome = read_json(folder / "done.json")
     counted = type(outcome.get("seconds")) in (int, float) and 0 <= outcome["seconds"] < LARGEST
     return outcome if counted and type(outcome.get("rc")) is int and "reason" in outcome else None
@@ -71,14 +71,14 @@ def finished(folder: Path) -> bool:
 
 
 def busy(folder: Path) -> bool:
-    """Whether a worker, of this runner or of a killed one, is running it."""
+    """Whether a worker of this runner or of a killed one is running it."""
     with locked(folder) as lock:
         return lock is None
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[TextIO | None]:
-    """Try to hold ``folder/lock``; yields the file, None if others have it. It is free when all who opened it ended."""
+    """Try to lock ``folder/lock``; yields the file, None if it is taken. It is free once all its holders have ended."""
     with open(plain_file(folder / "lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,7 +91,7 @@ def locked(folder: Path) -> Iterator[TextIO | None]:
 def work(folder: Path) -> int:
     """Run the command of ``folder/job.json`` unless it has finished; SIGTERM reaches it, so that it can save.
 
-    Returns: its exit status; ``BUSY`` if another process is at it. A stopped run has no outcome yet: it goes on later.
+    Returns: its exit status; ``BUSY`` if another process runs it. A stopped run has no outcome yet: it resumes later.
     """
     folder = Path(folder)
     with locked(folder) as lock:
@@ -119,19 +119,19 @@ def work(folder: Path) -> int:
 
 
 def evaluation_log(folder: Path, name: str) -> Path:
-    """Where the console of the evaluation ``name`` goes."""
+    """Where the console output of the evaluation ``name`` goes."""
     return folder / f"eval_{slug(name)}.log"
 
 
 def slug(name: str) -> str:
-    """``name`` in a form that fits a file name."""
+    """``name`` made fit for a file name."""
     return re.sub(r"[^\w.=+-]+", "_", name).strip("_")
 
 
 def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
-    """Run it with its console behind ``log``. Returns: its exit status; whether it was told to stop."""
+    """Run it, appending its output to ``log``. Returns: its exit status; whether it was told to stop."""
     with open(plain_file(log), "a") as console:
-        # Unbuffered (-u): what was printed before an error must not be written after it, as if it were the reason.
+        # Unbuffered (-u): otherwise earlier output may be written after an error, and look like the reason.
         options = dict(stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
         child, stopped = subprocess.Popen([sys.executable, "-u", *command], **options), []
 
@@ -139,7 +139,7 @@ def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
             stopped.append(number)
             child.terminate()
 
-        in_main_thread = threading.current_thread() is threading.main_thread()  # submitit's own tests are in another
+        in_main_thread = threading.current_thread() is threading.main_thread()  # submitit's own tests run it in another
         before = signal.signal(signal.SIGTERM, pass_on) if in_main_thread else None
         try:
             return child.wait(), bool(stopped)
@@ -186,7 +186,7 @@ class LocalPool:
 
 
 class SlurmPool:
-    """SLURM jobs through submitit, one a run; they go on when this runner ends, and are found again by their number."""
+    """SLURM jobs through submitit, one per run; they go on when this runner ends, and are found again by job id."""
 
     poll_seconds = 20.0
 
@@ -223,7 +223,7 @@ class SlurmPool:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file; empty where there is none, or none that can be read (its writer was killed)."""
+    """The object in a file; empty if the file is missing or unreadable (its writer was killed)."""
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):

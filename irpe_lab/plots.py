@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of runs: the curves of ``log.txt`` files, published and ours, and the intervals of an ablation.
 
-Every function returns a ``matplotlib.figure.Figure`` of its own: a notebook's backend stays as it is.
+Every function returns its own ``matplotlib.figure.Figure``: a notebook's backend stays as it is.
 """
 
 import math
@@ -20,21 +20,21 @@ from irpe_train.errors import BadData
 if TYPE_CHECKING:
     import matplotlib.figure
 
-# Okabe and Ito, Color Universal Design (2008): colour-blind readers tell them apart. Without yellow, faint on white.
+# Okabe and Ito, Color Universal Design (2008): distinguishable when colour-blind. Without yellow, faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("", "o", "s", "^", "D", "v", "x")  # with more runs than colours, lines of one colour differ by their marks
+MARKERS = ("", "o", "s", "^", "D", "v", "x")  # with more runs than colours, lines of one colour differ by marker
 
 
 def curve(epochs: list[dict], key: str | None) -> tuple[list[int], list[float]]:
-    """Epoch numbers and values of ``key``; the first figure (AP) where the value is a list."""
+    """Epoch numbers and values of ``key``; the first figure (AP) if the value is a list."""
     figure = Figure("", "", key)
     points = [(epoch["epoch"], value) for epoch in epochs if (value := figure.of(epoch)) is not None]
     return [x for x, _ in points], [float(y) for _, y in points]
 
 
 def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "matplotlib.figure.Figure":
-    """Draw runs over each other: solid training, dashed test. Seeds of a run (``x_seed0``, ``x_seed1``) are one line,
-    their mean, in a band from the lowest to the highest of them.
+    """Draw runs over each other: solid training, dashed test. Seeds of a run (``x_seed0``, ``x_seed1``) are drawn as
+    their mean, in a band from lowest to highest.
 
     Args: out: also save it here, in the format of the suffix (.png at 300 dpi, .pdf, .svg).
     Returns: the figure; the titles of its axes are those of the panels that have data.
@@ -80,7 +80,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
 
 
 def _draw_seeds(axis, curves: list[tuple[list[int], list[float]]], dashes: str, style: dict) -> None:
-    """The mean line and band of the seeds that have come to each epoch."""
+    """The mean line and band of the seeds that have reached each epoch."""
     at: dict[int, list[float]] = defaultdict(list)
     for x, y in curves:
         for epoch, value in zip(x, y, strict=True):
@@ -99,9 +99,9 @@ def _draw_seeds(axis, curves: list[tuple[list[int], list[float]]], dashes: str, 
 def plot_intervals(
     rows: Sequence[Row], *, title: str, figure: Figure, evaluations: Sequence[str] = ()
 ) -> "matplotlib.figure.Figure":
-    """One line a run: every seed, mean and standard deviation, and the published figure where there is one.
+    """One line per run: every seed, mean and standard deviation, and the published figure if there is one.
 
-    Where rows have a baseline, a second panel has run minus baseline, seed by seed, and the 95% bootstrap interval of
+    If rows have a baseline, a second panel shows run minus baseline, seed by seed, and the 95% bootstrap interval of
     the mean. Each of ``evaluations`` adds such panels.
     """
     from matplotlib.figure import Figure as Canvas
@@ -140,14 +140,14 @@ def plot_intervals(
 
 
 def save(canvas: "matplotlib.figure.Figure", path: str | Path) -> None:
-    """Write a figure with 300 dpi. Raises: ValueError: a suffix that is no picture's."""
-    from irpe_ops.visualize import save as write  # here, because it imports PyTorch, and --help need not wait for it
+    """Write a figure with 300 dpi. Raises: ValueError: an unknown suffix."""
+    from irpe_ops.visualize import save as write  # here, because it imports PyTorch, and --help must not wait for it
 
     write(canvas, path, dpi=300)
 
 
 def _labels(runs: Sequence[str | Path]) -> list[str]:
-    """What to call each run: the shortest end of its path that tells it from the others; seeds of one run share it."""
+    """A label for each run: the shortest unambiguous end of its path; seeds of one run share it."""
     paths = [path.parent if path.name == "log.txt" else path for path in (Path(run).resolve() for run in runs)]
     names = [re.sub(r"_seed\d+$", "", path.name.removesuffix(".txt").removeprefix("log_")) for path in paths]
     parts = [(*path.parts[:-1], name) for path, name in zip(paths, names, strict=True)]

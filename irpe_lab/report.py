@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables from logs: what is published and what was measured here, side by side.
+"""Tables from logs: published and measured figures side by side.
 
     python -m irpe_lab.report logs/ -o docs/results.md       the page, beside it results.png (curves) and results.html
     python -m irpe_lab.report logs/ --readme README.md       the same tables between the markers of another file
 
 A marker pair is ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, NAME one of ``imagenet``, ``coco``, ``results``
-(both, without AP by size), ``demo`` (what was measured here on small data: the ablations and other runs of the folder).
-Logs are called as in the published zoo: ``log_<name>.txt``, ``detail_<name>.log``.
+(both, without AP by size), ``demo`` (measured here on small data: the ablations and other runs of the folder).
+Logs are named as in the published zoo: ``log_<name>.txt``, ``detail_<name>.log``.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from irpe_train.text_files import read_text, write_text
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
-TITLE = "# Results\n\nMade by `python -m irpe_lab.report`"  # of every page, and how one is known
+TITLE = "# Results\n\nMade by `python -m irpe_lab.report`"  # of every page, by which it is recognized
 MARKER = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
 MARKERS = {task.marker: task for task in TASKS.values()}
 PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Results</title>
@@ -43,14 +43,14 @@ table{{border-collapse:collapse;display:block;overflow-x:auto}}td,th{{border:1px
 
 @dataclass(frozen=True)
 class Run:
-    """A log under the folder: ``epochs`` in the keys of log.txt, whichever of the two files it was read from."""
+    """A log in the folder: ``epochs`` has the keys of log.txt, whichever of the two files it was read from."""
 
     name: str
     log: Path
     epochs: list[dict]
 
     def figure(self) -> str:
-        """Its last figure, in words."""
+        """Its last figure, as text."""
         for task in TASKS.values():
             values = [value for epoch in self.epochs if (value := task.figure.of(epoch)) is not None]
             if values:
@@ -59,9 +59,9 @@ class Run:
 
 
 def find_runs(folder: Path) -> dict[str, Run]:
-    """The runs in ``folder`` by name: ``log_<name>.txt``, and where there is none ``detail_<name>.log``.
+    """The runs in ``folder`` by name: ``log_<name>.txt``, or if missing ``detail_<name>.log``.
 
-    Raises: BadData: a log that is none (names file and line).
+    Raises: BadData: a malformed log (names file and line).
     """
     runs = {path.stem.removeprefix("log_"): (path, read_log(path)) for path in sorted(folder.glob("log_*.txt"))}
     for path in sorted(folder.glob("detail_*.log")):
@@ -88,18 +88,18 @@ class Report:
             return "\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
         if name == "demo":
             return "\n".join(part for folder in self.ablations() for part in self._ablation(folder)) + self.other_runs()
-        raise RunError(f"report: nothing to put at {name}:begin; expected results, {', '.join(MARKERS)} or demo")
+        raise RunError(f"report: unknown marker {name}:begin; expected results, {', '.join(MARKERS)} or demo")
 
     def _ablation(self, folder: Path) -> list[str]:
         texts = [folder / name for name in ("README.md", "table.md")]
         return [read_text(path) for path in texts if self.inside(path)]
 
     def ablations(self) -> list[Path]:
-        """Folders of logs that an ablation left its table in."""
+        """Log folders with the table of an ablation."""
         return sorted(path.parent for path in self.logs.glob("*/table.md") if self.inside(path))
 
     def inside(self, path: Path) -> bool:
-        """Whether it is a file of the logs folder, and not a link to somewhere else: logs may come from others."""
+        """Whether it is a file inside the logs folder, and not a link out of it: logs may come from others."""
         return path.is_file() and path.resolve().is_relative_to(self.logs.resolve())
 
     def curves_of(self, folder: Path) -> Path:
@@ -107,16 +107,16 @@ class Report:
         return self.page.with_name(f"{self.page.stem}_{folder.name}.png")
 
     def to_draw(self, names: Sequence[str] = ()) -> dict[Path, list[Path]]:
-        """The logs that are drawn, by picture: those of ``names`` (default: all in the folder), and each ablation's."""
+        """The logs to draw, by picture: those of ``names`` (default: all in the folder), and each ablation's."""
         logs = [self.runs[name].log for name in names or self.runs]
         drawn = {self.page.with_suffix(".png"): [log for log in logs if log.suffix == ".txt"]}
         drawn |= {self.curves_of(folder): sorted(folder.glob("log_*_seed*.txt")) for folder in self.ablations()}
         return {picture: logs for picture, logs in drawn.items() if logs}
 
     def published_and_here(self, task: Task, short: bool = False) -> str:
-        """One row a published model with its weights; each figure in two columns, "published" and "here".
+        """One row per published model with its weights; each figure in two columns, "published" and "here".
 
-        ``short``: models go by their configs, and AP by size is left out.
+        ``short``: models are named by their configs, and AP by size is left out.
         """
         figures = [figure for figure in task.figures if not (short and figure.name in BY_SIZE)]
         titles = ["config" if short else "model (links to its config)", "weights"]
@@ -133,7 +133,7 @@ class Report:
         return markdown(titles, body)
 
     def _here(self, entry: Entry, figure: Figure) -> str:
-        """What was measured here, linked to its log or card."""
+        """The figure measured here, linked to its log or card."""
         run = self.runs.get(entry.name) or self.runs.get(Path(entry.config).stem)
         if run is not None and run.epochs and (value := figure.of(run.epochs[-1])) is not None:
             epochs, came = read_yaml(ROOT / entry.config, entry.name).get("epochs"), run.epochs[-1]["epoch"] + 1
@@ -161,7 +161,7 @@ class Report:
         return markdown(["run", "flags", "epochs", "parameters", "last figure"], body) if body else ""
 
     def markdown(self, pictures: Collection[Path]) -> str:
-        """The whole page, with those of its ``pictures`` that there are (see ``to_draw``)."""
+        """The whole page, with the existing ones of its ``pictures`` (see ``to_draw``)."""
         parts = [
             f'{TITLE}; edit nothing here. "Published" is what the '
             f'authors printed ({self.zoo.source}); "here" was measured by this repository, and links to its '
@@ -188,12 +188,12 @@ class Report:
         return f"[{as_text(text)}]({self.address(target)})"
 
     def address(self, target: Path) -> str:
-        """The relative address of a file, for a link of the page."""
+        """The relative address of a file, for a link on the page."""
         return quote(os.fsencode(Path(os.path.relpath(target.resolve(), self.page.resolve().parent)).as_posix()))
 
 
 def as_text(text: str) -> str:
-    """``text`` escaped for Markdown: names of files and runs may hold anything."""
+    """``text`` escaped for Markdown: names of files and runs may contain anything."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     return re.sub(r"([\\`*{}\[\]<>&])", r"\\\1", text)
 
@@ -212,9 +212,9 @@ def _card(path: Path) -> dict:
 
 
 def to_html(text: str, pictures: dict[str, Path]) -> str:
-    """Markdown as one HTML page that needs nothing else. HTML in it is shown as text; unsafe links are.
+    """Markdown as one self-contained HTML page. HTML in it, and unsafe links, are shown as text.
 
-    Args: pictures: the files that may be shown, by the address the text gives them; any other is left out.
+    Args: pictures: the files that may be shown, by their address in the text; any other is left out.
     """
     from markdown_it import MarkdownIt
 
@@ -235,7 +235,7 @@ def refuse_to_replace(report: Report) -> None:
     page = report.page
     others = [page.with_suffix(".html"), page.with_suffix(".png")]
     if page in others:
-        raise RunError(f"report: -o {page}: is written beside the page; name that, such as {page.with_suffix('.md')}")
+        raise RunError(f"report: -o {page}: is written beside the page; name the page, {page.with_suffix('.md')}")
     others += [report.curves_of(folder) for folder in report.ablations()]
     ours = page.is_file() and read_text(page).startswith(TITLE)
     if found := [] if ours else [path for path in (page, *others) if os.path.lexists(path)]:
@@ -249,7 +249,7 @@ def write_page(report: Report, curves: list[str]) -> list[Path]:
     page.parent.mkdir(parents=True, exist_ok=True)
     pictures = {path: plot_runs(logs) for path, logs in report.to_draw(curves).items()}
     text = report.markdown(pictures)
-    write_text(page, text)  # first: by it the files beside it are known as ours, should a kill come between
+    write_text(page, text)  # first: it marks the files beside it as ours, even if a kill comes between
     for path, canvas in pictures.items():
         save(canvas, path)
     tables = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
@@ -270,17 +270,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns: 1 when ``--check`` finds a file that is stale."""
+    """Returns: 1 if ``--check`` finds a stale file."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if not (args.output or args.readme):
-        parser.error("say what to write: -o FILE.md, --readme FILE.md or both")
+        parser.error("nothing to write: give -o FILE.md, --readme FILE.md or both")
     try:
         stale = []
         if args.output:
             report = Report(args.logs, args.output)
             if unknown := [name for name in args.curves if name not in report.runs]:
-                raise RunError(f"report: no run {unknown[0]!r} in {args.logs}; there are {', '.join(report.runs)}")
+                raise RunError(f"report: no run {unknown[0]!r} in {args.logs}; the runs are {', '.join(report.runs)}")
             if args.check:
                 fresh = report.markdown(report.to_draw(args.curves))
                 stale += [args.output] * (not args.output.is_file() or read_text(args.output) != fresh)
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.check:
                 stale += [args.readme] * (fresh != text)
             else:
-                write_text(args.readme.resolve(), fresh)  # whole or not at all; a link stays one
+                write_text(args.readme.resolve(), fresh)  # atomic; a symlink stays one
                 print(args.readme)
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")

@@ -16,9 +16,9 @@ from irpe_train.errors import BadData
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run with one seed, as far as it has come. ``state``: waiting, running, done, failed.
+    """One run with one seed, so far. ``state``: waiting, running, done, failed.
 
-    ``model`` is what the run wrote down about the model it trained (``model.json``): n_parameters, buckets, macs_M.
+    ``model`` is what the run wrote about its model (``model.json``): n_parameters, buckets, macs_M.
     """
 
     state: str
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()) -> Outcome:
-    """What is known about the run in ``folder`` and the ``evaluations`` after it."""
+    """The state of the run in ``folder`` and the ``evaluations`` after it."""
     outcome = jobs.done(folder)
     text = folder / "log.txt"
     epochs = text.read_bytes().count(b"\n") if text.is_file() else 0
@@ -46,7 +46,7 @@ def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()
         log = read_log(folder)
         values = [figure.of(epoch) for epoch in log]
         if values[-1] is None or not math.isfinite(values[-1]):
-            raise BadData(f"the last epoch of its log has no finite {figure.key}")
+            raise BadData(f"the last epoch in its log has no finite {figure.key}")
     except BadData as error:
         return Outcome("failed", epochs, reason=str(error), seconds=outcome["seconds"])
     known = {"n_parameters": log[-1].get("n_parameters")} | jobs.read_json(folder / "model.json")
@@ -81,7 +81,7 @@ class Row:
     baseline: "Row | None" = None
 
     def figures(self, evaluation: str | None = None) -> dict[int, float]:
-        """After the last epoch (or of an evaluation after it), by seed, of the runs that finished."""
+        """Figures after the last epoch (or of an evaluation after it), by seed, of finished runs."""
         done = {seed: one for seed, one in self.outcomes.items() if one.state == "done"}
         if evaluation is None:
             return {seed: one.last for seed, one in done.items()}
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def best(self) -> list[float]:
-        """Of the best epoch, which was chosen on the same test data; one a finished seed."""
+        """Figures of the best epoch, which was chosen on the same test data; one per finished seed."""
         return [one.best for one in self.outcomes.values() if one.state == "done"]
 
     @property
@@ -103,12 +103,12 @@ class Row:
 
     @property
     def epochs(self) -> int:
-        """Logged so far, by all seeds."""
+        """Epochs logged so far, over all seeds."""
         return sum(one.epochs for one in self.outcomes.values())
 
     @property
     def model(self) -> dict:
-        """What the runs wrote down about their model; the same for all seeds."""
+        """What the runs wrote about their model; the same for all seeds."""
         return next((one.model for one in self.outcomes.values() if one.model), {})
 
     def median(self, name: str) -> float | None:
@@ -118,7 +118,7 @@ class Row:
         return statistics.median(known) if known else None
 
     def differences(self, evaluation: str | None = None) -> list[float]:
-        """To the baseline, each seed with its own; empty for the baseline itself."""
+        """Differences from the baseline, seed by seed; empty for the baseline itself."""
         theirs = self.baseline.figures(evaluation) if self.baseline is not None else {}
         return [figure - theirs[seed] for seed, figure in self.figures(evaluation).items() if seed in theirs]
 
@@ -131,10 +131,10 @@ def spread(values: list[float]) -> float | None:
 def bootstrap_interval(
     values: list[float], *, level: float = 0.95, samples: int = 10_000
 ) -> tuple[float, float] | None:
-    """Where the mean of ``values`` lies with confidence ``level``: percentiles of the means of resampled values.
+    """The bootstrap interval of the mean at confidence ``level``: percentiles of the means of resampled values.
 
     Returns: low, high; the same for the same values (the generator is seeded). None for fewer than two values.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13. With ten values somewhat too narrow.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13. Somewhat too narrow with ten values.
     """
     if len(values) < 2:
         return None

@@ -22,7 +22,7 @@ NAMES = tuple(f"table.{kind}" for kind in ("csv", "md", "tex", "png", "pdf"))
 
 
 def cells(row: Row, figure: Figure, *, baseline: str | None = None, evaluations: Sequence[str] = ()) -> dict[str, str]:
-    """One row as text, by column; a failed or unfinished run says so where its figure would be."""
+    """One row as text, by column; a failed or unfinished run says so in place of its figure."""
     model, speed, memory, seconds = row.model, *map(row.median, ("images_per_second", "memory", "seconds"))
     shown = {
         "run": row.run,
@@ -47,7 +47,7 @@ def cells(row: Row, figure: Figure, *, baseline: str | None = None, evaluations:
 
 
 def result(row: Row, figure: Figure) -> str:
-    """Mean and standard deviation over seeds, after the last epoch; or what became of the runs."""
+    """Mean and standard deviation over seeds, after the last epoch; or why there are none."""
     shown = mean_and_spread(list(row.figures().values()), figure)
     if "failed" not in row.states:
         return shown or "not run"
@@ -101,12 +101,12 @@ def _escape(text: str) -> str:
 
 
 def refuse_to_replace(folder: Path, names: Iterable[str], runs: Iterable[str]) -> None:
-    """Raises RunError: one of the files is there, and no table.csv in ``folder`` says that it is of one of ``runs``."""
+    """Raises RunError: one of the files exists, and no table.csv in ``folder`` shows that it belongs to ``runs``."""
     table = folder / NAMES[0]
     header, *lines = read_text(table).splitlines() or [""] if table.is_file() else [""]
     ours = header.startswith("run,flags,") and not {line.partition(",")[0] for line in lines}.isdisjoint(runs)
     if found := [] if ours else [folder / name for name in names if os.path.lexists(folder / name)]:
-        raise RunError(f"{found[0]}: already there, and not of these runs; give another folder, or move it away")
+        raise RunError(f"{found[0]}: already there, and not from these runs; give another folder, or move it away")
 
 
 def write(
@@ -119,7 +119,7 @@ def write(
     out = csv.DictWriter(text := io.StringIO(newline=""), lines[0])
     out.writeheader()
     out.writerows(lines)
-    write_text(paths[0], text.getvalue())  # first: by it the others are known as ours
+    write_text(paths[0], text.getvalue())  # first: it marks the others as ours
     baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
     body = [cells(row, figure, baseline=baseline, evaluations=evaluations) for row in rows]
     header, lines = list(body[0]), [list(line.values()) for line in body]
@@ -162,7 +162,7 @@ def _statistics(row: Row, evaluation: str | None, prefix: str) -> dict:
 
 
 class Display:
-    """The live table: redrawn in place on a terminal that it fits; else a line whenever a row's state changes."""
+    """The live table: redrawn in place if it fits the terminal; else a line whenever a row's state changes."""
 
     def __init__(self, figure: Figure):
         self.figure, self._drawn, self._seen = figure, 0, {}

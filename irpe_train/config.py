@@ -120,14 +120,14 @@ def read_yaml(path: Path, source: str) -> dict:
     if not path.is_file():
         raise ConfigError(f"{source}: cannot be read: not a file")
     if (size := path.stat().st_size) > LARGEST_FILE:
-        raise ConfigError(f"{source}: {size} bytes; expected lines 'name: value', {LARGEST_FILE} bytes at most")
+        raise ConfigError(f"{source}: {size} bytes; expected 'name: value' lines, {LARGEST_FILE} bytes at most")
     try:
         text = read_text(path, errors="strict")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read ({error})") from error
     values = parse_yaml(text, source)
     if not isinstance(values, dict | None):
-        raise ConfigError(f"{source}: expected lines 'name: value', got a {type(values).__name__}")
+        raise ConfigError(f"{source}: expected 'name: value' lines, got a {type(values).__name__}")
     return values or {}
 
 

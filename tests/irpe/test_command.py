@@ -148,7 +148,7 @@ def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
         ("detect train --lr fast", "argument --lr: expected a number, got 'fast'"),
         ("classify predict a.jpg", "irpe classify predict: error: the following arguments are required: --resume"),
         ("completion", "irpe completion: error: the following arguments are required: shell"),
-        ("report", "irpe report: error: say what to write: -o FILE.md, --readme FILE.md or both"),
+        ("report", "irpe report: error: nothing to write: give -o FILE.md, --readme FILE.md or both"),
         ("clasify", "no command 'clasify'; did you mean 'classify'?"),
         ("clasify train --lr 1", "no command 'clasify'; did you mean 'classify train'?"),
         ("train", "no command 'train'; did you mean 'classify train' or 'detect train'?"),

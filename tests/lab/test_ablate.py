@@ -391,7 +391,7 @@ def test_other_results_are_refused_early(tmp_path):
 def test_tables_replace_no_file_of_somebody_else(place, name, text, more):
     (place / "out").mkdir()
     (place / "out" / name).write_text(text)
-    with pytest.raises(SystemExit, match=rf"out/{name}: already there, and not of these runs; give another folder"):
+    with pytest.raises(SystemExit, match=rf"out/{name}: already there, and not from these runs; give another folder"):
         main(["grid.yaml", "-o", "out", *more])
     assert [path.name for path in (place / "out").iterdir()] == [name] and (place / "out" / name).read_text() == text
 

@@ -102,7 +102,7 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         ("package: deit\n", "package: 'deit'; expected one of deit_irpe, detr_irpe"),
         ("package: [deit_irpe]\n", r"package: \['deit_irpe'\]; expected one of"),
         ("pakage: deit_irpe\n", "unknown key pakage; expected package, config"),
-        ("- a\n", "expected lines 'name: value', got a list"),
+        ("- a\n", "expected 'name: value' lines, got a list"),
         ("3\n", "got a int"),
         ("package: [\n", "not valid YAML"),
         ("a: &x [1]\nb: [*x, *x]\n", "aliases"),
@@ -113,15 +113,15 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         ("package: deit_irpe\nconfig: configs\nruns: {a: {}}\n", "config configs: cannot be read: not a file"),
         ("package: deit_irpe\nconfig: configs/deit/small.yaml\n", "neither 'grid' nor 'runs'"),
         (GRID + "runs: {none: {}}\n", "two runs are called none"),
-        (GRID + "runs: {//: {}}\n", "a name without letters or digits"),
-        (GRID + "runs: [1, 2]\n", r"runs: expected lines 'name: value', got \[1, 2\]"),
+        (GRID + "runs: {//: {}}\n", "a name needs letters or digits"),
+        (GRID + "runs: [1, 2]\n", r"runs: expected 'name: value' lines, got \[1, 2\]"),
         (GRID + "runs: {a: 3}\n", "runs: a: expected its flags"),
         (GRID + "runs: {a: {epoch: x}}\n", "run a: epochs: 'x'|run a: .*invalid int value|unknown name 'epoch'"),
         (GRID + "runs: {a: {lr: {b: 1}}}\n", "run a: lr: .*got nested names"),
         (GRID + "runs: {a: {opt-betas: [0.9, --eval]}}\n", "would be read as a flag"),
         (GRID + "runs: {a: {amp: none2}}\n", "run a: argument --amp: invalid choice"),
         (GRID + "flags: {seed: 3}\n", "seed is set by the runner"),
-        (GRID + "flags: [lr]\n", "flags: expected lines 'name: value'"),
+        (GRID + "flags: [lr]\n", "flags: expected 'name: value' lines"),
         (GRID.replace("none,", "none, none,"), "two runs are called none"),
         ("package: deit_irpe\ngrid: {rpe: []}\n", "grid: rpe: 0 runs"),
         ("package: deit_irpe\ngrid: {rpe: '" + "{a,b}" * 200 + "'}\n", "expected 1 to 10000"),
@@ -130,11 +130,11 @@ def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path
         (GRID.replace("k: deit_small", "k: x"), "published: model zoo: no published checkpoint 'x_patch"),
         (
             GRID.replace("deit_small_patch16_224_ctx_product_50_shared_k", "rpe-1.9-product-ctx-1-k"),
-            "published: rpe-1.9-product-ctx-1-k is of detr_irpe, not of deit_irpe",
+            "published: rpe-1.9-product-ctx-1-k belongs to detr_irpe, not to deit_irpe",
         ),
-        (GRID + "baseline: nope\n", "baseline: no run is called 'nope'; there are none, rpe"),
-        (GRID + "evaluations: {at 48: 48}\n", "evaluations: at 48: expected a name of its own and its flags"),
-        (GRID + "evaluations: {a b: {}, a_b: {}}\n", "evaluations: a_b: expected a name of its own"),
+        (GRID + "baseline: nope\n", "baseline: no run is called 'nope'; the runs are none, rpe"),
+        (GRID + "evaluations: {at 48: 48}\n", "evaluations: at 48: expected a unique name and its flags"),
+        (GRID + "evaluations: {a b: {}, a_b: {}}\n", "evaluations: a_b: expected a unique name"),
         (GRID + "evaluations: {a: {seed: 1}}\n", "evaluations: a: seed is set by the runner"),
         (GRID + "evaluations: {a: {input-size: x}}\n", "run none, a: argument --input-size: expected pixels"),
         (GRID.replace("[0, 1]", "[a]"), "seeds: expected whole numbers"),
@@ -167,7 +167,7 @@ def test_only_keeps_the_baseline_where_it_is_kept(tmp_path):
     assert read_grid(grid).baseline == "none"
     some = read_grid(grid, only="*-ctx-*")
     assert list(some.runs) == ["rpe-1.9-product-ctx-1-k"] and some.baseline is None
-    with pytest.raises(ConfigError, match="no run name matches 'x'; there are none, rpe-1.9-product-ctx-1-k"):
+    with pytest.raises(ConfigError, match="no run name matches 'x'; the runs are none, rpe-1.9-product-ctx-1-k"):
         read_grid(grid, only="x")
 
 

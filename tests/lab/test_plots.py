@@ -195,7 +195,7 @@ def test_curve_takes_ap_from_the_list():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no epoch in it yet"),
+        ("", "no epoch logged yet"),
         ('{"epoch": 0}\nnot json\n', "line 2 is not a JSON object with 'epoch'"),
         ('{"a": 1}\n', "line 1 is not"),
         ("[1]\n", "line 1 is not"),

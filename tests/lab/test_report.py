@@ -119,7 +119,7 @@ def test_published_and_here_side_by_side(logs, tmp_path):
     short = made.block("results")
     assert f"| [small_k]({os.path.relpath(ROOT / 'configs/deit/small_k.yaml', tmp_path / 'docs')}) | [pth]" in short
     assert "| 80.9 | [80.93]" in short and "| 0.422 | [0.4213]" in short and "AP small" not in short
-    with pytest.raises(report.RunError, match="nothing to put at nope:begin; expected results, imagenet, coco or demo"):
+    with pytest.raises(report.RunError, match="unknown marker nope:begin; expected results, imagenet, coco or demo"):
         made.block("nope")
 
 
@@ -183,7 +183,7 @@ def test_tables_between_markers(logs, tmp_path):
     assert report.main([str(logs), "--readme", str(link)]) == 0
     assert link.is_symlink() and readme.read_text() == text and os.stat(readme).st_ino != before  # replaced as a whole
     readme.write_text("<!-- nope:begin -->\n<!-- nope:end -->\n")
-    with pytest.raises(SystemExit, match="nothing to put at nope:begin"):
+    with pytest.raises(SystemExit, match="unknown marker nope:begin"):
         report.main(check)
 
 
@@ -257,7 +257,7 @@ def test_a_page_replaces_no_file_of_somebody_else(logs, name):
 def test_a_page_is_made_anew_and_is_not_its_own_twin(logs):
     for _ in range(2):
         assert report.main([str(logs), "-o", str(logs / "page.md")]) == 0
-    with pytest.raises(SystemExit, match=r"name that, such as .*page\.md"):
+    with pytest.raises(SystemExit, match=r"name the page, .*page\.md"):
         report.main([str(logs), "-o", str(logs / "page.html")])
 
 

@@ -77,7 +77,7 @@ def test_an_outcome_is_what_the_folder_says(tmp_path):
     model = {"n_parameters": 9, "buckets": 50}
     assert outcome == Outcome("done", 3, 40.0, 50.0, None, 5.0, 9.0, 9, model, {"at 48": 30.0})
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
-    assert read_outcome(tmp_path, figure).reason == "the last epoch of its log has no finite test_acc1"
+    assert read_outcome(tmp_path, figure).reason == "the last epoch in its log has no finite test_acc1"
     (tmp_path / "done.json").write_text('{"rc": 1, "seconds": 5.0, "reason": "broke"}')
     assert read_outcome(tmp_path, figure) == Outcome("failed", 1, reason="broke", seconds=5.0)
 

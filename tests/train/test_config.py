@@ -93,7 +93,7 @@ def test_values_reach_their_flags(tmp_path, text, name, value):
         ("lr: !!float 3", "line 1: the tag 'tag:yaml.org,2002:float' is refused"),
         ("a: &x 1\nlr: *x", r"line 2: aliases \(\*name\) are refused"),
         ("lr: 1\nlr: 2", "lr is there 2 times"),
-        ("- lr", "expected lines 'name: value', got a list"),
+        ("- lr", "expected 'name: value' lines, got a list"),
         ("lr: [", "not valid YAML"),
         ("[" * 1100, "line 1: more than 20 nested lists"),
         ("lr: 2001-02-30", "not valid YAML"),
