@@ -62,10 +62,8 @@ def read_detail(path: str | Path) -> list[dict]:
                     values = {key: float(value) for key, value in found.groupdict().items() if value}
                     in_list = task.figure.place is not None
                     epochs[epoch] = {key: [value] if in_list else value for key, value in values.items()}
-    return [
-        entry | {"epoch": epoch} | ({"n_parameters": parameters} if parameters else {})
-        for epoch, entry in sorted(epochs.items())
-    ]
+    counted = {"n_parameters": parameters} if parameters else {}
+    return [entry | {"epoch": epoch} | counted for epoch, entry in sorted(epochs.items())]
 
 
 def images_per_second(path: str | Path) -> float | None:

@@ -223,10 +223,7 @@ def _product(grid: dict, source: str) -> list[tuple[str, dict]]:
         options.append([(key, one) for v in values for one in (expand(v) if isinstance(v, str) else [v])])
     if not options:
         return []
-    return [
-        ("_".join(_called(key, value) for key, value in combination), dict(combination))
-        for combination in itertools.product(*options)
-    ]
+    return [("_".join(_called(*pair) for pair in chosen), dict(chosen)) for chosen in itertools.product(*options)]
 
 
 def _called(key: str, value: object) -> str:

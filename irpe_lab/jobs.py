@@ -165,11 +165,8 @@ class LocalPool:
 
     def start(self, folder: Path) -> None:
         slot = next(number for number in range(len(self.slots)) if number not in self._workers)
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "irpe_lab.jobs", str(folder)],
-            start_new_session=True,
-            env={**os.environ, **self.slots[slot]},
-        )
+        command, env = [sys.executable, "-m", "irpe_lab.jobs", str(folder)], {**os.environ, **self.slots[slot]}
+        worker = subprocess.Popen(command, start_new_session=True, env=env)
         self._workers[slot] = worker, folder
 
     def working(self) -> set[Path]:

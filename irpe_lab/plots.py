@@ -47,11 +47,8 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     groups: dict[str, list[list[dict]]] = defaultdict(list)
     for run, label in zip(runs, _labels(runs), strict=True):
         groups[label].append(read_log(run))
-    panels = [
-        panel
-        for panel in PANELS
-        if any(curve(log, key)[0] for logs in groups.values() for log in logs for key in panel[1:])
-    ]
+    every_log = [log for logs in groups.values() for log in logs]
+    panels = [panel for panel in PANELS if any(curve(log, key)[0] for log in every_log for key in panel[1:])]
     if not panels:
         raise BadData(f"none of {', '.join(map(str, runs))} has a figure that can be drawn")
     styles = {

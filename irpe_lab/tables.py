@@ -184,10 +184,7 @@ class Display:
                 print(lines[row.run], flush=True)
 
     def _line(self, row: Row, longest: int, width: int | None) -> str:
-        states = ", ".join(
-            f"{row.states.count(state)} {state}"
-            for state in ("done", "running", "waiting", "failed")
-            if state in row.states
-        )
+        counts = {state: row.states.count(state) for state in ("done", "running", "waiting", "failed")}
+        states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         text = f"{row.run:{longest}}  {states}  {row.epochs} epochs  {result(row, self.figure)}"[:width]
         return f"{RED}{text}{PLAIN}" if "failed" in row.states and self._terminal else text

@@ -297,12 +297,9 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--grid {height}x{width}: expected 1 to {LARGEST_SIDE} patches per side")
             row, col = query = args.query or (height // 2, width // 2)
             maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
-            figure = draw_maps(
-                {name: ids[None] for name, ids in maps.items()},
-                mark=query,
-                numbers=True,
-                title=f"{args.spec}: buckets around patch {row},{col} of {height}x{width}",
-            )
+            rows = {name: ids[None] for name, ids in maps.items()}
+            title = f"{args.spec}: buckets around patch {row},{col} of {height}x{width}"
+            figure = draw_maps(rows, mark=query, numbers=True, title=title)
         path = save(figure, args.output)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -58,14 +58,10 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every export command has."""
-    parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint to export")
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help="where to write; each format has its own suffix, added if need be: " + ", ".join(SUFFIX.values()),
-    )
-    parser.add_argument("--formats", nargs="+", choices=tuple(SUFFIX), default=["onnx"], help="which (default: onnx)")
+    add, suffixes = parser.add_argument, ", ".join(SUFFIX.values())
+    add("--resume", required=True, metavar="FILE", help="the checkpoint to export")
+    add("--out", required=True, metavar="FILE", help=f"where to write; a format's suffix is added: {suffixes}")
+    add("--formats", nargs="+", choices=tuple(SUFFIX), default=["onnx"], help="which (default: onnx)")
 
 
 def positive_int(text: str) -> int:

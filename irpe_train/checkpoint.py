@@ -59,9 +59,8 @@ def read_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error, path)}") from error
     except Exception as error:
-        raise BadCheckpoint(
-            f"checkpoint {path}: damaged or truncated ({type(error).__name__}: {_first_line(error)}){USE_ANOTHER}"
-        ) from error
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({why}){USE_ANOTHER}") from error
     if not isinstance(contents, dict):
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
     _refuse_odd_contents(contents, path, size)
@@ -155,10 +154,8 @@ def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
 
 def _why_refused(error: BaseException, path: Path) -> str:
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return (
-            f"refused: it holds a reference to {found.group(1)}, which could run code. Nothing was run. "
-            "Only tensors, numbers, text and argparse.Namespace are read."
-        )
+        read = "Nothing was run. Only tensors, numbers, text and argparse.Namespace are read."
+        return f"refused: it holds a reference to {found[1]}, which could run code. {read}"
     with open(path, "rb") as file:
         return f"damaged, or not a file that torch.save wrote (it begins with {file.read(20)!r}); nothing was run"
 
@@ -187,11 +184,8 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
 
 
 def _is_state_dict(value) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
-    )
+    named = value.items() if isinstance(value, dict) else ()
+    return len(named) > 0 and all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in named)
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

@@ -142,9 +142,8 @@ def wrap(
         return model
     # DistributedDataParallel orders its buckets anew after the first step, unless it looks for unused parameters; a
     # resumed run would sum its first step in another order than the uninterrupted one, and differ in the last bit.
-    return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=deterministic
-    )
+    devices = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, devices, find_unused_parameters=deterministic)
 
 
 def gather(value) -> list:

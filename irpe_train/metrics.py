@@ -120,10 +120,8 @@ class MetricLogger:
             meter.total, meter.count = 0.0, 0
 
     def state_dict(self) -> dict:
-        return {
-            name: {"total": meter.total, "count": meter.count, "window": list(meter.window)}
-            for name, meter in self.meters.items()
-        }
+        meters = self.meters.items()
+        return {name: {"total": m.total, "count": m.count, "window": list(m.window)} for name, m in meters}
 
     def load_state_dict(self, state: dict) -> None:
         self._pending.clear()

@@ -41,10 +41,8 @@ def open_run(
     """
     resumed = checkpoint is not None and state.load_dict(checkpoint.contents, source=checkpoint.source)
     if resumed:
-        logger.info(
-            f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}"
-            + (", to be evaluated" if state.train_stats is not None else "")
-        )
+        then = ", to be evaluated" if state.train_stats is not None else ""
+        logger.info(f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}{then}")
         then = "Its optimizer and schedule go on as they were"
         warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=(*data_flags, "start_epoch", "save_interval"))
     elif state.epoch >= args.epochs:

@@ -59,12 +59,8 @@ class Checkpoints:
         contents["progress"]["also"] = list(also)  # where a kill comes before the names: see _name_again
         if is_main():
             with STOP.writing():
-                write_checkpoint(
-                    contents,
-                    self.folder / self.NAME,
-                    previous=self.folder / self.PREVIOUS,
-                    also=tuple(self.folder / name for name in also),
-                )
+                others = dict(previous=self.folder / self.PREVIOUS, also=tuple(self.folder / name for name in also))
+                write_checkpoint(contents, self.folder / self.NAME, **others)
 
     def open(self, where: str, *, evaluate: bool = False) -> Checkpoint | None:
         """The checkpoint that ``--resume`` names; call it on every rank. For training, the folder is this run's alone.

@@ -143,9 +143,8 @@ def _summary_writer(folder: Path, epoch: int):
 
 def log_details(folder: Path) -> None:
     """From now on, write what is printed to ``folder/detail_NAME.log`` too, there with all terms of each step."""
-    handler = logging.FileHandler(
-        plain_file(folder / f"detail_{folder.resolve().name}.log"), encoding="utf-8", errors="backslashreplace"
-    )
+    path = plain_file(folder / f"detail_{folder.resolve().name}.log")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(Plain(""))
     handler.addFilter(lambda record: getattr(record, "only", "file") == "file")
     handler.handleError = lambda record: None  # a full disk: the log is no reason to stop, nor to print a traceback

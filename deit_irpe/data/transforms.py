@@ -61,11 +61,9 @@ def build_transform(
         for step in steps:
             _let_posterize_keep_no_bits(step)
         return transforms.Compose([to_size, transforms.RandomCrop(size, padding=4), *steps[1:]] if small else steps)
-    cut = [
-        _ResizeShortSide(int(256 / 224 * max(size)), transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(size),
-    ]
-    return transforms.Compose([*([to_size] if small else cut), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    resize = _ResizeShortSide(int(256 / 224 * max(size)), transforms.InterpolationMode.BICUBIC)
+    cut = [to_size] if small else [resize, transforms.CenterCrop(size)]
+    return transforms.Compose([*cut, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
 class _ResizeShortSide(transforms.Resize):

@@ -57,9 +57,8 @@ def fit_classes(
         return {key: value for key, value in weights.items() if key not in keys}, notes
     order = [theirs.index(name) for name in ours]
     keys = [key for key in keys if weights[key].shape[:1] == (len(order),)]  # others are no head of these classes
-    return {key: value[order] if key in keys else value for key, value in weights.items()}, dict.fromkeys(
-        keys, "has its classes in the order of the data"
-    )
+    notes = dict.fromkeys(keys, "has its classes in the order of the data")
+    return {key: value[order] if key in keys else value for key, value in weights.items()}, notes
 
 
 def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, str]:

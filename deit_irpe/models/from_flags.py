@@ -107,9 +107,8 @@ def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number
     for prefix in head_prefixes(model):
         bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:
-            raise BadCheckpoint(
-                f"checkpoint {source}: its head has {bias.numel()} outputs and names no classes; the data have {number}"
-            )
+            has = f"its head has {bias.numel()} outputs and names no classes"
+            raise BadCheckpoint(f"checkpoint {source}: {has}; the data have {number}")
 
 
 def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:

@@ -61,9 +61,8 @@ def create_model(
     if registered:  # what timm's builder does for its own names is done here, when the encoding is in its place
         if timm_kwargs.pop("features_only", False):
             wanted_features = timm_kwargs.pop("out_indices", 3)
-        config = resolve_pretrained_cfg(
-            name, timm_kwargs.pop("pretrained_cfg", None), timm_kwargs.pop("pretrained_cfg_overlay", None)
-        ).to_dict()
+        given = [timm_kwargs.pop(key, None) for key in ("pretrained_cfg", "pretrained_cfg_overlay")]
+        config = resolve_pretrained_cfg(name, *given).to_dict()
         cache_dir = timm_kwargs.pop("cache_dir", None)
     model = _plain_model(base, pretrained=pretrained and not registered, **timm_kwargs)
     spec = named_rpe if rpe is None else rpe
@@ -103,9 +102,8 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
             f"model {name!r}: unknown; expected one of {known}, or a model of timm such as "
             "deit_small_patch16_224 (with --rpe SPEC for an encoding)"
         )
-    if timm_kwargs.get("pos_embed") == "none" and not (
-        is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
-    ):
+    may_lack = is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
+    if timm_kwargs.get("pos_embed") == "none" and not may_lack:
         raise ValueError(f"model {name!r}: timm cannot build it without its position embedding (--no-abs-pos)")
     fixed = timm_kwargs.get("pos_embed") == "sincos"
     if fixed:

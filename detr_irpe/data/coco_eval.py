@@ -67,11 +67,8 @@ class CocoEvaluator:
                 raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated and is not in it")
             corners = found["boxes"].float().cpu()
             boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-            packed = {
-                "boxes": boxes.numpy(),
-                "scores": found["scores"].float().cpu().numpy(),
-                "labels": found["labels"].cpu().numpy(),
-            }
+            scores, labels = found["scores"].float().cpu().numpy(), found["labels"].cpu().numpy()
+            packed = {"boxes": boxes.numpy(), "scores": scores, "labels": labels}
             if "segm" in self.iou_types:
                 packed["masks"] = encode_masks(found["masks"][:, 0])
             self._detections[image_id] = packed

@@ -117,10 +117,8 @@ def create_model(
     resnet = build_resnet(backbone, dilation=dilation, pretrained=pretrained_backbone is True)
     if isinstance(pretrained_backbone, str):
         load_backbone_weights(resnet, pretrained_backbone)
-    joiner = Joiner(
-        Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks),
-        build_position_encoding(position_embedding, hidden_dim),
-    )
+    maps = Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks)
+    joiner = Joiner(maps, build_position_encoding(position_embedding, hidden_dim))
     shape = (hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
     transformer = Transformer(*shape, enc_rpe2d, attn_backend)
     model = DETR(joiner, transformer, num_classes, num_queries, aux_loss)

@@ -94,10 +94,7 @@ class PostProcessPanoptic(nn.Module):
             got = f"got {len(processed_sizes)} processed_sizes and {len(target_sizes)} target_sizes."
             raise ValueError(f"a size for each of {len(outputs['pred_logits'])} images is wanted; {got}")
         images = zip(outputs["pred_logits"], outputs["pred_masks"], processed_sizes, target_sizes, strict=True)
-        return [
-            self.segment(logits.float(), masks.float(), _pair(seen), _pair(wanted))
-            for logits, masks, seen, wanted in images
-        ]
+        return [self.segment(c.float(), m.float(), _pair(seen), _pair(wanted)) for c, m, seen, wanted in images]
 
     def segment(self, logits: Tensor, masks: Tensor, seen: tuple[int, int], wanted: tuple[int, int]) -> dict:
         """One image: ``logits`` ``(Q, C + 1)``, ``masks`` ``(Q, h, w)``, two sizes."""
