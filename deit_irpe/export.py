@@ -22,15 +22,9 @@ def main(args: argparse.Namespace) -> None:
     examples = [(torch.randn(batch, 3, height, width),) for batch in (2, 3)]
     told = {"classes": classes, "input_size": trained.input_size, "mean": MEAN, "std": STD, "model": trained.model}
     told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]
-    differences = export_model(
-        model,
-        examples,
-        args.out,
-        formats=args.formats,
-        inputs={"images": {0: "batch"}},
-        outputs=["logits"],
-        metadata={key: json.dumps(value) for key, value in told.items()},
-    )
+    metadata = {key: json.dumps(value) for key, value in told.items()}
+    how = dict(formats=args.formats, inputs={"images": {0: "batch"}}, outputs=["logits"], metadata=metadata)
+    differences = export_model(model, examples, args.out, **how)
     for format, difference in differences.items():
         shape = f"{height} x {width} pixels, any batch"
         print(f"{format}: {shape}; largest difference {difference:.1e} of the largest logit")

@@ -50,10 +50,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Sch
     ``--warmup-lr``.
     """
     noise = dict(noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed)
-    with blamed_on(
-        f"--sched {args.sched} with {args.epochs} epochs, {args.warmup_epochs} of warm-up, "
-        f"from {args.warmup_lr:g} to {args.min_lr:g}"
-    ):
+    course = f"{args.epochs} epochs, {args.warmup_epochs} of warm-up, from {args.warmup_lr:g} to {args.min_lr:g}"
+    with blamed_on(f"--sched {args.sched} with {course}"):
         if args.sched == "tanh":
             span = [share * args.epochs for share in args.lr_noise or ()]
             return TanhLRScheduler(
@@ -67,16 +65,6 @@ def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Sch
                 noise_range_t=span if len(span) > 1 else next(iter(span), None),
                 **noise,
             )
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=args.sched,
-            num_epochs=args.epochs,
-            warmup_epochs=args.warmup_epochs,
-            warmup_lr=args.warmup_lr,
-            min_lr=args.min_lr,
-            decay_epochs=args.decay_epochs,
-            decay_rate=args.decay_rate,
-            noise=args.lr_noise,
-            **noise,
-        )
-    return scheduler
+        of_one_name = ("sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate")
+        same = {name: getattr(args, name) for name in of_one_name}
+        return create_scheduler_v2(optimizer, num_epochs=args.epochs, noise=args.lr_noise, **same, **noise)[0]

@@ -40,9 +40,8 @@ points, and, as --tables does without images, DIR/encodings.png, what the encodi
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m detr_irpe``."""
-    parser = FlagParser(
-        "python -m detr_irpe", first=FIRST, description="Train and evaluate DETR with image relative position encoding."
-    )
+    what = "Train and evaluate DETR with image relative position encoding."
+    parser = FlagParser("python -m detr_irpe", first=FIRST, description=what)
 
     data = parser.add_argument_group("data").add_argument
     data("--dataset_file", default="coco", choices=("coco", "coco_panoptic"), help="kind of annotations")

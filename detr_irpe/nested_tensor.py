@@ -65,14 +65,10 @@ class Targets(list):
     """
 
     def __reduce__(self):
-        arrays = [
-            {
-                name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL else value
-                for name, value in target.items()
-            }
-            for target in self
-        ]
-        return _targets_of, (arrays,)
+        def packed(value):
+            return value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL else value
+
+        return _targets_of, ([{name: packed(value) for name, value in target.items()} for target in self],)
 
 
 def _targets_of(arrays: list[dict]) -> Targets:

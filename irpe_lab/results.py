@@ -56,18 +56,9 @@ def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()
         printed = read_detail(jobs.evaluation_log(folder, name))
         if printed and (value := figure.of(printed[-1])) is not None:
             evaluated[name] = value
-    return Outcome(
-        "done",
-        epochs,
-        values[-1],
-        max(value for value in values if value is not None and math.isfinite(value)),
-        None,
-        outcome["seconds"],
-        images_per_second(folder / "detail.log"),
-        peak_memory(folder / "detail.log"),
-        model,
-        evaluated,
-    )
+    best, console = max(value for value in values if value is not None and math.isfinite(value)), folder / "detail.log"
+    cost = outcome["seconds"], images_per_second(console), peak_memory(console)
+    return Outcome("done", epochs, values[-1], best, None, *cost, model, evaluated)
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,8 @@ from irpe_train.errors import BadCheckpoint, RunError, first_line
 SAFE_GLOBALS = [argparse.Namespace] + [
     (pure, f"{module}.{name}")
     for module in ("pathlib", "pathlib._local")
-    for name, pure in (
-        ("PosixPath", pathlib.PurePosixPath),
-        ("PurePosixPath", pathlib.PurePosixPath),
-        ("WindowsPath", pathlib.PureWindowsPath),
-        ("PureWindowsPath", pathlib.PureWindowsPath),
-    )
+    for pure in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
+    for name in (pure.__name__, pure.__name__.removeprefix("Pure"))
 ]
 ORDINARY = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8),
@@ -131,12 +127,8 @@ def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
         if count > size:
             raise BadCheckpoint(f"checkpoint {path}: refused: it names more values than the {size:,} bytes of the file")
         if isinstance(value, torch.Tensor):
-            if (
-                value.is_nested
-                or value.layout != torch.strided
-                or value.device.type != "cpu"
-                or value.dtype not in ORDINARY
-            ):
+            dense = not value.is_nested and value.layout == torch.strided and value.device.type == "cpu"
+            if not dense or value.dtype not in ORDINARY:
                 layout = "nested" if value.is_nested else value.layout
                 kind = f"{layout}, {value.dtype}, on {value.device}".replace("torch.", "")
                 wanted = "a dense tensor of fp64, fp32, fp16, bf16, integers or bool"

@@ -9,7 +9,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from zipfile import BadZipFile
@@ -61,16 +61,9 @@ class TrainLoader:
                 f"{len(sampler)} training samples per process and epoch do not fill one batch of "
                 f"{batch_size}: lower the batch size or add images"
             )
-        self._loader = DataLoader(
-            _Read(partial(_read_seeded, dataset, seed, rank(), world_size())),
-            batch_sampler=self._order,
-            collate_fn=partial(_collate_and_report, collate_fn),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=ignore_signals_from_others,
-            generator=torch.Generator(),
-        )
+        read = partial(_read_seeded, dataset, seed, rank(), world_size())
+        how = dict(num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0)
+        self._loader = _loader(read, self._order, collate_fn, **how)
 
     def __len__(self) -> int:
         """Steps in a whole epoch."""
@@ -126,15 +119,8 @@ class EvalLoader:
         first, stride = (rank(), world_size()) if shard else (0, 1)
         batches = [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)]
         self.batches = [list(batch) for batch in batches[first::stride]]
-        self._loader = DataLoader(
-            _Read(partial(_read_named, dataset)),
-            batch_sampler=self.batches,
-            collate_fn=partial(_collate_and_report, collate_fn),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=ignore_signals_from_others,
-            generator=torch.Generator(),
-        )
+        how = dict(num_workers=num_workers, pin_memory=pin_memory)
+        self._loader = _loader(partial(_read_named, dataset), self.batches, collate_fn, **how)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -163,6 +149,12 @@ def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:
         return read(index), ""
     except UNREADABLE as error:
         return None, str(error) or type(error).__name__
+
+
+def _loader(read: Callable, batches: Iterable, collate_fn: Callable, **how) -> DataLoader:
+    """Batches of (samples as ``collate_fn`` made them, unreadable images); ``batches`` are lists of what is read."""
+    how |= dict(worker_init_fn=ignore_signals_from_others, generator=torch.Generator())
+    return DataLoader(_Read(read), batch_sampler=batches, collate_fn=partial(_collate_and_report, collate_fn), **how)
 
 
 def _start(loader: DataLoader) -> Iterator:

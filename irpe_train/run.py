@@ -49,16 +49,13 @@ def open_run(
         logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: nothing to train; give more --epochs")
     record_start(parser, args, stats)
     images = loader.batch_size * world_size()
-    banner(
-        "run",
-        rows
-        | {
-            "effective batch": f"{images * args.accumulate} images an update: {loader.batch_size} x "
-            f"{world_size()} process(es) x {args.accumulate} accumulated",
-            "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
-            "not as published": changed_flags(parser, args, ignore=PLACES + data_flags),
-        },
-    )
+    product = f"{loader.batch_size} x {world_size()} process(es) x {args.accumulate} accumulated"
+    rows = rows | {
+        "effective batch": f"{images * args.accumulate} images an update: {product}",
+        "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
+        "not as published": changed_flags(parser, args, ignore=PLACES + data_flags),
+    }
+    banner("run", rows)
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
     given = dict(seed=args.seed, epochs=args.epochs, accumulate=args.accumulate, max_bad=args.max_bad)
     steps = Steps(loader, state, checkpoints, save_interval=args.save_interval, **given)
@@ -99,14 +96,9 @@ class Run:
         state = self.state
         improved = state.best is None or figure > state.best or math.isnan(state.best)
         state.best = figure if improved else state.best
-        self.log.write(
-            {
-                **{f"train_{name}": value for name, value in state.train_stats.items()},
-                **{f"test_{name}": value for name, value in test_stats.items()},
-                "epoch": state.epoch,
-                "n_parameters": count_parameters(state.model),
-            }
-        )
+        line = {f"train_{name}": value for name, value in state.train_stats.items()}
+        line |= {f"test_{name}": value for name, value in test_stats.items()}
+        self.log.write(line | {"epoch": state.epoch, "n_parameters": count_parameters(state.model)})
         state.epoch += 1
         state.start_of_epoch()
         self.checkpoints.save(state, also=(Checkpoints.BEST,) if improved else ())

@@ -165,15 +165,10 @@ class Steps:
 
     def _stop_for_nonfinite_loss(self) -> None:
         state = self.state
-        report = {
-            "epoch": state.epoch,
-            "step": state.step,
-            "rank": rank(),
-            "lr": self._lr,
-            "finite": bool(self._terms["loss"].isfinite().all()),
-            "terms": {name: float(value) for name, value in self._terms.items()},
-            "samples": self.loader.samples(state.step),
-        }
+        report = dict(epoch=state.epoch, step=state.step, rank=rank(), lr=self._lr)
+        report["finite"] = bool(self._terms["loss"].isfinite().all())
+        report["terms"] = {name: float(value) for name, value in self._terms.items()}
+        report["samples"] = self.loader.samples(state.step)
         reports = gather(report)
         guilty = [r for r in reports if not r["finite"]]
         where = "no --output_dir, so no report"

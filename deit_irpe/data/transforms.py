@@ -43,17 +43,9 @@ def build_transform(
         # Pillow crops in every way, and rotates in three
         geometry = "bicubic" if interpolation in ("lanczos", "hamming") else interpolation
         try:
-            steps = create_transform(
-                size,
-                is_training=True,
-                color_jitter=color_jitter,
-                auto_augment=aa or None,
-                interpolation=geometry,
-                re_prob=reprob,
-                re_mode=remode,
-                re_count=recount,
-                hflip=hflip,
-            ).transforms
+            how = dict(color_jitter=color_jitter, auto_augment=aa or None, interpolation=geometry, hflip=hflip)
+            erasing = dict(re_prob=reprob, re_mode=remode, re_count=recount)
+            steps = create_transform(size, is_training=True, **how, **erasing).transforms
         except Exception as error:  # timm asserts what its policies are
             raise ValueError(f"the augmentation cannot be made (--aa {aa}, --reprob {reprob}, ...): {error}") from error
         if geometry != interpolation:

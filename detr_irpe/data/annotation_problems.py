@@ -101,14 +101,11 @@ def panoptic_problems(dataset: CocoPanoptic, num_classes: int | None = None, *, 
     known = dataset.annotations
     listed = set() if known is None else set(known.image_ids.tolist())
     unknown = [] if known is None else [str(i) for i in dataset.image_ids.tolist() if i not in listed]
+    unlisted = f"images that {known and known.path.name} does not list, and boxes are scored by it"
     return [
         *class_problems(dataset.labels, num_classes),
         nothing_to_learn(int((dataset.iscrowd == 0).sum()), len(dataset), train),
-        Problem(
-            f"images that {known and known.path.name} does not list, and boxes are scored by it",
-            len(unknown),
-            unknown[:3],
-        ),
+        Problem(unlisted, len(unknown), unknown[:3]),
     ]
 
 

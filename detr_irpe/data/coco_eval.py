@@ -119,14 +119,9 @@ class CocoEvaluator:
             shapes = (shape for index in range(len(known)) for shape in known.segmentations_of_image(index))
             for entry, shape in zip(objects, shapes, strict=True):
                 entry["segmentation"] = to_rle(shape, *sizes[entry["image_id"] - 1])
-        return self._indexed(
-            {
-                "info": {},
-                "images": [{"id": n, "height": h, "width": w} for n, (h, w) in enumerate(sizes, 1)],
-                "annotations": objects,
-                "categories": [{"id": i, "name": name} for i, name in known.categories.items()],
-            }
-        )
+        images = [{"id": n, "height": h, "width": w} for n, (h, w) in enumerate(sizes, 1)]
+        categories = [{"id": i, "name": name} for i, name in known.categories.items()]
+        return self._indexed({"info": {}, "images": images, "annotations": objects, "categories": categories})
 
     def _indexed(self, content: dict):
         with contextlib.redirect_stdout(io.StringIO()):

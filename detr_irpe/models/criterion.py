@@ -133,16 +133,9 @@ class SetCriterion(nn.Module):
     def _match(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[Matched]:
         """Matched pairs of every layer on the device: down once with the costs, up once with the pairs."""
         starts = [0, *accumulate(len(target["labels"]) for target in targets)]
-        pairs = torch.stack(
-            [
-                torch.cat(
-                    [
-                        torch.stack([torch.full_like(queries, image), queries, objects + starts[image]])
-                        for image, (queries, objects) in enumerate(matches)
-                    ],
-                    dim=1,
-                )
-                for matches in self.matcher.match_layers(layers, targets)
-            ]
-        )  # (layers, 3, n)
+        pairs = []
+        for matches in self.matcher.match_layers(layers, targets):
+            rows = ((torch.full_like(q, image), q, o + starts[image]) for image, (q, o) in enumerate(matches))
+            pairs.append(torch.cat([torch.stack(row) for row in rows], dim=1))
+        pairs = torch.stack(pairs)  # (layers, 3, n)
         return [Matched(*layer) for layer in pairs.to(layers[0]["pred_logits"].device, non_blocking=True)]
