@@ -36,7 +36,8 @@ in the checkpoint; --model and --rpe give them where it has none; an ONNX file n
 Writes DIR/<image>.png and DIR/predictions.json; with --attention also where the chosen patches look
 (<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png); with --tables,
 which needs no image, and --attention the learned tables (tables.png). Where two images have one name, results
-are called by their folders too. Files that predict did not write are never replaced.
+are called by their folders too. Files that predict did not write, or wrote for another
+image, are never replaced.
 """
 
 

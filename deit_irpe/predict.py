@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("nothing to predict: name images, or ask for --tables")
     set_up_logging(0)
     names = result_names(files_of(args.images, besides=args.out))
-    out = OutputFolder(args.out)
+    out = OutputFolder(args.out, names)
     pictures = [f"{name}.png" for name in names.values()] + ["predictions.json"][: len(names)]
     out.refuse_to_replace(pictures)
     flags = dict(ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size)

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     names = result_names(files_of(args.images, besides=args.out))
     suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
     results = [name + suffix for name in names.values() for suffix in suffixes]
-    out = OutputFolder(args.out)
+    out = OutputFolder(args.out, names)
     out.refuse_to_replace(results + (["encodings.png"] if args.tables or args.attention else []))
     detector = Detector(args.resume, choose_device(args.device))
     if args.attention:

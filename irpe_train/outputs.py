@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from irpe_train.errors import RunError
@@ -49,17 +49,23 @@ class OutputFolder:
     """A folder that predictions are written to; it remembers, in a hidden list, what it wrote.
 
     A file that was there before, or was changed since, is the user's: a photograph, or the JSON of a labelling tool.
+
+    Args: names: of the results of each image, see ``result_names``; ``NAME.png`` is one of them.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.written = folder, {}
+    def __init__(self, folder: Path, names: Mapping[Path, str] | None = None):
+        self.folder, self.written, self._image_of = folder, {}, {}
+        self._images = {f"{name}.png": os.path.abspath(image) for image, name in (names or {}).items()}
         for line in read_text(folder / LIST).splitlines() if os.path.exists(folder / LIST) else ():
             with contextlib.suppress(ValueError, TypeError):  # a line that a kill cut short
-                name, state = json.loads(line)
-                self.written[str(name)] = state
+                name, state, image = json.loads(line)
+                self.written[str(name)], self._image_of[str(name)] = state, image
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
-        """Call it before any work. Raises RunError: a file cannot be written, is not of ``predict``, or comes twice."""
+        """Call it before any work.
+
+        Raises: RunError: a file cannot be written, comes twice, or is there and of another image or program.
+        """
         names = list(names)
         counts = Counter(name.casefold() for name in names)
         if twice := [name for name in names if counts[name.casefold()] > 1]:
@@ -71,6 +77,9 @@ class OutputFolder:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             remedy = "nothing was written. Give another --out, or move the file away."
             raise RunError(f"{self.folder / others[0]}{more}: already there, and not a result of predict; {remedy}")
+        for name, image in self._images.items():
+            if self._state(name) and self._image_of[name] != image:
+                raise RunError(f"{self.folder / name}: already there, of {self._image_of[name]}; give another --out")
 
     def path(self, name: str) -> Path:
         """Where the file ``name`` goes."""
@@ -79,7 +88,7 @@ class OutputFolder:
     def wrote(self, *names: str) -> None:
         """These files are written, and may be replaced by a later prediction."""
         with open(plain_file(self.path(LIST)), "a") as file:  # another process may write here too
-            file.writelines(f"\n{json.dumps([name, self._state(name)])}" for name in names)
+            file.writelines(f"\n{json.dumps([name, self._state(name), self._images.get(name)])}" for name in names)
 
     def _state(self, name: str) -> str | None:
         try:

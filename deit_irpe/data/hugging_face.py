@@ -55,7 +55,8 @@ def _explained(root: Path):
     try:
         yield
     except Exception as error:  # datasets and pyarrow have dozens, and most do not say which folder they mean
-        reason = f"{type(error).__name__}: {in_one_line(error)}"
+        cause = error.__cause__ or error  # of "An error occurred while generating the dataset"
+        reason = f"{type(cause).__name__}: {in_one_line(cause)}"
         raise ValueError(f"{root}: Hugging Face datasets cannot load it ({reason})") from error
 
 

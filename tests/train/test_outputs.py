@@ -32,6 +32,18 @@ def test_two_predictions_at_once_and_one_that_was_killed(tmp_path):
         OutputFolder(tmp_path).refuse_to_replace(["c.json"])
 
 
+def test_images_of_one_name_in_two_predictions(tmp_path):
+    """As the frames of two cameras: the second would replace the results of the first."""
+    first, second = {tmp_path / "one/1.jpg": "1"}, {tmp_path / "two/1.jpg": "1", tmp_path / "two/2.jpg": "2"}
+    out = OutputFolder(tmp_path / "out", first)
+    out.refuse_to_replace(["1.png"])
+    out.path("1.png").write_text("")
+    out.wrote("1.png")
+    OutputFolder(tmp_path / "out", first).refuse_to_replace(["1.png"])
+    with pytest.raises(RunError, match=f"out/1.png: already there, of {tmp_path}/one/1.jpg; give another --out"):
+        OutputFolder(tmp_path / "out", second).refuse_to_replace(["1.png", "2.png"])
+
+
 def test_a_result_that_was_edited_is_somebodys(tmp_path):
     out = OutputFolder(tmp_path)
     out.path("a.json").write_text("1")
