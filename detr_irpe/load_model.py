@@ -14,20 +14,8 @@ from irpe_train.errors import BadCheckpoint, first_line
 
 # A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
 MODEL_FLAGS = (
-    "backbone",
-    "dilation",
-    "position_embedding",
-    "enc_layers",
-    "dec_layers",
-    "dim_feedforward",
-    "hidden_dim",
-    "nheads",
-    "num_queries",
-    "pre_norm",
-    "masks",
-    "enc_rpe2d",
-    "dataset_file",
-    "image_size",
+    *("backbone", "dilation", "position_embedding", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim"),
+    *("nheads", "num_queries", "pre_norm", "masks", "enc_rpe2d", "dataset_file", "image_size"),
 )
 LARGEST_IMAGE_SIZE = 10_000  # pixels; beyond it a photo no longer fits in memory
 

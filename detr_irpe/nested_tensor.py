@@ -19,8 +19,7 @@ class NestedTensor:
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor):
-        self.tensors = tensors
-        self.mask = mask
+        self.tensors, self.mask = tensors, mask
 
     @classmethod
     def from_images(cls, images: Sequence[Tensor] | Tensor) -> "NestedTensor":

@@ -20,9 +20,8 @@ from irpe_train.preemption import STOP
 
 logger = logging.getLogger("irpe")
 
-LOST_RANK = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|connect\(\) failed", re.IGNORECASE
-)
+SAID = r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|connect\(\) failed"
+LOST_RANK = re.compile(SAID, re.IGNORECASE)
 
 
 def rank() -> int:

@@ -24,8 +24,7 @@ class Precision:
         if amp == "fp16" and device.type != "cuda":
             logger.info("--amp fp16 needs CUDA; on the CPU this runs in fp32 (--amp bf16 works there)")
             amp = "none"
-        self.amp = amp
-        self.device = device
+        self.amp, self.device = amp, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def autocast(self) -> torch.autocast:

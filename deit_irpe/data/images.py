@@ -155,9 +155,8 @@ def warn_of_odd_sets(train: Dataset | None, val: Dataset) -> None:
     """
     empty = sorted(set(range(len(train.classes))) - set(train.labels)) if isinstance(train, LabelledImages) else []
     if empty:
-        logger.warning(
-            f"train: no image of {len(empty)} of {len(train.classes)} classes: {train.classes[empty[0]]}, ..."
-        )
+        first = train.classes[empty[0]]
+        logger.warning(f"train: no image of {len(empty)} of {len(train.classes)} classes: {first}, ...")
     trained = {_identity(path) for path in getattr(train, "origins", [])}
     if shared := [path for path in getattr(val, "origins", []) if _identity(path) in trained]:
         logger.warning(f"{shared[0]}: read for train and for val ({len(shared)} in all): the same images in both")

@@ -47,11 +47,8 @@ class SetCriterion(nn.Module):
         masks: bool = False,
     ):
         super().__init__()
-        self.num_classes = num_classes
-        self.matcher = matcher
-        self.weight_dict = weight_dict
-        self.eos_coef = eos_coef
-        self.masks = masks
+        self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
+        self.eos_coef, self.masks = eos_coef, masks
 
     def forward(self, outputs: dict, targets: Sequence[dict]) -> Losses:
         """Match every decoder layer, then compute its losses, in fp32 whatever autocast says.

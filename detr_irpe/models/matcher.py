@@ -22,9 +22,7 @@ class HungarianMatcher:
     def __init__(self, cost_class: float = 1.0, cost_bbox: float = 5.0, cost_giou: float = 2.0):
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing to match by.")
-        self.cost_class = cost_class
-        self.cost_bbox = cost_bbox
-        self.cost_giou = cost_giou
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
 
     def __call__(self, outputs: dict, targets: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
         """Match one set of predictions.
@@ -48,13 +46,12 @@ class HungarianMatcher:
         blocks = self.costs(logits, boxes, targets).split(counts, dim=-1)
         own = torch.cat([block[:, image].flatten(1) for image, block in enumerate(blocks)], dim=1).cpu()
         num_queries = logits.shape[2]
-        return [
-            [
-                tuple(map(torch.from_numpy, linear_sum_assignment(cost.view(num_queries, n).numpy())))
-                for cost, n in zip(layer.split([num_queries * n for n in counts]), counts, strict=True)
-            ]
-            for layer in own
-        ]
+
+        def assign(cost: Tensor, count: int) -> tuple[Tensor, Tensor]:
+            return tuple(map(torch.from_numpy, linear_sum_assignment(cost.view(num_queries, count).numpy())))
+
+        costs = (layer.split([num_queries * count for count in counts]) for layer in own)
+        return [list(map(assign, of_layer, counts)) for of_layer in costs]
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[dict]) -> Tensor:
         """Cost of every query for every object of the batch: ``(layers, B, Q, sum of n)``, fp32, finite."""

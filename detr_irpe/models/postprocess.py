@@ -36,11 +36,9 @@ class PostProcess(nn.Module):
 
 
 class PostProcessSegm(nn.Module):
-    """Adds the mask of every query to what ``PostProcess`` returned. ``threshold``: of the mask's probability."""
+    """Adds the mask of every query to what ``PostProcess`` returned."""
 
-    def __init__(self, threshold: float = 0.5):
-        super().__init__()
-        self.threshold = threshold
+    threshold = 0.5  # of the mask's probability
 
     @torch.no_grad()
     def forward(
@@ -75,8 +73,7 @@ class PostProcessPanoptic(nn.Module):
 
     def __init__(self, is_thing_map: Mapping[int, bool], threshold: float = 0.85):
         super().__init__()
-        self.is_thing_map = is_thing_map
-        self.threshold = threshold
+        self.is_thing_map, self.threshold = is_thing_map, threshold
 
     @torch.no_grad()
     def forward(self, outputs: dict, processed_sizes: Sequence, target_sizes: Sequence | None = None) -> list[dict]:

@@ -22,8 +22,7 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         if d_model % nhead:
             raise ValueError(f"--hidden_dim {d_model} is not a multiple of --nheads {nhead}.")
-        self.nhead = nhead
-        self.dropout = dropout
+        self.nhead, self.dropout = nhead, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
         self.out_proj = nn.Linear(d_model, d_model)
@@ -214,8 +213,7 @@ class Transformer(nn.Module):
         self.encoder = TransformerEncoder(layers, nn.LayerNorm(d_model) if pre_norm else None)
         layers = [TransformerDecoderLayer(*shape) for _ in range(num_decoder_layers)]
         self.decoder = TransformerDecoder(layers, nn.LayerNorm(d_model))
-        self.d_model = d_model
-        self.nhead = nhead
+        self.d_model, self.nhead = d_model, nhead
         for parameter in self.parameters():  # the lookup tables among them, as published: they do not start at zero
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
