@@ -86,6 +86,7 @@ def check_python(words: list[str], monkeypatch) -> None:
     elif words[0] == "-c":
         compile(words[1], "documented", "exec")
     elif "argparse" in (REPOSITORY / words[0]).read_text():
+        monkeypatch.syspath_prepend((REPOSITORY / words[0]).parent)  # as `python FILE` does
         parse_program(lambda: runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__"), words, monkeypatch)
     else:
         assert len(words) == 1, f"{words[0]} takes no arguments"
