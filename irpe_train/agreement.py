@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks agree on at every step: one small all-reduce, which travels while the backward pass is computed."""
+"""What the ranks agree on at every step: one small all-reduce, which overlaps the backward pass."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Votes(NamedTuple):
 
 
 class Agreement:
-    """``ask`` sends this rank's votes on their way, ``answer`` waits for the sum of all; call both on every rank."""
+    """``ask`` sends this rank's votes, ``answer`` waits for the sum over all ranks; call both on every rank."""
 
     def __init__(self):
         self._message = self._work = self._arrived = None
@@ -28,8 +28,8 @@ class Agreement:
     def ask(self, loss: torch.Tensor, *, stop: bool, save: bool, bad_samples: int) -> None:
         """Vote on whether this rank's ``loss`` is finite, whether to stop or save, and count unreadable images.
 
-        Nothing is read back here. ``answer`` is called once the backward pass is queued, and waits for the forward
-        pass only, so the device never idles.
+        Nothing is read back here. ``answer`` is called once the backward pass is queued, and waits only for the
+        forward pass, so the device never idles.
         """
         votes = torch.tensor(Votes(0, stop, save, bad_samples), dtype=torch.float32)
         self._message = votes.to(loss.device, non_blocking=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that both trees share, with the defaults that each published."""
+"""The flags shared by both trees, with the published defaults of each."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from irpe_train.config import add_config_argument
 
 LARGEST_SEED = 2**63 - 1  # of PyTorch
 LARGEST_COUNT = 2**31 - 1  # of C
-SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of each format of export
+SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of each export format
 
 
 def add_runtime_arguments(
@@ -24,10 +24,10 @@ def add_runtime_arguments(
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default="", metavar="DIR", help="for checkpoints and logs; empty: nothing is written")
-    add("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:N or cpu")
+    add("--device", default="cuda", help="cuda (the CPU if there is no GPU), cuda:N or cpu")
     add("--seed", default=seed, type=int, help="random seed")
-    add("--deterministic", action="store_true", help="the same command gives the same bits, somewhat slower")
-    add("--resume", default="", metavar="auto|PATH|URL", help="resume from here; auto: the newest one, or a new run")
+    add("--deterministic", action="store_true", help="bit-reproducible results, somewhat slower")
+    add("--resume", default="", metavar="auto|PATH|URL", help="checkpoint to resume; auto: the newest, or a new run")
     add("--start_epoch", default=0, type=nonnegative_int, metavar="N", help="first epoch of a new run")
     add("--eval", action="store_true", help="evaluate only")
     add("--expect", nargs="?", const="auto", metavar="NAME", help="with --eval: compare with the published row NAME")
@@ -35,7 +35,7 @@ def add_runtime_arguments(
     add("--amp", default=amp, choices=("bf16", "fp16", "none"), help="number format of the model (mixed precision)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--accumulate", default=1, type=positive_int, metavar="K", help="gradient accumulation: batches per update")
-    add("--save-interval", type=save_interval, metavar="N|Nm", help="save every N steps or N minutes (10m) too")
+    add("--save-interval", type=save_interval, metavar="N|Nm", help="also save every N steps or N minutes (10m)")
     add("--max-bad", default=0.001, type=fraction, help="fraction of unreadable training images that stops the run")
     add("--tensorboard", default=True, action=argparse.BooleanOptionalAction, help="TensorBoard files, if installed")
     add("--wandb", default="", metavar="PROJECT", help="also log to this project of Weights & Biases")
@@ -118,4 +118,4 @@ def parse_save_interval(text: str) -> tuple[int | None, float | None]:
             return steps, seconds
     except (ValueError, TypeError):
         pass
-    raise ValueError(f"--save-interval {text!r}: expected a number of steps (500) or of minutes (10m), above zero")
+    raise ValueError(f"--save-interval {text!r}: expected a number of steps (500) or minutes (10m), above zero")

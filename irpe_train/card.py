@@ -2,9 +2,9 @@
 """The reproduction card: a figure measured here beside the published one, and PASS, partial or FAIL.
 
 Both command lines make one with ``--eval --expect``: the figure, the published figure, the difference, the verdict
-within the tolerance that ``configs/model_zoo.yaml`` states, the hashes of checkpoint and data set, versions, hardware.
+by the tolerance in ``configs/model_zoo.yaml``, the hashes of checkpoint and data set, versions, hardware.
 
-    python -m irpe_train.card [NAME ...] [-o logs/cards]     the columns that need no data: parameters, MACs, buckets
+    python -m irpe_train.card [NAME ...] [-o logs/cards]     only figures that need no data: parameters, MACs, buckets
 """
 
 import hashlib
@@ -33,13 +33,13 @@ NOT_RUN = "not run"
 
 
 def compare(name: str, measured: Mapping[str, float]) -> list[dict]:
-    """One line for every figure that is published for the zoo entry ``name``, in the order of the file.
+    """One line for every published figure of the zoo entry ``name``, in the order of the file.
 
     Args: measured: ``acc1`` and ``acc5`` in percent, ``AP``, ``AP50``, ... as fractions, ``n_parameters``, ``macs_M``,
-        ``buckets``; ``params_M`` is made of ``n_parameters``.
+        ``buckets``; ``params_M`` is derived from ``n_parameters``.
     Returns: ``figure``, ``here`` (None: not measured), ``published``, ``tolerance``, ``difference``, and ``verdict``:
-        ``PASS``, ``FAIL`` (a NaN too) or ``not run``.
-    Raises: ValueError: unknown ``name``, or a measured figure without a published one (a misspelt one never fails).
+        ``PASS``, ``FAIL`` (also for NaN) or ``not run``.
+    Raises: ValueError: unknown ``name``, or a measured figure without a published one (a misspelt one would not fail).
     """
     zoo = read_zoo()
     expect = zoo.find(name).expect
@@ -53,7 +53,7 @@ def compare(name: str, measured: Mapping[str, float]) -> list[dict]:
         here, tolerance, difference, verdict = measured.get(figure), zoo.tolerance[figure], None, NOT_RUN
         if here is not None:
             difference = here - published
-            # 1e-9: a difference of exactly the tolerance is a PASS however it was rounded.
+            # 1e-9: a difference of exactly the tolerance is a PASS, whatever the rounding.
             verdict = "PASS" if abs(difference) <= tolerance + 1e-9 else "FAIL"
         line = dict(figure=figure, here=here, published=published, tolerance=tolerance)
         lines.append(line | dict(difference=difference, verdict=verdict))
@@ -61,7 +61,7 @@ def compare(name: str, measured: Mapping[str, float]) -> list[dict]:
 
 
 def verdict(lines: Iterable[dict]) -> str:
-    """``PASS`` when every figure passed, ``partial`` when some passed and the others were not run; else ``FAIL``."""
+    """``PASS`` if every figure passed, ``partial`` if some passed and the others were not run; else ``FAIL``."""
     verdicts = {line["verdict"] for line in lines}
     if "FAIL" in verdicts or "PASS" not in verdicts:
         return "FAIL"
@@ -69,10 +69,10 @@ def verdict(lines: Iterable[dict]) -> str:
 
 
 def choose(wanted: str, candidates: Iterable[str]) -> str:
-    """The zoo entry a run is compared with: ``wanted``, or for ``"auto"`` the first candidate that the zoo has.
+    """The zoo entry to compare a run with: ``wanted``, or for ``"auto"`` the first candidate in the zoo.
 
     Args: candidates: names that may be zoo names: stem of the checkpoint, model name or spec.
-    Raises: ValueError: neither; lists the names.
+    Raises: ValueError: no such entry; lists the names.
     """
     zoo = read_zoo()
     if wanted != "auto":
@@ -86,11 +86,11 @@ def choose(wanted: str, candidates: Iterable[str]) -> str:
 
 
 class Expected:
-    """``--expect``: the published row for an evaluation. Made before it, so that a mistake shows at once.
+    """``--expect``: the published row for an evaluation. Made beforehand, so that a mistake shows at once.
 
     Args:
         wanted: the row, or ``auto``, see `choose`. source: path or address of the checkpoint, empty for none.
-        name: of the model, which may be a row's.
+        name: of the model, which may name a row.
         figure: what the evaluation measures, such as ``acc1``.
         data: the validation folder or file.
     Raises: ValueError: see `choose`, or the row has no such figure; FileNotFoundError: the checkpoint or data that the
@@ -170,12 +170,12 @@ def write_card(card: Mapping, path: Path) -> None:
 
 
 def fingerprint(path: Path) -> dict:
-    """What identifies a data set: a file by its bytes; a folder by the names and sizes of all its files.
+    """The identity of a data set: a file by its bytes; a folder by the names and sizes of all its files.
 
-    Returns: path (the name alone), files, bytes, what the hash is of, sha256.
+    Returns: path (only the name), files, bytes, what is hashed, sha256.
     """
     if not path.exists():
-        raise FileNotFoundError(f"card: no data at {path}")
+        raise FileNotFoundError(f"card: no data set at {path}")
     if path.is_file():
         return {"path": path.name, "files": 1, "bytes": path.stat().st_size, "of": "sha256", "sha256": sha256(path)}
     digest, count, total = hashlib.sha256(), 0, 0
@@ -190,13 +190,13 @@ def fingerprint(path: Path) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """What a figure can depend on: Python, the installed packages, CUDA and the commit of this repository."""
+    """Everything a figure may depend on: Python, the installed packages, CUDA and the commit of this repository."""
     facts = surroundings()
     return {name: facts[name] for name in ("python", *PACKAGES, "cuda", "git") if facts[name]}
 
 
 def hardware() -> str:
-    """The GPU if there is one, else the processor, in words."""
+    """The name of the GPU, or without one of the processor."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     model = platform.processor() or platform.machine()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files: read without running anything they contain, written so that a kill leaves the last good one."""
+"""Checkpoint files: read without executing anything in them, written so that a kill leaves the last good one."""
 
 import argparse
 import contextlib
@@ -19,8 +19,8 @@ import torch
 from irpe_train.download import local_file
 from irpe_train.errors import BadCheckpoint, RunError, first_line
 
-# The published checkpoints hold a Namespace, and a path in it where submitit ran. Python 3.13 moved the paths' module.
-# All of them become pure paths: data that cannot touch a disk, and that exist on every system.
+# The published checkpoints hold a Namespace, with a path in it if submitit ran. Python 3.13 moved the module of paths.
+# All become pure paths, which cannot touch a disk and exist on every system.
 SAFE_GLOBALS = [argparse.Namespace] + [
     (pure, f"{module}.{name}")
     for module in ("pathlib", "pathlib._local")
@@ -36,11 +36,11 @@ USE_ANOTHER = "; copy it again or use an earlier one"
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The contents of a checkpoint, on the CPU; tensors, numbers, text and ``argparse.Namespace`` alone.
+    """The contents of a checkpoint, on the CPU; only tensors, numbers, text and ``argparse.Namespace``.
 
     Args: path: a file, or an ``https://`` address as the published evaluation commands use (kept in torch's cache).
-    Raises: BadCheckpoint: missing, empty, truncated, not as its checksum says, larger inside than outside, or holding
-        anything that could run, or tensors that are not plain numbers.
+    Raises: BadCheckpoint: missing, empty, truncated, failing its checksum, claiming more than the file holds, or
+        containing anything that could run, or tensors that are not plain numbers.
     """
     path = local_file(path)
     if not path.is_file():
@@ -64,9 +64,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Compare checksums and sizes. torch stores members uncompressed, so one that claims more than the file is hostile.
+    """Compare checksums and sizes. torch stores members uncompressed, so one larger than the file is hostile.
 
-    A file of ``write_checkpoint`` has one checksum of the whole file at its end, other archives one for each member.
+    A file from ``write_checkpoint`` ends with a checksum of the whole file, other archives have one for each member.
     """
     with open(path, "rb") as file:
         magic = file.read(4)
@@ -78,7 +78,7 @@ def _check_archive(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
             comment, names = archive.comment, archive.namelist()
-            sealed = comment[:4] == b"irpe" or comment[5:10] == b"crc32"  # ours, also with a letter damaged
+            sealed = comment[:4] == b"irpe" or comment[5:10] == b"crc32"  # ours, even with a damaged letter
             damaged = None if sealed or claimed > size else archive.testzip()
     except Exception as error:
         raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({_first_line(error)}){USE_ANOTHER}") from error
@@ -118,7 +118,7 @@ def _crc32_of_archive(path: Path, size: int) -> int:
 
 def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
     """Raises BadCheckpoint unless every tensor is dense, of an ordinary dtype and stored whole, and the file has room
-    for all values: a few lists that contain each other can stand for any number of them, or never end.
+    for all values: a few lists that contain each other can expand to any number of values, or without end.
     """
     waiting, count = [("", contents)], 0
     while waiting:
@@ -153,10 +153,10 @@ def _why_refused(error: BaseException, path: Path) -> str:
 
 
 def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
-    """The state dict in ``checkpoint[key]``, or ``checkpoint`` itself if it is one, without the prefixes that
-    DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``) put before its names.
+    """The state dict in ``checkpoint[key]``, or ``checkpoint`` itself if it is one, without the prefixes of
+    DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``).
 
-    Raises: BadCheckpoint: there is none, or a weight is NaN or infinite (named), or two have one name.
+    Raises: BadCheckpoint: there is none, or a weight (named) is NaN or infinite, or two have the same name.
     """
     weights = checkpoint.get(key)
     if weights is None:
@@ -198,17 +198,17 @@ def load_matching(
         weights: a state dict; unchanged.
         source: where it is from, for messages.
         may_start_fresh: whether a key may be missing, unexpected or of another shape; the model keeps its own value.
-    Returns: what became of each key that was not copied, as ``{"head.bias": "starts fresh: (4,) there, (9,) here"}``.
-    Raises: BadCheckpoint: any other key does not fit; it names them, and nothing is loaded.
+    Returns: a note on each key that was not copied, as ``{"head.bias": "starts fresh: (4,) there, (9,) here"}``.
+    Raises: BadCheckpoint: any other key does not fit (named); nothing is loaded.
     """
     own = model.state_dict()
-    # Counters of batch norm: published backbones freeze it and have none, checkpoints from elsewhere may.
+    # Counters of batch norm: published backbones, where it is frozen, have none; checkpoints from elsewhere may.
     weights = {key: value for key, value in weights.items() if key in own or not key.endswith("num_batches_tracked")}
     odd = {key: ("missing", key, "starts fresh: not in the checkpoint") for key in own if key not in weights}
     for key, value in weights.items():
         if key not in own:
             odd[key] = "unexpected", key, "is not used"
-        elif own[key].is_floating_point() and not value.is_floating_point():  # in units that nothing here knows
+        elif own[key].is_floating_point() and not value.is_floating_point():  # in unknown units
             raise BadCheckpoint(f"checkpoint {source}: {key} holds {value.dtype}; quantised weights are not read")
         elif value.shape != own[key].shape:
             there, here = tuple(value.shape), tuple(own[key].shape)
@@ -234,14 +234,14 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
     """Write ``contents`` to ``path``; a kill or a full disk at any moment leaves the last good file.
 
     Args:
-        previous: where the file that is replaced goes.
-        also: further names for the same contents (links, where the file system has them).
+        previous: where the replaced file goes.
+        also: further names for the same contents (hard links, if the file system has them).
     Raises: RunError: the disk is full or the folder cannot be written; the old file is kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # whatever it is: a file is not written through a link
+        temporary.unlink(missing_ok=True)  # whatever it is: never write through a symlink
         with open(temporary, "wb") as file:
             summed = _Summed(file)
             torch.save(contents, summed)
@@ -266,7 +266,7 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
 
 
 class _Summed:
-    """A file that is written from front to back, and the CRC-32 of it."""
+    """A file written from front to back, and its CRC-32."""
 
     def __init__(self, file):
         self.file, self.crc32, self.flush = file, 0, file.flush
@@ -277,7 +277,7 @@ class _Summed:
 
 
 def link(path: Path, copy: Path) -> None:
-    """Give a file a second name; a copy of it, where the file system has no links."""
+    """Give a file a second name: a hard link, or a copy if the file system has none."""
     temporary = copy.with_name(f".{copy.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -287,7 +287,7 @@ def link(path: Path, copy: Path) -> None:
             shutil.copyfile(path, temporary)
         os.replace(temporary, copy)
     finally:
-        temporary.unlink(missing_ok=True)  # also where both names were one file before: then nothing is replaced
+        temporary.unlink(missing_ok=True)  # also if both names were already one file: then nothing is replaced
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--config FILE.yaml``: a command line written down, and the one reader of YAML that users write.
+"""``--config FILE.yaml``: a command line written down, and the only reader of users' YAML.
 
 The file's entries become flags placed before the typed ones, so argparse checks both alike and typed flags win.
 """
@@ -21,15 +21,15 @@ from irpe_train.errors import RunError, in_one_line
 from irpe_train.text_files import read_text, write_text
 
 LARGEST_FILE = 1 << 18  # bytes; a config has hundreds
-DEEPEST = 20  # lists and mappings in each other; a grid has four
+DEEPEST = 20  # nested lists and mappings; a grid has four
 
 
 class ConfigError(RunError, ValueError):
-    """A YAML file that cannot be used; the message names the file, the key and the remedy."""
+    """An unusable YAML file; the message names the file, the key and the remedy."""
 
 
 def _folder_of_configs() -> Path:
-    """The checkout, or where the wheel put its configs: ``share/irpe`` of the environment."""
+    """The checkout, or where the wheel put its configs: ``share/irpe`` in the environment."""
     checkout, *above = Path(__file__).resolve().parents[1:]
     places = [checkout, *(folder / "share" / "irpe" for folder in (checkout, *above))]
     return next((place for place in places if (place / "configs" / "model_zoo.yaml").is_file()), checkout)
@@ -39,9 +39,9 @@ ROOT = _folder_of_configs()
 
 
 def find_config(name: str | Path, *folders: Path, source: str) -> Path:
-    """The file called ``name``: in one of ``folders``, in the working folder, or among those shipped with the package.
+    """The file ``name``: in one of ``folders``, in the working folder, or among those shipped with the package.
 
-    Raises: ConfigError: it is in none of them; lists the folders. ``source`` opens the message.
+    Raises: ConfigError: it is in none of them; lists the folders. The message begins with ``source``.
     """
     places = [*folders, Path(), ROOT]
     for folder in places:
@@ -52,7 +52,7 @@ def find_config(name: str | Path, *folders: Path, source: str) -> Path:
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' a line; typed flags win")
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' per line; typed flags win")
     parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and exit")
 
 
@@ -60,10 +60,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     """``parser.parse_args`` with the flags of the ``--config`` file, if one is given, placed first.
 
     The flags in the environment variable ``IRPE_EXTRA_FLAGS`` come last, for every command that takes ``--config``, so
-    they win. ``--print-config`` ends here, with exit status 0.
+    they win. ``--print-config`` exits here, with status 0.
 
-    Raises: ConfigError: no such file, no plain YAML mapping, an unknown name or a value no flag can carry; or the
-        variable has an open quotation.
+    Raises: ConfigError: no such file, not a plain YAML mapping, an unknown name or a value that no flag can have; or
+        the variable has an unclosed quote.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(action.dest == "config" for action in parser._actions):
@@ -73,7 +73,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         except ValueError as error:
             raise ConfigError(f"IRPE_EXTRA_FLAGS={extra}: {error}; write it as in a shell") from error
     argv = _with_home(argv)
-    find = argparse.ArgumentParser(add_help=False)  # --conf is --config, as argparse has it
+    find = argparse.ArgumentParser(add_help=False)  # like argparse, it takes --conf for --config
     find.add_argument("--config", action="append", default=[])
     given = find.parse_known_args(argv)[0].config
     if len(given) > 1:
@@ -85,7 +85,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         written = _with_home(flags_of(parser, read_yaml(find_config(path, source=source), source), source))
     args = parser.parse_args(written + argv)
     if getattr(args, "config", path) != path:  # some commands have no --config
-        raise ConfigError(f"--config {args.config}: write --config in small letters, so that it is read first")
+        raise ConfigError(f"--config {args.config}: write --config in lower case, so that it is read first")
     if getattr(args, "print_config", False):
         print(_as_yaml(parser, args), end="")
         parser.exit()
@@ -93,15 +93,15 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def answer_early(package: str) -> None:
-    """Help and mistakes of a package's programs come before PyTorch is imported, which takes seconds.
+    """Print help and flag errors of a package's programs before PyTorch is imported, which takes seconds.
 
-    Called by ``PACKAGE/__init__.py``; does nothing unless Python imports that for ``python -m PACKAGE``,
+    Called by ``PACKAGE/__init__.py``; does nothing unless Python imports it for ``python -m PACKAGE``,
     ``python -m PACKAGE.PROGRAM`` or the console command. The parsers are those of ``PACKAGE/args.py``.
     """
     programs = {"": "args", ".train": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}
     parsers = {package + program: f"get_{verb}_parser" for program, verb in programs.items()}
     program = Path("".join(sys.argv[:1])).name.removesuffix(".exe").replace("-", "_")
-    if program == "_m":  # the module is still to be found
+    if program == "_m":  # Python has not found the module yet
         options = " ".join(sys.orig_argv).partition(" -m")[2].split()
         program = options[0] if options else ""
     if program in parsers:
@@ -110,13 +110,13 @@ def answer_early(package: str) -> None:
 
 
 def _with_home(argv: list[str]) -> list[str]:
-    """``~/`` as shells read it, also behind ``--flag=``, where they leave it, and in a file, which has no shell."""
+    """Expand ``~/`` as shells do, and also after ``--flag=`` and in a file, where no shell does."""
     home = os.path.join(os.path.expanduser("~"), "")
     return [re.sub("^(--[^=]+=)?~/", lambda found: (found[1] or "") + home, word) for word in argv]
 
 
 def read_yaml(path: Path, source: str) -> dict:
-    """The mapping that a YAML file holds. Raises: ConfigError, opened by ``source``; see `parse_yaml`."""
+    """The mapping in a YAML file. Raises: ConfigError: begins with ``source``; see `parse_yaml`."""
     if not path.is_file():
         raise ConfigError(f"{source}: cannot be read: not a file")
     if (size := path.stat().st_size) > LARGEST_FILE:
@@ -132,7 +132,7 @@ def read_yaml(path: Path, source: str) -> dict:
 
 
 def parse_yaml(text: str, source: str) -> object:
-    """Plain values from YAML without tags, aliases (which can make terabytes from a line) or repeated names.
+    """Plain values from YAML without tags, aliases (which can expand a line to terabytes) or repeated names.
 
     Raises: ConfigError: anything else; names the line.
     """
@@ -141,7 +141,7 @@ def parse_yaml(text: str, source: str) -> object:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             where = f"{source}: line {event.start_mark.line + 1}"
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:  # PyYAML takes minutes for some thousand brackets
+            if depth > DEEPEST:  # PyYAML takes minutes for a few thousand brackets
                 raise ConfigError(f"{where}: more than {DEEPEST} nested lists")
             if getattr(event, "tag", None):
                 raise ConfigError(f"{where}: the tag {event.tag!r} is refused: a config is plain names and values")
@@ -173,7 +173,7 @@ def _refuse_repeated_names(root: yaml.Node | None, source: str) -> None:
 def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
     """``{"batch-size": 64, "pin_mem": False}`` -> ``["--batch-size=64", "--no-pin-mem"]``.
 
-    Raises: ConfigError, opened by ``source``: a name or value that no flag can carry.
+    Raises: ConfigError: begins with ``source``; a name or value that no flag can have.
     """
     argv = []
     for key, value in values.items():
@@ -183,7 +183,7 @@ def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list
 
 
 def _find(parser: argparse.ArgumentParser, key: str, source: str) -> tuple[argparse.Action, str]:
-    """The action called ``key``, by a flag's spelling (``-`` and ``_`` alike) or else by the name of its value."""
+    """The action for ``key``, by a flag's spelling (``-`` and ``_`` alike) or else by its dest."""
     actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction) and a.dest != "config"]
     known = {same_name(a.dest): (a, (a.option_strings or [""])[-1]) for a in reversed(actions)}
     known |= {same_name(o[2:]): (a, o) for a in actions for o in a.option_strings if o.startswith("--")}
@@ -207,7 +207,7 @@ def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[
             refuse("expected true or false")
         positive = [option for option in action.option_strings if not option.startswith("--no-")]
         negative = [option for option in action.option_strings if option.startswith("--no-")]
-        return [(negative if (spelling in negative) == value else positive)[0]]  # `no-x: true` says what `--no-x` says
+        return [(negative if (spelling in negative) == value else positive)[0]]  # `no-x: true` means `--no-x`
     if action.nargs == 0:
         if not isinstance(value, bool):
             refuse("this is a switch: expected true or false")
@@ -218,7 +218,7 @@ def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[
                 return [other.option_strings[-1]]
         return [] if parser.get_default(action.dest) == wanted else refuse("no flag switches this off; leave it out")
     if isinstance(value, bool):
-        refuse("expected a value, got true or false; quote it if the word is meant")
+        refuse("expected a value, got true or false; quote it if you mean the word")
     many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
     if isinstance(value, list) and not many:
         refuse("expected one value, got a list")
@@ -233,7 +233,7 @@ def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[
 
 
 def same_name(name: str) -> str:
-    """The one spelling by which flags are compared: ``-`` and ``_`` alike, in small letters."""
+    """The spelling for comparing flags: ``-`` and ``_`` alike, in lower case."""
     return name.replace("-", "_").lower()
 
 

@@ -37,16 +37,16 @@ def is_main() -> bool:
 
 
 def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 600.0) -> torch.device:
-    """Join the process group if there is one, choose this process's device, and set the logger up.
+    """Join the process group if there is one, choose this process's device, and set up the logger.
 
-    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or what ``srun`` sets.
+    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or the variables of ``srun``.
 
     Args:
         device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are taken as they are.
         dist_url: where the processes meet.
         timeout: seconds after which a missing or silent process ends the others.
     Raises:
-        RankLost: not all processes came within ``timeout``.
+        RankLost: not all processes arrived within ``timeout``.
         ValueError: more processes than GPUs on this machine.
     """
     my_rank, world, local_rank = _place_in_the_world()
@@ -64,14 +64,14 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
             store, _, _ = next(dist.rendezvous(dist_url, my_rank, world, timeout=limit))
             STOP.share(dist.PrefixStore("stop", store.clone()), my_rank, world)
             groups = dist.PrefixStore("groups", store)
-            # Told its GPU, NCCL connects at once and need not guess it at the first barrier.
+            # With device_id, NCCL connects at once and need not guess the GPU at the first barrier.
             gpu = chosen if chosen.type == "cuda" else None
             dist.init_process_group(backend, store=groups, rank=my_rank, world_size=world, timeout=limit, device_id=gpu)
             dist.barrier()
         except RuntimeError as error:
             STOP.leave_if_asked()
             raise RankLost(
-                f"rank {my_rank} of {world}: the others did not come within {timeout:g} s ({first_line(error)}). "
+                f"rank {my_rank} of {world}: the others did not arrive within {timeout:g} s ({first_line(error)}). "
                 "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE."
             ) from error
     return chosen
@@ -97,9 +97,9 @@ def first_host(node_list: str) -> str:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device called ``name``; the CPU, with a note, when CUDA is asked for and absent.
+    """The device ``name``; the CPU, with a note, if CUDA is requested and absent.
 
-    Args: local_rank: which GPU of this machine a process of several takes; None in a single process.
+    Args: local_rank: which GPU of this machine this process takes; None for a single process.
     Raises: ValueError: no such device, or more processes than GPUs.
     """
     try:
@@ -122,7 +122,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         return torch.device("cuda", device.index or 0)
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"process {local_rank} of this machine wants GPU {local_rank}, and there are {torch.cuda.device_count()}: "
+            f"process {local_rank} on this machine needs GPU {local_rank}, but there are {torch.cuda.device_count()}: "
             "start fewer processes (--nproc_per_node), or add --device cpu"
         )
     return torch.device("cuda", local_rank)
@@ -131,7 +131,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 def wrap(
     model: torch.nn.Module, device: torch.device, *, compile: bool = False, deterministic: bool = False
 ) -> torch.nn.Module:
-    """``model`` made ready for training: compiled if asked, in DistributedDataParallel if there are several processes.
+    """``model`` ready for training: compiled if requested, in DistributedDataParallel if there are several processes.
 
     The caller keeps ``model`` itself for evaluation, the moving average and checkpoints.
     """
@@ -139,8 +139,8 @@ def wrap(
         model = torch.compile(model)
     if world_size() == 1:
         return model
-    # DistributedDataParallel orders its buckets anew after the first step, unless it looks for unused parameters; a
-    # resumed run would sum its first step in another order than the uninterrupted one, and differ in the last bit.
+    # DistributedDataParallel reorders its buckets after the first step, unless it looks for unused parameters; a
+    # resumed run would sum its first step in a different order from the uninterrupted one, and differ in the last bit.
     devices = [device] if device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(model, devices, find_unused_parameters=deterministic)
 
@@ -165,7 +165,7 @@ def from_main(value):
 
 
 def reduce_mean(value: torch.Tensor) -> torch.Tensor:
-    """The mean over ranks of a tensor of one shape, on every rank; the argument is left alone."""
+    """The mean over ranks of a tensor with the same shape on each, on every rank; the argument is unchanged."""
     if world_size() == 1:
         return value
     total = value.detach().clone()
@@ -176,13 +176,13 @@ def reduce_mean(value: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def report_lost_ranks(where: str):
-    """Turns an error of gloo, nccl or the store about a dead or silent peer, not its own call, into ``RankLost``."""
+    """Turns an error of gloo, NCCL or the store about a dead or silent peer, but no other, into ``RankLost``."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, RunError) or world_size() == 1 or not LOST_RANK.search(str(error)):
             raise
-        STOP.leave_if_asked()  # it has left first
+        STOP.leave_if_asked()  # the peer has left first
         raise RankLost(
             f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {where}: "
             f"{first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
@@ -190,7 +190,7 @@ def report_lost_ranks(where: str):
 
 
 class _Console(logging.StreamHandler):
-    """Writes to whatever ``sys.stdout`` is now, so that redirecting it works. Names of files need not be text there."""
+    """Writes to the current ``sys.stdout``, so that redirecting works. File names need not be encodable there."""
 
     def __init__(self):
         logging.Handler.__init__(self)

@@ -19,14 +19,14 @@ from irpe_train.errors import BadCheckpoint, RunError, in_one_line
 from irpe_train.text_files import plain_file
 
 CHUNK = 1 << 20
-LARGEST_FILE = 4 << 30  # bytes; where no size is known, an answer is cut off here
-PATIENCE = 120.0  # seconds until an answer has begun
+LARGEST_FILE = 4 << 30  # bytes; if no size is known, a response is cut off here
+PATIENCE = 120.0  # seconds until a response has begun
 
 
 def cache_folder() -> Path:
-    """Where torch.hub keeps checkpoints, by its documented rule; asking torch itself would take seconds to import.
+    """Where torch.hub keeps checkpoints, by its documented rule; importing torch to ask would take seconds.
 
-    Raises: RunError: the user has no home folder, as an unknown one in a container.
+    Raises: RunError: the user has no home folder, like an unknown user in a container.
     """
     home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
     try:
@@ -36,9 +36,9 @@ def cache_folder() -> Path:
 
 
 def local_file(path: str | Path) -> Path:
-    """The file on this machine: ``path``, or what its ``https://`` address names in torch's cache, fetched if missing.
+    """The local file: ``path``, or the file of an ``https://`` address in torch's cache, downloaded if missing.
 
-    Raises: BadCheckpoint: it cannot be fetched, or is not as the SHA-256 in its name says.
+    Raises: BadCheckpoint: it cannot be downloaded, or does not match the SHA-256 in its name.
     """
     url = str(path)
     if not url.startswith("https://"):
@@ -48,7 +48,7 @@ def local_file(path: str | Path) -> Path:
 
     def check(file: Path) -> None:
         if digest and not (found := sha256(file)).startswith(digest[1]):
-            raise BadCheckpoint(f"checkpoint {file}: its sha256 is {found}, unlike its name; delete it, fetch it again")
+            raise BadCheckpoint(f"checkpoint {file}: its sha256 is {found}, unlike its name; delete it, download again")
 
     if target.exists():
         check(target)
@@ -56,7 +56,7 @@ def local_file(path: str | Path) -> Path:
     try:
         fetch_once(url, target, check=check)
     except OSError as error:
-        raise BadCheckpoint(f"checkpoint {url}: cannot fetch it ({error}). Put it here by hand: {target}") from error
+        raise BadCheckpoint(f"checkpoint {url}: download failed ({error}). Put it here by hand: {target}") from error
     return target
 
 
@@ -70,7 +70,7 @@ def fetch_once(url: str, target: Path, *, check: Callable[[Path], None], most: i
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     with alone(target.parent):
-        if target.exists():  # another process was faster, and has checked it
+        if target.exists():  # another process was faster and has checked it
             return
         download(url, part, most=most or LARGEST_FILE)
         try:
@@ -82,7 +82,7 @@ def fetch_once(url: str, target: Path, *, check: Callable[[Path], None], most: i
 
 
 def download(url: str, part: Path, *, most: int) -> None:
-    """Append what is missing of ``url`` to ``part``; the announced length must have arrived in the end.
+    """Append the missing rest of ``url`` to ``part``; the announced length must arrive in the end.
 
     Raises: OSError: the connection broke; BadCheckpoint: more than ``most`` bytes are announced, or come.
     """
@@ -116,7 +116,7 @@ def download(url: str, part: Path, *, most: int) -> None:
 
 
 def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
-    """The answer's headers, within ``PATIENCE``: a server that sends one "100 Continue" after another has no end."""
+    """The response headers, within ``PATIENCE``: a server may send "100 Continue" without end."""
     answer: Future = Future()
 
     def ask() -> None:
@@ -129,14 +129,14 @@ def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
     try:
         return answer.result(PATIENCE)
     except FutureTimeout as error:
-        if answer.done():  # of a connection, after its 30 s
+        if answer.done():  # the connection's own timeout, after 30 s
             raise
         raise OSError(f"no answer within {PATIENCE:g} s") from error
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Lock ``folder`` against downloads of other processes; the lock ends with the process, even a killed one."""
+    """Lock ``folder`` against downloads by other processes; the lock ends with the process, even if killed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -9,16 +9,16 @@ class RunError(RuntimeError):
 
 
 class BadFlags(RunError, ValueError):
-    """Values of flags that a library refuses."""
+    """Flag values that a library refuses."""
 
 
 def in_one_line(error: BaseException, most: int = 300) -> str:
-    """What an error says, without line breaks; its type where it says nothing."""
+    """An error's message without line breaks; its type if it has no message."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """The first line of what an error says; its type where it says nothing."""
+    """The first line of an error's message; its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
@@ -34,11 +34,11 @@ def blamed_on(flags: str):
 
 
 class BadCheckpoint(RunError, ValueError):
-    """A checkpoint that is damaged, hostile, or of another model; the message names file and reason."""
+    """A checkpoint that is damaged, hostile, or from another model; the message names file and reason."""
 
 
 class BadData(RunError):
-    """Images that cannot be read: one in evaluation, more than ``--max-bad`` in training."""
+    """Unreadable images: one in evaluation, more than ``--max-bad`` in training."""
 
 
 class NonFiniteLoss(RunError):
@@ -46,7 +46,7 @@ class NonFiniteLoss(RunError):
 
 
 class RankLost(RunError):
-    """Another process died, or never came."""
+    """Another process died, or never arrived."""
 
 
 class WorkerLost(RunError):

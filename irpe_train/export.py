@@ -18,7 +18,7 @@ from irpe_train.errors import BadCheckpoint, RunError, first_line, in_one_line
 from irpe_train.outputs import refuse_existing
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
-# fp32 sums in another order: seen differences are 1e-6 of the largest output; a wrong table is off by far more.
+# fp32 sums in another order: observed differences are 1e-6 of the largest output; a wrong table is off by far more.
 TOLERANCE = 1e-4
 
 
@@ -82,7 +82,7 @@ def export_model(
 
 
 class OnnxModel:
-    """What ``export_model`` wrote as ONNX, run on the CPU. ``metadata``: the texts written with it, by name."""
+    """An ONNX file from ``export_model``, run on the CPU. ``metadata``: the texts stored with it, by name."""
 
     def __init__(self, path: Path):
         import onnxruntime
@@ -98,7 +98,7 @@ class OnnxModel:
 
 @contextlib.contextmanager
 def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
-    """Inside, ``path`` is tried out; whatever goes wrong there shows that it is not a ``what``.
+    """Inside, ``path`` is tried out; any error there means that it is not a ``what``.
 
     Raises: ImportError: onnxruntime is missing. BadCheckpoint: no such file, or not a ``what``, with the reason.
     """
@@ -115,7 +115,7 @@ def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
 def _save_onnx(program, path: Path, metadata: dict, inputs: dict, outputs: Sequence[str]) -> Callable:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it lists what it does not simplify
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "# The axis name")  # inputs share "batch", as they should
+        warnings.filterwarnings("ignore", "# The axis name")  # inputs share "batch" on purpose
         names = dict(input_names=list(inputs), output_names=list(outputs))
         exported = torch.onnx.export(program, **names, dynamic_shapes=inputs, verbose=False)
     exported.model.metadata_props.update(metadata)

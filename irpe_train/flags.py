@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parser of every command: short help first, one line for a mistake, ``-`` and ``_`` alike in a flag's name."""
+"""The parser of every command: short help first, one-line errors, ``-`` and ``_`` alike in a flag's name."""
 
 import argparse
 import difflib
@@ -12,15 +12,15 @@ from irpe_train.config import same_name
 
 
 class FlagParser(argparse.ArgumentParser):
-    """``ArgumentParser`` with a short and a long help, that answers a mistake with one line.
+    """``ArgumentParser`` with a short and a long help, and one-line errors.
 
     Args: first: the most common flags, without dashes. ``--help`` shows these and ``--help-all`` all of them; without
-        ``first`` there is one help, with everything.
+        ``first`` there is only one help, with everything.
     Attributes: others: parsers of other commands by name; a flag that one of them knows is named as such.
     """
 
     def __init__(self, prog: str | None = None, *, first: Sequence[str] = (), description: str = "", **kwargs) -> None:
-        if sys.argv[0].startswith("irpe "):  # written there by the front door
+        if sys.argv[0].startswith("irpe "):  # set by the front door
             prog = sys.argv[0]
         kwargs["formatter_class"] = _Defaults if first else argparse.RawDescriptionHelpFormatter
         usage = "%(prog)s [flags]" if first else None
@@ -75,7 +75,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default where there is one."""
+    """Shows the default if there is one."""
 
     def _get_help_string(self, action):
         nothing = action.default is None or action.default is False or action.default in ("", [])

@@ -99,7 +99,7 @@ def test_fingerprint(tmp_path, monkeypatch):
     for name, target in (("b/loop", data), ("b/again", data), ("b/gone", "nowhere"), ("b/itself", "itself")):
         (data / name).symlink_to(target)
     assert card.fingerprint(data)["files"] == told["files"] + 2  # the broken ones, by their names
-    with pytest.raises(FileNotFoundError, match="no data at"):
+    with pytest.raises(FileNotFoundError, match="no data set at"):
         card.fingerprint(tmp_path / "nowhere")
 
 

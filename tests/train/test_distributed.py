@@ -54,7 +54,7 @@ def test_a_rank_that_never_comes_ends_the_other_with_a_message(tmp_path):
     (waiting,) = tiny(tmp_path / "run", "--dist_timeout", "1", world_size=2, missing=(1,), timeout=50)
     assert time.monotonic() - began < 40
     assert waiting.code == 1, waiting.text
-    assert "RankLost: rank 0 of 2: the others did not come within 1 s" in waiting.text
+    assert "RankLost: rank 0 of 2: the others did not arrive within 1 s" in waiting.text
     assert "MASTER_ADDR" in waiting.text
 
 
@@ -158,7 +158,7 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.choose_device("cuda", 1) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="process 2 of this machine wants GPU 2, and there are 2"):
+    with pytest.raises(ValueError, match="process 2 on this machine needs GPU 2, but there are 2"):
         distributed.choose_device("cuda", 2)
 
 

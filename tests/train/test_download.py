@@ -37,7 +37,7 @@ def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(downloads, "download", download)
-    with pytest.raises(BadCheckpoint, match=rf"cannot fetch it \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
+    with pytest.raises(BadCheckpoint, match=rf"download failed \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
         read_checkpoint("https://example.org/a.pth")
 
 
