@@ -39,7 +39,7 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     args = argparse.Namespace(**known | given)
     stored = {name: known[name] for name in given if known.get(name) is not None}
     if (others := changed_flags(get_args_parser(), args, stored=stored)) != "nothing":
-        logger.warning(f"other flags than the checkpoint's: {others}. Those given now hold")
+        logger.warning(f"flags differ from the checkpoint's: {others}. Those given now are used")
     if args.model is None:
         raise ValueError(f"{source} does not say which model it is: add --model NAME (and --rpe SPEC)")
     if ":" in args.model and "model" not in given:

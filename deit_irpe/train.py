@@ -115,7 +115,7 @@ def evaluate_only(
 ) -> None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     if checkpoint is not None:
-        warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now hold", only=MODEL_FLAGS)
+        warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
         weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
         models.check_number_of_classes(model, weights, len(val_set.classes), source=checkpoint.source)
         old_grid = trained_grid(model, checkpoint.contents)

@@ -115,7 +115,7 @@ def evaluate_only(
 ) -> None:
     """``--eval``: the weights of ``checkpoint``, or of ``start`` (loaded already), on the validation set."""
     if checkpoint is not None:
-        warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now hold", only=MODEL_FLAGS)
+        warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
         load_matching(model, checkpoint.weights(), source=checkpoint.source)
         trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
         compare_for_evaluation(trained, val_loader.dataset.categories, source=checkpoint.source)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the command line to ``main(args)``: here, or as a SLURM job through submitit."""
+"""From the command line to ``main(args)``: on this machine, or as a SLURM job through submitit."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from irpe_train.config import parse_args
 from irpe_train.distributed import report_lost_ranks, stop_printing
 from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line
 
-LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # as PyTorch says it
+LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
 
 
 def launch(
@@ -27,15 +27,15 @@ def launch(
 ) -> None:
     """Parse the flags and run ``main``. An error that the user can fix ends in one message and exit status 1.
 
-    A number other than 0 that ``main`` returns is the exit status. ``IRPE_TRACEBACK=1`` shows where a message comes
+    A nonzero return value of ``main`` is the exit status. ``IRPE_TRACEBACK=1`` shows where a message comes
     from; unexpected errors keep their traceback.
     """
-    if sys.stdout is None:  # closed by who started this
+    if sys.stdout is None:  # closed before the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         with report_lost_ranks(parser.prog), report_out_of_memory():
             status = main(parse_args(parser, argv))
-    except KeyboardInterrupt:  # where no state is kept: training notes it, see preemption.py
+    except KeyboardInterrupt:  # only outside training, which notes it: see preemption.py
         sys.exit(130)
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("IRPE_TRACEBACK"):
@@ -46,7 +46,7 @@ def launch(
             stop_printing()
         print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, WorkerLost):
-            os._exit(1)  # the loader's own end would raise it again, with a traceback
+            os._exit(1)  # the loader's cleanup would raise it again, with a traceback
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -59,14 +59,14 @@ def report_out_of_memory():
     """Turns PyTorch's errors about memory and killed workers, which can come at any line, into messages."""
     print_unraisable = sys.unraisablehook
 
-    def unless_worker_lost(unraisable) -> None:  # said inside a callback or a destructor; the loader says it again
+    def unless_worker_lost(unraisable) -> None:  # raised inside a callback or destructor; the loader raises it again
         if not LOST_WORKER.search(str(unraisable.exc_value)):
             print_unraisable(unraisable)
 
     sys.unraisablehook = unless_worker_lost
     try:
         yield
-    except ConnectionResetError as error:  # a killed worker's queue may say so before PyTorch sees it
+    except ConnectionResetError as error:  # a killed worker's queue may raise this before PyTorch notices
         frames = traceback.walk_tb(error.__traceback__)
         if not any("dataloader" in frame.f_code.co_filename for frame, _ in frames):
             raise
@@ -74,7 +74,7 @@ def report_out_of_memory():
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.") from error
-        if "Too many open files" in str(error) or "ancdata" in str(error):  # as PyTorch says it
+        if "Too many open files" in str(error) or "ancdata" in str(error):  # PyTorch's words
             raise RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers") from error
         found = LOST_WORKER.search(str(error))
         if found is None:
@@ -92,7 +92,7 @@ def _worker_lost(process: str, how: str) -> str:
 
 
 class SlurmJob:
-    """What submitit runs in each task; after a preemption it is queued again and resumes by itself."""
+    """The callable that submitit runs in each task; after a preemption it is requeued and resumes automatically."""
 
     def __init__(self, main: Callable[[argparse.Namespace], None], args: argparse.Namespace):
         self.main, self.args = main, args
@@ -113,7 +113,7 @@ class SlurmJob:
         self.main(self.args)
 
     def checkpoint(self, *unused_args, **unused_kwargs):
-        """submitit calls this on preemption or timeout, when our own handler has saved: the job to queue again."""
+        """submitit calls this on preemption or timeout, after our own handler has saved: the job to requeue."""
         import submitit
 
         self.args.resume = "auto"
@@ -133,7 +133,7 @@ def submit(
     """Queue ``main`` on SLURM with the published flags; the training flags follow on the same line.
 
     Args: nodes, timeout (minutes): the published defaults of the task.
-    Raises: SystemExit: as ``launch``, also where submitit is not installed.
+    Raises: SystemExit: as ``launch``, also if submitit is not installed.
     """
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--ngpus", default=8, type=positive_int, help="GPUs, and processes, per node")
@@ -143,7 +143,7 @@ def submit(
     slurm.add_argument("--partition", default=None, help="SLURM partition; default: the cluster's")
     slurm.add_argument("--use_volta32", action="store_true", help="only on nodes with the feature volta32gb")
     slurm.add_argument("--comment", default="", help="passed to SLURM, for priority")
-    slurm.add_argument("--executor", default="slurm", choices=("slurm", "local"), help="local: on this machine, to try")
+    slurm.add_argument("--executor", default="slurm", choices=("slurm", "local"), help="local: try it on this machine")
     launch(partial(_queue, main, parser.prog), parser, argv)
 
 

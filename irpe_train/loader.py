@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data loaders: training starts at any step of an epoch, and evaluation counts each image once.
+"""Data loaders: training can start at any step of an epoch, and evaluation counts each image once.
 
-``TrainLoader`` replaces an unreadable image by its neighbour, counts it and names it; ``EvalLoader`` never does.
+``TrainLoader`` replaces an unreadable image with its neighbour, counts it and names it; ``EvalLoader`` never does.
 """
 
 import struct
@@ -28,12 +28,12 @@ TRIES = 16  # neighbours that may stand in for an unreadable training image
 
 
 class TrainLoader:
-    """Batches of an epoch from any step on, the same ones however often the run was interrupted.
+    """Batches of an epoch from any step on, always the same ones however often the run was interrupted.
 
     Args:
         dataset: map-style; its method ``name(index)``, if it has one, names images in messages.
-        sampler: any sampler of indices; ``set_epoch`` is called if it has one, and its generators are seeded from
-            (seed, epoch), so that it may use ``torch.randperm`` or ``random`` as it likes.
+        sampler: any sampler of indices; ``set_epoch`` is called if it has one, and the generators are seeded from
+            (seed, epoch), so that it may use ``torch.randperm`` or ``random`` freely.
         batch_size: per rank.
         seed: the run's seed; each sample is made under generators seeded from (seed, epoch, position).
         drop_last: leave out the last, smaller batch.
@@ -58,7 +58,7 @@ class TrainLoader:
         self._order = _Order(sampler, batch_size, seed, drop_last)
         if len(self._order) == 0:
             raise ValueError(
-                f"{len(sampler)} training samples per process and epoch do not fill one batch of "
+                f"{len(sampler)} training samples per process and epoch do not fill a batch of "
                 f"{batch_size}: lower the batch size or add images"
             )
         read = partial(_read_seeded, dataset, seed, rank(), world_size())
@@ -93,11 +93,11 @@ class TrainLoader:
 class EvalLoader:
     """Every image of a set exactly once: rank ``r`` of ``n`` has batches ``r, r + n, ...``; nothing is repeated.
 
-    The batches are those of one process, so what depends on them (means over batches, padding) is the same number
-    however many processes there are.
+    The batches are those of a single process, so figures that depend on them (means over batches, padding) are the same
+    for any number of processes.
 
     The ranks may have different numbers of batches, so a loop over it must not reduce or run a wrapped model
-    (DistributedDataParallel sends buffers around in its forward): use the plain model and combine at the end.
+    (DistributedDataParallel broadcasts buffers in its forward): use the plain model and combine at the end.
 
     Args: shard: False gives every rank the whole set.
     Raises: BadData: on an unreadable image, with its name.
@@ -138,7 +138,7 @@ class EvalLoader:
 def try_all(read: Callable[[int], object], indices: Sequence[int], num_workers: int) -> Iterator[tuple[object, str]]:
     """(``read(index)``, "") for each of ``indices`` in order, or (None, why it cannot be read).
 
-    They are read by ``num_workers`` processes; random generators stay as they are.
+    They are read by ``num_workers`` processes; random generators are left unchanged.
     """
     how = dict(batch_size=64, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
     return chain.from_iterable(DataLoader(_Read(partial(_tried, read)), sampler=indices, **how))
@@ -159,8 +159,8 @@ def _loader(read: Callable, batches: Iterable, collate_fn: Callable, **how) -> D
 
 def _start(loader: DataLoader) -> Iterator:
     if sys.version_info < (3, 11) and world_size() > 1:
-        # In Python 3.10 a forked worker hangs if a thread of gloo, still clearing up after the last collective, asks
-        # for the GIL during the fork (_PyThreadState_DeleteExcept takes a lock that is only renewed after it).
+        # In Python 3.10 a forked worker hangs if a gloo thread, still cleaning up after the last collective, requests
+        # the GIL during the fork (_PyThreadState_DeleteExcept takes a lock that is only reinitialized afterwards).
         time.sleep(0.05)
     with held_back():
         return iter(loader)
@@ -195,7 +195,7 @@ class _Order(Sampler):
 
 
 class _Read(Dataset):
-    """A set whose item ``key``, whatever that is, is ``read(key)``."""
+    """A set whose item ``key``, of any type, is ``read(key)``."""
 
     def __init__(self, read: Callable):
         self.read = read
@@ -218,7 +218,7 @@ def _read_seeded(dataset: Dataset, seed: int, rank: int, world_size: int, key: t
 
 
 def _read_named(dataset: Dataset, index: int) -> tuple[object, list[tuple[str, str]]]:
-    """(sample, []), or (None, [(name, reason)]) of an unreadable image: raised in a worker, an error loses its type."""
+    """(sample, []), or (None, [(name, reason)]) for an unreadable image: an error raised in a worker loses its type."""
     try:
         return dataset[index], []
     except UNREADABLE as error:
@@ -227,7 +227,7 @@ def _read_named(dataset: Dataset, index: int) -> tuple[object, list[tuple[str, s
 
 
 def _collate_and_report(collate_fn: Callable, items: list) -> tuple[object, list]:
-    """[(sample, bad)] -> (batch, bad); a batch of evaluation with a bad image is not collated."""
+    """[(sample, bad)] -> (batch, bad); an evaluation batch with a bad image is not collated."""
     samples, bad = [sample for sample, _ in items], [entry for _, entries in items for entry in entries]
     return (None if any(sample is None for sample in samples) else collate_fn(samples)), bad
 

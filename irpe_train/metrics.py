@@ -15,9 +15,9 @@ import torch
 
 from irpe_train.distributed import gather, is_main, logger
 
-# What is shown of these is the last value; of everything else median and mean.
+# These show their last value; everything else shows median and mean.
 LAST_VALUE = {"lr": "{value:.6f}", "class_error": "{value:.2f}"}
-# What the console shows of many terms; the file of details has all (see run_log.log_details).
+# The terms that the console shows; the file of details has all (see run_log.log_details).
 FEW = ("lr", "class_error", "loss", "acc1")
 
 
@@ -33,7 +33,7 @@ class SmoothedValue:
         self.total, self.count = 0.0, 0
 
     def update(self, value: float, n: int = 1) -> None:
-        """Add ``value``, the mean over ``n`` things."""
+        """Add ``value``, the mean over ``n`` items."""
         self.window.append(value)
         self.total += value * n
         self.count += n
@@ -47,7 +47,7 @@ class SmoothedValue:
         return self.total / self.count if self.count else 0.0
 
     def text(self, global_avg: float) -> str:
-        """As ``fmt`` says, with this mean: that of all ranks where they were asked."""
+        """Formatted by ``fmt``, with this mean, which may be over all ranks."""
         window = self.window or [0.0]
         of_window = dict(median=statistics.median_low(window), avg=self.avg, max=max(window), value=window[-1])
         return self.fmt.format(global_avg=global_avg, **of_window)
@@ -57,7 +57,7 @@ class SmoothedValue:
 
 
 class MetricLogger:
-    """Named ``SmoothedValue`` s, updated with device tensors that are read only when a value is asked for.
+    """Named ``SmoothedValue`` s, updated with device tensors that are read only when a value is needed.
 
     Means are over iterations (or over ``n``); over ranks, sums and counts are added before dividing, as published.
     """
@@ -67,7 +67,7 @@ class MetricLogger:
         self._pending: list[tuple[list[str], int, torch.Tensor]] = []
 
     def update(self, n: int = 1, **values: float | torch.Tensor) -> None:
-        """Add one value each; ``n`` is how many things it is the mean of. Tensors are scalars, on any device."""
+        """Add one value each, the mean over ``n`` items. Tensors are scalars, on any device."""
         tensors = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
         for name, value in values.items():
             self._meter(name)
@@ -94,9 +94,9 @@ class MetricLogger:
         return self._meters
 
     def averages(self) -> dict[str, float]:
-        """Name to mean over all iterations of all ranks; call it on every rank. A rank may have seen nothing.
+        """Name to mean over all iterations of all ranks; call it on every rank. A rank may have no values.
 
-        They are printed too, in the published words: all of them, unless a file of details has them.
+        They are also printed in the published form: all of them, unless a file of details has them.
         """
         totals: dict[str, list[float]] = {}
         for of_rank in gather({name: (meter.total, meter.count) for name, meter in self.meters.items()}):
@@ -146,13 +146,13 @@ class MetricLogger:
     ) -> Iterator:
         """Yield from ``iterable`` and report: a moving bar on a terminal, else a line every ``every`` steps.
 
-        Lines have ``FEW`` terms on the console and all in the file of details, there as published.
+        Lines have ``FEW`` terms on the console and, as published, all terms in the file of details.
 
         Args:
             iterable: has a ``len``, the steps of the whole epoch.
-            start: the step this starts at, when the epoch was interrupted.
-            images_per_step: of all ranks together, for the images per second.
-            later: seconds a step takes -> seconds the run takes after this epoch.
+            start: the step to start at, if the epoch was interrupted.
+            images_per_step: over all ranks, for the images per second.
+            later: seconds per step -> seconds that the run takes after this epoch.
         """
         total, began, ready = len(iterable), time.monotonic(), time.monotonic()
         step_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
@@ -173,7 +173,7 @@ class MetricLogger:
                     place, eta = (step, total), f"eta: {_clock(left)}"
                     self._report_briefly(bar, header, place, eta, speed, run)
                     full = header, _place(*place), eta, str(self), f"time: {step_time}  data: {data_time}", _memory()
-                    logger.info(_joined(*full, speed), extra={"only": "file"})  # up to the speed as published
+                    logger.info(_joined(*full, speed), extra={"only": "file"})  # as published, plus the speed
         spent = time.monotonic() - began
         done = max(total - start, 0)
         if bar and done:
@@ -208,7 +208,7 @@ def _clock(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """The most memory taken so far: of the GPU if it is used, else of the process; MiB."""
+    """The peak memory so far: of the GPU if it is used, else of the process; MiB."""
     if torch.cuda.is_initialized():
         return f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -216,5 +216,5 @@ def _memory() -> str:
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Trainable parameters, as ``log.txt`` has them."""
+    """Trainable parameters, as in ``log.txt``."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

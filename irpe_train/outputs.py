@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results never overwrite other files, and a folder that cannot be written is refused before any work."""
+"""Results never overwrite other files, and an unwritable folder is refused before any work."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ LIST = ".written_by_predict"
 
 
 def writable_folder(folder: Path, flag: str = "--out") -> Path:
-    """``folder``, made if need be; asked before any work. Raises RunError: it cannot be written; names ``flag``."""
+    """``folder``, created if needed; call it before any work. Raises RunError: it cannot be written; names ``flag``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -34,7 +34,7 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
 
 
 def result_names(files: Sequence[Path]) -> dict[Path, str]:
-    """The name of each image's results: its own, with folders and suffix where needed to tell them apart."""
+    """The name of each image's results: its own, with folders and suffix if names would clash."""
     whole = [Path(os.path.abspath(file)) for file in files]
     common = os.path.commonpath([file.parent for file in whole]) if files else ""
     within = [file.relative_to(common) for file in whole]
@@ -48,9 +48,9 @@ def result_names(files: Sequence[Path]) -> dict[Path, str]:
 class OutputFolder:
     """A folder that predictions are written to; it remembers, in a hidden list, what it wrote.
 
-    A file that was there before, or was changed since, is the user's: a photograph, or the JSON of a labelling tool.
+    A file that existed before, or was changed since, is the user's: a photograph, or the JSON of a labelling tool.
 
-    Args: names: of the results of each image, see ``result_names``; ``NAME.png`` is one of them.
+    Args: names: of the results for each image, see ``result_names``; ``NAME.png`` is one of them.
     """
 
     def __init__(self, folder: Path, names: Mapping[Path, str] | None = None):
@@ -64,7 +64,7 @@ class OutputFolder:
     def refuse_to_replace(self, names: Iterable[str]) -> None:
         """Call it before any work.
 
-        Raises: RunError: a file cannot be written, comes twice, or is there and of another image or program.
+        Raises: RunError: a file cannot be written, comes twice, or exists and belongs to another image or program.
         """
         names = list(names)
         counts = Counter(name.casefold() for name in names)
@@ -92,7 +92,7 @@ class OutputFolder:
 
     def _state(self, name: str) -> str | None:
         try:
-            found = (self.folder / name).lstat()  # a link was made by somebody
+            found = (self.folder / name).lstat()  # a symlink is the user's
         except FileNotFoundError:
             return None
         return f"{found.st_size} {found.st_mtime_ns}"

@@ -18,35 +18,35 @@ from irpe_train.outputs import OutputFolder
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
 UNREAD = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".dng", ".cr2", ".nef", ".arw"}
-# Folders that macOS, network disks, Windows and Linux make beside a user's own, some with pictures in them.
+# Folders that macOS, NAS devices, Windows and Linux create beside a user's own, some with pictures in them.
 OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 class UnreadableImage(OSError):
-    """An image file that is missing, damaged, empty, too large or no image at all; the message names it."""
+    """An image file that is missing, damaged, empty, too large or not an image; the message names it."""
 
 
 def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
-    """The images that files, folders and patterns name, each once, also where links lead to their folder again.
+    """The images that files, folders and patterns name, each once, even if symlinks lead to their folder again.
 
-    Args: besides: a folder whose files are results. These, and what predict wrote elsewhere, searching does not find.
-    Raises: ValueError: one of them names none.
+    Args: besides: a folder of results. Its files, and those that predict wrote elsewhere, are skipped in searches.
+    Raises: ValueError: one of them names no image.
     """
     files: dict[Path, Path] = {}
     for text in named:
-        fits = not glob.has_magic(text) or Path(text).exists()  # else it is a pattern; ** is any folders
+        fits = not glob.has_magic(text) or Path(text).exists()  # else it is a pattern; ** matches any folders
         paths = [Path(text)] if fits else _outside(besides, sorted(map(Path, glob.glob(text, recursive=True))))
         found = [file for path in paths for file in (_files_below(path, besides) if path.is_dir() else [path])]
         if not found:
-            where = "in this folder" if Path(text).is_dir() else "fits this pattern"
-            raise ValueError(f"{text}: no image {where} (results of predict left aside)")
+            where = "in this folder" if Path(text).is_dir() else "matches this pattern"
+            raise ValueError(f"{text}: no image {where} (not counting results of predict)")
         for file in found:
             files[_place(file)] = min(files.get(_place(file), file), file, key=lambda path: len(path.parts))
     return list(files.values())
 
 
 def _place(file: Path) -> Path:
-    """Where a file is, however its folder is called; a link to a file is a file of its own."""
+    """The place of a file, with symlinks in its folder resolved; a symlink to a file is a file of its own."""
     return Path(os.path.realpath(file.parent), file.name)
 
 
@@ -62,7 +62,7 @@ def _files_below(folder: Path, besides: Path) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """``folder`` and each folder below it, through links as in training, with its files. Raises OSError: unreadable."""
+    """``folder`` and each folder below it, through symlinks as in training, with its files. Raises OSError."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -70,7 +70,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         here = os.stat(parent)
-        if (here.st_dev, here.st_ino) in seen:  # a link back, or a second one to the same folder
+        if (here.st_dev, here.st_ino) in seen:  # a symlink back, or a second one to the same folder
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
@@ -84,15 +84,15 @@ def _outside(folder: Path, files: Iterable[Path]) -> list[Path]:
 
 
 def report_unread(where: str | Path, names: Iterable[str]) -> None:
-    """A warning on pictures among ``names`` that the published list of suffixes leaves out."""
+    """Warn about pictures among ``names`` that the published list of suffixes leaves out."""
     counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREAD)
     if counts:
         told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
-        logger.warning(f"{where}: pictures that are left out, as their kind is not read: {told}; save them as .jpg")
+        logger.warning(f"{where}: pictures left out because their format is not read: {told}; save them as .jpg")
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
-    """Whether a file or one of its folders is a program's own: ``.ipynb_checkpoints``, ``._x.jpg``, ``@eaDir``."""
+    """Whether a file or one of its folders belongs to a program: ``.ipynb_checkpoints``, ``._x.jpg``, ``@eaDir``."""
     return any(part.startswith(".") or part in OF_SYSTEMS for part in parts)
 
 
@@ -111,14 +111,14 @@ def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:
 def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Image.Image:
     """An encoded image in RGB.
 
-    8-bit images are what ``Image.convert("RGB")`` makes of them, as in the published code: transparency is dropped,
+    8-bit images go through ``Image.convert("RGB")``, as in the published code: transparency is dropped,
     CMYK converted, the first frame of an animation taken. Grey of 12 or 16 bits is scaled to 8. Floating-point and
-    32-bit pixels are refused: no file says what is black and white in them.
+    32-bit pixels are refused: their files do not say which values are black and white.
 
     Args:
         data: the bytes of the file.
-        name: what messages call it.
-        upright: turn the image as its EXIF orientation says. Default: as stored.
+        name: for messages.
+        upright: rotate the image by its EXIF orientation. Default: as stored.
     Raises: UnreadableImage: with ``name`` and the reason.
     """
     try:
@@ -128,7 +128,7 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
             turn = _orientation(image) if image.format == "TIFF" else 1
             image.load()
             rgb = _to_rgb(image)
-            if turn != 1:  # Pillow turns a TIFF while it loads it, and forgets that it did: back to as stored
+            if turn != 1:  # Pillow rotates a TIFF on loading and drops the tag: undo it
                 rgb.getexif()[ORIENTATION] = {6: 8, 8: 6}.get(turn, turn)
                 rgb = ImageOps.exif_transpose(rgb)
                 rgb.getexif()[ORIENTATION] = turn
@@ -136,12 +136,12 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{name}: too many pixels to be a photograph ({error}); scale it down") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = "it is no image" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UnreadableImage(f"{name}: this image cannot be read ({reason})") from error
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether the image is stored turned, by its EXIF orientation. Unreadable metadata count as not turned."""
+    """Whether the EXIF orientation says that the image is stored rotated. Unreadable metadata count as not rotated."""
     return _orientation(image) != 1
 
 
@@ -154,14 +154,14 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS):
-        tags = getattr(image, "tag_v2", {})  # of a TIFF: it may have 12 bits, or 0 for white
+        tags = getattr(image, "tag_v2", {})  # a TIFF may have 12 bits, or 0 for white
         most = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
         grey = (np.asarray(image).astype(np.int64) * 255 + most // 2) // most
         grey = 255 - grey if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else grey
         rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-        rgb.info = dict(image.info)  # where the orientation is
+        rgb.info = dict(image.info)  # holds the orientation
         return rgb
     if image.mode in ("I", "F"):
         kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise ValueError(f"{kind} pixels, whose black and white are not known; save it with 8 or 16 bits")
+        raise ValueError(f"{kind} pixels, whose black and white are unknown; save it with 8 or 16 bits")
     return image.convert("RGB")

@@ -11,7 +11,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
 class Precision:
-    """The number format of a run, and the one place where weights are updated.
+    """The number format of a run, and the only place where weights are updated.
 
     Args:
         amp: ``bf16``, ``fp16`` (with loss scaling) or ``none``. ``fp16`` on the CPU is ``none``, as published.
@@ -38,7 +38,7 @@ class Precision:
     def update(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], *, clip: float | None = None
     ) -> None:
-        """Change the weights by the gradients added so far, and forget these.
+        """Update the weights with the accumulated gradients, then clear these.
 
         Args: clip: largest gradient norm; None or 0 for no clipping.
         """

@@ -2,8 +2,8 @@
 """Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1, SIGUSR2.
 
 The handler only notes the signal. During training ``Steps`` saves and stops all ranks after the same step; evaluation
-stops between two batches. Anything else, such as listing the data or building the model, is ended after ``GRACE``
-seconds by a thread, since the state on disk is complete. The threads share the request through the ranks' store, so
+stops between two batches. Anything else, such as listing the data or building the model, is ended by a thread after
+``GRACE`` seconds, because the state on disk is complete. The threads share the request through the ranks' store, so
 that all ranks stop together.
 """
 
@@ -23,18 +23,18 @@ logger = logging.getLogger("irpe")
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 GRACE = 3.0  # seconds for a run to reach a point where it can stop by itself
-PAUSE = 0.1  # seconds between two looks at the ranks' store
+PAUSE = 0.1  # seconds between two reads of the ranks' store
 
 
 class Preemption:
-    """The stop request of this process. There is one instance, ``STOP``, since signals belong to the process.
+    """The stop request of this process. There is one instance, ``STOP``, because signals belong to the process.
 
-    An earlier handler, such as submitit's, which puts the job back into SLURM's queue, is called once the state is
+    An earlier handler, such as submitit's, which requeues the job in SLURM, is called once the state is
     saved. SIGTERM is left to such a handler: submitit ignores it on purpose. SIGHUP stays ignored under nohup.
 
     Attributes:
         signal: the last one noted, here or on another rank; None before.
-        training: whether an epoch's training runs, until its end is saved.
+        training: True while an epoch trains, until its end is saved.
     """
 
     def __init__(self):
@@ -58,10 +58,10 @@ class Preemption:
             signal.signal(number, self._note)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing)  # tells the thread what this one, waiting for other ranks, is late to handle
+        signal.set_wakeup_fd(writing)  # tells the thread at once; this one may be waiting for other ranks
         self._watcher = threading.Thread(target=self._watch, args=(reading, self._uninstalled), daemon=True)
         self._watcher.start()
-        atexit.register(self._end_watch)  # a thread inside the store, while Python ends, aborts the process
+        atexit.register(self._end_watch)  # a thread still inside the store at exit aborts the process
         return self
 
     def _end_watch(self) -> None:
@@ -70,7 +70,7 @@ class Preemption:
             self._watcher.join(5)
 
     def uninstall(self) -> None:
-        """As if nothing had been installed or noted."""
+        """Undo ``install`` and forget any request."""
         self._uninstalled.set()
         if self._before:
             os.close(signal.set_wakeup_fd(-1))
@@ -80,13 +80,13 @@ class Preemption:
         self.__init__()
 
     def share(self, store, rank: int, world_size: int) -> None:
-        """Tell the other ranks, and be told by them, through a ``torch.distributed`` store."""
+        """Share requests with the other ranks through a ``torch.distributed`` store."""
         self._heard = [f"irpe/heard/{r}" for r in range(world_size)]
         self._rank, self._store = rank, store
 
     @contextlib.contextmanager
     def writing(self):
-        """Inside, a file is being written that the run must not leave behind half done."""
+        """Inside, a file is being written that must not be left half written."""
         self._writing = True
         try:
             yield
@@ -101,10 +101,10 @@ class Preemption:
     def leave(self) -> None:
         """Raise ``Preempted``, once the other ranks have heard; the state is on disk."""
         if self._store is not None:
-            self._all_heard.wait(5)  # a rank that waits for this one must know why it is gone
+            self._all_heard.wait(5)  # a rank waiting for this one must know why it is gone
         if callable(before := self._before.get(self.signal)):  # None on a rank that saw no signal itself
             before(self.signal, None)  # rank 0 leaves here under submitit, once the job is queued again
-            time.sleep(20)  # the others must not be the first to leave: SLURM may then kill rank 0 in mid-request
+            time.sleep(20)  # the others must not leave first: SLURM might then kill rank 0 in mid-request
         self._say()
         raise Preempted
 
@@ -143,7 +143,7 @@ class Preemption:
                 store.set(self._heard[self._rank], "")
                 if store.check(self._heard):
                     self._all_heard.set()
-        except RuntimeError:  # the process that keeps the store is gone
+        except RuntimeError:  # the process with the store is gone
             self._all_heard.set()
             self._store = None
 
@@ -164,7 +164,7 @@ STOP = Preemption()
 
 @contextlib.contextmanager
 def held_back():
-    """Signals wait meanwhile. Data loading workers that are started inside inherit this, and never see one."""
+    """Blocks signals inside. Data loading workers started inside inherit this, and never see one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
     try:
         yield

@@ -15,7 +15,7 @@ from irpe_train.run_log import RunLog, banner, changed_flags, record_start
 from irpe_train.state import TrainState
 from irpe_train.steps import Steps
 
-# Flags that say where a run happens, not what is run.
+# Flags that say where a run happens, not what it does.
 PLACES = ("config", "output_dir", "device", "num_workers", "resume", "tensorboard", "world_size", "dist_url")
 
 
@@ -34,9 +34,9 @@ def open_run(
     """Restore ``state`` from ``checkpoint``, record the start, print the banner, and open the log.
 
     Args:
-        args: as typed; of these, the flags of ``add_runtime_arguments`` are read. parser: of these flags.
-        checkpoint: what ``Checkpoints.open`` found; None for a new run.
-        rows: what the banner says of data, model and rate. stats: the model in numbers, for ``model.json``.
+        args: as typed; only the flags of ``add_runtime_arguments`` are read. parser: of these flags.
+        checkpoint: from ``Checkpoints.open``; None for a new run.
+        rows: lines of the banner on data, model and rate. stats: the model in numbers, for ``model.json``.
         data_flags: flags that are paths to data.
     """
     resumed = checkpoint is not None and state.load_dict(checkpoint.contents, source=checkpoint.source)
@@ -51,7 +51,7 @@ def open_run(
     images = loader.batch_size * world_size()
     product = f"{loader.batch_size} x {world_size()} process(es) x {args.accumulate} accumulated"
     rows = rows | {
-        "effective batch": f"{images * args.accumulate} images an update: {product}",
+        "effective batch": f"{images * args.accumulate} images per update: {product}",
         "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
         "not as published": changed_flags(parser, args, ignore=PLACES + data_flags),
     }
@@ -71,12 +71,12 @@ def warn_of_other_flags(
     ignore: tuple[str, ...] = (),
     only: Iterable[str] | None = None,
 ) -> None:
-    """A line where ``args`` differ from the flags that the checkpoint was trained with."""
+    """Warn if ``args`` differ from the flags that the checkpoint was trained with."""
     there = checkpoint.contents.get("args")
     stored = vars(there) if isinstance(there, argparse.Namespace) else {}
     stored = {name: value for name, value in stored.items() if only is None or name in only}
     if (others := changed_flags(parser, args, PLACES + ignore, stored)) != "nothing":
-        logger.warning(f"other flags than the checkpoint's: {others}. {what_then}")
+        logger.warning(f"flags differ from the checkpoint's: {others}. {what_then}")
 
 
 class Run:
@@ -90,8 +90,8 @@ class Run:
         """After the evaluation: log the epoch, move on, save.
 
         Args:
-            test_stats: what ``log.txt`` will say after ``test_``.
-            figure: by which epochs are compared; the best one's checkpoint is kept as ``best.pth``.
+            test_stats: logged in ``log.txt`` as ``test_*``.
+            figure: for comparing epochs; the best one's checkpoint is kept as ``best.pth``.
         """
         state = self.state
         improved = state.best is None or figure > state.best or math.isnan(state.best)
@@ -106,16 +106,16 @@ class Run:
             STOP.leave()
 
     def close(self) -> None:
-        """After the last epoch: say how long it took, and what is written where."""
+        """After the last epoch: report how long it took, and what is written where."""
         spent = time.gmtime(time.monotonic() - self._began)
         logger.info(f"Training time {time.strftime('%H:%M:%S', spent)}")
         if (folder := self.checkpoints.folder) is None:
             return
         written = {
             Checkpoints.BEST: f"the best epoch, {self.state.best:.4g}" if self.state.best is not None else "",
-            Checkpoints.NAME: "the last epoch; --resume auto goes on from it",
-            "log.txt": "a line of figures an epoch",
-            f"detail_{folder.resolve().name}.log": "all that was printed, with every term of every tenth step",
+            Checkpoints.NAME: "the last epoch; --resume auto continues from it",
+            "log.txt": "a line of figures per epoch",
+            f"detail_{folder.resolve().name}.log": "all console output, with every term of every tenth step",
             "tensorboard": "the same figures for TensorBoard",
             "config.yaml": "the flags of this run, for --config",
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: locked for one run; its checkpoints are written and found here."""
+"""The folder of a run: locked for one run; this file writes and finds its checkpoints."""
 
 import errno
 import fcntl
@@ -56,20 +56,20 @@ class Checkpoints:
         if self.folder is None:
             return
         contents = state.to_dict(self.keys)
-        contents["progress"]["also"] = list(also)  # where a kill comes before the names: see _name_again
+        contents["progress"]["also"] = list(also)  # in case a kill comes before the naming: see _name_again
         if is_main():
             with STOP.writing():
                 others = dict(previous=self.folder / self.PREVIOUS, also=tuple(self.folder / name for name in also))
                 write_checkpoint(contents, self.folder / self.NAME, **others)
 
     def open(self, where: str, *, evaluate: bool = False) -> Checkpoint | None:
-        """The checkpoint that ``--resume`` names; call it on every rank. For training, the folder is this run's alone.
+        """The checkpoint that ``--resume`` names; call it on every rank. For training, it claims the folder.
 
         Args:
             where: a path or address; ``auto`` for this folder's newest good checkpoint, if it has any; "" for none.
-            evaluate: the folder is not trained in, and ``auto`` must find a checkpoint.
+            evaluate: no training in this folder, and ``auto`` must find a checkpoint.
         Raises:
-            BadCheckpoint: it cannot be used; for ``auto``, neither can the one before.
+            BadCheckpoint: it cannot be used; for ``auto``, nor can the previous one.
             RunError: another process trains in the folder, or it holds the checkpoints of another run.
         """
         found, problem = None, None
@@ -98,24 +98,24 @@ class Checkpoints:
         return found or Checkpoint(source, read_checkpoint(source))
 
     def _there(self) -> list[str]:
-        """The names in the folder that a run may write; with ``checkpoint0099.pth``, which detection keeps."""
+        """The checkpoint names in the folder, including ``checkpoint0099.pth``, which detection keeps."""
         names = [path.name for path in self.folder.glob("*.pth")] if self.folder else []
         return sorted(name for name in names if re.fullmatch(r"best\.pth|checkpoint(\d+|_previous)?\.pth", name))
 
     def _claim(self, where: str) -> None:
         """Lock the folder until this process ends, and begin its log of details.
 
-        A folder is refused where another run's checkpoints would be replaced.
+        A folder is refused if another run's checkpoints would be replaced.
         """
         self._lock = lock(self.folder)
         own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
         if (old := self._there()) and not own:
-            remedy = "Go on with --resume auto, or choose another folder."
+            remedy = "Continue it with --resume auto, or choose another folder."
             raise RunError(f"--output_dir {self.folder} holds {', '.join(old)} of another run. {remedy}")
         log_details(self.folder)
 
     def _name_again(self, found: Checkpoint) -> None:
-        """Give the checkpoint its further names, as ``best.pth``, if the run ended between writing and naming it."""
+        """Give the checkpoint its further names, such as ``best.pth``, if the run died before naming it."""
         names = found.contents.get("progress", {}).get("also", [])
         for name in names if isinstance(names, list) else []:
             path = self.folder / str(name)
@@ -125,7 +125,7 @@ class Checkpoints:
 
     def _newest_good(self) -> Checkpoint | None:
         if self.folder is None:
-            raise BadCheckpoint("--resume auto looks into --output_dir: give one")
+            raise BadCheckpoint("--resume auto looks in --output_dir: give one")
         problems = []
         for path in (self.folder / self.NAME, self.folder / self.PREVIOUS):
             if not os.path.lexists(path):
@@ -145,14 +145,14 @@ class Checkpoints:
 
 
 def _checked(path: str | Path) -> Checkpoint:
-    """A checkpoint whose weights are there and finite."""
+    """A checkpoint whose weights exist and are finite."""
     found = Checkpoint(str(path), read_checkpoint(path))
     found.weights()
     return found
 
 
 def lock(folder: Path) -> TextIO:
-    """Make ``folder`` if need be, and keep other runs out of it while the returned file is open.
+    """Create ``folder`` if needed, and keep other runs out of it while the returned file is open.
 
     Raises: RunError: it cannot be written, or another process holds it (named).
     """
@@ -162,15 +162,15 @@ def lock(folder: Path) -> TextIO:
     except OSError as error:
         raise RunError(f"--output_dir {folder}: cannot write there ({error.strerror})") from error
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; its children do not have it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process; not inherited by children
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
             raise RunError(
                 f"--output_dir {folder}: another run is writing there ({file.read()[:200].strip()}). "
-                "Wait for its end, or choose another folder."
+                "Wait until it ends, or choose another folder."
             ) from error
-        logger.warning(f"--output_dir {folder} cannot be locked ({error.strerror}): start no second run there")
+        logger.warning(f"--output_dir {folder} cannot be locked ({error.strerror}): do not start a second run there")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -28,15 +28,15 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rp
 
 
 class RunLog:
-    """``OUTPUT_DIR/log.txt``: a JSON object an epoch, each epoch once; and the same in TensorBoard, if installed.
+    """``OUTPUT_DIR/log.txt``: one JSON object per epoch, each epoch once; and the same in TensorBoard, if installed.
 
     Make it after ``Checkpoints.open``. Only the main rank writes; nothing is written without an ``output_dir``.
 
     Args:
-        epoch: where this run goes on; lines from there on belong to an interrupted try and are dropped. A log of
-            another run, found when this one starts anew, is moved to ``log.1.txt``.
-        wandb: project of Weights & Biases that is sent the same figures; a resumed run goes on there too.
-    Raises: ImportError: ``wandb`` is asked for and not installed.
+        epoch: where this run continues; lines from there on belong to an interrupted try and are dropped. A log of
+            another run, found at the start of a new one, is moved to ``log.1.txt``.
+        wandb: project of Weights & Biases that gets the same figures; a resumed run continues there too.
+    Raises: ImportError: ``wandb`` is requested and not installed.
     """
 
     def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True, wandb: str = ""):
@@ -77,7 +77,7 @@ class RunLog:
 
     def _go_on_without_tensorboard(self, error: OSError) -> None:
         self._board = None
-        logger.warning(f"TensorBoard: cannot write into {self.path.parent / 'tensorboard'} ({error}); going on without")
+        logger.warning(f"TensorBoard: cannot write to {self.path.parent / 'tensorboard'} ({error}); continuing without")
 
     def _make_room(self, epoch: int, resumed: bool) -> None:
         if not self.path.exists():
@@ -90,12 +90,12 @@ class RunLog:
 
 
 def keep_aside(path: Path) -> None:
-    """Rename a file that was there before this run writes its own: ``log.txt`` to ``log.1.txt``."""
+    """Rename a file that was there before this run's own: ``log.txt`` to ``log.1.txt``."""
     number = 1
     while os.path.lexists(old := path.with_name(f"{path.stem}.{number}{path.suffix}")):
         number += 1
     os.replace(path, old)
-    logger.info(f"{path} was not of this run: it is now {old.name}")
+    logger.info(f"{path} was not from this run: it is now {old.name}")
 
 
 def _epoch_of(line: str) -> float:
@@ -107,7 +107,7 @@ def _epoch_of(line: str) -> float:
 
 
 def _scalars(stats: dict) -> Iterator[tuple[str, float]]:
-    """The figures of an epoch that make a curve; of COCO's twelve the first, AP."""
+    """The figures of an epoch to plot; of COCO's twelve the first, AP."""
     for name, value in stats.items():
         if isinstance(value, (int, float)) and name != "epoch":
             yield name, value
@@ -120,7 +120,7 @@ def _wandb_run(project: str, folder: Path, resumed: bool):
         import wandb
     except ImportError as error:
         raise ImportError(f"--wandb {project} needs Weights & Biases: pip install wandb") from error
-    file = folder / "wandb_id.txt"  # what makes a resumed run the same one there
+    file = folder / "wandb_id.txt"  # makes a resumed run the same one there
     if not (resumed and file.exists()):
         write_text(file, uuid.uuid4().hex[:8])
     return wandb.init(project=project, dir=str(folder), name=folder.name, id=read_text(file), resume="allow")
@@ -133,7 +133,7 @@ def _summary_writer(folder: Path, epoch: int):
         return None
     show = threading.excepthook
 
-    def show_others(failed):  # its thread keeps what it raises for us, and would print it too
+    def show_others(failed):  # its thread hands its error on to us, and would also print it
         if type(failed.thread).__name__ != "_AsyncWriterThread":
             show(failed)
 
@@ -142,12 +142,12 @@ def _summary_writer(folder: Path, epoch: int):
 
 
 def log_details(folder: Path) -> None:
-    """From now on, write what is printed to ``folder/detail_NAME.log`` too, there with all terms of each step."""
+    """From now on, also write console output to ``folder/detail_NAME.log``, there with all terms of each step."""
     path = plain_file(folder / f"detail_{folder.resolve().name}.log")
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(Plain(""))
     handler.addFilter(lambda record: getattr(record, "only", "file") == "file")
-    handler.handleError = lambda record: None  # a full disk: the log is no reason to stop, nor to print a traceback
+    handler.handleError = lambda record: None  # a full disk: not worth stopping or a traceback
     logger.addHandler(handler)
 
 
@@ -155,8 +155,8 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
     """Write the resolved flags to ``config.yaml``, the model in numbers to ``model.json``, and a line on versions,
     machine and git state to ``starts.jsonl``.
 
-    ``config.yaml`` is a ``--config`` file: it repeats the run. One that was there before the folder's first run is kept
-    aside. The main rank writes, if there is an output folder.
+    ``config.yaml`` is a ``--config`` file: it repeats the run. One from before the folder's first run is renamed.
+    The main rank writes, if there is an output folder.
     """
     if not is_main() or not args.output_dir:
         return
@@ -200,7 +200,7 @@ def surroundings() -> dict:
 
 
 def git_state() -> str:
-    """The checked-out commit of this source tree and whether files differ from it; ``unknown`` outside of git."""
+    """The checked-out commit of this source tree, and whether files differ from it; ``unknown`` without git."""
     folder = Path(__file__).resolve().parent
     try:
 
@@ -223,8 +223,8 @@ def banner(title: str, rows: dict) -> None:
 def changed_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, ignore: tuple[str, ...] = (), stored: dict | None = None
 ) -> str:
-    """``name=value (published: default)`` of each flag that is not at its default, or not as ``stored`` in a checkpoint
-    (then ``stored: value``); "nothing" without any.
+    """``name=value (published: default)`` for each flag that differs from its default, or from ``stored``
+    of a checkpoint (then ``stored: value``); "nothing" if none does.
     """
     changed = []
     for action in parser._actions:

@@ -25,7 +25,7 @@ def mix(*coordinates: int | str) -> int:
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     """Seed ``random``, NumPy, PyTorch and every CUDA device.
 
-    Args: deterministic: also allow nothing but deterministic kernels; an operator without one raises.
+    Args: deterministic: also allow only deterministic kernels; an operator without one raises.
     """
     if not -(2**63) <= seed <= LARGEST_SEED:
         raise ValueError(f"--seed {seed}: expected at most {LARGEST_SEED}")
@@ -40,7 +40,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 
 
 def seed_step(seed: int, *, rank: int, step: int) -> None:
-    """Seed one training step; ``step`` counts from the start of the run, ``rank`` keeps dropout different."""
+    """Seed one training step; ``step`` counts from the start of the run, ``rank`` makes dropout differ."""
     seed = mix("step", seed, rank, step)
     _seed_cpu(seed)
     if torch.cuda.is_initialized():  # else torch.manual_seed would queue the seed, with a stack trace, at every step
@@ -55,10 +55,10 @@ def _seed_cpu(seed: int) -> None:
 
 @contextlib.contextmanager
 def sample_randomness(*coordinates: int | str):
-    """Inside: CPU generators seeded by ``coordinates``. Afterwards: as they were, so 0 workers equal 2.
+    """Inside: CPU generators seeded by ``coordinates``. Afterwards: restored, so 0 workers equal 2.
 
     CUDA is left alone: data loading never draws from it, and a forked worker must not touch it. In a worker nothing is
-    put back, since nothing else draws there.
+    restored, because nothing else draws there.
     """
     seed = mix("sample", *coordinates)
     if get_worker_info() is not None:

@@ -13,11 +13,11 @@ from irpe_train.errors import BadCheckpoint, in_one_line
 from irpe_train.metrics import MetricLogger
 from irpe_train.state_check import MISFITS, load_checked
 
-FORMAT = 1  # of our own keys; raised when an older program could not resume from them
+FORMAT = 1  # of our own keys; increased when an older program could not resume from them
 
 
 class TrainState:
-    """What is trained, and how far it is.
+    """What is trained, and how far it has come.
 
     Args:
         model: the plain module: neither wrapped nor compiled.
@@ -62,7 +62,7 @@ class TrainState:
     def fit_to(self, steps: int, recipe: int) -> None:
         """Go back to the epoch's start if a restored position counts other steps than this run's.
 
-        Args: steps: in an epoch. recipe: a number that differs where the same step has other samples.
+        Args: steps: per epoch. recipe: a number that differs if the same step has other samples.
         """
         here = [steps, world_size(), recipe]
         if self.step and self.train_stats is None and self._fits != here:
@@ -79,7 +79,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            # Published: the epoch that is finished. In mid-epoch it is the one before.
+            # Published: the last finished epoch. In mid-epoch it is the previous one.
             "epoch": self.epoch if self.train_stats is not None else self.epoch - 1,
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
@@ -94,7 +94,7 @@ class TrainState:
     def load_dict(self, checkpoint: dict, *, source: str | Path) -> bool:
         """Restore from a checkpoint, ours or a published one.
 
-        Returns: whether it had a position too, and not weights alone.
+        Returns: whether it had a position too, and not only weights.
         Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
         """
         there = {name for name, value in checkpoint.items() if not isinstance(value, dict | None) or value}
@@ -111,7 +111,7 @@ class TrainState:
             logger.warning(f"checkpoint {source} {only}: training starts at epoch {self.epoch}")
             return False
         progress = progress_of(checkpoint, source=source)
-        # Of a run that goes on under another --amp, the scale of the loss is of no use.
+        # The loss scale is useless to a run that continues under another --amp.
         scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", scaler)):
             if part is not None and name in there:
@@ -133,7 +133,7 @@ class TrainState:
 def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
     """The position of a checkpoint's run: ``epoch, step, best, train_stats, fits, meters``, checked, with defaults.
 
-    Published checkpoints name the last finished epoch alone.
+    Published checkpoints only have the last finished epoch.
     """
     finished, given = checkpoint.get("epoch", -1), checkpoint.get("progress", {})
     progress = {"epoch": None, "step": 0, "best": None, "train_stats": None, "fits": None, "meters": []}
@@ -141,7 +141,7 @@ def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
         if given.get("format", FORMAT) > FORMAT:
             raise BadCheckpoint(
                 f"checkpoint {source}: written by a newer version of this program (format "
-                f"{given['format']}, known is {FORMAT}); update it"
+                f"{given['format']}, expected at most {FORMAT}); update it"
             )
         progress |= {"epoch": finished + 1} | given
         meters = [number for rank in progress["meters"] for meter in rank.values() for number in _numbers(meter)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks stored states on loading: optimizers and schedulers accept any, and fail an epoch later."""
+"""Checks stored states on loading: optimizers and schedulers accept anything, and fail an epoch later."""
 
 import copy
 import math
@@ -12,11 +12,11 @@ MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtime
 
 
 def load_checked(part, given: dict, *, epoch: int) -> None:
-    """``part.load_state_dict(given)`` for an optimizer, a scheduler or a scaler, and a trial of what comes next.
+    """``part.load_state_dict(given)`` for an optimizer, a scheduler or a scaler, and a trial of the next step.
 
     Args: epoch: the next one.
-    Raises: one of MISFITS: it has other kinds of values than ``part`` has now, or would fail at the next step, or make
-        weights or a learning rate that are not finite. ``part`` is not to be used then.
+    Raises: one of MISFITS: its values differ in type from those of ``part``, or the next step would fail, or give
+        weights or a learning rate that are not finite. Do not use ``part`` then.
     """
     own = part.state_dict()
     _check_form(own, given, "its state")
@@ -24,11 +24,11 @@ def load_checked(part, given: dict, *, epoch: int) -> None:
         raise ValueError(f"its state has no {', '.join(list(own.keys() - given.keys())[:5])}")
     for key in given:
         if key not in own and (key == "optimizer" or callable(getattr(type(part), str(key), None))):
-            raise TypeError(f"{key} is no value")
+            raise TypeError(f"{key} is not a value")
     if isinstance(part, torch.optim.Optimizer):
         known = {index for group in given["param_groups"] for index in group["params"]}
         if stray := [key for key in given["state"] if key not in known]:
-            raise ValueError(f"its state is of {stray[0]!r:.80}, which is none of its parameters")
+            raise ValueError(f"its state is for {stray[0]!r:.80}, which is not one of its parameters")
         can_be_tried = _can_be_tried(part)
         part.load_state_dict(given)
         if can_be_tried:
@@ -56,7 +56,7 @@ def _check_form(own, given, where: str) -> None:
 
 
 def _can_be_tried(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a copy of it steps: those that wrap another optimizer cannot be copied."""
+    """Whether a copy of it can step: optimizers that wrap another cannot be copied."""
     try:
         _try_step(optimizer, first_only=True)
     except MISFITS:
@@ -65,7 +65,7 @@ def _can_be_tried(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _try_step(optimizer: torch.optim.Optimizer, first_only: bool = False) -> None:
-    """One update of a copy of each parameter, with gradients of zero."""
+    """One update of a copy of each parameter, with zero gradients."""
     trial = copy.copy(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -81,7 +81,7 @@ def _try_step(optimizer: torch.optim.Optimizer, first_only: bool = False) -> Non
 
 
 def _try_schedule(scheduler, epoch: int) -> None:
-    """The next learning rates, made by a copy."""
+    """Compute the next learning rates with a copy."""
     trial = copy.copy(scheduler)
     trial.optimizer = copy.copy(scheduler.optimizer)
     trial.optimizer.param_groups = [dict(group) for group in scheduler.optimizer.param_groups]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds a training step: seeds, agreement between ranks, saves, and orderly stops.
+"""What surrounds a training step: seeds, agreement between ranks, saves, and clean stops.
 
-The loop iterates over a ``Steps``; what must happen at the same step on every rank happens here:
+The loop iterates over ``Steps``; everything that must happen at the same step on every rank happens here:
 
     for batch in steps.log_every(10):
         loss = ...
@@ -34,8 +34,8 @@ from irpe_train.text_files import write_text
 class Steps:
     """The batches of epoch ``state.epoch`` from ``state.step`` on, with everything that surrounds a step.
 
-    Before each batch the generators are seeded from (seed, rank, step). After each, ``state.step`` moves on; a save
-    that is due is written; and after a stop signal on any rank all ranks save and leave with ``Preempted``.
+    Before each batch the generators are seeded from (seed, rank, step). After each, ``state.step`` advances; a due save
+    is written; and after a stop signal on any rank all ranks save and exit with ``Preempted``.
 
     Args:
         seed: the run's seed.
@@ -61,7 +61,7 @@ class Steps:
             raise ValueError(f"--accumulate {accumulate}: expected 1 or more batches per update")
         self.loader, self.state, self.checkpoints = loader, state, checkpoints
         self.seed, self.epochs, self.accumulate, self.max_bad = seed, epochs, accumulate, max_bad
-        self._trained_at, self._between = None, 0.0  # when an epoch's training ended, seconds until the next began
+        self._trained_at, self._between = None, 0.0  # end of an epoch's training; seconds until the next one's start
         self.save_steps, self.save_seconds = parse_save_interval(save_interval) if save_interval else (None, None)
         self._last_save = time.monotonic()
         self._agreement, self._agreed = Agreement(), Votes(0, 0, 0, 0)
@@ -73,7 +73,7 @@ class Steps:
         return len(self.loader)
 
     def log_every(self, every: int) -> Iterator:
-        """The batches; ``state.meters`` report at every so many of them, with the time that the run will take."""
+        """The batches; ``state.meters`` report every ``every`` of them, with the remaining time of the run."""
         epochs = max(self.epochs - self.state.epoch, 1)
         return self.state.meters.log_every(
             self,
@@ -110,7 +110,7 @@ class Steps:
         return (self.state.step + 1) % self.accumulate == 0 or self.state.step + 1 == len(self)
 
     def watch(self, loss: torch.Tensor, *, lr: float, terms: dict | None = None) -> None:
-        """Ask every rank whether its loss is finite and whether it must stop or save; ``confirm`` has the answer.
+        """Ask every rank whether its loss is finite and whether it must stop or save; ``confirm`` gets the answer.
 
         Args:
             loss: scalar, the mean over this rank's batch.
@@ -138,7 +138,7 @@ class Steps:
         """End this epoch's training: remember its statistics and save, before the evaluation, as published.
 
         Args:
-            stats: what ``log.txt`` will say about training.
+            stats: the training statistics for ``log.txt``.
             also: further file names for the same checkpoint.
         """
         self.state.train_stats = stats
@@ -156,7 +156,7 @@ class Steps:
 
     def _save_or_stop(self) -> None:
         stop = self._agreed.stop > 0
-        at_the_end = self.state.step == len(self)  # there finish_training saves in a moment
+        at_the_end = self.state.step == len(self)  # finish_training is about to save
         if (stop or self._agreed.save) and not at_the_end:
             self.checkpoints.save(self.state)
             self._last_save = time.monotonic()
@@ -176,7 +176,7 @@ class Steps:
             path = self.checkpoints.folder / "nonfinite_loss.json"
             where = f"report: {path}"
             if is_main():
-                with contextlib.suppress(OSError, RunError):  # a full disk must not hide why the run stops
+                with contextlib.suppress(OSError, RunError):  # a full disk must not hide the reason
                     write_text(path, json.dumps(guilty, indent=2) + "\n")
         terms = ", ".join(f"{name} {value:g}" for name, value in guilty[0]["terms"].items())
         raise NonFiniteLoss(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files of runs and reports: UTF-8, with or without a byte-order mark, never half written."""
+"""Text files of runs and reports: UTF-8, with or without a byte-order mark, written atomically."""
 
 import os
 from pathlib import Path
@@ -10,22 +10,22 @@ from irpe_train.errors import RunError
 def plain_file(path: Path) -> Path:
     """``path``, to be opened. Raises RunError: a pipe, which may never end, a device or a folder has this name."""
     if path.exists() and not path.is_file():
-        raise RunError(f"{path}: expected a plain file, and this is none (a folder, a pipe or a device); move it away")
+        raise RunError(f"{path}: expected a plain file, not a folder, a pipe or a device; move it away")
     return path
 
 
 def read_text(path: Path, *, errors: str = "replace") -> str:
-    """The text of a file without its byte-order mark; bytes that are no UTF-8 are replaced, or as ``errors`` says."""
+    """The text of a file without its byte-order mark; ``errors`` says what to do with bytes that are not UTF-8."""
     return plain_file(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def write_text(path: Path, text: str, *, errors: str = "replace") -> None:
-    """Replace ``path`` as a whole: a kill or a full disk leaves the old file. What is no UTF-8 becomes ``?``, or as
-    ``errors`` says.
+    """Replace ``path`` atomically: a kill or a full disk leaves the old file. Text that UTF-8 cannot encode becomes
+    ``?``, or as ``errors`` says.
     """
     temporary = plain_file(path).with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # whatever it is: a file is not written through a link
+        temporary.unlink(missing_ok=True)  # whatever it is: never write through a symlink
         temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
         os.replace(temporary, path)
     finally:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published model zoo: what there is, where it goes, and fetching it.
+"""The published model zoo: its checkpoints, where they are kept, and how to download them.
 
-``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it. Where it
+``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it. If it
 has no hash, that of the first download is kept beside the file, ``FILE.sha256``, and later uses are compared with it.
 
-    irpe zoo                    list the zoo and what is already here
-    irpe zoo NAME|all           fetch into the torch hub cache, print the paths
+    irpe zoo                    list the zoo and the files already here
+    irpe zoo NAME|all           download into the torch hub cache, print the paths
 """
 
 import argparse
@@ -87,13 +87,13 @@ def read_zoo(path: Path = ZOO_FILE) -> Zoo:
 
 
 def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> Path:
-    """The checked file of a zoo entry, downloaded if it is not there yet.
+    """The checked file of a zoo entry, downloaded if missing.
 
-    A file that is there is checked too, also one that was put there by hand. See ``download.fetch_once`` for the rest.
+    An existing file is checked too, even one put there by hand. See ``download.fetch_once`` for the rest.
 
     Returns: its path in ``folder`` (default: torch hub's cache).
-    Raises: ValueError: unknown name, or what is there or arrived is not the file; ConnectionError: no network, and what
-        to do then.
+    Raises: ValueError: unknown name, or the file found or downloaded is a different one; ConnectionError: no network,
+        with the remedy.
     """
     entry = (zoo or read_zoo()).find(name)
     folder = folder or cache_folder()
@@ -107,8 +107,8 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> P
     except OSError as error:
         part = target.with_name(target.name + ".part")
         raise ConnectionError(
-            f"model zoo: cannot fetch {entry.url} ({error}). Download {entry.file} on a machine with a network and "
-            f"put it here: {target}" + (f" (what has arrived so far is kept in {part})." if part.exists() else ".")
+            f"model zoo: cannot download {entry.url} ({error}). Download {entry.file} on a machine with a network and "
+            f"put it here: {target}" + (f" (the part that arrived is kept in {part})." if part.exists() else ".")
         ) from error
     return target
 
@@ -120,7 +120,7 @@ def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
         the file is read as a checkpoint, and its hash is recorded.
     """
     record = record or _record(path)
-    again = "Delete it, fetch again."
+    again = "Delete it and download it again."
     if entry.size is not None and (size := path.stat().st_size) != entry.size:
         raise ValueError(f"{path}: {size} bytes, {entry.size} expected for {entry.name}. {again}")
     expected, whose = entry.sha256, "by the model zoo"
@@ -137,26 +137,26 @@ def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
     weights = model_weights(read_checkpoint(path), source=path)
     if len(weights) != entry.entries:
         raise ValueError(f"{path}: {len(weights)} tensors in 'model', {entry.entries} expected for {entry.name}.")
-    with contextlib.suppress(OSError):  # a cache that others own
+    with contextlib.suppress(OSError):  # somebody else's cache
         write_text(record, f"{found}  {entry.file}\n")
 
 
 def _record(target: Path) -> Path:
-    """The file of its hash, in the form of ``sha256sum``."""
+    """The file with its hash, in the format of ``sha256sum``."""
     return target.with_name(target.name + ".sha256")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = FlagParser("python -m irpe_train.zoo", description="List the published checkpoints, or fetch them.")
-    parser.add_argument("names", nargs="*", metavar="NAME|CONFIG|all", help="what to fetch; without a name, list")
+    parser = FlagParser("python -m irpe_train.zoo", description="List the published checkpoints, or download them.")
+    parser.add_argument("names", nargs="*", metavar="NAME|CONFIG|all", help="what to download; without a name, list")
     parser.add_argument("--folder", type=Path, help="where to put it (default: torch hub's cache)")
-    parser.add_argument("--where", action="store_true", help="print where it is or would be, fetch nothing")
+    parser.add_argument("--where", action="store_true", help="print where it is or would be, download nothing")
     parser.add_argument("--zoo", type=Path, default=ZOO_FILE, help="the zoo file")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """List the zoo, or fetch from it."""
+    """List the zoo, or download from it."""
     parser = get_parser()
     args = parser.parse_args(argv)
     try:

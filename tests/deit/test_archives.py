@@ -375,7 +375,7 @@ def test_pictures_of_other_kinds_are_said_to_be_left_out(tmp_path, monkeypatch):
     names = ["a/0.png", "b/c/1.HEIC", "b/1.png", "a/x.heic", "a/y.gif", "notes.txt"]
     places = write_files(tmp_path / "val", names), tar_of(tmp_path / "val.tar", *names)
     FolderImages(places[0]), TarImages(places[1])
-    told = ": pictures that are left out, as their kind is not read: 1 .gif, 2 .heic; save them as .jpg"
+    told = ": pictures left out because their format is not read: 1 .gif, 2 .heic; save them as .jpg"
     assert said == [f"{place}{told}" for place in places]
     assert len(files_of([str(places[0])], besides=tmp_path / "out")) == 2 and said[2] == said[0]
 

@@ -252,7 +252,7 @@ def test_flags_of_another_model_are_said(checkpoint, monkeypatch):
     load_model(str(checkpoint), rpe=SPEC, input_size=32)
     other = SPEC.replace("1.9", "1.8")
     load_model(str(checkpoint), rpe=other)
-    assert said == [f"other flags than the checkpoint's: rpe={other} (stored: {SPEC}). Those given now hold"]
+    assert said == [f"flags differ from the checkpoint's: rpe={other} (stored: {SPEC}). Those given now are used"]
 
 
 def test_weights_alone_need_the_model_named(checkpoint, tmp_path):

@@ -65,7 +65,7 @@ def test_the_start_says_what_will_happen(trained):
     _, text = trained
     for words in (
         "48 training and 22 validation images of 4 classes",
-        "8 images an update: 8 x 1 process(es) x 1",
+        "8 images per update: 8 x 1 process(es) x 1",
         "0.0046875 at the peak",
         "6 steps, 48 samples",
         "batch_size=8 (published: 64)",

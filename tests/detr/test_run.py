@@ -80,7 +80,7 @@ def test_a_run_writes_the_published_files(trained):
     assert latest["precision"].shape == (10, 101, 3, 4, 3) and len(latest["params"]["recThrs"]) == 101
     for words in (
         "8 training, 5 validation images, 3 categories",
-        "2 images an update: 2 x 1 process(es)",
+        "2 images per update: 2 x 1 process(es)",
         "4 steps, 8 samples",
         "hidden_dim=16 (published: 256)",
         "Average Precision  (AP) @[ IoU=0.50:0.95",
@@ -380,7 +380,7 @@ def test_published_class_counts():
         (["--num_classes", "9"], r"category ids out of range \(0 to 8\)"),
         (["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"], "unknown method 'prodct'"),
         (["--backbone_weights", "nowhere.pth"], "nowhere.pth"),
-        (["--batch_size", "100"], "8 training samples per process and epoch do not fill one batch of 100"),
+        (["--batch_size", "100"], "8 training samples per process and epoch do not fill a batch of 100"),
         (["--resume", "nowhere.pth"], "nowhere.pth: no such file"),
     ],
 )

@@ -119,7 +119,7 @@ def test_figures_are_the_same_for_one_two_and_three_ranks(tree, data, tmp_path):
         tree
     ]  # weights of one shape
     (ended,) = run(tree, data, tmp_path / "eval", "--eval", "--resume", tmp_path / "run" / "checkpoint.pth", *one_more)
-    told = f"other flags than the checkpoint's: {one_more[0].lstrip('-')}={one_more[1]} (stored: "
+    told = f"flags differ from the checkpoint's: {one_more[0].lstrip('-')}={one_more[1]} (stored: "
     assert ended.code == 0 and told in ended.text, ended.text
 
 

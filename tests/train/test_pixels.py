@@ -87,9 +87,7 @@ def test_sixteen_bit_colour_is_scaled_too():
 
 @pytest.mark.parametrize("pixels", [RAMP.astype(np.float32) / 65535, RAMP.astype(np.int32)], ids=["float", "32 bits"])
 def test_pixels_without_a_known_range_are_refused_by_name(pixels):
-    with pytest.raises(
-        UnreadableImage, match=r"scan\.tif: .*whose black and white are not known; save it with 8 or 16"
-    ):
+    with pytest.raises(UnreadableImage, match=r"scan\.tif: .*whose black and white are unknown; save it with 8 or 16"):
         decode_image(encoded(Image.fromarray(pixels), "TIFF"), "scan.tif")
 
 
@@ -192,7 +190,7 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     (tmp_path / "[x].png").touch()
     assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
     for text, words in (
-        ("photos/*.jpg", r"photos/\*.jpg: no image fits this pattern"),
+        ("photos/*.jpg", r"photos/\*.jpg: no image matches this pattern"),
         ("empty", "empty: no image in"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)

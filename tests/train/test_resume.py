@@ -218,7 +218,7 @@ def test_auto_starts_anew_goes_on_and_knows_when_it_is_finished(tmp_path):
     assert "other flags" not in ended.text
     (ended,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "4", "--lr", "0.5")
     others = (
-        "other flags than the checkpoint's: epochs=4 (stored: 3), lr=0.5 (stored: 0.05). Its optimizer and schedule"
+        "flags differ from the checkpoint's: epochs=4 (stored: 3), lr=0.5 (stored: 0.05). Its optimizer and schedule"
     )
     assert others in ended.text
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
@@ -262,7 +262,7 @@ def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path, name, flags):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("of a run of last week")
     (ended,) = tiny(tmp_path / "run", *flags)
-    assert ended.code == 1 and f"--output_dir {tmp_path / 'run'} holds {name} of another run. Go on" in ended.text
+    assert ended.code == 1 and f"--output_dir {tmp_path / 'run'} holds {name} of another run. Continue it" in ended.text
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", name]
     assert (tmp_path / "run" / name).read_text() == "of a run of last week"
 

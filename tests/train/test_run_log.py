@@ -92,7 +92,7 @@ def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, cap
         log.write({"train_loss": 1.0, "epoch": epoch})
     assert epochs(tmp_path) == [0, 1, 2]
     captured = capfd.readouterr()
-    assert captured.out.count("warning: TensorBoard: cannot write into") == 1 and "No space left" in captured.out
+    assert captured.out.count("warning: TensorBoard: cannot write to") == 1 and "No space left" in captured.out
     assert "Traceback" not in captured.err
 
 
@@ -146,7 +146,7 @@ def test_what_is_called_like_a_file_of_the_run_and_is_none_is_refused_and_not_wa
     folder = tmp_path / "run"
     folder.mkdir()
     make(folder / name)
-    with pytest.raises(RunError, match=f"run/{name}: expected a plain file, and this is none"):
+    with pytest.raises(RunError, match=f"run/{name}: expected a plain file, not a folder"):
         use(folder)
 
 

@@ -213,7 +213,7 @@ def test_epoch_is_the_finished_one(tmp_path):
 def test_checkpoint_of_a_newer_program_is_refused():
     contents = a_state().to_dict(DETR)
     contents["progress"]["format"] = 99
-    with pytest.raises(BadCheckpoint, match=r"newer version of this program \(format 99, known is 1\)"):
+    with pytest.raises(BadCheckpoint, match=r"newer version of this program \(format 99, expected at most 1\)"):
         a_state().load_dict(contents, source="a.pth")
 
 
@@ -242,7 +242,7 @@ def test_optimizer_of_another_run_is_refused():
 
 
 def test_auto_needs_a_folder():
-    with pytest.raises(BadCheckpoint, match="--resume auto looks into --output_dir"):
+    with pytest.raises(BadCheckpoint, match="--resume auto looks in --output_dir"):
         Checkpoints("", DETR).open("auto")
 
 

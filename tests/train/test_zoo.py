@@ -124,7 +124,7 @@ def test_fetches_once(server, zoo, tmp_path):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_is_taken_up(server, zoo, tmp_path, ranges):
     server.cut, server.ranges = 100, ranges
-    with pytest.raises(ConnectionError, match="cannot fetch.*after 100 of .*put it here: .*net.pth .what has arrived"):
+    with pytest.raises(ConnectionError, match="cannot download.*after 100 of .*put it here: .*net.pth .the part that"):
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert (tmp_path / "hub" / "net.pth.part").stat().st_size == 100
     server.cut = None
@@ -166,7 +166,7 @@ def test_the_first_download_is_trusted_and_compared_with_ever_after(server, zoo,
     assert record.read_text() == f"{download.sha256(path)}  net.pth\n"
     first = path.read_bytes()
     torch.save({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}}, path)  # as good a checkpoint, and another one
-    message = "net.pth: sha256 .*, expected .* written when it was first downloaded. Delete it, fetch again"
+    message = "net.pth: sha256 .*, expected .* written when it was first downloaded. Delete it and download it again"
     with pytest.raises(ValueError, match=message):
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     server.files["net.pth"] = path.read_bytes()
@@ -233,7 +233,9 @@ def test_a_malformed_zoo_file(zoo, tmp_path, change, message):
 )
 def test_any_other_answer_is_one_message(server, zoo, tmp_path, answer):
     server.raw = answer
-    with pytest.raises(ConnectionError, match="cannot fetch http://127.*Download net.pth on a machine with a") as error:
+    with pytest.raises(
+        ConnectionError, match="cannot download http://127.*Download net.pth on a machine with a"
+    ) as error:
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert "\n" not in str(error.value) and not (tmp_path / "hub" / "net.pth").exists()
 
@@ -241,7 +243,7 @@ def test_any_other_answer_is_one_message(server, zoo, tmp_path, answer):
 def test_an_answer_that_never_begins_is_not_waited_for(server, zoo, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "PATIENCE", 0.5)
     server.raw = b"HTTP/1.1 100 Continue\r\n\r\n"
-    with pytest.raises(ConnectionError, match=r"cannot fetch http://127.*no answer within 0.5 s"):
+    with pytest.raises(ConnectionError, match=r"cannot download http://127.*no answer within 0.5 s"):
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     server.raw = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"  # ends the thread that still listens
 
@@ -258,7 +260,9 @@ def test_a_pipe_in_the_cache_is_refused_and_not_waited_for(server, zoo, tmp_path
     "url", ["", "net.pth", "http://", "http://[", "http://a b/", "http://127.0.0.1:x/", "file:///no"]
 )
 def test_an_address_that_is_none_is_one_message(zoo, tmp_path, url):
-    with pytest.raises(ConnectionError, match="model zoo: cannot fetch .*Download net.pth on a machine with a network"):
+    with pytest.raises(
+        ConnectionError, match="model zoo: cannot download .*Download net.pth on a machine with a network"
+    ):
         fetch("net", folder=tmp_path / "hub", zoo=with_entry(zoo, url=url))
 
 
@@ -282,7 +286,7 @@ def test_without_a_network_the_message_says_what_to_put_where(zoo, tmp_path):
     lost = with_entry(zoo, url="http://127.0.0.1:9/net.pth")
     with pytest.raises(
         ConnectionError,
-        match="cannot fetch http://127.0.0.1:9/net.pth.*Download net.pth on a machine "
+        match="cannot download http://127.0.0.1:9/net.pth.*Download net.pth on a machine "
         f"with a network and put it here: {tmp_path}/hub/net.pth",
     ):
         fetch("net", folder=tmp_path / "hub", zoo=lost)
