@@ -130,7 +130,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resplit", action="store_true", help="no effect, as published")
     add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
     add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
-    add("--cutmix-minmax", type=float, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
+    add("--cutmix-minmax", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
     add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
     add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")

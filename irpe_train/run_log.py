@@ -20,7 +20,7 @@ import torch
 
 from irpe_train.config import write_config
 from irpe_train.distributed import Plain, is_main, logger, world_size
-from irpe_train.errors import RunError
+from irpe_train.errors import RunError, in_one_line
 from irpe_train.state import plain
 from irpe_train.text_files import plain_file, read_text, write_text
 
@@ -123,7 +123,10 @@ def _wandb_run(project: str, folder: Path, resumed: bool):
     file = folder / "wandb_id.txt"  # makes a resumed run the same one there
     if not (resumed and file.exists()):
         write_text(file, uuid.uuid4().hex[:8])
-    return wandb.init(project=project, dir=str(folder), name=folder.name, id=read_text(file), resume="allow")
+    try:
+        return wandb.init(project=project, dir=str(folder), name=folder.name, id=read_text(file), resume="allow")
+    except Exception as error:  # no login, no network, another project: of many kinds
+        raise RunError(f"--wandb {project}: {in_one_line(error)}") from error
 
 
 def _summary_writer(folder: Path, epoch: int):

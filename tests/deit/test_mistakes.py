@@ -119,6 +119,7 @@ def test_wrong_flags(colours, tmp_path, flags, words):
         (["--min-lr", "-1"], "argument --min-lr: expected 0 or more, got -1"),
         (["--lr", "inf"], "argument --lr: expected 0 or more, got inf"),
         (["--mixup", "-0.1"], "argument --mixup: expected 0 or more"),
+        (["--cutmix-minmax", "0", "2"], "argument --cutmix-minmax: expected a fraction from 0 to 1, got 2"),
         (["--color-jitter", "nan"], "argument --color-jitter: expected 0 or more"),
         (["--model-kwargs", "depth"], "expected KEY=VALUE, got 'depth'"),
         (["--data-set", "COCO"], "invalid choice: 'COCO'"),

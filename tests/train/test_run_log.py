@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -185,6 +186,15 @@ def test_wandb_gets_the_same_figures_and_goes_on_after_a_resume(tmp_path, monkey
         content = b"".join(file.read_bytes() for file in files)
         assert b"irpe-test" in content and re.search(rb"test_coco_eval_bbox_AP[^a-z]*0\.4", content)
         assert all(re.search(rb"train_loss[^a-z]*" + re.escape(loss), content) for loss in losses)
+
+
+def test_wandb_that_refuses_is_one_message(tmp_path, monkeypatch):
+    def init(**options):
+        raise Exception("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(RunError, match="^--wandb irpe: No API key configured. Use `wandb login` to log in.$"):
+        RunLog(tmp_path, epoch=0, resumed=False, tensorboard=False, wandb="irpe")
 
 
 def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
