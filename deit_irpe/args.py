@@ -23,21 +23,21 @@ SETS = ("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 EXPORT = """A trained DeiT as ONNX, torch.export or safetensors.
 
-The metadata has classes, image size, mean, deviation and encoding, each as JSON; predict runs the ONNX file too.
+The metadata has classes, image size, mean, standard deviation and encoding, as JSON; predict also runs the ONNX file.
 """
-CHECK = "Find what is wrong with a data set before training on it."
+CHECK = "Find mistakes in a data set before training on it."
 PREDICT = """The five most likely classes of images, as pictures and JSON.
 
     irpe classify predict IMG... --resume X.pth --out DIR [--attention [ROW,COL ...]]
 
 IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.jpg". The model is built from the flags
-in the checkpoint; --model and --rpe give them where it has none; an ONNX file needs none.
+in the checkpoint; --model and --rpe give them if it has none; an ONNX file needs none.
 
-Writes DIR/<image>.png and DIR/predictions.json; with --attention also where the chosen patches look
+Writes DIR/<image>.png and DIR/predictions.json; with --attention also what the chosen patches attend to
 (<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png); with --tables,
-which needs no image, and --attention the learned tables (tables.png). Where two images have one name, results
-are called by their folders too. Files that predict did not write, or wrote for another
-image, are never replaced.
+which needs no image, and --attention the learned tables (tables.png). If two images have the same name, their
+results are named after their folders too. Files that predict did not write, or wrote for another image, are
+never replaced.
 """
 
 
@@ -50,9 +50,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch-size", default=64, type=positive_int, help="images per process; evaluation takes 1.5 times as many")
     add("--epochs", default=300, type=positive_int, help="epochs")
     add("--sched", default="cosine", type=schedule, metavar="{cosine,tanh,step}", help="learning-rate schedule")
-    add("--lr", default=5e-4, type=nonnegative_float, help="at 512 images per update; scaled with their number")
+    add("--lr", default=5e-4, type=nonnegative_float, help="learning rate at 512 images per update; scales with them")
     add("--lr-noise", type=fraction, nargs="+", metavar="FRACTION", help="add noise between these points of the run")
-    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="FRACTION", help="largest noise, of the rate")
+    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="P", help="noise limit, as part of the rate")
     add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="standard deviation of the noise")
     add("--warmup-lr", default=1e-6, type=nonnegative_float, help="rate at the start of warm-up; not scaled")
     add("--min-lr", default=1e-5, type=nonnegative_float, help="rate at the end of the schedule; not scaled")
@@ -63,10 +63,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--decay-rate", "--dr", default=0.1, type=nonnegative_float, help="step schedule: factor of each decay")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="deit_base_patch16_224", metavar="NAME", help="of deit_irpe.models, or any timm model")
+    add("--model", default="deit_base_patch16_224", metavar="NAME", help="from deit_irpe.models, or any timm model")
     add("--rpe", metavar="SPEC", help="rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on} or none; default: by --model")
     add("--no-abs-pos", action="store_true", help="no absolute position embedding")
-    add("--attn-backend", default="auto", choices=BACKENDS, help="what computes attention with an encoding (irpe info)")
+    add("--attn-backend", default="auto", choices=BACKENDS, help="backend for encoded attention (irpe info)")
     add("--model-kwargs", default=[], nargs="*", type=_keyword, metavar="KEY=VALUE", help="passed to timm's model")
     add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="image size in pixels")
     add("--drop", default=0.0, type=fraction, help="dropout")
@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model-ema-decay", default=0.99996, type=fraction, help="decay of the average per update")
     add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
-    add("--pretrained", action="store_true", help="start from, or --eval, the published weights of --model")
+    add("--pretrained", action="store_true", help="start from (or --eval) the published weights of --model")
     add("--finetune", default="", metavar="PATH|URL", help="start from these weights; other heads, tables start fresh")
     add(
         "--train-mode",
@@ -86,12 +86,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--opt", default="adamw", help="any optimizer of timm")
+    add("--opt", default="adamw", help="any timm optimizer")
     add("--opt-eps", default=1e-8, type=float, help="epsilon of the optimizer")
     add("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
     add("--clip-grad", type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
     add("--momentum", default=0.9, type=nonnegative_float, help="momentum of sgd")
-    add("--weight-decay", default=0.05, type=nonnegative_float, help="not of vectors, biases, class token, positions")
+    add("--weight-decay", default=0.05, type=nonnegative_float, help="not on vectors, biases, class token, positions")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR", help="holds train/ and val/")
@@ -102,9 +102,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
         "datasets (docs/data.md)",
     )
-    add("--val-split", type=fraction, metavar="FRACTION", help="of every class to hold out; --data-path has no val/")
-    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to tell apart")
-    add("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
+    add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out; there is no val/")
+    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to classify")
+    add("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
     add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
     add("--no-dist-eval", dest="dist_eval", action="store_false", help="each process evaluates everything")
     add("--pin-mem", default=True, action="store_true", help="pinned memory for batches")
@@ -113,34 +113,34 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once per epoch")
 
     add = parser.add_argument_group("augmentation (training)").add_argument
-    add("--color-jitter", default=0.4, type=nonnegative_float, help="used where --aa is off")
+    add("--color-jitter", default=0.4, type=nonnegative_float, help="used if --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm; none for none")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
     add(
         "--train-interpolation",
         default="bicubic",
         choices=("random", "bilinear", "bicubic", "lanczos", "hamming"),
-        help="of crops; the published code takes any other word for bilinear",
+        help="for crops; the published code takes any other word as bilinear",
     )
     add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     add("--reprob", default=0.25, type=fraction, help="probability of random erasing")
-    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what the erased area is filled with")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="how to fill the erased area")
     add("--recount", default=1, type=positive_int, help="number of areas to erase")
     add("--resplit", action="store_true", help="no effect, as published")
     add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
     add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
     add("--cutmix-minmax", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
     add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
-    add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one draw")
+    add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix if both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="which images share one draw")
 
     add = parser.add_argument_group("distillation").add_argument
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="probabilities or decisions")
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="its probabilities or decisions")
     add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
     add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
-    add("--distillation-alpha", default=0.5, type=fraction, help="share of the teacher")
-    add("--distillation-tau", default=1.0, type=positive_float, help="temperature of soft")
+    add("--distillation-alpha", default=0.5, type=fraction, help="weight of the teacher's loss")
+    add("--distillation-tau", default=1.0, type=positive_float, help="temperature for soft")
     return parser
 
 
@@ -160,7 +160,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.distillation_type != "none" and not args.teacher_path:
         raise ValueError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE or URL")
     if args.distillation_type != "none" and not args.train_mode:
-        raise ValueError("--no-train-mode averages the two heads that --distillation-type needs one by one; give one")
+        raise ValueError("--no-train-mode averages the two heads that --distillation-type needs separately; give one")
     if args.eval_ema and not (args.model_ema or args.eval):
         raise ValueError("--eval-ema evaluates the moving average, and --no-model-ema switches it off")
     if args.eval_ema and args.model_ema_force_cpu and not args.eval:
@@ -176,11 +176,11 @@ def get_predict_parser() -> argparse.ArgumentParser:
     parser = FlagParser("python -m deit_irpe.predict", description=PREDICT)
     add_predict_arguments(parser)
     add = parser.add_argument
-    add("--ema", action="store_true", help="its moving average")
+    add("--ema", action="store_true", help="use its moving average")
     add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
-    add("--model", help="where the checkpoint does not say")
-    add("--rpe", help="where the checkpoint does not say")
-    add("--input-size", type=image_size_text, metavar="N|HxW", help="pixels, where the checkpoint does not say")
+    add("--model", help="if the checkpoint does not say")
+    add("--rpe", help="if the checkpoint does not say")
+    add("--input-size", type=image_size_text, metavar="N|HxW", help="pixels, if the checkpoint does not say")
     return parser
 
 
@@ -200,9 +200,9 @@ def get_check_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-path", required=True, metavar="DIR", help="as for training")
     parser.add_argument("--data-set", default="IMNET", choices=SETS, help="as for training")
     parser.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="as for training")
-    parser.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar of --data-path")
+    parser.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
     parser.add_argument("--val-split", type=fraction, metavar="FRACTION", help="as for training")
-    parser.add_argument("--seed", default=0, type=int, help="as for training; of --val-split")
+    parser.add_argument("--seed", default=0, type=int, help="as for training; for --val-split")
     parser.add_argument("--num_workers", default=2, type=number_of_workers, help="processes that decode images")
     return parser
 
@@ -255,8 +255,8 @@ def _keyword(text: str) -> str:
 
 
 def keywords(pairs: list[str]) -> dict:
-    """``["depth=4", "pos_embed=none"]`` -> ``{"depth": 4, "pos_embed": "none"}``; Python literals (``true`` and
-    ``false`` too), else text. Raises ValueError: a key comes twice.
+    """``["depth=4", "pos_embed=none"]`` -> ``{"depth": 4, "pos_embed": "none"}``; Python literals (also ``true`` and
+    ``false``), else text. Raises ValueError: a repeated key.
     """
     values = {}
     for pair in map(_keyword, pairs):

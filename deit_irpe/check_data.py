@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``irpe classify check``: find what is wrong with a data set before training on it."""
+"""``irpe classify check``: find mistakes in a data set before training on it."""
 
 import argparse
 import hashlib
@@ -18,7 +18,7 @@ from irpe_train.errors import RunError
 from irpe_train.launch import launch
 from irpe_train.loader import try_all
 
-MOST_SHOWN = 5  # unreadable images that are named
+MOST_SHOWN = 5  # unreadable images to name
 
 
 def _label_and_pixels(images: Dataset, index: int) -> tuple[int, bytes]:
@@ -28,8 +28,8 @@ def _label_and_pixels(images: Dataset, index: int) -> tuple[int, bytes]:
 
 
 def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str], Counter[bytes]]:
-    """Decode every image. Returns: readable images of each class, why the others cannot be read, and how often each
-    picture comes, by a hash of its pixels.
+    """Decode every image. Returns: readable images of each class, why the others are unreadable, and how often each
+    picture occurs, by a hash of its pixels.
     """
     counts, reasons, pictures = [0] * len(images.classes), [], Counter()
     for found, reason in try_all(partial(_label_and_pixels, images), range(len(images)), num_workers):
@@ -42,7 +42,7 @@ def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str]
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what was found. Returns: 1 where training would stop or a class has no readable image, else 0."""
+    """Print the findings. Returns: 1 if training would stop or a class has no readable image, else 0."""
     set_up_logging(0)
     options = {"data_set": args.data_set, "load_tar": args.load_tar, "inat_category": args.inat_category}
     failed, classes, pictures = False, {}, {}

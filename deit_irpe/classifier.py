@@ -23,7 +23,7 @@ class Classifier:
 
     Attributes:
         classes: their names, in the order of the outputs.
-        seen: from an RGB image to the resized and cropped part that the model sees.
+        seen: maps an RGB image to the resized and cropped part that the model sees.
     """
 
     def __init__(self, source: str, device: torch.device, **flags):
@@ -31,7 +31,7 @@ class Classifier:
         self.source, self.device = source, device
         if Path(source).suffix.lower() == ".onnx":
             if any(flags.values()):
-                raise ValueError(f"{source} is exported as it is: leave out --model, --rpe, --ema and --input-size")
+                raise ValueError(f"{source} is already exported: leave out --model, --rpe, --ema and --input-size")
             self._model, self.classes, size = load_onnx(Path(source))
         else:
             self._model, args, self.classes = load_model(source, **flags)
@@ -42,9 +42,9 @@ class Classifier:
 
     @property
     def model(self) -> nn.Module:
-        """Raises ValueError: an exported file has no modules to look into."""
+        """Raises ValueError: an exported file has no modules to inspect."""
         if not isinstance(self._model, nn.Module):
-            raise ValueError("--attention and --tables look into a model: give the checkpoint, not the exported file")
+            raise ValueError("--attention and --tables inspect a model: give the checkpoint, not the exported file")
         return self._model
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -69,7 +69,7 @@ def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | 
         told = {key: json.loads(value) for key, value in exported.metadata.items()}
         classes, size = stored_classes(told, source=str(path)), stored_size(told["input_size"], source=str(path))
         if (told["mean"], told["std"]) != (list(MEAN), list(STD)):
-            raise ValueError(f"mean {told['mean']} and deviation {told['std']} are not those of this program")
+            raise ValueError(f"mean {told['mean']} and std {told['std']} are not those of this program")
         if classes is None:
             raise ValueError("it names no classes")
 
@@ -78,5 +78,5 @@ def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | 
 
         sides = size if isinstance(size, tuple) else (size, size)
         if (answer := model(torch.zeros(1, 3, *sides)).shape) != (1, len(classes)):
-            raise ValueError(f"of {len(classes)} classes, and its answer to an image is {tuple(answer)}")
+            raise ValueError(f"it has {len(classes)} classes, but its output for one image is {tuple(answer)}")
     return model, classes, size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The confusion matrix, as tables and as a picture: what ``--eval`` writes to ``--output_dir``."""
+"""The confusion matrix, as tables and as a picture: ``--eval`` writes them to ``--output_dir``."""
 
 import csv
 from pathlib import Path
@@ -10,15 +10,15 @@ from irpe_ops.visualize import plain_text, save
 from irpe_train.text_files import plain_file
 
 MOST_CONFUSED = 5000  # classes; a larger table would take a gigabyte
-MOST_NAMES, MOST_NUMBERS = 60, 15  # the most classes whose names, and counts, fit in the picture
+MOST_NAMES, MOST_NUMBERS = 60, 15  # with more classes, names and counts do not fit in the picture
 
 
 def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Path]:
     """Write ``eval_confusion.csv``, ``eval_classes.csv`` and ``eval_confusion.png``.
 
     Args:
-        folder: is there already.
-        counts: ``(C, C)`` whole numbers: images of the class of the row that were taken for the class of the column.
+        folder: an existing one.
+        counts: ``(C, C)`` integers: images of the row's class predicted as the column's class.
     Returns: the files.
     """
     matrix, table, picture = (folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png"))
@@ -35,7 +35,7 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
 def class_rows(counts: Tensor, classes: list[str]) -> list[tuple]:
     """For each class: images, correct ones, recall in percent; how often it was predicted, and precision in percent.
 
-    A share of no images is empty.
+    Percentages of zero images are empty.
     """
     rows = []
     for index, name in enumerate(classes):
@@ -49,10 +49,10 @@ def _percent(part: int, whole: int) -> str:
 
 
 def draw_confusion(counts: Tensor, classes: list[str]):
-    """The share of each true class (row) that was taken for each class (column); a class without images is blank."""
+    """The share of each true class (row) predicted as each class (column); a class without images is blank."""
     from matplotlib.figure import Figure
 
-    shares = counts.double() / counts.sum(1, keepdim=True)  # nan in the row of a class without images
+    shares = counts.double() / counts.sum(1, keepdim=True)  # NaN in the row of a class without images
     side = min(max(0.28 * len(classes), 3), 20)
     figure = Figure(figsize=(side + 1.5, side + 1), layout="constrained")
     axis = figure.subplots()

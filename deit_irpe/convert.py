@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint of other code: entries are renamed, and checked against the model they are for.
+"""Convert a checkpoint from other code: entries are renamed, and checked against their model.
 
     python -m deit_irpe.convert theirs.pth ours.pth --model deit_tiny_patch16_224 --rpe SPEC [--prefix backbone.]
     python -m deit_irpe.convert ours.pth plain.pth --model deit_tiny_patch16_224 --drop-zero-tables
@@ -37,7 +37,7 @@ def convert(
         prefix: cut off the front of each name.
         renames: (old, new) parts of names, replaced in this order, after the prefix.
         drop_zero_tables: leave out the encodings, whose tables must be zero: then the plain model computes the same.
-    Raises: BadCheckpoint: nothing has the prefix, two entries get one name, or a table is not zero.
+    Raises: BadCheckpoint: nothing has the prefix, two entries get the same name, or a table is not zero.
     """
     converted = {}
     for name, value in weights.items():
@@ -48,7 +48,7 @@ def convert(
             new = new.replace(old, by)
         if drop_zero_tables and ".lookup_table_" in new:
             if value.any():
-                raise BadCheckpoint(f"{name} is not zero: the plain model would compute something else")
+                raise BadCheckpoint(f"{name} is not zero: the plain model would give other results")
             continue
         if new in converted:
             raise BadCheckpoint(f"two entries would be called {new}, the second is {name}; change --rename")
@@ -59,7 +59,7 @@ def convert(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Convert a file and write it, with the flags that build its model. Raises RunError: there is a file already."""
+    """Convert a file and write it, with the flags that build its model. Raises RunError: the file exists already."""
     refuse_existing(args.out, "OURS.pth")
     checkpoint = read_checkpoint(args.source)
     how = dict(prefix=args.prefix, renames=args.rename, drop_zero_tables=args.drop_zero_tables)
@@ -91,12 +91,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="THEIRS.pth", help="a state dict, or a checkpoint that holds one")
     add("out", type=Path, metavar="OURS.pth")
-    add("--model", required=True, metavar="NAME", help="which model it is")
-    add("--rpe", default=None, metavar="SPEC", help="its encoding, where the name of the model does not say")
+    add("--model", required=True, metavar="NAME", help="the name of its model")
+    add("--rpe", default=None, metavar="SPEC", help="its encoding, if the name of the model does not say")
     add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="pixels it was trained on")
-    add("--key", default="model", help="where in the checkpoint the weights are (default: model)")
-    add("--prefix", default="", help="in front of each name, e.g. backbone.")
-    add("--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="part of names; may be repeated")
+    add("--key", default="model", help="the checkpoint's key for the weights (default: model)")
+    add("--prefix", default="", help="cut off the front of each name, e.g. backbone.")
+    add("--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="in names; may be repeated")
     add("--drop-zero-tables", action="store_true", help="make it a plain model; refused if a table was trained")
     return parser
 

@@ -64,10 +64,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy over images and cross entropy over batches, over all processes.
 
-    Args: confusion: ``(C, C)`` int64, where this process's images are added: the true class is the row, the answer the
-        column.
-    Returns: ``loss``, the mean over batches, each counting the same; ``acc1`` and ``acc5`` in percent. With fewer than
-        five classes every image is among the first five.
+    Args: confusion: ``(C, C)`` int64; this process's images are added to it: rows are true classes, columns
+        predictions.
+    Returns: ``loss``, the mean over equally weighted batches; ``acc1`` and ``acc5`` in percent. With fewer than five
+        classes ``acc5`` is 100.
     """
     model.eval()
     meters = MetricLogger()

@@ -17,16 +17,16 @@ from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
 from irpe_train.run_log import changed_flags
 
-# A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
+# A checkpoint may come from anyone: only these of its flags are read, which describe the network.
 MODEL_FLAGS = dict(model=str | None, rpe=str | None, no_abs_pos=bool, model_kwargs=list, input_size=int | str)
-LARGEST_INPUT = 4096  # pixels a side that a checkpoint may ask for; a larger one has to be typed
+LARGEST_INPUT = 4096  # pixels per side that a checkpoint may ask for; a larger size must be typed
 
 
 def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, argparse.Namespace, list[str]]:
-    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing is downloaded for it.
+    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing else is downloaded.
 
     Args:
-        source: path or address; ema: its moving average.
+        source: path or address; ema: use its moving average.
         flags: ``model``, ``rpe``, ``input_size``, ... that win over those in the checkpoint, unless None.
     Returns: model, all flags, class names.
     Raises: ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint: its flags describe no model,
@@ -43,24 +43,24 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     if args.model is None:
         raise ValueError(f"{source} does not say which model it is: add --model NAME (and --rpe SPEC)")
     if ":" in args.model and "model" not in given:
-        raise BadCheckpoint(f"checkpoint {source}: its model is {args.model!r}, from elsewhere: give --model yourself")
+        raise BadCheckpoint(f"checkpoint {source}: its model is {args.model!r}, from elsewhere: give it with --model")
     try:
         heads = [f"{prefix}bias" for prefix in head_prefixes(_shapes(args, 1000, weights))]
         num_classes = next((len(weights[name]) for name in heads if name in weights), 1000)
         shapes = _shapes(args, num_classes, weights)
-    except Exception as error:  # the flags may be anything at all
+    except Exception as error:  # the flags may be anything
         raise BadCheckpoint(f"checkpoint {source}: its flags describe no model ({error or repr(error)})") from error
     load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
     model = build_model(args, num_classes)
     load_matching(model, weights, source=source)
     classes = stored_classes(checkpoint, source=source) or class_names(num_classes)
     if len(classes) != num_classes:
-        raise BadCheckpoint(f"checkpoint {source}: {len(classes)} classes are named, the class head has {num_classes}")
+        raise BadCheckpoint(f"checkpoint {source}: it names {len(classes)} classes, its class head has {num_classes}")
     return model.eval(), args, classes
 
 
 def _flags(checkpoint: dict, *, source: str) -> dict:
-    """All flags, those that describe the network as the checkpoint has them; ``model`` is None where it has none."""
+    """All flags, with those of the network from the checkpoint; ``model`` is None if it has none."""
     stored = checkpoint.get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
     if not isinstance(stored, dict):
@@ -86,7 +86,7 @@ def stored_size(size: object, *, source: str) -> int | tuple[int, int]:
 
 
 def _shapes(args: argparse.Namespace, num_classes: int, weights: dict[str, Tensor]) -> nn.Module:
-    """The model on the meta device. Raises ValueError if it has far more parameters than there are weights."""
+    """The model on the meta device. Raises ValueError if it has far more parameters than the checkpoint."""
     elements, made = sum(value.numel() for value in weights.values()), 0
     if any(isinstance(value, int | float) and value > elements for value in keywords(args.model_kwargs).values()):
         raise ValueError(f"a model_kwargs larger than the {elements} numbers in it")  # some are loop counts in timm
@@ -106,7 +106,7 @@ def _shapes(args: argparse.Namespace, num_classes: int, weights: dict[str, Tenso
 
 
 def class_names(count: int) -> list[str]:
-    """Names for classes that a checkpoint does not name: ImageNet's for 1000 of them, else numbers."""
+    """Names for the classes of a checkpoint without any: ImageNet's if there are 1000, else numbers."""
     if count != 1000:
         return [f"class {number}" for number in range(count)]
     imagenet = ImageNetInfo("imagenet-1k")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training losses: which cross entropy goes with which augmentation, and distillation from a teacher."""
+"""The training losses: the cross entropy for each augmentation, and distillation from a teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def classification_loss(*, mixes: bool, smoothing: float) -> nn.Module:
-    """Cross entropy for the targets that the augmentation makes.
+    """Cross entropy for the targets of the augmentation.
 
-    ``mixes`` (Mixup or CutMix, either of them) gives soft targets with the smoothing already in them. The published
-    code looks at Mixup alone, and fails with Mixup off and CutMix on.
+    ``mixes`` (Mixup, CutMix or both) gives soft targets, which already contain the smoothing. The published code only
+    checks Mixup, and fails with Mixup off and CutMix on.
     """
     if mixes:
         return SoftTargetCrossEntropy()
@@ -29,7 +29,7 @@ class DistillationLoss(nn.Module):
 
     Args:
         base: loss of (logits, targets).
-        teacher: frozen model, asked for logits ``(B, C)`` of the same images; ``None`` with ``none``.
+        teacher: frozen model that gives logits ``(B, C)`` for the same images; ``None`` with ``none``.
     """
 
     def __init__(

@@ -11,9 +11,9 @@ The rule (for one image, L tokens, P patches, width C, H heads of D, N buckets):
 * encoding on keys or queries ``H L N (D + 1)``, and ``L * C`` more on queries, for scaling the keys;
 * encoding on values ``H L L D + H L N``: a vector for every pair of tokens, as the published code computes it.
 
-GELU, additions, dropout and lookups count nothing. Of a hybrid's convolutions the products count, as PyTorch counts
-them. Models with other parts than these are refused. The last column counts the value encoding as this package computes
-it: weights are summed into buckets first, ``H L L`` additions, then multiplied by the table, ``H L N D``.
+GELU, additions, dropout and lookups count zero. A hybrid's convolutions count as in PyTorch's FLOP counter. Models
+with other parts are refused. The last column counts the value encoding as computed in this package: weights are summed
+into buckets first, ``H L L`` additions, then multiplied by the table, ``H L N D``.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from irpe_train.metrics import count_parameters
 def macs(model: VisionTransformer, *, values_by_bucket: bool = False) -> int:
     """Multiply-accumulates for one image at the model's own input size, by the rule above.
 
-    Args: values_by_bucket: count the value encoding as computed here, not as published.
+    Args: values_by_bucket: count the value encoding as computed here, not as in the published code.
     Raises: ValueError: the rule does not cover this model.
     """
     try:
@@ -94,7 +94,7 @@ def _encoding_macs(attn, name: str, tokens: int, values_by_bucket: bool) -> int:
 
 
 def count(model: nn.Module) -> dict[str, float]:
-    """``n_parameters``, ``buckets`` of one encoding, and ``macs_M`` where the rule above covers the model."""
+    """``n_parameters``, ``buckets`` of one encoding, and ``macs_M`` if the rule above covers the model."""
     stats = {"n_parameters": count_parameters(model)}
     with contextlib.suppress(ValueError):
         stats["macs_M"] = macs(model) / 1e6
@@ -102,7 +102,7 @@ def count(model: nn.Module) -> dict[str, float]:
 
 
 def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
-    """What the command line ``argv`` of ``python -m deit_irpe`` builds, with ImageNet's 1000 classes."""
+    """Counts of the model that the command line ``argv`` of ``python -m deit_irpe`` builds, with 1000 classes."""
     with torch.device("meta"):  # shapes only: nothing is allocated
         return count(build_model(parse_args(get_args_parser(), argv), 1000))
 
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_table(models: Sequence[str], rpe: str | None) -> None:
-    """One line a model, for those that are registered and the plain DeiTs if none are named."""
+    """One line per model; the registered ones and the plain DeiTs if none are named."""
     plain = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
     print(f"{'model':50} {'parameters':>11} {'MACs (M)':>10} {'computed here (M)':>18}")
     for name in models or [*plain, *RPE_MODELS, *DEMO_SIZES]:

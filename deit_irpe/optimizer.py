@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is optimised and how fast: DeiT's parameter groups, optimizer and learning-rate schedule."""
+"""DeiT's parameter groups, optimizer and learning-rate schedule."""
 
 import argparse
 
@@ -12,7 +12,7 @@ from irpe_train.errors import blamed_on
 
 
 def scaled_lr(lr: float, batch_size: int, world_size: int, accumulate: int = 1) -> float:
-    """Linear scaling: ``lr`` is meant for 512 images an update. Source: Goyal et al., 2017; DeiT."""
+    """Linear scaling: ``lr`` is for 512 images per update. Source: Goyal et al., 2017; DeiT."""
     return lr * batch_size * world_size * accumulate / 512
 
 
@@ -20,7 +20,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups, without and with weight decay, in the order of the published checkpoints.
 
     Not decayed: 1-D tensors, biases, ``pos_embed``, ``cls_token``. Lookup tables are decayed, and so is ``dist_token``,
-    which timm's own list would spare. Without weight decay there is one group, as published.
+    unlike in timm. Without weight decay there is one group, as published.
     """
     if not weight_decay:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.0}]
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> optim.Optimizer:
-    """timm's optimizer ``--opt`` over ``parameter_groups``; without ``--opt-eps`` or ``--opt-betas`` its own."""
+    """timm's optimizer ``--opt`` over ``parameter_groups``; its own defaults without ``--opt-eps``, ``--opt-betas``."""
     options = {key: value for key, value in (("eps", args.opt_eps), ("betas", args.opt_betas)) if value is not None}
     options |= dict(weight_decay=args.weight_decay, momentum=args.momentum)
     with blamed_on(f"--opt {args.opt} with lr {lr:g}, {options}"):
@@ -44,7 +44,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> op
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Scheduler:
-    """Warm-up, then ``--sched``; to be stepped with the number of the epoch just finished.
+    """Warm-up, then ``--sched``; step it with the number of the epoch just finished.
 
     As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at
     ``--warmup-lr``.

@@ -30,7 +30,7 @@ def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int)
     """The attention weights of the patch at (row, col) on all patches, in the last block.
 
     Args: images: ``(1, 3, H, W)``.
-    Returns: ``(heads, height, width)``; the rest, up to a sum of one, is on the leading tokens.
+    Returns: ``(heads, height, width)``; the remainder to a sum of one is on the leading tokens.
     """
     seen = []
     attn = model.blocks[-1].attn
@@ -66,7 +66,7 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) 
 def main(args: argparse.Namespace) -> None:
     """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
     if not (args.images or args.tables):
-        raise ValueError("nothing to predict: name images, or ask for --tables")
+        raise ValueError("nothing to predict: name images, or give --tables")
     set_up_logging(0)
     names = result_names(files_of(args.images, besides=args.out))
     out = OutputFolder(args.out, names)
@@ -111,7 +111,7 @@ MAPS = ("attention", "encoding")  # the pictures of a patch
 
 
 def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The patches (row, col) whose attention is drawn: those asked for, else the middle."""
+    """The patches (row, col) whose attention is drawn: the requested ones, else the middle."""
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"--attention: a {type(model).__name__} has no attention between patches")
     height, width = model.patch_embed.grid_size
@@ -124,13 +124,13 @@ def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[
 def draw_attention(
     classifier: Classifier, image: Image.Image, point: tuple[int, int], name: str, out: OutputFolder
 ) -> None:
-    """Save a patch's attention over the image, and what the encodings on keys and queries add to its scores."""
+    """Save a patch's attention over the image, and what the encodings of keys and queries add to its scores."""
     model, pixels, seen, (row, col) = classifier.model, classifier.pixels(image), classifier.seen(image), point
     height, width = model.patch_embed.grid_size
     heads = attention_maps(model, pixels, row, col)
     looks = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}
     centre = ((col + 0.5) * seen.width / width, (row + 0.5) * seen.height / height)
-    title = f"{name}: where patch {row},{col} looks in the last block"
+    title = f"{name}: attention of patch {row},{col} in the last block"
     _save(draw_over_image(seen, [centre], [looks], title), out, f"{name}_attention_{row}-{col}.png")
     if any(getattr(model.blocks[0].attn, role, None) is not None for role in ("rpe_q", "rpe_k")):
         added = attention_bias(model, pixels, height, width, row, col)

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     classes = agree_on_classes(checkpoint, train_set, val_set)
     warn_of_odd_sets(train_set, val_set)
     for index in () if args.eval else range(0, len(val_set), -(-len(val_set) // 16)):
-        val_set[index]  # images that cannot be read are named before the first epoch, not behind it
+        val_set[index]  # unreadable images are named before the first epoch, not after it
 
     # --- model
     model = models.model_of_flags(args, classes, weights=checkpoint is None).to(device)
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- resume
     published = {"lr": lr, "nb_classes": len(classes), "distributed": distributed.world_size() > 1}
-    flags = argparse.Namespace(**vars(args) | published)  # as checkpoints have them
+    flags = argparse.Namespace(**vars(args) | published)  # as in published checkpoints
     rest = dict(ema=ema, scaler=precision.scaler, flags=flags, extra={"classes": list(classes)})
     state = TrainState(model, optimizer, lr_scheduler, epoch=args.start_epoch, **rest)
     rows = rows_of_banner(args, model, precision, (len(train_set), len(val_set)), classes, loader.batch_size, lr)
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     # --- loop
     options = dict(mixup=mixup, max_norm=args.clip_grad, ema=ema, train_mode=args.train_mode)
     while state.epoch < args.epochs:
-        if state.train_stats is None:  # None: this epoch is not trained yet; else it was stopped before its evaluation
+        if state.train_stats is None:  # not None: the run was stopped after training this epoch, before its evaluation
             train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
             lr_scheduler.step(state.epoch)
             run.steps.finish_training(train_stats)
@@ -133,7 +133,7 @@ def evaluate_only(
         confusion = torch.zeros(number, number, dtype=torch.int64)
     stats = evaluate(model, val_loader, precision, confusion)
     logger.info(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
-    if confusion is not None and args.dist_eval:  # else every process has counted all images
+    if confusion is not None and args.dist_eval:  # otherwise every process has counted all images
         confusion = sum(distributed.gather(confusion))
     if confusion is not None and distributed.is_main():
         files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
@@ -142,13 +142,13 @@ def evaluate_only(
         expected.meet({"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}, args.output_dir)
 
 
-# --- what the flags stand for
+# --- what the flags mean
 
 
 def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, val_set: Dataset) -> list[str]:
     """The classes in the order of the head: the training data's, or without them the checkpoint's.
 
-    The labels of ``val_set`` are renumbered where its order differs. Raises: ValueError: other classes.
+    The labels of ``val_set`` are renumbered if its order differs. Raises: ValueError: different classes.
     """
     stored = stored_classes(checkpoint.contents, source=checkpoint.source) if checkpoint is not None else None
     if train_set is None:
@@ -171,7 +171,7 @@ def rows_of_banner(
     batch_size: int,
     lr: float,
 ) -> dict[str, str]:
-    """The banner's rows on data, model and learning rate; ``images``: how many to train on, and to validate on."""
+    """The banner's rows on data, model and learning rate; ``images``: numbers of training and validation images."""
     height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
     with precision.autocast():
         attention = describe(model, batch=batch_size, height=height, width=width, compiled=args.compile)

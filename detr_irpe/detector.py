@@ -35,7 +35,7 @@ class Detector:
     def encoder(self) -> nn.Module:
         """Raises ValueError: an exported file has no modules to look into."""
         if not isinstance(self.model, nn.Module):
-            raise ValueError("--attention and --tables look into a model: give the checkpoint, not the exported file")
+            raise ValueError("--attention and --tables inspect a model: give the checkpoint, not the exported file")
         return getattr(self.model, "detr", self.model).transformer.encoder
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ MOST_POINTS = 3  # of attention, where none are given: the centres of the best d
 def main(args: argparse.Namespace) -> None:
     """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
     if not (args.images or args.tables):
-        raise ValueError("nothing to predict: name images, or ask for --tables")
+        raise ValueError("nothing to predict: name images, or give --tables")
     if args.point and not args.attention:
         raise ValueError("--point says where --attention looks from: add --attention")
     set_up_logging(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes are an ordered list of names; those of data sets and checkpoints are compared here."""
+"""Classes are an ordered list of names; this file compares those of data sets and checkpoints."""
 
 from torch.utils.data import Dataset
 
@@ -9,7 +9,7 @@ from irpe_train.errors import BadCheckpoint
 
 
 def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
-    """The names of a checkpoint's classes, in the order of its outputs; None if it has none, as the published ones.
+    """The names of a checkpoint's classes, in the order of its outputs; None if it has none, like the published ones.
 
     Raises: BadCheckpoint: they are not a list of different names.
     """
@@ -22,7 +22,7 @@ def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
         raise BadCheckpoint(f"checkpoint {source}: its 'classes' are not a list of different names")
     for name in classes:
         try:
-            name.encode(errors="surrogateescape")  # as a folder's name that is no UTF-8
+            name.encode(errors="surrogateescape")  # like a folder's name that is not UTF-8
         except UnicodeEncodeError as error:
             raise BadCheckpoint(f"checkpoint {source}: its class {name!r} is not text ({error.reason})") from error
     return classes
@@ -30,7 +30,7 @@ def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
 
 def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] = ("train", "val")) -> None:
     """Raises ValueError, naming the classes, unless both lists (of the two data sets ``names``) have the same ones, and
-    more than one: a folder around all classes would be learned to 100%.
+    more than one: with a single folder around all classes, accuracy would be 100%.
     """
     only = []
     for name, missing in ((names[0], set(one) - set(other)), (names[1], set(other) - set(one))):
@@ -39,7 +39,7 @@ def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] 
     if only:
         raise ValueError(f"{names[0]} and {names[1]} have different classes; {'; '.join(only)}")
     if len(one) == 1:
-        raise ValueError(f"one class, {one[0]!r}, leaves nothing to learn; expected one folder a class, side by side")
+        raise ValueError(f"one class, {one[0]!r}, leaves nothing to learn; expected one folder per class, side by side")
 
 
 def check_resumed_classes(stored: list[str] | None, classes: list[str], *, source: str) -> None:
@@ -54,17 +54,17 @@ def check_resumed_classes(stored: list[str] | None, classes: list[str], *, sourc
 
 
 def renumber(dataset: Dataset, classes: list[str], *, whose: str) -> None:
-    """Renumber the labels of ``dataset`` as in ``classes``, and log it where they change.
+    """Renumber the labels of ``dataset`` as in ``classes``, and log any change.
 
     Args: whose: where ``classes`` are from, for messages. It may have more classes than the data.
-    Raises: ValueError: the data have other classes, or are of a kind whose numbers are fixed.
+    Raises: ValueError: the data have other classes, or their numbers are fixed.
     """
     own = list(dataset.classes)
     if own == list(classes):
         return
     if unknown := set(own) - set(classes):
         numbered = " Their classes are numbers: name them, see docs/data.md." if all(map(str.isdigit, own)) else ""
-        raise ValueError(f"the validation data have classes that {whose} has not: {_some(unknown)}.{numbered}")
+        raise ValueError(f"the validation data have classes that {whose} lacks: {_some(unknown)}.{numbered}")
     if not hasattr(dataset, "relabel"):
         raise ValueError(f"the validation data and {whose} have the same classes in another order")
     dataset.relabel(classes)

@@ -33,7 +33,7 @@ def build_dataset(
 ) -> Dataset:
     """The training or validation set, with ``classes`` (their names, in order).
 
-    Raises: FileNotFoundError, ValueError: something is missing or empty; the message says what was looked for.
+    Raises: FileNotFoundError, ValueError: something is missing or empty; the message says what was expected.
         ImportError: ``HFDS`` without Hugging Face ``datasets``.
     """
     root, split = Path(data_path), "train" if train else "val"
@@ -55,8 +55,8 @@ def build_dataset(
 def repeated_augmentation_sampler(dataset: Dataset, world_size: int, rank: int) -> Sampler:
     """Three differently augmented copies of an image in one global batch; an epoch is as long as without them.
 
-    As published, the length is cut to a multiple of 256 images; sets smaller than that, which this would leave empty,
-    are used whole. Source: Hoffer et al., "Augment your batch"; Berman et al., "MultiGrain".
+    As published, the length is cut to a multiple of 256 images; smaller sets, which would be left empty, are used
+    whole. Source: Hoffer et al., "Augment your batch"; Berman et al., "MultiGrain".
     """
     whole = 256 if len(dataset) >= 256 else 0
     return RepeatAugSampler(dataset, world_size, rank, num_repeats=3, selected_round=whole)

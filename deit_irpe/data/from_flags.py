@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data that a command line stands for: sets, batches, and how images are mixed."""
+"""The data of a command line: sets, batches, and how images are mixed."""
 
 import argparse
 from pathlib import Path
@@ -51,13 +51,13 @@ def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> EvalLoader:
-    """Batches half as large again as in training."""
+    """Batches 1.5 times as large as in training."""
     batch_size = int(1.5 * args.batch_size)
     return EvalLoader(val_set, batch_size=batch_size, shard=args.dist_eval, **_loading(args, device))
 
 
 def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
-    """Batches of training images; a set smaller than the batch gives one batch an epoch, not none."""
+    """Batches of training images; a set smaller than the batch gives one batch per epoch, not none."""
     rank, world_size = distributed.rank(), distributed.world_size()
     if args.repeated_aug:
         sampler = repeated_augmentation_sampler(train_set, world_size, rank)
@@ -65,7 +65,7 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
         sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
     batch_size = min(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
     if batch_size < 1:
-        raise ValueError("one training image per process, and Mixup and CutMix mix two: add --mixup 0 --cutmix 0")
+        raise ValueError("one training image per process, but Mixup and CutMix mix two: add --mixup 0 --cutmix 0")
     if batch_size < args.batch_size:
         logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
     return TrainLoader(train_set, sampler, batch_size=batch_size, seed=args.seed, **_loading(args, device))
@@ -76,12 +76,12 @@ def _loading(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether images are mixed, by Mixup or CutMix; batches are even then."""
+    """Whether images are mixed, by Mixup or CutMix; batches must then be even."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """Mixup and CutMix; None where both are off."""
+    """Mixup and CutMix; None if both are off."""
     if not mixes(args):
         return None
     with blamed_on("--mixup*, --cutmix*, --smoothing"):

@@ -7,14 +7,13 @@ from pathlib import Path
 from deit_irpe.data.images import MOST_CLASSES, LabelledImages
 from irpe_train.errors import in_one_line
 
-SPLITS = {True: ("train",), False: ("validation", "val", "test")}  # the first that is there
+SPLITS = {True: ("train",), False: ("validation", "val", "test")}  # the first that exists
 
 
 class HuggingFaceImages(LabelledImages):
     """One split of a local folder: Parquet files, or images with metadata; columns ``image`` and ``label``.
 
-    A label is a class number, or the name of a class; classes without numbers are in alphabetical order, as those of an
-    image folder.
+    A label is a class number or a class name; classes without numbers are in alphabetical order, as in an image folder.
 
     Raises: ImportError: ``datasets`` is not installed. ValueError: no such split, other columns, or a wrong label.
     """
@@ -30,11 +29,11 @@ class HuggingFaceImages(LabelledImages):
             there = datasets.get_dataset_split_names(str(root))
         self.root, self.split = root, next((name for name in SPLITS[train] if name in there), None)
         if self.split is None:
-            raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; there is {', '.join(there)}")
+            raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; it has {', '.join(there)}")
         with _explained(root):
             features = datasets.load_dataset(str(root), split=self.split).features
         if missing := {"image", "label"} - features.keys():
-            raise ValueError(f"{root}: no column {' nor '.join(sorted(missing))}; there is {', '.join(features)}")
+            raise ValueError(f"{root}: no column {' or '.join(sorted(missing))}; it has {', '.join(features)}")
         with _explained(root):
             self.reader = ReaderHfds(str(root), split=self.split)
         labels = list(self.reader.dataset.select_columns("label")[:]["label"])
@@ -54,14 +53,14 @@ class HuggingFaceImages(LabelledImages):
 def _explained(root: Path):
     try:
         yield
-    except Exception as error:  # datasets and pyarrow have dozens, and most do not say which folder they mean
+    except Exception as error:  # datasets and pyarrow have dozens, and most do not name the folder
         cause = error.__cause__ or error  # of "An error occurred while generating the dataset"
         reason = f"{type(cause).__name__}: {in_one_line(cause)}"
         raise ValueError(f"{root}: Hugging Face datasets cannot load it ({reason})") from error
 
 
 def _numbered(labels: list, names: list[str] | None, where: str) -> tuple[list[str], list[int]]:
-    """The classes and the class numbers that the column ``label`` means."""
+    """The classes, and the class numbers in the column ``label``."""
     if not labels:
         raise ValueError(f"{where}: no images")
     if names is None and all(isinstance(label, str) for label in labels):

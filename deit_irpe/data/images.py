@@ -16,18 +16,18 @@ from irpe_train import outputs
 from irpe_train.distributed import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
 
-MOST_CLASSES = 100_000  # where classes are numbers; a larger one is a mistake, or meant to exhaust memory
+MOST_CLASSES = 100_000  # if classes are numbers; a larger one is a mistake or an attack on memory
 
 
 def same_text(name: str) -> str:
-    """``name`` normalised for comparison: macOS stores an accent apart from its letter."""
+    """``name`` normalised for comparison: macOS stores an accent separately from its letter."""
     return unicodedata.normalize("NFC", name)
 
 
 class LabelledImages(Dataset):
     """(transformed RGB image, class number) pairs; subclasses read the bytes.
 
-    Names and labels are arrays, not Python objects: the workers of a loader share them instead of copying them.
+    Names and labels are arrays, not Python objects, so that a loader's workers share them instead of copying them.
     """
 
     def __init__(self, classes: list[str], names: list[str], labels: list[int], transform=None):
@@ -43,15 +43,15 @@ class LabelledImages(Dataset):
         return len(self.labels)
 
     def relabel(self, classes: list[str]) -> None:
-        """Renumber the labels by the places of the classes in ``classes``, which has them all."""
+        """Renumber the labels by the order of ``classes``, which contains all of them."""
         place = {name: number for number, name in enumerate(classes)}
         self.labels = np.array([place[name] for name in self.classes], dtype=np.int64)[self.labels]
         self.classes = list(classes)
 
     def keep(self, chosen: np.ndarray) -> None:
-        """Forget the images where ``chosen`` is False."""
+        """Drop the images where ``chosen`` is False."""
         self.names, self.labels = self.names[chosen], self.labels[chosen]
-        self.origins = []  # the rest of the folder is another set
+        self.origins = []  # the rest of the folder belongs to another set
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.names[index])
@@ -67,17 +67,17 @@ class LabelledImages(Dataset):
         image = decode_image(data, self.name(index))
         try:
             return image if self.transform is None else self.transform(image), int(self.labels[index])
-        except Exception as error:  # not the image's fault, so it must not be skipped as unreadable
+        except Exception as error:  # not the image's fault: it must not be skipped as unreadable
             raise RuntimeError(f"{self.name(index)}: the augmentation failed on this image ({error})") from error
 
 
 class FolderImages(LabelledImages):
-    """``root/<class>/**/*.jpg``: one folder a class, numbered in alphabetical order. Links to folders are followed.
+    """``root/<class>/**/*.jpg``: one folder per class, numbered in alphabetical order. Symlinks are followed.
 
-    What is hidden (``.ipynb_checkpoints``, ``._x.jpg``) is left out.
+    Hidden files and folders (``.ipynb_checkpoints``, ``._x.jpg``) are left out.
 
     Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or something else
-        in place of an image (a pipe, a broken link, a link back to a folder already read).
+        in place of an image (a pipe, a broken symlink, a symlink back to a folder already read).
     """
 
     def __init__(self, root: Path, transform=None):
@@ -103,16 +103,16 @@ class FolderImages(LabelledImages):
             labels += [label] * len(files)
         report_unread(root, unread)
         if flat:
-            logger.warning(f"{flat[0]}: beside the class folders, so of no class; {len(flat)} such images are left out")
+            logger.warning(f"{flat[0]}: beside the class folders; {len(flat)} images without a class are left out")
         super().__init__([os.path.basename(folder) for folder in folders], names, labels, transform)
         self.origins = folders
 
 
 def _images_below(folder: str, seen: set[tuple[int, int]], unread: list[str]) -> Iterator[str]:
-    """The images in ``folder`` and the folders below it; ``seen``: folders that must not come again."""
+    """The images in ``folder`` and the folders below it; ``seen``: folders that must not occur again."""
     here = _identity(folder)
     if here in seen:
-        raise ValueError(f"{folder}: a link to a folder that was already read; remove this link")
+        raise ValueError(f"{folder}: a symlink to a folder already read; remove this link")
     seen.add(here)
     folders, images = _entries(folder, unread)
     yield from images
@@ -127,7 +127,7 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
         for entry in entries:
             if entry.name == outputs.LIST:
                 mine = f"delete {entry.path} if every image there is yours"
-                raise ValueError(f"{folder}: predict wrote pictures there, which are no data; move them, or {mine}")
+                raise ValueError(f"{folder}: predict wrote pictures there, which are not data; move them, or {mine}")
             if is_hidden([entry.name]):
                 continue
             if entry.is_dir():
@@ -150,8 +150,8 @@ def report_hidden(where: Path, names: set[str]) -> None:
 
 
 def warn_of_odd_sets(train: Dataset | None, val: Dataset) -> None:
-    """A warning where folders or archives are read for both, as through a link, and where classes have no image to
-    learn from, as in shards with numbers left out.
+    """Warn if folders or archives are read for both sets, as through a symlink, and if classes have no training image,
+    as in shards that skip numbers.
     """
     empty = sorted(set(range(len(train.classes))) - set(train.labels)) if isinstance(train, LabelledImages) else []
     if empty:
@@ -187,7 +187,7 @@ class INatImages(LabelledImages):
 
 def _read_json(file: Path):
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; the iNaturalist data sets bring it")
+        raise FileNotFoundError(f"{file}: no such file; it comes with the iNaturalist data sets")
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -207,11 +207,11 @@ def _named(file: Path, entry):
     try:
         yield
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: {str(entry)[:200]}: not as iNaturalist has it ({error!r})") from error
+        raise ValueError(f"{file}: {str(entry)[:200]}: not in iNaturalist's format ({error!r})") from error
 
 
 def _index(category_id: int | str) -> int:
     number = int(category_id)
-    if number < 0:  # a list would take -1 for its last
+    if number < 0:  # a list takes -1 as its last
         raise IndexError(f"category {number}")
     return number

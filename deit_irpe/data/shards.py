@@ -13,19 +13,19 @@ from deit_irpe.data.tar_files import tar_members
 from irpe_train.pixels import is_hidden
 from irpe_train.text_files import read_text
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions of the image of a sample, as WebDataset has them
+IMAGES = ("jpg", "jpeg", "png", "webp")  # image extensions of a sample, as in WebDataset
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation")}  # words in the name of a shard
 
 
 class ShardImages(LabelledImages):
     """Uncompressed WebDataset shards: samples of ``key.jpg`` (or .jpeg, .png, .webp) and ``key.cls``, a class number.
 
-    Only offsets are kept, and bytes are read in place, as by ``TarImages``: an interrupted training resumes at exactly
-    the next image, which a stream of shards cannot do. The order is that of the shards' names.
+    Only offsets are kept, and bytes are read in place, as in ``TarImages``: an interrupted run resumes at exactly the
+    next image, which a stream of shards cannot do. The order is that of the shards' names.
 
     Args: root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, ``train`` and ``val`` each a
         word of its own, and perhaps ``classes.txt``, the names of the classes in order.
-    Raises: FileNotFoundError, ValueError: no shards, a damaged one, or a sample in them that has no image or no class.
+    Raises: FileNotFoundError, ValueError: no shards, a damaged one, or a sample without an image or class.
     """
 
     def __init__(self, root: Path, train: bool, transform=None):
@@ -62,7 +62,7 @@ class ShardImages(LabelledImages):
 
 
 def class_list(file: Path) -> list[str]:
-    """The names of the classes, one a line, in order. Raises: ValueError: two are alike, or one is empty."""
+    """The names of the classes, one per line, in order. Raises: ValueError: two are equal, or one is empty."""
     try:
         names = [line.strip() for line in read_text(file, errors="strict").rstrip().splitlines()]
     except UnicodeDecodeError as error:
@@ -70,7 +70,7 @@ def class_list(file: Path) -> list[str]:
     seen: set[str] = set()
     for line, name in enumerate(names, 1):
         if not name or name in seen:
-            raise ValueError(f"{file}: line {line}: {f'{name!r} comes twice' if name else 'empty'}; one class a line")
+            raise ValueError(f"{file}: line {line}: {f'{name!r} comes twice' if name else 'empty'}; one class per line")
         seen.add(name)
     return names
 
@@ -78,7 +78,7 @@ def class_list(file: Path) -> list[str]:
 def _split_of(file: Path) -> bool | None:
     """True for a shard of training, False for one of validation, None for another file.
 
-    Raises: ValueError: the name says both, says it inside of a word (``retrieval``), or the shard is compressed.
+    Raises: ValueError: the name says both, says it inside a word (``retrieval``), or the shard is compressed.
     """
     name = file.name.lower()
     if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or is_hidden([name]):
@@ -86,11 +86,11 @@ def _split_of(file: Path) -> bool | None:
     words = set(re.split(r"[^a-z]+", name))
     found = [train for train, of_split in SPLITS.items() if words & set(of_split)]
     if len(found) > 1 or not found and ("train" in name or "val" in name) and "test" not in words:
-        raise ValueError(f"{file}: is it for training or for validation? Call it imagenet-train-0000.tar, or -val-")
+        raise ValueError(f"{file}: is it for training or for validation? Name it imagenet-train-0000.tar, or -val-")
     if found and not file.is_file():
-        raise ValueError(f"{file}: named like a shard, but not a file (a broken link?); fix or remove it")
+        raise ValueError(f"{file}: named like a shard, but not a file (a broken symlink?); fix or remove it")
     if found and not name.endswith(".tar"):
-        raise ValueError(f"{file}: a compressed shard: unpack it to a plain .tar, which can be read at any place")
+        raise ValueError(f"{file}: a compressed shard: unpack it to a plain .tar, which allows random access")
     return found[0] if found else None
 
 
@@ -112,9 +112,9 @@ def _samples(file: Path) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yields each key of a shard with {extension: (offset, bytes)}; members of a sample stand together.
+    """Yields each key of a shard with {extension: (offset, bytes)}; members of a sample are consecutive.
 
-    As in WebDataset, the key ends at the first dot of the file name, and the folder belongs to it.
+    As in WebDataset, the key includes the folder and ends at the first dot of the file name.
     """
     current, members = "", {}
     for member in tar_members(file):

@@ -21,16 +21,16 @@ def split_folder(
     trained: Path | None = None,
     transform=None,
 ) -> FolderImages:
-    """The training or the validation part of ``root/train``, or of ``root`` where there is no such folder.
+    """The training or the validation part of ``root/train``, or of ``root`` if there is no such folder.
 
-    Of each class the same share is held out, at least one image; which ones, only the names and ``seed`` decide.
+    The same share of each class is held out, at least one image; which ones depends only on the names and ``seed``.
 
     Args:
-        written: a file that lists the images held out, one a line. It is followed where it exists, so that images which
-            are added later are trained on and those held out stay so; else it is written.
-        trained: such a file of the run that the weights are from; it is followed first.
-    Raises: ValueError: nothing or everything is to be held out, of any class; there is a validation folder, or a name
-        with a line break; a file of the list is gone.
+        written: a file that lists the held-out images, one per line. If it exists it is followed, so that images added
+            later are trained on and the held-out ones stay held out; else it is written.
+        trained: such a file of the run that the weights are from; it has priority.
+    Raises: ValueError: nothing or everything of a class would be held out; there is a validation folder, or a name
+        with a line break; a file on the list is gone.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"--val-split {fraction:g}: give the share of images to hold out, such as 0.2")
@@ -59,14 +59,14 @@ def split_folder(
     if written is not None and not os.path.lexists(written) and is_main():
         written.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{name}\n" for name, held in zip(names, held_out, strict=True) if held)
-        write_text(written, lines, errors="surrogateescape")  # other ranks see all of it or nothing
+        write_text(written, lines, errors="surrogateescape")  # atomic: other ranks see all of it or nothing
         logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out; {written} lists them")
     images.keep(held_out != train)
     return images
 
 
 def folder_to_split(root: Path) -> Path:
-    """``root/train``, or ``root`` where there is no such folder."""
+    """``root/train``, or ``root`` if there is no such folder."""
     return root / "train" if (root / "train").is_dir() else root
 
 
@@ -75,7 +75,7 @@ def _draw(images: FolderImages, fraction: float, seed: int) -> np.ndarray:
     for label, name in enumerate(images.classes):
         members = np.flatnonzero(images.labels == label)
         if len(members) < 2:
-            raise ValueError(f"--val-split: class {name!r} has one image; it takes two, one for each part")
+            raise ValueError(f"--val-split: class {name!r} has one image; expected two or more, one for each part")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held_out[np.random.default_rng([seed % 2**64, label]).permutation(members)[:count]] = True
     return held_out

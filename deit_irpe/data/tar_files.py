@@ -14,18 +14,18 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from deit_irpe.data.images import LabelledImages, report_hidden, same_text
 from irpe_train.pixels import is_hidden, report_unread
 
-BLOCK = 512  # bytes: a tar file is made of such blocks, and two of zeros are its end
+BLOCK = 512  # bytes: a tar file consists of such blocks, and ends with two of zeros
 
 
 def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> Iterator[tarfile.TarInfo]:
     """The plain files and folders of an uncompressed tar file, in order.
 
-    tarfile takes a damaged header, or a file cut between two members, for the end of the archive. Here the archive must
-    end with its end marker and zeros.
+    tarfile mistakes a damaged header, or a file cut between two members, for the end of the archive. Here the archive
+    must end with its end marker and zeros.
 
     Args: file: the tar file. inside: a tar that is a member of it, called ``name``.
-    Raises: ValueError: the archive is damaged, cut or compressed; a member is a link, a device or sparse; it points
-        outside of the archive; two members have one name. Archive and member are named.
+    Raises: ValueError: the archive is damaged, truncated or compressed; a member is a link, a device or sparse, or
+        points outside the archive; two members have the same name. Names archive and member.
     """
     where = f"{file}: {name}" if inside else str(file)
     with (
@@ -44,7 +44,7 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
                 raise _Refused(f"two members are called {path!r}; pack it again with one of each")
             if member.isreg():
                 seen.add(path)
-            last = f"behind {path!r}"
+            last = f"after {path!r}"
             yield member
         tar.fileobj.seek(tar.offset)
         if len(marker := tar.fileobj.read(BLOCK)) < BLOCK:
@@ -57,7 +57,7 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
 
 
 class _Refused(tarfile.TarError):
-    """What is wrong with an archive that tarfile would read."""
+    """A problem of an archive that tarfile would read."""
 
 
 @contextlib.contextmanager
@@ -73,18 +73,18 @@ def _readable(where: str):
 def _problem(member: tarfile.TarInfo, path: str) -> str | None:
     parts = PurePosixPath(path.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts:
-        return "points outside of the archive: refused"
+        return "points outside the archive: refused"
     if not (member.isreg() or member.isdir()) or member.issparse():
         return "is a link, a device or sparse: pack plain files (GNU tar: -h --hard-dereference)"
     return None
 
 
 class TarImages(LabelledImages):
-    """An uncompressed tar file: ``<class>/**/x.jpg``, or (as ImageNet is handed out) one inner tar for each class.
+    """An uncompressed tar file: ``<class>/**/x.jpg``, or (as ImageNet is distributed) one inner tar for each class.
 
     Only offsets are kept, and bytes are read in place: nothing is unpacked, and workers share one file safely.
-    Classes and images are those of ``FolderImages`` in its order, so a folder and its tar are the same data set. A
-    single folder called like the tar (``train/`` in ``train.tar``) may lie around the classes.
+    Classes, images and their order are those of ``FolderImages``, so a folder and its tar are the same data set. A
+    single folder named like the tar (``train/`` in ``train.tar``) may enclose the classes.
 
     Raises: FileNotFoundError; ValueError: see ``tar_members``; an image in no class folder, a class without images.
     """
@@ -112,7 +112,7 @@ class TarImages(LabelledImages):
             raise ValueError(f"{file}: there are images below {file.stem}/ and {other}: which folders are the classes?")
         cut = int(all(below))
         if flat := next((path for path, *_ in images if len(path) < 2 + cut), None):
-            raise ValueError(f"{file}: {'/'.join(flat)} lies in no class folder; expected <class>/x.jpg")
+            raise ValueError(f"{file}: {'/'.join(flat)} is not in a class folder; expected <class>/x.jpg")
         by_class = defaultdict(list, {path[cut]: [] for path in folders if len(path) > cut})
         for path, place, size in images:
             by_class[path[cut]].append((path, place, size))
@@ -120,7 +120,7 @@ class TarImages(LabelledImages):
             raise ValueError(f"{file}: {empty[0]}: no images in this class folder; leave it out or fill it")
         if len(by_class) == 1 and all(len(path) > 2 + cut for path, *_ in images):
             (name,) = by_class
-            raise ValueError(f"{file}: everything lies below {name}/: is that the class? Pack <class>/x.jpg at the top")
+            raise ValueError(f"{file}: everything is below {name}/: is that the class? Pack <class>/x.jpg at the top")
         classes = sorted(by_class, key=same_text)
         members = [(n, *one) for n, name in enumerate(classes) for one in sorted(by_class[name], key=_as_walked)]
         labels, paths, places, sizes = zip(*members, strict=True)
@@ -135,7 +135,7 @@ class TarImages(LabelledImages):
 
 
 def _listing(file: Path) -> Iterator[tuple[tuple[str, ...], int, int | None]]:
-    """Yields (path, offset in the file, bytes); no bytes for a folder. An inner tar is the folder of its name."""
+    """Yields (path, offset in the file, bytes); None for the bytes of a folder. An inner tar becomes a folder."""
     for member in tar_members(file):
         path = PurePosixPath(member.name).parts
         if member.isdir():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transforms of DeiT: its augmentation in training, resize and centre crop in evaluation."""
+"""The transforms of DeiT: augmentation in training, resize and centre crop in evaluation."""
 
 import itertools
 
@@ -33,20 +33,20 @@ def build_transform(
     Args:
         interpolation: of crops, and of rotations as far as Pillow can.
         input_size: pixels, one number or (height, width). Evaluation resizes the short side to 256/224 of it (of its
-            longer side when it is not square), then cuts the centre.
-    Raises: ValueError: timm knows no such policy, or one of the numbers is out of its range.
+            longer side if it is not square), then crops the centre.
+    Raises: ValueError: timm has no such policy, or a number is out of range.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     small = max(size) <= 32
-    to_size = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # leaves images of that very size alone
+    to_size = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # leaves images of that size unchanged
     if train:
-        # Pillow crops in every way, and rotates in three
+        # Pillow crops with every filter, but rotates with only three
         geometry = "bicubic" if interpolation in ("lanczos", "hamming") else interpolation
         try:
             how = dict(color_jitter=color_jitter, auto_augment=aa or None, interpolation=geometry, hflip=hflip)
             erasing = dict(re_prob=reprob, re_mode=remode, re_count=recount)
             steps = create_transform(size, is_training=True, **how, **erasing).transforms
-        except Exception as error:  # timm asserts what its policies are
+        except Exception as error:  # timm asserts on its policies
             raise ValueError(f"the augmentation cannot be made (--aa {aa}, --reprob {reprob}, ...): {error}") from error
         if geometry != interpolation:
             steps[0].interpolation = str_to_interp_mode(interpolation)
@@ -69,7 +69,7 @@ class _ResizeShortSide(transforms.Resize):
 
 
 def _let_posterize_keep_no_bits(policy) -> None:
-    """timm's policies ask for 0 bits at magnitude 10, which blackened the image until Pillow began to refuse it."""
+    """timm's policies ask for 0 bits at magnitude 10, which gave a black image until Pillow began to refuse it."""
     subpolicies = getattr(policy, "policy", [getattr(policy, "ops", [])])
     for op in itertools.chain.from_iterable(subpolicies):
         if getattr(op, "aug_fn", None) is auto_augment.posterize:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that come from another run: other resolution, other classes, other encoding."""
+"""Weights from another run: other resolution, other classes, other encoding."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from irpe_train.errors import BadCheckpoint
 
 
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the keys of the class heads begin with: as timm's config of the model has them, and DeiT's second head."""
+    """Prefixes of the class heads' keys: from the model's timm config, and DeiT's second head."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
     return *(f"{name}." for name in ([named] if isinstance(named, str) else named)), "head_dist."
 
@@ -43,28 +43,28 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
 def fit_classes(
     model: nn.Module, weights: Mapping[str, Tensor], theirs: list[str] | None, ours: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights whose class heads are of the classes ``ours``, in their order; heads of other classes are left out.
+    """Weights with class heads for the classes ``ours``, in that order; heads for other classes are left out.
 
-    Args: theirs: the classes of ``weights``; None where they are not named, and the heads are then what they are.
-    Returns: a new state dict, and what became of each key that changed.
+    Args: theirs: the classes of ``weights``; None if they are not named, and the heads then stay unchanged.
+    Returns: a new state dict, and a note on each changed key.
     """
     heads = head_prefixes(model)
     keys = [key for key in weights if key.startswith(heads)]
     if theirs is None or theirs == list(ours):
         return dict(weights), {}
     if set(theirs) != set(ours):
-        notes = dict.fromkeys(keys, f"starts fresh: other classes, {len(theirs)} there, {len(ours)} here")
+        notes = dict.fromkeys(keys, f"starts fresh: different classes, {len(theirs)} there, {len(ours)} here")
         return {key: value for key, value in weights.items() if key not in keys}, notes
     order = [theirs.index(name) for name in ours]
-    keys = [key for key in keys if weights[key].shape[:1] == (len(order),)]  # others are no head of these classes
-    notes = dict.fromkeys(keys, "has its classes in the order of the data")
+    keys = [key for key in keys if weights[key].shape[:1] == (len(order),)]  # others are not heads of these classes
+    notes = dict.fromkeys(keys, "is reordered to the classes of the data")
     return {key: value[order] if key in keys else value for key, value in weights.items()}, notes
 
 
 def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, str]:
     """Start ``model``, whose outputs are ``classes``, from the checkpoint ``source``: see ``load_pretrained_weights``.
 
-    Returns: what became of each key that was not copied as it was.
+    Returns: a note on each key that was not copied unchanged.
     """
     checkpoint = read_checkpoint(source)
     theirs = stored_classes(checkpoint, source=source)
@@ -74,7 +74,7 @@ def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, s
 
 
 def trained_grid(model: nn.Module, checkpoint: Mapping) -> tuple[int, int] | None:
-    """The patch grid (height, width) that a checkpoint was trained on; None where it, or the model, does not say."""
+    """The patch grid (height, width) that a checkpoint was trained on; None if it, or the model, does not say."""
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         sides, patch = image_size(checkpoint["args"].input_size), model.patch_embed.patch_size
         sides = (sides, sides) if isinstance(sides, int) else sides
@@ -85,23 +85,23 @@ def trained_grid(model: nn.Module, checkpoint: Mapping) -> tuple[int, int] | Non
 def resample_positions(
     model: nn.Module, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None, *, source: str | Path
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """``weights`` with the position embedding for the grid of ``model``; and a note, if it was resampled.
+    """``weights`` with the position embedding for the grid of ``model``, and a note if it was resampled.
 
     Args: see ``load_pretrained_weights``.
-    Raises: BadCheckpoint: the positions are those of no grid.
+    Raises: BadCheckpoint: the positions do not form a grid.
     """
     own = model.state_dict()
     weights = dict(weights)
     notes = {}
     if "pos_embed" in weights and "pos_embed" in own and isinstance(model, (VisionTransformer, Eva)):
         new_grid = tuple(model.patch_embed.grid_size)
-        leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds the positions to patches alone
+        leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds positions only to patches
         shape = tuple(weights["pos_embed"].shape)
         tokens = shape[1] - leading if len(shape) == 3 and shape[0] == 1 else 0
         if old_grid is None or math.prod(old_grid) != tokens:
             old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
         if tokens < 1 or math.prod(old_grid) != tokens:
-            why = f"with {leading} leading token(s) that is no square grid; was it trained as another model?"
+            why = f"with {leading} leading token(s) that is not a square grid; was it trained as another model?"
             raise BadCheckpoint(f"checkpoint {source}: pos_embed is {shape}: {why}")
         if old_grid != new_grid:
             notes["pos_embed"] = f"resampled from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches"
@@ -121,8 +121,8 @@ def load_pretrained_weights(
         weights: a state dict; unchanged.
         old_grid: patch grid (height, width) the weights were trained on; ``None`` for a square one.
         source: where they are from, for messages.
-    Returns: what became of each key that was not copied as it was; see ``load_matching``.
-    Raises: BadCheckpoint: anything else is missing, left over or of another shape; the keys are named.
+    Returns: a note on each key that was not copied unchanged; see ``load_matching``.
+    Raises: BadCheckpoint: any other key (named) is missing, unexpected or of another shape.
     """
     weights, notes = resample_positions(model, weights, old_grid, source=source)
 

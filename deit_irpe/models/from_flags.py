@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that a command line stands for, where its weights start, and its teacher."""
+"""The model of a command line, its initial weights, and its teacher."""
 
 import argparse
 import inspect
@@ -20,7 +20,7 @@ from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
 from irpe_train.zoo import fetch
 
-FLAGS = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}  # of timm's arguments
+FLAGS = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}  # for timm's arguments
 OTHERWISE = {  # not allowed in --model-kwargs, and what to use instead
     "pretrained": "give --pretrained",
     "pretrained_cfg": "give --finetune FILE",
@@ -39,9 +39,9 @@ SWITCHES = {name for name, p in inspect.signature(VisionTransformer).parameters.
 
 
 def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool = False) -> nn.Module:
-    """The model of the flags ``args``; those that are missing have their default.
+    """The model of the flags ``args``; missing flags have their default.
 
-    Raises: ValueError: see ``create_model``; a flag that this model has no use for.
+    Raises: ValueError: see ``create_model``; a flag that this model cannot use.
     """
     args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
     extra = keywords(args.model_kwargs)
@@ -52,12 +52,12 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
         if name in SWITCHES and not isinstance(value, bool):
             raise ValueError(f"--model-kwargs {name}={value}: expected true or false")
     if extra.get("global_pool", "token") == "":
-        raise ValueError("--model-kwargs global_pool='': without pooling there is one answer a patch, not an image")
+        raise ValueError("--model-kwargs global_pool='': without pooling there is one output per patch, not per image")
     size = image_size(args.input_size)
     if extra.get("img_size", size) != size:
         raise ValueError(f"--model-kwargs img_size={extra['img_size']}: give --input-size, here {args.input_size}")
     options = dict(num_classes=num_classes, img_size=size, drop_path_rate=args.drop_path or None, pretrained=pretrained)
-    if args.drop:  # where DeiT has it: after the positions, and after both layers of attention and MLP
+    if args.drop:  # as in DeiT: after the positions, and after both layers of attention and MLP
         options |= dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop)
     if args.no_abs_pos:
         options["pos_embed"] = "none"
@@ -71,7 +71,7 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
 
 
 def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: bool) -> nn.Module:
-    """The model of ``--model`` and ``--rpe``, with the ``weights`` of ``--pretrained`` or ``--finetune`` if wanted.
+    """The model of ``--model`` and ``--rpe``; with ``weights``, it starts from ``--pretrained`` or ``--finetune``.
 
     Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
     """
@@ -83,7 +83,7 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
             fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
         own = tuple(tuple(model.pretrained_cfg[name]) for name in ("mean", "std"))
         if own != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-            logger.warning(f"--pretrained: trained on pixels with mean and deviation {own}; here they have ImageNet's")
+            logger.warning(f"--pretrained: trained on pixels with mean and std {own}; here they have ImageNet's")
     elif weights and (source := starting_weights(args)):
         for key, what in start_from(model, source, classes).items():
             note = f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}"
@@ -92,13 +92,13 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
                 fresh.append(note)
     if fresh and args.eval:
         raise ValueError(f"--eval: the class head was never trained: {fresh[0]}; leave out --eval to train it")
-    if hasattr(model, "set_distilled_training"):  # else both heads are trained together, as they are evaluated
+    if hasattr(model, "set_distilled_training"):  # otherwise both heads are averaged in training, as in evaluation
         model.set_distilled_training(args.distillation_type != "none")
     return model
 
 
 def starting_weights(args: argparse.Namespace) -> str:
-    """The file of ``--pretrained`` or ``--finetune``; empty for neither, and for weights that timm fetches."""
+    """The file of ``--pretrained`` or ``--finetune``; empty for neither, and for weights that timm downloads."""
     return str(fetch(args.model)) if args.pretrained and args.model in RPE_MODELS else args.finetune
 
 
@@ -107,7 +107,7 @@ def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number
     for prefix in head_prefixes(model):
         bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:
-            has = f"its head has {bias.numel()} outputs and names no classes"
+            has = f"its head has {bias.numel()} outputs without class names"
             raise BadCheckpoint(f"checkpoint {source}: {has}; the data have {number}")
 
 

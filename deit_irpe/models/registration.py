@@ -33,7 +33,7 @@ from irpe_train.zoo import fetch, read_zoo
 def create_model(
     name: str, rpe=None, *, rpe_config=None, attn_backend: str = "auto", pretrained: bool = False, **timm_kwargs
 ) -> nn.Module:
-    """A DeiT, or any other timm model, with any relative position encoding or with none.
+    """A DeiT, or any other timm model, with any relative position encoding or none.
 
     Args:
         name: a name of ``RPE_MODELS`` or ``DEMO_SIZES``, or any model that timm knows
@@ -42,13 +42,13 @@ def create_model(
             it.
         rpe_config: the published name of ``rpe``.
         attn_backend: passed to every attention layer (``auto``, ``eager``, ``sdpa``, ``compiled``, ``triton``).
-        pretrained: start from the published checkpoint of that name, or from what timm's ``pretrained_cfg`` or
-            ``pretrained_cfg_overlay`` name instead; a head of other classes starts fresh.
+        pretrained: start from the published checkpoint of that name, or from the one in timm's ``pretrained_cfg`` or
+            ``pretrained_cfg_overlay``; a head with other classes starts fresh.
         timm_kwargs: ``num_classes``, ``img_size`` (int or (height, width)), ``pos_embed="none"`` or ``"sincos"``, ...;
-            ``checkpoint_path`` for weights of this very model; with ``features_only=True`` the feature maps of blocks
-            ``out_indices`` (default: the last three), as timm has it.
+            ``checkpoint_path`` for weights of exactly this model; with ``features_only=True`` the feature maps of
+            blocks ``out_indices`` (default: the last three), as in timm.
     Raises: ValueError: unknown name, malformed spec, a checkpoint that does not fit, a size that the model cannot take;
-        UnknownArgument: it is a TypeError too: an argument that timm's model does not take.
+        UnknownArgument (also a TypeError): an argument that timm's model does not take.
     """
     if rpe is not None and rpe_config is not None:
         raise ValueError(f"model {name!r}: rpe={rpe!r} and rpe_config={rpe_config!r} are the same argument; give one")
@@ -99,7 +99,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     if not elsewhere and not timm.is_model(base):
         known = ", ".join([*RPE_MODELS, *DEMO_SIZES])
         raise ValueError(
-            f"model {name!r}: unknown; expected one of {known}, or a model of timm such as "
+            f"model {name!r}: unknown; expected one of {known}, or a timm model such as "
             "deit_small_patch16_224 (with --rpe SPEC for an encoding)"
         )
     may_lack = is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
@@ -118,7 +118,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         if getattr(model, "cls_token", None) is not None:
             trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
         if size and model.pos_embed is not None:
-            # DeiT's 0.02 is lost beside the patch embedding, and a demo has only hundreds of steps to learn more.
+            # DeiT's 0.02 is tiny beside the patch embedding, and a demo has only hundreds of steps to grow it.
             trunc_normal_(model.pos_embed, std=0.5)
     if fixed:
         _fix_positions(model)
@@ -132,20 +132,20 @@ def _named(name: str):
     except (UnknownArgument, OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # what timm's models raise for sizes that do not fit: AssertionError, ...
-        raise ValueError(f"model {name!r} cannot be built as asked for: {in_one_line(error)}") from error
+        raise ValueError(f"model {name!r} cannot be built with these arguments: {in_one_line(error)}") from error
 
 
 def _fix_positions(model: VisionTransformer) -> None:
-    """Sine and cosine of rows and columns instead of learned positions; leading tokens have none (as in MAE)."""
+    """Sines and cosines of rows and columns instead of learned positions; leading tokens have none (as in MAE)."""
     if model.embed_dim % 4:
-        raise ValueError(f"pos_embed=sincos: expected a width that 4 divides, got {model.embed_dim}")
+        raise ValueError(f"pos_embed=sincos: expected a width divisible by 4, got {model.embed_dim}")
     waves = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), dim=model.embed_dim)  # (height * width, C)
     model.pos_embed.requires_grad_(False).zero_()
     model.pos_embed[0, -len(waves) :] = waves
 
 
 def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
-    """timm's model; ``img_size`` is left out where it takes none: then it takes any, or any that is not too small."""
+    """timm's model; ``img_size`` is dropped if it is not an argument, and one forward pass checks that size."""
     try:
         return timm.create_model(name, pretrained=pretrained, **timm_kwargs)
     except TypeError as error:
@@ -161,21 +161,21 @@ def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
 
 
 def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) -> None:
-    """The weights that ``config`` names: those published under ``name``, or others that the caller put there."""
+    """Load the weights that ``config`` names: those published under ``name``, or others that the caller put there."""
     published = read_zoo().models.get(name)
     file, elsewhere = config.get("file"), config.get("source") or config.get("state_dict") or config.get("hf_hub_id")
     if elsewhere or file and str(file).endswith(".safetensors"):
         timm.models.load_pretrained(model, config, model.num_classes, config["input_size"][0], cache_dir=cache_dir)
         return
     if not file and not config.get("url"):
-        raise ValueError(f"model {name!r}: pretrained=True, and no weights of it were published")
+        raise ValueError(f"model {name!r}: pretrained=True, but no weights of it were published")
     if not file:
         file = fetch(name) if published and config["url"] == published.url else config["url"]
     load_pretrained_weights(model, read_weights(file), source=file)
 
 
 def _timm_config(name: str):
-    """timm's record of a model: how images are prepared for it, and where its weights are."""
+    """timm's config of a model: its image preprocessing, and where its weights are."""
     base = RPE_MODELS[name][0] if name in RPE_MODELS else "deit_tiny_patch16_224"
     published = read_zoo().models.get(name)
     crop = dict(crop_pct=224 / 256) if name in RPE_MODELS else dict(crop_pct=1.0, input_size=(3, 32, 32))

@@ -148,7 +148,7 @@ def check_archive(path: Path) -> list[zipfile.ZipInfo]:
         name, size, stored = member.filename, member.file_size, member.compress_size
         parts = PurePosixPath(name.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or ":" in name[:2]:
-            raise BadData(f"{path}: refused: member {name!r} points outside of the archive")
+            raise BadData(f"{path}: refused: member {name!r} points outside the archive")
         if size > LARGEST_MEMBER or size > max(stored, 4096) * LARGEST_RATIO:
             raise BadData(f"{path}: refused: member {name!r} claims {size:,} bytes, stored in {stored:,}")
     return [member for member in members if not member.is_dir()]

@@ -36,7 +36,7 @@ def load_for_finetuning(
     if not same_classes:
         head = [key for key in own if key.removeprefix("detr.").startswith("class_embed.")]
         weights = {key: value for key, value in weights.items() if key not in head}
-        report = dict.fromkeys(head, "starts fresh: other classes there")
+        report = dict.fromkeys(head, "starts fresh: different classes there")
     queries = ours[QUERIES]
     given, here = weights.get(queries), own[queries]
     if given is not None and given.shape != here.shape and given.shape[1:] == here.shape[1:]:

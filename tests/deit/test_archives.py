@@ -98,16 +98,16 @@ def test_an_inner_tar_is_a_class(tmp_path):
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        (["x.png", "a/y.png"], "x.png lies in no class folder"),
+        (["x.png", "a/y.png"], "x.png is not in a class folder"),
         (["val/a/x.png", "b/y.png"], "images below val/ and b/y.png: which folders are the classes"),
-        (["all/a/x.png", "all/b/y.png"], "everything lies below all/: is that the class"),
+        (["all/a/x.png", "all/b/y.png"], "everything is below all/: is that the class"),
         (["a/x.png", "a/x.png"], "two members are called 'a/x.png'"),
         (["a/x.png", "./a/x.png"], "two members are called 'a/x.png'"),
         (["a/x.png", "../y.png"], "'../y.png' points outside"),
         (["a/x.png", "/b/y.png"], "'/b/y.png' points outside"),
         (["a/x.txt"], "no images in it"),
         ([("a.tar", inner("x.png")), ("b.tar", inner())], "b: no images in this class folder"),
-        ([("a.tar", inner("x.png")), ("b.tar", inner("y.png")[:1024])], "b.tar: it was cut behind 'y.png'"),
+        ([("a.tar", inner("x.png")), ("b.tar", inner("y.png")[:1024])], "b.tar: it was cut after 'y.png'"),
         ([("a.tar", b"no tar at all")], "a.tar: not an uncompressed tar file"),
     ],
 )
@@ -136,7 +136,7 @@ def test_an_empty_folder_of_a_tar_is_an_empty_class(tmp_path):
 def test_an_archive_behind_the_archive_is_refused(tmp_path):
     one, other = tar_of(tmp_path / "1.tar", "a/x.png"), tar_of(tmp_path / "2.tar", "a/y.png")
     (tmp_path / "val.tar").write_bytes(one.read_bytes() + other.read_bytes())
-    with pytest.raises(ValueError, match="it continues after its end marker .behind 'a/x.png'."):
+    with pytest.raises(ValueError, match="it continues after its end marker .after 'a/x.png'."):
         TarImages(tmp_path / "val.tar")
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_header_is_told_from_a_cut(tmp_path):
     data = bytearray((tmp_path / "val.tar").read_bytes())
     data[1024] ^= 1
     (tmp_path / "val.tar").write_bytes(data)
-    with pytest.raises(ValueError, match="val.tar: damaged behind 'a/x.png'"):
+    with pytest.raises(ValueError, match="val.tar: damaged after 'a/x.png'"):
         TarImages(tmp_path / "val.tar")
 
 
@@ -318,9 +318,9 @@ def test_links_to_folders_are_followed(tmp_path):
 @pytest.mark.parametrize(
     ("link", "target", "words"),
     [
-        ("a/again", ".", "val/a/again: a link to a folder that was already read"),
-        ("a/up", "../..", "val/a/up/val: a link to a folder that was already read"),
-        ("a/second", "deep", "val/a/second: a link to a folder that was already read"),
+        ("a/again", ".", "val/a/again: a symlink to a folder already read"),
+        ("a/up", "../..", "val/a/up/val: a symlink to a folder already read"),
+        ("a/second", "deep", "val/a/second: a symlink to a folder already read"),
         ("a/lost.png", "nowhere", "val/a/lost.png: neither a file nor a folder"),
         ("a/lost", "nowhere", "val/a/lost: a broken link"),
         ("lost", "nowhere", "val/lost: a broken link"),

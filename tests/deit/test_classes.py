@@ -32,7 +32,7 @@ def test_labels_take_the_numbers_of_the_checkpoint():
 
 
 def test_a_class_that_the_checkpoint_has_not_is_named():
-    with pytest.raises(ValueError, match=r"validation data have classes that the checkpoint has not: dog\.?$"):
+    with pytest.raises(ValueError, match=r"validation data have classes that the checkpoint lacks: dog\.?$"):
         renumber(data_of("cat", "dog"), ["cat", "cow"], whose="the checkpoint")
     with pytest.raises(ValueError, match="0, 1. Their classes are numbers: name them, see docs/data.md"):
         renumber(data_of("0", "1"), ["cat", "dog"], whose="the checkpoint")
@@ -81,7 +81,7 @@ def test_heads_follow_the_names_of_the_classes():
         assert torch.equal(permuted[key], weights[key][[2, 0, 1]])
     fresh, notes = fit_classes(model, weights, ["a", "b", "c"], ["a", "b", "d"])  # as many, and others
     assert weights.keys() - fresh.keys() == set(heads)
-    assert notes["head.weight"] == "starts fresh: other classes, 3 there, 3 here"
+    assert notes["head.weight"] == "starts fresh: different classes, 3 there, 3 here"
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +126,14 @@ def test_evaluation_on_some_of_the_classes_takes_their_outputs(colours, trained,
 @pytest.mark.parametrize(
     ("classes", "flags", "words"),
     [
-        ("abcd", ("--eval", "--resume"), "classes that the checkpoint has not: a, b, c, d"),
+        ("abcd", ("--eval", "--resume"), "classes that the checkpoint lacks: a, b, c, d"),
         ("abcd", ("--resume",), "different classes; only in the checkpoint: ant, bee, cat, dog"),
         (
             "abc",
             ("--eval", "--finetune"),
-            "never trained: --finetune: head.weight starts fresh: other classes, 4 there, 3 here",
+            "never trained: --finetune: head.weight starts fresh: different classes, 4 there, 3 here",
         ),
-        ("abcd", ("--eval", "--finetune"), "--finetune: head.weight starts fresh: other classes, 4 there, 4 here"),
+        ("abcd", ("--eval", "--finetune"), "--finetune: head.weight starts fresh: different classes, 4 there, 4 here"),
     ],
 )
 def test_other_classes_are_refused_and_named(trained, tmp_path, classes, flags, words):
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_names_needs_as_many_classes(trained, tmp_path):
     torch.save(unnamed, tmp_path / "unnamed.pth")
     write_images(tmp_path / "val", {"a": 1, "b": 1})
     (ended,) = deit(tmp_path, tmp_path / "out", "--eval", "--resume", tmp_path / "unnamed.pth")
-    assert ended.code == 1 and "its head has 4 outputs and names no classes; the data have 2" in ended.text
+    assert ended.code == 1 and "its head has 4 outputs without class names; the data have 2" in ended.text
 
 
 def test_resuming_in_another_order_is_refused():
@@ -209,10 +209,10 @@ def test_the_mistakes_of_inaturalist_files_are_named(tmp_path):
         ({"images": []}, "val2018.json: no list 'images'"),
         ([], "val2018.json: no list 'images'"),
         ("{", "val2018.json: not valid JSON"),
-        ({"images": [{"file_name": "x.jpg"}]}, "val2018.json: .*x.jpg.*not as iNaturalist has it"),
-        ({"images": [{"file_name": "t/Birds/-1/x.jpg"}]}, "val2018.json: .*-1/x.jpg.*not as iNaturalist has it"),
-        ({"images": [{"file_name": "t/Birds/7/x.jpg"}]}, "val2018.json: .*7/x.jpg.*not as iNaturalist has it"),
-        ({"images": [7]}, "val2018.json: 7: not as iNaturalist has it"),
+        ({"images": [{"file_name": "x.jpg"}]}, "val2018.json: .*x.jpg.*not in iNaturalist.s format"),
+        ({"images": [{"file_name": "t/Birds/-1/x.jpg"}]}, "val2018.json: .*-1/x.jpg.*not in iNaturalist.s format"),
+        ({"images": [{"file_name": "t/Birds/7/x.jpg"}]}, "val2018.json: .*7/x.jpg.*not in iNaturalist.s format"),
+        ({"images": [7]}, "val2018.json: 7: not in iNaturalist.s format"),
     ):
         write(val2018=val)
         with pytest.raises(ValueError, match=words):

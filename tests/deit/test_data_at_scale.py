@@ -127,9 +127,9 @@ def test_hugging_face_mistakes_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"image": [b"x"], "kind": [0]}).to_parquet(tmp_path / "set/train-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="no column label; there is image, kind"):
+    with pytest.raises(ValueError, match="no column label; it has image, kind"):
         build_dataset(tmp_path / "set", True, data_set="HFDS")
-    with pytest.raises(ValueError, match="no split validation or val or test; there is train"):
+    with pytest.raises(ValueError, match="no split validation or val or test; it has train"):
         build_dataset(tmp_path / "set", False, data_set="HFDS")
 
 

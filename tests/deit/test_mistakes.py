@@ -27,13 +27,15 @@ def test_a_missing_folder(tmp_path):
 def test_a_folder_around_all_classes_is_not_learned_to_100_percent(tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path / split / "images", {"ant": 2, "bee": 2})
-    explained(tmp_path, tmp_path, "one class, 'images', leaves nothing to learn; expected one folder a class, side by")
+    explained(
+        tmp_path, tmp_path, "one class, 'images', leaves nothing to learn; expected one folder per class, side by"
+    )
 
 
 def test_one_image_cannot_be_mixed():
     one = LabelledImages(["a"], ["x.png"], [0])
     flags = ["--no-repeated-aug", "--num_workers", "0"]
-    with pytest.raises(ValueError, match="one training image per process, and Mixup and CutMix mix two"):
+    with pytest.raises(ValueError, match="one training image per process, but Mixup and CutMix mix two"):
         training_loader(get_args_parser().parse_args(flags), one, torch.device("cpu"))
     plain = get_args_parser().parse_args([*flags, "--mixup", "0", "--cutmix", "0"])
     assert len(training_loader(plain, one, torch.device("cpu"))) == 1
@@ -102,7 +104,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
         (("--smoothing", "1"), "--smoothing 1: nothing would be left of the label"),
         (("--cutmix-minmax", "0.8", "0.2"), "--cutmix-minmax 0.8 0.2: smaller one first"),
         (("--model-kwargs", "in_chans=1"), "--model-kwargs in_chans=...: images have three channels"),
-        (("--model-kwargs", "num_heads=5"), "cannot be built as asked for"),
+        (("--model-kwargs", "num_heads=5"), "cannot be built with these arguments"),
     ],
 )
 def test_wrong_flags(colours, tmp_path, flags, words):

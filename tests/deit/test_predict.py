@@ -69,7 +69,7 @@ def test_tables_need_no_image(checkpoint, tmp_path):
     assert ended.code == 0 and "tables.png is in" in ended.text, ended.text
     assert [file.name for file in (tmp_path / "out").glob("[!.]*")] == ["tables.png"]
     ended = predict(tmp_path, "--resume", checkpoint)
-    assert ended.code == 1 and "name images, or ask for --tables" in ended.text
+    assert ended.code == 1 and "name images, or give --tables" in ended.text
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -107,7 +107,7 @@ def test_pictures_show_the_classes_best_first_and_the_patch_that_looks(checkpoin
     ((names, shares),) = tops
     assert names[0] == "cat" and shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
     ((image, points, (maps,), title),) = looks
-    assert image.size == (32, 32) and points == [(28.0, 12.0)] and "patch 1,3 looks" in title
+    assert image.size == (32, 32) and points == [(28.0, 12.0)] and "attention of patch 1,3" in title
     assert torch.allclose(maps["mean of the heads"], (maps["head 0"] + maps["head 1"]) / 2)
 
 
@@ -210,8 +210,8 @@ def test_an_exported_file_is_tried_before_it_is_used(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (dict(classes=["a", "b"]), r"of 2 classes, and its answer to an image is \(1, 3\)"),
-        (dict(classes=["a", "b", "c", "d"]), "of 4 classes"),
+        (dict(classes=["a", "b"]), r"it has 2 classes, but its output for one image is \(1, 3\)"),
+        (dict(classes=["a", "b", "c", "d"]), "it has 4 classes"),
         (dict(classes=["a", "a", "b"]), "not a list of different names"),
         (dict(classes=["a", "b", "\ud800"]), "is not text"),
         (dict(classes=None), "it names no classes"),

@@ -177,7 +177,7 @@ def test_a_checkpoint_of_other_classes_is_refused(trained, tmp_path):
     folder, _ = trained
     write_images(tmp_path / "data" / "val", dict.fromkeys(["ant", "bee", "cat", "fox"], 1))
     (ended,) = deit(tmp_path / "data", tmp_path / "out", "--eval", "--resume", folder / "checkpoint.pth")
-    assert ended.code == 1 and "the validation data have classes that the checkpoint has not: fox" in ended.text
+    assert ended.code == 1 and "the validation data have classes that the checkpoint lacks: fox" in ended.text
 
 
 RESUMABLE = ["--deterministic", "--epochs", "3", "--lr", "0.05"]  # with every augmentation that is on by default
@@ -302,7 +302,7 @@ def test_fine_tuning_resizes_and_trains_with_stochastic_depth_unless_told_otherw
     flags = ["--finetune", folder / "best.pth", "--input-size", "48x64", "--epochs", "1", "--deterministic"]
     text = deit_ok(tmp_path, tmp_path / "run", *flags, "--drop-path", "0.9")
     assert "--finetune: pos_embed resampled from 4x4 to 6x8 patches" in text
-    assert "--finetune: head.weight starts fresh: other classes, 4 there, 2 here" in text
+    assert "--finetune: head.weight starts fresh: different classes, 4 there, 2 here" in text
     assert "training mode" in text and "(the published --finetune: off, --no-train-mode)" in text
     deit_ok(tmp_path, tmp_path / "without", *flags, "--drop-path", "0")
     text = deit_ok(tmp_path, tmp_path / "published", *flags, "--drop-path", "0.9", "--no-train-mode")

@@ -88,7 +88,7 @@ def test_a_checkpoint_path_is_loaded_behind_the_encoding(tmp_path):
 
 
 def test_weights_that_were_never_published_are_not_promised():
-    with pytest.raises(ValueError, match=f"model '{DEMO}': pretrained=True, and no weights of it were published"):
+    with pytest.raises(ValueError, match=f"model '{DEMO}': pretrained=True, but no weights of it were published"):
         deit_irpe.create_model(DEMO, pretrained=True)
 
 
@@ -100,7 +100,7 @@ def test_weights_of_other_pixels_are_said(monkeypatch):
         monkeypatch.setattr(from_flags, "build_model", lambda *_, **__: timm.create_model(name, **SMALL))  # noqa: B023
         args = get_args_parser().parse_args(["--pretrained", "--model", name])
         from_flags.model_of_flags(args, ["x"] * 1000, weights=True)
-    assert len(said) == 1 and "pixels with mean and deviation ((0.5, 0.5, 0.5), (0.5" in said[0]
+    assert len(said) == 1 and "pixels with mean and std ((0.5, 0.5, 0.5), (0.5" in said[0]
 
 
 @pytest.mark.parametrize("rpe", [None, "rpe-1.9-product-ctx-1-qkv"])
@@ -129,17 +129,21 @@ def test_a_model_that_takes_any_size_is_tried_with_this_one(name):
     """HRNet refuses the argument in other words."""
     model = deit_irpe.create_model(name, img_size=(64, 32), in_chans=1)
     assert model.training and model.conv1.in_channels == 1
-    with pytest.raises(ValueError, match="model 'inception_v3' cannot be built as asked for: Calculated padded input"):
+    with pytest.raises(
+        ValueError, match="model 'inception_v3' cannot be built with these arguments: Calculated padded input"
+    ):
         deit_irpe.create_model("inception_v3", img_size=64)
 
 
 def test_feature_maps_that_are_not_there_are_refused():
-    with pytest.raises(ValueError, match=f"model '{DEMO}' cannot be built as asked for: feature index 9 is out of"):
+    with pytest.raises(
+        ValueError, match=f"model '{DEMO}' cannot be built with these arguments: feature index 9 is out of"
+    ):
         deit_irpe.create_model(DEMO, features_only=True, out_indices=(9,))
 
 
 def test_a_size_that_a_model_cannot_take_is_refused():
-    with pytest.raises(ValueError, match="model 'swin_tiny_patch4_window7_224' cannot be built as asked for"):
+    with pytest.raises(ValueError, match="model 'swin_tiny_patch4_window7_224' cannot be built with these arguments"):
         deit_irpe.create_model("swin_tiny_patch4_window7_224", img_size=-3)
 
 
@@ -149,12 +153,12 @@ def test_a_size_that_a_model_cannot_take_is_refused():
         (dict(model="densenet121"), "--drop-path: model 'densenet121' has no such dropout; give --drop-path 0"),
         (dict(model="resnet18", drop=0.1, drop_path=0), "--drop: model 'resnet18' has no such dropout; give --drop 0"),
         (dict(model_kwargs=["dept=3"]), "--model-kwargs: model .* unexpected keyword argument 'dept'"),
-        (dict(model_kwargs=["num_heads=5"]), "cannot be built as asked for"),
-        (dict(model_kwargs=["num_heads=0"]), "cannot be built as asked for"),
+        (dict(model_kwargs=["num_heads=5"]), "cannot be built with these arguments"),
+        (dict(model_kwargs=["num_heads=0"]), "cannot be built with these arguments"),
         (dict(model_kwargs=["depth=x"]), "--model-kwargs: model .*unsupported operand"),
         (dict(model_kwargs=["depth=0"]), "depth=0 leaves no block"),
         (dict(model_kwargs=["depth=True"]), r"--model-kwargs: model 'deit_tiny_patch16_224': linspace\(\).{,300}$"),
-        (dict(model_kwargs=["weight_init=foo"]), "cannot be built as asked for: AssertionError"),
+        (dict(model_kwargs=["weight_init=foo"]), "cannot be built with these arguments: AssertionError"),
         (dict(model_kwargs=["depth=1", "num_heads=1", "depth=2"]), "--model-kwargs: depth is given twice"),
         (dict(model_kwargs=["qkv_bias=maybe"]), "--model-kwargs qkv_bias=maybe: expected true or false"),
         (dict(model_kwargs=["class_token=0"]), "--model-kwargs class_token=0: expected true or false"),
@@ -222,7 +226,7 @@ def test_positions_without_a_place_for_the_class_token_are_resampled(name):
 def test_positions_of_no_grid_are_refused_by_name(shape):
     model = deit_irpe.create_model(DEMO, depth=1, embed_dim=16, num_heads=2, num_classes=2)
     weights = model.state_dict() | {"pos_embed": torch.zeros(shape)}
-    with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: pos_embed is \(.*that is no square grid"):
+    with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: pos_embed is \(.*that is not a square grid"):
         load_pretrained_weights(model, weights, source="x.pth")
 
 
@@ -232,10 +236,10 @@ def test_a_head_of_another_shape_is_no_head_of_these_classes(shape):
     stored = model.state_dict() | {"head.bias": torch.zeros(shape)}
     weights, notes = fit_classes(model, stored, ["x", "y"], ["y", "x"])
     started = load_pretrained_weights(model, weights, source="x.pth") | notes
-    assert started["head.weight"] == "has its classes in the order of the data"
+    assert started["head.weight"] == "is reordered to the classes of the data"
     assert started["head.bias"].startswith("starts fresh")
     if shape:
-        with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: its head has \d outputs and names no classes"):
+        with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: its head has \d outputs without class names"):
             from_flags.check_number_of_classes(model, stored, 2, source="x.pth")
 
 
@@ -333,7 +337,7 @@ def test_flags_that_are_no_flags(tmp_path, args):
 def test_as_many_names_as_outputs(tmp_path):
     source = checkpoint(tmp_path / "x.pth")
     torch.save(torch.load(source, weights_only=False) | {"classes": ["x"]}, source)
-    with pytest.raises(BadCheckpoint, match="1 classes are named, the class head has 2"):
+    with pytest.raises(BadCheckpoint, match="it names 1 classes, its class head has 2"):
         load_model(source)
 
 

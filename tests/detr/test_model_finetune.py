@@ -73,5 +73,5 @@ def test_a_class_head_of_other_classes_starts_fresh():
     model = tiny_model()
     before = model.class_embed.weight.clone()
     report = load_for_finetuning(model, weights, source="a.pth", same_classes=False)
-    assert report == dict.fromkeys(["class_embed.weight", "class_embed.bias"], "starts fresh: other classes there")
+    assert report == dict.fromkeys(["class_embed.weight", "class_embed.bias"], "starts fresh: different classes there")
     assert torch.equal(model.class_embed.weight, before) and taken(model, "query_embed.weight", weights)

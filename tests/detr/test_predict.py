@@ -94,7 +94,7 @@ def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, photo):
 def test_tables_need_no_image(tmp_path):
     predict("--tables", "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").glob("[!.]*")] == ["encodings.png"]
-    with pytest.raises(ValueError, match="name images, or ask for --tables"):
+    with pytest.raises(ValueError, match="name images, or give --tables"):
         predict("--resume", tmp_path / "x.pth", "--out", tmp_path / "out")
 
 

@@ -91,5 +91,5 @@ def test_sine_and_cosine_are_those_of_row_and_column():
     expected = torch.cat([wave(at * rates) for wave in (torch.sin, torch.cos) for at in (row, column)])
     found = table[row, column]
     assert torch.allclose(found.sort().values, expected.sort().values, atol=1e-6)
-    with pytest.raises(ValueError, match="pos_embed=sincos: expected a width that 4 divides, got 66"):
+    with pytest.raises(ValueError, match="pos_embed=sincos: expected a width divisible by 4, got 66"):
         model_of("demo", "learned", "--model-kwargs", "pos_embed=sincos", "embed_dim=66", "num_heads=2")
