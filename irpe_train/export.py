@@ -48,19 +48,21 @@ def export_model(
     """
     if not Path(out).name or Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
-    for format in formats:
+    out = Path(out)
+    stem = out.stem if out.suffix in SUFFIX.values() else out.name
+    paths = {format: out.with_name(stem + SUFFIX[format]) for format in formats}
+    for format, path in paths.items():
         if missing := [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]:
             install = f"pip install {' '.join(missing)} (or install this project with [export])"
             raise ImportError(f"--formats {format} needs {', '.join(missing)}: {install}")
-        refuse_existing(_exported(Path(out), format))
+        refuse_existing(path)
     model = model.eval()
     with torch.no_grad():
         expected = [_as_tuple(model(*example)) for example in examples]
         # One name is one size, in whichever inputs it stands; torch finds the equalities itself.
         shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in inputs.values())
         program, differences = None, {}
-        for format in formats:
-            path = _exported(Path(out), format)
+        for format, path in paths.items():
             try:
                 if format == "safetensors":
                     written = _save_safetensors(model, path, metadata)
@@ -74,10 +76,9 @@ def export_model(
                 raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
             differences[format] = _largest_difference(found, expected)
             if not differences[format] <= TOLERANCE:
-                raise ValueError(
-                    f"{path}: its outputs differ from the model's by {differences[format]:.1e} of the "
-                    f"largest; at most {TOLERANCE:g} was expected. Do not use this file."
-                )
+                wanted = f"at most {TOLERANCE:g} was expected. Do not use this file."
+                differ = f"differ from the model's by {differences[format]:.1e} of the largest"
+                raise ValueError(f"{path}: its outputs {differ}; {wanted}")
     return differences
 
 
@@ -127,11 +128,6 @@ def _save_onnx(program, path: Path, metadata: dict, inputs: dict, outputs: Seque
 def _save_pt2(program, path: Path, metadata: dict, *_) -> Callable:
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
     return torch.export.load(path).module()
-
-
-def _exported(out: Path, format: str) -> Path:
-    stem = out.stem if out.suffix in SUFFIX.values() else out.name
-    return out.with_name(stem + SUFFIX[format])
 
 
 def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:

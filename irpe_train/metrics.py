@@ -154,26 +154,25 @@ class MetricLogger:
             images_per_step: over all ranks, for the images per second.
             later: seconds per step -> seconds that the run takes after this epoch.
         """
-        total, began, ready = len(iterable), time.monotonic(), time.monotonic()
+        total, began, drawn = len(iterable), time.monotonic(), 0.0
+        ready = began
         step_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
         bar = sys.stdout.isatty() and is_main()
-        drawn = 0.0
         for step, batch in enumerate(iterable, start):
             data_time.update(time.monotonic() - ready)
             yield batch
             step_time.update(time.monotonic() - ready)
             ready = time.monotonic()
-            last = step + 1 == total
-            if (bar and ready - drawn > 0.2) or (not bar and step % every == 0) or last:
+            due = ready - drawn > 0.2 if bar else step % every == 0
+            if is_main() and (due or step + 1 == total):
                 drawn = ready
-                if is_main():
-                    left = step_time.avg * (total - step - 1)
-                    speed = f"{images_per_step / max(step_time.avg, 1e-9):.0f} img/s" if images_per_step else ""
-                    run = f"run: {_clock(left + later(step_time.avg))}" if later else ""
-                    place, eta = (step, total), f"eta: {_clock(left)}"
-                    self._report_briefly(bar, header, place, eta, speed, run)
-                    full = header, _place(*place), eta, str(self), f"time: {step_time}  data: {data_time}", _memory()
-                    logger.info(_joined(*full, speed), extra={"only": "file"})  # as published, plus the speed
+                left = step_time.avg * (total - step - 1)
+                speed = f"{images_per_step / max(step_time.avg, 1e-9):.0f} img/s" if images_per_step else ""
+                run = f"run: {_clock(left + later(step_time.avg))}" if later else ""
+                place, eta = (step, total), f"eta: {_clock(left)}"
+                self._report_briefly(bar, header, place, eta, speed, run)
+                full = header, _place(*place), eta, str(self), f"time: {step_time}  data: {data_time}", _memory()
+                logger.info(_joined(*full, speed), extra={"only": "file"})  # as published, plus the speed
         spent = time.monotonic() - began
         done = max(total - start, 0)
         if bar and done:
