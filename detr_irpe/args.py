@@ -21,9 +21,9 @@ BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which
 EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
 
 The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Its metadata
-has categories, image size, mean, deviation and encoding; predict runs the ONNX file too.
+has categories, image size, mean, standard deviation and encoding; predict also runs the ONNX file.
 """
-CHECK = "Find what is wrong with a data set before training on it."
+CHECK = "Find mistakes in a data set before training on it."
 PREDICT = """Detect objects in images of your own: pictures with boxes (and masks), and the same as JSON.
 
     irpe detect predict IMG... --resume X.pth --out DIR [--attention]
@@ -31,10 +31,10 @@ PREDICT = """Detect objects in images of your own: pictures with boxes (and mask
 IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.jpg".
 
 Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are [x0, y0, x1, y1] in pixels, categories have the ids
-and names of the data set the checkpoint was trained on. A photograph is turned as its EXIF orientation says, as people
-see it; frame in the JSON says so. --annotations draws the ground truth beside the prediction, in the frame that
-its height and width are in. --attention adds DIR/NAME_attention.png, where the last encoder layer looks from chosen
-points, and, as --tables does without images, DIR/encodings.png, what the encodings learned for each offset.
+and names of the data set the checkpoint was trained on. A photograph is rotated by its EXIF orientation, as people see
+it, and "frame" in the JSON says so. --annotations draws the ground truth beside the prediction, in the frame of its
+height and width. --attention adds DIR/NAME_attention.png, the last encoder layer's attention at chosen points, and,
+as --tables does without images, DIR/encodings.png, what the encodings learned for each offset.
 """
 
 
@@ -56,25 +56,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model").add_argument
     model("--enc_rpe2d", default="", metavar="SPEC", help="encoding rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}")
     model("--backbone", default="resnet50", help="a torchvision ResNet, or resnet_micro for the demo")
-    model("--backbone_weights", default="imagenet", metavar="imagenet|none|FILE", help="where no checkpoint is loaded")
+    model("--backbone_weights", default="imagenet", metavar="imagenet|none|FILE", help="if no checkpoint is loaded")
     model("--dilation", action="store_true", help="no stride in the backbone's last stage (DC5)")
-    model("--position_embedding", default="sine", choices=("sine", "learned"), help="of image features")
+    model("--position_embedding", default="sine", choices=("sine", "learned"), help="for image features")
     model("--enc_layers", default=6, type=nonnegative_int, help="encoder layers")
     model("--dec_layers", default=6, type=positive_int, help="decoder layers")
     model("--dim_feedforward", default=2048, type=positive_int, help="hidden width of the feed-forward blocks")
     model("--hidden_dim", default=256, type=positive_int, help="width of the transformer")
     model("--dropout", default=0.1, type=fraction, help="in the transformer")
     model("--nheads", default=8, type=positive_int, help="attention heads")
-    model("--num_queries", default=100, type=positive_int, help="objects that can be found in an image")
+    model("--num_queries", default=100, type=positive_int, help="largest number of objects per image")
     model("--pre_norm", action="store_true", help="normalise before each block, not after")
     model("--masks", action="store_true", help="train the segmentation head")
     model("--frozen_weights", metavar="FILE", help="a trained detector: only the segmentation head is trained on it")
-    model("--finetune", default="", metavar="FILE", help="start from these weights; what cannot fit starts anew")
-    model("--pretrained", default="", metavar="NAME", help="start from, or --eval, a published checkpoint of the zoo")
-    model("--attn-backend", default="auto", choices=BACKENDS, help="what computes the encoder's attention")
+    model("--finetune", default="", metavar="FILE", help="start from these weights; parts that cannot fit start fresh")
+    model("--pretrained", default="", metavar="NAME", help="start from (or --eval) a published checkpoint of the zoo")
+    model("--attn-backend", default="auto", choices=BACKENDS, help="backend for the encoder's attention")
 
     loss = parser.add_argument_group("losses").add_argument
-    loss("--no_aux_loss", dest="aux_loss", action="store_false", help="no loss on each decoder layer but the last")
+    loss("--no_aux_loss", dest="aux_loss", action="store_false", help="loss only on the last decoder layer")
     loss("--set_cost_class", default=1, type=nonnegative_float, help="weight of the class in matching")
     loss("--set_cost_bbox", default=5, type=nonnegative_float, help="weight of the L1 distance in matching")
     loss("--set_cost_giou", default=2, type=nonnegative_float, help="weight of the generalised IoU in matching")
@@ -88,8 +88,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     train("--lr", default=1e-4, type=nonnegative_float, help="learning rate of all but the backbone; never scaled")
     train("--lr_backbone", default=1e-5, type=nonnegative_float, help="learning rate of the backbone; 0 freezes it")
     train("--batch_size", default=2, type=positive_int, help="images per process and step")
-    train("--weight_decay", default=1e-4, type=nonnegative_float, help="of everything, encodings included")
-    train("--epochs", default=300, type=positive_int, help="epochs in all")
+    train("--weight_decay", default=1e-4, type=nonnegative_float, help="on everything, encodings included")
+    train("--epochs", default=300, type=positive_int, help="total epochs")
     train("--lr_drop", default=200, type=positive_int, help="epochs after which both learning rates fall to a tenth")
     train("--clip_max_norm", default=0.1, type=nonnegative_float, help="largest norm of the gradient; 0 does not clip")
 
@@ -104,7 +104,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.dataset_file == "coco_panoptic" and not args.coco_panoptic_path:
         raise ValueError("--dataset_file coco_panoptic needs --coco_panoptic_path: the folder of its annotations")
     if args.frozen_weights and not args.masks:
-        raise ValueError("--frozen_weights trains the segmentation head alone: add --masks")
+        raise ValueError("--frozen_weights trains only the segmentation head: add --masks")
     if args.enc_rpe2d and not args.enc_layers:
         raise ValueError(f"--enc_rpe2d {args.enc_rpe2d}: --enc_layers 0 leaves no encoder for it; leave one out")
     if args.pretrained and args.finetune:
@@ -121,7 +121,7 @@ def get_predict_parser() -> argparse.ArgumentParser:
     add("--threshold", type=fraction, default=0.5, help="lowest score shown (default 0.5)")
     add("--annotations", type=Path, metavar="FILE", help="COCO annotations of the images: ground truth on the left")
     add("--attention", action="store_true", help="also draw encoder attention and the learned encodings")
-    add("--point", type=_point, action="append", metavar="X,Y", help="pixel to look from (default: best detections)")
+    add("--point", type=_point, action="append", metavar="X,Y", help="query pixel (default: best detections)")
     return parser
 
 

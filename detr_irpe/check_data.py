@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m detr_irpe.check_data --coco_path DIR``: find what is wrong with a data set before training on it.
+"""``python -m detr_irpe.check_data --coco_path DIR``: find mistakes in a data set before training on it.
 
-The same checks, on a few images of each split instead of all, run at every start of training (``quick_check``).
+The same checks, on a few images of each split instead of all, run whenever training starts (``quick_check``).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
 from irpe_train.launch import launch
 
-SAMPLE = 8  # images of a split that a start of training looks at
+SAMPLE = 8  # images per split to check when training starts
 
 
 def problems_of(
@@ -39,14 +39,14 @@ def problems_of(
     only: Sequence[int] | None = None,
     num_workers: int = 0,
 ) -> Found:
-    """What is wrong with a split.
+    """The problems of a split.
 
     Args:
-        num_classes: ids from this on have no logit; None does not look.
+        num_classes: ids from this on have no logit; None skips this check.
         train: the set is for training, not only for evaluation.
         masks: masks are trained, or scored.
-        max_bad: the part of a training set that may be unreadable.
-        only: the numbers of the images to look at, a sample of them; all by default.
+        max_bad: the fraction of a training set that may be unreadable.
+        only: the indices of the images to check, as a sample; default: all.
         num_workers: processes that decode images.
     """
     known, path, looked_at = dataset.annotations, dataset.path, range(len(dataset)) if only is None else only
@@ -68,19 +68,19 @@ def problems_of(
 
 
 def tell(found: Found) -> list[str]:
-    """Log what was found, and return what stops training."""
+    """Log the problems, and return those that stop training."""
     for path, problem in found:
         logger.log(40 if problem.stops() else 30, f"{path.name}: {problem}")
     return [f"{path}: {problem}" for path, problem in found if problem.stops()]
 
 
 def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, max_bad: float = 0.001) -> None:
-    """Stop on data that cannot be trained on; warn of the rest.
+    """Stop if the data cannot be trained on; warn about other problems.
 
     Args:
         sets: the validation set, then the training set if there is one.
         num_classes, max_bad: as for ``problems_of``.
-    Raises: ValueError: what is wrong, how often, and the first places.
+    Raises: ValueError: what is wrong, how often, and where first.
     """
     found = []
     for dataset, train in zip(sets, (False, True), strict=False):
@@ -95,7 +95,7 @@ def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, 
 
 
 def summary_of(dataset: CocoDetection | CocoPanoptic) -> str:
-    """One line of numbers."""
+    """One line of counts."""
     if isinstance(dataset, CocoPanoptic):
         empty, objects = "", f"{len(dataset.labels):,} segments"
     else:
@@ -106,7 +106,7 @@ def summary_of(dataset: CocoDetection | CocoPanoptic) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check both splits; returns the exit status: 0 when training can start."""
+    """Check both splits; returns the exit status: 0 if training can start."""
     set_up_logging(0)
     root, panoptic_root = Path(args.coco_path), args.coco_panoptic_path and Path(args.coco_panoptic_path)
     fatal, sets = [], []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes are identities: a category id of a checkpoint must mean what the same id means in the data."""
+"""Classes are identities: a category id must mean the same in a checkpoint as in the data."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ def classes_in(weights: Mapping[str, Tensor], *, source: str) -> int:
     """The number of outputs of the class head in a DETR's weights, without "no object"."""
     bias = next((value for key, value in weights.items() if key.endswith("class_embed.bias")), None)
     if bias is None or bias.ndim != 1 or len(bias) < 2:
-        raise BadCheckpoint(f"checkpoint {source}: no class head (class_embed.bias) in it; it is not one of a DETR")
+        raise BadCheckpoint(f"checkpoint {source}: no class head (class_embed.bias) in it; it is not from a DETR")
     return len(bias) - 1
 
 
 def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: str) -> dict[int, str]:
-    """The categories (id -> name) a checkpoint was trained on: its own, or COCO's where it has as many classes.
+    """The categories (id -> name) a checkpoint was trained on: its own, or COCO's if it has as many classes.
 
-    The published checkpoints name none. Empty where nothing is known.
+    The published checkpoints name none. Empty if nothing is known.
     """
     given = checkpoint.get("categories")
     if given is not None:
@@ -34,7 +34,7 @@ def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: st
 
 
 def plain_name(name: str) -> str:
-    """A name for comparison: case, surrounding spaces and the spelling of accents in Unicode do not count."""
+    """A name for comparison: ignores case, surrounding spaces and Unicode variants of accents."""
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 
@@ -43,7 +43,7 @@ def same_name(one: str | None, other: str | None) -> bool:
 
 
 def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str]:
-    """What ids of the data mean in a checkpoint, where the two differ."""
+    """The ids of the data whose meaning in a checkpoint differs, as text."""
     return [
         f"{i} is {name!r} here and {trained[i]!r} there" if i in trained else f"{i} {name!r} is not there"
         for i, name in here.items()
@@ -54,10 +54,10 @@ def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str
 def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
     """Log how the classes of a checkpoint differ from those of the data it is evaluated on.
 
-    Raises: BadCheckpoint: the same names have other ids, so that right answers would count as wrong.
+    Raises: BadCheckpoint: the same names have other ids, so that correct predictions would count as wrong.
     """
     if not trained:
-        logger.info(f"checkpoint {source} does not name its classes: whether its ids mean the same here is not checked")
+        logger.info(f"checkpoint {source} does not name its classes: it is not checked that its ids mean the same here")
         return
     ids = {plain_name(name): i for i, name in trained.items()}
     moved = [
@@ -67,14 +67,14 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
     ]
     if moved:
         how = f"{'; '.join(moved[:5])}. Number the categories of the annotations as it does."
-        raise BadCheckpoint(f"checkpoint {source} numbers its categories in another way than this data: {how}")
+        raise BadCheckpoint(f"checkpoint {source} numbers its categories differently from this data: {how}")
     if odd := differences(trained, here):
         logger.warning(f"checkpoint {source} was trained on other categories than this data has: {'; '.join(odd[:5])}")
 
 
 def compare_for_resume(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
-    """Raises BadCheckpoint: a run would go on with other classes than it began with."""
+    """Raises BadCheckpoint: a run would continue with other classes than it started with."""
     other = differences(trained, here) + [f"{i} {name!r} is there only" for i, name in trained.items() if i not in here]
     if trained and other:
-        how = f"{'; '.join(other[:5])}. Start a run of its own from it with --finetune."
+        how = f"{'; '.join(other[:5])}. Start a new run from it with --finetune."
         raise BadCheckpoint(f"checkpoint {source} was trained on other categories than this data has: {how}")

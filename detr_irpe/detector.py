@@ -33,15 +33,15 @@ class Detector:
 
     @property
     def encoder(self) -> nn.Module:
-        """Raises ValueError: an exported file has no modules to look into."""
+        """Raises ValueError: an exported file has no modules to inspect."""
         if not isinstance(self.model, nn.Module):
             raise ValueError("--attention and --tables inspect a model: give the checkpoint, not the exported file")
         return getattr(self.model, "detr", self.model).transformer.encoder
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
-        """Every query's answer for an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
-        pixels), and with a mask head ``masks`` ``(Q, height, width)``."""
+        """Every query's detection in an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners,
+        in pixels), and with a mask head ``masks`` ``(Q, height, width)``."""
         pixels = prepare_image(image, self.flags.image_size).to(self.device)
         outputs = self.model([pixels])
         size = torch.tensor([[image.height, image.width]])
@@ -54,7 +54,7 @@ class Detector:
 
 
 def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:
-    """An exported detector: called as a DETR is, with one image; its flags as far as prediction needs them; categories.
+    """An exported detector, to be called like a DETR, with one image; the flags that prediction needs; categories.
 
     Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``detr_irpe.export`` did not write the file.
     """
@@ -62,7 +62,7 @@ def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Name
         categories = {int(i): str(name) for i, name in json.loads(exported.metadata["categories"]).items()}
         image_size = int(exported.metadata["image_size"])
         if not 0 < image_size <= LARGEST_IMAGE_SIZE:
-            raise ValueError(f"its image_size is {image_size}, larger than any photo")
+            raise ValueError(f"its image_size is {image_size}; expected 1 to {LARGEST_IMAGE_SIZE}")
 
     def model(images: list[Tensor]) -> dict[str, Tensor]:
         (image,) = images

@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-READABLE_SIDE = 480  # pixels; a smaller image is enlarged by a whole factor, so that the labels can be read
+READABLE_SIDE = 480  # pixels; a smaller image is enlarged by an integer factor, so that the labels can be read
 LARGEST_SIDE = 2048  # pixels; no image is enlarged beyond this, however thin it is
-# Ten colours that colour-blind readers can tell apart: Paul Tol's "muted" scheme, its grey last.
+# Ten colours that colour-blind readers can distinguish: Paul Tol's "muted" scheme, its grey last.
 PALETTE = (
     *("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee"),
     *("#882255", "#44aa99", "#999933", "#aa4499", "#dddddd"),
@@ -26,7 +26,7 @@ def draw_objects(
 
     Args:
         boxes: ``(n, 4)`` corners, in pixels of ``image``.
-        classes, labels: one an object; the class's place among all classes chooses the colour, the label is written.
+        classes, labels: one per object; the class's index among all classes sets the colour, the label is written.
         masks: ``(n, height, width)``, non-zero = object.
     """
     wanted = -(-READABLE_SIDE // min(image.size))
@@ -47,19 +47,19 @@ def draw_objects(
         left, top, right, bottom = canvas.textbbox((0, 0), label, font=font)
         width, height = right - left + 2 * line, bottom - top + 2 * line
         x = min(x0, max(picture.width - width, 0))
-        y = y0 - height if y0 >= height else y0  # above the box, or in it where the image ends
+        y = y0 - height if y0 >= height else y0  # above the box, or inside it at the image border
         canvas.rectangle((x, y, x + width, y + height), fill=colour)
         canvas.text((x + line - left, y + line - top), label, fill=ink_on(colour), font=font)
     return picture
 
 
 def font_for(picture: Image.Image) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, a fortieth of the shorter side high and at least 12 pixels."""
+    """Pillow's own font, 1/40 of the shorter side high, but at least 12 pixels."""
     return ImageFont.load_default(size=max(12, min(picture.size) // 40))
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever is read better on a colour (its luminance as ITU-R BT.601 has it)."""
+    """Black or white, whichever is more readable on a colour (by its ITU-R BT.601 luminance)."""
     red, green, blue = ImageColor.getrgb(colour)
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "white"
 
@@ -82,7 +82,7 @@ def cell_of(point: tuple[float, float], size: tuple[int, int], height: int, widt
     """The token of a ``height x width`` map that covers a point of an image of ``size`` (width, height)."""
     x, y = point
     if not (0 <= x < size[0] and 0 <= y < size[1]):
-        raise ValueError(f"--point {x:g},{y:g} lies outside the image, which is {size[0]} x {size[1]} pixels (x,y).")
+        raise ValueError(f"--point {x:g},{y:g} is outside the image of {size[0]} x {size[1]} pixels (x,y).")
     return int(y * height / size[1]) * width + int(x * width / size[0])
 
 
@@ -90,7 +90,7 @@ def cell_of(point: tuple[float, float], size: tuple[int, int], height: int, widt
 def attention_maps(layer: torch.nn.Module, inputs: tuple, token: int) -> dict[str, Tensor]:
     """The attention of one token in an encoder layer, ``(height, width)`` each: the mean of the heads, and each head.
 
-    Args: layer: an ``RPESelfAttention``; inputs: what it was called with.
+    Args: layer: an ``RPESelfAttention``; inputs: the arguments of its call.
     """
     query_key, _, padding, height, width = inputs
     weights = layer.weights(query_key, padding, height, width)[0, :, token].unflatten(-1, (height, width))

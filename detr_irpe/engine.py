@@ -24,8 +24,8 @@ def train_one_epoch(
     """Train for the rest of the epoch that ``steps`` is in.
 
     Args:
-        model: as ``distributed.wrap`` left it.
-        criterion: (outputs, targets) -> losses by name; ``criterion.weight_dict`` weighs them.
+        model: from ``distributed.wrap``.
+        criterion: (outputs, targets) -> losses by name; ``criterion.weight_dict`` weights them.
         max_norm: largest norm of the gradient; 0 does not clip.
     Returns: means over the epoch, in the published order: ``lr, class_error, loss``, weighted losses, unweighted ones.
     """
@@ -58,7 +58,7 @@ def evaluate(
     panoptic: PanopticEvaluator | None,
     precision: Precision,
 ) -> dict[str, float]:
-    """Run a set through the plain model: losses to the log, detections into the evaluators, for the caller to score.
+    """Run a set through the plain model: losses go to the log, detections to the evaluators, which the caller scores.
 
     Returns: means over batches, in the published order: ``class_error, loss``, weighted losses, unweighted ones.
     """
@@ -87,13 +87,13 @@ def evaluate(
 
 
 def to_device(images, targets: list[dict[str, Tensor]], device: torch.device) -> tuple:
-    """A batch on ``device``, without waiting where its memory is pinned."""
+    """A batch on ``device``, asynchronously if its memory is pinned."""
     moved = [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets]
     return images.to(device, non_blocking=True), moved
 
 
 def weigh(losses: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The total loss, and the weighted terms it is the sum of; losses without a weight are for the log only."""
+    """The total loss, and the weighted terms that it sums; losses without a weight are only logged."""
     weighted = {name: loss * weights[name] for name, loss in losses.items() if name in weights}
     return sum(weighted.values()), weighted
 

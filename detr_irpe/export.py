@@ -18,7 +18,7 @@ SMALLEST = 64  # pixels: the second example is 32 narrower
 
 
 class TensorsInOut(nn.Module):
-    """DETR with tensors alone: images ``(B, 3, H, W)``, padding ``(B, H, W)`` (True = padded) to logits and boxes."""
+    """DETR with plain tensors: images ``(B, 3, H, W)``, padding ``(B, H, W)`` (True = padded) to logits and boxes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

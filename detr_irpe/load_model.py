@@ -12,20 +12,20 @@ from detr_irpe.models import build_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint, first_line
 
-# A checkpoint may come from anyone: of its flags, only these, which describe the network, are read.
+# A checkpoint may come from anyone: only these of its flags are read, which describe the network.
 MODEL_FLAGS = (
     *("backbone", "dilation", "position_embedding", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim"),
     *("nheads", "num_queries", "pre_norm", "masks", "enc_rpe2d", "dataset_file", "image_size"),
 )
-LARGEST_IMAGE_SIZE = 10_000  # pixels; beyond it a photo no longer fits in memory
+LARGEST_IMAGE_SIZE = 10_000  # pixels; a larger photo does not fit in memory
 
 
 def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.Namespace, dict[int, str]]:
-    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing is downloaded for it.
+    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing else is downloaded.
 
     Args: source: path or address.
     Returns: model (without auxiliary outputs), post-processors, the flags it was built from, and its categories.
-    Raises: BadCheckpoint: it does not say how its model was built, or its weights are of another model.
+    Raises: BadCheckpoint: it does not say how its model was built, or its weights belong to another model.
     """
     checkpoint = read_checkpoint(source)
     weights = model_weights(checkpoint, source=source)
@@ -57,6 +57,6 @@ def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argpars
         raise BadCheckpoint(f"checkpoint {source}: its flag image_size is {args.image_size}, larger than any photo")
     if args.enc_layers + args.dec_layers > len(weights):
         raise BadCheckpoint(f"checkpoint {source}: its flags name more layers than it has weights")
-    args.eval, args.aux_loss = True, False  # no backbone weights are fetched; the last decoder layer alone
+    args.eval, args.aux_loss = True, False  # no backbone weights are downloaded; only the last decoder layer
     args.num_classes = classes_in(weights, source=source)
     return args

@@ -14,7 +14,7 @@ from irpe_train.metrics import count_parameters
 
 
 def stats_of_flags(argv: Sequence[str]) -> dict[str, int]:
-    """What the command line ``argv`` of ``python -m detr_irpe`` builds; needs neither data nor weights."""
+    """Counts for the command line ``argv`` of ``python -m detr_irpe``; needs no data or weights."""
     args = parse_args(get_args_parser(), argv)
     args.backbone_weights = "none"
     with torch.device("meta"):  # shapes only: nothing is allocated

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch of images of different sizes: padded to one size, with a mask that says where the padding is."""
+"""A batch of images of different sizes: padded to one size, with a mask of the padding."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ class NestedTensor:
 
     @classmethod
     def from_images(cls, images: Sequence[Tensor] | Tensor) -> "NestedTensor":
-        """Pad images ``(C, h, w)`` below and to the right, to the largest height and the largest width among them.
+        """Pad images ``(C, h, w)`` at the bottom and right, to the largest height and the largest width among them.
 
         Args: images: a list of them, or images of one size as ``(B, C, h, w)``.
         """
@@ -59,8 +59,8 @@ class NestedTensor:
 class Targets(list):
     """The targets of a batch; their small tensors leave a worker process as values.
 
-    As shared memory, PyTorch's way, every one of them takes a file descriptor and a mapping: eight an image, more time
-    than reading the image where it is small, and soon "too many open files".
+    In shared memory, PyTorch's default, each takes a file descriptor and a mapping: eight per image, more time than
+    reading a small image, and soon "too many open files".
     """
 
     def __reduce__(self):

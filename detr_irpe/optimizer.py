@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is optimised and how fast: the backbone has a learning rate of its own."""
+"""DETR's optimizer: the backbone has its own learning rate."""
 
 import argparse
 
@@ -10,13 +10,13 @@ from irpe_train.errors import blamed_on
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over all that is trained: first outside of the backbone, then in it."""
+    """AdamW over all trained parameters: first those outside the backbone, then those in it."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trained if "backbone" not in name]},
         {"params": [p for name, p in trained if "backbone" in name], "lr": args.lr_backbone},
     ]
-    # fused: several times quicker on the CPU; on GPUs PyTorch's own choice, which loss scaling and old checkpoints fit.
+    # fused: several times faster on the CPU; on GPUs PyTorch's default, which suits loss scaling and old checkpoints.
     fused = True if device.type == "cpu" else None
     with blamed_on("--lr, --lr_backbone, --weight_decay"):
         return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=fused)

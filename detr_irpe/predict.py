@@ -26,8 +26,8 @@ from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import files_of, is_turned, read_image
 
-REACH = 8  # rows and columns in the pictures of learned tables, the patch itself counted
-MOST_POINTS = 3  # of attention, where none are given: the centres of the best detections
+REACH = 8  # rows and columns in the pictures of learned tables, including the patch itself
+MOST_POINTS = 3  # query points of attention, if none are given: the centres of the best detections
 
 
 def main(args: argparse.Namespace) -> None:
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or give --tables")
     if args.point and not args.attention:
-        raise ValueError("--point says where --attention looks from: add --attention")
+        raise ValueError("--point is the query point of --attention: add --attention")
     set_up_logging(0)
     names = result_names(files_of(args.images, besides=args.out))
     suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     detector = Detector(args.resume, choose_device(args.device))
     if args.attention:
         if not len(detector.encoder.layers):
-            raise ValueError(f"--attention: {args.resume} has no encoder layer to look into")
+            raise ValueError(f"--attention: {args.resume} has no encoder layer to inspect")
         seen, layer = [], detector.encoder.layers[-1].self_attn
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     with_tables = args.tables or args.attention and detector.flags.enc_rpe2d
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
             image, frame = read_in_frame(path, annotated)
             if annotated and 0 not in annotated and annotated != [image.height, image.width]:
                 sides = f"{image.height} x {image.width} pixels, annotated {annotated[0]} x {annotated[1]}"
-                logger.warning(f"{path}: {sides}: the objects of its annotations may be drawn in wrong places")
+                logger.warning(f"{path}: {sides}: its annotated objects may be drawn in the wrong places")
             for point in args.point or ():
                 cell_of(point, image.size, 1, 1)
         except (OSError, ValueError) as error:  # the other images are still predicted
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
 def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Image, str]:
     """An RGB image, and which frame its pixels are in: ``displayed``, as a person sees it, or ``stored``.
 
-    Args: annotated: height and width of its annotations, 0 where they do not say; None without annotations.
+    Args: annotated: height and width in its annotations, 0 if they do not say; None without annotations.
     Raises: OSError: it cannot be read; the message names it.
     """
     stored = read_image(path)
@@ -104,7 +104,7 @@ def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Im
 
 
 class Truth:
-    """The annotations of the images that are predicted. ``names``: the checkpoint's, for a file without categories."""
+    """The annotations of the images to predict. ``names``: the checkpoint's, for a file without categories."""
 
     def __init__(self, path: Path, names: dict[int, str]):
         self.annotations = Annotations(path, categories=names)
@@ -114,7 +114,7 @@ class Truth:
                 logger.warning(str(problem))
 
     def number_of(self, path: Path) -> int:
-        """Which of its images a file is: the one whose name, folders included, ends its path, or the only one so named.
+        """The index of a file's image: the one whose name, with folders, ends its path, or the only one of that name.
 
         Raises: ValueError: there is none, or more than one.
         """
@@ -129,7 +129,7 @@ class Truth:
         return fitting[0]
 
     def draw(self, image: Image.Image, number: int, names: dict[int, str]) -> Image.Image:
-        """The image with the objects that its annotations name, in the colours of the classes that are predicted."""
+        """The image with its annotated objects, in the colours of the predicted classes."""
         objects, known = self.annotations.of_image(number), self.annotations.categories
         ids = {name: i for i, name in names.items()}
         labels = [known[i] for i in objects["labels"].tolist()]
@@ -139,14 +139,14 @@ class Truth:
 
 
 def draw_found(image: Image.Image, found: dict[str, Tensor], names: dict[int, str]) -> Image.Image:
-    """The image with what was found in it, each with its name and score."""
+    """The image with the detections, each with its name and score."""
     ids = found["labels"].tolist()
     labels = [f"{names.get(i, i)} {score:.2f}" for i, score in zip(ids, found["scores"].tolist(), strict=True)]
     return draw_objects(image, found["boxes"], class_indices(ids, names), labels, found.get("masks"))
 
 
 def class_indices(category_ids: Sequence[int], names: dict[int, str]) -> list[int]:
-    """The place of each category among all, which chooses its colour; an unknown one has its id."""
+    """The index of each category among all, which sets its colour; an unknown one has its id."""
     places = {category: place for place, category in enumerate(sorted(names))}
     return [places.get(category, category) for category in category_ids]
 
@@ -154,10 +154,10 @@ def class_indices(category_ids: Sequence[int], names: dict[int, str]) -> list[in
 def draw_attention(
     image: Image.Image, layer: nn.Module, inputs: tuple, points: Sequence[tuple[float, float]], name: str, path: Path
 ) -> None:
-    """Save where an encoder layer, called with ``inputs``, looks from ``points``."""
+    """Save the attention of an encoder layer, called with ``inputs``, at ``points``."""
     grid = inputs[3:]
     maps = [attention_maps(layer, inputs, cell_of(point, image.size, *grid)) for point in points]
-    title = f"{name}: the last encoder layer ({grid[0]} x {grid[1]}), looking from each point"
+    title = f"{name}: attention of each point in the last encoder layer ({grid[0]} x {grid[1]})"
     save(draw_over_image(image, points, maps, title), path)
 
 
@@ -179,7 +179,7 @@ def describe(path: Path, image: Image.Image, found: dict[str, Tensor], names: di
 
 
 def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
-    """Where to look from when no point is given: inside the best detections, or the middle of the image."""
+    """The query points if none are given: the centres of the best detections, or the middle of the image."""
     limit = torch.tensor([image.width, image.height]) - 1
     points = xyxy_to_cxcywh(boxes[:MOST_POINTS])[:, :2].clamp(min=0).minimum(limit).tolist()
     return list(dict.fromkeys(map(tuple, points))) or [(image.width / 2, image.height / 2)]

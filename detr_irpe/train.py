@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     # --- checkpoint
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
     checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
-    start = models.starting_checkpoint(args) if checkpoint is None else None  # else nothing of it would be used
+    start = models.starting_checkpoint(args) if checkpoint is None else None  # otherwise it would not be used
 
     # --- data
     val_set = data.validation_set(args)
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     quick_check(sets, num_classes, args.max_bad)
 
     # --- model
-    flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as checkpoints have them
+    flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as in published checkpoints
     model, criterion, postprocessors = models.parts_of_flags(flags, val_set, filled=checkpoint is not None)
     if checkpoint is None:
         models.start_from(model, args, start, sets[-1].categories)
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     options = dict(max_norm=args.clip_max_norm)
     while state.epoch < args.epochs:
         epoch = state.epoch
-        if state.train_stats is None:  # None: this epoch is not trained yet; else it was stopped before its evaluation
+        if state.train_stats is None:  # not None: the run was stopped after training this epoch, before its evaluation
             train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
             lr_scheduler.step()
             kept = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
@@ -113,7 +113,7 @@ def evaluate_only(
     val_loader: EvalLoader,
     precision: Precision,
 ) -> None:
-    """``--eval``: the weights of ``checkpoint``, or of ``start`` (loaded already), on the validation set."""
+    """``--eval``: the weights of ``checkpoint``, or of ``start`` (already loaded), on the validation set."""
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
         load_matching(model, checkpoint.weights(), source=checkpoint.source)
@@ -139,7 +139,7 @@ def score(
     val_loader: EvalLoader,
     precision: Precision,
 ) -> tuple[dict, dict | None]:
-    """Evaluate, score and print; returns what ``log.txt`` has after ``test_``, and what ``eval.pth`` holds."""
+    """Evaluate, score and print; returns the ``test_`` figures for ``log.txt``, and the contents of ``eval.pth``."""
     kinds = [kind for kind in ("bbox", "segm") if kind in postprocessors]
     evaluator = CocoEvaluator(val_loader.dataset.annotations, kinds)
     panoptic = None
@@ -170,7 +170,7 @@ def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> 
 def agree_on_classes(
     args: argparse.Namespace, sets: list[Dataset], checkpoint: Checkpoint | None, start: Checkpoint | None
 ) -> int:
-    """How many class ids the head has; a run that goes on keeps its categories (``compare_for_resume``)."""
+    """The number of class ids of the head; a resumed run keeps its categories (``compare_for_resume``)."""
     if checkpoint is not None and not args.eval and "optimizer" in checkpoint.contents:  # else a new run starts there
         trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
         compare_for_resume(trained, sets[-1].categories, source=checkpoint.source)

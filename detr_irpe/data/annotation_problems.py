@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with annotations, as far as it shows without opening an image."""
+"""The problems of annotations that show without opening an image."""
 
 import filecmp
 import math
@@ -16,16 +16,16 @@ from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.panoptic import CocoPanoptic
 
-MOST = 0.5  # the part of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
-FRACTIONS = 0.9  # if this part of all boxes lies within one pixel, the unit is not pixels
-CORNERS = 0.1  # if this part of boxes reaches outside, and all could be two corners, they are
+MOST = 0.5  # the fraction of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
+FRACTIONS = 0.9  # if this fraction of all boxes lies within one pixel, the unit is not pixels
+CORNERS = 0.1  # if this fraction of boxes reaches outside, and all could be two corners, they are
 
 
 @dataclass
 class Problem:
     """One kind of mistake: what it is, how often, and the first few places.
 
-    Attributes: allowed: how often it may come before training does not start.
+    Attributes: allowed: how often it may occur before it stops training.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Problem:
         return f"{self.what}: {self.count}" + (f" ({', '.join(self.places)}{more})" if self.places else "")
 
 
-Found = list[tuple[Path, Problem]]  # each with the file that it is in
+Found = list[tuple[Path, Problem]]  # each with its file
 
 
 def annotation_problems(
@@ -81,9 +81,9 @@ def annotation_problems(
 
     return [
         *class_problems(labels, num_classes),
-        Problem("boxes that look like fractions of the image; pixels are wanted", len(boxes) if fractions else 0),
-        Problem("boxes that look like two corners; x, y, width, height are wanted", len(boxes) if corners else 0),
-        Problem("names that several categories have", len(shared), shared[:3], allowed=math.inf),
+        Problem("boxes that look like fractions of the image; expected pixels", len(boxes) if fractions else 0),
+        Problem("boxes that look like two corners; expected x, y, width, height", len(boxes) if corners else 0),
+        Problem("names shared by several categories", len(shared), shared[:3], allowed=math.inf),
         boxes_that("objects with a negative area, which are not scored", annotations.area < 0),
         boxes_that("boxes with a negative side, which are dropped", (width < 0) | (height < 0)),
         boxes_that("empty boxes, which are dropped", torch.minimum(width, height) == 0),
@@ -91,17 +91,17 @@ def annotation_problems(
         Problem("duplicate file names", len(annotations) - len(names), twice[:3]),
         boxes_that("duplicate objects (same image, category and box)", again),
         nothing_to_learn(int(learnable.sum()), len(annotations), train),
-        Problem("objects without a mask, and --masks needs one for each", masks and annotations.without_mask or 0),
-        Problem("images without height and width, and --masks needs them", len(unsized), unsized[:3]),
+        Problem("objects without a mask; --masks needs one for each", masks and annotations.without_mask or 0),
+        Problem("images without height and width; --masks needs them", len(unsized), unsized[:3]),
     ]
 
 
 def panoptic_problems(dataset: CocoPanoptic, num_classes: int | None = None, *, train: bool = True) -> list[Problem]:
-    """The same for a panoptic set, whose segments are objects too."""
+    """The same for a panoptic set, whose segments count as objects."""
     known = dataset.annotations
     listed = set() if known is None else set(known.image_ids.tolist())
     unknown = [] if known is None else [str(i) for i in dataset.image_ids.tolist() if i not in listed]
-    unlisted = f"images that {known and known.path.name} does not list, and boxes are scored by it"
+    unlisted = f"images missing in {known and known.path.name}, by which boxes are scored"
     return [
         *class_problems(dataset.labels, num_classes),
         nothing_to_learn(int((dataset.iscrowd == 0).sum()), len(dataset), train),
@@ -117,26 +117,26 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
 
 
 def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
-    """A set in which every object is a crowd or has no box inside its image."""
+    """For a set in which every object is a crowd or has no box inside its image."""
     if not images:
         return Problem("no images", 1)
     if train:
-        return Problem("images without one object to learn (all are crowds or have no box)", 0 if objects else images)
-    return Problem("images without one object to find: AP will be -1", 0 if objects else images, allowed=math.inf)
+        return Problem("images without any object to learn (all are crowds or have no box)", 0 if objects else images)
+    return Problem("images without any object to find: AP will be -1", 0 if objects else images, allowed=math.inf)
 
 
 def split_problems(train: CocoDetection | CocoPanoptic, val: CocoDetection | CocoPanoptic) -> Found:
-    """What is wrong between two splits: other names, or one file for both."""
-    same = Problem(f"the very annotations of {val.path.name}: figures on images that are trained on", allowed=math.inf)
+    """Problems between two splits: different names, or the same file for both."""
+    same = Problem(f"the same annotations as {val.path.name}: evaluation is on training images", allowed=math.inf)
     same.count = int(filecmp.cmp(train.path, val.path, shallow=False))
     found = naming_problems(train.categories, val.categories, train.path, val.path)
     return [(train.path, same)] * same.count + found
 
 
 def naming_problems(ours: dict[int, str], theirs: dict[int, str], our_file: Path, their_file: Path) -> Found:
-    """Categories with different names or ids in two files: right answers would be scored as wrong."""
+    """Categories with different names or ids in two files: correct detections would be scored as wrong."""
     first, second = our_file.name, their_file.name
-    other = Problem(f"category ids that stand for something else in {second}")
+    other = Problem(f"category ids that mean something else in {second}")
     new = Problem(f"categories of {second} that {first} does not list", allowed=math.inf)
     for i, name in theirs.items():
         elsewhere = [j for j, other_name in ours.items() if same_name(other_name, name)]

@@ -11,7 +11,7 @@ from detr_irpe.data.json_columns import FLAG, JsonList, read_json
 from detr_irpe.data.packed_strings import PackedStrings, shared
 from detr_irpe.data.segmentations import MOST_PIXELS, PackedMasks, problem_of
 
-LARGEST_CATEGORY_ID = 20_000  # the model has an output for each id up to the largest; no published set has more classes
+LARGEST_CATEGORY_ID = 20_000  # the model has an output for each id up to the largest; no published set has more
 CATEGORY_IDS = range(LARGEST_CATEGORY_ID + 1)
 SIDES = range(2**20)  # pixels of an image
 
@@ -23,19 +23,19 @@ class Annotations:
 
     Attributes:
         image_ids: (images,) int64. ``names``: their file names, as bytes.
-        sizes: (images, 2) int64, height and width, 0 where the file does not say.
-        boxes: (objects, 4) float64, x, y, width, height in pixels, as the file has them.
+        sizes: (images, 2) int64, height and width, 0 if the file does not say.
+        boxes: (objects, 4) float64, x, y, width, height in pixels, as in the file.
         labels, ids: (objects,) int64, category and annotation ids. ``area``: float64. ``iscrowd``: int64.
         categories: category id to name, in the order of the file.
-        without_mask: how many objects have no segmentation; None where they were not read.
+        without_mask: number of objects without segmentation; None if segmentations were not read.
 
     Args:
         path: ``instances_*.json``. Ids and sizes are integers (also as text), boxes and areas finite numbers. Height,
             width, area, iscrowd, id, segmentation and a category's name may be missing or null.
-        with_masks: keep the segmentations too (several times the memory of all the rest).
-        categories: what stands for 'categories' where the file has none; by default it must have them.
-    Raises: FileNotFoundError, ValueError: the file is missing or has another form, an id comes twice, an object is of a
-        category or an image that the file does not list, or its mask does not fit its image; the message names the
+        with_masks: keep the segmentations too (several times the memory of everything else).
+        categories: used if the file has no 'categories'; by default it must have them.
+    Raises: FileNotFoundError, ValueError: the file is missing or has another format, an id is repeated, an object has a
+        category or image that the file does not list, or its mask does not fit its image; the message names the
         entries.
     """
 
@@ -80,28 +80,28 @@ class Annotations:
         return len(self.image_ids)
 
     def image_of_object(self) -> Tensor:
-        """(objects,) int64: the number, from 0, of the image that each object is in."""
+        """(objects,) int64: the index of each object's image."""
         counts = self._ranges[:, 1] - self._ranges[:, 0]
         return torch.repeat_interleave(torch.arange(len(self)), counts)
 
     def of_image(self, index: int) -> dict[str, Tensor]:
-        """Boxes and area in float32, labels, ids and iscrowd of image number ``index``; copies, free to change."""
+        """Boxes and area in float32, labels, ids and iscrowd of image number ``index``; copies, yours to modify."""
         start, end = self._ranges[index].tolist()
         fields = {name: getattr(self, name)[start:end] for name in ("boxes", "labels", "ids", "area", "iscrowd")}
         return {name: v.float() if v.is_floating_point() else v.clone() for name, v in fields.items()}
 
     def segmentations_of_image(self, index: int) -> list:
-        """Polygons, or run lengths, of every object of image number ``index``; [] for none, or no size of the image."""
+        """Polygons or RLE of every object of image number ``index``; [] for none, or if the image size is missing."""
         return [self._masks[i] for i in range(*self._ranges[index].tolist())]
 
     def place_of_object(self, index: int) -> str:
-        """Which entry of the file object number ``index`` is, for messages."""
+        """The file's entry of object number ``index``, for messages."""
         image = int(self.image_ids[self.image_of_object()[index]])
         box = [round(side, 2) for side in self.boxes[index].tolist()]
         return f"annotation {int(self.ids[index])} of image {image}: bbox {box}, category {int(self.labels[index])}"
 
     def unsized(self) -> list[str]:
-        """Images whose height and width are missing or absurd, so that they can have no mask."""
+        """Images whose height and width are missing or absurd, so that they cannot have masks."""
         return [self.names[i].decode() for i in (~self._sized()).nonzero()[:, 0].tolist()]
 
     def _sized(self) -> Tensor:
@@ -126,7 +126,7 @@ class Annotations:
 
 
 def read_categories(entries: JsonList) -> dict[int, str]:
-    """Category id to name, in the order of the file; a category without a name is called by its id."""
+    """Category id to name, in the order of the file; a category without a name is named by its id."""
     if len(entries) == 0:
         raise ValueError(f"{entries.path}: no 'categories'; without them the classes have neither ids nor names")
     ids = entries.integers("id")
@@ -143,11 +143,11 @@ def read_categories(entries: JsonList) -> dict[int, str]:
 
 
 def refuse_repeated(path: Path, what: str, ids: np.ndarray) -> None:
-    """Raise ValueError if any of ``ids`` comes twice."""
+    """Raise ValueError if any of ``ids`` is repeated."""
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         twice = values[counts > 1]
-        raise ValueError(f"{path}: duplicate {what}: {len(twice)} ({_first(twice)}); each must be there once")
+        raise ValueError(f"{path}: duplicate {what}: {len(twice)} ({_first(twice)}); each must occur once")
 
 
 def refuse_unknown(path: Path, what: str, used: np.ndarray, listed: np.ndarray) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO detection as DETR trains on it: images from a folder or an archive, targets as tensors."""
+"""COCO detection for DETR: images from a folder or an archive, targets as tensors."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ class CocoDetection(Dataset):
     """One split of a COCO-layout data set.
 
     ``dataset[i]`` is ``(image, target)`` after ``transforms``. The target has ``boxes`` (n, 4), ``labels``
-    (n,) with the category ids as they are, ``masks`` (n, h, w) bool if asked for, ``image_id`` (1,), ``area`` and
+    (n,) with the original category ids, ``masks`` (n, h, w) bool if requested, ``image_id`` (1,), ``area`` and
     ``iscrowd`` (n,), ``orig_size`` and ``size`` (2,) as height, width. Crowds are left out: regions, not objects.
 
     Args:
         root: holds ``annotations/instances_{split}.json`` and ``{split}/`` or ``{split}.zip``.
         split: ``train2017`` or ``val2017``.
         transforms: see ``transforms.py``.
-        return_masks: with ``masks`` in the targets.
-    Raises: FileNotFoundError: annotations, images, or some of the images are not there.
+        return_masks: include ``masks`` in the targets.
+    Raises: FileNotFoundError: the annotations, the images, or some of them are missing.
     """
 
     def __init__(self, root: str | Path, split: str, transforms: Callable, *, return_masks: bool = False) -> None:
@@ -65,7 +65,7 @@ class CocoDetection(Dataset):
         return transformed(self.transforms, image, target, self.name(index))
 
     def name(self, index: int) -> str:
-        """Where image number ``index`` lies, for messages."""
+        """The path of image number ``index``, for messages."""
         return self.images.name(index)
 
 
@@ -78,9 +78,9 @@ def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[in
 
 
 def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
-    """An encoded image in RGB, in the frame that its annotated ``size`` (height, width) is in.
+    """An encoded image in RGB, in the frame of its annotated ``size`` (height, width).
 
-    That is as stored, as published, unless the annotated size is that of the image turned by its EXIF orientation.
+    That is as stored, as published, unless the annotated size is that of the image rotated by its EXIF orientation.
     """
     image = decode_image(data, name)
     if tuple(size) == image.size != image.size[::-1]:
@@ -89,9 +89,9 @@ def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
 
 
 def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tensor], name: str) -> tuple[Tensor, dict]:
-    """The item that ``transforms`` make, without empty boxes.
+    """The item after ``transforms``, without empty boxes.
 
-    Raises: RuntimeError: they failed. It is not the image's fault, so it must not be skipped as unreadable.
+    Raises: RuntimeError: they failed. That is not the image's fault, so it must not be skipped as unreadable.
     """
     try:
         return transforms(image, drop_empty_boxes(target))
@@ -100,7 +100,7 @@ def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tens
 
 
 def corners_inside(boxes: Tensor, height: int, width: int) -> tv_tensors.BoundingBoxes:
-    """Boxes (n, 4) as x, y, width, height -> as corners, clipped to the image."""
+    """Boxes (n, 4) from x, y, width, height to corners, clipped to the image."""
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     corners[:, 0::2].clamp_(0, width)
     corners[:, 1::2].clamp_(0, height)

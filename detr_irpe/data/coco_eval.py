@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO average precision over all processes: each collects the detections of its images, the whole set is scored once.
 
-Scoring is pycocotools' own, or faster-coco-eval's where that is installed (the same figures, sooner).
+Scoring is done by pycocotools, or by faster-coco-eval if that is installed (the same figures, faster).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from detr_irpe.data.segmentations import encode_masks, to_rle
 from irpe_train import distributed
 
 BACKENDS = ("auto", "faster-coco-eval", "pycocotools")
-FIGURES = (  # the twelve, in COCO's order: what, at which overlap, objects of which size, among how many detections
+FIGURES = (  # all twelve, in COCO's order: name, short name, IoU, object size, number of detections
     ("Average Precision", "AP", "0.50:0.95", "all", 100),
     ("Average Precision", "AP", "0.50", "all", 100),
     ("Average Precision", "AP", "0.75", "all", 100),
@@ -39,9 +39,9 @@ class CocoEvaluator:
     """Collects detections image by image, then scores the images that were seen, on the main process.
 
     Args:
-        annotations: ``instances_val2017.json`` or the like, or what was read from it (with masks for ``segm``).
+        annotations: ``instances_val2017.json`` or the like, or its ``Annotations`` (with masks for ``segm``).
         iou_types: ``bbox``, ``segm`` or both.
-        backend: which library scores; ``auto`` takes faster-coco-eval where it is installed.
+        backend: the scoring library; ``auto`` takes faster-coco-eval if it is installed.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CocoEvaluator:
         """
         for image_id, found in predictions.items():
             if image_id not in self._known:
-                raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated and is not in it")
+                raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated but is not in it")
             corners = found["boxes"].float().cpu()
             boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
             scores, labels = found["scores"].float().cpu().numpy(), found["labels"].cpu().numpy()
@@ -74,16 +74,16 @@ class CocoEvaluator:
             self._detections[image_id] = packed
 
     def summarize(self) -> dict[str, Namespace] | None:
-        """Score the detections of all processes; to be called by every one of them.
+        """Score the detections of all processes; every process must call it.
 
         Returns: ``{iou_type: Namespace(stats, eval)}`` on the main process, None on the others. ``stats`` has the
-            twelve figures, -1.0 where nothing of that size exists; ``eval`` is what ``eval.pth`` holds (``as_saved``).
+            twelve figures, -1.0 if nothing of that size exists; ``eval`` is the content of ``eval.pth`` (``as_saved``).
         """
         gathered = distributed.gather(self._detections)
         if not distributed.is_main():
             return None
         detections = {image_id: found for part in gathered for image_id, found in part.items()}
-        # The libraries know images by numbers, from 1 in the order of their ids: as a float, a large id is another one.
+        # The libraries get numbers from 1 in the order of the ids: as a float, a large id would become another one.
         numbers = {image_id: number for number, image_id in enumerate(self.annotations.image_ids.tolist(), 1)}
         numbered = {numbers[image_id]: detections[image_id] for image_id in sorted(detections)}
         truth = self._ground_truth()
@@ -104,8 +104,8 @@ class CocoEvaluator:
         return Namespace(stats=[float(figure) for figure in scorer.stats[:12]], eval=as_saved(scorer.eval))
 
     def _ground_truth(self):
-        """The annotations as the scoring library holds them; images and objects are numbered from 1 on, since both
-        libraries take an object numbered 0 for "not matched", and only one of them a negative number."""
+        """The annotations in the scoring library's form; images and objects are numbered from 1, because both
+        libraries treat an object numbered 0 as "not matched", and only one accepts negative numbers."""
         known = self.annotations
         sizes, owners = known.sizes.tolist(), known.image_of_object().tolist()
         fields = (known.labels.tolist(), known.boxes.tolist(), known.area.tolist(), known.iscrowd.tolist())
@@ -132,9 +132,9 @@ class CocoEvaluator:
 
 
 def as_saved(result: dict) -> dict:
-    """A scorer's ``eval`` with tensors and plain values only, so that it is read back without running anything.
+    """A scorer's ``eval`` as tensors and plain values only, so that it can be read back without executing code.
 
-    ``params`` is a dict (``recThrs``, ``iouThrs``, ...), where the published file has an object of a class.
+    ``params`` is a dict (``recThrs``, ``iouThrs``, ...), while the published file has a pickled object.
     """
     params = {name: _plain(value) for name, value in vars(result["params"]).items() if not name.startswith("_")}
     counts = [int(count) for count in result["counts"]]
@@ -143,7 +143,7 @@ def as_saved(result: dict) -> dict:
 
 
 def format_figures(stats: Sequence[float], iou_type: str) -> str:
-    """The twelve figures, one a line, as pycocotools prints them."""
+    """The twelve figures, one per line, as pycocotools prints them."""
     lines = [
         f" {name:<18} ({short}) @[ IoU={overlap:<9} | area={area:>6} | maxDets={count:>3} ] = {value:0.3f}"
         for (name, short, overlap, area, count), value in zip(FIGURES, stats, strict=True)
@@ -169,7 +169,7 @@ def _scoring_library(name: str) -> tuple[type, type]:
 
 
 def _box_rows(detections: dict[int, dict]) -> np.ndarray:
-    """(detections, 7): image number, x, y, width, height, score, label, in float64 as the libraries compute."""
+    """(detections, 7): image number, x, y, width, height, score, label, in float64, in which the libraries compute."""
     blocks = [
         np.column_stack([np.full(len(found["scores"]), image_id), found["boxes"], found["scores"], found["labels"]])
         for image_id, found in sorted(detections.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data that a command line stands for: sets, their class ids, and batches."""
+"""The data of a command line: sets, their class ids, and batches."""
 
 import argparse
 from pathlib import Path
@@ -42,7 +42,7 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.
 
 
 def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
-    """Batches of ``--batch_size`` images, shuffled; a last smaller one is left out."""
+    """Batches of ``--batch_size`` images, shuffled; a smaller last one is left out."""
     sampler = DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed)
     return TrainLoader(train_set, sampler, batch_size=args.batch_size, seed=args.seed, **_loading(args, device))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files of one split, read from a folder or in place from a zip archive."""
+"""Image files of one split, read from a folder, or in place from a zip archive."""
 
 import os
 import struct
@@ -36,18 +36,18 @@ class FilesInFolder:
         return str(self.path / os.fsdecode(self._names[index]))
 
     def read(self, index: int) -> bytes:
-        """The bytes of file number ``index``. Raises OSError: it is not there or cannot be read."""
+        """The bytes of file number ``index``. Raises OSError: it is missing or unreadable."""
         return Path(self.name(index)).read_bytes()
 
 
 class FilesInZip:
     """The members ``names`` of one zip archive, read in place by any number of processes.
 
-    The archive's directory is read once; what is kept is where each image lies, in shared memory. Every process opens
-    the archive for itself at its first read, so that workers never move each other's file position.
+    The archive's directory is read once; only the offsets of the images are kept, in shared memory. Every process
+    opens the archive itself at its first read, so that workers never move each other's file position.
 
     Args:
-        archive: ``train2017.zip`` or the like; members may lie under a folder of the archive's name, as COCO's do.
+        archive: ``train2017.zip`` or the like; members may be in a folder with the archive's name, as in COCO's.
         names: file names as the annotations give them, in data set order.
     Raises: BadData: the archive is damaged, or a member's name or size is hostile.
     """
@@ -94,15 +94,15 @@ class FilesInZip:
 def open_images(
     root: Path, split: str, names: Sequence[str], listed_in: Path, *, flag: str = "--coco_path"
 ) -> FilesInFolder | FilesInZip:
-    """The images ``names`` of ``root/split/``, or of ``root/split.zip`` where there is no such folder.
+    """The images ``names`` in ``root/split/``, or in ``root/split.zip`` if there is no such folder.
 
-    Args: listed_in: the file that has the names. flag: the one that named ``root``. Both for messages.
-    Raises: ValueError: a name could lead outside. FileNotFoundError: neither is there, or some of the images are not.
+    Args: listed_in: the file with the names. flag: the flag for ``root``. Both for messages.
+    Raises: ValueError: a name could lead outside. FileNotFoundError: neither exists, or some images are missing.
     """
     for name in names:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0\r\n"):
-            wanted = f"names must be relative, with / between folders, and stay inside {split}"
+            wanted = f"expected a relative name, with / between folders, inside {split}"
             raise ValueError(f"{listed_in}: unsafe file name {name!r}; {wanted}")
     folder, archive = root / split, root / f"{split}.zip"
     if folder.is_dir():
@@ -119,7 +119,7 @@ def open_images(
 
 
 def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
-    """Place, stored size, size, method and checksum of every member, by its name below the archive's own folder."""
+    """Offset, stored size, size, method and checksum of every member, by its name below the archive's own folder."""
     members = {}
     for info in check_archive(archive):
         name = info.filename.removeprefix(archive.stem + "/")
@@ -135,7 +135,7 @@ def check_archive(path: Path) -> list[zipfile.ZipInfo]:
     """The members of a zip archive that are files; reads its directory, unpacks nothing.
 
     Raises: BadData: a path that leaves the folder, or a member that claims to be larger than an image or annotation
-        file can be; names archive and member. Also if it is no archive at all.
+        file can be (names archive and member), or not an archive at all.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with the images of a data set, with its masks and its segment images."""
+"""The problems of a data set's images, masks and segment images."""
 
 import math
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ def image_problems(
     allowed: float,
     num_workers: int,
 ) -> list[Problem]:
-    """The problems that show when images are decoded: unreadable files, other sizes than annotated, turned photos."""
+    """The problems that show when decoding: unreadable files, sizes that differ from the annotated, rotated photos."""
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
-    turned = Problem("photos that are read as stored and shown turned (EXIF)", allowed=math.inf)
+    turned = Problem("photos that are read as stored but shown rotated (EXIF)", allowed=math.inf)
     decoded = try_all(partial(_seen, annotations, images), looked_at, num_workers)
     for index, (found, error) in zip(looked_at, decoded, strict=True):
         name, wanted = annotations.names[index].decode(), annotations.sizes[index].tolist()
@@ -43,14 +43,14 @@ def image_problems(
 
 
 def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: int) -> list[int]:
-    """Height and width of an image as training reads it, and whether viewers show it turned."""
+    """Height and width of an image as training reads it, and whether viewers show it rotated."""
     image = read_image(images, index, annotations.sizes[index].tolist())
     return [image.height, image.width, is_turned(image)]
 
 
 def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
-    """Masks beside the box of their object: in fractions, of another scale, of another object, or empty."""
-    beside = Problem("masks that do not meet the box of their object", allowed=1)
+    """Masks that miss the box of their object: in fractions, in another scale, of another object, or empty."""
+    beside = Problem("masks that do not overlap the box of their object", allowed=1)
     for index in looked_at:
         size, objects = annotations.sizes[index].tolist(), annotations.of_image(index)
         shapes = annotations.segmentations_of_image(index)
@@ -66,11 +66,11 @@ def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
 
 
 def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allowed: float) -> list[Problem]:
-    """Segment images that cannot be read, or do not fit their image or ``segments_info``."""
+    """Segment images that are unreadable, or do not fit their image or ``segments_info``."""
     unreadable = Problem("unreadable segment images", allowed=allowed)
     other_size = Problem("segment images of another size than their image")
     unlisted = Problem("segment images with ids that 'segments_info' does not list")
-    absent = Problem("segments that 'segments_info' lists and no pixel has")
+    absent = Problem("segments that 'segments_info' lists but no pixel has")
     for index in looked_at:
         name = dataset.segment_images.name(index)
         try:

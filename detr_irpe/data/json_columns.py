@@ -19,12 +19,12 @@ _LARGEST = float(np.finfo(np.float32).max)  # boxes and areas become float32
 def read_json(path: Path) -> dict:
     """The content of a COCO JSON file, with or without a byte-order mark.
 
-    Raises: FileNotFoundError, ValueError: it is missing, or is no JSON object with a list 'images'.
+    Raises: FileNotFoundError, ValueError: it is missing, or is not a JSON object with a list 'images'.
     """
     if not path.is_file():
-        raise FileNotFoundError(f'no annotation file {path}. See README, "Data", for the layout that is expected.')
+        raise FileNotFoundError(f'no annotation file {path}. See README, "Data", for the expected layout.')
     collecting = gc.isenabled()
-    gc.disable()  # millions of new dicts without a cycle: collecting garbage would take longer than reading
+    gc.disable()  # millions of new dicts without a cycle: garbage collection would take longer than reading
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -42,10 +42,10 @@ class JsonList:
 
     Args:
         path: the file, for messages.
-        place: where the list is in it, such as ``annotations``.
-        entries: the list; None, as where it is missing, is an empty one.
-        name_of: what messages call entry number ``index``; default ``place[index]``.
-    Raises: ValueError: it is no list, or an entry is no object.
+        place: the list's key in the file, such as ``annotations``.
+        entries: the list; None (missing) is an empty one.
+        name_of: the name of entry number ``index`` in messages; default ``place[index]``.
+    Raises: ValueError: it is not a list, or an entry is not an object.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class JsonList:
         self.path, self.entries = path, [] if entries is None else entries
         self.name_of = name_of or (lambda index: f"{place}[{index}]")
         if not isinstance(self.entries, list):
-            raise ValueError(f"{path}: its {place!r} is {_shown(entries)}, a list is wanted")
+            raise ValueError(f"{path}: its {place!r} is {_shown(entries)}; expected a list")
         for index, entry in enumerate(self.entries):
             if not isinstance(entry, dict):
-                raise ValueError(f"{path}: {self.name_of(index)} is {_shown(entry)}, an object is wanted")
+                raise ValueError(f"{path}: {self.name_of(index)} is {_shown(entry)}; expected an object")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -68,8 +68,8 @@ class JsonList:
         """One integer of every entry, ``(n,)`` int64; ``"12"`` and ``12.0`` are 12.
 
         Args:
-            default: what stands for a field that is missing or null; None refuses it.
-            valid: the only values that are taken; true and false are 1 and 0 where both are valid.
+            default: the value of a field that is missing or null; None refuses it.
+            valid: the only accepted values; true and false are 1 and 0 if both are valid.
         """
         values, truth = self._values(field, default), valid == FLAG
         wanted = "an integer" if valid is None else f"an integer from {valid[0]} to {valid[-1]}"
@@ -81,7 +81,7 @@ class JsonList:
         return column
 
     def numbers(self, field: str, default: Sequence[float]) -> np.ndarray:
-        """One finite number of every entry, ``(n,)`` float64; ``default`` where it is missing or null."""
+        """One finite number of every entry, ``(n,)`` float64; ``default`` if it is missing or null."""
         values = self._values(field, default)
         column = _array(values, np.float64, {int, float})
         return column if column is not None else np.array(self._parsed(field, values, _number, "a finite number"))
@@ -97,17 +97,17 @@ class JsonList:
         return column.reshape(-1, 4)
 
     def texts(self, field: str) -> list[str]:
-        """Text of every entry, not empty."""
+        """Nonempty text of every entry."""
         return self._parsed(field, self._values(field, None), _text, "text")
 
     def _parsed(self, field: str, values: list, parse: Callable, wanted: str) -> list:
-        """``parse`` of every value. Raises ValueError where that is None, with the first places."""
+        """``parse`` of every value. Raises ValueError if any is None, with the first places."""
         parsed = [parse(value) for value in values]
         if None in parsed:
             wrong = [index for index, value in enumerate(parsed) if value is None]
             places = ", ".join(f"{self.name_of(i)}[{field!r}] is {_shown(values[i])}" for i in wrong[:3])
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"{self.path}: {places}{more}; {wanted} is wanted")
+            raise ValueError(f"{self.path}: {places}{more}; expected {wanted}")
         return parsed
 
     def _values(self, field: str, default) -> list:
@@ -122,7 +122,7 @@ class JsonList:
 
 
 def _array(values: list, dtype: type, kinds: set[type]) -> np.ndarray | None:
-    """The quick way: an array of values that are of these types and in range, None if any is not."""
+    """The fast path: an array if all values have these types and are in range, else None."""
     if set(map(type, values)) - kinds:
         return None
     try:
@@ -135,7 +135,7 @@ def _array(values: list, dtype: type, kinds: set[type]) -> np.ndarray | None:
 def _integer(value, truth: bool) -> int | None:
     if isinstance(value, str) and _INTEGER.fullmatch(value):
         value = int(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # above, a float is no exact number
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # above, floats are not exact
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) and not truth:
         return None
@@ -162,7 +162,7 @@ def _text(value) -> str | None:
         return None
     try:
         return value if value.encode() else None
-    except UnicodeEncodeError:  # half a surrogate pair: valid in JSON, but not in a file name
+    except UnicodeEncodeError:  # a lone surrogate: valid in JSON, but not in a file name
         return None
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class PackedStrings:
-    """A read-only sequence of ``bytes``, kept end to end in shared memory.
+    """A read-only sequence of ``bytes``, stored end to end in shared memory.
 
-    A Python list of a million small objects is copied bit by bit into every data-loading worker, because reading an
+    A Python list of a million small objects is gradually copied into every data loading worker, because reading an
     object writes its reference count. Two tensors in shared memory are not, however the workers are started.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO panoptic segmentation, the data set: every pixel belongs to one segment, of a thing or of stuff."""
+"""The data set of COCO panoptic segmentation: every pixel belongs to one segment, of a thing or of stuff."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ SEGMENT_IDS = range(1, 2**24)  # what three bytes of colour can hold; 0 is "noth
 
 
 class CocoPanoptic(Dataset):
-    """One split of a panoptic set; items are as those of ``CocoDetection``, a box and a mask for every segment.
+    """One split of a panoptic set; items as in ``CocoDetection``, with a box and a mask for every segment.
 
     Args:
         image_root: holds ``{split}/`` or ``{split}.zip``.
@@ -32,7 +32,7 @@ class CocoPanoptic(Dataset):
             ``panoptic_{split}.zip``. A pixel's segment id is red + 256 green + 65536 blue.
         split, transforms, return_masks: as for ``CocoDetection``.
         instances: ``instances_{split}.json`` of the same images, which boxes (and masks) are scored by.
-    Raises: FileNotFoundError, ValueError: files are missing, or the annotations have the wrong form.
+    Raises: FileNotFoundError, ValueError: files are missing, or the annotations have the wrong format.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class CocoPanoptic(Dataset):
         lists = [entry.get("segments_info") for entry in entries]
         for entry, given in zip(entries, lists, strict=True):
             if not isinstance(given, list):
-                raise ValueError(f"{self.path}: segments_info of image {entry['image_id']} is no list ({given!r:.40})")
+                raise ValueError(f"{self.path}: segments_info of image {entry['image_id']}: not a list: {given!r:.40}")
         owners = np.repeat(np.arange(len(lists)), [len(given) for given in lists])
         segments = JsonList(
             self.path,
@@ -122,11 +122,11 @@ class CocoPanoptic(Dataset):
         return transformed(self.transforms, image, target, self.name(index))
 
     def truth(self, index: int) -> tuple[np.ndarray, list[dict]]:
-        """Segment ids (height, width) int64 of image number ``index``, 0 where nothing is; and what each id is."""
+        """Segment ids (height, width) int64 of image number ``index``, 0 where unlabelled; and the segments."""
         png = self.segment_images.read(index)
         ids = ids_of_colours(decode_image(png, self.segment_images.name(index)))
         return ids, json.loads(self._segments[index])
 
     def name(self, index: int) -> str:
-        """Where image number ``index`` lies, for messages."""
+        """The path of image number ``index``, for messages."""
         return self.images.name(index)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Panoptic quality over all processes.
 
-Source: Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4; crowd and unlabelled regions as COCO has them.
+Source: Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4; crowd and unlabelled regions as in COCO.
 """
 
 import json
@@ -27,7 +27,7 @@ class SegmentMatches:
 def match_segments(
     truth: np.ndarray, truth_segments: list[dict], found: np.ndarray, found_segments: list[dict]
 ) -> SegmentMatches:
-    """Pair the found segments of an image with the true ones of the same category that they overlap by over half.
+    """Pair the found segments of an image with the true ones of the same category at an IoU above 0.5.
 
     Args:
         truth, found: segment ids (height, width); 0 is unlabelled.
@@ -47,7 +47,7 @@ def match_segments(
             continue
         unlabelled = overlap.get((0, found_id), 0)
         iou = pixels / (truth_area[true_id] + found_area[found_id] - pixels - unlabelled)
-        if iou > 0.5:  # more than half: at most one partner each
+        if iou > 0.5:  # hence at most one partner each
             result.matched.append((category[true_id], iou))
             matched_truth.add(true_id)
             matched_found.add(found_id)
@@ -84,7 +84,7 @@ class PanopticEvaluator:
 
     Args:
         dataset: where the annotations come from.
-        output_dir: where the PNG files and ``predictions.json`` go; None writes nothing.
+        output_dir: folder for the PNG files and ``predictions.json``; None writes nothing.
     """
 
     def __init__(self, dataset: CocoPanoptic, output_dir: Path | None = None) -> None:
@@ -105,12 +105,12 @@ class PanopticEvaluator:
             self._predictions[image_id] = {"image_id": image_id, "file_name": name, "segments_info": segments}
 
     def summarize(self) -> dict[str, dict[str, float]] | None:
-        """Panoptic quality ``{"All", "Things", "Stuff"}``; to be called by every process, None but on the main one."""
+        """Panoptic quality ``{"All", "Things", "Stuff"}`` on the main process, None on others; call it on every one."""
         gathered = distributed.gather((self._matches, self._predictions))
         if not distributed.is_main():
             return None
         matches = {i: m for part, _ in gathered for i, m in part.items()}
-        images = [matches[i] for i in sorted(matches)]  # so rounding does not depend on the processes
+        images = [matches[i] for i in sorted(matches)]  # so that rounding does not depend on the number of processes
         if self._output_dir is not None:
             predictions = {i: p for _, part in gathered for i, p in part.items()}
             annotations = [predictions[i] for i in sorted(predictions)]
@@ -124,7 +124,7 @@ class PanopticEvaluator:
 
 
 def format_quality(result: dict[str, dict[str, float]]) -> str:
-    """Panoptic, segmentation and recognition quality in percent, a line each for all, things and stuff."""
+    """Panoptic, segmentation and recognition quality in percent, on one line each for all, things and stuff."""
     lines = [f"{'':<7} {'PQ':>5} {'SQ':>5} {'RQ':>5} {'N':>5}"]
     for name, q in result.items():
         lines.append(f"{name:<7} {100 * q['pq']:5.1f} {100 * q['sq']:5.1f} {100 * q['rq']:5.1f} {q['n']:5d}")
@@ -132,7 +132,7 @@ def format_quality(result: dict[str, dict[str, float]]) -> str:
 
 
 def _overlaps(truth: np.ndarray, found: np.ndarray) -> tuple[dict, dict, dict]:
-    """Pixels shared by each pair of segments that meet, and of each segment of either side."""
+    """Pixels shared by each pair of overlapping segments, and of each true and each found segment."""
     pairs, pixels = np.unique(truth * 2**24 + found, return_counts=True)
     overlap = {(int(p) >> 24, int(p) % 2**24): int(n) for p, n in zip(pairs, pixels, strict=True)}
     truth_area, found_area = {}, {}

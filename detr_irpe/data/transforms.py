@@ -22,10 +22,10 @@ _PER_OBJECT = ("boxes", "labels", "masks", "area", "iscrowd")
 
 
 def train_transforms(image_size: int = 800) -> nn.Module:
-    """The published augmentation; every size shrinks or grows with ``image_size``, the largest short side.
+    """The published augmentation; every size scales with ``image_size``, the largest short side.
 
-    A flip; then, half of the time each, a random short side (480 to 800 in steps of 32, the long side at most 1333), or
-    a short side of 400, 500 or 600, a random crop of 384 to 600 a side, and the random short side after that.
+    A flip; then, with equal probability, a random short side (480 to 800 in steps of 32, the long side at most 1333),
+    or a short side of 400, 500 or 600, a random crop of 384 to 600 per side, and then the random short side.
     Source: Carion et al., ECCV 2020, section 4 and appendix A.4.
     """
 
@@ -38,14 +38,14 @@ def train_transforms(image_size: int = 800) -> nn.Module:
 
 
 def eval_transforms(image_size: int = 800) -> nn.Module:
-    """Short side ``image_size``, long side at most 1333 / 800 of it, nothing random."""
+    """Short side ``image_size``, long side at most 1333 / 800 of it, no randomness."""
     return v2.Compose([RandomShortSide([image_size], max_size=_max_size(image_size)), ToModelInput()])
 
 
 def resized_size(height: int, width: int, short: int, max_size: int | None = None) -> tuple[int, int]:
-    """Height and width with the short side ``short``, or less where the long one would exceed ``max_size``.
+    """Height and width with the short side ``short``, or less if the long one would exceed ``max_size``.
 
-    The rounding is the published one (the long side is cut, not rounded), which torchvision's own differs from.
+    The rounding is the published one (the long side is truncated, not rounded), unlike torchvision's.
     """
     if max_size is not None and max(height, width) / min(height, width) * short > max_size:
         short = int(round(max_size * min(height, width) / max(height, width)))
@@ -69,7 +69,7 @@ class RandomShortSide(nn.Module):
 
 
 class RandomSizeCrop(nn.Module):
-    """Crop a random window of ``min_size`` to ``max_size`` pixels a side; objects outside it are dropped.
+    """Crop a random window of ``min_size`` to ``max_size`` pixels per side; objects outside it are dropped.
 
     A side shorter than ``min_size`` is kept whole. ``area`` becomes that of the clipped box, as published.
     """
@@ -114,10 +114,10 @@ def prepare_image(image: Image.Image, image_size: int = 800) -> Tensor:
 
 
 def drop_empty_boxes(target: dict) -> dict:
-    """``target`` without the objects whose box has no area; ``boxes`` are corners in pixels."""
+    """``target`` without objects whose box has no area; ``boxes`` are corners in pixels."""
     keep = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(1)
     kept = {name: target[name][keep] for name in _PER_OBJECT if name in target}
-    for name in ("boxes", "masks"):  # indexing forgets that these are tv_tensors
+    for name in ("boxes", "masks"):  # indexing drops the tv_tensor type
         if name in kept:
             kept[name] = tv_tensors.wrap(kept[name], like=target[name])
     return target | kept

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DETR: the network, its losses, and what turns its outputs into detections."""
+"""DETR: the network, its losses, and the post-processing of its outputs into detections."""
 
 from detr_irpe.models.detr import create_model
 from detr_irpe.models.from_flags import build_model

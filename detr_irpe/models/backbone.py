@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ResNet as DETR uses it: batch norm frozen, stem and first stage frozen, the classifier left out."""
+"""A ResNet as DETR uses it: batch norm, stem and first stage frozen, without the classifier."""
 
 import timm
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ MICRO = {"stem_width": 8, "channels": (16, 32, 64, 128)}
 
 
 def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False) -> nn.Module:
-    """Any torchvision ResNet by its name, or ``resnet_micro``, with frozen batch norm.
+    """Any torchvision ResNet by name, or ``resnet_micro``, with frozen batch norm.
 
     Args:
-        dilation: the last stage keeps its resolution and dilates instead (DC5): stride 16 in place of 32.
+        dilation: the last stage keeps its resolution and dilates instead (DC5): stride 16 instead of 32.
         pretrained: start from torchvision's ImageNet weights (downloads them once).
     """
     if name == "resnet_micro":
@@ -36,10 +36,10 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
     if name not in resnet_names():
         raise ValueError(f"--backbone {name!r}: expected resnet_micro or one of {', '.join(resnet_names())}.")
     if dilation and name in ("resnet18", "resnet34"):
-        raise ValueError(f"--dilation: torchvision's {name} has no dilated form; take resnet50 or a larger one.")
+        raise ValueError(f"--dilation: torchvision's {name} has no dilated variant; use resnet50 or a larger one.")
     how = dict(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
     resnet = torchvision.models.get_model(name, weights=None, **how)
-    if pretrained:  # not by torchvision, whose message without a network does not help
+    if pretrained:  # not by torchvision, whose error message without a network does not help
         load_backbone_weights(resnet, torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url)
     return resnet
 
@@ -50,11 +50,11 @@ def resnet_names() -> list[str]:
 
 
 def load_backbone_weights(resnet: nn.Module, path: str) -> None:
-    """Fill a ResNet from a classification checkpoint (a file or an address): of ``deit_irpe``, or a plain state dict.
+    """Fill a ResNet from a classification checkpoint (a file or an address): from ``deit_irpe``, or a plain state dict.
 
-    The classifier, the counters of batch norm and a ``module.`` prefix are dropped; all else must fit.
+    The classifier, the counters of batch norm and a ``module.`` prefix are dropped; everything else must fit.
 
-    Raises: BadCheckpoint: naming the keys that are missing, left over, or of another shape.
+    Raises: BadCheckpoint: naming the keys that are missing, unexpected, or of another shape.
     """
     load_matching(resnet, read_weights(path), source=path, may_start_fresh=lambda key: key.startswith("fc."))
 
@@ -63,9 +63,9 @@ class Backbone(nn.Module):
     """The feature maps of a ResNet, each with the padding mask at its size.
 
     Args:
-        resnet: with ``layer1`` to ``layer4``, batch norm frozen already.
-        train_backbone: train ``layer2`` to ``layer4``; the stem and ``layer1`` never are.
-        return_interm_layers: all four stages (the mask head needs them), else the last alone.
+        resnet: with ``layer1`` to ``layer4``, batch norm already frozen.
+        train_backbone: train ``layer2`` to ``layer4``; the stem and ``layer1`` are always frozen.
+        return_interm_layers: all four stages (the mask head needs them), else only the last.
 
     Attributes: channels: of each returned map.
     """
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
 
 
 class Joiner(nn.Sequential):
-    """Backbone (entry 0) and position encoding (entry 1), under the names of the published checkpoints."""
+    """Backbone (entry 0) and position encoding (entry 1), as named in the published checkpoints."""
 
     def __init__(self, backbone: Backbone, position_embedding: nn.Module):
         super().__init__(backbone, position_embedding)

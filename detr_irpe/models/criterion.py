@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of DETR: class, box and, with a mask head, mask; for every decoder layer.
+"""The losses of DETR: class, box and, with a mask head, mask; at every decoder layer.
 
 Source: Carion et al., ECCV 2020, Sec. 3.1 (set loss), A.2 (the terms).
 """
@@ -33,9 +33,9 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: without "no object".
-        weight_dict: weight of each loss by name, for the training loop to apply; a loss without one is for the log.
+        weight_dict: weight of each loss by name, for the training loop to apply; a loss without one is only logged.
         eos_coef: weight of the class "no object".
-        masks: also the two mask losses (of the last layer).
+        masks: also the two mask losses (at the last layer).
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class SetCriterion(nn.Module):
         self.eos_coef, self.masks = eos_coef, masks
 
     def forward(self, outputs: dict, targets: Sequence[dict]) -> Losses:
-        """Match every decoder layer, then compute its losses, in fp32 whatever autocast says.
+        """Match every decoder layer, then compute its losses, in fp32 even under autocast.
 
         Args:
             outputs: of the model.
-            targets: for each image ``labels`` ``(n,)``, ``boxes`` ``(n, 4)``, and ``masks`` ``(n, h, w)`` where asked.
+            targets: for each image ``labels`` ``(n,)``, ``boxes`` ``(n, 4)``, and ``masks`` ``(n, h, w)`` if needed.
         Returns: scalars, not weighted: ``loss_ce``, ``class_error`` (percent of matched queries with a wrong class),
             ``loss_bbox``, ``loss_giou``, ``cardinality_error``, ``loss_mask``, ``loss_dice``; ``..._{i}`` of layer i.
         """
@@ -77,7 +77,7 @@ class SetCriterion(nn.Module):
         return losses
 
     def loss_labels(self, outputs: dict, targets: Sequence[dict], matched: Matched) -> Losses:
-        """Cross entropy over all queries, the unmatched ones as "no object", weighted by ``eos_coef``."""
+        """Cross entropy over all queries; unmatched ones are "no object", weighted by ``eos_coef``."""
         logits = outputs["pred_logits"].float()
         labels = torch.cat([target["labels"] for target in targets])[matched.object]
         wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
@@ -91,7 +91,7 @@ class SetCriterion(nn.Module):
 
     @torch.no_grad()
     def cardinality(self, outputs: dict, targets: Sequence[dict]) -> Losses:
-        """Mean absolute error of the number of queries that are not "no object"; for the log, not a loss."""
+        """Mean absolute error of the number of queries that are not "no object"; only logged, not a loss."""
         logits = outputs["pred_logits"]
         found = (logits.argmax(-1) != self.num_classes).sum(1)
         wanted = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device, non_blocking=True)
@@ -105,7 +105,7 @@ class SetCriterion(nn.Module):
         return {"loss_bbox": (boxes - wanted).abs().sum() / num_boxes, "loss_giou": (1 - giou).sum() / num_boxes}
 
     def loss_masks(self, outputs: dict, targets: Sequence[dict], matched: Matched, num_boxes: Tensor) -> Losses:
-        """Focal and dice loss of the matched masks, enlarged to the size of the padded batch.
+        """Focal and dice loss of the matched masks, upsampled to the size of the padded batch.
 
         Source: Lin et al., ICCV 2017 (focal); Milletari et al., 3DV 2016 (dice).
         """
@@ -121,14 +121,14 @@ class SetCriterion(nn.Module):
         return {"loss_mask": focal.sum() / num_boxes, "loss_dice": dice.sum() / num_boxes}
 
     def _num_boxes(self, targets: Sequence[dict], device: torch.device) -> Tensor:
-        """What the sums over pairs are divided by: the number of objects, at least 1. In training, of a process on
-        average, so that the mean of the gradients over processes is the gradient of one big batch; every process takes
-        part, with objects or without. In evaluation the processes do not wait for each other."""
+        """The divisor of sums over pairs: the number of objects, at least 1. In training it is averaged over processes,
+        so that the mean of their gradients is the gradient of one big batch; every process takes part, even without
+        objects. In evaluation the processes do not wait for each other."""
         count = torch.tensor(float(sum(len(target["labels"]) for target in targets))).to(device, non_blocking=True)
         return (reduce_mean(count) if self.training else count).clamp(min=1)
 
     def _match(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[Matched]:
-        """Matched pairs of every layer on the device: down once with the costs, up once with the pairs."""
+        """Matched pairs of every layer on the device: one copy to the CPU (costs), one back (pairs)."""
         starts = [0, *accumulate(len(target["labels"]) for target in targets)]
         pairs = []
         for matches in self.matcher.match_layers(layers, targets):

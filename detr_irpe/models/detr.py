@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DETR, and how to build one by arguments; ``from_flags.py`` builds it by the flags of a run.
+"""DETR, and how to build one from arguments; ``from_flags.py`` builds it from the flags of a run.
 
 Source: Carion et al., ECCV 2020; Wu et al., ICCV 2021, Sec. 4.4.
 """
@@ -55,7 +55,7 @@ class DETR(nn.Module):
 
         Args: samples: a ``NestedTensor``; or images ``(3, h, w)``, normalised; or ``(B, 3, h, w)`` of one size.
         Returns: ``pred_logits`` ``(B, Q, C + 1)``; ``pred_boxes`` ``(B, Q, 4)``, centre and size, as fractions of the
-            image without its padding; with ``aux_loss`` also ``aux_outputs``, the same of the decoder layers before.
+            image without its padding; with ``aux_loss`` also ``aux_outputs``, the same for the earlier decoder layers.
         """
         outputs, *_ = self.detect(samples)
         return outputs
@@ -63,7 +63,7 @@ class DETR(nn.Module):
     def detect(
         self, samples: NestedTensor | Sequence[Tensor] | Tensor
     ) -> tuple[dict, list[NestedTensor], Tensor, Tensor, Tensor]:
-        """What ``forward`` returns, and what a mask head works from.
+        """The result of ``forward``, and the inputs of a mask head.
 
         Returns: the outputs; the backbone's maps; the last of them projected, ``(B, d_model, h, w)``; the last decoder
             output, ``(B, Q, d_model)``; the encoded map, ``(B, d_model, h, w)``.
@@ -111,8 +111,8 @@ def create_model(
         pretrained_backbone: True for torchvision's ImageNet weights (downloads them), or the path of a classification
             checkpoint.
         dilation: DC5, stride 16 in the last stage.
-        train_backbone: train the stages 2 to 4 of the backbone; the first and the stem never are.
-        masks: add the segmentation head (``DETRsegm``); ``freeze_detr`` then trains that head alone.
+        train_backbone: train stages 2 to 4 of the backbone; the first and the stem are always frozen.
+        masks: add the segmentation head (``DETRsegm``); ``freeze_detr`` then trains only that head.
     """
     resnet = build_resnet(backbone, dilation=dilation, pretrained=pretrained_backbone is True)
     if isinstance(pretrained_backbone, str):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a DETR from a checkpoint of another data set: all but the class head, and the queries as far as they go."""
+"""Start a DETR from a checkpoint of another data set: all but the class head, and as many queries as fit."""
 
 from pathlib import Path
 
@@ -15,18 +15,18 @@ MAY_START_FRESH = ("class_embed.", "bbox_attention.", "mask_head.")
 def load_for_finetuning(
     model: nn.Module, weights: dict[str, Tensor], *, source: str | Path, same_classes: bool = True
 ) -> dict[str, str]:
-    """Fill ``model`` with what of ``weights`` fits it, and say what became of the rest.
+    """Fill ``model`` with the ``weights`` that fit, and report on the rest.
 
-    * The class head starts fresh when the number of classes differs, or the classes.
-    * Of the queries the first ones are taken when there are fewer of them now; further ones start fresh.
-    * Lookup tables that the checkpoint lacks start at zero: the model computes what it did without them.
+    * The class head starts fresh if the classes, or their number, differ.
+    * The first queries are kept if there are fewer now; additional ones start fresh.
+    * Lookup tables that the checkpoint lacks start at zero: the model computes the same as without them.
     * A mask head that the checkpoint lacks starts fresh; keys may or may not have the prefix ``detr.`` of ``--masks``.
 
     Args:
         weights: state dict of a DETR.
         source: where it is from, for messages.
         same_classes: whether each class here has the same number there.
-    Returns: what became of each key that was not simply copied; see ``load_matching``.
+    Returns: a note on each key that was not simply copied; see ``load_matching``.
     Raises: BadCheckpoint: any other key does not fit; nothing is loaded then.
     """
     own = model.state_dict()
@@ -42,7 +42,7 @@ def load_for_finetuning(
     if given is not None and given.shape != here.shape and given.shape[1:] == here.shape[1:]:
         kept = min(len(given), len(here))
         weights[queries] = torch.cat([given[:kept].to(here), here[kept:]])
-        report[queries] = f"has the first {kept} of {len(given)} queries there, {len(here)} here"
+        report[queries] = f"keeps the first {kept} of {len(given)} queries there, {len(here)} here"
     for key, value in own.items():
         if "lookup_table" in key and key not in weights:
             weights[key] = torch.zeros_like(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that a command line stands for, its losses, and where its weights start."""
+"""The model of a command line, its losses, and its initial weights."""
 
 import argparse
 
@@ -22,7 +22,7 @@ from irpe_train.run_folder import Checkpoint
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
 PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
 
-# Flags that are called as the arguments of create_model are.
+# Flags with the same name as an argument of create_model.
 OF_ONE_NAME = (
     *("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout", "pre_norm"),
     *("position_embedding", "dilation", "aux_loss", "masks"),
@@ -61,22 +61,22 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict
 
 
 def number_of_classes(args: argparse.Namespace) -> int:
-    """``--num_classes`` where it is a number, else what the published code has for ``--dataset_file``."""
+    """``--num_classes`` if it is a number, else the published code's value for ``--dataset_file``."""
     given = getattr(args, "num_classes", None)
     return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
 
 
 def _pretrained_backbone(args: argparse.Namespace) -> bool | str:
-    """``--backbone_weights``; none where the flags name a checkpoint that fills the whole model."""
+    """``--backbone_weights``; none if the flags name a checkpoint that fills the whole model."""
     filled = any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights"))
     source = "none" if filled else getattr(args, "backbone_weights", "imagenet")
     if source == "imagenet":
-        return is_main()  # the other processes get theirs from the main one, when DDP starts
+        return is_main()  # the other processes get theirs from rank 0, when DDP starts
     return False if source == "none" else str(source)
 
 
 def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool) -> tuple[nn.Module, nn.Module, dict]:
-    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model, so no weights are fetched."""
+    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model, so nothing is downloaded."""
     model, criterion, postprocessors = build_model(argparse.Namespace(**vars(flags) | {"resume": filled}))
     if "panoptic" in postprocessors:
         postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(flags.num_classes)}
@@ -84,7 +84,7 @@ def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool)
 
 
 def starting_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
-    """What ``--pretrained`` or ``--finetune`` names, read; None for neither."""
+    """The checkpoint of ``--pretrained`` or ``--finetune``; None for neither."""
     source = str(zoo.fetch(args.pretrained)) if args.pretrained else args.finetune
     return Checkpoint(source, read_checkpoint(source)) if source else None
 
@@ -92,7 +92,7 @@ def starting_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 def start_from(
     model: nn.Module, args: argparse.Namespace, start: Checkpoint | None, categories: dict[int, str]
 ) -> None:
-    """Load ``--pretrained``, ``--finetune`` or ``--frozen_weights``, and say what did not carry over.
+    """Load ``--pretrained``, ``--finetune`` or ``--frozen_weights``, and log what did not carry over.
 
     Raises: BadCheckpoint: a class head that starts fresh would be evaluated.
     """
@@ -111,4 +111,4 @@ def start_from(
         frozen = Checkpoint(args.frozen_weights, read_checkpoint(args.frozen_weights))
         load_matching(model.detr, frozen.weights(), source=frozen.source)
         trained = categories_of(frozen.contents, frozen.weights(), source=frozen.source)
-        compare_for_evaluation(trained, categories, source=frozen.source)  # its class head is not trained any more
+        compare_for_evaluation(trained, categories, source=frozen.source)  # its class head is no longer trained

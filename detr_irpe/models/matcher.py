@@ -13,7 +13,7 @@ from torchvision.ops import generalized_box_iou
 
 from detr_irpe.boxes import cxcywh_to_xyxy
 
-WORST = 1e9  # in place of a cost that is not finite: the loss reports it, so the assignment must not fail first
+WORST = 1e9  # replaces non-finite costs: the loss reports them, so the assignment must not fail first
 
 
 class HungarianMatcher:
@@ -21,7 +21,7 @@ class HungarianMatcher:
 
     def __init__(self, cost_class: float = 1.0, cost_bbox: float = 5.0, cost_giou: float = 2.0):
         if cost_class == cost_bbox == cost_giou == 0:
-            raise ValueError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing to match by.")
+            raise ValueError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: give one above 0.")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
 
     def __call__(self, outputs: dict, targets: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
@@ -36,9 +36,9 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def match_layers(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[list[tuple[Tensor, Tensor]]]:
-        """As ``__call__`` for several sets of predictions at once, with a single transfer to the CPU.
+        """``__call__`` for several sets of predictions at once, with a single copy to the CPU.
 
-        Returns: on the CPU, one list a layer.
+        Returns: on the CPU, one list per layer.
         """
         counts = [len(target["boxes"]) for target in targets]
         logits = torch.stack([layer["pred_logits"] for layer in layers])  # (layers, B, Q, C + 1)

@@ -12,8 +12,8 @@ from detr_irpe.nested_tensor import NestedTensor
 class PositionEmbeddingSine(nn.Module):
     """Sines and cosines of the row (first half of the channels) and of the column (second half).
 
-    A row or column number counts the cells that are not padding and is scaled so that the last one is ``2 pi``:
-    the position within the image, whatever the batch is padded to.
+    Row and column numbers count the cells that are not padding, and are scaled so that the last one is ``2 pi``:
+    the position within the image, independent of the batch's padding.
 
     Source: Carion et al., ECCV 2020, Sec. A.4, after Vaswani et al., 2017; details in Parmar et al., 2018.
     """
@@ -25,7 +25,7 @@ class PositionEmbeddingSine(nn.Module):
         """``num_pos_feats``: channels for each of the two axes, even."""
         super().__init__()
         if num_pos_feats % 2:
-            raise ValueError(f"sine positions need an even number of channels an axis; got {num_pos_feats}")
+            raise ValueError(f"sine positions need an even number of channels per axis; got {num_pos_feats}")
         self.num_pos_feats = num_pos_feats
 
     def forward(self, features: NestedTensor) -> Tensor:
@@ -58,7 +58,7 @@ class PositionEmbeddingLearned(nn.Module):
         batch, height, width = features.mask.shape
         limit = self.row_embed.num_embeddings
         if height > limit or width > limit:
-            got = f"the map is {height} x {width}. Take --position_embedding sine or smaller images."
+            got = f"the map is {height} x {width}. Use --position_embedding sine or smaller images."
             raise ValueError(f"learned positions reach {limit} rows and columns; {got}")
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)

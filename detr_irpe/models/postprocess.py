@@ -19,7 +19,7 @@ class PostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict, target_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Detections of each image, one a query, not sorted.
+        """Detections of each image, one per query, not sorted.
 
         Args:
             outputs: ``pred_logits`` ``(B, Q, C + 1)`` and ``pred_boxes`` ``(B, Q, 4)``.
@@ -29,14 +29,14 @@ class PostProcess(nn.Module):
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if len(logits) != len(target_sizes) or target_sizes.shape[1:] != (2,):
             got = f"got shape {tuple(target_sizes.shape)}."
-            raise ValueError(f"target_sizes holds (height, width) of each of {len(logits)} images; {got}")
+            raise ValueError(f"target_sizes: expected (height, width) of each of {len(logits)} images; {got}")
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         boxes = scale_to_pixels(cxcywh_to_xyxy(boxes), target_sizes)
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
 
 
 class PostProcessSegm(nn.Module):
-    """Adds the mask of every query to what ``PostProcess`` returned."""
+    """Adds the mask of every query to the results of ``PostProcess``."""
 
     threshold = 0.5  # of the mask's probability
 
@@ -62,14 +62,14 @@ class PostProcessSegm(nn.Module):
 
 
 class PostProcessPanoptic(nn.Module):
-    """One segment a pixel: the queries with a confident class share the image among themselves.
+    """One segment per pixel: the queries with a confident class divide the image among themselves.
 
     Args:
         is_thing_map: category id -> whether it is countable; the segments of an uncountable one are merged.
         threshold: of the class score, below which a query is left out.
     """
 
-    smallest_area = 4  # segments of so few pixels are dropped and their pixels shared out again
+    smallest_area = 4  # segments of at most this many pixels are dropped, and their pixels assigned again
 
     def __init__(self, is_thing_map: Mapping[int, bool], threshold: float = 0.85):
         super().__init__()
@@ -82,14 +82,14 @@ class PostProcessPanoptic(nn.Module):
         Args:
             outputs: with ``pred_logits``, ``pred_boxes`` and ``pred_masks``.
             processed_sizes: (height, width) of each image as the network saw it.
-            target_sizes: (height, width) of each map wanted; as ``processed_sizes`` when not given.
+            target_sizes: (height, width) of each resulting map; default: ``processed_sizes``.
         Returns: for each image ``png_string``, a PNG whose colours are segment ids (R + 256 G + 65536 B), and
             ``segments_info``, a list of ``id``, ``isthing``, ``category_id`` and ``area`` in pixels.
         """
         target_sizes = processed_sizes if target_sizes is None else target_sizes
         if not len(processed_sizes) == len(target_sizes) == len(outputs["pred_logits"]):
             got = f"got {len(processed_sizes)} processed_sizes and {len(target_sizes)} target_sizes."
-            raise ValueError(f"a size for each of {len(outputs['pred_logits'])} images is wanted; {got}")
+            raise ValueError(f"expected a size for each of {len(outputs['pred_logits'])} images; {got}")
         images = zip(outputs["pred_logits"], outputs["pred_masks"], processed_sizes, target_sizes, strict=True)
         return [self.segment(c.float(), m.float(), _pair(seen), _pair(wanted)) for c, m, seen, wanted in images]
 
@@ -104,7 +104,7 @@ class PostProcessPanoptic(nn.Module):
         while classes and min(areas) <= self.smallest_area:
             large = [k for k, area in enumerate(areas) if area > self.smallest_area]
             classes, masks = [classes[k] for k in large], masks[large]
-            # As published, merged stuff has lost its other members (their area was 0), so nothing is merged here.
+            # As published, merged stuff has already lost its other members (their area was 0): merge nothing here.
             ids = self._share_out(masks, wanted)
             areas = _areas(ids, len(classes))
         segments = [
@@ -114,7 +114,7 @@ class PostProcessPanoptic(nn.Module):
         return {"png_string": encode_ids(ids), "segments_info": segments}
 
     def _first_of_its_stuff(self, classes: Sequence[int]) -> list[int]:
-        """For each segment the first one of the same uncountable class; itself for a countable one."""
+        """For each segment, the first one of the same uncountable class, or itself if countable."""
         first = defaultdict(dict)
         return [k if self.is_thing_map[c] else first[c].setdefault("segment", k) for k, c in enumerate(classes)]
 
@@ -144,7 +144,7 @@ def decode_ids(png: bytes) -> np.ndarray:
 
 
 def ids_of_colours(image: Image.Image) -> np.ndarray:
-    """Segment ids, int64 ``(height, width)``, of an RGB image that ``encode_ids`` describes."""
+    """Segment ids, int64 ``(height, width)``, of an RGB image in the format of ``encode_ids``."""
     return np.asarray(image).astype(np.int64) @ np.array([1, 256, 65536])
 
 

@@ -15,7 +15,7 @@ from detr_irpe.nested_tensor import NestedTensor
 
 
 class MHAttentionMap(nn.Module):
-    """Where each query looks: attention weights alone, without values."""
+    """What each query attends to: only attention weights, without values."""
 
     def __init__(self, hidden_dim: int, nheads: int):
         super().__init__()
@@ -35,7 +35,7 @@ class MHAttentionMap(nn.Module):
         k = self.k_linear(memory.flatten(2).transpose(1, 2)).unflatten(-1, (self.nheads, -1))
         scores = torch.einsum("bqnc,blnc->bqnl", q * q.shape[-1] ** -0.5, k)
         padding = mask.flatten(1)[:, None, None]
-        # A large finite number leaves an image that is all padding finite too; elsewhere its exponential is 0.
+        # A large finite number keeps an image that is all padding finite; elsewhere its exponential is 0.
         scores = scores.float().masked_fill(padding, torch.finfo(torch.float32).min)
         weights = scores.flatten(2).softmax(-1).view_as(scores).masked_fill(padding, 0.0)
         return weights.unflatten(-1, tuple(mask.shape[1:]))
@@ -47,7 +47,7 @@ class MaskHeadSmallConv(nn.Module):
     Args:
         dim: channels of the projected features plus the heads of the attention map.
         fpn_dims: channels of the backbone's maps that are added, from coarse to fine.
-        context_dim: width the layers' widths derive from.
+        context_dim: the base of the layers' widths.
     """
 
     def __init__(self, dim: int, fpn_dims: Sequence[int], context_dim: int):
@@ -81,7 +81,7 @@ class MaskHeadSmallConv(nn.Module):
 
 
 class DETRsegm(nn.Module):
-    """A DETR (attribute ``detr``) with a mask head. ``freeze_detr``: train the mask head alone."""
+    """A DETR (attribute ``detr``) with a mask head. ``freeze_detr``: train only the mask head."""
 
     def __init__(self, detr: nn.Module, freeze_detr: bool = False):
         super().__init__()
@@ -89,13 +89,13 @@ class DETRsegm(nn.Module):
         if freeze_detr:
             detr.requires_grad_(False)
         hidden_dim, nheads = detr.transformer.d_model, detr.transformer.nhead
-        if hidden_dim < 16:  # the mask head's last layer has a sixteenth of it
+        if hidden_dim < 16:  # the mask head's last layer has 1/16 of it
             raise ValueError(f"--hidden_dim {hidden_dim}: --masks needs 16 or more")
         self.bbox_attention = MHAttentionMap(hidden_dim, nheads)
         self.mask_head = MaskHeadSmallConv(hidden_dim + nheads, detr.backbone.channels[-2::-1], hidden_dim)
 
     def forward(self, samples: NestedTensor | Sequence[Tensor]) -> dict:
-        """What the DETR returns, and ``pred_masks`` ``(B, Q, h, w)``: logits, as large as the backbone's first map."""
+        """The DETR's outputs, and ``pred_masks`` ``(B, Q, h, w)``: logits, as large as the backbone's first map."""
         outputs, features, projected, queries, memory = self.detr.detect(samples)
         attention = self.bbox_attention(queries, memory, features[-1].mask)
         outputs["pred_masks"] = self.mask_head(projected, attention, [f.tensors for f in features[-2::-1]])

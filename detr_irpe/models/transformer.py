@@ -31,7 +31,7 @@ class MultiheadAttention(nn.Module):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as heads, ``(B, nhead, L, head_dim)``, not scaled."""
-        if query is key:  # self-attention: one product in place of two
+        if query is key:  # self-attention: one product instead of two
             weight_qk, weight_v = self.in_proj_weight.split([2 * query.shape[-1], query.shape[-1]])
             bias_qk, bias_v = self.in_proj_bias.split([2 * query.shape[-1], query.shape[-1]])
             q, k = F.linear(query, weight_qk, bias_qk).chunk(2, dim=-1)
@@ -42,7 +42,7 @@ class MultiheadAttention(nn.Module):
         return tuple(x.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for x in (q, k, v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """Heads to heads; an image that is all padding is attended as if it had none: meaningless, but finite."""
+        """Heads to heads; an image that is all padding is treated as if it had none: meaningless, but finite."""
         visible = None
         if key_padding_mask is not None:
             visible = (~key_padding_mask | key_padding_mask.all(-1, keepdim=True))[:, None, None]  # (B, 1, 1, S)
@@ -60,7 +60,7 @@ class MultiheadAttention(nn.Module):
 class RPESelfAttention(MultiheadAttention):
     """Self-attention over the cells of a feature map, with iRPE on queries, keys and values as ``enc_rpe2d`` says.
 
-    Queries and keys come from features plus absolute positions, values from the features alone.
+    Queries and keys come from features plus absolute positions, values only from the features.
     """
 
     def __init__(self, d_model: int, nhead: int, dropout: float, enc_rpe2d: str, attn_backend: str):
@@ -71,7 +71,7 @@ class RPESelfAttention(MultiheadAttention):
         self.attn_backend = attn_backend
 
     def weights(self, query_key: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
-        """The attention weights ``(B, nhead, L, L)`` that ``forward`` uses and does not keep; for pictures."""
+        """The attention weights ``(B, nhead, L, L)`` that ``forward`` uses but does not keep; for pictures."""
         q, k, v = self.project(query_key, query_key, query_key)
         scale = q.shape[-1] ** -0.5
         call = AttentionCall(q, k, v, self.rpe_q, self.rpe_k, None, height, width, key_padding_mask, scale=scale)
@@ -89,7 +89,7 @@ class RPESelfAttention(MultiheadAttention):
 
 
 class TransformerLayer(nn.Module):
-    """What both kinds of layer share: residual branches with the norm behind them, or before (``pre_norm``)."""
+    """The common part of both layers: residual branches with the norm after them, or before (``pre_norm``)."""
 
     def __init__(self, dropout: float, pre_norm: bool):
         super().__init__()
@@ -154,7 +154,7 @@ class TransformerDecoderLayer(TransformerLayer):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of layers; with ``pre_norm`` a last norm closes it."""
+    """A stack of layers; with ``pre_norm`` followed by a last norm."""
 
     def __init__(self, layers: list[TransformerEncoderLayer], norm: nn.Module | None):
         super().__init__()
@@ -169,7 +169,7 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """A stack of layers whose every output is normed and returned, for the auxiliary losses."""
+    """A stack of layers; every layer's output is normalised and returned, for the auxiliary losses."""
 
     def __init__(self, layers: list[TransformerDecoderLayer], norm: nn.Module):
         super().__init__()
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         layers = [TransformerDecoderLayer(*shape) for _ in range(num_decoder_layers)]
         self.decoder = TransformerDecoder(layers, nn.LayerNorm(d_model))
         self.d_model, self.nhead = d_model, nhead
-        for parameter in self.parameters():  # the lookup tables among them, as published: they do not start at zero
+        for parameter in self.parameters():  # including the lookup tables, which as published do not start at zero
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 

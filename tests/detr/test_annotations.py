@@ -38,7 +38,7 @@ def test_large_integers_keep_every_digit(value):
     "value", [1.5, 1e300, 2.0**60, float("nan"), "1.5", "x", "", "1_0", "١", [1], {}, True, 2**63, "9" * 40]
 )
 def test_what_is_no_integer_is_refused_by_its_place(value):
-    with pytest.raises(ValueError, match=r"^a.json: things\[1\]\['x'\] is .*; an integer is wanted$"):
+    with pytest.raises(ValueError, match=r"^a.json: things\[1\]\['x'\] is .*; expected an integer$"):
         column([1, value]).integers("x")
 
 
@@ -53,16 +53,16 @@ def test_what_is_missing_is_refused_or_has_a_default():
 def test_flags_and_ranges():
     assert column([True, False, 1, "0", None]).integers("x", default=0, valid=FLAG).tolist() == [1, 0, 1, 0, 0]
     for value in (2, -1):
-        with pytest.raises(ValueError, match=rf"things\[0\]\['x'\] is {value}; an integer from 0 to 1 is wanted"):
+        with pytest.raises(ValueError, match=rf"things\[0\]\['x'\] is {value}; expected an integer from 0 to 1"):
             column([value]).integers("x", valid=FLAG)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, 10**400, "nan", "x", True, [1]])
 def test_what_is_no_finite_number_is_refused(value):
     assert column([1, 2.5, "3.5", "1e2", None]).numbers("x", default=[9.0] * 5).tolist() == [1, 2.5, 3.5, 100, 9]
-    with pytest.raises(ValueError, match=r"things\[1\]\['x'\] is .*; a finite number is wanted"):
+    with pytest.raises(ValueError, match=r"things\[1\]\['x'\] is .*; expected a finite number"):
         column([1, value]).numbers("x", default=[0, 0])
-    with pytest.raises(ValueError, match=r"things\[0\]\['x'\] is .*; a list of four finite numbers is wanted"):
+    with pytest.raises(ValueError, match=r"things\[0\]\['x'\] is .*; expected a list of four finite numbers"):
         column([[1, 2, 3, value]]).boxes("x")
 
 
@@ -70,20 +70,20 @@ def test_what_is_no_finite_number_is_refused(value):
 def test_what_is_no_box_is_refused(value):
     assert column([[1, 2, 3, 4], ["1", 2.5, 3, 4]]).boxes("x").tolist() == [[1, 2, 3, 4], [1, 2.5, 3, 4]]
     assert column([]).boxes("x").shape == (0, 4)
-    with pytest.raises(ValueError, match="a list of four finite numbers is wanted"):
+    with pytest.raises(ValueError, match="expected a list of four finite numbers"):
         column([value]).boxes("x")
 
 
 def test_the_first_three_of_many_are_named():
     with pytest.raises(
-        ValueError, match=r"things\[0\].* things\[1\].* things\[2\]\['x'\] is \"c\" and 2 more; an integer"
+        ValueError, match=r"things\[0\].* things\[1\].* things\[2\]\['x'\] is \"c\" and 2 more; expected an integer"
     ):
         column(list("abcde")).integers("x")
 
 
 @pytest.mark.parametrize("value", [5, ["a.jpg"], "", "\ud800"])
 def test_what_is_no_text_is_refused(value):
-    with pytest.raises(ValueError, match=r"things\[0\]\['x'\] is .*; text is wanted"):
+    with pytest.raises(ValueError, match=r"things\[0\]\['x'\] is .*; expected text"):
         column([value]).texts("x")
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_text_is_refused(value):
 def test_what_is_no_annotation_file_is_refused(tmp_path, content):
     path = tmp_path / "instances_train2017.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"instances_train2017.json: (not|images\[0\] is 1, an object is wanted)"):
+    with pytest.raises(ValueError, match=r"instances_train2017.json: (not|images\[0\] is 1; expected an object)"):
         Annotations(path)
 
 
@@ -131,10 +131,10 @@ def test_area_is_that_of_the_box_where_it_is_missing(tmp_path):
         (lambda c: c["categories"].append({"id": 3, "name": "x"}), r"duplicate category ids: 1 \(3\)"),
         (lambda c: c.update(categories=None), "no 'categories'"),
         (lambda c: c["categories"][0].update(name="\ud800"), r"categories\[0\]\['name'\] is"),
-        (lambda c: c.update(categories={"3": "red"}), "its 'categories' is .*, a list is wanted"),
-        (lambda c: c.update(annotations={}), "its 'annotations' is {}, a list is wanted"),
-        (lambda c: c["annotations"].append(None), r"annotations\[6\] is null, an object is wanted"),
-        (lambda c: c["images"][0].update(height=-1), r"images\[0\]\['height'\] is -1; an integer from 0 to"),
+        (lambda c: c.update(categories={"3": "red"}), "its 'categories' is .*; expected a list"),
+        (lambda c: c.update(annotations={}), "its 'annotations' is {}; expected a list"),
+        (lambda c: c["annotations"].append(None), r"annotations\[6\] is null; expected an object"),
+        (lambda c: c["images"][0].update(height=-1), r"images\[0\]\['height'\] is -1; expected an integer from 0 to"),
         (lambda c: c["annotations"][1].update(category_id=5), r"1 annotations of categories .* \(ids 5\)"),
     ],
 )
@@ -190,9 +190,9 @@ def test_no_damaged_run_length_reaches_the_decoder():
     [
         ([[1, 1, 9, 9]], "a polygon of 4 numbers"),
         ([[1, 1, 9, 9, 5]], "a polygon of 5 numbers"),
-        ([1, 1, 9, 9, 5, 5], "no list of numbers"),
+        ([1, 1, 9, 9, 5, 5], "not a list of numbers"),
         ([[]], "a polygon of 0 numbers"),
-        ([["1", 1, 9, 9, 5, 5]], "no list of numbers"),
+        ([["1", 1, 9, 9, 5, 5]], "not a list of numbers"),
         ([[1, 1, 9, 9, 5, float("nan")]], "far outside"),
         ([[1, 1, 9, 9, 5, 1e9]], "far outside"),
         ([[1, 1, 9, 9, 5, 10**400]], "far outside"),
@@ -202,15 +202,15 @@ def test_no_damaged_run_length_reaches_the_decoder():
         ({"size": ["40", "56"], "counts": [2240]}, "size"),
         ({"size": [40.0, 56.0], "counts": [2240]}, "size"),
         ({"counts": [2240]}, "size None"),
-        ({"size": [40, 56]}, "no counts of pixels"),
+        ({"size": [40, 56]}, "not counts of pixels"),
         ({"size": [40, 56], "counts": [2239]}, "of 2239 pixels, the image has 2240"),
-        ({"size": [40, 56], "counts": [-1, 2241]}, "no counts of pixels"),
-        ({"size": [40, 56], "counts": [2240.0]}, "no counts of pixels"),
-        ({"size": [40, 56], "counts": "zzzz"}, "no counts of pixels"),
-        ({"size": [40, 56], "counts": ""}, "no counts of pixels"),
-        ({"size": [40, 56], "counts": "ü"}, "no counts of pixels"),
-        ({"size": [40, 56], "counts": "\ud800"}, "no counts of pixels"),
-        ({"size": [40, 56], "counts": "oooooooooooooooooooooooooooo0"}, "no counts of pixels"),
+        ({"size": [40, 56], "counts": [-1, 2241]}, "not counts of pixels"),
+        ({"size": [40, 56], "counts": [2240.0]}, "not counts of pixels"),
+        ({"size": [40, 56], "counts": "zzzz"}, "not counts of pixels"),
+        ({"size": [40, 56], "counts": ""}, "not counts of pixels"),
+        ({"size": [40, 56], "counts": "ü"}, "not counts of pixels"),
+        ({"size": [40, 56], "counts": "\ud800"}, "not counts of pixels"),
+        ({"size": [40, 56], "counts": "oooooooooooooooooooooooooooo0"}, "not counts of pixels"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused_by_their_place(tmp_path, shape, words):

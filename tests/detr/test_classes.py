@@ -24,13 +24,13 @@ def test_the_same_classes_or_some_of_them_are_evaluated_without_a_word(here, cap
 
 def test_an_accent_in_two_spellings_of_unicode_is_one_name(caplog):
     assert warnings_of({1: "\u00e9t\u00e9"}, {1: "e\u0301te\u0301"}, caplog) == ""
-    with pytest.raises(BadCheckpoint, match="numbers its categories in another way"):
+    with pytest.raises(BadCheckpoint, match="numbers its categories differently"):
         compare_for_evaluation({1: "\u00e9t\u00e9"}, {2: "e\u0301te\u0301"}, source="x.pth")
 
 
 @pytest.mark.parametrize("here", [{3: "green", 4: "red", 9: "blue"}, {1: "red"}, {9: "green"}])
 def test_other_ids_for_the_same_names_are_refused(here):
-    with pytest.raises(BadCheckpoint, match=r"x.pth numbers its categories in another way .* here and \d there"):
+    with pytest.raises(BadCheckpoint, match=r"x.pth numbers its categories differently .* here and \d there"):
         compare_for_evaluation(RGB, here, source="x.pth")
 
 

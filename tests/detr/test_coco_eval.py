@@ -213,7 +213,7 @@ def test_ids_beyond_the_precision_of_a_float_are_kept_apart(tmp_path, backend):
 def test_an_image_that_the_annotations_lack_is_named(tmp_path):
     root = write_tiny_coco(tmp_path)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
-    with pytest.raises(ValueError, match="instances_val2017.json: image 5 was evaluated and is not in it"):
+    with pytest.raises(ValueError, match="instances_val2017.json: image 5 was evaluated but is not in it"):
         CocoEvaluator(annotations_of(root)).update({5: nothing})
 
 

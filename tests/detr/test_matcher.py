@@ -100,5 +100,5 @@ def test_predictions_that_are_not_finite_are_still_matched(value):
 
 
 def test_something_must_cost():
-    with pytest.raises(ValueError, match="--set_cost_giou are all 0: nothing to match by"):
+    with pytest.raises(ValueError, match="--set_cost_giou are all 0: give one above 0"):
         HungarianMatcher(0, 0, 0)

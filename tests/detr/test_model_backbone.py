@@ -119,6 +119,6 @@ def test_backbones_that_do_not_exist():
         create_model("resnet51")
     with pytest.raises(ValueError, match="resnet_micro has no ImageNet weights. Give --backbone_weights FILE"):
         tiny_model(pretrained_backbone=True)
-    with pytest.raises(ValueError, match="--dilation: torchvision's resnet18 has no dilated form"):
+    with pytest.raises(ValueError, match="--dilation: torchvision's resnet18 has no dilated variant"):
         create_model("resnet18", dilation=True)
     assert {"resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d"} <= set(backbones.resnet_names())

@@ -45,7 +45,7 @@ def test_learned_columns_then_rows():
 
 
 def test_learned_positions_end_at_fifty():
-    with pytest.raises(ValueError, match="reach 50 rows and columns; the map is 51 x 2. Take --position_emb"):
+    with pytest.raises(ValueError, match="reach 50 rows and columns; the map is 51 x 2. Use --position_emb"):
         PositionEmbeddingLearned(4)(map_with_padding((51, 2)))
 
 
@@ -57,5 +57,5 @@ def test_names():
     for kind, channels, divisor in (("sine", 10, 4), ("sine", 17, 4), ("learned", 17, 2)):
         with pytest.raises(ValueError, match=f"--hidden_dim {channels}: .* '{kind}' need a multiple of {divisor}"):
             build_position_encoding(kind, channels)
-    with pytest.raises(ValueError, match="even number of channels an axis; got 5"):
+    with pytest.raises(ValueError, match="even number of channels per axis; got 5"):
         PositionEmbeddingSine(5)

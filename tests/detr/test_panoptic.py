@@ -156,7 +156,7 @@ def test_the_order_of_the_file_changes_nothing(tmp_path):
         (lambda c: c["images"].pop(0), "do not pair up: image id 100 has only one of them"),
         (lambda c: c["annotations"].pop(0), "do not pair up: image id 100 has only one of them"),
         (lambda c: c["annotations"].append(c["annotations"][1]), r"duplicate annotations of images: 1 \(101\)"),
-        (lambda c: c["annotations"][1].pop("segments_info"), "segments_info of image 101 is no list"),
+        (lambda c: c["annotations"][1].pop("segments_info"), "segments_info of image 101: not a list"),
         (
             lambda c: c["annotations"][1]["segments_info"][0].update(id=0),
             "segments_info of image 101.* from 1 to 16777215",

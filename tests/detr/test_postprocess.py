@@ -91,7 +91,7 @@ def test_panoptic_without_a_segment():
     outputs = {"pred_logits": confident(NO_OBJECT), "pred_masks": torch.rand(1, 1, 4, 4)}
     (result,) = PostProcessPanoptic(THINGS)(outputs, [(8, 8)], [(5, 6)])
     assert result["segments_info"] == [] and (decode_ids(result["png_string"]) == np.zeros((5, 6))).all()
-    with pytest.raises(ValueError, match="a size for each of 1 images is wanted; got 2 processed_sizes"):
+    with pytest.raises(ValueError, match="expected a size for each of 1 images; got 2 processed_sizes"):
         PostProcessPanoptic(THINGS)(outputs, [(8, 8), (8, 8)])
 
 

@@ -75,7 +75,7 @@ def test_attention_and_encodings(tmp_path, photo):
     assert Image.open(tmp_path / "out" / "encodings.png").height > 100
     predict(photo, "--resume", resume, "--out", tmp_path / "own", "--attention", "--threshold", "1")  # no detection
     assert (tmp_path / "own" / "photo_attention.png").exists()
-    with pytest.raises(BadData, match=r"photo.jpg: --point 60,0 lies outside the image, which is 60 x 40 pixels"):
+    with pytest.raises(BadData, match=r"photo.jpg: --point 60,0 is outside the image of 60 x 40 pixels"):
         predict(photo, "--resume", resume, "--out", tmp_path / "out", "--attention", "--point", "60,0")
 
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_predicted(tmp_path, photo):
     for name, flag in (("encodings.png", "--tables"), ("photo_attention.png", "--attention")):
         with pytest.raises(RunError, match=f"two results would be called {name}"):
             predict(photo, tmp_path / "a" / name, "--resume", resume, "--out", tmp_path / "out", flag)
-    with pytest.raises(ValueError, match="--attention: .*no_encoder.pth has no encoder layer to look into"):
+    with pytest.raises(ValueError, match="--attention: .*no_encoder.pth has no encoder layer to inspect"):
         no_encoder = write_checkpoint(tmp_path / "no_encoder.pth", enc_layers=0)
         predict(photo, "--resume", no_encoder, "--out", tmp_path / "out", "--attention")
     torch.save({"model": torch.load(resume, weights_only=False)["model"]}, tmp_path / "bare.pth")
@@ -289,9 +289,9 @@ def test_one_bad_image_does_not_cost_the_others(tmp_path, photo, capsys):
 def test_a_point_outside_of_one_image_does_not_cost_the_others(tmp_path, photo):
     Image.open(photo).resize((20, 20)).save(tmp_path / "a_small.png")
     flags = ["--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out", "--point", "50,30"]
-    with pytest.raises(ValueError, match="--point says where --attention looks from: add --attention"):
+    with pytest.raises(ValueError, match="--point is the query point of --attention: add --attention"):
         predict(tmp_path, *flags)
-    with pytest.raises(BadData, match="1 of 2 .*a_small.png: --point 50,30 lies outside the image, which is 20 x 20"):
+    with pytest.raises(BadData, match="1 of 2 .*a_small.png: --point 50,30 is outside the image of 20 x 20"):
         predict(tmp_path, *flags, "--attention")
     written = {path.name for path in (tmp_path / "out").iterdir()} - {".written_by_predict"}
     assert written == {"encodings.png", "photo.png", "photo.json", "photo_attention.png"}

@@ -352,7 +352,7 @@ def test_a_frozen_detector_of_other_classes_is_refused(trained, data, tmp_path):
     torch.save(contents, tmp_path / "other.pth")
     flags = ["--coco_path", str(data), *TINY, "--dec_layers", "6", "--device", "cpu", "--num_workers", "0", "--masks"]
     args = get_args_parser().parse_args([*flags, "--frozen_weights", str(tmp_path / "other.pth")])
-    with pytest.raises(BadCheckpoint, match="other.pth numbers its categories in another way .* 'red' is 3 here and 4"):
+    with pytest.raises(BadCheckpoint, match="other.pth numbers its categories differently .* 'red' is 3 here and 4"):
         train.main(args)
 
 
