@@ -33,6 +33,8 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument(*names, action="help", help="show every flag")
 
     def parse_known_args(self, args=None, namespace=None):
+        if hasattr(sys.stdout, "reconfigure"):  # letters that the console lacks, as of a file's name, are escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._spelt_as_known(word) for word in words], namespace)
 

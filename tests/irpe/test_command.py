@@ -1,6 +1,7 @@
 """The one command: it finds its programs, its help needs no PyTorch, a mistake is one line."""
 
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -227,6 +228,16 @@ def test_an_unforeseen_error_of_a_file_is_one_message_or_the_traceback_that_was_
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=environment)
     assert ran.returncode == 1 and "/no/such/file" in ran.stderr
     assert ("Traceback" in ran.stderr) == bool(asked)
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("ascii", "日"), ("utf-8", "\udce9")])
+def test_a_console_without_the_letters_of_a_name_shows_their_numbers(tmp_path, monkeypatch, encoding, name):
+    console = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit) as end:
+        main(["visualize", "-o", f"{tmp_path}/{name}.png"])
+    console.flush()
+    assert not end.value.code and f"\\u{ord(name):04x}.png" in console.buffer.getvalue().decode()
 
 
 @pytest.mark.parametrize("program", ["", ".train", ".predict", ".export", ".check_data"])
