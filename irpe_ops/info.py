@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.check and not args.benchmark:
         list(_rows(batch=1 if _best_device() == "cpu" else None))
     if args.benchmark:
-        print(_write_csv(args.benchmark, list(_rows())))
+        setup = f"{_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {datetime.date.today()}"
+        print(write_csv(args.benchmark, "attention", _device(), f"{setup}, medians", [FIELDS, *_rows()]))
     if wrong:
         print(f"{wrong} of the backends above gave wrong results; use backend='eager' and report this output")
     return 1 if wrong else 0
@@ -142,14 +143,14 @@ def _call(batch_, heads, height, width, skip, head_dim, spec, padded, batch, dev
     return AttentionCall(q, k, v, *encodings, height, width, padding, scale=head_dim**-0.5)
 
 
-def _write_csv(folder: Path, rows: list[list[str]]) -> Path:
-    """The rows in a file named after device and day; its first line names the setup."""
-    today = datetime.date.today().isoformat()
-    device = re.sub(r"[^a-z0-9]+", "-", _device().lower()).strip("-")
-    path = folder / f"attention_{device}_{today}.csv"
+def write_csv(folder: Path, kind: str, device: str, conditions: str, rows: list[list]) -> Path:
+    """``<kind>_<device>_<date>.csv``, with the conditions in its first line."""
+    device = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = folder / f"{kind}_{device}_{datetime.date.today().isoformat()}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.write(f"# {_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {today}, medians\n")
-        csv.writer(file).writerows([FIELDS, *rows])
+        file.write(f"# {conditions}\n")
+        csv.writer(file).writerows(rows)
     return path
 
 

@@ -16,8 +16,6 @@ training step that keeps the GPU busy. DeiT's batch is 256 there.
 """
 
 import argparse
-import csv
-import datetime
 import platform
 import re
 import statistics
@@ -30,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, rpe_attention, rpe_index
+from irpe_ops import build_rpe, get_bucket_ids_2d, info, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_ops.attention import missing_backend
 from irpe_ops.backends import module_of
 from irpe_ops.rpe_index import rpe_index_adjoint
@@ -196,8 +194,8 @@ def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str)
 
 def processor_name() -> str:
     """CPU model, or family and model if a virtual machine hides the name; and the instruction set of the kernels."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info, re.MULTILINE))
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", told, re.MULTILINE))
     name = fields.get("model name", platform.processor() or platform.machine())
     return f"{name} family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
 
@@ -218,19 +216,11 @@ def describe(device: torch.device, bench: Bench | None = None) -> str:
 def write_csv(
     folder: Path, kind: str, device: torch.device, fields: list[str], rows: list[list], bench: Bench | None = None
 ) -> Path:
-    """``<kind>_<hardware>_<date>.csv``, with the conditions in its first line."""
+    """As `info.write_csv`, with the processor and the number of its threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     if device.type == "cpu" and torch.get_num_threads() > 1:
         name += f" {torch.get_num_threads()} threads"
-    hardware = re.sub(r"\W+", "-", name)
-    path = folder / f"{kind}_{hardware.lower()}_{datetime.date.today():%Y-%m-%d}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(f"# {describe(device, bench)}\n")
-        writer = csv.writer(file)
-        writer.writerow(fields)
-        writer.writerows(rows)
-    return path
+    return info.write_csv(folder, kind, name, describe(device, bench), [fields, *rows])
 
 
 def main() -> None:
