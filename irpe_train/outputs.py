@@ -81,6 +81,10 @@ class OutputFolder:
             if self._state(name) and self._image_of[name] != image:
                 raise RunError(f"{self.folder / name}: already there, of {self._image_of[name]}; give another --out")
 
+    def results(self) -> list[str]:
+        """The files in it that were written by ``predict``, and not changed since."""
+        return [name for name, state in self.written.items() if self._state(name) == state]
+
     def path(self, name: str) -> Path:
         """Where the file ``name`` goes."""
         return self.folder / name

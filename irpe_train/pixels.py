@@ -53,7 +53,7 @@ def _place(file: Path) -> Path:
 def _files_below(folder: Path, besides: Path) -> list[Path]:
     found, results = [], set()
     for parent, names in walk(folder):
-        results |= {Path(parent, name) for name in OutputFolder(Path(parent)).written}
+        results |= {Path(parent, name) for name in OutputFolder(Path(parent)).results()}
         found += [Path(parent, file) for file in names]
     found = (file for file in found if file not in results and not is_hidden(file.relative_to(folder).parts))
     files_there = _outside(besides, found)
