@@ -173,7 +173,7 @@ def held_back():
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_signals_from_others(worker_id: int = 0) -> None:
+def ignore_signals_from_others() -> None:
     """In a data loading worker: obey a stop signal only if the main process sent it.
 
     torchrun, SLURM and terminals signal whole process groups, and the main process needs its workers to finish a step.

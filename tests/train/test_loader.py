@@ -1,6 +1,7 @@
 """Loaders: the same samples from any step on and with any workers, each image evaluated once, unreadable ones named."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +120,20 @@ def test_an_image_that_comes_again_is_named_once(capsys):
     set_up_logging(0)
     batches(TrainLoader(Draws(6, unreadable=(5,)), [5, 5, 5], batch_size=1, seed=0), 0)
     assert capsys.readouterr().out.count("a/5.png") == 1
+
+
+class Orphaned(Draws):
+    """Each image is made while a thread of multiprocessing finds the main process gone."""
+
+    def __getitem__(self, index):
+        sys.excepthook(ConnectionResetError, ConnectionResetError("by peer"), None)
+        return super().__getitem__(index)
+
+
+def test_a_worker_prints_no_traceback_if_the_main_process_is_gone(capfd):
+    data = Orphaned(6)
+    loader = TrainLoader(data, RandomSampler(data), batch_size=3, seed=7, num_workers=1)
+    assert len(batches(loader, 0)) == 2 and capfd.readouterr().err == ""
 
 
 def test_many_unreadable_training_images_in_a_row_stop(capsys):
