@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,8 +119,9 @@ class Truth:
 
         Raises: ValueError: there is none, or more than one.
         """
-        whole = path.resolve().as_posix()
-        fitting = [i for i, name in enumerate(self.files) if whole.endswith("/" + name)]
+        for whole in (os.path.abspath(path), os.path.realpath(path)):  # a link may have the name, or what it leads to
+            if fitting := [i for i, name in enumerate(self.files) if whole.endswith("/" + name)]:
+                break
         longest = max((len(self.files[i]) for i in fitting), default=0)
         fitting = [i for i in fitting if len(self.files[i]) == longest]
         fitting = fitting or [i for i, name in enumerate(self.files) if Path(name).name == path.name]

@@ -329,6 +329,11 @@ def test_images_of_one_name_have_their_own_annotations(tmp_path):
     assert found.number_of(tmp_path / "elsewhere/y.png") == 2
     with pytest.raises(ValueError, match="2 images called x.png there"):
         found.number_of(tmp_path / "c/x.png")
+    (tmp_path / "farm/b").mkdir(parents=True)  # of links to files that are called otherwise, or as another image
+    for target in ("blobs/0123", "a/x.png"):
+        (tmp_path / "farm/b/x.png").unlink(missing_ok=True)
+        (tmp_path / "farm/b/x.png").symlink_to(tmp_path / target)
+        assert found.number_of(tmp_path / "farm/b/x.png") == 1
 
 
 def test_truth_that_names_the_classes_otherwise_is_said(tmp_path, caplog):
