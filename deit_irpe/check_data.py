@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         classes[split] = list(images.classes)
         counts, reasons, pictures[split] = check_split(images, args.num_workers)
         logger.info(
-            f"{split}: {len(images):,} images of {len(counts)} classes, {min(counts):,} to {max(counts):,} a class"
+            f"{split}: {len(images):,} images of {len(counts)} classes, {min(counts):,} to {max(counts):,} per class"
         )
         for reason in reasons[:MOST_SHOWN]:
             logger.error(f"{split}: {reason}")

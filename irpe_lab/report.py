@@ -163,7 +163,7 @@ class Report:
     def markdown(self, pictures: Collection[Path]) -> str:
         """The whole page, with the existing ones of its ``pictures`` (see ``to_draw``)."""
         parts = [
-            f'{TITLE}; edit nothing here. "Published" is what the '
+            f'{TITLE}; do not edit. "Published" is what the '
             f'authors printed ({self.zoo.source}); "here" was measured by this repository, and links to its '
             "log or reproduction card. The two are never mixed.\n"
         ]

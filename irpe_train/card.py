@@ -101,7 +101,7 @@ class Expected:
         self.data, self.checkpoint = data, local_file(source) if source else None
         for path in filter(None, (self.checkpoint, data)):
             if not path.exists():
-                raise FileNotFoundError(f"--expect: the card would name {path}, which is not there")
+                raise FileNotFoundError(f"--expect: the card would name {path}, which does not exist")
         self.row = choose(wanted, [self.checkpoint.stem if self.checkpoint else "", name])
         if figure not in (published := read_zoo().find(self.row).expect):
             raise ValueError(

@@ -107,7 +107,7 @@ def _ending(comment: bytes) -> bytes:
 
 
 def _crc32_of_archive(path: Path, size: int) -> int:
-    """CRC-32 of the archive as it was before it was sealed: its first ``size`` bytes, and no comment."""
+    """CRC-32 of the archive before it was sealed: its first ``size`` bytes, and an empty comment."""
     crc32 = 0
     with open(path, "rb") as file:
         while size > 0 and (chunk := file.read(min(size, 1 << 22))):

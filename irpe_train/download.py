@@ -32,7 +32,7 @@ def cache_folder() -> Path:
     try:
         return Path(home).expanduser() / "hub" / "checkpoints"
     except RuntimeError as error:
-        raise RunError("checkpoints are kept in the home folder, and there is none: set TORCH_HOME") from error
+        raise RunError("checkpoints are kept in the home folder, but there is none: set TORCH_HOME") from error
 
 
 def local_file(path: str | Path) -> Path:

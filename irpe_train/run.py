@@ -43,7 +43,7 @@ def open_run(
     if resumed:
         then = ", to be evaluated" if state.train_stats is not None else ""
         logger.info(f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}{then}")
-        then = "Its optimizer and schedule go on as they were"
+        then = "Its optimizer and schedule continue unchanged"
         warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=(*data_flags, "start_epoch", "save_interval"))
     elif state.epoch >= args.epochs:
         logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: nothing to train; give more --epochs")

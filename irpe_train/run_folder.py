@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run's folder: ``checkpoint.pth`` and, as ``checkpoint_previous.pth``, the one before.
+    """The checkpoints in a run's folder: ``checkpoint.pth``, and the previous one as ``checkpoint_previous.pth``.
 
     Args:
         output_dir: "" for a run that writes nothing.

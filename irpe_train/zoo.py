@@ -101,7 +101,7 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> P
     if target.exists():
         verify(target, entry)
         return target
-    print(f"fetching {entry.url} -> {target}", file=sys.stderr)
+    print(f"downloading {entry.url} -> {target}", file=sys.stderr)
     try:
         fetch_once(entry.url, target, most=entry.size, check=lambda part: verify(part, entry, record=_record(target)))
     except OSError as error:

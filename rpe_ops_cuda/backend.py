@@ -28,7 +28,7 @@ if importlib.util.find_spec("torch") is None:
 
 
 def _missing() -> list[str]:
-    """What pip must fetch into the isolated environment because this interpreter lacks it: usually nothing."""
+    """What pip must install into the isolated environment because this interpreter lacks it: usually nothing."""
     return [] if importlib.util.find_spec("setuptools") else ["setuptools>=70.1"]
 
 
@@ -45,7 +45,7 @@ def get_requires_for_build_editable(config_settings=None) -> list[str]:
 
 
 def __getattr__(name: str):
-    # The other hooks are setuptools' own; it is imported late because it may have been fetched by the hooks above.
+    # The other hooks are setuptools' own; it is imported late because pip may only have installed it after those above.
     if name.startswith(("build_", "prepare_metadata_")):
         import setuptools.build_meta
 

@@ -100,7 +100,7 @@ class Bench:
 
 
 def check(name: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Raise unless the answers agree: a fast wrong answer is no benchmark."""
+    """Raise unless the answers agree: a fast wrong answer is not a benchmark."""
     ours, expected = ours.detach().double(), expected.detach().double()
     error = float((ours - expected).abs().max() / expected.abs().max())
     if not error <= tolerance:

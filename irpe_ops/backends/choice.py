@@ -182,7 +182,7 @@ def cache_file() -> Path:
 
 
 def _device_name(device: torch.device | None = None) -> str:
-    if torch.cuda.is_available() if device is None else device.type == "cuda":  # asked for at every call
+    if torch.cuda.is_available() if device is None else device.type == "cuda":  # evaluated at every call
         return torch.cuda.get_device_name(device)
     return "cpu" if device is None else device.type
 

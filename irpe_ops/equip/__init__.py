@@ -26,9 +26,9 @@ def equip(
         grid: height and width in tokens, for a ``TransformerEncoder`` alone (default: square). Where sizes change, tell
             ``model.token_grid.remember(height, width)`` before each forward pass.
     Returns: ``model``. Weights, their names and (tables start at zero) outputs are what they were; the tables come as
-        ``rpe_{q,k,v}`` of each attention, behind its other weights, with their dtype and device.
+        ``rpe_{q,k,v}`` of each attention, after its other weights, with their dtype and device.
     Raises: TypeError: for a spec of another type; ValueError: for a malformed spec, a model with iRPE already in it,
-        and models whose attention is not known here, saying what was found.
+        and models with an unknown attention, which it names.
     """
     config = parse_rpe_spec(spec_or_config) if isinstance(spec_or_config, str) else spec_or_config
     if not isinstance(config, RPEConfig):

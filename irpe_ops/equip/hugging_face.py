@@ -81,7 +81,7 @@ def _add_to_layers(
 
 
 def _refuse_other_attention(attention: nn.Module, inputs: tuple) -> None:
-    """Any other function of ``transformers`` would leave the encodings out in silence."""
+    """Any other attention function of ``transformers`` would silently leave out the encodings."""
     if (name := attention.config._attn_implementation) != "irpe":
         raise ValueError(
             f"equipped attention: the model was set to the attention implementation {name!r}, which leaves encodings "

@@ -32,7 +32,7 @@ def data(tmp_path):
 def test_a_sound_set_is_ready(data, capsys):
     assert check(["--data-path", str(data)]) == 0
     told = capsys.readouterr().out
-    assert "train: 5 images of 2 classes, 2 to 3 a class" in told and told.endswith("ready for training\n")
+    assert "train: 5 images of 2 classes, 2 to 3 per class" in told and told.endswith("ready for training\n")
     assert "not ready" not in told
 
 

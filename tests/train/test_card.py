@@ -125,11 +125,11 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
 
 def test_what_the_card_will_name_is_looked_for_before_the_evaluation(tmp_path):
     name, file = "deit_tiny_patch16_224_ctx_product_50_shared_k", tmp_path / "x.pth"
-    with pytest.raises(FileNotFoundError, match="--expect: the card would name .*x.pth, which is not there"):
+    with pytest.raises(FileNotFoundError, match="--expect: the card would name .*x.pth, which does not exist"):
         card.Expected(name, str(file), "", figure="acc1", data=tmp_path)
     file.write_bytes(b"123")
     assert card.Expected("auto", str(file), name, figure="acc5", data=tmp_path).row == name
-    with pytest.raises(FileNotFoundError, match="the card would name .*val, which is not there"):
+    with pytest.raises(FileNotFoundError, match="the card would name .*val, which does not exist"):
         card.Expected(name, str(file), "", figure="acc1", data=tmp_path / "val")
 
 
