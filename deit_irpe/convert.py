@@ -62,8 +62,12 @@ def main(args: argparse.Namespace) -> None:
     """Convert a file and write it, with the flags that build its model. Raises RunError: the file exists already."""
     refuse_existing(args.out, "OURS.pth")
     checkpoint = read_checkpoint(args.source)
-    how = dict(prefix=args.prefix, renames=args.rename, drop_zero_tables=args.drop_zero_tables)
-    weights = convert(model_weights(checkpoint, source=args.source, key=args.key), **how)
+    weights = convert(
+        model_weights(checkpoint, source=args.source, key=args.key),
+        prefix=args.prefix,
+        renames=args.rename,
+        drop_zero_tables=args.drop_zero_tables,
+    )
     size = image_size(args.input_size)
     with torch.device("meta"):
         head = f"{head_prefixes(create_model(args.model, args.rpe, img_size=size))[0]}weight"

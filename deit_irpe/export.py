@@ -23,8 +23,15 @@ def main(args: argparse.Namespace) -> None:
     told = {"classes": classes, "input_size": trained.input_size, "mean": MEAN, "std": STD, "model": trained.model}
     told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]
     metadata = {key: json.dumps(value) for key, value in told.items()}
-    how = dict(formats=args.formats, inputs={"images": {0: "batch"}}, outputs=["logits"], metadata=metadata)
-    differences = export_model(model, examples, args.out, **how)
+    differences = export_model(
+        model,
+        examples,
+        args.out,
+        formats=args.formats,
+        inputs={"images": {0: "batch"}},
+        outputs=["logits"],
+        metadata=metadata,
+    )
     for format, difference in differences.items():
         shape = f"{height} x {width} pixels, any batch"
         print(f"{format}: {shape}; largest difference {difference:.1e} of the largest logit")

@@ -65,6 +65,16 @@ def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Sch
                 noise_range_t=span if len(span) > 1 else next(iter(span), None),
                 **noise,
             )
-        of_one_name = ("sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate")
-        same = {name: getattr(args, name) for name in of_one_name}
-        return create_scheduler_v2(optimizer, num_epochs=args.epochs, noise=args.lr_noise, **same, **noise)[0]
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=args.sched,
+            num_epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr,
+            min_lr=args.min_lr,
+            decay_epochs=args.decay_epochs,
+            decay_rate=args.decay_rate,
+            noise=args.lr_noise,
+            **noise,
+        )
+    return scheduler

@@ -115,8 +115,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             if panoptic_root:
                 instances = None if train else root / "annotations" / f"instances_{split}.json"
-                how = dict(return_masks=args.masks, instances=instances)
-                dataset = CocoPanoptic(root, panoptic_root, split, None, **how)
+                dataset = CocoPanoptic(root, panoptic_root, split, None, return_masks=args.masks, instances=instances)
             else:
                 dataset = CocoDetection(root, split, None, return_masks=True)  # masks are always checked
         except (OSError, ValueError, RunError) as error:

@@ -57,8 +57,8 @@ def read_outcome(folder: Path, figure: Figure, evaluations: tuple[str, ...] = ()
         if printed and (value := figure.of(printed[-1])) is not None:
             evaluated[name] = value
     best, console = max(value for value in values if value is not None and math.isfinite(value)), folder / "detail.log"
-    cost = outcome["seconds"], images_per_second(console), peak_memory(console)
-    return Outcome("done", epochs, values[-1], best, None, *cost, model, evaluated)
+    seconds, rate, memory = outcome["seconds"], images_per_second(console), peak_memory(console)
+    return Outcome("done", epochs, values[-1], best, None, seconds, rate, memory, model, evaluated)
 
 
 @dataclass(frozen=True)

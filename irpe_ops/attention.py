@@ -63,8 +63,9 @@ def rpe_attention(
         raise ValueError(f"rpe_attention: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     height, width = _resolve_encodings(q, height, width, rpe_q, rpe_k, rpe_v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    masks = (key_padding_mask, attn_mask)
-    call = AttentionCall(q, k, v, rpe_q, rpe_k, rpe_v, height, width, *masks, dropout_p, scale)
+    call = AttentionCall(
+        q, k, v, rpe_q, rpe_k, rpe_v, height, width, key_padding_mask, attn_mask, dropout_p, scale
+    )  # fmt: skip
     if backend == "auto":
         return module_of(choose(call)).attention(call)
     if reason := missing_backend(backend):

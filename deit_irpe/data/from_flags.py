@@ -34,9 +34,18 @@ def validation_data(args: argparse.Namespace) -> Path:
 
 def training_set(args: argparse.Namespace) -> Dataset:
     """The images of ``train``, augmented."""
-    how = {name: getattr(args, name) for name in ("color_jitter", "hflip", "reprob", "remode", "recount")}
-    how |= dict(aa=None if args.aa == "none" else args.aa, interpolation=args.train_interpolation)
-    return _images(args, True, build_transform(not args.no_aug, image_size(args.input_size), **how))
+    transform = build_transform(
+        not args.no_aug,
+        image_size(args.input_size),
+        color_jitter=args.color_jitter,
+        aa=None if args.aa == "none" else args.aa,
+        hflip=args.hflip,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+    )
+    return _images(args, True, transform)
 
 
 def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:

@@ -20,8 +20,9 @@ def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -
     """The split ``train2017`` or ``val2017`` of ``--dataset_file``."""
     if args.dataset_file == "coco_panoptic":
         instances = Path(args.coco_path) / "annotations" / "instances_val2017.json" if split == "val2017" else None
-        how = dict(return_masks=args.masks, instances=instances)
-        return CocoPanoptic(args.coco_path, args.coco_panoptic_path, split, transforms, **how)
+        return CocoPanoptic(
+            args.coco_path, args.coco_panoptic_path, split, transforms, return_masks=args.masks, instances=instances
+        )
     return CocoDetection(args.coco_path, split, transforms, return_masks=args.masks)
 
 

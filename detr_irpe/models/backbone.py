@@ -37,8 +37,9 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
         raise ValueError(f"--backbone {name!r}: expected resnet_micro or one of {', '.join(resnet_names())}.")
     if dilation and name in ("resnet18", "resnet34"):
         raise ValueError(f"--dilation: torchvision's {name} has no dilated variant; use resnet50 or a larger one.")
-    how = dict(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
-    resnet = torchvision.models.get_model(name, weights=None, **how)
+    resnet = torchvision.models.get_model(
+        name, weights=None, norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation]
+    )
     if pretrained:  # not by torchvision, whose error message without a network does not help
         load_backbone_weights(resnet, torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url)
     return resnet

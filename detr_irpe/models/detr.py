@@ -119,7 +119,8 @@ def create_model(
         load_backbone_weights(resnet, pretrained_backbone)
     maps = Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks)
     joiner = Joiner(maps, build_position_encoding(position_embedding, hidden_dim))
-    shape = (hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm)
-    transformer = Transformer(*shape, enc_rpe2d, attn_backend)
+    transformer = Transformer(
+        hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, enc_rpe2d, attn_backend
+    )
     model = DETR(joiner, transformer, num_classes, num_queries, aux_loss)
     return DETRsegm(model, freeze_detr=freeze_detr) if masks else model

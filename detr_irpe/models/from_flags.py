@@ -22,12 +22,6 @@ from irpe_train.run_folder import Checkpoint
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
 PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
 
-# Flags with the same name as an argument of create_model.
-OF_ONE_NAME = (
-    *("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout", "pre_norm"),
-    *("position_embedding", "dilation", "aux_loss", "masks"),
-)
-
 
 def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
@@ -38,8 +32,18 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict
         num_classes,
         args.num_queries,
         _pretrained_backbone(args),
-        **{name: getattr(args, name) for name in OF_ONE_NAME},
+        hidden_dim=args.hidden_dim,
+        nheads=args.nheads,
+        enc_layers=args.enc_layers,
+        dec_layers=args.dec_layers,
+        dim_feedforward=args.dim_feedforward,
+        dropout=args.dropout,
+        pre_norm=args.pre_norm,
+        position_embedding=args.position_embedding,
+        dilation=args.dilation,
         train_backbone=args.lr_backbone > 0,
+        aux_loss=args.aux_loss,
+        masks=args.masks,
         freeze_detr=bool(getattr(args, "frozen_weights", None)),
         attn_backend=getattr(args, "attn_backend", "auto"),
     )

@@ -103,8 +103,9 @@ def irpe_attention(
     if not hasattr(module, "rpe_k"):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        given = (module, query, key, value, attention_mask)
-        return sdpa_attention_forward(*given, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     height, width = module.grid.of(query.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = ~attention_mask  # True is *kept* there
