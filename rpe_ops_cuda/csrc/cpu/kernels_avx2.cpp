@@ -6,6 +6,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define WIDEST 8
+#define HAS_AVX2  // the pragma defines no __AVX2__ in GCC 12
 #define INSTRUCTION_SET "avx2"
 namespace irpe::avx2 {
 #include "kernels.inl"

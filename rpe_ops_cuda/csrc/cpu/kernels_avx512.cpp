@@ -6,6 +6,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define WIDEST 16
+#define HAS_AVX2  // the pragma defines no __AVX2__ in GCC 12
 #define INSTRUCTION_SET "avx512"
 namespace irpe::avx512 {
 #include "kernels.inl"

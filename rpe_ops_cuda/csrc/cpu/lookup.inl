@@ -174,7 +174,7 @@ static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, f
   }
 }
 
-#ifdef __AVX2__
+#ifdef HAS_AVX2
 constexpr bool kTransposes = true;
 #else
 constexpr bool kTransposes = false;  // by single values, which takes longer than what it saves

@@ -13,9 +13,9 @@ INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 // To an aligned place that is not read soon: past the caches, which would fetch what was there.
 INLINE void stream(float* p, vf x) {
-#if defined(__AVX512F__) && LANES == 16 && !defined(__clang__)
+#if defined(HAS_AVX2) && LANES == 16 && !defined(__clang__)
   __builtin_ia32_movntps512(p, x);
-#elif defined(__AVX__) && LANES == 8 && !defined(__clang__)
+#elif defined(HAS_AVX2) && LANES == 8 && !defined(__clang__)
   __builtin_ia32_movntps256(p, x);
 #else
   store(p, x);
