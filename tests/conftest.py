@@ -1,4 +1,4 @@
-"""What every test shares: one thread for each worker, no GPU test where there is no GPU, Ctrl-C as it was, no waiting
+"""Shared by every test: one thread per worker, no GPU tests without a GPU, Ctrl-C restored, no waiting
 for disks."""
 
 import pytest

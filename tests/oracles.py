@@ -61,7 +61,7 @@ def sum_into_buckets(grad: Tensor, index: Tensor, num_buckets: int) -> Tensor:
 
 
 def encode(rpe: nn.Module, x: Tensor, height: int, width: int) -> Tensor:
-    """What a module of `build_rpe` returns for ``x``, in fp64; a bias comes with batch and heads written out."""
+    """The result of a module of `build_rpe` for ``x``, in fp64; a bias is expanded over batch and heads."""
     total = torch.zeros((), dtype=torch.float64)
     for part in rpe.parts:
         ids = bucket_ids(part.method, height, width, part.skip, part.ratio)

@@ -40,7 +40,7 @@ def test_imports_point_down(package):
 
 
 def test_the_torch_only_package_imports_nothing_else():
-    """``irpe_ops`` can be lifted out: torch alone at import time; triton in one file of kernels, imported when used."""
+    """``irpe_ops`` stands alone: only torch at import time; triton only in the file of kernels, imported when used."""
     top_level = set()
     for path in set((REPO / "irpe_ops").rglob("*.py")) - {REPO / "irpe_ops" / "backends" / "triton_kernels.py"}:
         for node in ast.parse(path.read_text()).body:

@@ -1,4 +1,4 @@
-"""What a user's code looks like to a type checker: ``tests/end_to_end/test_packaging.py`` lets mypy read this file."""
+"""A user's code for the type checker: ``tests/end_to_end/test_packaging.py`` lets mypy read this file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The image folder that the tests of this folder share."""
+"""The image folder shared by the tests in this folder."""
 
 from pathlib import Path
 

@@ -162,7 +162,7 @@ def damaged(data: bytes, count: int, *, cut: bool):
 @pytest.mark.parametrize("cut", [False, True], ids=["400 flipped bits", "100 cuts"])
 @pytest.mark.parametrize("form", ["folders", "inner tars"])
 def test_no_damage_of_a_tar_changes_what_is_read_in_silence(tmp_path, form, cut):
-    """A tar has a checksum of each header and none of the contents: a bit inside an image is its decoder's to see."""
+    """A tar has checksums for headers, not for contents: only the decoder can see a flipped bit inside an image."""
     pixels = bytes(range(256)) * 3
     images = [(f"{name}/{i}.png", pixels) for i in range(4) for name in "ab"]
     if form == "inner tars":
@@ -186,7 +186,7 @@ def test_no_damage_of_a_tar_changes_what_is_read_in_silence(tmp_path, form, cut)
 
 @pytest.mark.parametrize("cut", [False, True], ids=["400 flipped bits", "100 cuts"])
 def test_no_damage_of_a_shard_changes_what_is_read_in_silence(tmp_path, cut):
-    """But for the digit of a .cls itself, which nothing can check."""
+    """Except for the digit of a .cls itself, which nothing can check."""
     pairs = [pair for i in range(6) for pair in ((f"{i}.png", b"x" * 300), (f"{i}.cls", b"%d" % (i % 3)))]
     data = tar_of(tmp_path / "x-val-0.tar", *pairs).read_bytes()
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
@@ -305,7 +305,7 @@ def test_pictures_that_predict_wrote_are_no_training_images(tmp_path):
 
 
 def test_links_to_folders_are_followed(tmp_path):
-    """Also across the classes: what a user links is what a user means, as long as nothing is read twice."""
+    """Also across classes: a user's symlinks are intended, as long as nothing is read twice."""
     elsewhere = write_files(tmp_path / "elsewhere", ["1.png", "deep/2.png"])
     write_files(tmp_path / "val", ["a/0.png"])
     os.symlink(elsewhere, tmp_path / "val/b")
@@ -382,7 +382,7 @@ def test_pictures_of_other_kinds_are_said_to_be_left_out(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_a_name_is_one_class_however_unicode_spells_it(tmp_path, form):
-    """macOS keeps an accent apart from its letter; a folder that was copied from there is the same data set."""
+    """macOS stores an accent separately from its letter; a folder copied from there is the same data set."""
     names = [unicodedata.normalize(form, name) for name in ("caf\u00e9/0.png", "cafz/1.png", "cafe/2.png")]
     for data in (FolderImages(write_files(tmp_path / "val", names)), TarImages(tar_of(tmp_path / "val.tar", *names))):
         assert data.classes == ["cafe", "cafz", "caf\u00e9"]

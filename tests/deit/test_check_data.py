@@ -1,4 +1,4 @@
-"""``python -m deit_irpe.check_data``: what would stop training is found, and what would not is not called so."""
+"""``python -m deit_irpe.check_data``: it finds what would stop training, and nothing else."""
 
 import io
 import os
@@ -59,7 +59,7 @@ def test_classes_without_an_image_to_learn_from_are_said(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["folder", "class", "tar", "shards"])
 def test_validation_on_the_training_images_is_said(tmp_path, kind, monkeypatch):
-    """By another name; parts of one folder are no such case."""
+    """Under another name; parts of one folder do not count."""
     said = []
     monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
     write_images(tmp_path / "train", {"ant": 2, "bee": 2})

@@ -1,4 +1,4 @@
-"""Classes are identities: what happens when data and checkpoint name others, or the same ones in another order."""
+"""Classes are identities: data and checkpoint may name different ones, or the same ones in another order."""
 
 import json
 import tarfile

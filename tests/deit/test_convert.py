@@ -1,4 +1,4 @@
-"""Weights move between a plain DeiT, ours, and code that carries the published encoding under names of its own."""
+"""Weights move between a plain DeiT, ours, and code with the published encoding under other names."""
 
 import pytest
 import timm
@@ -67,7 +67,7 @@ def test_no_file_is_replaced(tmp_path):
 
 
 def theirs(tmp_path):
-    """Our own weights as other code might keep them: behind a prefix, other words, and a part that is not the ViT."""
+    """Our own weights as other code might name them: with a prefix, other words, and a part outside the ViT."""
     model = create_model(NAME, num_classes=3, img_size=32)
     torch.nn.init.normal_(model.blocks[0].attn.rpe_k.lookup_table_weight)
     renamed = {f"backbone.{name.replace('blocks.', 'layers.')}": value for name, value in model.state_dict().items()}

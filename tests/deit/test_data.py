@@ -1,4 +1,4 @@
-"""Folders, tar files, iNaturalist, CIFAR: what is read, in which order, and what is said when something is wrong."""
+"""Folders, tar files, iNaturalist, CIFAR: what is read, in which order, and the messages for mistakes."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from tests.helpers.tiny_images import write_images
 
 
 def pack(folder, tar_file, nested=False):
-    """``folder/<class>/*`` as one tar: plain members, or an inner tar for each class as ImageNet is handed out."""
+    """``folder/<class>/*`` as one tar: plain members, or an inner tar for each class, as ImageNet is distributed."""
     with tarfile.open(tar_file, "w") as tar:
         for class_folder in sorted(folder.iterdir(), reverse=True):  # the order in the tar must not matter
             if not nested:
@@ -162,7 +162,7 @@ def test_every_interpolation_of_crops_works_with_the_augmentation(interpolation)
 
 
 def test_evaluation_transform_is_the_published_one():
-    """Short side to int(256 / 224 * size), bicubic, centre crop, ImageNet's mean and deviation."""
+    """Short side to int(256 / 224 * size), bicubic, centre crop, ImageNet's mean and standard deviation."""
     resize, crop, _, normalise = build_transform(False, 224).transforms
     assert (resize.size, resize.interpolation, crop.size) == (256, transforms.InterpolationMode.BICUBIC, (224, 224))
     assert build_transform(False, 384).transforms[0].size == 438
@@ -174,7 +174,7 @@ def test_evaluation_transform_is_the_published_one():
 @pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (37, 37)])
 @pytest.mark.parametrize("size", [35, (35, 48), (48, 35)])
 def test_the_centre_is_cut_out_to_the_pixel(height, width, size):
-    """The short side becomes 256/224 of the longer side asked for; the cut begins at half of what is too much."""
+    """The short side becomes 256/224 of the longer requested side; the crop is centred."""
     pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3), dtype=np.uint8)
     want_h, want_w = (size, size) if isinstance(size, int) else size
     short = int(256 / 224 * max(want_h, want_w))

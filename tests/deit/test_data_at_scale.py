@@ -1,4 +1,4 @@
-"""WebDataset shards and Hugging Face folders give the very data set that the image folder is."""
+"""WebDataset shards and Hugging Face folders give the same data set as the image folder."""
 
 import io
 import shutil

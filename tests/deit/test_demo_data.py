@@ -1,4 +1,4 @@
-"""The embedded digits, and the smoke run on them."""
+"""The demo's digits, and the smoke run on them."""
 
 import importlib.util
 import json

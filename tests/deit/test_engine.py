@@ -17,7 +17,7 @@ CPU = Precision("none", torch.device("cpu"))
 
 
 class Average:
-    """Notes the weights each time it is updated."""
+    """Records the weights at each update."""
 
     def __init__(self):
         self.seen = []

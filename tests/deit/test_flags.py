@@ -1,4 +1,4 @@
-"""Every flag of a run reaches what it is for, with its own value."""
+"""Every flag of a run reaches its destination with its own value."""
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ def test_training_batches(colours):
 
 @pytest.mark.parametrize(("more", "steps"), [([], 2), (["--no-dist-eval"], 4)])
 def test_validation_batches(colours, monkeypatch, more, steps):
-    """22 images in batches of 6, by two processes; without --dist-eval each has them all."""
+    """22 images in batches of 6, by two processes; without --dist-eval each gets all of them."""
     monkeypatch.setattr(loaders, "world_size", lambda: 2)
     made = from_flags.validation_loader(
         flags("--num_workers", 0, "--batch-size", 4, *more), build_dataset(colours, False), CPU

@@ -74,7 +74,7 @@ def test_losses_are_computed_in_fp32_for_bf16_outputs():
 
 
 def test_a_teacher_is_asked_in_evaluation_mode_and_never_learns(tmp_path):
-    """Batch norm shows it: in training mode its answer for an image would depend on the others, and its means move."""
+    """Batch norm shows it: in training mode an output would depend on the others, and its means change."""
     torch.manual_seed(0)
     own = timm.create_model("resnet10t", num_classes=3)
     for module in own.modules():

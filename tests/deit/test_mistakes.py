@@ -1,4 +1,4 @@
-"""Mistakes of the user: one clear message, no traceback, and before training where it can be."""
+"""User mistakes: one clear message, no traceback, before training if possible."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ def test_keys_shapes_dtypes_and_parameters_are_the_published_ones(name):
     "name", ["deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_small_patch16_224_ctx_cross_56_shared_k"]
 )
 def test_a_checkpoint_with_the_published_keys_loads_strictly(name):
-    """Each key to its own place: every tensor has another value."""
+    """Each key goes to its own place: every tensor has a different value."""
     entries = list(published_entries(name))
     values = {key: float(number) for number, (key, *_) in enumerate(entries)}
     state = {key: torch.full(shape, values[key], dtype=getattr(torch, kind)) for key, shape, kind in entries}
@@ -240,7 +240,7 @@ def test_tables_of_another_size_and_new_tables_start_at_zero():
 
 
 def test_oblong_positions_of_the_same_grid_stay_as_they_are():
-    """Also those of a checkpoint that does not say its grid: 24 patches are those of 4 x 6 here."""
+    """Also for a checkpoint that does not say its grid: 24 patches mean 4 x 6 here."""
     old, new = tiny(img_size=(16, 24)), tiny(img_size=(16, 24))
     torch.nn.init.normal_(old.pos_embed)
     assert load_pretrained_weights(new, old.state_dict(), source="a.pth") == {}

@@ -1,4 +1,4 @@
-"""A folder of one's own: held out by class, fine-tuned on, and evaluated class by class."""
+"""A user's own folder: held out by class, fine-tuned on, and evaluated class by class."""
 
 import csv
 
@@ -106,7 +106,7 @@ COUNTS = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
 
 
 def test_the_figures_of_each_class():
-    """The third class has no images and was never said: no share of it is made up."""
+    """The third class has no images and was never predicted: its percentages stay empty."""
     rows = class_rows(COUNTS, ["a", "b", "c"])
     assert rows == [("a", 4, 3, "75.00", 3, "100.00"), ("b", 2, 2, "100.00", 3, "66.67"), ("c", 0, 0, "", 0, "")]
 

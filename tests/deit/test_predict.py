@@ -74,7 +74,7 @@ def test_tables_need_no_image(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint, qk_norm):
-    """Where only one token has a value, and that is 1, the block gives every other token its weight for that one."""
+    """If only one token has a value, 1, the block's output for every other token is its weight for that one."""
     model, _, _ = load_model(str(checkpoint))
     if qk_norm:
         norms = {"norm_layer": torch.nn.LayerNorm, "qk_norm": True}
@@ -96,7 +96,7 @@ def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint, qk_norm)
 
 
 def test_pictures_show_the_classes_best_first_and_the_patch_that_looks(checkpoint, tmp_path, monkeypatch):
-    """On 4 x 4 patches of a 32-pixel image, patch 1,3 (row, column) has its middle at 28,12 (x, y)."""
+    """On 4 x 4 patches of a 32-pixel image, patch 1,3 (row, column) has its centre at 28,12 (x, y)."""
     write_images(tmp_path, {"images": 1}, side=50)
     tops, looks = [], []
     monkeypatch.setattr(prediction, "draw_top", lambda image, names, shares: tops.append((names, shares)))
@@ -183,7 +183,7 @@ def test_an_exported_file_predicts_the_same(checkpoint, tmp_path):
 
 
 def small_onnx(path: Path, *, input="images", output="logits", channels=3, batch=None, kind=1, **told) -> Path:
-    """An exported classifier: the answer is the mean of each channel; ``told``: metadata that differ."""
+    """An exported classifier: its output is the mean of each channel; ``told``: metadata that differ."""
     images, logits = ([batch, channels, 32, 32], [batch, channels])
     nodes = [helper.make_node("ReduceMean", [input, "axes"], [output], keepdims=0)]
     places = [helper.make_tensor_value_info(*one) for one in ((input, kind, images), (output, kind, logits))]

@@ -1,4 +1,4 @@
-"""Runs from the command line: what they write and print, evaluation, resuming, several processes."""
+"""Runs from the command line: their files and output, evaluation, resuming, several processes."""
 
 import argparse
 import json
@@ -91,7 +91,7 @@ def best_in_the_middle(args):
 
 
 def test_the_weights_of_the_highest_top_1_are_kept(colours, tmp_path):
-    """Of two epochs with the same, the first one's."""
+    """Of two epochs with equal figures, the first."""
     text = deit_ok(colours, tmp_path / "run", *PLAIN, "--epochs", "4", main=best_in_the_middle)
     assert re.findall(r"Max accuracy: (\S+)%", text) == ["50.00", "80.00", "80.00", "80.00"]
     best, last = (read_checkpoint(tmp_path / "run" / f"{name}.pth") for name in ("best", "checkpoint"))
@@ -218,7 +218,7 @@ def test_a_finished_run_resumed_has_each_epoch_once_and_its_best_figure(uninterr
 
 @pytest.mark.distributed
 def test_two_processes_train_and_evaluate_each_image_once(trained, colours, tmp_path):
-    """22 images, then 21: neither batches nor, the second time, ranks come out even."""
+    """22 images, then 21: they divide evenly neither into batches nor, the second time, over ranks."""
     folder, _ = trained
     flags = ["--eval", "--resume", folder / "checkpoint.pth"]
     for removed in (None, colours / "val" / "dog" / "4.png"):

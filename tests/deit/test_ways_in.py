@@ -1,4 +1,4 @@
-"""timm's ways to weights and sizes, and the flags in a stranger's checkpoint: honoured or refused."""
+"""timm's arguments for weights and sizes, and the flags in a stranger's checkpoint: followed or refused."""
 
 import argparse
 
@@ -93,7 +93,7 @@ def test_weights_that_were_never_published_are_not_promised():
 
 
 def test_weights_of_other_pixels_are_said(monkeypatch):
-    """Of timm's, some expect a mean of 0.5; images are prepared with ImageNet's, as published."""
+    """Some timm models expect a mean of 0.5; images are normalised with ImageNet's, as published."""
     said = []
     monkeypatch.setattr(from_flags.logger, "warning", said.append)
     for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
@@ -126,7 +126,7 @@ def test_a_size_reaches_the_models_that_need_it(name, side, rpe):
 
 @pytest.mark.parametrize("name", ["hrnet_w18_small", "resnet18"])
 def test_a_model_that_takes_any_size_is_tried_with_this_one(name):
-    """HRNet refuses the argument in other words."""
+    """HRNet refuses the argument with another message."""
     model = deit_irpe.create_model(name, img_size=(64, 32), in_chans=1)
     assert model.training and model.conv1.in_channels == 1
     with pytest.raises(

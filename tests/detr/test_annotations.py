@@ -1,4 +1,4 @@
-"""The one reader of annotation files: what it takes, what it refuses and how it names the place."""
+"""The only reader of annotation files: what it accepts, what it refuses and how it names the place."""
 
 import numpy as np
 import pytest

@@ -24,7 +24,7 @@ def check(root, capsys, *flags):
 
 
 def both_splits(root, **options):
-    """What a start of training checks: validation first."""
+    """The checks at the start of training, validation first."""
     return [CocoDetection(root, split, eval_transforms(40), **options) for split in ("val2017", "train2017")]
 
 

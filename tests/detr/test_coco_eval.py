@@ -35,7 +35,7 @@ def truth(root):
 
 
 def noisy_predictions(root, seed=0, queries=8):
-    """The true boxes shifted a little, among boxes of no object."""
+    """The true boxes shifted a little, among boxes without objects."""
     generator = torch.Generator().manual_seed(seed)
     predictions = {}
     for image_id, (boxes, labels) in truth(root).items():

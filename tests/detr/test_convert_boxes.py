@@ -1,4 +1,4 @@
-"""The converters of docs/convert_boxes.md: what they write has the boxes of the other format, and passes the check."""
+"""The converters of docs/convert_boxes.md: their files have the boxes of the other format, and pass the check."""
 
 from pathlib import Path
 

@@ -23,7 +23,7 @@ def outputs_with_layers(batch: int = 2, queries: int = 6) -> dict:
 
 
 def slow_losses(outputs: dict, targets: list[dict]) -> dict[str, float]:
-    """Every term with a loop over queries or pairs, in fp64."""
+    """Every loss term as a loop over queries or pairs, in fp64."""
     matches = HungarianMatcher()(outputs, targets)
     pairs = [(image, q.item(), i.item()) for image, match in enumerate(matches) for q, i in zip(*match, strict=True)]
     num_boxes = max(sum(len(t["labels"]) for t in targets), 1)
@@ -69,7 +69,7 @@ def test_against_loops(counts):
 
 
 def test_the_class_loss_has_a_deterministic_kernel_on_cuda(monkeypatch):
-    """One row a query: with a third dimension PyTorch takes nll_loss2d, which refuses under --deterministic."""
+    """One row per query: with a third dimension PyTorch takes nll_loss2d, which raises under --deterministic."""
     seen, real = [], torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda x, *rest: seen.append(x.dim()) or real(x, *rest))
     criterion()(outputs_with_layers(), random_targets([3, 2]))
@@ -142,7 +142,7 @@ def losses_of_one_process(rank: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_average_to_one_batch(tmp_path):
-    """Also with no object on one process, or on both: nobody waits for anybody."""
+    """Also without objects on one process, or on both: no process hangs."""
     torch.multiprocessing.start_processes(losses_of_one_process, (str(tmp_path),), nprocs=2, start_method="fork")
     for number, counts in enumerate(COUNTS):
         together = criterion()(*batch_of_two(counts))

@@ -1,4 +1,4 @@
-"""The embedded detection data: real loader, exact boxes and masks, the same bytes every time."""
+"""The demo's detection data: real loader, exact boxes and masks, the same bytes every time."""
 
 import importlib.util
 from pathlib import Path

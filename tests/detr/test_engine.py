@@ -1,4 +1,4 @@
-"""What the loops hand to losses and post-processors, with stand-ins that write down what they got."""
+"""What the loops pass to losses and post-processors, with stand-ins that record it."""
 
 from types import SimpleNamespace
 

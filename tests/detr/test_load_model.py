@@ -1,4 +1,4 @@
-"""A checkpoint is data from whoever wrote it: its flags describe a network and do nothing else."""
+"""A checkpoint is untrusted data: its flags describe a network and do nothing else."""
 
 import urllib.request
 

@@ -37,7 +37,7 @@ def test_against_all_assignments():
 
 
 def test_costs_are_those_of_the_formula():
-    """The costs themselves: an assignment can be right with a term of them wrong."""
+    """The costs themselves: an assignment can be right although a term is wrong."""
     torch.manual_seed(0)
     outputs, targets = random_outputs(2, 5), random_targets([3, 2])
     for weights in ((1, 5, 2), (3, 0.5, 7), (1, 0, 0), (0, 1, 0), (0, 0, 1)):

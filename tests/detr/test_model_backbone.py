@@ -11,7 +11,7 @@ from tests.helpers.tiny_detr import published_flags, tiny_model
 
 
 def trained_classifier() -> torch.nn.Module:
-    """What a classification run leaves: random weights, and batch norm statistics that differ from 0 and 1."""
+    """As after a classification run: random weights, and batch norm statistics that differ from 0 and 1."""
     torch.manual_seed(0)
     classifier = timm.create_model("resnet10t", num_classes=4, **MICRO).train()
     for _ in range(3):
@@ -77,7 +77,7 @@ class AskedForWeights(Exception):
 
 @pytest.fixture
 def no_downloads(monkeypatch):
-    """Whoever asks for weights gets an exception in place of a download."""
+    """Asking for weights raises an exception instead of downloading."""
 
     def load(resnet, path):
         raise AskedForWeights(path)

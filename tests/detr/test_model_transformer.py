@@ -22,7 +22,7 @@ def random_map(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact_attention(attention: nn.Module, query_key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
-    """Encoder attention by the loops of tests/oracles.py."""
+    """Encoder attention with the loops of tests/oracles.py."""
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     q, k, v = (
         F.linear(x, w, b).unflatten(-1, (attention.nhead, -1)).transpose(1, 2)

@@ -66,7 +66,7 @@ def mutate(content: dict, changes) -> None:
 
 
 def detections(dataset) -> dict:
-    """The objects of a set, a little moved, and one of another class."""
+    """The objects of a set, shifted a little, and one of another class."""
     found = {}
     for index in range(len(dataset)):
         objects = dataset.annotations.of_image(index)
@@ -79,7 +79,7 @@ def detections(dataset) -> dict:
 
 
 def plain_figures(path, found) -> list[float] | None:
-    """What pycocotools alone says of the same detections; None where the file is not one that it is written for."""
+    """The figures of plain pycocotools for the same detections; None if it cannot read the file."""
     content = json.loads(path.read_text())
     ids = [entry.get("id") for entry in content["annotations"]]
     typed = all(type(e["image_id"]) is type(e["category_id"]) is int for e in content["annotations"])
@@ -105,7 +105,7 @@ def plain_figures(path, found) -> list[float] | None:
 
 
 def outcome_of(root, original: str, changes) -> str:
-    """What became of a changed training file: "refused", "scored", "compared"; anything unforeseen is raised."""
+    """The outcome for a changed training file: "refused", "scored", "compared"; anything unexpected is raised."""
     path = root / "annotations/instances_train2017.json"
     content = json.loads(original)
     mutate(content, changes)

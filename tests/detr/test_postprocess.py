@@ -77,7 +77,7 @@ def test_panoptic_merges_stuff_and_drops_specks():
 
 
 def test_panoptic_merges_stuff_where_nothing_is_small(monkeypatch):
-    """With no speck limit the merged number shows in the map."""
+    """Without the limit on small areas, the merged number shows in the map."""
     monkeypatch.setattr(PostProcessPanoptic, "smallest_area", -1)
     masks = torch.full((1, 2, 4, 4), -9.0)
     masks[0, 0, :, :2], masks[0, 1, :, 2:] = 9.0, 9.0

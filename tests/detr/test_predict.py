@@ -28,7 +28,7 @@ def photo(tmp_path):
 
 
 def write_checkpoint(path, categories: dict | None = NAMES, **flags) -> str:
-    """A tiny model as training leaves it, with the published flags only; every query is sure of class 4."""
+    """A tiny model as after training, with only the published flags; every query is sure of class 4."""
     torch.manual_seed(0)
     args = published_flags(enc_rpe2d="rpe-2.0-product-ctx-1-qk", num_classes=5, image_size=160, **flags)
     model = build_model(args)[0]
@@ -196,7 +196,7 @@ def test_lines_and_text_grow_with_the_image_up_to_a_limit():
 
 
 def test_ten_classes_have_ten_colours_that_differ_for_everyone():
-    """Simulated as Viénot et al. (1999) do: what a person without red or green cones sees of two colours differs."""
+    """Simulated as Viénot et al. (1999) do: a person without red or green cones sees two different colours."""
     assert len(set(PALETTE)) == 10
     to_lms = torch.tensor([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
     without_red = torch.tensor([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])

@@ -1,4 +1,4 @@
-"""Runs from the command line: what they write and print, evaluation, resuming, several processes, mistakes."""
+"""Runs from the command line: their files and output, evaluation, resuming, several processes, mistakes."""
 
 import json
 import re

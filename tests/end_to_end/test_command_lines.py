@@ -1,4 +1,4 @@
-"""Random flags on data and checkpoints that are there: every command gives its result or one message."""
+"""Random flags on existing data and checkpoints: every command gives its result or one message."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Every file of configs/: it parses, builds what it says, trains two steps on embedded data, quotes right figures."""
+"""Every file of configs/: it parses, builds its model, trains two steps on the demo data, quotes correct figures."""
 
 import json
 import re
@@ -43,18 +43,18 @@ def name_of(path):
 
 
 def flags_of(path):
-    """The config and what it says must be added by hand."""
+    """The config, and the flags that it says to add by hand."""
     teacher = ["--teacher-path", "x.pth"] if "distilled" in path.stem else []
     return ["--config", str(path), *teacher]
 
 
 def facts(module, *flags: str) -> dict:
-    """What the command line ``flags`` builds: parameters, MACs, buckets."""
+    """Counts of the model of the command line ``flags``: parameters, MACs, buckets."""
     return module.stats_of_flags(flags)
 
 
 def stated_in(header):
-    """What the first lines of a config say: "5,717,416 parameters", "7 x 7 + 1 buckets", "tables of 2 x 82"."""
+    """The figures in the first lines of a config: "5,717,416 parameters", "7 x 7 + 1 buckets", "tables of 2 x 82"."""
     stated = {}
     if found := re.search(r"([\d,]{9,}) (?:trainable )?parameters", header):
         stated["n_parameters"] = int(found[1].replace(",", ""))
@@ -94,7 +94,7 @@ def test_config_parses_builds_and_opens_with_its_command(path):
 
 @pytest.mark.parametrize("entry", ZOO.models.values(), ids=lambda entry: entry.name)
 def test_published_rows(entry):
-    """The columns that need no data are reproduced; the config's first lines quote the published figures."""
+    """The figures that need no data are reproduced; the config's first lines quote the published ones."""
     module = deit_irpe.model_stats if entry.package == "deit_irpe" else detr_irpe.model_stats
     told = facts(module, "--config", str(ROOT / entry.config))
     lines = card.compare(entry.name, {key: value for key, value in told.items() if key in entry.expect})
@@ -161,7 +161,7 @@ def test_the_ablations_cover_the_product_of_the_paper():
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Eight training and four validation digits of the embedded data, as an image folder."""
+    """Eight training and four validation digits of the demo data, as an image folder."""
     sklearn = pytest.importorskip("sklearn.datasets")
     images, labels = sklearn.load_digits(return_X_y=True)
     root = tmp_path_factory.mktemp("digits")

@@ -1,7 +1,7 @@
-"""Every command in README.md, docs/ and examples/ is read by the parser that would read it, and names files that exist.
+"""Every command in README.md, docs/ and examples/ is accepted by its own parser, and names files that exist.
 
-Nothing is trained: a program is started in this process and stopped where its arguments have been parsed, scripts are
-started with DRY_RUN=1. Python snippets of the pages run as they stand.
+Nothing is trained: a program is started in this process and stopped after parsing its arguments, scripts are
+started with DRY_RUN=1. Python snippets of the pages run unchanged.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def documented_commands(page: Path) -> list[tuple[int, str]]:
 
 
 def parse_program(start, argv: list[str], monkeypatch) -> None:
-    """Let ``start()`` run until its arguments are parsed. A flag that it does not know is a failure."""
+    """Run ``start()`` until its arguments are parsed. An unknown flag is a failure."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(self, args=None, namespace=None):
@@ -77,7 +77,7 @@ def parse_program(start, argv: list[str], monkeypatch) -> None:
 
 
 def check_python(words: list[str], monkeypatch) -> None:
-    """What follows ``python``: ``-m MODULE``, ``-c CODE`` or a file."""
+    """Check the words after ``python``: ``-m MODULE``, ``-c CODE`` or a file."""
     if words[0] == "-m":
         module, argv = words[1], words[1:]
         assert module == "pytest" or (REPOSITORY / module.split(".")[0]).is_dir(), module

@@ -1,4 +1,4 @@
-"""The commands of README.md, docs/ and examples/ run as they stand, page by page, in a copy of the repository.
+"""The commands of README.md, docs/ and examples/ run unchanged, page by page, in a copy of the repository.
 
 The data sets and checkpoints they name are there, tiny and of the right layout; ``tests/helpers/smaller.py`` makes the
 runs small, ``tests/helpers/quick_python.py`` their start.
@@ -64,7 +64,7 @@ COMPARED = "--expect"  # with the published row, which a tiny model does not rea
 
 @pytest.fixture(scope="session")
 def things(tmp_path_factory) -> Path:
-    """All that the pages take for granted: data sets, checkpoints, finished runs, pictures."""
+    """Everything that the pages assume: data sets, checkpoints, finished runs, pictures."""
     root = tmp_path_factory.mktemp("things")
     for split, count in (("train", 16), ("val", 4)):
         write_images(root / "ImageNet" / split, {"ant": count, "bee": count})
@@ -149,7 +149,7 @@ class Command:
             )
 
     def ended(self, timeout: float = 180) -> tuple[int, str]:
-        """Exit status and what it printed; a command that does not end is killed, and so fails."""
+        """Exit status and output; a command that does not end is killed, and so fails."""
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -170,7 +170,7 @@ def trained_into(text: str) -> str | None:
 
 
 def run_page(page: Path, folder: Path) -> list[str]:
-    """Run a page's commands in order; what went wrong."""
+    """Run a page's commands in order; returns the failures."""
     wrong, first_node = [], None
     for line, text in documented_commands(page):
         if any(re.match(pattern, text) for pattern in ELSEWHERE):

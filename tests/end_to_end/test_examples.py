@@ -1,4 +1,4 @@
-"""Each example runs as it stands; what it claims it asserts itself. The fine-tuning is shrunk to an epoch."""
+"""Each example runs unchanged, and asserts its own claims. The fine-tuning is shortened to an epoch."""
 
 import json
 import re

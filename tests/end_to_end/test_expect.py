@@ -1,4 +1,4 @@
-"""``--eval --expect`` in both packages: a tiny model is no published one, and the card says so."""
+"""``--eval --expect`` in both packages: a tiny model is not a published one, and the card says so."""
 
 import json
 import os

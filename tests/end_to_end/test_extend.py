@@ -1,4 +1,4 @@
-"""Each change of docs/extend.md, carried out as the page has it in a folder of its own, trains two steps."""
+"""Each change of docs/extend.md, made exactly as on the page in a folder of its own, trains two steps."""
 
 import csv
 import json

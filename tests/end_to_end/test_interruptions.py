@@ -1,4 +1,4 @@
-"""Both trees, ended at moments drawn from the start to the end of a run, and started again: the result is the same."""
+"""Both trees, killed or stopped at random moments of a run and started again: the result is the same."""
 
 import os
 import random
@@ -51,7 +51,7 @@ def test_ended_at_any_moment_and_started_again_equals_uninterrupted(tree, name, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tree", TREES)
 def test_two_ranks_told_to_stop_at_any_moment_leave_alike_and_equal_uninterrupted(tree, data, tmp_path):  # noqa: F811
-    """One of them or both, with their workers, six times. One that is not told must learn it from the other."""
+    """One of them or both, with their workers, six times. The other must learn of it."""
     flags, began, draw = [*FLAGS, "--dist_timeout", "20"], time.monotonic(), random.Random(tree)
     for ended in starting(tree, data, tmp_path / "whole", *flags, world_size=2).wait(120):
         assert ended.code == 0, ended.text

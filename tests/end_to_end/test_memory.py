@@ -1,4 +1,4 @@
-"""Memory stays where it is: annotations and file names are shared with the workers, and nothing piles up."""
+"""Memory does not grow: annotations and file names are shared with the workers, and nothing accumulates."""
 
 import json
 import multiprocessing

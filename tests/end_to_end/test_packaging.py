@@ -1,4 +1,4 @@
-"""The project as a package: types for users, console commands, and a wheel that works away from the checkout."""
+"""The project as a package: types for users, console commands, and a wheel that works outside the checkout."""
 
 import importlib
 import importlib.util

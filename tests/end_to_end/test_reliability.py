@@ -28,7 +28,7 @@ TREES = {"deit": deit_irpe, "detr": detr_irpe}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Where each tree finds its images: 22 and 5 for evaluation, which neither 2 nor 3 processes divide alike."""
+    """Where each tree finds its images: 22 and 5 for evaluation, which divide evenly over neither 2 nor 3 processes."""
     folder = tmp_path_factory.mktemp("data")
     write_images(folder / "deit" / "train", {"ant": 20, "bee": 20}, seed=1)
     write_images(folder / "deit" / "val", {"ant": 12, "bee": 10}, seed=2)
@@ -139,7 +139,7 @@ VALUE = st.one_of(TEXT, st.integers().map(str), st.floats().map(str), st.sampled
 
 @pytest.mark.parametrize("tree", TREES)
 def test_any_command_line_ends_in_a_message(tree, tmp_path, capsys, monkeypatch):
-    """Data never exists here: whatever else is asked for, a run ends before training, by its own words."""
+    """Data never exists here: whatever the other flags, a run ends before training with its own message."""
     monkeypatch.chdir(tmp_path)
     left_out = ("help", "help_all", "output_dir", "config", "print_config")
     flags = [

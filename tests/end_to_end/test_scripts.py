@@ -19,7 +19,7 @@ PARSERS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser, "irpe_lab.ablate"
 
 
 def run(folder, script, *arguments, ok=True, **environment):
-    """A script, started in ``folder``; what it printed."""
+    """Run a script in ``folder``; returns its output."""
     clean = {
         key: value
         for key, value in os.environ.items()
@@ -38,7 +38,7 @@ def run(folder, script, *arguments, ok=True, **environment):
 
 
 def parsed(line):
-    """The launcher's words, the module and its parsed flags of a printed command."""
+    """The launcher, the module and its parsed flags of a printed command."""
     words = shlex.split(line)
     module = next(word for word in words if word in PARSERS)
     at = words.index(module)

@@ -1,4 +1,4 @@
-"""Writes docs/same_numbers.md: runs of this code beside those of the published code, and what changes of the recipe do.
+"""Writes docs/same_numbers.md: runs of this code beside those of the published code, and the effect of recipe changes.
 
 usage: python -m tests.evidence.same_numbers -o docs/same_numbers.md
 """

@@ -50,7 +50,7 @@ def action_of(tree: str, flag: str) -> argparse.Action:
 
 
 def takes(action: argparse.Action, published: dict) -> str | None:
-    """What is taken here where that is not what the published flag takes."""
+    """The values taken here, if they are not those of the published flag."""
     kind, here = NARROWER.get(getattr(action.type, "__name__", ""), (getattr(action.type, "__name__", "str"), None))
     assert action.nargs == 0 or kind == (published.get("type") or "str"), "another type"
     if action.choices and list(action.choices) != published.get("choices"):
@@ -81,7 +81,7 @@ def test_the_table_names_published_flags_alone(tree):
 
 @pytest.mark.parametrize("tree", TREES)
 def test_a_published_abbreviation_means_the_same_or_is_refused(tree, capsys):
-    """argparse took any unique beginning; one that a new flag shares is refused, and both are named."""
+    """argparse took any unique prefix; one shared with a new flag is refused, and both are named."""
     published = [*PUBLISHED[tree], *(other for flag in PUBLISHED[tree].values() for other in flag.get("also", ()))]
     parser, kept = TREES[tree], 0
     for flag in published:

@@ -1,4 +1,4 @@
-"""Runs of the published code, step by step: ours give the same numbers, and docs/same_numbers.md says so truly."""
+"""Runs of the published code, step by step: ours give the same numbers, and docs/same_numbers.md is up to date."""
 
 import copy
 from pathlib import Path

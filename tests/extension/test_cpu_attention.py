@@ -143,7 +143,7 @@ def test_nan_stays_nan():
 
 
 def test_scores_near_the_largest_float(capability):
-    """exp must not overflow on the way: two equal scores of 3e38 share the weight, whatever multiplies them inside."""
+    """exp must not overflow on the way: two equal scores of 3e38 share the weight, whatever the internal scaling."""
     q, k = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8)
     q[..., 0], k[..., 0] = 1e19, torch.tensor([3e19, 3e19, 1e19])
     v = torch.randn(1, 1, 3, 8)
@@ -232,7 +232,7 @@ def test_new_dropout_each_call():
 
 
 def test_auto_takes_it_and_backward_needs_no_weights_in_memory(monkeypatch):
-    """At L = 1024 no tensor of (L, L) floats exists in forward or backward when weights are computed again."""
+    """At L = 1024 no tensor of (L, L) floats exists in forward or backward when weights are recomputed."""
     monkeypatch.setattr(backend, "KEPT_BYTES", 0)
     case = Case("rpe-1.9-product-ctx-1-qkv", 32, 32, batch=1, heads=1, head_dim=16)
     largest = 0

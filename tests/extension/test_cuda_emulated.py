@@ -152,7 +152,7 @@ def test_nan_stays_in_its_bucket(kernels, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_halves_next_to_a_row_do_not_matter(kernels, dtype):
-    """A slice of wider rows, as the gradient of a mask is: what lies between the rows may be no number."""
+    """A slice of wider rows, as the gradient of a mask is: the memory between the rows may hold NaN."""
     wide = torch.full((2, 9, 3, 80), float("nan"), dtype=dtype)
     for keys in (35, 64, 73):
         grad = wide[..., 3 : 3 + keys]
@@ -164,7 +164,7 @@ def test_halves_next_to_a_row_do_not_matter(kernels, dtype):
 
 
 def test_few_and_many_rows_give_every_number_of_splits(kernels):
-    """The adjoint gives 32 rows to 4 warps, 2 or 1, the more rows there are."""
+    """The adjoint gives 32 rows to 4 warps, 2 or 1, fewer with more rows."""
     for heads, keys in ((1, 300), (1030, 34), (2050, 3)):
         index = torch.randint(5, (32, keys))
         grad = torch.randn(1, heads, 32, keys)

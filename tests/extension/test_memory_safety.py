@@ -87,7 +87,7 @@ def test_nothing_before_or_after_the_tensors_is_touched():
 
 
 def runtime(name: str) -> str | None:
-    """The compiler's own copy of a sanitizer's library, which must be loaded before Python's memory is."""
+    """The compiler's own copy of a sanitizer's library, which must be loaded before Python allocates."""
     path = subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
     return path if os.path.isabs(path) else None
 

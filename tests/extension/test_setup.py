@@ -14,7 +14,7 @@ SETUP = Path(__file__).parents[2] / "rpe_ops_cuda" / "setup.py"
 
 @pytest.fixture
 def built(monkeypatch):
-    """Run setup.py as far as the call of setuptools, whose one extension it returns."""
+    """Run setup.py up to the call of setuptools; returns its one extension."""
     extensions = []
     monkeypatch.setattr(setuptools, "setup", lambda ext_modules, **_: extensions.extend(ext_modules))
     monkeypatch.setenv("FORCE_CUDA", "0")

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here, into what fits them. Needs Triton's own tools, no GPU."""
+"""The Triton kernels compile for GPUs that are not here, and fit their limits. Needs Triton's own tools, no GPU."""
 
 import pytest
 

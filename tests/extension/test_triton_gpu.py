@@ -100,7 +100,7 @@ def test_tables_alone_are_trained_through_sdpa():
 
 
 def test_less_than_one_square_tensor_at_4096_tokens(monkeypatch):
-    """Forward and backward keep numbers for pairs of tokens of one head at a time if they must, not of all eight."""
+    """Forward and backward keep values for the token pairs of one head at a time if they must, not of all eight."""
     monkeypatch.setattr(triton_launch, "chunk_bytes", lambda device: 1)
     encodings = [rpe.cuda().bfloat16() for rpe in build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-qkv"), 32, 8)]
     packed = torch.randn(1, 4096, 3, 8, 32, device="cuda", dtype=torch.bfloat16)
@@ -129,7 +129,7 @@ def test_inductor_compiles_a_training_step_without_a_graph_break():
 @pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "triton"])
 @pytest.mark.parametrize("grid", [(14, 14), (13, 17)])  # the second is no square
 def test_a_training_step_in_a_cuda_graph_equals_the_step_outside(backend, grid):
-    """Nothing waits for the host, and offset tables that are cached outlive the graph's own pool of memory."""
+    """Nothing waits for the host, and cached offset tables outlive the graph's own memory pool."""
     encodings = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-qk", 1), 32, 2)
     for seed, rpe in enumerate(encodings[:2]):
         oracles.fill_tables(rpe, seed, std=0.1)
@@ -164,7 +164,7 @@ def test_a_training_step_in_a_cuda_graph_equals_the_step_outside(backend, grid):
 
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 def test_compiled_with_cuda_graphs_over_several_sizes(backend):
-    """``reduce-overhead``: what one size has left in the graph's memory is not read by the next."""
+    """``reduce-overhead``: leftovers of one size in the graph's memory are not read by the next."""
     encodings = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k", 1), 32, 2)
     oracles.fill_tables(encodings[1], 0, std=0.1)
     encodings[1].cuda()

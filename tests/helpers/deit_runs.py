@@ -28,14 +28,14 @@ PLAIN = ["--aa", "none", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--hf
 def deit(
     data: Path, output_dir: Path, *flags, world_size: int = 1, model=MODEL, main=main, timeout: float = 120
 ) -> list[Ended]:
-    """``python -m deit_irpe`` in fresh processes; how each ended, with what it printed."""
+    """``python -m deit_irpe`` in fresh processes; returns each exit and output."""
     argv = ["--data-path", str(data), "--output_dir", str(output_dir), *QUICK, *model, *map(str, flags)]
     outputs = output_dir.parent / "outputs"
     return run_ranks(main, get_args_parser, argv, outputs, world_size=world_size, timeout=timeout)
 
 
 def deit_ok(data: Path, output_dir: Path, *flags, **options) -> str:
-    """The same for one process that must succeed; what it printed."""
+    """The same for one process that must succeed; returns its output."""
     (ended,) = deit(data, output_dir, *flags, **options)
     assert ended.code == 0, ended.text
     return ended.text

@@ -38,14 +38,14 @@ QUICK = ["--device", "cpu", "--num_workers", "0", "--no-tensorboard"]
 
 
 def detr(data: Path, output_dir: Path, *flags, world_size: int = 1, main=main, timeout: float = 120) -> list[Ended]:
-    """``python -m detr_irpe`` in fresh processes; how each ended, with what it printed."""
+    """``python -m detr_irpe`` in fresh processes; returns each exit and output."""
     argv = ["--coco_path", str(data), "--output_dir", str(output_dir), *QUICK, *TINY, *map(str, flags)]
     outputs = output_dir.parent / "outputs"
     return run_ranks(main, get_args_parser, argv, outputs, world_size=world_size, timeout=timeout)
 
 
 def detr_ok(data: Path, output_dir: Path, *flags, **options) -> str:
-    """The same where every process must succeed; what the first printed."""
+    """The same, but every process must succeed; returns the output of the first."""
     ended = detr(data, output_dir, *flags, **options)
     for one in ended:
         assert one.code == 0, one.text

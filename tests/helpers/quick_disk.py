@@ -1,4 +1,4 @@
-"""Files are not forced onto the disk: only a power cut would tell, and each run of a test would wait several times."""
+"""No fsync: only a power cut could tell, and every test run would wait several times."""
 
 import os
 

@@ -62,7 +62,7 @@ sys.exit(code if code >= 0 else 128 - code)
 
 @functools.cache
 def quick_programs() -> Path:
-    """A folder to put first in ``PATH``: each program of ``STANDS_FOR`` hands all it was given to the server."""
+    """A folder to put first in ``PATH``: each program of ``STANDS_FOR`` passes its arguments to the server."""
     folder = Path(tempfile.mkdtemp(prefix="quick_python_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, words in STANDS_FOR.items():
@@ -81,7 +81,7 @@ def quick_programs() -> Path:
 
 
 def serve(door: socket.socket) -> None:
-    """Fork for each stand-in that comes to the door. Returns when nobody can come any more."""
+    """Fork for each stand-in that connects. Returns when no more can connect."""
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

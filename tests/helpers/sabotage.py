@@ -1,4 +1,4 @@
-"""What goes wrong in a training run, made to happen at a chosen step."""
+"""Failures of a training run, made to happen at a chosen step."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Makes a documented command end in seconds: flags behind its own, and ``IRPE_EXTRA_FLAGS`` for what trains."""
+"""Makes a documented command end in seconds: appended flags, and ``IRPE_EXTRA_FLAGS`` for training."""
 
 import re
 
@@ -30,7 +30,7 @@ BEHIND = {  # by program
 
 
 def extra_flags(command: str) -> str:
-    """``IRPE_EXTRA_FLAGS`` for ``command``: empty where nothing is trained or evaluated."""
+    """``IRPE_EXTRA_FLAGS`` for ``command``: empty if nothing is trained or evaluated."""
     started = re.search(TRAINS, command)
     if started is None:
         return ""
@@ -40,7 +40,7 @@ def extra_flags(command: str) -> str:
 
 
 def smaller(command: str) -> str:
-    """``command`` without its comment, with flags behind its own: one that comes again wins."""
+    """``command`` without its comment, with flags appended: a repeated one wins."""
     command = command.partition("  #")[0]
     for program, flags in reversed(BEHIND.items()):
         if f"{program} " in f"{command} ":

@@ -7,7 +7,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def python_blocks(markdown: Path) -> list[tuple[int, str]]:
-    """``(line, code)`` of every fenced block that is marked ``python``; ``line`` is where its code begins."""
+    """``(line, code)`` of every fenced block that is marked ``python``; ``line`` is the first line of code."""
     text = markdown.read_text()
     fences = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in fences]

@@ -1,4 +1,4 @@
-"""COCO-layout sets of a few small images with coloured rectangles on them, written in a moment."""
+"""COCO-layout sets of a few small images with coloured rectangles on them, quick to write."""
 
 import json
 import zipfile

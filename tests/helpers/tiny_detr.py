@@ -1,4 +1,4 @@
-"""A DETR small enough for tests, and the flags it stands for."""
+"""A DETR small enough for tests, and its flags."""
 
 from argparse import Namespace
 
@@ -65,7 +65,7 @@ def published_flags(**changes) -> Namespace:
 
 
 def random_targets(counts: list[int], num_classes: int = 7, size: tuple[int, int] | None = None) -> list[dict]:
-    """Objects of as many images as there are counts; with masks if there is a size."""
+    """Objects for one image per count; with masks if a size is given."""
     targets = [{"boxes": torch.rand(n, 4) * 0.4 + 0.3, "labels": torch.randint(0, num_classes, (n,))} for n in counts]
     for target, n in zip(targets, counts, strict=True):
         if size is not None:

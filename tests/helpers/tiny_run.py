@@ -1,4 +1,4 @@
-"""A whole training program in one file, made of the real pieces: what the tests kill, stop and resume."""
+"""A whole training program in one file, made of the real parts, for tests that kill, stop and resume it."""
 
 import argparse
 import copy

@@ -1,7 +1,7 @@
-"""Whole tiny training runs from inputs that numpy alone makes, to be held against those of the published code.
+"""Whole tiny training runs from inputs made by NumPy alone, for comparison with the published code.
 
 Pictures, labels, weights and the order of the samples follow from names and numbers, so the published code and this one
-start from the same bits. ``tests/evidence/trajectories.json`` has what the published code then gave.
+start from the same bits. ``tests/evidence/trajectories.json`` has the published code's results.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def starting_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Teacher(nn.Module):
-    """The network that is distilled from."""
+    """The teacher network."""
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
@@ -172,7 +172,7 @@ def trajectory_teacher(pretrained: bool = False, num_classes: int = 10, **unused
 
 @dataclass
 class Recorded:
-    """What a run gave: the same fields as ``published`` of a case."""
+    """The result of a run: the same fields as ``published`` of a case."""
 
     loss: list[float]
     log: list[dict]
@@ -187,7 +187,7 @@ def replay(case: dict, folder: Path, change: Callable[[], None] | None = None) -
 
     Args:
         folder: empty; data, weights and the run's output go there.
-        change: called in that process before the run, to see what a change of the recipe does.
+        change: called in that process before the run, to test a change of the recipe.
     """
     (folder / "out").mkdir(parents=True)
     module, write, data_flag = {
@@ -218,7 +218,7 @@ def replay(case: dict, folder: Path, change: Callable[[], None] | None = None) -
 
 
 def _recorded_main(main, tree: str, folder: Path, change, args: argparse.Namespace) -> None:
-    """In the child: fix weights and order, note each loss that ``backward`` is called on."""
+    """In the child: fix weights and order, record each loss that ``backward`` is called on."""
     DistributedSampler.__iter__ = lambda self: iter(np.random.RandomState(self.epoch).permutation(len(self.dataset)))
     losses, backward = [], Tensor.backward
 
@@ -289,7 +289,7 @@ def meaningful(tree: str, name: str, tensor: Tensor) -> Tensor:
 
 @dataclass
 class Difference:
-    """The largest of the differences of one kind; it and the tolerance are in the kind's own measure.
+    """The largest difference of one kind; it and the tolerance are in the kind's own unit.
 
     Losses and what is logged: of ``1 + abs(published)``. Rates: of the published one. Weights: of the published change
     since the start, for sum (over ``sqrt(elements)``), norm and change.
@@ -307,7 +307,7 @@ class Difference:
 
 
 def differences(case: dict, ours: Recorded) -> list[Difference]:
-    """Ours against the published run, a line for each kind of number."""
+    """Ours against the published run, one line for each kind of number."""
     published, tolerance = case["published"], TOLERANCES[case["tree"]]
     log = {key: [entry.get(key) for entry in ours.log] for key in ours.log[0]}
     averages = {key: (getattr(ours, key), published[key]) for key in ("model", "model_ema") if key in published}

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not here, and counts what the result needs.
+"""Compiles the Triton kernels for GPUs that are not here, and counts the resources they need.
 
 Usage: python -m tests.helpers.triton_builds [--output docs/benchmarks]    # every variant: minutes
 """
@@ -83,7 +83,7 @@ def compile_kernel(name: str, *, head_dim: int, buckets: int, arch: int, dtype=t
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:
-    """REG a thread, STACK bytes a thread (spilled registers lie there) and SHARED bytes a program."""
+    """REG per thread, STACK bytes per thread (for spilled registers) and SHARED bytes per program."""
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     text = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
@@ -92,7 +92,7 @@ def resources(compiled, folder: Path) -> dict[str, int]:
 
 
 def instructions(compiled, folder: Path) -> int:
-    """Of the binary, in its longest loop, or in all of it where there is none: what is executed for every tile."""
+    """Counts in the longest loop of the binary, which runs for every tile; in all of it if there is no loop."""
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     text = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout

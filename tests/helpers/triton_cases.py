@@ -144,7 +144,7 @@ def dropout_options(options):
 
 
 def dropped_weights(heads, length, p):
-    """(1, H, L, L): with equal scores and the unit matrix as values, the result is the weights themselves."""
+    """(1, H, L, L): with equal scores and the identity as values, the result is the weights themselves."""
     q = torch.zeros(1, heads, length, length, device=DEVICE)
     unit = torch.eye(length, device=DEVICE).expand(1, heads, -1, -1)
     return rpe_attention(q, q, unit, dropout_p=p, backend="triton")
@@ -165,7 +165,7 @@ def test_dropout_keeps_each_weight_with_its_probability_and_scales_it():
 
 
 def test_dropout_forward_and_gradients(monkeypatch):
-    """The same weights dropped in plain PyTorch: also those that the encoding on values sees."""
+    """The same weights dropped in plain PyTorch, also for the encoding on values."""
     packed, encodings, options = example("rpe-1.0-cross-ctx-1-qkv", (2, 4), 0, batch=1, head_dim=8)
     torch.manual_seed(3)
     kept = dropped_weights(2, 8, 0.25) > 0

@@ -29,7 +29,7 @@ def restored_argv(monkeypatch):
 
 
 def message(capsys, *argv: str) -> str:
-    """What ``irpe ARGV`` prints to stderr before it ends with status 2."""
+    """The stderr of ``irpe ARGV``, which must exit with status 2."""
     with pytest.raises(SystemExit) as end:
         main(list(argv))
     assert end.value.code == 2
@@ -39,7 +39,7 @@ def message(capsys, *argv: str) -> str:
 @pytest.mark.parametrize("command", [["--help"], ["zoo"], ["classify", "train", "--print-config"]])
 @pytest.mark.parametrize(("console", "told"), [("closed", ""), ("/dev/full", "No space left on device")])
 def test_a_console_that_takes_nothing_is_no_traceback(command, console, told):
-    """As of ``irpe zoo | head -1``, or on a full disk."""
+    """As in ``irpe zoo | head -1``, or on a full disk."""
     reading, writing = os.pipe()
     os.close(reading)
     out = writing if console == "closed" else os.open(console, os.O_WRONLY)

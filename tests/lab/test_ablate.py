@@ -210,7 +210,7 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_started_again(place, how):
-    """The second run of three is killed in its second epoch; a kill -9 leaves it running, the others stop it."""
+    """The second run of three is killed in its second epoch; kill -9 leaves its worker, other signals stop it."""
     log = place / "out" / "rpe-1.9-product-ctx-1-k_seed0" / "log.txt"
     runner = run_in_background(place, "--seeds", "0")
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) == 1)

@@ -1,4 +1,4 @@
-"""Grid files: what they mean in the words of ``--config``, where configs are found; one message for every mistake."""
+"""Grid files: their meaning as ``--config`` files, where configs are found; one message for every mistake."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Curves of published and own logs."""
+"""Curves of published logs and our own."""
 
 import itertools
 import json
@@ -117,7 +117,7 @@ def test_runs_of_one_name_in_two_folders_are_two_runs(tmp_path):
 
 
 def test_a_figure_of_ones_own_in_the_format_of_the_suffix(tmp_path):
-    """No global state: pyplot knows no figure of ours, and its backend is what it was."""
+    """No global state: pyplot holds none of our figures, and its backend is unchanged."""
     before = matplotlib.get_backend()
     run = write(tmp_path / "log_$x_$.txt", map(deit, range(2)))
     for suffix, begins in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("PNG", b"\x89PNG")):
@@ -139,7 +139,7 @@ BLIND = np.array(
 
 
 def distance(first, second):
-    """Between two colours, as the kind of colour blindness sees them that sees them closest; black to white: 1.7."""
+    """Distance of two colours under the worst kind of colour blindness; black to white is 1.7."""
     seen = [np.clip(BLIND @ np.array(to_rgb(colour)) ** 2.2, 0, 1) ** (1 / 2.2) for colour in (first, second)]
     return np.linalg.norm(seen[0] - seen[1], axis=1).min()
 

@@ -1,4 +1,4 @@
-"""The grids that compare ways to tell positions: models differ in positions alone; two resolutions."""
+"""The grids that compare position encodings: models differ only in positions; two resolutions."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ RESAMPLED = ("learned", "sine-cosine", "iRPE_k+learned")
 
 @pytest.mark.parametrize("run", GRIDS["demo"].runs)
 def test_only_without_positions_is_a_picture_a_bag_of_patches(run):
-    """The patches in another order: the class token sees no difference, unless something tells it where they are."""
+    """The patches in another order: the class token sees no difference without position information."""
     torch.manual_seed(0)
     model = model_of("demo", run).eval()
     for name, parameter in model.named_parameters():

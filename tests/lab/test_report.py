@@ -274,7 +274,7 @@ def test_a_report_that_was_killed_between_its_files_is_made_again(logs, monkeypa
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(logs):
-    """An editor under Windows writes one."""
+    """Editors on Windows write one."""
     log = logs / f"log_{MODEL}.txt"
     card = {"figures": [{"figure": "buckets", "here": 50, "verdict": "PASS"}]}
     (logs / "cards").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Figures of runs, their spread, and the bootstrap interval of differences that are paired by seed."""
+"""Figures of runs, their spread, and the bootstrap interval of differences paired by seed."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_the_interval_is_that_of_all_resamples():
-    """Of three values there are 27 resamples, each as likely: the percentiles of their means are known exactly."""
+    """Three values have 27 equally likely resamples: the percentiles of their means are known exactly."""
     values = [0.0, 1.0, 5.0]
     means = sorted(np.mean(choice) for choice in itertools.product(values, repeat=3))
     assert bootstrap_interval(values, level=0.8) == pytest.approx(

@@ -17,7 +17,7 @@ from tests import oracles
 
 @pytest.fixture(params=["eager", "auto"])
 def backend(request):
-    """The definition, and whatever this machine would take for the same call."""
+    """The definition, and the backend that this machine takes for the same call."""
     return request.param
 
 
@@ -340,7 +340,7 @@ def test_every_backend_refuses_the_same_tables(backend, change):
 
 @pytest.fixture
 def fake_backend(monkeypatch):
-    """A compiled backend whose answers the test sets: ``missing``, ``why_not``; ``attention`` returns sevens."""
+    """A compiled backend whose results the test sets: ``missing``, ``why_not``; ``attention`` returns sevens."""
     module = types.ModuleType("irpe_ops.backends.compiled")
     module.answers = {"missing": None, "why_not": None}
     module.missing = lambda: module.answers["missing"]
@@ -388,7 +388,7 @@ def test_shapes_can_be_had_without_memory(spec):
 
 
 def test_shapes_alone_on_a_gpu_that_is_not_here(backend):
-    """What a plan of a run's memory asks for; also where rpe_ops_cuda has code for GPUs and there is none."""
+    """As in planning a run's memory; also if rpe_ops_cuda has CUDA code but there is no GPU."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with FakeTensorMode(), torch.device("cuda"):

@@ -1,4 +1,4 @@
-"""Bucket ids, number for number: the published tables (worked out with the published code), then properties."""
+"""Bucket ids, number by number: the published tables (computed with the published code), then properties."""
 
 import gc
 import re
@@ -200,7 +200,7 @@ def test_methods_in_any_case():
 
 
 def test_a_map_is_sent_without_waiting_only_from_pinned_memory(monkeypatch):
-    """MPS reads a copy's source later, when that may be freed. CUDA's allocator of pinned memory waits for the copy."""
+    """MPS reads a copy's source later, when it may be freed. CUDA's pinned memory allocator waits for the copy."""
     sent, real = [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **options: sent.append(options) or real(x, *a, **options))
     bucket_map("product", 1.9, 3, 4, 0, torch.device("meta"))
@@ -219,7 +219,7 @@ def test_a_map_made_on_a_stream_of_its_own_is_waited_for(own, monkeypatch):
 
 
 def test_maps_of_a_gpu_that_is_not_here():
-    """Shapes alone are asked for, on any machine: what a plan of a run's memory does."""
+    """Only shapes are needed, on any machine, as in planning a run's memory."""
     with FakeTensorMode():
         ids = bucket_map("product", 1.9, 3, 4, 1, torch.device("cuda", 0))
     assert ids.shape == (13, 13) and ids.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What `auto` takes where it may measure: the policy, on the CPU, with candidates that are slow, wrong or broken."""
+"""The choice of `auto` where it may measure: the policy, on the CPU, with candidates that are slow, wrong or broken."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def make_layer():
 
 
 class Clock:
-    """Each look at it is a millisecond later; ``slow`` takes as many more as it was called before."""
+    """Each read is a millisecond later; ``slow`` takes one more for each earlier call."""
 
     def __init__(self):
         self.milliseconds = self.calls = 0
@@ -179,7 +179,7 @@ class Fakes:
 
 @pytest.fixture
 def fakes(monkeypatch, tmp_path):
-    """As on a GPU, with fakes for candidates, an empty cache and nothing known."""
+    """As on a GPU, with fake candidates, an empty cache and nothing known."""
     fakes = Fakes()
     monkeypatch.setattr(choice, "module_of", fakes)
     monkeypatch.setattr(choice, "MEASURED", {"cpu": ("raising", "slow", "eager")})
@@ -236,7 +236,7 @@ def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:attention backend")
 def test_what_is_for_this_process_alone(fakes, monkeypatch):
-    """A lack of memory passes; and without a home there is nowhere to keep anything."""
+    """Running out of memory is temporary; and without a home there is no place for a cache."""
     monkeypatch.setitem(FAKES, "raising", out_of_memory_at_real_size)
     choice.choose(make_call(grid=(7, 7)))
     assert not choice.cache_file().exists()
@@ -248,7 +248,7 @@ def test_what_is_for_this_process_alone(fakes, monkeypatch):
 @pytest.mark.filterwarnings("ignore:attention backend")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_measuring_inside_activation_checkpointing(fakes, reentrant):
-    """Without reentrance what is saved is counted, and made again by calling the function: so none of ours may be."""
+    """Non-reentrant checkpointing counts saved tensors and recomputes them, so it must not see ours."""
 
     def attention(q, table):
         return rpe_attention(q, call.k, call.v, *call[3:6], height=3, width=4)
@@ -267,7 +267,7 @@ def test_measuring_inside_activation_checkpointing(fakes, reentrant):
 
 @pytest.mark.filterwarnings("ignore:attention backend")
 def test_a_cuda_graph_takes_what_its_warm_up_took(fakes, monkeypatch):
-    """Another backend would make its maps, and compile, while the graph is recorded: CUDA refuses both."""
+    """Another backend would make its maps, and compile, while the graph is captured: CUDA refuses both."""
     monkeypatch.setattr(choice, "_is_captured", lambda call: True)
     assert choice.choose(make_call()) == "slow" and sum(fakes.runs.values()) == 0
     with monkeypatch.context() as warm_up:
@@ -292,7 +292,7 @@ def test_what_cannot_run_the_call_is_no_candidate(fakes):
 
 @pytest.mark.filterwarnings("ignore:attention backend")
 def test_the_first_that_is_right_where_two_runs_must_choose_alike(fakes):
-    """``slow`` stands before ``eager``, which is faster; ``raising`` is not right, and for halves before both."""
+    """``slow`` comes before ``eager``, which is faster; ``raising`` fails, and in half precision comes before both."""
     torch.use_deterministic_algorithms(True)
     try:
         assert choice.choose(make_call()) == choice.choose(make_call(dtype=torch.bfloat16)) == "slow"

@@ -1,4 +1,4 @@
-"""Configs and spec strings: what is accepted, what is refused and in which words."""
+"""Configs and spec strings: what is accepted, what is refused and with which message."""
 
 import dataclasses
 import re

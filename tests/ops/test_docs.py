@@ -1,4 +1,4 @@
-"""Every Python snippet of docs/equip.md and docs/gallery.md runs, in order; each ends in an assertion of its own."""
+"""Every Python snippet of docs/equip.md and docs/gallery.md runs, in order; each ends with its own assertion."""
 
 import pytest
 

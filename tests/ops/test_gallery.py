@@ -1,4 +1,4 @@
-"""equip on models of other libraries, with random weights: zero tables change nothing, filled ones are the formula."""
+"""equip on models from other libraries, with random weights: zero tables change nothing, others follow the formula."""
 
 import copy
 import io
@@ -181,7 +181,7 @@ def test_encodings_are_added_after_the_rotation(half):
 @pytest.mark.parametrize("name", ["TransformerEncoder", "TransformerEncoder, norm first"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_masks_of_an_encoder(name, grad):
-    """As PyTorch's own layers with the same masks; also without gradients, where PyTorch has a fast path of its own."""
+    """As PyTorch's own layers with the same masks; also without gradients, where PyTorch has its own fast path."""
     model, x = make(name)
     padding = torch.tensor([[False] * 12, [False] * 9 + [True] * 3])
     mask = torch.randn(12, 12, generator=torch.Generator().manual_seed(2))
@@ -268,7 +268,7 @@ def test_another_attention_implementation_is_refused_for_it_would_leave_the_enco
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_two_threads_with_two_image_sizes(name):
-    """24 tokens both: each thread has the answer of its own grid."""
+    """Both have 24 tokens: each thread gets the result of its own grid."""
     if name == "timm":
         model = equip(rotary("vit_tiny_patch16_224", dynamic_img_size=True, img_size=64, num_heads=2).eval(), SPEC)
         sizes = ((64, 96), (96, 64))
@@ -353,7 +353,7 @@ def replaced(attention):
 
 
 def subclassed(attention):
-    """Of the same name, as people call theirs."""
+    """With the same class name, as people choose."""
     kind = type(attention)
     attention.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x, *args, **kwargs: x})
 

@@ -1,4 +1,4 @@
-"""A method of the user's own: registered once, then good everywhere a published one is."""
+"""A user's own method: registered once, it works wherever a published one does."""
 
 import contextlib
 import os
@@ -159,7 +159,7 @@ def test_ids_are_checked_on_the_grid_that_is_asked_for(monkeypatch):
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_ids_are_checked_in_a_compiled_graph_too(monkeypatch, backend, compiler):
-    """There are no values while it is traced; a wrong one would be a read outside of the lookup."""
+    """Tracing has no values; a wrong id would read outside the lookup."""
     monkeypatch.setitem(METHODS, "rows", BucketMap(lambda drow, dcol, index, beta: drow.abs(), lambda beta: 5))
     _, rpe_k, _ = build_rpe(parse_rpe_spec("rpe-1.9-rows-ctx-1-k"), 8, 2)
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""A mode is one row: one added here works in every backend that takes lookups, and is refused by name in the other."""
+"""A mode is one row: one added here works in every backend that uses lookups, and is refused by name in the other."""
 
 import copy
 from types import SimpleNamespace
@@ -208,7 +208,7 @@ def test_products_of_packed_tokens_as_on_a_gpu(monkeypatch, dtype, tables):
     ("rows", "columns", "groups"), [(255, 5, 85), (50_235, 384, 17), (13_600, 40, 100), (1_009, 40, 1)]
 )
 def test_a_long_product_for_a_table_is_some_products_of_groups_of_rows(monkeypatch, rows, columns, groups):
-    """As many as fill a GPU, of those numbers that divide the rows; in a compiled graph one for all sizes."""
+    """As many as fill a GPU and divide the rows; in a compiled graph one for all sizes."""
     a, b = torch.ones(1, rows, columns), torch.arange(rows * 7.0).view(1, rows, 7) % 5
     first, second = modes._in_groups(a, b)
     assert len(first) == len(second) == groups

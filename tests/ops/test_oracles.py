@@ -1,4 +1,4 @@
-"""The nested loops themselves, against numbers worked out by hand on a 2 x 2 grid."""
+"""The nested loops themselves, against numbers computed by hand on a 2 x 2 grid."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Properties over shapes, dtypes, strides and values that nobody chose: the library against its definition."""
+"""Properties over random shapes, dtypes, strides and values: the library against its definition."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def layouts(draw, shape):
 
 
 def poison(tensor, draw):
-    """Up to two entries become infinite or not a number."""
+    """Up to two entries become infinite or NaN."""
     if tensor.numel():
         tensor = tensor.clone()
         for value in draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=2)):
@@ -167,7 +167,7 @@ def test_any_text_is_a_spec_or_one_clear_error(text):
 @quick
 @given(st.lists(st.integers(-2, 9), min_size=0, max_size=5), st.sampled_from([*FLOATS, torch.int64, torch.bool]))
 def test_any_tensors_are_taken_or_refused_by_name(sizes, dtype):
-    """Tensors of any rank and dtype, grids of any sign: an answer of the right shape, or a ValueError of ours."""
+    """Tensors of any rank and dtype, grids of any sign: a result of the right shape, or our own ValueError."""
     x = torch.zeros([abs(n) for n in sizes], dtype=dtype)
     height, width = (sizes + [0, 0])[:2]
     rpe_k = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-k"), 4, 2)[1]

@@ -253,7 +253,7 @@ def test_a_gpu_that_the_extension_was_not_built_for_gets_plain_pytorch(monkeypat
 
 
 def test_asking_what_the_extension_was_built_for_is_a_constant_of_the_graph(monkeypatch):
-    """Dynamo traces through a cache, mark or no mark, and an operator that returns a bool has no place in a graph."""
+    """Dynamo traces through lru_cache even if it is marked, and an operator that returns a bool cannot be traced."""
     with torch.library._scoped_library("irpe_of_a_test", "DEF") as library:
         library.define("has_code_for(int device) -> bool")
         library.impl("has_code_for", lambda device: device == 7, "CompositeExplicitAutograd")

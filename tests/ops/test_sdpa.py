@@ -94,7 +94,7 @@ def test_sums_by_bucket_are_in_fp32_where_no_kernel_makes_them_so(kernels, monke
 @pytest.mark.parametrize("masks", ["none", "padding"])
 @pytest.mark.parametrize("spec", SPECS[1:])
 def test_rows_of_the_mask_start_at_multiples_of_eight(spec, masks, monkeypatch):
-    """What PyTorch's memory-efficient kernel asks for, or it copies the mask. Lookups too, for quicker products."""
+    """PyTorch's memory-efficient kernel needs it, or it copies the mask. Lookups too, for faster products."""
     packed, encodings, options = example(spec, dtype=torch.float32)
     seen, lookups, index = [], [], sdpa.rpe_index
     monkeypatch.setattr(sdpa, "rpe_index", lambda input, ids: lookups.append(input.shape[3]) or index(input, ids))
@@ -115,7 +115,7 @@ def test_rows_of_the_mask_start_at_multiples_of_eight(spec, masks, monkeypatch):
 @pytest.mark.parametrize("mask", ["none", "padding", "bool"])
 @pytest.mark.parametrize("spec", SPECS[1:3])
 def test_the_gradient_of_the_mask_is_summed_as_it_comes(spec, mask):
-    """Not copied into padded rows, and not filled with zeros where a weight was none: these passes cost as much."""
+    """Not copied into padded rows, and not filled with zeros for masked weights: each such pass costs as much."""
     packed, encodings, options = example(spec)
     out = rpe_attention(*packed.permute(2, 0, 3, 1, 4), *encodings, **options, **MASKS[mask], backend="sdpa")
     seen = []
@@ -139,7 +139,7 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize("mask", ["none", "padding", "no key"])
 def test_tables_alone_are_trained(mask, monkeypatch):
-    """PyTorch's CUDA kernel keeps what backward reads only if q, k or v asks for a gradient, whatever the mask does."""
+    """PyTorch's CUDA kernel saves what backward reads only if q, k or v needs a gradient, even if the mask does."""
     packed, encodings, options = example()
     q, k, v = packed.detach().permute(2, 0, 3, 1, 4)
     asked, real = [], torch.nn.functional.scaled_dot_product_attention

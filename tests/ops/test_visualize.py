@@ -1,4 +1,4 @@
-"""The pictures of irpe_ops.visualize: the numbers behind them, and that a file comes out."""
+"""The pictures of irpe_ops.visualize: their data, and that a file is written."""
 
 import re
 import subprocess
@@ -81,7 +81,7 @@ def test_attention_bias_is_what_the_scores_get(spec):
 
 
 def colours(figure):
-    """What each map of a figure shows, and its scale: (values, colour map, smallest, largest)."""
+    """The content of each map of a figure, and its scale: (values, colour map, smallest, largest)."""
     images = [axis.images[0] for axis in figure.axes if axis.images]
     return [(image.get_array(), image.get_cmap().name, *image.get_clim()) for image in images]
 

@@ -1,4 +1,4 @@
-"""Reproduction cards: verdicts, what they are compared with, what identifies a run."""
+"""Reproduction cards: verdicts, the row to compare with, the identity of a run."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_verdicts():
 )
 @pytest.mark.usefixtures("zoo")
 def test_the_verdict_of_a_card(measured, verdict):
-    """PASS is every published figure; a card of nothing does not pass, and one of some figures is partial."""
+    """PASS needs every published figure; an empty card does not pass, and one with some figures is partial."""
     assert card.make_card("net", measured)["verdict"] == verdict
 
 

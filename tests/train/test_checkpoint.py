@@ -1,4 +1,4 @@
-"""Checkpoint files that are read: what is accepted, what is refused, and with which words."""
+"""Reading checkpoint files: what is accepted, what is refused, and with which message."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""--config FILE.yaml: flags written down; what is no plain flag is refused with the line or name at fault."""
+"""--config FILE.yaml: flags written down; anything that is not a plain flag is refused with its line or name."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""Downloads: checked by the hash in their name, one message where they fail, one process at a time."""
+"""Downloads: checked by the hash in their name, one message on failure, one process at a time."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""What is exported computes what was trained, for sizes that were never traced."""
+"""An exported model computes the same as the trained one, for sizes that were never traced."""
 
 import sys
 
@@ -57,7 +57,7 @@ def test_a_difference_is_an_error(tmp_path):
 
 
 class Untraceable(nn.Module):
-    """Decides by its data, which PyTorch cannot write down."""
+    """Has data-dependent control flow, which PyTorch cannot export."""
 
     def forward(self, x):
         return x * 2 if x.sum() > 0 else x * 3

@@ -1,4 +1,4 @@
-"""From the command line to main: messages without tracebacks, and SLURM jobs that come back."""
+"""From the command line to main: messages without tracebacks, and SLURM jobs that are requeued."""
 
 import argparse
 import os
@@ -152,7 +152,7 @@ def test_submit_runs_a_job_on_this_machine(tmp_path, capsys):
 
 
 class Executor:
-    """In the place of submitit's: notes what it is asked for."""
+    """Replaces submitit's: records its arguments."""
 
     def __init__(self, folder, cluster, slurm_max_num_timeout):
         Executor.asked = {"folder": str(folder), "cluster": cluster}

@@ -1,4 +1,4 @@
-"""The one decoder: bit-equal to Pillow for what the published data hold, a stated rule or a refusal for the rest.
+"""The only decoder: bit-equal to Pillow for the published data, a stated rule or a refusal for the rest.
 
 And how images are found for a prediction.
 """

@@ -1,4 +1,4 @@
-"""Requests to stop: noted wherever they arrive, known to all ranks, and the way out of whatever was being done."""
+"""Requests to stop: noted wherever they arrive, known to all ranks, and ending whatever is going on."""
 
 import os
 import signal
@@ -195,7 +195,7 @@ def wait_for(condition, seconds=30.0):
 
 
 def test_the_watching_thread_ends_before_python_does():
-    """Inside the ranks' store it would abort a process that has finished."""
+    """Inside the ranks' store it would abort a finished process."""
     code = (
         "import atexit\n"
         "from irpe_train.preemption import STOP\n"

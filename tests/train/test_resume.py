@@ -52,13 +52,13 @@ def assert_same_run(ours, uninterrupted):
 
 
 def cuts(seed, steps):
-    """Where a run of 3 epochs of ``steps`` is stopped: 3 drawn steps, the last of one epoch, the first of another."""
+    """Where to stop a run of 3 epochs of ``steps``: 3 random steps, the last of one epoch, the first of another."""
     drawn = random.Random(seed).sample([(epoch, step) for epoch in range(3) for step in range(1, steps - 1)], 3)
     return sorted({*drawn, (0, steps - 1), (2, 0)})
 
 
 def stop_at(output_dir, places, *flags, later, rank=0, world_size=1):
-    """Stop at each of ``places`` by a signal to one rank and go on; a stop comes at most ``later`` steps after that.
+    """Stop at each of ``places`` by a signal to one rank and resume; a stop comes at most ``later`` steps after that.
 
     All ranks stop together, and never within the steps of one accumulated update.
     """

@@ -48,7 +48,7 @@ def test_each_epoch_once_after_a_resume(tmp_path):
 
 @pytest.mark.parametrize("line", ["\ufeff", "[]\n", '{"epoch": "x"}\n', '{"epoch": null}\n', "[" * 100_000 + "\n"])
 def test_a_resumed_log_that_an_editor_has_touched(tmp_path, line):
-    """A byte-order mark costs no line; what is no epoch goes."""
+    """A byte-order mark costs no line; lines that are not epochs are dropped."""
     (tmp_path / "log.txt").write_text(line + '{"epoch": 0}\n{"epoch": 1}\n', encoding="utf-8")
     RunLog(tmp_path, epoch=1, resumed=True, tensorboard=False)
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n'
@@ -118,7 +118,7 @@ def test_start_is_recorded(tmp_path):
 
 
 def test_a_config_that_a_user_put_into_the_folder_is_kept(tmp_path, capsys):
-    """It may be the very one that the run was started with; one that a run wrote is written anew."""
+    """It may be the file the run was started with; one that a run wrote is rewritten."""
     set_up_logging(0)
     parser, mine = tiny_run.get_parser(), "lr: 0.25  # as in the paper\n"
     (tmp_path / "config.yaml").write_text(mine)

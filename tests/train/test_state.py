@@ -1,4 +1,4 @@
-"""What a run remembers: published keys, positions, and states that are refused when they are loaded."""
+"""What a run remembers: published keys, positions, and states that are refused on loading."""
 
 import argparse
 import copy
@@ -84,7 +84,7 @@ def test_a_state_of_another_form_is_refused_before_it_is_used(part, change):
 
 
 def changed(contents, where, change):
-    """``contents`` with ``change`` at the place ``where``; None removes what is there."""
+    """``contents`` with ``change`` at the place ``where``; None removes the entry."""
     *path, last = where
     place = contents
     for key in path:
@@ -136,7 +136,7 @@ def test_a_state_that_would_fail_later_is_refused_when_it_is_loaded(name):
 
 @pytest.mark.parametrize("kind", ["Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adafactor"])
 def test_the_trial_step_changes_nothing(kind):
-    """Neither weights nor state, and any optimizer that was stored is taken back."""
+    """Neither weights nor state change, and every stored optimizer loads again."""
     states = [a_state(), a_state()]
     for state in states:
         state.optimizer = getattr(torch.optim, kind)(state.model.parameters(), lr=0.1)
@@ -194,7 +194,7 @@ def test_published_keys_come_first_in_the_published_order(tmp_path, keys):
 @pytest.mark.parametrize("now", [True, False])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_goes_on_with_or_without_loss_scaling(before, now):
-    """``--amp none`` is what a run under fp16 is told to try where its loss is not finite."""
+    """A run under fp16 with a non-finite loss is told to try ``--amp none``."""
     old = a_state(scaler=torch.amp.GradScaler("cpu", init_scale=8, enabled=before))
     new = a_state(scaler=torch.amp.GradScaler("cpu", init_scale=4, enabled=now))
     old.model(torch.ones(1, 3)).sum().backward()

@@ -230,7 +230,7 @@ def test_fewer_than_one_batch_per_update_is_refused():
 
 
 def test_overflow_under_loss_scaling_skips_the_update_and_lowers_the_scale():
-    """What fp16 needs CUDA for is its forward pass; the scaler itself is the same everywhere."""
+    """fp16 needs CUDA only for the forward pass; the scaler is the same everywhere."""
     state, steps, precision = set_up(count=2)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
     before = state.model.weight.detach().clone()

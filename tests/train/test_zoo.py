@@ -1,4 +1,4 @@
-"""The model zoo: what its file says, and downloads that break, resume, arrive wrong or find no network."""
+"""The model zoo: its file, and downloads that break, resume, arrive wrong or find no network."""
 
 import contextlib
 import http.server
@@ -306,7 +306,7 @@ def test_command_line(server, zoo, tmp_path, capsys):
 
 
 def test_without_a_home_folder_the_message_says_what_to_set(monkeypatch):
-    """As an unknown user of a container."""
+    """As for an unknown user in a container."""
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])  # no such user
     for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
