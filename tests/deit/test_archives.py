@@ -48,7 +48,7 @@ def write_files(root: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("around", ["", "./", "val/", "./val/"])
-def test_a_tar_is_its_folder_whatever_lies_around_the_classes(tmp_path, around):
+def test_a_tar_is_its_folder_whatever_is_around_the_classes(tmp_path, around):
     folder = FolderImages(write_files(tmp_path / "val", CLASSES))
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         for name in reversed(CLASSES):
@@ -111,7 +111,7 @@ def test_an_inner_tar_is_a_class(tmp_path):
         ([("a.tar", b"no tar at all")], "a.tar: not an uncompressed tar file"),
     ],
 )
-def test_what_is_no_folder_of_classes_is_refused(tmp_path, members, words):
+def test_folders_without_classes_are_refused(tmp_path, members, words):
     with pytest.raises(ValueError, match=f"val.tar: .*{words}"):
         TarImages(tar_of(tmp_path / "val.tar", *members))
 
@@ -133,15 +133,15 @@ def test_an_empty_folder_of_a_tar_is_an_empty_class(tmp_path):
         TarImages(tmp_path / "val.tar")
 
 
-def test_an_archive_behind_the_archive_is_refused(tmp_path):
+def test_an_archive_after_the_archive_is_refused(tmp_path):
     one, other = tar_of(tmp_path / "1.tar", "a/x.png"), tar_of(tmp_path / "2.tar", "a/y.png")
     (tmp_path / "val.tar").write_bytes(one.read_bytes() + other.read_bytes())
     with pytest.raises(ValueError, match="it continues after its end marker .after 'a/x.png'."):
         TarImages(tmp_path / "val.tar")
 
 
-def test_a_damaged_header_is_told_from_a_cut(tmp_path):
-    tar_of(tmp_path / "val.tar", "a/x.png", ("a/y.png", b""))  # nothing but zeros behind the second header
+def test_a_damaged_header_is_distinguished_from_a_truncation(tmp_path):
+    tar_of(tmp_path / "val.tar", "a/x.png", ("a/y.png", b""))  # only zeros after the second header
     data = bytearray((tmp_path / "val.tar").read_bytes())
     data[1024] ^= 1
     (tmp_path / "val.tar").write_bytes(data)
@@ -161,7 +161,7 @@ def damaged(data: bytes, count: int, *, cut: bool):
 
 @pytest.mark.parametrize("cut", [False, True], ids=["400 flipped bits", "100 cuts"])
 @pytest.mark.parametrize("form", ["folders", "inner tars"])
-def test_no_damage_of_a_tar_changes_what_is_read_in_silence(tmp_path, form, cut):
+def test_no_damage_of_a_tar_silently_changes_what_is_read(tmp_path, form, cut):
     """A tar has checksums for headers, not for contents: only the decoder can see a flipped bit inside an image."""
     pixels = bytes(range(256)) * 3
     images = [(f"{name}/{i}.png", pixels) for i in range(4) for name in "ab"]
@@ -185,7 +185,7 @@ def test_no_damage_of_a_tar_changes_what_is_read_in_silence(tmp_path, form, cut)
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["400 flipped bits", "100 cuts"])
-def test_no_damage_of_a_shard_changes_what_is_read_in_silence(tmp_path, cut):
+def test_no_damage_of_a_shard_silently_changes_what_is_read(tmp_path, cut):
     """Except for the digit of a .cls itself, which nothing can check."""
     pairs = [pair for i in range(6) for pair in ((f"{i}.png", b"x" * 300), (f"{i}.cls", b"%d" % (i % 3)))]
     data = tar_of(tmp_path / "x-val-0.tar", *pairs).read_bytes()
@@ -238,7 +238,7 @@ def test_a_compressed_shard_beside_the_others_is_not_left_out(tmp_path, name):
     [("x-val-1.tar", "x-val-1.tar: named like a shard, but not a file"), ("classes.txt", "classes.txt")],
 )
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("gone")])
-def test_what_is_called_like_a_shard_or_the_list_of_classes_and_is_no_file_is_refused(tmp_path, name, words, make):
+def test_a_pipe_or_folder_named_like_a_shard_or_the_list_of_classes_is_refused(tmp_path, name, words, make):
     make(shards(tmp_path, "x-val-0.tar") / name)
     with pytest.raises((ValueError, OSError, RunError), match=words):
         ShardImages(tmp_path, False)
@@ -270,7 +270,7 @@ def test_two_images_of_a_sample_are_refused(tmp_path):
         (b"9999999999999", "class numbers from 9999999999999 to 9999999999999; expected 0 to 99999; or list them"),
     ],
 )
-def test_a_label_that_is_no_class_number_is_refused(tmp_path, label, words):
+def test_an_invalid_label_is_refused(tmp_path, label, words):
     tar_of(tmp_path / "x-val-0.tar", "1.jpg", ("1.cls", label))
     with pytest.raises(ValueError, match=words):
         ShardImages(tmp_path, False)
@@ -295,7 +295,7 @@ def test_a_list_of_classes_from_windows(tmp_path):
     assert ShardImages(tmp_path, False).classes == ["chat", "chien"]
 
 
-def test_pictures_that_predict_wrote_are_no_training_images(tmp_path):
+def test_pictures_that_predict_wrote_are_not_training_images(tmp_path):
     write_files(tmp_path / "val", ["a/0.png", "a/results/0.png", "b/1.png"])
     OutputFolder(tmp_path / "val/a/results").wrote("0.png")
     with pytest.raises(ValueError, match="val/a/results: predict wrote pictures there"):
@@ -355,11 +355,11 @@ HIDDEN = [
 
 
 @pytest.mark.parametrize("around", ["", "./", "val/"])
-def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, around):
+def test_hidden_files_and_folders_are_skipped(tmp_path, monkeypatch, around):
     said = []
     monkeypatch.setattr("deit_irpe.data.images.logger.info", said.append)
     names = ["a/0.png", "b/1.png"]
-    folder = FolderImages(write_files(tmp_path / ".cache/val", names + HIDDEN))  # a hidden place is no matter
+    folder = FolderImages(write_files(tmp_path / ".cache/val", names + HIDDEN))  # hidden parents do not matter
     archive = TarImages(tar_of(tmp_path / "val.tar", *(around + name for name in HIDDEN + names)))
     assert folder.classes == archive.classes == ["a", "b"] and len(folder) == len(archive) == 2
     assert said[0].endswith(
@@ -369,7 +369,7 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path, monkeypatch, around):
         assert said[1] == said[0].replace(str(tmp_path / ".cache/val"), str(tmp_path / "val.tar"))
 
 
-def test_pictures_of_other_kinds_are_said_to_be_left_out(tmp_path, monkeypatch):
+def test_pictures_of_other_kinds_are_reported_as_left_out(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("irpe_train.pixels.logger.warning", said.append)
     names = ["a/0.png", "b/c/1.HEIC", "b/1.png", "a/x.heic", "a/y.gif", "notes.txt"]

@@ -45,7 +45,7 @@ def test_images_of_both_splits_are_counted(tmp_path, capsys):
     assert "warning: val: 1 of 6 images are in train too, pixel for pixel" in capsys.readouterr().out
 
 
-def test_classes_without_an_image_to_learn_from_are_said(tmp_path, monkeypatch):
+def test_classes_without_a_training_image_are_reported(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
     sets = []
@@ -58,7 +58,7 @@ def test_classes_without_an_image_to_learn_from_are_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["folder", "class", "tar", "shards"])
-def test_validation_on_the_training_images_is_said(tmp_path, kind, monkeypatch):
+def test_validation_on_the_training_images_is_reported(tmp_path, kind, monkeypatch):
     """Under another name; parts of one folder do not count."""
     said = []
     monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
@@ -120,7 +120,7 @@ def test_a_cut_tar(data, capsys):
     assert "val.tar" in capsys.readouterr().out
 
 
-def test_a_class_that_is_listed_and_has_no_image(tmp_path, capsys):
+def test_a_listed_class_without_images(tmp_path, capsys):
     for split in ("train", "val"):
         image = io.BytesIO()
         Image.new("RGB", (4, 4)).save(image, "PNG")

@@ -53,7 +53,7 @@ def test_malformed_classes_of_a_checkpoint(classes):
         stored_classes({"classes": classes}, source="x.pth")
 
 
-def test_classes_that_are_no_text():
+def test_classes_that_are_not_text():
     stored_classes({"classes": ["caf\udce9"]}, source="x.pth")  # a folder's name in Latin-1
     with pytest.raises(BadCheckpoint, match=r"checkpoint x.pth: its class '\\ud800' is not text"):
         stored_classes({"classes": ["a", "\ud800"]}, source="x.pth")

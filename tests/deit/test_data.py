@@ -79,7 +79,7 @@ def test_a_wrong_folder_is_named(tmp_path, damage, error, words):
         build_dataset(root, train=False)
 
 
-def test_images_beside_the_classes_are_told_of(tmp_path, monkeypatch):
+def test_images_beside_the_classes_are_reported(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("deit_irpe.data.images.logger.warning", said.append)
     write_images(tmp_path, {"val/a": 1, "val/b": 1, "val": 2})
@@ -189,7 +189,7 @@ def test_the_centre_is_cut_out_to_the_pixel(height, width, size):
     np.testing.assert_allclose(seen, wanted, atol=1e-5)
 
 
-def test_an_image_like_a_thread_takes_no_memory():
+def test_an_image_one_pixel_wide_takes_no_memory():
     """Its ends would be cut off anyway; scaled whole, this one would have 256 x 2,560,000 pixels."""
     image = Image.new("RGB", (10_000, 1), (9, 9, 9))
     assert build_transform(False, 224)(image).shape == (3, 224, 224)

@@ -46,7 +46,7 @@ def write_parquet(folder: Path, out: Path) -> Path:
         }
         (out / "data").mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(out / "data" / f"{name}-00000-of-00001.parquet")
-    shutil.copy(out / "data/train-00000-of-00001.parquet", out / "data/test-00000-of-00001.parquet")  # is not asked for
+    shutil.copy(out / "data/train-00000-of-00001.parquet", out / "data/test-00000-of-00001.parquet")  # is not requested
     return out
 
 
@@ -101,7 +101,7 @@ def write_shard(root: Path, *members: tuple[str, bytes]) -> Path:
         ([], "no samples"),
     ],
 )
-def test_a_shard_that_is_no_data_set_is_named(tmp_path, members, message):
+def test_an_invalid_shard_is_named(tmp_path, members, message):
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(ValueError, match=message):
         ShardImages(write_shard(tmp_path, *members), True)

@@ -63,7 +63,7 @@ def test_the_gradient_is_clipped_at_each_update():
     assert 0 < torch.stack(moved).sum().sqrt() <= 5e-3 * (1 + 1e-5)  # five steps of that length
 
 
-def test_the_model_trains_in_the_mode_that_was_asked_for():
+def test_the_model_trains_in_the_requested_mode():
     model, modes = torch.nn.Linear(3, 2), []
     model.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
     for mode in (True, False):

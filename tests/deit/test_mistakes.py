@@ -64,7 +64,7 @@ def test_a_truncated_image_in_evaluation_is_named(colours, tmp_path):
     explained(tmp_path, tmp_path, f"evaluation cannot read {broken}", "--eval")
     write_images(tmp_path / "train", {"a": 2, "b": 2})
     write_images(tmp_path / "val", {"b": 2})
-    explained(tmp_path, tmp_path, f"UnreadableImage: {broken}: ")  # not behind an epoch of training
+    explained(tmp_path, tmp_path, f"UnreadableImage: {broken}: ")  # not after an epoch of training
 
 
 def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path):

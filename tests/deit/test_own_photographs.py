@@ -26,7 +26,7 @@ def test_each_class_gives_its_share_and_every_image_is_in_one_part(tmp_path):
     assert train.classes == val.classes == ["a", "b", "c"]
     assert names_of(split_folder(tmp_path, False, 0.2)) == names_of(val)
     assert names_of(split_folder(tmp_path, False, 0.2, seed=1)) != names_of(val)
-    assert np.bincount(split_folder(tmp_path, False, 0.999).labels).tolist() == [9, 3, 1]  # one is left to learn from
+    assert np.bincount(split_folder(tmp_path, False, 0.999).labels).tolist() == [9, 3, 1]  # one is left for training
 
 
 def test_what_was_held_out_stays_so_when_images_are_added(tmp_path):
@@ -43,7 +43,7 @@ def test_what_was_held_out_stays_so_when_images_are_added(tmp_path):
         split_folder(tmp_path, True, 0.5, written=written)
 
 
-def test_the_list_of_the_run_that_the_weights_are_from_comes_first(tmp_path):
+def test_the_list_of_the_run_of_the_weights_is_used_first(tmp_path):
     """Photographs were added: another draw would evaluate on images that were trained on."""
     write_images(tmp_path / "train", {"a": 6, "b": 6})
     trained, other = tmp_path / "out/val_split.txt", tmp_path / "other/val_split.txt"
@@ -68,7 +68,7 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     for fraction in (0, 1, float("nan")):
         with pytest.raises(ValueError, match="--val-split .*: give the share of images to hold out"):
             split_folder(tmp_path / "one", True, fraction)
-    for name in ("x\ny.png", "x\u2028y.png"):  # the list has a name a line
+    for name in ("x\ny.png", "x\u2028y.png"):  # the list has one name per line
         (tmp_path / "one/a" / name).touch()
         with pytest.raises(ValueError, match="has a line break in its name; rename this file"):
             split_folder(tmp_path / "one", True, 0.2)

@@ -85,7 +85,7 @@ def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint, qk_norm)
     with torch.no_grad():
         expected = attention_maps(model, images, 1, 2)  # (2, 4, 4)
         values = torch.zeros(1, 17, 32)
-        values[0, 1 + 3 * 4 + 0] = 1.0  # the patch at (3, 0), behind the class token
+        values[0, 1 + 3 * 4 + 0] = 1.0  # the patch at (3, 0), after the class token
         attn.qkv.register_forward_hook(lambda module, inputs, output: torch.cat([output[..., :64], values], dim=-1))
         attn.norm.register_forward_hook(lambda module, inputs, output: got.append(output))
         model(images)
@@ -237,7 +237,7 @@ def test_exported_files_of_others_are_refused_by_name(tmp_path, wrong, words):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
-def test_names_that_are_no_text_are_replaced_by_a_second_prediction(checkpoint, tmp_path):
+def test_names_that_are_not_text_are_replaced_by_a_second_prediction(checkpoint, tmp_path):
     write_images(tmp_path, {"images": 2})
     for number, name in enumerate(("caf\udce9.png", "x\ny\tz.png")):
         (tmp_path / f"images/{number}.png").rename(tmp_path / "images" / name)
@@ -246,7 +246,7 @@ def test_names_that_are_no_text_are_replaced_by_a_second_prediction(checkpoint, 
         assert ended.code == 0, ended.text
 
 
-def test_flags_of_another_model_are_said(checkpoint, monkeypatch):
+def test_flags_of_another_model_are_reported(checkpoint, monkeypatch):
     said = []
     monkeypatch.setattr("deit_irpe.load_model.logger.warning", said.append)
     load_model(str(checkpoint), rpe=SPEC, input_size=32)

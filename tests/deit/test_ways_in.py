@@ -66,7 +66,7 @@ def test_weights_given_as_a_state_dict():
 
 
 @pytest.mark.parametrize("name", [NAME, DEMO])
-def test_a_folder_saved_for_the_hub_comes_back(tmp_path, name):
+def test_a_folder_saved_for_the_hub_loads_again(tmp_path, name):
     mine = timm.create_model(name, depth=1, num_classes=5)
     for parameter in mine.parameters():
         torch.nn.init.normal_(parameter)
@@ -78,7 +78,7 @@ def test_a_folder_saved_for_the_hub_comes_back(tmp_path, name):
     assert fresh.head.out_features == 5 and not same(fresh, mine)
 
 
-def test_a_checkpoint_path_is_loaded_behind_the_encoding(tmp_path):
+def test_a_checkpoint_path_is_loaded_after_the_encoding(tmp_path):
     mine = trained("deit_tiny_patch16_224", rpe="rpe-1.9-product-ctx-1-q", **SMALL)
     torch.save(mine.state_dict(), tmp_path / "mine.pth")
     options = dict(checkpoint_path=tmp_path / "mine.pth", **SMALL)
@@ -92,7 +92,7 @@ def test_weights_that_were_never_published_are_not_promised():
         deit_irpe.create_model(DEMO, pretrained=True)
 
 
-def test_weights_of_other_pixels_are_said(monkeypatch):
+def test_weights_of_another_normalization_are_reported(monkeypatch):
     """Some timm models expect a mean of 0.5; images are normalised with ImageNet's, as published."""
     said = []
     monkeypatch.setattr(from_flags.logger, "warning", said.append)
@@ -231,7 +231,7 @@ def test_positions_of_no_grid_are_refused_by_name(shape):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
-def test_a_head_of_another_shape_is_no_head_of_these_classes(shape):
+def test_a_head_of_another_shape_is_not_a_head_of_these_classes(shape):
     model = deit_irpe.create_model(DEMO, depth=1, embed_dim=16, num_heads=2, num_classes=2)
     stored = model.state_dict() | {"head.bias": torch.zeros(shape)}
     weights, notes = fit_classes(model, stored, ["x", "y"], ["y", "x"])
@@ -322,11 +322,11 @@ def test_flags_that_describe_no_model_of_these_weights(tmp_path, flags):
             load_model(source)
     finally:
         hook.remove()
-    assert made == 0  # nothing is allocated for a model that the weights are not of
+    assert made == 0  # nothing is allocated for a model that does not fit the weights
 
 
 @pytest.mark.parametrize("args", [[1, 2], "model", 3])
-def test_flags_that_are_no_flags(tmp_path, args):
+def test_damaged_flags_of_a_checkpoint(tmp_path, args):
     checkpoint(tmp_path / "x.pth")
     contents = torch.load(tmp_path / "x.pth", weights_only=False) | {"args": args}
     torch.save(contents, tmp_path / "x.pth")

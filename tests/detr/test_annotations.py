@@ -37,7 +37,7 @@ def test_large_integers_keep_every_digit(value):
 @pytest.mark.parametrize(
     "value", [1.5, 1e300, 2.0**60, float("nan"), "1.5", "x", "", "1_0", "١", [1], {}, True, 2**63, "9" * 40]
 )
-def test_what_is_no_integer_is_refused_by_its_place(value):
+def test_what_is_not_an_integer_is_refused_by_its_place(value):
     with pytest.raises(ValueError, match=r"^a.json: things\[1\]\['x'\] is .*; expected an integer$"):
         column([1, value]).integers("x")
 
@@ -58,7 +58,7 @@ def test_flags_and_ranges():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, 10**400, "nan", "x", True, [1]])
-def test_what_is_no_finite_number_is_refused(value):
+def test_what_is_not_a_finite_number_is_refused(value):
     assert column([1, 2.5, "3.5", "1e2", None]).numbers("x", default=[9.0] * 5).tolist() == [1, 2.5, 3.5, 100, 9]
     with pytest.raises(ValueError, match=r"things\[1\]\['x'\] is .*; expected a finite number"):
         column([1, value]).numbers("x", default=[0, 0])
@@ -67,7 +67,7 @@ def test_what_is_no_finite_number_is_refused(value):
 
 
 @pytest.mark.parametrize("value", [[1, 2, 3], [1, 2, 3, 4, 5], 7, "1234", {}, [[1, 2, 3, 4]]])
-def test_what_is_no_box_is_refused(value):
+def test_invalid_boxes_are_refused(value):
     assert column([[1, 2, 3, 4], ["1", 2.5, 3, 4]]).boxes("x").tolist() == [[1, 2, 3, 4], [1, 2.5, 3, 4]]
     assert column([]).boxes("x").shape == (0, 4)
     with pytest.raises(ValueError, match="expected a list of four finite numbers"):
@@ -82,7 +82,7 @@ def test_the_first_three_of_many_are_named():
 
 
 @pytest.mark.parametrize("value", [5, ["a.jpg"], "", "\ud800"])
-def test_what_is_no_text_is_refused(value):
+def test_what_is_not_text_is_refused(value):
     with pytest.raises(ValueError, match=r"things\[0\]\['x'\] is .*; expected text"):
         column([value]).texts("x")
 
@@ -90,7 +90,7 @@ def test_what_is_no_text_is_refused(value):
 @pytest.mark.parametrize(
     "content", [b"[1]", b"{}", b'{"images": 5}', b"{", b"\xff", b"[" * 100_000, b'{"images": [1]}']
 )
-def test_what_is_no_annotation_file_is_refused(tmp_path, content):
+def test_what_is_not_an_annotation_file_is_refused(tmp_path, content):
     path = tmp_path / "instances_train2017.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"instances_train2017.json: (not|images\[0\] is 1; expected an object)"):
@@ -219,7 +219,7 @@ def test_masks_that_do_not_fit_are_refused_by_their_place(tmp_path, shape, words
     edit_annotations(root, "train2017", lambda c: c["annotations"][1].update(segmentation=shape))
     with pytest.raises(ValueError, match=rf"segmentation of annotation 2 of image 102: .*{words}"):
         read(root, with_masks=True)
-    read(root)  # boxes alone are not its business
+    read(root)  # it does not check boxes
 
 
 COORDINATES = st.sampled_from(

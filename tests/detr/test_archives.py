@@ -55,7 +55,7 @@ def test_damaged_and_missing_archives_are_named(tmp_path):
             check_archive(tmp_path / "b.zip")
 
 
-def test_no_flipped_bit_and_no_cut_gives_another_image_in_silence(tmp_path):
+def test_no_flipped_bit_and_no_cut_silently_gives_another_image(tmp_path):
     path = write_tiny_coco(tmp_path, zips=True) / "train2017.zip"
     names, whole, rng = [f"{i:012d}.jpg" for i in range(100, 106)], path.read_bytes(), random.Random(0)
 

@@ -77,7 +77,7 @@ def test_a_good_set_passes(tmp_path, capsys, zips):
         (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] lacks 'bbox'"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_start_agrees(tmp_path, capsys, change, words):
+def test_what_is_wrong_is_reported_and_the_start_agrees(tmp_path, capsys, change, words):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", change)
     status, text = check(root, capsys, "--num_classes", "10")
@@ -97,7 +97,7 @@ def test_as_many_images_may_be_unreadable_as_training_skips(tmp_path, capsys, ba
         (root / f"train2017/{100 + number:012d}.jpg").write_bytes(b"nothing")
     status, text = check(root, capsys, "--max-bad", "0.05")
     assert status == (not ready) and ("unreadable images" in text) == (bad > 0)
-    assert check(root, capsys)[0] == (bad > 0)  # a thousandth of 20 is none
+    assert check(root, capsys)[0] == (bad > 0)  # a thousandth of 20 rounds to zero
     if bad:  # the first image is in the sample
         with pytest.raises(ValueError, match="unreadable images: 1"):
             quick_check(both_splits(root), 10)
@@ -313,7 +313,7 @@ def test_full_body_boxes_that_reach_outside_are_not_taken_for_corners(tmp_path, 
     assert "corners" not in check(root, capsys)[1]
 
 
-def test_capitals_and_new_classes_of_validation_are_no_mistake(tmp_path, capsys):
+def test_capitals_and_new_classes_of_validation_are_not_mistakes(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "val2017", lambda c: c["categories"][0].update(name=" Red"))
     edit_annotations(root, "val2017", lambda c: c["categories"].append({"id": 12, "name": "grey"}))
@@ -323,7 +323,7 @@ def test_capitals_and_new_classes_of_validation_are_no_mistake(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_validation_on_the_training_images_is_said(tmp_path, capsys, link):
+def test_validation_on_the_training_images_is_reported(tmp_path, capsys, link):
     root = write_tiny_coco(tmp_path)
     train, val = (root / "annotations" / f"instances_{split}2017.json" for split in ("train", "val"))
     content = train.read_bytes()
@@ -355,12 +355,12 @@ def test_masks_need_readable_images_of_the_annotated_size(tmp_path, images):
         (root / "val2017/000000000101.jpg").write_bytes(b"no image")
     else:
         Image.new("RGB", (30, 30)).save(root / "train2017/000000000101.jpg")
-        quick_check(both_splits(root), 10)  # boxes need not know
+        quick_check(both_splits(root), 10)  # not needed for boxes
     with pytest.raises(ValueError, match="unreadable images: 1|another size than annotated: 1"):
         quick_check(both_splits(root, return_masks=True), 10)
 
 
-def test_masks_are_asked_for_and_not_there(tmp_path):
+def test_missing_masks_are_reported(tmp_path):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", lambda c: c["annotations"][0].update(segmentation=[]))
     quick_check(both_splits(root), 10)

@@ -34,18 +34,18 @@ def test_other_ids_for_the_same_names_are_refused(here):
         compare_for_evaluation(RGB, here, source="x.pth")
 
 
-def test_other_names_are_said(caplog):
+def test_other_names_are_reported(caplog):
     text = warnings_of(RGB, {3: "pink", 5: "grey"}, caplog)
     assert "3 is 'pink' here and 'red' there; 5 'grey' is not there" in text
 
 
-def test_a_checkpoint_without_names_is_said(caplog):
+def test_a_checkpoint_without_names_is_reported(caplog):
     caplog.set_level("INFO", logger="irpe")
     assert "does not name its classes" in warnings_of({}, RGB, caplog)
 
 
 @pytest.mark.parametrize("here", [{3: "red", 4: "green"}, RGB | {5: "grey"}, RGB | {3: "pink"}])
-def test_a_run_does_not_go_on_with_other_classes(here):
+def test_a_run_does_not_resume_with_other_classes(here):
     with pytest.raises(BadCheckpoint, match="other categories than this data has: .*--finetune"):
         compare_for_resume(RGB, here, source="x.pth")
     compare_for_resume(RGB, dict(reversed(RGB.items())), source="x.pth")

@@ -62,7 +62,7 @@ def test_targets_are_those_of_the_file(tmp_path):
     content = json.loads((root / "annotations/instances_train2017.json").read_text())
     assert len(dataset) == 6 and dataset.categories == {3: "red", 4: "green", 9: "blue"}
 
-    image, target = dataset[2]  # id 102, 40 x 56: two objects, and a crowd which is no object
+    image, target = dataset[2]  # id 102, 40 x 56: two objects, and a crowd, which does not count
     wanted = [a for a in content["annotations"] if a["image_id"] == 102 and not a["iscrowd"]]
     assert image.shape == (3, 40, 56) and len(wanted) == 2
     assert target["image_id"].tolist() == [102]

@@ -31,7 +31,7 @@ def test_it_is_built_as_it_was_trained(tmp_path):
     assert (args.num_classes, args.image_size, names, list(postprocessors)) == (91, 40, {3: "red"}, ["bbox"])
 
 
-def test_flags_of_a_stranger_fetch_nothing(tmp_path, monkeypatch):
+def test_flags_of_a_stranger_download_nothing(tmp_path, monkeypatch):
     def fetch(*args, **kwargs):
         raise AssertionError(f"asked for {args}")
 

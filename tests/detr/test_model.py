@@ -159,7 +159,7 @@ def test_build_model_with_masks():
     }
 
 
-def test_targets_come_out_of_a_worker_as_they_went_in():
+def test_targets_leave_a_worker_unchanged():
     targets = Targets(
         [
             {

@@ -61,7 +61,7 @@ def test_stem_and_first_stage_stay_frozen():
     assert trained == {"layer2", "layer3", "layer4"}
 
 
-def test_mask_is_shrunk_by_nearest_and_all_stages_come():
+def test_mask_is_shrunk_by_nearest_and_all_stages_are_returned():
     backbone = Backbone(build_resnet("resnet_micro"), return_interm_layers=True)
     maps = backbone(NestedTensor.from_images([torch.rand(3, 64, 40), torch.rand(3, 33, 96)]))
     assert [tuple(m.tensors.shape[1:]) for m in maps] == [(16, 16, 24), (32, 8, 12), (64, 4, 6), (128, 2, 3)]

@@ -110,7 +110,7 @@ def test_decoder_adds_query_positions_to_queries_and_keys_but_not_to_values():
 
 
 @pytest.mark.parametrize("enc_rpe2d", SPECS)
-def test_what_lies_in_the_padding_is_invisible(enc_rpe2d):
+def test_what_is_in_the_padding_is_invisible(enc_rpe2d):
     transformer = tiny_transformer(enc_rpe2d)
     src, pos = torch.randn(2, 2, 16, HEIGHT, WIDTH, dtype=torch.float64)
     mask = random_map()[2].view(2, HEIGHT, WIDTH)

@@ -28,7 +28,7 @@ def test_targets_have_a_box_and_a_mask_for_every_segment(tmp_path):
     for mask, box, annotation in zip(target["masks"], target["boxes"], wanted, strict=True):
         x, y, w, h = annotation["bbox"]
         assert mask.sum() == w * h and mask[y : y + h, x : x + w].all()
-        # a panoptic box ends at the last pixel, not behind it, as published
+        # a panoptic box ends at the last pixel, not after it, as published
         corners = torch.tensor([(x + (w - 1) / 2) / 56, (y + (h - 1) / 2) / 40, (w - 1) / 56, (h - 1) / 40])
         torch.testing.assert_close(box, corners)
     assert dataset[0][1]["masks"].shape == (0, 40, 56)
@@ -73,7 +73,7 @@ def test_matching_by_hand():
     true_segments = segments((1, 3, 0), (2, 3, 0), (3, 4, 0))
     result = match_segments(truth, true_segments, found, segments((7, 3, 0), (8, 3, 0), (9, 9, 0)))
     assert result.matched == [(3, pytest.approx(0.8)), (3, pytest.approx(10 / 12))]
-    assert result.missed == [4] and result.false_alarms == [9]  # overlap with another category is none
+    assert result.missed == [4] and result.false_alarms == [9]  # overlap with another category does not count
     half = match_segments(
         columns((1, 10), (2, 10)), segments((1, 3, 0), (2, 4, 0)), columns((7, 20)), segments((7, 3, 0))
     )

@@ -79,7 +79,7 @@ def test_attention_and_encodings(tmp_path, photo):
         predict(photo, "--resume", resume, "--out", tmp_path / "out", "--attention", "--point", "60,0")
 
 
-def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, photo):
+def test_images_of_one_name_are_distinguished_by_their_folders(tmp_path, photo):
     for folder in "ab":
         (tmp_path / folder).mkdir()
         shutil.copy(photo, tmp_path / folder)
@@ -104,7 +104,7 @@ def test_masks(tmp_path, photo):
     assert coco_mask.decode(first["segmentation"]).shape == (40, 60)
 
 
-def test_ground_truth_stands_on_the_left(tmp_path, photo):
+def test_ground_truth_is_on_the_left(tmp_path, photo):
     annotations = {
         "images": [{"id": 9, "file_name": "photo.jpg"}],
         "annotations": [{"image_id": 9, "category_id": 1, "bbox": [10, 10, 20, 20]}],
@@ -237,7 +237,7 @@ def test_a_photo_is_turned_as_people_see_it_and_the_json_says_so(tmp_path):
         (40, 56, [30, 5, 20, 10], "stored"),
         (56, 40, [25, 30, 10, 20], "displayed"),
         (None, None, [30, 5, 20, 10], "stored"),
-        (80, 112, [30, 5, 20, 10], "stored"),  # of a photo of another size
+        (80, 112, [30, 5, 20, 10], "stored"),  # for a photo of another size
     ],
 )
 def test_with_annotations_the_frame_is_theirs(tmp_path, height, width, box, frame, monkeypatch):
@@ -272,7 +272,7 @@ def test_nothing_that_was_there_is_replaced(tmp_path, photo):
     assert not (tmp_path / "photo.png").exists() and (tmp_path / "photo.json").read_text() == "hours of work"
     (tmp_path / "photo.json").unlink()
     predict(photo, "--resume", resume, "--out", tmp_path)
-    predict(photo, "--resume", resume, "--out", tmp_path)  # its own results it replaces
+    predict(photo, "--resume", resume, "--out", tmp_path)  # its own results are replaced
     assert photo.read_bytes() == before
 
 
@@ -300,7 +300,7 @@ def test_a_point_outside_of_one_image_does_not_cost_the_others(tmp_path, photo):
 def test_a_folder_stands_for_its_images(tmp_path, photo):
     (tmp_path / "notes.txt").write_text("no image")
     resume = write_checkpoint(tmp_path / "x.pth")
-    for named in (tmp_path, tmp_path, tmp_path / "*.jpg"):  # results of before are not predicted
+    for named in (tmp_path, tmp_path, tmp_path / "*.jpg"):  # earlier results are not predicted
         predict(named, "--resume", resume, "--out", tmp_path / "out")
         assert sorted(f.name for f in (tmp_path / "out").glob("[!.]*")) == ["photo.json", "photo.png"]
         (tmp_path / "out/photo.json").unlink()
@@ -329,14 +329,14 @@ def test_images_of_one_name_have_their_own_annotations(tmp_path):
     assert found.number_of(tmp_path / "elsewhere/y.png") == 2
     with pytest.raises(ValueError, match="2 images called x.png there"):
         found.number_of(tmp_path / "c/x.png")
-    (tmp_path / "farm/b").mkdir(parents=True)  # of links to files that are called otherwise, or as another image
+    (tmp_path / "farm/b").mkdir(parents=True)  # symlinks to files of another name, or of the name of another image
     for target in ("blobs/0123", "a/x.png"):
         (tmp_path / "farm/b/x.png").unlink(missing_ok=True)
         (tmp_path / "farm/b/x.png").symlink_to(tmp_path / target)
         assert found.number_of(tmp_path / "farm/b/x.png") == 1
 
 
-def test_truth_that_names_the_classes_otherwise_is_said(tmp_path, caplog):
+def test_truth_with_other_class_names_is_reported(tmp_path, caplog):
     logging.getLogger("irpe").propagate = True
     truth = {"images": [], "annotations": [], "categories": [{"id": 4, "name": "four"}]}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
@@ -360,14 +360,14 @@ def test_an_exported_file_predicts_as_its_checkpoint(tmp_path, photo):
         predict(photo, "--resume", tmp_path / "x.onnx", "--out", tmp_path / "c", "--attention")
     onnx = pytest.importorskip("onnx")
     changed = onnx.load(tmp_path / "x.onnx")
-    changed.graph.output[0].name = "other"  # onnxruntime says so in two lines
+    changed.graph.output[0].name = "other"  # onnxruntime's message has two lines
     onnx.save(changed, tmp_path / "y.onnx")
     with pytest.raises(BadCheckpoint, match="y.onnx: not a detector that detr_irpe.export wrote") as error:
         predict(photo, "--resume", tmp_path / "y.onnx", "--out", tmp_path / "c")
     assert "\n" not in str(error.value)
 
 
-def test_damaged_metadata_cost_no_prediction(tmp_path):
+def test_damaged_metadata_does_not_stop_a_prediction(tmp_path):
     path = tmp_path / "x.jpg"
     Image.new("RGB", (6, 4)).save(path, exif=b"Exif\0\0garbage!!!")
     for annotated in (None, (4, 6), (6, 4)):

@@ -155,7 +155,7 @@ def test_evaluation_has_the_class_head_of_the_checkpoint(trained, data, tmp_path
     assert ended.code == 1 and "class_embed.weight starts fresh" in ended.text
 
 
-def test_a_run_does_not_go_on_with_other_classes(trained, tmp_path):
+def test_a_run_does_not_resume_with_other_classes(trained, tmp_path):
     root = write_tiny_coco(tmp_path / "data", train=8)
     for split in ("train2017", "val2017"):
         edit_annotations(root, split, lambda c: c["categories"][0].update(name="pink"))
@@ -236,7 +236,7 @@ def assert_same_run(ours, other):
 def test_a_stopped_run_resumes_to_the_same_bits(data, tmp_path):
     flags = ["--deterministic", "--dropout", "0.1", "--lr_drop", 1]
     detr_ok(data, tmp_path / "whole", *flags)
-    for number in (1, 2, 1):  # of four steps an epoch: in mid-epoch, at the last step, in the second epoch
+    for number in (1, 2, 1):  # of four steps per epoch: in mid-epoch, at the last step, in the second epoch
         (ended,) = detr(
             data, tmp_path / "cut", *flags, "--resume", "auto", main=partial(change_a_loss, main, number, 0, be_stopped)
         )
@@ -334,7 +334,7 @@ def test_finetuning_on_other_classes(trained, tmp_path):
     assert len(checkpoint["model"]["class_embed.bias"]) == 29 + 2 and set(checkpoint["categories"]) == {23, 24, 29}
 
 
-def test_pretrained_is_named_and_fetched_only_where_it_is_used(trained, data, tmp_path, monkeypatch, capsys):
+def test_pretrained_is_named_and_downloaded_only_where_it_is_used(trained, data, tmp_path, monkeypatch, capsys):
     fetched = []
     monkeypatch.setattr(zoo, "fetch", lambda name: fetched.append(name) or trained[0] / "checkpoint.pth")
     flags = ["--coco_path", str(data), *TINY, "--dec_layers", "6", "--device", "cpu", "--num_workers", "0"]

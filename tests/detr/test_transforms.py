@@ -82,7 +82,7 @@ def test_resizing_scales_boxes_masks_and_area():
     assert target["area"].tolist() == [3600]
 
 
-def test_crops_are_within_bounds_and_drop_what_lies_outside():
+def test_crops_are_within_bounds_and_drop_what_is_outside():
     boxes = ((0.0, 0.0, 20.0, 15.0), (70.0, 45.0, 90.0, 60.0), (30.0, 20.0, 60.0, 40.0))
     seen = set()
     for seed in range(60):

@@ -24,7 +24,7 @@ from tests.helpers.tiny_coco import CATEGORIES, write_tiny_coco
 from tests.helpers.tiny_images import write_images
 
 TREES = {"deit": deit_irpe, "detr": detr_irpe}
-EXAMPLES = {"eval": (6, 300), "predict": (8, 400), "export": (3, 100), "check": (6, 200)}  # 1,000 long ones a tree
+EXAMPLES = {"eval": (6, 300), "predict": (8, 400), "export": (3, 100), "check": (6, 200)}  # 1,000 long ones per tree
 LEFT_OUT = {"help", "help_all", "config", "print_config", "wandb", "pretrained", "compile", "dist_url", "dist_timeout"}
 # Of a model: large ones take memory, and other ones than the checkpoint's are refused alike.
 SIZES = {"model", "model_kwargs", "input_size", "image_size", "hidden_dim", "dim_feedforward", "enc_layers", "nheads"}

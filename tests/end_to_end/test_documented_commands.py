@@ -46,7 +46,7 @@ def documented_commands(page: Path) -> list[tuple[int, str]]:
     text = page.read_text()
     for block in re.finditer(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
         line = text.count("\n", 0, block.start(1)) + 1
-        for command in re.sub(r" *\\\n *", "\0", block[1]).split("\n"):  # \0: a line that goes on
+        for command in re.sub(r" *\\\n *", "\0", block[1]).split("\n"):  # \0: a continued line
             if command and not command.lstrip().startswith("#"):
                 found.append((line, command.replace("\0", " ")))
             line += 1 + command.count("\0")

@@ -41,7 +41,7 @@ COPIED = (
     "logs",
     "scripts",
 )
-ELSEWHERE = {  # a command that is not run here, and who runs it
+ELSEWHERE = {  # a command that is not run here, and what runs it
     r"scripts/quickstart\.sh": "sets up an environment: by hand, in a fresh clone",
     r"scripts/test\.sh": "is what runs this",
     r"python -m pytest": "runs these tests",

@@ -41,7 +41,7 @@ def test_ended_at_any_moment_and_started_again_equals_uninterrupted(tree, name, 
         elif name == "SIGKILL":
             assert ended.code == -signal.SIGKILL, ended.text
         else:  # before the program's first line a signal has its usual effect
-            usual = {"SIGTERM": [-signal.SIGTERM], "SIGINT": [-signal.SIGINT, 130, 1]}[name]  # 1: of multiprocessing
+            usual = {"SIGTERM": [-signal.SIGTERM], "SIGINT": [-signal.SIGINT, 130, 1]}[name]  # 1: from multiprocessing
             early = ended.code in usual and not ended.text
             assert ended.code == Preempted.EXIT_CODE or early, (ended.code, ended.text)
     print(f"{tree} {name}: {sent} sent in {folder} runs, statuses {sorted(set(codes))}")

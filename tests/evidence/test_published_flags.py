@@ -17,7 +17,7 @@ PUBLISHED = json.loads((Path(__file__).parent / "published_flags.json").read_tex
 TREES = {"deit": deit_irpe.args.get_args_parser(), "detr": detr_irpe.args.get_args_parser()}
 PAGE = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
 FLAGS = [(tree, flag) for tree in TREES for flag in PUBLISHED[tree]]
-NARROWER = {  # what our types take of the numbers that the published int and float take
+NARROWER = {  # the numbers accepted by our types, of those accepted by the published int and float
     "positive_int": ("int", "1 or more"),
     "nonnegative_int": ("int", "0 or more"),
     "number_of_workers": ("int", "0 to 1000"),
@@ -125,7 +125,7 @@ def test_values_that_the_published_commands_take(tree, flags, value):
         (["--lr", "nan"], "expected 0 or more, got nan"),
     ],
 )
-def test_values_whose_published_meaning_is_no_ones_wish(flags, message, capsys):
+def test_values_whose_published_meaning_nobody_wants(flags, message, capsys):
     with pytest.raises(SystemExit):
         TREES["deit"].parse_args(flags)
     assert message in capsys.readouterr().err

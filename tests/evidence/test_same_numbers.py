@@ -27,7 +27,7 @@ def test_the_run_is_the_published_one(name):
     stated = [cells for cells in ROWS if cells[0] == name and len(cells) == 5]
     for line, cells, difference in zip(same_numbers.case_lines(name, found), stated, found, strict=True):
         assert row(line)[:3] == cells[:3] and row(line)[4] == cells[4], AGAIN
-        if difference.tolerance:  # another machine rounds otherwise
+        if difference.tolerance:  # another machine rounds differently
             assert difference.largest <= 10 * float(cells[3]) + difference.tolerance / 100, AGAIN
         else:
             assert cells[3] == "none", AGAIN

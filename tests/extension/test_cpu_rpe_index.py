@@ -89,7 +89,7 @@ def test_infinite_value_stays_in_its_bucket(capability):
     assert torch.equal(ops.rpe_index_adjoint(grad, index, num_buckets), scatter(grad, index, num_buckets))
 
 
-def test_a_large_result_lies_in_large_pages():
+def test_a_large_result_is_in_large_pages():
     smaps = Path("/proc/self/smaps")
     if not smaps.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("no transparent huge pages in this system")

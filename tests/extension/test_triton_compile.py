@@ -8,7 +8,7 @@ from tests.helpers.triton_builds import CUOBJDUMP, KERNELS, VARIANTS, compile_ke
 
 pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="needs the cuobjdump that comes with Triton")
 SHARED = {90: 227 << 10, 80: 99 << 10, 120: 99 << 10}  # a program's; what runs on 8.0 runs on 8.6 and 8.9 too
-SPILLED = {50: 512, 81: 1280, 10: 512}  # bytes a thread, by buckets: smaller tiles spill less and execute more
+SPILLED = {50: 512, 81: 1280, 10: 512}  # bytes per thread, by buckets: smaller tiles spill less and execute more
 
 
 @pytest.mark.parametrize("name", KERNELS)

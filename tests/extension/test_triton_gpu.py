@@ -127,7 +127,7 @@ def test_inductor_compiles_a_training_step_without_a_graph_break():
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "triton"])
-@pytest.mark.parametrize("grid", [(14, 14), (13, 17)])  # the second is no square
+@pytest.mark.parametrize("grid", [(14, 14), (13, 17)])  # the second is not square
 def test_a_training_step_in_a_cuda_graph_equals_the_step_outside(backend, grid):
     """Nothing waits for the host, and cached offset tables outlive the graph's own memory pool."""
     encodings = build_rpe(parse_rpe_spec("rpe-1.9-product-ctx-1-qk", 1), 32, 2)

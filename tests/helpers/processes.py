@@ -102,7 +102,7 @@ def _child(main, get_parser, argv, output, rank, world_size, port, environment):
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of data loading workers: not another server for each process
+    multiprocessing.set_start_method("fork", force=True)  # data loading workers do not start another server per process
     stream = open(output, "w", buffering=1)  # noqa: SIM115
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -118,5 +118,5 @@ def _child(main, get_parser, argv, output, rank, world_size, port, environment):
         )
     try:
         launch(main, get_parser(), argv)
-    except KeyboardInterrupt:  # before or behind launch, which ends so too
+    except KeyboardInterrupt:  # before or after launch, which ends this way too
         sys.exit(130)

@@ -90,7 +90,7 @@ def serve(door: socket.socket) -> None:
     multiprocessing.get_context = lambda method=None: fork  # nor do the processes that a program spawns wait
     gc.freeze()
     os.fsync = lambda handle: None  # as quick_disk.py
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks are waited for by nobody
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
         client = door.accept()[0]
         if os.fork() == 0:
@@ -109,7 +109,7 @@ def attend(client: socket.socket) -> None:
     program.join()
     with contextlib.suppress(BrokenPipeError):
         client.sendall(b"%d\n" % program.exitcode)
-    os._exit(0)  # a Python that tidies up touches, and so copies, all that it shares with the server
+    os._exit(0)  # an orderly exit of Python would touch, and so copy, all memory shared with the server
 
 
 def run(streams: list[int], stand_in: str, words: list[str], folder: str, environment: dict[str, str]) -> None:

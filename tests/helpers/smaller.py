@@ -14,7 +14,7 @@ TRAINS = (
     r"(?:irpe_lab\.|irpe )ablate \S*/demo\.yaml"
 )
 BEHIND = {  # by program
-    "ablate": "--dry-run",  # the others want GPUs or SLURM
+    "ablate": "--dry-run",  # the others need GPUs or SLURM
     "ablate configs/ablation/demo.yaml": "--only rpe-1.9-euc-ctx-1-k --seeds 0 --gpus-per-run 1",
     "scripts/ablate_buckets.sh": "--dry-run",
     "scripts/ablate_modes.sh": "--dry-run",
@@ -24,7 +24,7 @@ BEHIND = {  # by program
     "scripts/benchmark_coco_start.py": "--annotations 200 --workers 1 --rounds 1",
     "scripts/benchmark_memory.py": "--grids 12x12",
     "irpe detect export": "--formats safetensors",  # tests/detr/test_export.py writes the others
-    "scripts/make_demo_data.py": "--task classification",  # detection takes longer; a test of its own has it
+    "scripts/make_demo_data.py": "--task classification",  # detection takes longer and has its own test
     "examples/finetune_digits.py": "--epochs 1",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CATEGORIES = {3: "red", 4: "green", 9: "blue"}  # neither from 0 or 1 nor without gaps
+CATEGORIES = {3: "red", 4: "green", 9: "blue"}  # not from 0 or 1, and with gaps
 COLOURS = {3: (255, 30, 30), 4: (30, 255, 30), 9: (30, 30, 255)}
 
 

@@ -75,7 +75,7 @@ def compile_kernel(name: str, *, head_dim: int, buckets: int, arch: int, dtype=t
     types = _OTHERS | dict.fromkeys(_TENSORS, _NAMES[dtype])
     types["mask"] = "*fp32" if flags.get("MASK") == "float" else "*u8"
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    # What a launch finds out by itself: tensors and the strides of q, k, v start at multiples of 16.
+    # What a launch detects: tensors and the strides of q, k, v start at multiples of 16.
     aligned = [i for i, n in enumerate(kernel.arg_names) if n in _TENSORS or re.fullmatch(r"(q|k|v|go|gs)_\w+", n)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

@@ -87,7 +87,7 @@ def test_several_tiles():
 def test_numbers_for_pairs_are_kept_for_some_planes_at_a_time(monkeypatch, spec):
     case = example(spec, (4, 5), 1, batch=2)
     whole = run(*case, "triton", torch.float32)
-    monkeypatch.setattr(triton_launch, "chunk_bytes", lambda device: 1)  # a plane, the least there is
+    monkeypatch.setattr(triton_launch, "chunk_bytes", lambda device: 1)  # one plane, the minimum
     for pieces, expected in zip(run(*case, "triton", torch.float32), whole, strict=True):
         assert torch.equal(pieces, expected)
 
@@ -127,7 +127,7 @@ def test_autocast_is_in_half_precision_with_fp32_tables():
         ours = run(packed, encodings, options, "triton", torch.float32)
         plain = run(packed, encodings, options, "eager", torch.float32)
     assert ours[0].dtype == torch.bfloat16 and {x.dtype for x in ours[1:]} == {torch.float32}
-    for table in ours[2:]:  # no rounding at the end; buckets that this grid has not are zero
+    for table in ours[2:]:  # no rounding at the end; buckets that this grid does not use are zero
         assert (table != table.bfloat16())[table != 0].float().mean() > 0.9
     for x, y, answer in zip(ours, plain, exact, strict=True):
         assert (x.double() - answer).norm() <= 2 * (y.double() - answer).norm() + 2e-3 * answer.norm()
@@ -264,7 +264,7 @@ def test_fp32_products_follow_either_of_the_switches(switch, words):
         if switch != "older":
             torch.backends.fp32_precision = "ieee" if "ieee" in switch else "tf32"
         assert triton_launch.fp32_products() == words
-        assert triton_launch.constants(torch.bfloat16, 64, 9)["PRECISION"] == "ieee"  # it is about fp32 alone
+        assert triton_launch.constants(torch.bfloat16, 64, 9)["PRECISION"] == "ieee"  # it applies to fp32 only
     finally:
         torch.backends.fp32_precision = before
 

@@ -38,7 +38,7 @@ def message(capsys, *argv: str) -> str:
 
 @pytest.mark.parametrize("command", [["--help"], ["zoo"], ["classify", "train", "--print-config"]])
 @pytest.mark.parametrize(("console", "told"), [("closed", ""), ("/dev/full", "No space left on device")])
-def test_a_console_that_takes_nothing_is_no_traceback(command, console, told):
+def test_a_closed_or_full_console_gives_no_traceback(command, console, told):
     """As in ``irpe zoo | head -1``, or on a full disk."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -49,7 +49,7 @@ def test_a_console_that_takes_nothing_is_no_traceback(command, console, told):
     assert told in ended.stderr and len(ended.stderr.splitlines()) <= 1
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch):
+def test_an_interrupt_gives_no_traceback(monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
 
@@ -59,7 +59,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch):
     assert end.value.code == 130
 
 
-def test_every_command_is_a_module_and_stands_in_the_overview(capsys):
+def test_every_command_is_a_module_and_is_in_the_overview(capsys):
     for name, (module, what) in COMMANDS.items():
         assert not module or importlib.util.find_spec(module), name
         assert f"  {name} " in overview() and what in overview()
@@ -222,7 +222,7 @@ def test_a_name_of_the_published_file_says_what_to_use_instead(name):
 
 
 @pytest.mark.parametrize("asked", ["", "1"])
-def test_an_unforeseen_error_of_a_file_is_one_message_or_the_traceback_that_was_asked_for(asked):
+def test_an_unforeseen_error_of_a_file_is_one_message_or_the_requested_traceback(asked):
     code = "import irpe.__main__ as m; m.overview = lambda task: open('/no/such/file'); m.main([])"
     environment = os.environ | {"IRPE_TRACEBACK": asked}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=environment)

@@ -114,7 +114,7 @@ def test_a_table_from_a_grid(place, capsys):
     assert (place / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
     assert (place / "out" / "table.pdf").read_bytes().startswith(b"%PDF")
     assert "a_bad_one" in capsys.readouterr().out
-    # Again: only what failed is tried once more. What finished is published under the zoo's names.
+    # Again: only failed runs are retried. What finished is published under the zoo's names.
     before = starts(place)
     assert main(["grid.yaml", "-o", "out", "--logs", "logs/mini"]) == 1
     assert starts(place) == before
@@ -224,7 +224,7 @@ def test_killed_and_started_again(place, how):
         assert [json.loads(line)["epoch"] for line in lines] == [0, 1]  # none missing, none twice
     once = [f"start {name} 0 0" for name in names]
     went_on = [*once[:2], "start rpe-1.9-product-ctx-1-k 0 1", once[2]]
-    # Stopped by its runner, a run goes on with its second epoch, unless it was done before the signal came.
+    # Stopped by its runner, a run resumes in its second epoch, unless it was done before the signal came.
     assert starts(place) in ([once] if how == signal.SIGKILL else [once, went_on])
 
 
@@ -309,7 +309,7 @@ def test_a_preempted_run_has_no_outcome_yet_and_its_time_counts(tmp_path, monkey
     job.write_text(json.dumps(told | {"seconds": 1000}))
     (tmp_path / "run" / "x").touch()
     assert jobs.work(Path("run")) == 0
-    assert 1000 < jobs.done(tmp_path / "run")["seconds"] < 1100  # of both tries
+    assert 1000 < jobs.done(tmp_path / "run")["seconds"] < 1100  # of both attempts
 
 
 def test_slurm_jobs_go_through_submitit(place, monkeypatch):
@@ -327,7 +327,7 @@ def test_slurm_jobs_go_through_submitit(place, monkeypatch):
 @pytest.mark.parametrize("option", ["cluster=slurm", "foo=1", "timeout_min=x"])
 def test_what_slurm_does_not_take_is_one_message(place, monkeypatch, option):
     pytest.importorskip("submitit")
-    monkeypatch.setenv("PATH", "")  # this is no cluster
+    monkeypatch.setenv("PATH", "")  # this is not a cluster
     argv = ["grid.yaml", "--slurm", "--slurm-option", "cluster=local", "--slurm-option", option]
     with pytest.raises(SystemExit, match="ablate: --slurm, --slurm-option: ."):
         main(argv)
@@ -356,7 +356,7 @@ ODD_OUTCOMES = [{"seconds": value} for value in ("5", None, float("nan"), -1, 10
         *(json.dumps({"rc": 0, "seconds": 1.0, "reason": None} | odd) for odd in ODD_OUTCOMES),
     ],
 )
-def test_a_damaged_outcome_is_none(tmp_path, text):
+def test_a_damaged_outcome_counts_as_missing(tmp_path, text):
     jobs.prepare(tmp_path, ["-c", ""], "")
     (tmp_path / "done.json").write_text(text, encoding="latin-1")
     assert jobs.done(tmp_path) is None and jobs.work(tmp_path) == 0 and jobs.finished(tmp_path)

@@ -87,7 +87,7 @@ def test_where_a_config_is_looked_for(tmp_path, monkeypatch):
     assert parse_args(get_args_parser(), ["--config", "configs/deit/tiny.yaml"]).config == "configs/deit/tiny.yaml"
 
 
-def test_runs_are_called_by_their_words_and_by_name_where_there_is_none(tmp_path):
+def test_runs_are_named_after_their_values(tmp_path):
     text = GRID.replace("grid: {", "grid: {repeated-aug: [true, false], lr: [0.1], opt-betas: [[0.9, 0.95]], ")
     text = text.replace("published", "#")
     assert list(read_grid(written(tmp_path, text)).runs)[:2] == [
@@ -153,7 +153,7 @@ def test_bad_grids(tmp_path, text, message):
     assert "grid" in str(error.value) and len(str(error.value)) < 2000
 
 
-def test_files_that_are_none(tmp_path, monkeypatch):
+def test_unreadable_grid_files(tmp_path, monkeypatch):
     for name, reason in (("nowhere.yaml", "no file nowhere.yaml in"), ("/dev/zero", "not a file"), ("", "not a file")):
         with pytest.raises(ConfigError, match=reason):
             read_grid(name)

@@ -144,9 +144,9 @@ def distance(first, second):
     return np.linalg.norm(seen[0] - seen[1], axis=1).min()
 
 
-def test_colours_are_told_apart_by_colour_blind_readers():
+def test_colours_are_distinct_for_colour_blind_readers():
     assert min(distance(a, b) for a, b in itertools.combinations(COLOURS, 2)) > 0.1
-    assert distance("#00aa00", "#bb7700") < 0.1  # a green and an orange that many cannot tell apart
+    assert distance("#00aa00", "#bb7700") < 0.1  # a green and an orange that many cannot distinguish
 
 
 def test_intervals_show_every_seed_the_published_figure_and_the_difference():

@@ -95,7 +95,7 @@ def test_detail_logs(logs):
         "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = -.",
     ],
 )
-def test_a_line_that_only_looks_like_a_figure_is_none(tmp_path, line):
+def test_a_line_that_only_looks_like_a_figure_is_ignored(tmp_path, line):
     file = tmp_path / "detail_x.log"
     file.write_text(f"{line}\nnumber of params: 7\nEpoch: [3] 5 img/s max mem: 9\n* Acc@1 70.0 Acc@5 90\n")
     assert console_log.read_detail(file) == [{"epoch": 3, "n_parameters": 7, "test_acc1": 70.0, "test_acc5": 90.0}]
@@ -254,7 +254,7 @@ def test_a_page_replaces_no_file_of_somebody_else(logs, name):
     assert {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()} == before
 
 
-def test_a_page_is_made_anew_and_is_not_its_own_twin(logs):
+def test_a_page_is_rewritten_and_is_not_its_own_twin(logs):
     for _ in range(2):
         assert report.main([str(logs), "-o", str(logs / "page.md")]) == 0
     with pytest.raises(SystemExit, match=r"name the page, .*page\.md"):
@@ -273,7 +273,7 @@ def test_a_report_that_was_killed_between_its_files_is_made_again(logs, monkeypa
     assert (logs / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(logs):
+def test_a_byte_order_mark_is_not_part_of_a_text(logs):
     """Editors on Windows write one."""
     log = logs / f"log_{MODEL}.txt"
     card = {"figures": [{"figure": "buckets", "here": 50, "verdict": "PASS"}]}
@@ -290,7 +290,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(logs):
 
 
 @pytest.mark.parametrize("text", [b"# mine\n", b"<!-- results:begin -->\nno end\n", b"\xff<!-- results:begin -->"])
-def test_a_file_without_markers_is_said(logs, text):
+def test_a_file_without_markers_is_reported(logs, text):
     path = logs / "mine.md"
     path.write_bytes(text)
     with pytest.raises(SystemExit, match=r"--readme .*mine\.md: (no <!--|not UTF-8)"):

@@ -95,7 +95,7 @@ NO_NUMBERS = [None, "73", [73.0], {}, True, float("nan"), float("inf"), -float("
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
-def test_figures_that_are_none_fail_a_run_at_its_end_and_count_for_nothing_before(tmp_path, value, coarse_pictures):
+def test_invalid_figures_fail_a_run_at_its_end_and_are_ignored_before(tmp_path, value, coarse_pictures):
     figure = TASKS["deit_irpe"].figure
     lost = finished(tmp_path / "lost", [50.0, value])
     assert lost.state == ("done" if isinstance(value, list) else "failed") and lost.epochs == 2
@@ -108,7 +108,7 @@ def test_figures_that_are_none_fail_a_run_at_its_end_and_count_for_nothing_befor
 
 
 @pytest.mark.parametrize("text", ["", "null\n", "{}\n", '{"epoch": "1"}\n', "\x00\n", '{"epoch": 1'])
-def test_a_log_that_is_none_fails_its_own_run_alone(tmp_path, text):
+def test_an_invalid_log_fails_its_own_run_alone(tmp_path, text):
     assert finished(tmp_path / "run", [1.0]).state == "done"
     (tmp_path / "run/log.txt").write_text(text)
     outcome = read_outcome(tmp_path / "run", TASKS["deit_irpe"].figure)

@@ -112,7 +112,7 @@ def test_every_kind_of_call_can_be_measured(kind, dtype):
     assert list(again.ms) == ["eager"] and list(again.left_out) == ["nan"]
 
 
-def test_tables_that_are_no_leaves_are_measured_too():
+def test_non_leaf_tables_are_measured_too():
     """In a replica of DataParallel, or a view of one flat parameter, a table is computed from another tensor."""
     call = make_call("rpe-1.9-cross-ctx-0-k")
     parts = call.rpe_k.parts
@@ -214,14 +214,14 @@ def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
     choice._known.clear()
     assert choice.choose(make_call()) == "eager" and fakes.runs == runs
     entry = json.dumps({choice._kind(make_call()): {"ms": "fast", "left_out": {}}})
-    for damage in ("", "[]", '{"cpu": 3}', entry):  # measured again, and mended
+    for damage in ("", "[]", '{"cpu": 3}', entry):  # measured again, and repaired
         choice._known.clear()
         kept.write_text(damage)
         assert choice.choose(make_call()) == "eager"
         assert '"slow"' in kept.read_text()
     assert fakes.runs["slow"] == 5 * runs["slow"]
     choice._known.clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: no folder can be made there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file, so a folder cannot be created there
     assert choice.choose(make_call()) == "eager"
     choice._known.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", "~/x")
@@ -230,7 +230,7 @@ def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
     choice._known.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept.parent.parent))
     kept.unlink()
-    os.mkfifo(kept)  # not waited for
+    os.mkfifo(kept)  # does not block
     assert choice.choose(make_call()) == "eager" and '"slow"' in kept.read_text()
 
 
@@ -284,7 +284,7 @@ def test_nothing_is_measured_under_a_mode_that_sees_all_operators(fakes):
 
 
 @pytest.mark.filterwarnings("ignore:attention backend")
-def test_what_cannot_run_the_call_is_no_candidate(fakes):
+def test_what_cannot_run_the_call_is_not_a_candidate(fakes):
     fakes.why = "heads of 8 dimensions are too small"
     assert choice.choose(make_call()) == "eager"
     assert sum(fakes.runs.values()) == 0  # one candidate: nothing to measure
@@ -330,7 +330,7 @@ def test_ranks_go_by_what_the_first_of_them_measured(fakes, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     assert choice.choose(make_call()) == "eager"
-    choice._known.clear()  # another rank, where the same call would have come out otherwise
+    choice._known.clear()  # another rank, where the same call would have had another result
     monkeypatch.setattr(choice, "measure", lambda *a: choice.Measurement({"slow": 1.0}, {}))
     monkeypatch.setattr(choice, "_cached", lambda kind, find: find())
     assert choice.choose(make_call()) == "eager"

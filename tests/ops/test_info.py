@@ -83,14 +83,14 @@ def test_a_wrong_backend_makes_check_fail(error, monkeypatch, capsys):
     assert "1 of the backends above gave wrong results" in out
 
 
-def test_where_no_csv_can_be_is_said_before_the_work(tmp_path, monkeypatch):
+def test_an_unwritable_csv_is_reported_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(info, "_rows", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="--benchmark .*file: cannot be written to"):
         info.main(["--benchmark", str(tmp_path / "file")])
 
 
-def test_a_missing_backend_is_no_failure(monkeypatch):
+def test_a_missing_backend_is_not_a_failure(monkeypatch):
     monkeypatch.setattr(info, "backends", lambda: [info.Backend("fake", "not built", lambda: 1 / 0)])
     assert info.main(["--check"]) == 0
 

@@ -149,7 +149,7 @@ def test_ids_that_only_a_larger_grid_shows_to_be_no_buckets():
     assert "rows" not in METHODS
 
 
-def test_ids_are_checked_on_the_grid_that_is_asked_for(monkeypatch):
+def test_ids_are_checked_on_the_requested_grid(monkeypatch):
     monkeypatch.setitem(METHODS, "rows", BucketMap(lambda drow, dcol, index, beta: drow.abs(), lambda beta: 41))
     assert int(get_bucket_ids_2d("rows", 41, 1, 0, 2.0, 4.0, 16.0)[0].max()) == 40
     with pytest.raises(ValueError, match=r"bucket map 'rows': ids must lie in \[0, 41\) for beta=4"):

@@ -100,7 +100,7 @@ def test_the_gradient_of_an_fp32_table_is_fp32_whatever_the_tokens_are(tables, d
     exact = torch.einsum("bhld,bhln->hdn", x.double(), grad.double())
     exact = exact.sum(0, keepdim=True) if tables == 1 else exact
     assert grad_table.dtype == torch.float32 and grad_x.dtype == dtype
-    torch.testing.assert_close(grad_table.double(), exact, rtol=1e-5, atol=1e-4)  # bf16 would be wrong by 0.2
+    torch.testing.assert_close(grad_table.double(), exact, rtol=1e-5, atol=1e-4)  # bf16 would have an error of 0.2
     with torch.autocast("cpu", torch.bfloat16):  # backward called inside
         inside = torch.autograd.grad(product(x, table), table, grad)[0]
     assert torch.equal(inside, grad_table)

@@ -48,7 +48,7 @@ def test_by_hand_equals_the_loops(spec, height, width, skip):
 
 
 @pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
-def test_encodings_are_where_they_were_asked_for(rpe_on):
+def test_encodings_are_where_they_were_requested(rpe_on):
     encodings = build_rpe(get_rpe_config(rpe_on=rpe_on), 4, 2)
     assert [rpe is not None for rpe in encodings] == [place in rpe_on for place in "qkv"]
     assert [rpe.on_values for rpe in encodings if rpe is not None] == [place == "v" for place in rpe_on]
@@ -140,7 +140,7 @@ def test_the_unused_half_of_a_euc_table_gets_no_gradient():
     assert (rpe_k.table.grad[..., :3] == 0).all() and (rpe_k.table.grad[..., 3:6] != 0).all()
 
 
-def test_the_value_encoding_never_holds_a_vector_for_each_pair():
+def test_the_value_encoding_never_stores_a_vector_per_pair():
     # (H, L, L, D) would be 16 million elements here; the largest that may appear is (B, H, L, L).
     length, head_dim = 256, 256
     _, _, rpe_v = build("rpe-1.9-product-ctx-1-v", dtype=torch.float32, head_dim=head_dim, heads=1)
@@ -238,7 +238,7 @@ def test_tables_made_without_memory_are_zero_once_they_have_some():
         assert not rpe.table.any() and rpe.table.requires_grad
 
 
-def test_build_wants_a_config():
+def test_build_needs_a_config():
     with pytest.raises(TypeError, match=re.escape("expected get_rpe_config(...) or parse_rpe_spec(...), got 'rpe-")):
         build_rpe("rpe-2.0-product-ctx-1-k", 4, 2)
 

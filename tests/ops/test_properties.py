@@ -14,7 +14,7 @@ from irpe_ops.methods import METHODS
 from irpe_ops.rpe_index import INDEX_DTYPES, rpe_index_adjoint
 from tests import oracles
 
-# The same examples at every run: a failure here is a bug that was always there, not one of today.
+# The same examples at every run: a failure here depends on the code alone.
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

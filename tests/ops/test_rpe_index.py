@@ -184,7 +184,7 @@ def test_exports():
     input, index = example()
     program = torch.export.export(Lookup(), (input, index))
     assert torch.equal(program.module()(input, index), rpe_index(input, index))
-    assert "irpe" not in program.graph_module.code  # it may run where our operators are unknown
+    assert "irpe" not in program.graph_module.code  # it may run where our operators are not registered
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
         load_matching(model, weights, source="a.pth", may_start_fresh=lambda key: key in ("1.weight", "1.bias"))
 
 
-def test_a_comment_of_another_program_is_no_seal(tmp_path):
+def test_a_comment_of_another_program_is_not_a_seal(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"model": {"w": torch.full((64,), 3.0)}}, path)
     with zipfile.ZipFile(path, "a") as archive:
@@ -195,7 +195,7 @@ def test_a_comment_of_another_program_is_no_seal(tmp_path):
         read_checkpoint(path)
 
 
-def test_a_damaged_seal_is_no_comment_of_another_program(tmp_path):
+def test_a_damaged_seal_is_not_a_comment_of_another_program(tmp_path):
     path = tmp_path / "a.pth"
     write_checkpoint({"model": {}}, path)
     whole = path.read_bytes()
@@ -212,13 +212,13 @@ def test_a_damaged_seal_is_no_comment_of_another_program(tmp_path):
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "torch.save"])
-def test_no_flipped_bit_and_no_cut_loads_in_silence(tmp_path, ours):
+def test_no_flipped_bit_and_no_cut_loads_silently(tmp_path, ours):
     """400 flipped bits and 100 cuts. Other files have no checksum of their headers: there the weights must be right."""
     model = torch.nn.Sequential(torch.nn.Linear(9, 17), torch.nn.Linear(17, 3))
     contents, path = {"model": model.state_dict(), "epoch": 7}, tmp_path / "a.pth"
     write_checkpoint(contents, path) if ours else torch.save(contents, path)
     whole, draw, loaded = path.read_bytes(), random.Random(0), 0
-    assert torch.load(path, weights_only=True)["epoch"] == 7  # the seal is no obstacle to other programs
+    assert torch.load(path, weights_only=True)["epoch"] == 7  # other programs can read a sealed file
     for number in range(500):
         damaged = bytearray(whole)
         if number < 400:
@@ -250,7 +250,7 @@ def test_no_flipped_bit_and_no_cut_loads_in_silence(tmp_path, ours):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_tensors_that_are_no_plain_numbers_are_named_wherever_they_are(tmp_path, make, words):
+def test_tensors_that_are_not_plain_numbers_are_named_wherever_they_are(tmp_path, make, words):
     torch.save({"model": argparse.Namespace(w=[make()])}, tmp_path / "a.pth")
     with pytest.raises(BadCheckpoint, match="a.pth: .*" + re.escape(words)):
         read_checkpoint(tmp_path / "a.pth")
@@ -265,7 +265,7 @@ def test_views_and_shared_weights_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", [1, None, ("a",), b"w"])
-def test_names_that_are_no_text_are_refused(name):
+def test_names_that_are_not_text_are_refused(name):
     with pytest.raises(BadCheckpoint, match="a.pth: 'model' is not a dict of tensors by name"):
         model_weights({"model": {name: torch.ones(1)}}, source="a.pth")
 

@@ -39,7 +39,7 @@ def test_extra_flags_of_the_environment_win_over_file_and_typed_flags(tmp_path, 
     assert (args.batch_size, args.lr, args.opt_betas) == (8, 3.0, [0.9, 0.95])
     monkeypatch.setenv("IRPE_EXTRA_FLAGS", f"--config {tmp_path / 'c.yaml'}")
     assert parse_args(get_parser(), []).batch_size == 8
-    other = argparse.ArgumentParser()  # takes no --config, so the variable is not for it
+    other = argparse.ArgumentParser()  # takes no --config, so the variable does not apply
     assert vars(parse_args(other, [])) == {}
 
 
@@ -99,7 +99,7 @@ def test_values_reach_their_flags(tmp_path, text, name, value):
         ("lr: 2001-02-30", "not valid YAML"),
     ],
 )
-def test_what_is_no_flag_is_refused(tmp_path, text, words):
+def test_invalid_lines_are_refused(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         parse(tmp_path, text)
 

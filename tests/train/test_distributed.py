@@ -35,7 +35,7 @@ def test_loss_not_finite_on_one_rank_stops_both(tmp_path):
         assert "Traceback" not in ended.text
     (report,) = json.loads((tmp_path / "run" / "nonfinite_loss.json").read_text())
     assert report["rank"] == 1 and len(report["samples"]) == 4 and report["samples"][0].startswith("images/")
-    # The checkpoint is the one before the bad step, and goes on from there.
+    # The checkpoint is the one before the bad step, and training resumes from there.
     progress = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 3)
 
@@ -126,7 +126,7 @@ def test_absent_cuda_falls_back_to_the_cpu_with_a_note(monkeypatch, capsys):
     assert distributed.start(device="cuda").type == "cpu"
     assert "--device cuda: no CUDA device here, so this runs on the CPU" in capsys.readouterr().out
     assert distributed.start(device="cpu").type == "cpu" and capsys.readouterr().out == ""
-    for named in ("cuda:0", "cuda:9"):  # one of several GPUs is not any device
+    for named in ("cuda:0", "cuda:9"):  # a numbered GPU does not fall back
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(ValueError, match=f"--device {named}: there is no GPU; use cpu"):
             distributed.choose_device(named)
@@ -188,7 +188,7 @@ def test_first_host_of_a_slurm_list(nodes, first):
 
 def test_place_under_slurm(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script's own shell: one process
     assert distributed._place_in_the_world() == (0, 1, 0)
@@ -200,7 +200,7 @@ def test_place_under_slurm(monkeypatch):
         ("STEP_NODELIST", "n[3-4]"),
     ):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    for visible, local_rank in ((0, 1), (8, 1), (1, 0)):  # srun --gpus-per-task=1: each process sees its own alone
+    for visible, local_rank in ((0, 1), (8, 1), (1, 0)):  # srun --gpus-per-task=1: each process sees only its own
         monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
         assert distributed._place_in_the_world() == (5, 8, local_rank)
     assert os.environ["MASTER_ADDR"] == "n3" and 20000 <= int(os.environ["MASTER_PORT"]) < 60000

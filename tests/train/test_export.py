@@ -45,7 +45,7 @@ def test_all_formats_agree_with_the_model(tmp_path):
     assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param
 
 
-def test_a_dot_in_a_name_is_no_suffix(tmp_path):
+def test_a_dot_in_a_name_is_not_a_suffix(tmp_path):
     for name in ("m_lr0.1", "m_lr0.2", "m_lr0.3.safetensors"):
         export(Scores(), tmp_path / name, ["safetensors"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"m_lr0.{i}.safetensors" for i in (1, 2, 3)]

@@ -41,11 +41,11 @@ def faults(who: str, **environment: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_trainer_on_the_cpu_keeps_what_it_frees():
     kept = faults("trainer")
-    # The user's word wins; 48 MB are then faulted in anew, in small pages or in large ones.
+    # The user's setting wins; 48 MB are then faulted in again, in small pages or in large ones.
     handed_back = faults("trainer", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert kept + 20 <= handed_back
 
 
-def test_no_mallopt_is_no_error(monkeypatch):
+def test_a_missing_mallopt_is_not_an_error(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     assert not keep_freed_memory()

@@ -40,7 +40,7 @@ def test_too_many_open_files_are_one_line(capsys):
 
 
 @pytest.mark.parametrize("how", ["nobody reads it", "full disk"])
-def test_a_console_that_takes_nothing_costs_no_traceback(how, monkeypatch, capfd):
+def test_a_closed_or_full_console_gives_no_traceback(how, monkeypatch, capfd):
     reading, console = os.pipe()
     os.close(reading)
     if how == "full disk":
@@ -183,7 +183,7 @@ def test_submit_takes_the_published_flags(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "tiny_run: BadFlags: --executor slurm: Could not detect .srun."),  # this is no cluster
+        ([], "tiny_run: BadFlags: --executor slurm: Could not detect .srun."),  # this is not a cluster
         (["--executor", "local"], "--executor local: .*nodes=1"),
         (["--config", "none.yaml"], "--config none.yaml: no file none.yaml"),
         (["--nodes", "0"], "--nodes: expected 1 or more, got 0"),
@@ -216,11 +216,11 @@ class Dropped:
     ("message", "printed"),
     [("DataLoader worker (pid 7) is killed by signal: Killed. ", False), ("something else", True)],
 )
-def test_a_killed_worker_noticed_in_a_destructor_is_no_traceback(message, printed, monkeypatch):
+def test_a_killed_worker_noticed_in_a_destructor_gives_no_traceback(message, printed, monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
     with report_out_of_memory():
         Dropped(message)
     assert seen == [message] * printed
-    Dropped(message)  # and the hook is what it was
+    Dropped(message)  # and the hook is restored
     assert len(seen) == 1 + printed

@@ -142,7 +142,7 @@ def test_many_unreadable_training_images_in_a_row_stop(capsys):
         batches(TrainLoader(data, SequentialSampler(data), batch_size=1, seed=0), 0)
 
 
-def test_a_mistake_in_the_data_set_is_no_unreadable_image():
+def test_a_mistake_in_the_data_set_is_not_an_unreadable_image():
     data = Draws(4, unreadable=(1,), error=TypeError("a bug"))
     with pytest.raises(TypeError, match="a bug"):
         batches(TrainLoader(data, SequentialSampler(data), batch_size=1, seed=0), 0)

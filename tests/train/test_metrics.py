@@ -156,7 +156,7 @@ def test_other_ranks_print_warnings_alone_with_their_rank(rank, capsys):
     assert capsys.readouterr().out == ("* Acc@1 73.700\nwarning: look\n" if rank == 0 else "[rank 1] warning: look\n")
 
 
-def test_a_name_that_is_no_text_is_printed(capsys):
+def test_a_name_that_is_not_text_is_printed(capsys):
     set_up_logging(0)
     logger.info(f"caf\xe9 {os.fsdecode(b'caf' + bytes([0xE9]))}")
     printed = capsys.readouterr()

@@ -113,7 +113,7 @@ def test_a_program_that_calls_itself_an_image_is_not_run():
 
 @pytest.mark.parametrize("suffix", ["PNG", "TIFF"])  # Pillow turns a TIFF while it loads it
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_obeyed_when_asked_for_only(orientation, suffix):
+def test_orientation_is_applied_on_request_only(orientation, suffix):
     data = encoded(Image.fromarray(NOISE[..., :3]), suffix, exif=turned(orientation))
     stored = decode_image(data, "x")
     assert np.array_equal(stored, NOISE[..., :3]) and is_turned(stored) == (orientation > 1)
@@ -145,7 +145,7 @@ def test_a_damaged_file_is_named(data):
         decode_image(data, "x.png")
 
 
-def test_files_that_are_no_files_are_refused(tmp_path):
+def test_pipes_and_folders_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     for name, reason in (
@@ -162,7 +162,7 @@ def test_files_that_are_no_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "exif", [b"", b"garbage!!!", b"II*\0\x08\0\0\0\x05\0\x12\x01"], ids=["empty", "garbage", "cut"]
 )
-def test_damaged_metadata_cost_no_image(exif):
+def test_an_image_with_damaged_metadata_is_read(exif):
     file = io.BytesIO()
     Image.new("RGB", (6, 4)).save(file, "JPEG", exif=b"Exif\0\0" + exif)
     image = decode_image(file.getvalue(), "x.jpg", upright=True)

@@ -123,7 +123,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path):
     wait_for(lambda: "at it" in ranks.outputs[0].read_text())
     os.kill(ranks.processes[0].pid, signal.SIGINT)
     time.sleep(0.5)
-    assert ranks.processes[0].is_alive()  # an epoch is being trained: one request waits for its step
+    assert ranks.processes[0].is_alive()  # an epoch is being trained: one request waits for the end of its step
     os.kill(ranks.processes[0].pid, signal.SIGINT)
     (ended,) = ranks.wait(10)
     assert ended.code == 128 + signal.SIGINT and "Traceback" not in ended.text
@@ -172,7 +172,7 @@ def stopped_on_rank_1_in_evaluation(args):
 
 
 @pytest.mark.distributed
-def test_a_request_to_one_rank_in_evaluation_stops_both_and_is_made_good(tmp_path):
+def test_a_request_to_one_rank_in_evaluation_stops_both_and_both_resume(tmp_path):
     flags = [*QUIET, "--epochs", "1", "--test-images", "200", "--images", "16", "--deterministic"]
 
     def tiny(name, *more, main=tiny_run.main):

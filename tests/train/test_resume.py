@@ -98,7 +98,7 @@ def test_stopped_in_mid_epoch_equals_uninterrupted_on_several_ranks(tmp_path, wo
     flags = ["--deterministic", "--images", "60", "--num_workers", "0" if world_size == 3 else "1"]
     for ended in tiny(tmp_path / "whole", *flags, world_size=world_size):
         assert ended.code == 0, ended.text
-    # The signal reaches one rank alone.
+    # The signal reaches one rank only.
     stop_at(tmp_path / "cut", cuts(world_size, 60 // (4 * world_size)), *flags, later=1, rank=1, world_size=world_size)
     for ended in tiny(tmp_path / "cut", *flags, "--resume", "auto", world_size=world_size):
         assert ended.code == 0, ended.text
@@ -208,7 +208,7 @@ def test_a_kill_between_saves_loses_at_most_one_interval(tmp_path):
     assert (progress["epoch"], progress["step"]) == (1, 5)
 
 
-def test_auto_starts_anew_goes_on_and_knows_when_it_is_finished(tmp_path):
+def test_auto_starts_resumes_and_knows_when_it_is_finished(tmp_path):
     (ended,) = tiny(tmp_path / "run", "--resume", "auto")
     assert "no checkpoint" in ended.text and ended.code == 0
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -248,7 +248,7 @@ def test_auto_falls_back_to_the_checkpoint_before(tmp_path):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_auto_does_not_start_anew_over_two_bad_checkpoints(tmp_path):
+def test_auto_does_not_restart_over_two_bad_checkpoints(tmp_path):
     tiny(tmp_path / "run", "--epochs", "1")
     for name in ("checkpoint.pth", "checkpoint_previous.pth"):
         (tmp_path / "run" / name).write_bytes(b"")
@@ -268,7 +268,7 @@ def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path, name, flags):
 
 
 @pytest.mark.parametrize("name", ["best.pth", "checkpoint0099.pth"])
-def test_auto_does_not_start_anew_over_what_was_kept(tmp_path, name):
+def test_auto_does_not_restart_over_kept_checkpoints(tmp_path, name):
     tiny(tmp_path / "run", "--epochs", "1")
     (tmp_path / "run/checkpoint.pth").replace(kept := tmp_path / "run" / name)
     for path in tmp_path.glob("run/*.pth"):
@@ -282,7 +282,7 @@ def test_auto_does_not_start_anew_over_what_was_kept(tmp_path, name):
     assert ended.code == 0 and "epoch 1, step 0" in ended.text, ended.text
 
 
-def test_auto_does_not_start_anew_over_a_link_to_a_disk_that_is_away(tmp_path):
+def test_auto_does_not_restart_over_a_link_to_an_unmounted_disk(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoint.pth").symlink_to(tmp_path / "disk/checkpoint.pth")
     (ended,) = tiny(tmp_path / "run", "--resume", "auto")
@@ -303,7 +303,7 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_pat
     (second,) = tiny(tmp_path / "run", "--resume", "auto")
     words = f"--output_dir {tmp_path / 'run'}: another run is writing there (process {first.processes[0].pid} on"
     assert second.code == 1 and words in second.text, second.text
-    first.processes[0].kill()  # its data loading worker lives a little longer, and has no part in the lock
+    first.processes[0].kill()  # its data loading worker lives a little longer, without holding the lock
     first.processes[0].join()
     (second,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "1")
     assert second.code == 0, second.text
@@ -317,7 +317,7 @@ def main_killed_before_the_second_name(args):
     tiny_run.main(args)
 
 
-def test_a_kill_between_writing_and_naming_is_made_good(tmp_path):
+def test_a_kill_between_writing_and_naming_is_repaired(tmp_path):
     tiny(tmp_path / "cut", "--epochs", "1", main=main_killed_before_the_second_name)
     assert not (tmp_path / "cut" / "best.pth").exists()
     (ended,) = tiny(tmp_path / "cut", "--resume", "auto", "--epochs", "1")  # which has nothing left to do

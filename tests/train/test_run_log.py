@@ -143,7 +143,7 @@ def test_a_config_that_a_user_put_into_the_folder_is_kept(tmp_path, capsys):
         ("model.json", lambda folder: started(folder)),
     ],
 )
-def test_what_is_called_like_a_file_of_the_run_and_is_none_is_refused_and_not_waited_for(tmp_path, name, use, make):
+def test_a_pipe_or_folder_named_like_a_file_of_the_run_is_refused_at_once(tmp_path, name, use, make):
     folder = tmp_path / "run"
     folder.mkdir()
     make(folder / name)

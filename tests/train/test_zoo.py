@@ -44,7 +44,7 @@ def server():
             if server.announces:
                 self.send_header("Content-Length", str(len(whole) - start))
             self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the other side has heard enough
+            with contextlib.suppress(ConnectionError):  # the client has closed the connection
                 body = whole[start : server.cut]
                 for at in range(0, len(body), 1 << 20):
                     self.wfile.write(body[at : at + (1 << 20)])
@@ -165,7 +165,7 @@ def test_the_first_download_is_trusted_and_compared_with_ever_after(server, zoo,
     path, record = fetch("net", folder=tmp_path / "hub", zoo=zoo), tmp_path / "hub" / "net.pth.sha256"
     assert record.read_text() == f"{download.sha256(path)}  net.pth\n"
     first = path.read_bytes()
-    torch.save({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}}, path)  # as good a checkpoint, and another one
+    torch.save({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}}, path)  # a valid checkpoint, but a different one
     message = "net.pth: sha256 .*, expected .* written when it was first downloaded. Delete it and download it again"
     with pytest.raises(ValueError, match=message):
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
@@ -259,7 +259,7 @@ def test_a_pipe_in_the_cache_is_refused_and_not_waited_for(server, zoo, tmp_path
 @pytest.mark.parametrize(
     "url", ["", "net.pth", "http://", "http://[", "http://a b/", "http://127.0.0.1:x/", "file:///no"]
 )
-def test_an_address_that_is_none_is_one_message(zoo, tmp_path, url):
+def test_an_invalid_url_is_one_message(zoo, tmp_path, url):
     with pytest.raises(
         ConnectionError, match="model zoo: cannot download .*Download net.pth on a machine with a network"
     ):
