@@ -35,13 +35,15 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     checkpoint = read_checkpoint(source)
     weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
     given = {name: value for name, value in flags.items() if value is not None}
-    known = _flags(checkpoint, source=source)
-    args = argparse.Namespace(**known | given)
+    known = _stored_flags(checkpoint, source=source)
+    defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
+    args = argparse.Namespace(**defaults | known | given)
     stored = {name: known[name] for name in given if known.get(name) is not None}
     if (others := changed_flags(get_args_parser(), args, stored=stored)) != "nothing":
         logger.warning(f"flags differ from the checkpoint's: {others}. Those given now are used")
     if args.model is None:
-        raise ValueError(f"{source} does not say which model it is: add --model NAME (and --rpe SPEC)")
+        detector = "; a DETR is for irpe detect" if any(key.startswith("transformer.") for key in weights) else ""
+        raise ValueError(f"{source} does not say which model it is: add --model NAME (and --rpe SPEC){detector}")
     if ":" in args.model and "model" not in given:
         raise BadCheckpoint(f"checkpoint {source}: its model is {args.model!r}, from elsewhere: give it with --model")
     try:
@@ -59,18 +61,18 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     return model.eval(), args, classes
 
 
-def _flags(checkpoint: dict, *, source: str) -> dict:
-    """All flags, with those of the network from the checkpoint; ``model`` is None if it has none."""
+def _stored_flags(checkpoint: dict, *, source: str) -> dict:
+    """The flags of the network that the checkpoint has."""
     stored = checkpoint.get("args")
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
     if not isinstance(stored, dict):
         raise BadCheckpoint(f"checkpoint {source}: its 'args' are a {type(stored).__name__}, not flags")
-    defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
-    flags = defaults | {name: stored[name] for name in MODEL_FLAGS if name in stored}
-    for name, kind in MODEL_FLAGS.items():
-        if not isinstance(flags[name], kind):
-            raise BadCheckpoint(f"checkpoint {source}: its flags describe no model: {name} is {flags[name]!r:.100}")
-    stored_size(flags["input_size"], source=source)
+    flags = {name: stored[name] for name in MODEL_FLAGS if name in stored}
+    for name, value in flags.items():
+        if not isinstance(value, MODEL_FLAGS[name]):
+            raise BadCheckpoint(f"checkpoint {source}: its flags describe no model: {name} is {value!r:.100}")
+    if "input_size" in flags:
+        stored_size(flags["input_size"], source=source)
     return flags
 
 

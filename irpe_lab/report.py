@@ -78,6 +78,9 @@ class Report:
             raise RunError(f"report: no folder {logs}; give the one with log_<name>.txt in it")
         self.logs, self.page, self.zoo = logs, page, zoo or read_zoo()
         self.runs = find_runs(logs)
+        if not (self.runs or self.ablations() or (logs / "cards").is_dir()):
+            hint = f"for an ablation, irpe ablate GRID --table --logs {logs / 'NAME'} puts its runs there"
+            print(f"report: no log_<name>.txt in {logs}: only published figures are shown; {hint}", file=sys.stderr)
 
     def block(self, name: str) -> str:
         """The Markdown between one pair of markers. Raises: RunError: an unknown name."""

@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -170,10 +171,12 @@ def _map_names() -> list[str]:
 
 def _import_plugins() -> None:
     for module in filter(None, (part.strip() for part in os.environ.get("IRPE_PLUGINS", "").split(","))):
+        if os.getcwd() not in sys.path:  # python -m looks there, a console command does not
+            sys.path.append(os.getcwd())
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ValueError(f"IRPE_PLUGINS={module}: {error}; is its folder on PYTHONPATH?") from error
+            raise ValueError(f"IRPE_PLUGINS={module}: {error}; put its folder on PYTHONPATH") from error
 
 
 def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str) -> Tensor:

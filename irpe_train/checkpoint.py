@@ -219,7 +219,8 @@ def load_matching(
             problems[kind].append(text)
     if any(problems.values()):
         told = "; ".join(f"{kind}: {_some(texts)}" for kind, texts in problems.items() if texts)
-        told += ". Build the model with the flags it was trained with."
+        size = ", --input-size too" if any("pos_embed" in text for text in problems["other shapes"]) else ""
+        told += f". Build the model with the flags it was trained with{size}."
         raise BadCheckpoint(f"checkpoint {source} is of another model than {type(model).__name__} here; {told}")
     model.load_state_dict(own | {key: value for key, value in weights.items() if key not in odd})
     return {key: note for key, (_, _, note) in odd.items()}

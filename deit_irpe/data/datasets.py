@@ -38,7 +38,9 @@ def build_dataset(
     """
     root, split = Path(data_path), "train" if train else "val"
     if not root.is_dir():
-        raise FileNotFoundError(f'--data-path {data_path}: no such folder. See README, "Data"')
+        raise FileNotFoundError(
+            f'--data-path {data_path}: no such folder; give the one with train/ and val/ (README, "Data")'
+        )
     if data_set == "CIFAR":
         return _cifar100(root, train, transform)
     if data_set in ("INAT", "INAT19"):

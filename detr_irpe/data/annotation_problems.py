@@ -113,7 +113,8 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
     """Category ids that the class head has no output for."""
     beyond = labels[labels >= (num_classes if num_classes is not None else torch.iinfo(torch.int64).max)]
     ids = [str(i) for i in beyond.unique().tolist()]
-    return [Problem(f"category ids out of range (0 to {(num_classes or 0) - 1})", len(beyond), ids[:3])]
+    out = f"category ids out of range (0 to {(num_classes or 0) - 1}); --num_classes is the largest id plus one"
+    return [Problem(out, len(beyond), ids[:3])]
 
 
 def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:

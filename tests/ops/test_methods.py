@@ -200,4 +200,6 @@ def test_a_program_imports_the_modules_that_the_environment_names(tmp_path):
         "unknown method 'ring'; expected one of euc, quant, cross, product (or your own: IRPE_PLUGINS" in alone.stderr
     )
     wrong = run(code, tmp_path, IRPE_PLUGINS="yours")
-    assert "IRPE_PLUGINS=yours: No module named 'yours'; is its folder on PYTHONPATH?" in wrong.stderr
+    assert "IRPE_PLUGINS=yours: No module named 'yours'; put its folder on PYTHONPATH" in wrong.stderr
+    elsewhere = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # as a console command starts
+    assert run(elsewhere + code, tmp_path, IRPE_PLUGINS="mine").stdout.strip() == "rpe-1.9-ring-ctx-1-k"
