@@ -66,9 +66,9 @@ def report_out_of_memory():
     sys.unraisablehook = unless_worker_lost
     try:
         yield
-    except ConnectionResetError as error:  # a killed worker's queue may raise this before PyTorch notices
-        frames = traceback.walk_tb(error.__traceback__)
-        if not any("dataloader" in frame.f_code.co_filename for frame, _ in frames):
+    except (ConnectionError, EOFError) as error:  # from the queue or socket of a killed worker, before PyTorch notices
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not all(any(part in file for file in files) for part in ("dataloader", "multiprocessing")):
             raise
         raise WorkerLost(_worker_lost("unknown", "is gone")) from error
     except (RuntimeError, MemoryError) as error:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from irpe_train.distributed import logger, set_up_logging
-from irpe_train.errors import BadData
+from irpe_train.errors import BadData, WorkerLost
 from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
 from tests.helpers import tiny_run
 
@@ -224,3 +224,19 @@ def test_a_killed_worker_noticed_in_a_destructor_gives_no_traceback(message, pri
     assert seen == [message] * printed
     Dropped(message)  # and the hook is restored
     assert len(seen) == 1 + printed
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [(("torch/utils/data/dataloader.py", "multiprocessing/connection.py"), WorkerLost), (("dataloader.py",), EOFError)],
+)
+def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expected):
+    def step():
+        raise EOFError
+
+    for file in reversed(files):
+        space = {"inner": step}
+        exec(compile("def step(): inner()", file, "exec"), space)
+        step = space["step"]
+    with pytest.raises(expected), report_out_of_memory():
+        step()
