@@ -12,7 +12,7 @@ from deit_irpe.args import check_args, get_args_parser
 from deit_irpe.confusion import MOST_CONFUSED, write_confusion
 from deit_irpe.data import from_flags as data
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
-from deit_irpe.data.images import warn_of_odd_sets
+from deit_irpe.data.images import read_a_sample, warn_of_odd_sets
 from deit_irpe.engine import evaluate, train_one_epoch
 from deit_irpe.load_model import MODEL_FLAGS
 from deit_irpe.losses import DistillationLoss, classification_loss
@@ -59,8 +59,8 @@ def main(args: argparse.Namespace) -> None:
     train_set = None if args.eval else data.training_set(args)
     classes = agree_on_classes(checkpoint, train_set, val_set)
     warn_of_odd_sets(train_set, val_set)
-    for index in () if args.eval else range(0, len(val_set), -(-len(val_set) // 16)):
-        val_set[index]  # unreadable images are named before the first epoch, not after it
+    if not args.eval:
+        read_a_sample(val_set)
 
     # --- model
     model = models.model_of_flags(args, classes, weights=checkpoint is None).to(device)

@@ -20,8 +20,9 @@ from irpe_train.preemption import STOP
 
 logger = logging.getLogger("irpe")
 
-SAID = r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|connect\(\) failed"
-LOST_RANK = re.compile(SAID, re.IGNORECASE)
+LOST_RANK = re.compile(  # in the words of gloo, NCCL and the store
+    r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|connect\(\) failed", re.IGNORECASE
+)
 
 
 def rank() -> int:

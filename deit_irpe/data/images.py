@@ -149,6 +149,12 @@ def report_hidden(where: Path, names: set[str]) -> None:
         logger.info(f"{where}: hidden, so not classes: {', '.join(sorted(names))}")
 
 
+def read_a_sample(images: Dataset, size: int = 16) -> None:
+    """Read images spread over a validation set. Raises: UnreadableImage: before the first epoch, not after it."""
+    for index in range(0, len(images), max(1, -(-len(images) // size))):
+        images[index]
+
+
 def warn_of_odd_sets(train: Dataset | None, val: Dataset) -> None:
     """Warn if folders or archives are read for both sets, as through a symlink, and if classes have no training image,
     as in shards that skip numbers.

@@ -285,3 +285,19 @@ def test_fewer_than_256_images_are_still_visited():
     dataset = images.LabelledImages(["a"], [""] * 100, [0] * 100)
     sampler = datasets.repeated_augmentation_sampler(dataset, 2, 0)
     assert len(sampler) == len(list(sampler)) == 50
+
+
+@pytest.mark.parametrize(("count", "read"), [(0, []), (3, [0, 1, 2]), (50_000, list(range(0, 50_000, 3_125)))])
+def test_images_spread_over_a_validation_set_are_read_at_the_start(count, read):
+    class ValSet:
+        seen = []
+
+        def __len__(self):
+            return count
+
+        def __getitem__(self, index):
+            self.seen.append(index)
+
+    val_set = ValSet()
+    images.read_a_sample(val_set)
+    assert val_set.seen == read
