@@ -291,7 +291,9 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
       }
       if (a.probs) {
         float* kept = a.probs + (matrix * a.length + first + i) * a.padded;
-        for (int64_t j = 0; j < rounded_up(a.length); j += LANES) stream(kept + j, load(row + j));
+        const bool aligned = reinterpret_cast<uintptr_t>(kept) % sizeof(vf) == 0;  // by PyTorch's allocator; others may not
+        for (int64_t j = 0; j < rounded_up(a.length); j += LANES)
+          aligned ? stream(kept + j, load(row + j)) : store(kept + j, load(row + j));
       }
     }
     float* weights = b.scores;
