@@ -2,7 +2,7 @@
 # usage: DATA=DIR scripts/eval_detr.sh CONFIG [CHECKPOINT] [FLAGS of python -m detr_irpe ...]
 #   CONFIG: a file, or a name from configs/detr/. Without CHECKPOINT: the published one, downloaded if needed.
 #   --expect compares with the published row and ends in PASS or FAIL.
-#   GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT RDZV DRY_RUN: see scripts/launch.sh.
+#   GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT DRY_RUN: see scripts/launch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 evaluate detr_irpe detr --coco_path "$@"

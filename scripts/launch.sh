@@ -1,9 +1,8 @@
-# Sourced by train_*.sh, eval_*.sh and slurm.sh: finds the config, the GPUs and the nodes, and starts one command.
+# Sourced by train_*.sh and eval_*.sh: finds the config, the GPUs and the nodes, and starts one command.
 #   GPUS=N            processes on this node (default: the GPUs found; 1 process on the CPU if there is none)
 #   NNODES=N          nodes (default 1); run the same script on each of them with
-#   NODE_RANK=R       its number, from 0 (default under SLURM: SLURM_NODEID), and a place to meet, either
-#   MASTER_ADDR=HOST  the first node, MASTER_PORT=PORT (default 29500; under SLURM the host is found), or
-#   RDZV=HOST:PORT    an elastic rendezvous (c10d), NODE_RANK not needed
+#   NODE_RANK=R       its number, from 0
+#   MASTER_ADDR=HOST  the first node, MASTER_PORT=PORT (default 29500)
 #   PYTHON=FILE       the interpreter (default: the active environment, else the one scripts/setup.sh made, else python3)
 #   DRY_RUN=1         print the exact command, start nothing
 
@@ -44,23 +43,18 @@ set_launcher() {
     [[ "$gpus" =~ ^[0-9]+$ ]] || fail "GPUS=$gpus is not a number"
     [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$nodes is not a number of nodes"
     ((gpus > 0)) || gpus=1
-    if ((nodes > 1)) && [[ -n "${RDZV:-}" ]]; then
-        LAUNCH=("$PYTHON" -m torch.distributed.run "--nnodes=$nodes" "--nproc_per_node=$gpus"
-            --rdzv_backend=c10d "--rdzv_endpoint=$RDZV" "--rdzv_id=${SLURM_JOB_ID:-irpe}" -m "$1")
-    elif ((nodes > 1)); then
-        if [[ -n "${SLURM_JOB_NODELIST:-}" ]]; then
-            NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
-            MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
-        fi
+    LAUNCH=("$PYTHON" -m torch.distributed.run)
+    if ((nodes > 1)); then
         [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] ||
-            fail "NNODES=$nodes needs NODE_RANK=0..$((nodes - 1)) and MASTER_ADDR=HOST (or RDZV=HOST:PORT) on each node"
-        LAUNCH=("$PYTHON" -m torch.distributed.run "--nnodes=$nodes" "--node_rank=$NODE_RANK" "--nproc_per_node=$gpus"
-            "--master_addr=$MASTER_ADDR" "--master_port=${MASTER_PORT:-29500}" -m "$1")
+            fail "NNODES=$nodes needs NODE_RANK=0..$((nodes - 1)) and MASTER_ADDR=HOST on each node"
+        LAUNCH+=("--nnodes=$nodes" "--node_rank=$NODE_RANK" "--nproc_per_node=$gpus"
+            "--master_addr=$MASTER_ADDR" "--master_port=${MASTER_PORT:-29500}")
     elif ((gpus > 1)); then
-        LAUNCH=("$PYTHON" -m torch.distributed.run --standalone "--nproc_per_node=$gpus" -m "$1")
+        LAUNCH+=(--standalone "--nproc_per_node=$gpus")
     else
-        LAUNCH=("$PYTHON" -m "$1")
+        LAUNCH=("$PYTHON")
     fi
+    LAUNCH+=(-m "$1")
 }
 
 # start COMMAND...: run it, or with DRY_RUN=1 print it
@@ -113,19 +107,4 @@ evaluate() {
         RUN+=(--resume "$("$PYTHON" -m irpe_train.zoo "$CONFIG" ${DRY_RUN:+--where})")
     fi
     start "${RUN[@]}" --eval --output_dir "${OUTPUT:-outputs/eval_$NAME}" "$@"
-}
-
-# ablate KIND {deit|detr} ARGS...
-ablate() {
-    local kind="$1" which="${2:-}" flag
-    case "$which" in
-        deit) flag=data-path ;;
-        detr) flag=coco_path ;;
-        -h | --help) usage ;;
-        *) usage 2 >&2 ;;
-    esac
-    shift 2
-    [[ -n "${DATA:-}" ]] || fail "where is the data? DATA=DIR $(basename "$0") $which ..."
-    exec "$PYTHON" -m irpe_lab.ablate "$ROOT/configs/ablation/${which}_$kind.yaml" --set "$flag=$DATA" \
-        ${DRY_RUN:+--dry-run} "$@"
 }

@@ -47,7 +47,7 @@ ELSEWHERE = {  # a command that is not run here, and what runs it
     r"python -m pytest": "runs these tests",
     r"python -m tests\.evidence": "test_same_numbers.py does what it does",
     r"git clone|pip install": "CI, and test_packaging.py",
-    r".*(slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_scripts.py imitate it",
+    r".*(--slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_launch.py imitate it",
     r"scripts/gpu_report\.sh": "needs a GPU",
     r".*timm/validate\.py": "timm's package does not have it: a stand-in in test_timm.py",
 }

@@ -10,12 +10,11 @@ import pytest
 
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
-from irpe_lab.ablate import get_parser as ablate_parser
 from irpe_train.config import parse_args
 from tests.helpers.quick_python import quick_programs
 
 ROOT = Path(__file__).resolve().parents[2]
-PARSERS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser, "irpe_lab.ablate": ablate_parser}
+PARSERS = {"deit_irpe": deit_parser, "detr_irpe": detr_parser}
 
 
 def run(folder, script, *arguments, ok=True, **environment):
@@ -101,47 +100,6 @@ def test_several_nodes(tmp_path):
         "--master_port=29500",
         "-m",
     ]
-    launcher = parsed(run(tmp_path, "train_detr.sh", "r50_150epochs", DATA="x", NNODES="4", GPUS="2", RDZV="h:1"))[0]
-    assert launcher[3:] == [
-        "--nnodes=4",
-        "--nproc_per_node=2",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=h:1",
-        "--rdzv_id=irpe",
-        "-m",
-    ]
-
-
-def test_slurm(tmp_path):
-    submit, inner = run(
-        tmp_path,
-        "slurm.sh",
-        "train_detr",
-        "r50_150epochs",
-        "--amp",
-        "bf16",
-        DATA="x",
-        NNODES="2",
-        SBATCH="--partition=gpu --time=9",
-    ).splitlines()
-    words = shlex.split(submit)
-    assert words[0] == "sbatch" and {"--nodes=2", "--gpus-per-node=8", "--partition=gpu", "--time=9"} <= set(words)
-    task = shlex.split(words[words.index("--wrap") + 1])
-    assert task[:2] == ["srun", "--kill-on-bad-exit=1"] and task[2] == str(ROOT / "scripts" / "train_detr.sh")
-    assert task[-2:] == ["--amp", "bf16"]
-    launcher, _, args = parsed(inner)
-    assert "--nnodes=2" in launcher and args.amp == "bf16"
-
-
-@pytest.mark.parametrize("script, runs", [("ablate_modes.sh", 81), ("ablate_buckets.sh", 37)])
-@pytest.mark.parametrize("which", ["deit", "detr"])
-def test_ablations(tmp_path, monkeypatch, script, runs, which):
-    monkeypatch.chdir(tmp_path)  # the printed command names the run's flags.yaml, which the dry run writes
-    lines = run(tmp_path, script, which, "--seeds", "3", DATA="x").splitlines()
-    assert len(lines) == runs
-    for line in lines:
-        args = parsed(line)[2]
-        assert args.seed == 3 and (args.data_path if which == "deit" else args.coco_path) == "x"
 
 
 @pytest.mark.parametrize(
@@ -156,9 +114,6 @@ def test_ablations(tmp_path, monkeypatch, script, runs, which):
         ("train_deit.sh", ["small"], {"DATA": "x", "GPUS": "all"}, "GPUS=all is not a number"),
         ("eval_deit.sh", ["small"], {"DATA": "x"}, "no published checkpoint .*configs/deit/small.yaml"),
         ("eval_deit.sh", ["small", "no.pth"], {"DATA": str(ROOT), "DRY_RUN": ""}, "no checkpoint no.pth"),
-        ("slurm.sh", ["train", "small"], {"DATA": "x"}, "train: expected train_deit, train_detr"),
-        ("ablate_modes.sh", ["deit"], {}, "where is the data"),
-        ("ablate_modes.sh", ["vit"], {"DATA": "x"}, "usage: DATA=DIR scripts/ablate_modes.sh"),
     ],
 )
 def test_mistakes(tmp_path, script, arguments, environment, message):
@@ -172,7 +127,7 @@ def test_every_script_opens_with_its_usage():
             assert "usage:" in lines[1], path.name
             sourced = "usage: source" in lines[1]
             assert sourced or "set -euo pipefail" in lines, path.name
-    for name in ("train_deit", "train_detr", "eval_deit", "eval_detr", "ablate_buckets", "ablate_modes", "slurm"):
+    for name in ("train_deit", "train_detr", "eval_deit", "eval_detr"):
         assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
 
 

@@ -16,12 +16,9 @@ TRAINS = (
 BEHIND = {  # by program
     "ablate": "--dry-run",  # the others need GPUs or SLURM
     "ablate configs/ablation/demo.yaml": "--only rpe-1.9-euc-ctx-1-k --seeds 0 --gpus-per-run 1",
-    "scripts/ablate_buckets.sh": "--dry-run",
-    "scripts/ablate_modes.sh": "--dry-run",
     "irpe_train.card": "deit_tiny_patch16_224_ctx_product_50_shared_k",
     "scripts/benchmark_ops.py": "--quick --only 'DeiT-S B16'",
     "scripts/benchmark_models.py": "--quick --model deit_tiny_patch16_224",
-    "scripts/benchmark_coco_start.py": "--annotations 200 --workers 1 --rounds 1",
     "scripts/benchmark_memory.py": "--grids 12x12",
     "irpe detect export": "--formats safetensors",  # tests/detr/test_export.py writes the others
     "scripts/make_demo_data.py": "--task classification",  # detection takes longer and has its own test
