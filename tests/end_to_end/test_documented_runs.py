@@ -49,6 +49,8 @@ ELSEWHERE = {  # a command that is not run here, and what runs it
     r"git clone|pip install": "CI, and test_packaging.py",
     r".*(--slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_launch.py imitate it",
     r"scripts/gpu_report\.sh": "needs a GPU",
+    r"irpe info --check": "scripts/test.sh and test_info.py",
+    r".*benchmark_models\.py --model detr": "minutes on a processor: by hand",
     r".*timm/validate\.py": "timm's package does not have it: a stand-in in test_timm.py",
 }
 # Eight processes become two, other machines this one.

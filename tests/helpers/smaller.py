@@ -20,7 +20,8 @@ BEHIND = {  # by program
     "scripts/benchmark_ops.py": "--quick --only 'DeiT-S B16'",
     "scripts/benchmark_models.py": "--quick --model deit_tiny_patch16_224",
     "scripts/benchmark_memory.py": "--grids 12x12",
-    "irpe detect export": "--formats safetensors",  # tests/detr/test_export.py writes the others
+    "irpe classify export": "--formats onnx",  # tests/deit/test_export.py and tests/detr/test_export.py
+    "irpe detect export": "--formats safetensors",  # write the others
     "scripts/make_demo_data.py": "--task classification",  # detection takes longer and has its own test
     "examples/finetune_digits.py": "--epochs 1",
 }
