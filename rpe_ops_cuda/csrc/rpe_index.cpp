@@ -46,8 +46,8 @@ void check_common(const char* function, const char* name, const at::Tensor& valu
 // Fewest rows per thread: about 64 KB of output; below that, starting a thread costs more than it saves.
 int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
 
-// at::empty, in pages of 2 MB if the system grants them. The C library takes blocks of 32 MB and more from the system anew
-// each time, and faulting them in by pages of 4 KB takes several times as long as filling them.
+// at::empty, in pages of 2 MB if the system grants them. The C library asks the system for blocks of 32 MB and more each time,
+// and faulting them in by pages of 4 KB takes several times as long as filling them.
 at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor x = at::empty(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -55,7 +55,7 @@ at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& 
   if (x.nbytes() >= kLarge) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr()), end = begin + x.nbytes();
     const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal only costs time
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal costs only time
   }
 #endif
   return x;

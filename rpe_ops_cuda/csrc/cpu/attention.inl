@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention with relative position encoding, tile by tile: a tile is a few queries of one head with all their keys, so
-// that its scores stay in the second-level cache and no (L, L) matrix is ever needed.
+// Attention with relative position encoding, tile by tile. A tile is a few queries of one head with all their keys: its
+// scores stay in the second-level cache, and no (L, L) matrix is ever needed.
 //
 //   scores = scale q k^T + lookup(scale q table_k) + lookup(scale k table_q)^T + masks
 //   out    = P v + bucket_sums(P) table_v,   P = dropout(softmax(scores))
 //
-// The buckets of a table are further keys: one product gives q k^T and q table_k, side by side in rows of `width`, and one
-// takes P and its bucket sums to `out`; so too for the gradients.
+// The buckets of a table act as extra keys: one product gives q k^T and q table_k side by side, in rows of `width`, and one
+// turns P and its bucket sums into `out`. The gradients work the same way.
 
-struct Scratch {  // a stack of arrays for one thread; measures itself when `base` is null
+struct Scratch {  // a stack of arrays for one thread; with a null `base` it only counts bytes
   char* base;
   int64_t used;
   float* floats(int64_t count) {
@@ -25,12 +25,12 @@ struct Buffers {
   float *scores, *grad_scores, *dropped; // (tile, width)
   float *lookup_q, *sums_q;              // (on_q.buckets, padded) and its gradient
   float *grad_k, *grad_v;                // (L + buckets, D padded), (L, D padded)
-  float *row, *spare;                    // one row of scores, or of their gradients, on its way
+  float *row, *spare;                    // one row of scores, or of their gradients, between two steps
   float *factors;                        // (tile) 1 / sum of exp(score - greatest)
   float *bucket_scratch;
 };
 
-// Buckets that lie behind the keys: a bias is looked up in its table.
+// Buckets stored behind the keys. A bias has none: it is looked up in its table.
 INLINE int64_t behind_keys(const Encoding& e) { return e.parts && !e.bias ? e.buckets : 0; }
 
 INLINE void zero(float* x, int64_t count) { __builtin_memset(x, 0, count * sizeof(float)); }
@@ -67,7 +67,7 @@ static Buffers carve(const AttentionArgs& a, bool backward, Scratch& s) {
     b.grad_k = s.floats(row_room);
     b.grad_v = s.floats(a.length * d);
   }
-  // Columns that nothing fills are multiplied too.
+  // Columns that nothing fills are still multiplied.
   if (b.k_panels) zero(b.k_panels, panel_room);
   if (b.v_panels) zero(b.v_panels, panel_room);
   return b;
@@ -81,7 +81,7 @@ static int64_t attention_scratch(const AttentionArgs& a, bool backward) {
 
 INLINE float* rows_of(const Rows& r, int64_t b, int64_t h) { return r.data + b * r.batch_stride + h * r.head_stride; }
 
-// The processor foresees a walk through memory, but not rows that lie far apart.
+// The hardware prefetcher follows consecutive addresses, but not rows that lie far apart.
 INLINE void prefetch_row(const AttentionArgs& a, const Rows& r, int64_t matrix, int64_t i) {
   if (matrix >= a.batch * a.heads) return;
   const float* row = rows_of(r, matrix / a.heads, matrix % a.heads) + i * r.row_stride;
@@ -119,7 +119,7 @@ static void pack_panels(const float* from, int64_t stride, int64_t count, int64_
   }
 }
 
-// A table (d, padded) behind the `keys` rows of such panels.
+// Appends a table (d, padded) to such panels, behind their `keys` rows.
 static void append_panels(const Encoding& e, const float* table, int64_t keys, int64_t d, float* dest) {
   for (int64_t n = 0, here; n < e.buckets; n += here) {
     const int64_t first = (keys + n) % kPanel, left = e.buckets - n;
@@ -134,7 +134,7 @@ INLINE const float* table_of(const Encoding& e, const float* tables, int64_t ent
   return tables + (e.shared ? 0 : head * entries);
 }
 
-// x[j] + the lookups of every part, for every key j: in b.row or b.spare, whichever x is not.
+// x[j] + the lookups of every part, for every key j. The result is in b.row or b.spare, whichever x is not.
 static float* plus_lookups(const Encoding& e, const Buffers& b, int64_t i, const float* lookup, float* x) {
   for (int32_t p = 0; p < e.parts; ++p) {
     float* dest = x == b.row ? b.spare : b.row;
@@ -144,10 +144,10 @@ static float* plus_lookups(const Encoding& e, const Buffers& b, int64_t i, const
   return x;
 }
 
-// The same for the encoding on queries, whose lookups (buckets, padded) belong to keys.
+// The same for the encoding on queries, whose lookups (buckets, padded) are by key.
 static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64_t i, float* x) {
   for (int32_t p = 0; p < a.on_q.parts; ++p) {
-    if (a.on_q.plan[p]->separable) continue;  // grouped_queries has them
+    if (a.on_q.plan[p]->separable) continue;  // done by grouped_queries
     float* dest = x == b.row ? b.spare : b.row;
     lookups::add_lookup_column(*a.on_q.plan[p], i, b.lookup_q + a.on_q.offset[p] * a.padded, a.padded, x, dest);
     x = dest;
@@ -155,8 +155,8 @@ static float* plus_query_lookups(const AttentionArgs& a, const Buffers& b, int64
   return x;
 }
 
-// Those of separable maps: for a group of queries from i on, of `left`, in their rows of x themselves, or, if BACK, the sums of
-// these rows. Returns how many queries.
+// The same for separable maps, for a group of at most `left` queries from i on: adds to their rows of x in place or, if BACK,
+// sums these rows into the lookups' gradient. Returns the size of the group.
 template <bool BACK>
 static int64_t grouped_queries(const AttentionArgs& a, float* lookup, int64_t i, int64_t left, float* x) {
   if (a.on_q.parts == 0) return left;
@@ -173,7 +173,7 @@ static void bucket_sums_parts(const Encoding& e, int64_t i, const float* x, floa
   for (int32_t p = 0; p < e.parts; ++p) lookups::bucket_sums_row(*e.plan[p], i, x, sums + e.offset[p], scratch);
 }
 
-// What the whole head needs before its scores can be computed.
+// Prepares what the scores of a whole head need.
 static void prepare_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head) {
   const float* k = rows_of(a.k, batch, head);
   pack_panels(k, a.k.row_stride, a.length, a.head_dim, b.k_panels);
@@ -191,15 +191,15 @@ static void prepare_scores(const AttentionArgs& a, const Buffers& b, int64_t bat
   }
 }
 
-// dest (count, width): the rows of a tile times keys and `buckets` in panels.
+// dest (count, width) = the rows of a tile times the panels of keys and `buckets`.
 INLINE void times_panels(const AttentionArgs& a, int64_t count, const float* tile, const float* panels, int64_t buckets,
                          float* dest) {
   gemm<false>(count, rounded_up(a.length + buckets), a.head_dim, tile, rounded_up(a.head_dim), panels, kPanel,
               kPanel * a.head_dim, dest, a.width, false);
 }
 
-// One row of scores with the encodings on queries and keys and the masks, in `row` itself, b.row or b.spare; its padding up to
-// a whole register is -inf.
+// One row of scores, with masks and the encodings on queries and keys added. The result is in `row`, b.row or b.spare; its
+// padding up to a whole register is -inf.
 static float* finished_scores(const AttentionArgs& a, const Buffers& b, int64_t batch, int64_t head, int64_t i, float* row) {
   const int64_t length = a.length;
   if (a.mask) {
@@ -230,8 +230,8 @@ INLINE uint64_t mixed(uint64_t x) {  // splitmix64
   return x ^ (x >> 31);
 }
 
-// dest = x * 1 / (1 - p) where the weight is kept, 0 where it is dropped: a hash of (seed, b, h, i, j), so backward draws
-// the same, and the number of threads changes nothing.
+// dest = x / (1 - p) where the weight is kept, 0 where it is dropped. A hash of (seed, b, h, i, j) decides, so backward drops
+// the same weights, and so does any number of threads.
 static void drop_row(const AttentionArgs& a, int64_t matrix_row, const float* x, float* dest) {
   const uint64_t key = mixed(mixed(a.seed) ^ static_cast<uint64_t>(matrix_row));
   const uint32_t key_low = static_cast<uint32_t>(key), key_high = static_cast<uint32_t>(key >> 32);
@@ -249,7 +249,7 @@ static void drop_row(const AttentionArgs& a, int64_t matrix_row, const float* x,
   }
 }
 
-// Forward for the tiles [begin, end) of all heads, counted head by head.
+// Forward for the tiles [begin, end), numbered head by head.
 static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end, char* memory) {
   Scratch scratch = {memory, 0};
   const Buffers b = carve(a, false, scratch);
@@ -284,14 +284,14 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
         store(row + j, e);
       }
       const float sum = sum_of_lanes(total);
-      b.factors[i] = sum == 0 ? 0 : 1 / sum;  // waits for the output, which is shorter
+      b.factors[i] = sum == 0 ? 0 : 1 / sum;  // multiplied into the output, which is shorter than the row
       if (a.stats) {
         float* stats = a.stats + 2 * (matrix * a.length + first + i);
         stats[0] = greatest, stats[1] = b.factors[i];
       }
       if (a.probs) {
         float* kept = a.probs + (matrix * a.length + first + i) * a.padded;
-        const bool aligned = reinterpret_cast<uintptr_t>(kept) % sizeof(vf) == 0;  // by PyTorch's allocator; others may not
+        const bool aligned = reinterpret_cast<uintptr_t>(kept) % sizeof(vf) == 0;  // PyTorch's allocator aligns; others may not
         for (int64_t j = 0; j < rounded_up(a.length); j += LANES)
           aligned ? stream(kept + j, load(row + j)) : store(kept + j, load(row + j));
       }
@@ -318,8 +318,8 @@ static void attention_forward(const AttentionArgs& a, int64_t begin, int64_t end
   }
 }
 
-// Backward for the heads [begin, end): with P = softmax(scores) before dropout,
-// which is factor * weights, the factor being multiplied into grad_out:
+// Backward for the heads [begin, end). P = softmax(scores) before dropout, which is factor * weights; the factor is multiplied
+// into grad_out:
 //   grad P      = dropout(grad_out v^T + lookup(grad_out table_v^T))
 //   grad scores = P (grad P - sum over keys of P grad P)
 static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t end, char* memory) {
@@ -370,14 +370,14 @@ static void attention_backward(const AttentionArgs& a, int64_t begin, int64_t en
         for (const Rows* next : next_rows) prefetch_row(a, *next, matrix + 1, first + i);
         float *row = b.grad_scores + i * a.width, *p = probs + i * probs_stride;
         float* grad = plus_lookups(on_v, b, first + i, row + a.length, row);
-        zero(grad + a.length, rounded_up(a.length) - a.length);  // buckets, or what lookups wrote there
+        zero(grad + a.length, rounded_up(a.length) - a.length);  // held buckets, or what lookups wrote past the last key
         if (a.dropout_p > 0) {
           drop_row(a, top + i, grad, grad);
           drop_row(a, top + i, p, b.dropped + i * a.width);
         }
         if (a.probs)
           for (int64_t j = 0; j < a.length; j += 16) __builtin_prefetch(p + 4 * a.padded + j, 0, 2);
-        // The sum below equals grad_out . out, but cancels better where one key has nearly all the weight.
+        // The sum below equals grad_out . out, but loses fewer digits where one key has nearly all the weight.
         vf products = {};
         for (int64_t j = 0; j < a.length; j += LANES) products += load(p + j) * load(grad + j);
         const float mean = sum_of_lanes(products) * a.stats[2 * (top + i) + 1];

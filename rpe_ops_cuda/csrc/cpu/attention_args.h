@@ -5,12 +5,12 @@
 
 namespace irpe {
 
-// One encoding: on queries, keys or values. `cross` has two parts, whose tables lie side by side. Of the tables there are only
-// the buckets from the least id to the greatest: a distance is not negative, so `euc` and `quant` use half of theirs.
+// One encoding: on queries, keys or values. `cross` has two parts, whose tables lie side by side. Tables hold only the buckets
+// from the least id to the greatest: a distance is never negative, so `euc` and `quant` use half of theirs.
 struct Encoding {
   int32_t parts;                // 0: absent
   const PlanView* plan[2];      // on queries: by columns
-  int64_t offset[2];            // where id 0 of each part is, which may be before the first bucket
+  int64_t offset[2];            // position of id 0 of each part, which may be before the first bucket
   int64_t buckets, padded;      // of all parts; rounded up to a multiple of 16
   bool bias;
   const float* table;           // q, k: (heads or 1, D, padded); bias: (heads or 1, padded); v: (heads or 1, buckets, D padded)
@@ -34,7 +34,7 @@ struct AttentionArgs {
   int64_t mask_stride[4];       // b, h, query, key; 0 where it broadcasts
   float dropout_p;
   uint64_t seed;
-  int64_t tile;                 // queries worked on at a time
+  int64_t tile;                 // queries per tile
   int64_t padded;               // row stride of `probs`, a multiple of 16
   int64_t width;                // row stride of scores, with room for the buckets of a table behind the keys
   // Kept by forward for backward; null in inference.

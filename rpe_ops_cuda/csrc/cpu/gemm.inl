@@ -8,8 +8,8 @@ constexpr int kMaxRows = 6;
 constexpr int kMaxRows = 12;
 #endif
 constexpr int kPanel = 2 * LANES;  // columns of C held in registers
-constexpr int64_t kSmall = 4096;   // entries of a B that stays there whole
-constexpr int64_t kDepth = 256;    // so many rows of a panel of B stay in the first-level cache
+constexpr int64_t kSmall = 4096;   // entries of the largest B that stays in the first-level cache whole
+constexpr int64_t kDepth = 256;    // rows of a panel of B that stay in the first-level cache
 
 // A is (M, K) with row stride lda, or its transpose if TRANSPOSED. B is (K, N): panels of kPanel columns, `panel_stride`
 // apart, with row stride ldb.
@@ -67,7 +67,7 @@ static void gemm(int64_t rows, int64_t cols, int64_t depth, const float* a, int6
       block_of<TRANSPOSED>(height)(cols - n > LANES ? 2 : 1, depth_here, TRANSPOSED ? a + k * lda + m : a + m * lda + k, lda,
                       b + panel * panel_stride + k * ldb, ldb, c + m * ldc + n, ldc, accumulate || k > 0);
     };
-    // What stays in the first-level cache: one panel of B; or all of a small B, so that A is read once.
+    // One panel of B stays in the first-level cache, or all of a small B, so that A is read once.
     if (TRANSPOSED && depth_here * cols <= kSmall) {
       for (int64_t m = 0; m < rows; m += kMaxRows)
         for (int64_t panel = 0; panel < panels; ++panel) block(m, panel);

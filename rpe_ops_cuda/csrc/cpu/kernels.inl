@@ -3,7 +3,7 @@
 // pragma that selects the instruction set. No standard header may be included here: see plan.h.
 //
 // Products and exp are computed in the widest registers, of WIDEST floats; lookups and bucket sums in registers of kLookupLanes
-// everywhere. A store of a wider one crosses a cache line twice as often, and the loads behind it wait.
+// everywhere. A store from a wider one crosses a cache line twice as often, and the loads after it wait.
 namespace lookups {
 #define LANES 8
 static_assert(LANES == kLookupLanes, "plans are made for so many");

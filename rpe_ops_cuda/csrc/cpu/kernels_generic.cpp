@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any processor, with the registers of AVX-512: a machine without AVX-512 tests that logic here.
+// Any processor, with 16 lanes as in AVX-512, so that a machine without AVX-512 tests that logic too.
 #include "kernels.h"
 
 #define WIDEST 16

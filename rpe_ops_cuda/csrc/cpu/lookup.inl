@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lookups and bucket sums of one row: the two operations by which every encoding enters attention.
+// Lookups and bucket sums of one row: the two operations that every encoding is made of.
 
-// The places that a segment's keys take from a loaded register.
+// For each key of a segment, its lane in the loaded register.
 INLINE vi offsets(uint32_t perm) {
   const vu shift = {0, 4, 8, 12, 16, 20, 24, 28};
   const vu word = {perm, perm, perm, perm, perm, perm, perm, perm};
   return reinterpret_cast<vi>(word >> shift);  // the permutation uses the lowest 3 bits only
 }
 
-// dest[j] = table[id(i, j)] for every key j. Writes up to LANES - 1 entries past the last key, and reads LANES - 1 past the last
-// bucket if there are fewer than LANES.
+// dest[j] = table[id(i, j)] for every key j. Writes up to LANES - 1 entries past the last key; with fewer than LANES buckets,
+// reads up to LANES - 1 entries past the last one.
 INLINE void lookup_row(const PlanView& plan, int64_t i, const uint32_t* table, uint32_t* dest) {
   if (!plan.segmented) {
     const uint16_t* ids = plan.ids + i * plan.cols;
@@ -20,7 +20,7 @@ INLINE void lookup_row(const PlanView& plan, int64_t i, const uint32_t* table, u
   const int32_t* start = plan.seg_start;
   const uint16_t* base = plan.base + i * segments;
   const uint32_t* perm = plan.perm + i * segments;
-  // A segment shorter than a register spills over, and the next one overwrites what it spilt.
+  // A segment shorter than a register writes past its end, and the next one overwrites that.
   for (int64_t s = 0; s < segments; ++s)
     store(dest + start[s], __builtin_shuffle(load(table + base[s]), offsets(perm[s])));
 }
@@ -40,14 +40,14 @@ INLINE void add_lookup_row(const PlanView& plan, int64_t i, const float* table, 
     store(dest + start[s], load(x + start[s]) + __builtin_shuffle(load(table + base[s]), offsets(perm[s])));
 }
 
-// dest[j] = x[j] + table[id(j, i)][j] for every key j; the rows of the table are `stride` apart. For a plan by columns. Reads
+// dest[j] = x[j] + table[id(j, i)][j] for every key j, with a plan by columns; the rows of the table are `stride` apart. Reads
 // and writes up to LANES - 1 entries past the last key; x is not dest.
 INLINE void add_lookup_column(const PlanView& plan, int64_t i, const float* table, int64_t stride, const float* x, float* dest) {
   const uint16_t* id = plan.piece_id + plan.piece_first[i];
   const uint8_t* keys = plan.piece_keys + plan.piece_first[i];
   const int64_t pieces = plan.piece_first[i + 1] - plan.piece_first[i];
   for (int64_t p = 0, j = 0; p < pieces; j += keys[p++])
-    store(dest + j, load(x + j) + load(table + id[p] * stride + j));  // spills over, as above
+    store(dest + j, load(x + j) + load(table + id[p] * stride + j));  // writes past its end, as above
 }
 
 // sums[id(j, i)][j] += x[j] for every key j. Reads up to LANES - 1 entries past the last key.
@@ -63,7 +63,7 @@ INLINE void add_to_column_buckets(const PlanView& plan, int64_t i, const float* 
   }
 }
 
-// How many queries from `i` on, of `left`, are best looked up together: those of a grid row, in equal shares.
+// How many of the `left` queries from i on to look up together: those of one grid row, in equal shares.
 INLINE int64_t column_group(const PlanView& plan, int64_t i, int64_t left) {
   constexpr int64_t kMost = 8;
   if (!plan.separable || i < plan.skip) return 1;
@@ -72,11 +72,11 @@ INLINE int64_t column_group(const PlanView& plan, int64_t i, int64_t left) {
   return share < left ? share : left;
 }
 
-constexpr int kKeyRows = WIDEST / LANES;  // as registers allow: AVX-512 has 32
+constexpr int kKeyRows = WIDEST / LANES;  // AVX-512 has 32 registers, twice as many as AVX2
 
-// ROWS key rows at one register of key columns, for MOST queries: each entry of the table, if a query's column part is its own,
-// is added to the query's row of x, or, if BACK, the other way round. `base`, `table` and `x` begin at the first of the key rows.
-// A narrow row spills over into the next one, which is stored after it.
+// ROWS key rows of one register of key columns, for MOST queries: adds each entry of the table to the row of x of every query
+// with that column part or, if BACK, the other way round. `base`, `table` and `x` begin at the first of the key rows. A row
+// narrower than a register writes into the next one, which is stored after it.
 template <int ROWS, int MOST, bool BACK>
 INLINE void key_rows(const int32_t* base, int64_t width, const int32_t* part_of, int64_t parts_stride, int32_t low, int32_t high,
                      float* table, int64_t stride, float* x, int64_t x_stride) {
@@ -140,7 +140,7 @@ INLINE void grouped_columns(int64_t count, const PlanView& plan, int64_t i, floa
     }
 }
 
-// The same for any queries of a separable plan. Reads, and writes as they are, up to LANES - 1 entries past the last key.
+// The same for any queries of a separable plan. Up to LANES - 1 entries past the last key are read and written back unchanged.
 template <bool BACK>
 static void columns(const PlanView& plan, int64_t i, int64_t count, float* table, int64_t stride, float* x, int64_t x_stride) {
   for (int64_t here; count > 0; i += here, x += here * x_stride, count -= here) {
@@ -154,10 +154,10 @@ static void columns(const PlanView& plan, int64_t i, int64_t count, float* table
   }
 }
 
-constexpr int kCopies = 4;  // of the sums: neighbours often share a bucket, and an add must wait for the one before it
+constexpr int kCopies = 4;  // of the sums: neighbours often share a bucket, and an add waits for the last one to the same place
 
 // sums[n] = sum of x[j] over the keys with id(i, j) == n, for the ids of the plan; sums must be zero. Writes up to 2 * LANES - 1
-// zeros past the last id and reads LANES - 1 entries past the last key. `scratch` has bucket_scratch(plan) entries.
+// zeros past the last id, and reads up to LANES - 1 entries past the last key. `scratch` has bucket_scratch(plan) entries.
 static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, float* sums, float* scratch) {
   const uint16_t* ids = plan.ids + i * plan.cols;
   const int64_t cols = plan.cols, lowest = plan.min_id, used = plan.max_id + 1 - lowest, stride = used + LANES;
@@ -177,11 +177,11 @@ static void bucket_sums_by_id(const PlanView& plan, int64_t i, const float* x, f
 #ifdef HAS_AVX2
 constexpr bool kTransposes = true;
 #else
-constexpr bool kTransposes = false;  // by single values, which takes longer than what it saves
+constexpr bool kTransposes = false;  // value by value, which takes longer than it saves
 #endif
 
-// The same for LANES rows at once, of one query in as many heads: their ids are the same. Each gets the bits it would get alone.
-// Fills `buckets` sums. `scratch` has kCopies * LANES entries for each id from the least to the greatest.
+// The same for one query in LANES heads at once, whose ids are the same. Each head gets the same bits as alone. Writes all
+// `buckets` sums. `scratch` has kCopies * LANES entries for each id from the least to the greatest.
 static void bucket_sums_of_heads(const PlanView& plan, int64_t i, const float* x, int64_t x_stride, float* sums, int64_t sums_stride,
                                  int64_t buckets, float* scratch) {
   const uint16_t* ids = plan.ids + i * plan.cols;
@@ -221,7 +221,7 @@ static void bucket_sums_of_heads(const PlanView& plan, int64_t i, const float* x
   }
 }
 
-// The grid rows of each slot, summed: `registers` (at most MOST) registers of their columns, into rows of `columns`.
+// Sums the grid rows of each slot into a row of `columns`, for `registers` (at most MOST) registers of grid columns.
 template <int MOST>
 INLINE void rows_into_slots(int64_t registers, const PlanView& plan, int64_t query_row, const float* grid, float* columns) {
   if constexpr (MOST > 1)
@@ -236,7 +236,7 @@ INLINE void rows_into_slots(int64_t registers, const PlanView& plan, int64_t que
   }
 }
 
-// sums + slot_base: the columns of `slots` (at most MOST) slots into their buckets, PARTS registers of column parts each.
+// Adds the columns of `slots` (at most MOST) slots to their buckets, sums + slot_base, which take PARTS registers each.
 // `not_finite` becomes NaN where a sum is not finite.
 template <int MOST, int PARTS>
 INLINE void columns_into_buckets(int64_t slots, const int32_t* slot_base, int64_t width, const float* one_hot,
@@ -265,7 +265,7 @@ INLINE void columns_into_buckets(int64_t slots, const int32_t* slot_base, int64_
 // False if a sum is not finite.
 template <int PARTS>
 static bool slots_into_buckets(const PlanView& plan, int64_t query_col, const float* columns, float* sums) {
-  constexpr int kMost = 12 / PARTS;  // what the registers of AVX2 hold
+  constexpr int kMost = 12 / PARTS;  // as many as the registers of AVX2 hold
   const float* one_hot = plan.one_hot + query_col * plan.width * plan.col_padded;
   vf not_finite = {};
   for (int64_t slot = 0, count; slot < plan.num_slots; slot += count) {
@@ -295,7 +295,7 @@ static void bucket_sums_row(const PlanView& plan, int64_t i, const float* x, flo
     } else {
       const bool finite = plan.col_padded == LANES ? slots_into_buckets<1>(plan, query_col, scratch, sums)
                                                    : slots_into_buckets<2>(plan, query_col, scratch, sums);
-      // An infinite value belongs to its own bucket alone, but times zero it is NaN in the others.
+      // An infinite value belongs in one bucket, but the one-hot product makes NaN of it in the others.
       if (!finite) return bucket_sums_by_id(plan, i, x, sums, scratch);
     }
   }
@@ -311,10 +311,10 @@ static void lookup_32(const PlanView& plan, const uint32_t* in, uint32_t* out, i
       for (int64_t n = 0; n < buckets; ++n) few[n] = table[n];
       table = few;
     }
-    // What a row writes past its end is overwritten by the next rows, but for the last rows of this thread.
+    // The next rows overwrite what a row writes past its end; the last rows of this thread have none.
     const bool room = (end - row - 1) * plan.cols >= LANES;
     uint32_t* dest = out + row * plan.cols;
-    // Stores wait for lines that are not in the first cache. Long rows would not stay there.
+    // Stores wait for lines that are not in the first-level cache. Long rows would not stay there.
     for (int64_t j = 0; j < plan.cols && plan.cols < 512; j += 16) __builtin_prefetch(dest + 2 * plan.cols + j, 1);
     lookup_row(plan, row % plan.rows, table, room ? dest : last);
     if (!room) __builtin_memcpy(dest, last, plan.cols * sizeof(uint32_t));
@@ -369,7 +369,7 @@ static void bucket_sums(const PlanView& plan, const float* grad, float* out, int
       row += (LANES - 1) * plan.rows - 1;
       continue;
     }
-    // The sums jump about in a row, so the processor does not foresee what they read. Long rows would not stay in the first cache.
+    // The sums do not read a row in order, so the hardware does not prefetch it. Long rows would not stay in that cache.
     const float* later = grad + (row + 4 < end ? row + 4 : row) * plan.cols;
     for (int64_t j = 0; j < plan.cols; j += 16)
       plan.cols < 512 ? __builtin_prefetch(later + j) : __builtin_prefetch(later + j, 0, 2);

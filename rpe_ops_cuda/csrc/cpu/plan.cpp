@@ -25,7 +25,7 @@ void cut_into_segments(Plan& plan) {
     }
     plan.seg_start.push_back(static_cast<int32_t>(start));
     start += length;
-    // Four keys a segment on average are where permuting stops being faster than single loads.
+    // Below four keys a segment on average, permuting is slower than single loads.
     if (plan.seg_start.size() > 16 && start < 4 * static_cast<int64_t>(plan.seg_start.size())) return;
   }
   const int64_t segments = static_cast<int64_t>(plan.seg_start.size());
@@ -49,7 +49,7 @@ void cut_into_segments(Plan& plan) {
   plan.view.num_segments = segments;
 }
 
-// The number of leading tokens: their whole rows and columns hold one id. -1: the first column says otherwise.
+// The number of leading tokens, whose rows and columns hold one id throughout; -1 if only the rows do.
 int64_t leading_tokens(const Plan& plan) {
   const int64_t n = plan.view.rows;
   const auto row_is_constant = [&](int64_t i) {
@@ -98,7 +98,7 @@ void separate(Plan& plan) {
     const int64_t cost = static_cast<int64_t>(row_parts.size()) * width;
     if (cost < best_cost) best_cost = cost, best_width = width;
   }
-  if (best_width == 0 || best_cost > tokens) return;  // nothing gained over adding one by one; see also below
+  if (best_width == 0 || best_cost > tokens) return;  // no gain over adding one by one; see also below
   const int64_t width = best_width, height = tokens / width;
   const auto at = [&](int64_t qr, int64_t qc, int64_t kr, int64_t kc) {
     return static_cast<int>(plan.ids[(skip + qr * width + qc) * n + skip + kr * width + kc]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is worked out once for a map of bucket ids, so that the kernels need not look at single ids.
+// What is computed once for a map of bucket ids, so that the kernels need not look at single ids.
 // Plain data and no standard headers: the kernels are compiled for several instruction sets, and an inline function of a
 // header compiled for AVX-512 could be the copy the linker keeps for everybody.
 #pragma once
@@ -10,21 +10,21 @@ namespace irpe {
 constexpr int32_t kLookupLanes = 8;  // floats in the registers that lookups and bucket sums use
 
 // Lookup. Neighbouring keys have neighbouring ids: the keys are cut into segments of at most kLookupLanes keys whose ids
-// span fewer than kLookupLanes buckets for every query, so one load of as many table entries from `base` and one register
+// span fewer than kLookupLanes buckets for every query, so one load of that many table entries from `base` and one register
 // permutation by the 4-bit offsets in `perm` look up a whole segment. For product maps a segment is (a part of) a grid row.
 //
 // Bucket sums. A map is separable if id = row_part(query row, key row) + column_part(query column, key column) but for the
-// leading tokens, which share one bucket. Then grid rows are summed into slots (vector adds), and only then columns into buckets.
+// leading tokens, which share one bucket. Then grid rows are summed into slots first (vector adds), then columns into buckets.
 //
-// The encoding on queries looks its map up by columns: id(j, i) for a query i and every key j. Next to each other these are
-// ids of different rows, so nothing can be permuted; but neighbouring keys often share a bucket, and a piece of at most
-// kLookupLanes keys of one bucket is a plain load from, or add to, the row of a table that has buckets as rows and keys as columns.
+// The encoding on queries looks its map up by columns: id(j, i) for a query i and every key j. Its table has buckets as rows and
+// keys as columns, so neighbouring keys read different rows and nothing can be permuted. But neighbouring keys often share a
+// bucket: a piece of at most kLookupLanes such keys is one plain load from, or add to, a row of the table.
 struct PlanView {
   int64_t rows, cols;       // queries, keys
   int32_t min_id, max_id;
   const uint16_t* ids;      // (rows, cols)
 
-  bool segmented;           // false: too few keys a segment, ids are looked up one by one
+  bool segmented;           // false: too few keys a segment; ids are looked up one by one
   int64_t num_segments;
   const int32_t* seg_start; // (num_segments + 1), the last one is cols
   const uint16_t* base;     // (rows, num_segments) smallest id

@@ -11,7 +11,7 @@ typedef vu vu_unaligned __attribute__((aligned(4), may_alias));
 
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
-// To an aligned place that is not read soon: past the caches, which would fetch what was there.
+// Past the caches, which would first fetch the old line. For an aligned place that is not read again soon.
 INLINE void stream(float* p, vf x) {
 #if defined(HAS_AVX2) && LANES == 16 && !defined(__clang__)
   __builtin_ia32_movntps512(p, x);
