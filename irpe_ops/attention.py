@@ -8,7 +8,7 @@ from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.backends import NAMES, module_of
 from irpe_ops.backends.choice import choose
 from irpe_ops.modules import IRPE, IRPESum, autocast_dtype, resolve_grid
-from irpe_ops.rpe_index import DTYPES
+from irpe_ops.rpe_index import DTYPES, not_dense
 
 BACKENDS = ("auto", *NAMES)
 
@@ -48,10 +48,10 @@ def rpe_attention(
     Raises: ValueError: for arguments that do not fit together, or a call that the named backend cannot run;
         ImportError: for a named backend that does not exist on this machine.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.layout != torch.strided:
-            kind = x.layout if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"rpe_attention: {name} must be a dense tensor (B, H, L, D), not {kind}")
+    for name, x in (("q", q), ("k", k), ("v", v), ("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if kind := None if x is None and name.endswith("mask") else not_dense(x):
+            shape = " (B, H, L, D)" if name in "qkv" else ""
+            raise ValueError(f"rpe_attention: {name} must be a dense tensor{shape}, not {kind}")
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -59,6 +59,8 @@ def rpe_attention(
     _check_masks(q, key_padding_mask, attn_mask)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"rpe_attention: dropout_p is a probability in [0, 1), not {dropout_p!r}")
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("rpe_attention: scale is a number and gets no gradient; multiply q by a learned one")
     if backend not in BACKENDS:
         raise ValueError(f"rpe_attention: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     height, width = _resolve_encodings(q, height, width, rpe_q, rpe_k, rpe_v)
@@ -90,7 +92,7 @@ def _resolve_encodings(
             continue
         if not isinstance(rpe, (IRPE, IRPESum)):
             raise ValueError(f"rpe_attention: rpe_{role} must come from build_rpe, got {type(rpe).__name__}")
-        if rpe.on_values != (role == "v"):
+        if rpe.role != role:
             raise ValueError(f"rpe_attention: rpe_{role} was given an encoding built as rpe_{rpe.role}")
         for part in rpe.parts:
             if part.uses_tokens and part.head_dim != head_dim:

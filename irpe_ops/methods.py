@@ -170,13 +170,16 @@ def _map_names() -> list[str]:
 
 
 def _import_plugins() -> None:
-    for module in filter(None, (part.strip() for part in os.environ.get("IRPE_PLUGINS", "").split(","))):
+    names = (part.strip().removesuffix(".py") for part in os.environ.get("IRPE_PLUGINS", "").split(","))
+    for module in filter(None, names):
         if os.getcwd() not in sys.path:  # python -m looks there, a console command does not
             sys.path.append(os.getcwd())
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ValueError(f"IRPE_PLUGINS={module}: {error}; put its folder on PYTHONPATH") from error
+        except Exception as error:  # of the module itself
+            raise ValueError(f"IRPE_PLUGINS={module}: {type(error).__name__}: {error}") from error
 
 
 def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str) -> Tensor:
@@ -199,6 +202,8 @@ def ids_of(
         RuntimeError: for wrong values of a registered method under ``torch.compile``, when the graph runs.
     """
     ids, count, shape = row.ids(drow, dcol, index, beta), row.num_buckets(beta), (drow + dcol).shape
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}: num_buckets(beta) must be a positive integer, not {count!r}")
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise ValueError(f"{name}: ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.dim() > len(shape) or any(a not in (1, b) for a, b in zip(ids.shape[::-1], shape[::-1], strict=False)):

@@ -103,10 +103,19 @@ def under_function_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def not_dense(x: object) -> str | None:
+    """What ``x`` is, if not a tensor with a strided layout; None if it is."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    if torch.compiler.is_compiling():  # which refuses to read a layout in backward
+        return None
+    return "nested" if x.is_nested else None if x.layout == torch.strided else str(x.layout)
+
+
 def _check(tensor: Tensor, index: Tensor, function: str, name: str, last: str, compared: int) -> None:
-    if not isinstance(tensor, Tensor) or not isinstance(index, Tensor):
-        kinds = f"{type(tensor).__name__} and {type(index).__name__}"
-        raise ValueError(f"{function}: {name} and index must be tensors, not {kinds}")
+    for what, x in ((name, tensor), ("index", index)):
+        if kind := not_dense(x):
+            raise ValueError(f"{function}: {what} must be a dense tensor, not {kind}")
     if tensor.dim() != 4 or index.dim() != 2:
         got = f"got {name} {tuple(tensor.shape)} and index {tuple(index.shape)}"
         raise ValueError(f"{function}: expected {name} (B, H, L_query, {last}) and index (L_query, L_key); {got}")

@@ -35,18 +35,19 @@ def equip(
         raise TypeError(f"equip: expected a spec string or a config, got {config!r}")
     if backend not in BACKENDS:
         raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if grid is not None and not isinstance(model, nn.TransformerEncoder):
-        raise ValueError(f"equip: {type(model).__name__} tells its grid itself; leave grid out")
+    inner = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped
+    if grid is not None and not isinstance(inner, nn.TransformerEncoder):
+        raise ValueError(f"equip: {type(inner).__name__} tells its grid itself; leave grid out")
     if grid is not None:
         sizes = grid if isinstance(grid, (tuple, list)) else ()
         if [type(size) for size in sizes] != [int, int] or min(sizes) < 1:
             raise ValueError(f"equip: grid is (height, width) in tokens, not {grid!r}")
-    if isinstance(model, nn.TransformerEncoder):
-        multihead.equip_encoder(model, config, backend, grid)
-    elif multihead.is_torchvision_vit(model):
-        multihead.equip_torchvision_vit(model, config, backend)
-    elif hugging_face.is_pretrained_model(model):
-        hugging_face.equip(model, config, backend)
+    if isinstance(inner, nn.TransformerEncoder):
+        multihead.equip_encoder(inner, config, backend, grid)
+    elif multihead.is_torchvision_vit(inner):
+        multihead.equip_torchvision_vit(inner, config, backend)
+    elif hugging_face.is_pretrained_model(inner):
+        hugging_face.equip(inner, config, backend)
     else:
-        timm_vit.equip(model, config, backend)
+        timm_vit.equip(inner, config, backend)
     return model

@@ -70,6 +70,8 @@ def _add_to_layers(
         if any(kind.__name__ == layer_name for kind in type(layer).__mro__):
             inside = [module for module in layer.modules() if type(module).__name__ == attention_name]
             reason = why_changed(inside[0]) if len(inside) == 1 else f"expected one {attention_name}, got {len(inside)}"
+            if not reason and not isinstance(inside[0].o_proj.weight, Tensor):
+                reason = f"its o_proj is not a torch.nn.Linear but of {type(inside[0].o_proj).__module__}"
             if reason:
                 raise ValueError(f"equip: the attention of a {type(layer).__name__}: {reason}. {HELP}")
             found[layer] = inside[0]

@@ -6,6 +6,7 @@ import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -291,6 +292,14 @@ WRONG = {
                    "torch.float8_e4m3fn; expected torch.float32 or"),
     "list": (lambda: rpe_attention(Q, Q.tolist(), Q), "k must be a dense tensor (B, H, L, D), not list"),
     "sparse": (lambda: rpe_attention(Q, Q, Q.to_sparse()), "v must be a dense tensor (B, H, L, D), not torch.sparse"),
+    "nested": (lambda: rpe_attention(*[torch.nested.nested_tensor([Q[0]])] * 3), "q must be a dense tensor"),
+    "padding list": (lambda: rpe_attention(Q, Q, Q, key_padding_mask=[[True] * 7] * 2),
+                     "key_padding_mask must be a dense tensor, not list"),
+    "mask array": (lambda: rpe_attention(Q, Q, Q, attn_mask=np.zeros((7, 7))), "a dense tensor, not ndarray"),
+    "sparse mask": (lambda: rpe_attention(Q, Q, Q, attn_mask=torch.zeros(7, 7).to_sparse()),
+                    "attn_mask must be a dense tensor, not torch.sparse"),
+    "learned scale": (lambda: rpe_attention(Q, Q, Q, scale=torch.ones((), requires_grad=True)),
+                      "scale is a number and gets no gradient; multiply q by a learned one"),
     "no dimensions": (lambda: rpe_attention(*[Q[..., :0]] * 3), "(B, H, L, D), got q (2, 2, 7, 0)"),
     "table device": (lambda: rpe_attention(Q, Q, Q, rpe_k=example()[4].to("meta"), height=2, width=3),
                      "rpe_k: its table is on meta and its input on cpu; move one of them"),
@@ -316,6 +325,8 @@ WRONG = {
               "rpe_k: built for 3 heads, got H=2 in (2, 2, 7, 4)"),
     "role": (lambda: rpe_attention(Q, Q, Q, rpe_k=example()[5], height=2, width=3),
              "rpe_k was given an encoding built as rpe_v"),
+    "first place": (lambda: rpe_attention(Q, Q, Q, example()[4], height=2, width=3),
+                    "rpe_q was given an encoding built as rpe_k"),
     "type": (lambda: rpe_attention(Q, Q, Q, rpe_k=lambda x: x, height=2, width=3), "rpe_k must come from build_rpe"),
     "table dtype": (lambda: rpe_attention(Q, Q, Q, rpe_k=example(dtype=torch.float64)[4], height=2, width=3),
                     "rpe_k: its table is torch.float64, its input torch.float32"),

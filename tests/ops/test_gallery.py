@@ -312,6 +312,10 @@ def test_two_threads_with_two_image_sizes(name):
     ("build", "words"),
     [
         (lambda: hugging_face("BeitForImageClassification"), "BeitForImageClassification of transformers is not known"),
+        (
+            lambda: torch.ao.quantization.quantize_dynamic(hugging_face("ViTForImageClassification"), {nn.Linear}),
+            "its o_proj is not a torch.nn.Linear but of torch.ao.nn.quantized",
+        ),
         (lambda: nn.TransformerEncoder(nn.Identity(), 1), "a layer is a Identity, not a torch.nn.TransformerEncoder"),
         (lambda: nn.Transformer(16, 2), "Transformer has no blocks"),
         (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
@@ -321,6 +325,13 @@ def test_two_threads_with_two_image_sizes(name):
 def test_what_cannot_be_equipped_says_why(build, words):
     with pytest.raises(ValueError, match=words):
         equip(build(), SPEC)
+
+
+@pytest.mark.parametrize("build", [torchvision_vit, lambda: hugging_face("ViTForImageClassification")])
+def test_a_model_that_was_compiled_before_is_equipped_inside(build):
+    inside = build()
+    model = torch.compile(inside, backend="eager")
+    assert equip(model, SPEC) is model and any("rpe_k" in name for name, _ in inside.named_parameters())
 
 
 @pytest.mark.parametrize("grid", [3, "34", (0, 12), (3.0, 4), (3, 4, 1), (True, 12)])

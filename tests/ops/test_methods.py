@@ -131,6 +131,8 @@ def test_a_cell_run_twice_replaces_and_another_function_does_not():
             ("flat", lambda drow, dcol, index, beta: index(drow).flatten() + beta),
             "'flat': ids must broadcast to (7, 9)",
         ),
+        (("halves", ring, lambda beta: 2.0 * beta), "num_buckets(beta) must be a positive integer, not 2.0"),
+        (("counted", ring, lambda beta: None), "num_buckets(beta) must be a positive integer, not None"),
         (("few", ring, lambda beta: 1), "'few': ids must lie in [0, 1) for beta=1, got 0 to 1"),
     ],
 )
@@ -201,5 +203,11 @@ def test_a_program_imports_the_modules_that_the_environment_names(tmp_path):
     )
     wrong = run(code, tmp_path, IRPE_PLUGINS="yours")
     assert "IRPE_PLUGINS=yours: No module named 'yours'; put its folder on PYTHONPATH" in wrong.stderr
+    assert run(code, tmp_path, IRPE_PLUGINS="mine.py").stdout.strip() == "rpe-1.9-ring-ctx-1-k"
+    (tmp_path / "broken.py").write_text("1 / 0")
+    assert "ValueError: IRPE_PLUGINS=broken: ZeroDivisionError: division by zero" in run(
+        code.replace("parse_rpe_spec('rpe-1.9-ring-ctx-1-k').spec", "get_bucket_ids_2d('ring', 2, 2, 0, 1, 2, 8)"),
+        tmp_path, IRPE_PLUGINS="broken",
+    ).stderr  # fmt: skip
     elsewhere = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # as a console command starts
     assert run(elsewhere + code, tmp_path, IRPE_PLUGINS="mine").stdout.strip() == "rpe-1.9-ring-ctx-1-k"
