@@ -175,7 +175,9 @@ def rows_of_banner(
     height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
     with precision.autocast():
         attention = describe(model, batch=batch_size, height=height, width=width, compiled=args.compile)
-    mode = "on, with dropout and stochastic depth (the published --finetune: off, --no-train-mode)"
+    mode = f"on, with dropout {args.drop:g} and stochastic depth {args.drop_path:g}"
+    if args.finetune and (args.drop or args.drop_path):
+        mode += " (the published --finetune: off, --no-train-mode)"
     if not args.train_mode:
         mode = "off, without dropout or stochastic depth, as the published --finetune"
     return {

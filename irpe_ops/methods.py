@@ -106,7 +106,7 @@ def register_bucket_method(
     Raises: ValueError: for a name that is malformed or taken, or ids that are not int64 in ``[0, num_buckets(beta))``.
 
     Programs that do not import your module (``python -m deit_irpe``) import the modules named in the environment
-    variable ``IRPE_PLUGINS`` (separated by commas) when they meet an unknown method.
+    variable ``IRPE_PLUGINS`` (separated by commas) before they read the first encoding.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"register_bucket_method: a name has a-z, 0-9 and _, and starts with a letter; got {name!r}")
@@ -127,10 +127,9 @@ def _origin(function: Callable) -> tuple[str, str]:
 
 
 def find_method(name: object) -> str:
-    """``name`` in lower case. Raises: ValueError: no such method, even after importing ``IRPE_PLUGINS``."""
+    """``name`` in lower case. Raises: ValueError: no such method, or no such module in ``IRPE_PLUGINS``."""
+    _import_plugins()
     method = name.lower() if isinstance(name, str) else None
-    if method not in METHODS:
-        _import_plugins()
     if method not in METHODS:
         yours = "(or your own: IRPE_PLUGINS names the module that registers it)"
         raise ValueError(f"unknown method {name!r}; expected one of {', '.join(METHODS)} {yours}")

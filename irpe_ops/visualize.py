@@ -285,7 +285,8 @@ def _write_numbers(axis, values: Tensor, is_light) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of the module's docstring."""
-    args = get_visualize_parser().parse_args(argv)
+    parser = get_visualize_parser()
+    args = parser.parse_args(argv)
     try:
         if args.spec is None:
             if args.grid or args.query:
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
             figure = draw_maps(rows, mark=query, numbers=True, title=title)
         path = save(figure, args.output)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"{parser.prog}: {type(error).__name__}: {error}")
     print(path)
 
 

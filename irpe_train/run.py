@@ -53,7 +53,7 @@ def open_run(
     rows = rows | {
         "effective batch": f"{images * args.accumulate} images per update: {product}",
         "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
-        "not as published": changed_flags(parser, args, ignore=PLACES + data_flags),
+        "not as published": changed_flags(parser, args, ignore=PLACES + data_flags).replace("), ", ")\n"),
     }
     banner("run", rows)
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)

@@ -218,9 +218,10 @@ def git_state() -> str:
 
 
 def banner(title: str, rows: dict) -> None:
-    """Print a small table, as at the start of a run."""
+    """Print a small table, as at the start of a run; a value may have several lines."""
     width = max((len(name) for name in rows), default=0)
-    logger.info("\n".join([title] + [f"  {name:<{width}}  {value}" for name, value in rows.items()]))
+    values = {name: str(value).replace("\n", "\n" + " " * (width + 4)) for name, value in rows.items()}
+    logger.info("\n".join([title] + [f"  {name:<{width}}  {value}" for name, value in values.items()]))
 
 
 def changed_flags(
@@ -234,6 +235,6 @@ def changed_flags(
         here = getattr(args, action.dest, action.default)
         other = action.default if stored is None else stored.get(action.dest, here)
         if action.dest not in ignore and str(plain(here)) != str(plain(other)):  # stored may be tensors
-            was = " ".join(str(other).split())[:80]
+            was = " ".join(str(other).split())[:80] or "none"
             changed.append(f"{action.dest}={here} ({'published' if stored is None else 'stored'}: {was})")
     return ", ".join(dict.fromkeys(changed)) or "nothing"

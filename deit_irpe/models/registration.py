@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import re
 
 import timm
@@ -97,10 +98,11 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     base = "deit_tiny_patch16_224" if size else name
     elsewhere = ":" in base  # local-dir:FOLDER, hf-hub:NAME
     if not elsewhere and not timm.is_model(base):
-        known = ", ".join([*RPE_MODELS, *DEMO_SIZES])
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean {close[0]}? Expected" if close else "expected"
         raise ValueError(
-            f"model {name!r}: unknown; expected one of {known}, or a timm model such as "
-            "deit_small_patch16_224 (with --rpe SPEC for an encoding)"
+            f"model {name!r}: unknown; {hint} a name of timm, such as deit_small_patch16_224 (with --rpe SPEC "
+            f"for an encoding), or one of {', '.join([*RPE_MODELS, *DEMO_SIZES])}"
         )
     may_lack = is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
     if timm_kwargs.get("pos_embed") == "none" and not may_lack:

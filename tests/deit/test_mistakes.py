@@ -82,7 +82,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
     ("flags", "words"),
     [
         (("--rpe", "rpe-1.9-prodct-ctx-1-k"), "unknown method 'prodct'"),
-        (("--model", "deit_huge"), "model 'deit_huge': unknown; expected one of"),
+        (("--model", "deit_tiny_patch16_24"), "unknown; did you mean deit_tiny_patch16_224?"),
         (("--model-kwargs", "size=3"), "model 'deit_tiny_patch16_224'"),
         (("--batch-size", "7"), "it must be even"),
         (("--distillation-type", "soft"), "needs --teacher-path FILE or URL"),

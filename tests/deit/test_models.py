@@ -125,7 +125,9 @@ def test_the_class_token_starts_as_published_and_a_demo_with_strong_positions():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("deit_huge", None), "model 'deit_huge': unknown; expected one of deit_tiny_patch16_224_ctx"),
+        (("xx", None), "model 'xx': unknown; expected a name of timm, .* or one of deit_tiny_patch16_224_ctx"),
+        (("deit_small_patch16_224_ctx_euc_20_shared", None), r"mean deit_small_patch16_224_ctx_euc_20_shared_k\?"),
+        (("vit_tiny_patch16_24", None), r"did you mean vit_tiny_patch16_224\?"),
         (("resnet10t", "rpe-1.9-product-ctx-1-k"), "'resnet10t' is a ResNet; iRPE needs a Vision Transformer"),
         (("deit_tiny_patch16_224", "rpe-1.9-prodct-ctx-1-k"), "unknown method 'prodct'"),
     ],

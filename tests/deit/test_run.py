@@ -303,8 +303,8 @@ def test_fine_tuning_resizes_and_trains_with_stochastic_depth_unless_told_otherw
     text = deit_ok(tmp_path, tmp_path / "run", *flags, "--drop-path", "0.9")
     assert "--finetune: pos_embed resampled from 4x4 to 6x8 patches" in text
     assert "--finetune: head.weight starts fresh: different classes, 4 there, 2 here" in text
-    assert "training mode" in text and "(the published --finetune: off, --no-train-mode)" in text
-    deit_ok(tmp_path, tmp_path / "without", *flags, "--drop-path", "0")
+    assert "on, with dropout 0 and stochastic depth 0.9 (the published --finetune: off, --no-train-mode)" in text
+    assert "--no-train-mode" not in deit_ok(tmp_path, tmp_path / "without", *flags, "--drop-path", "0")
     text = deit_ok(tmp_path, tmp_path / "published", *flags, "--drop-path", "0.9", "--no-train-mode")
     assert "off, without dropout or stochastic depth, as the published --finetune" in text
     losses = [log_of(tmp_path / name)[0]["train_loss"] for name in ("run", "without", "published")]

@@ -201,6 +201,10 @@ def test_a_program_imports_the_modules_that_the_environment_names(tmp_path):
     assert (
         "unknown method 'ring'; expected one of euc, quant, cross, product (or your own: IRPE_PLUGINS" in alone.stderr
     )
+    (tmp_path / "mode.py").write_text("from irpe_ops.modes import MODES\nMODES['mine'] = MODES['ctx']\n")
+    code = "import irpe_ops; print(irpe_ops.parse_rpe_spec('rpe-1.9-product-mine-1-k').spec)"
+    assert run(code, tmp_path, IRPE_PLUGINS="mode").stdout.strip() == "rpe-1.9-product-mine-1-k"
+    code = "import irpe_ops; print(irpe_ops.parse_rpe_spec('rpe-1.9-product-ctx-1-k').spec)"  # needs no module
     wrong = run(code, tmp_path, IRPE_PLUGINS="yours")
     assert "IRPE_PLUGINS=yours: No module named 'yours'; put its folder on PYTHONPATH" in wrong.stderr
     assert run(code, tmp_path, IRPE_PLUGINS="mine.py").stdout.strip() == "rpe-1.9-ring-ctx-1-k"
@@ -210,4 +214,4 @@ def test_a_program_imports_the_modules_that_the_environment_names(tmp_path):
         tmp_path, IRPE_PLUGINS="broken",
     ).stderr  # fmt: skip
     elsewhere = "import sys; sys.path[:] = [p for p in sys.path if p]; "  # as a console command starts
-    assert run(elsewhere + code, tmp_path, IRPE_PLUGINS="mine").stdout.strip() == "rpe-1.9-ring-ctx-1-k"
+    assert run(elsewhere + code, tmp_path, IRPE_PLUGINS="mine").stdout.strip() == "rpe-1.9-product-ctx-1-k"

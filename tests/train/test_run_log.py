@@ -164,8 +164,8 @@ def test_banner_and_changed_flags(capsys):
     stored = {"lr": 0.25, "amp": torch.ones(9), "batch_size": "4\n", "of_another_program": 1}
     told = "batch_size=4 (stored: 4), amp=bf16 (stored: tensor([1., 1., 1., 1., 1., 1., 1., 1., 1.]))"
     assert changed_flags(parser, args, stored=stored) == told
-    banner("tiny", {"effective batch": 8, "lr": 0.25})
-    assert capsys.readouterr().out == "tiny\n  effective batch  8\n  lr               0.25\n"
+    banner("tiny", {"effective batch": 8, "lr": "0.25\n0.5"})
+    assert capsys.readouterr().out == "tiny\n  effective batch  8\n  lr               0.25\n                   0.5\n"
 
 
 def test_wandb_gets_the_same_figures_and_goes_on_after_a_resume(tmp_path, monkeypatch):
