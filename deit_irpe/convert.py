@@ -61,13 +61,8 @@ def convert(
 def main(args: argparse.Namespace) -> None:
     """Convert a file and write it, with the flags that build its model. Raises RunError: the file exists already."""
     refuse_existing(args.out, "OURS.pth")
-    checkpoint = read_checkpoint(args.source)
-    weights = convert(
-        model_weights(checkpoint, source=args.source, key=args.key),
-        prefix=args.prefix,
-        renames=args.rename,
-        drop_zero_tables=args.drop_zero_tables,
-    )
+    stored = model_weights(read_checkpoint(args.source), source=args.source, key=args.key)
+    weights = convert(stored, prefix=args.prefix, renames=args.rename, drop_zero_tables=args.drop_zero_tables)
     size = image_size(args.input_size)
     with torch.device("meta"):
         head = f"{head_prefixes(create_model(args.model, args.rpe, img_size=size))[0]}weight"
@@ -79,8 +74,7 @@ def main(args: argparse.Namespace) -> None:
     flags = argparse.Namespace(model=args.model, rpe=args.rpe, input_size=args.input_size, nb_classes=num_classes)
     write_checkpoint({"model": weights, "args": flags}, args.out)
     tables = sum(".lookup_table_" in name for name in weights)
-    total = len(checkpoint.get(args.key, checkpoint))
-    print(f"{args.out}: {len(weights)} of {total} entries, {tables} of them tables; they fit {args.model}")
+    print(f"{args.out}: {len(weights)} of {len(stored)} entries, {tables} of them tables; they fit {args.model}")
 
 
 def _rename(text: str) -> tuple[str, str]:

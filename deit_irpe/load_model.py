@@ -67,7 +67,7 @@ def _stored_flags(checkpoint: dict, *, source: str) -> dict:
     stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
     if not isinstance(stored, dict):
         raise BadCheckpoint(f"checkpoint {source}: its 'args' are a {type(stored).__name__}, not flags")
-    flags = {name: stored[name] for name in MODEL_FLAGS if name in stored}
+    flags = {name: stored[name] for name in MODEL_FLAGS if stored.get(name) not in (None, {})}  # empty: in timm's
     for name, value in flags.items():
         if not isinstance(value, MODEL_FLAGS[name]):
             raise BadCheckpoint(f"checkpoint {source}: its flags describe no model: {name} is {value!r:.100}")

@@ -32,6 +32,7 @@ ORDINARY = {
     *(torch.int64, torch.int32, torch.int16, torch.int8),
 }
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+TIMM_KEYS = {"model": "state_dict", "model_ema": "state_dict_ema"}  # where timm keeps them; Lightning has the first
 USE_ANOTHER = "; copy it again or use an earlier one"
 
 
@@ -44,7 +45,8 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     path = local_file(path)
     if not path.is_file():
-        raise BadCheckpoint(f"checkpoint {path}: " + ("not a plain file" if path.exists() else "no such file"))
+        kind = "a folder; give the file in it" if path.is_dir() else "not a plain file"
+        raise BadCheckpoint(f"checkpoint {path}: " + (kind if path.exists() else "no such file"))
     size = path.stat().st_size
     if size == 0:
         raise BadCheckpoint(f"checkpoint {path}: the file is empty; use an earlier one")
@@ -153,14 +155,14 @@ def _why_refused(error: BaseException, path: Path) -> str:
 
 
 def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
-    """The state dict in ``checkpoint[key]``, or ``checkpoint`` itself if it is one, without the prefixes of
-    DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``).
+    """The state dict in ``checkpoint[key]``, without the prefixes of DistributedDataParallel (``module.``) and
+    ``torch.compile`` (``_orig_mod.``). Also read: timm's names, and unless ``model_ema`` is wanted, a bare state dict.
 
     Raises: BadCheckpoint: there is none, or a weight (named) is NaN or infinite, or two have the same name.
     """
-    weights = checkpoint.get(key)
+    weights = checkpoint.get(key if key in checkpoint else TIMM_KEYS.get(key))
     if weights is None:
-        if not _is_state_dict(checkpoint):
+        if key == "model_ema" or not _is_state_dict(checkpoint):
             raise BadCheckpoint(f"checkpoint {source}: no {key!r} in it; it has: {_some(list(map(str, checkpoint)))}")
         weights = checkpoint
     if not _is_state_dict(weights):

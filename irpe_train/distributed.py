@@ -14,7 +14,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from irpe_train.errors import RankLost, RunError, first_line
+from irpe_train.errors import RankLost, RunError, blamed_on, first_line
 from irpe_train.freed_memory import keep_freed_memory
 from irpe_train.preemption import STOP
 
@@ -52,6 +52,8 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
     """
     my_rank, world, local_rank = _place_in_the_world()
     set_up_logging(my_rank)
+    if len(lone := {"RANK", "WORLD_SIZE"} & os.environ.keys()) == world == 1:
+        logger.warning(f"{lone.pop()} is set without the other of RANK and WORLD_SIZE: this is a single process")
     chosen = choose_device(device, local_rank if world > 1 else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -69,6 +71,8 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
             gpu = chosen if chosen.type == "cuda" else None
             dist.init_process_group(backend, store=groups, rank=my_rank, world_size=world, timeout=limit, device_id=gpu)
             dist.barrier()
+        except ValueError as error:  # of PyTorch, about a port or an address
+            raise ValueError(f"--dist_url {dist_url}, MASTER_ADDR, MASTER_PORT: {error}") from error
         except RuntimeError as error:
             STOP.leave_if_asked()
             raise RankLost(
@@ -79,16 +83,20 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
 
 
 def _place_in_the_world() -> tuple[int, int, int]:
-    """Rank, world size and local rank, from the environment."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # only srun sets it: not a batch script's own shell
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 40000))
-        alone = torch.cuda.device_count() == 1  # --gpus-per-task=1 shows each process its own GPU, as number 0
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), 0 if alone else int(env["SLURM_LOCALID"])
-    return 0, 1, 0
+    """Rank, world size and local rank, from the environment. Raises: BadFlags: its variables make no sense."""
+    env, place = os.environ, (0, 1, 0)
+    with blamed_on("environment (RANK, WORLD_SIZE, ..., which torchrun or srun set; unset them for one process)"):
+        if "RANK" in env and "WORLD_SIZE" in env:
+            place = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+        elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # only srun sets it: not a batch script's own shell
+            env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+            env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 40000))
+            alone = torch.cuda.device_count() == 1  # --gpus-per-task=1 shows each process its own GPU, as number 0
+            local = 0 if alone else int(env["SLURM_LOCALID"])
+            place = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), local
+        if not 0 <= place[0] < place[1]:
+            raise ValueError(f"rank {place[0]} of {place[1]}; ranks are counted from 0")
+    return place
 
 
 def first_host(node_list: str) -> str:

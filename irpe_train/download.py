@@ -42,6 +42,8 @@ def local_file(path: str | Path) -> Path:
     """
     url = str(path)
     if not url.startswith("https://"):
+        if "://" in url:
+            raise BadCheckpoint(f"checkpoint {url}: only https:// is read; download the file and give its path")
         return Path(path)
     target = cache_folder() / url.split("?")[0].rsplit("/", 1)[-1]
     digest = re.search(r"-([0-9a-f]{8,})\.", target.name)  # the published names carry the start of their SHA-256

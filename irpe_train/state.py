@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from irpe_train.checkpoint import load_matching, model_weights
+from irpe_train.checkpoint import TIMM_KEYS, load_matching, model_weights
 from irpe_train.distributed import gather, logger, rank, world_size
 from irpe_train.errors import BadCheckpoint, in_one_line
 from irpe_train.metrics import MetricLogger
@@ -99,7 +99,7 @@ class TrainState:
         """
         there = {name for name, value in checkpoint.items() if not isinstance(value, dict | None) or value}
         weights, average = model_weights(checkpoint, source=source), None
-        if self.ema is not None and "model_ema" in there:
+        if self.ema is not None and there & {"model_ema", TIMM_KEYS["model_ema"]}:
             average = model_weights(checkpoint, source=source, key="model_ema")
         load_matching(self.model, weights, source=source)
         if self.ema is not None:

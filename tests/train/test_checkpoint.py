@@ -115,6 +115,10 @@ def test_other_archives_are_not_called_damaged(tmp_path, write):
 def test_missing_file_and_wrong_contents_are_named(tmp_path):
     with pytest.raises(BadCheckpoint, match="none.pth: no such file"):
         read_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(BadCheckpoint, match=f"{tmp_path}: a folder; give the file in it"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(BadCheckpoint, match="checkpoint http://127.0.0.1/a.pth: only https:// is read"):
+        read_checkpoint("http://127.0.0.1/a.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(BadCheckpoint, match="expected a dict with a 'model', got list"):
         read_checkpoint(tmp_path / "list.pth")
@@ -122,6 +126,17 @@ def test_missing_file_and_wrong_contents_are_named(tmp_path):
         model_weights({"weights": 3}, source="a.pth")
     with pytest.raises(BadCheckpoint, match="'model' is not a dict of tensors"):
         model_weights({"model": {"a": 1}}, source="a.pth")
+
+
+def test_layout_of_timm_is_read_and_weights_do_not_stand_in_for_their_average():
+    one, other = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    checkpoint = {"epoch": 1, "arch": "x", "state_dict": one, "state_dict_ema": other}
+    assert model_weights(checkpoint, source="a.pth") == one
+    assert model_weights(checkpoint, source="a.pth", key="model_ema") == other
+    for without in (one, {"state_dict": one}, {"model": one, "model_ema": None}):
+        assert model_weights(without, source="a.pth") == one
+        with pytest.raises(BadCheckpoint, match="a.pth: no 'model_ema' in it"):
+            model_weights(without, source="a.pth", key="model_ema")
 
 
 def test_zip_bomb_is_refused_unread(tmp_path):

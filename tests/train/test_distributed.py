@@ -186,6 +186,43 @@ def test_first_host_of_a_slurm_list(nodes, first):
     assert distributed.first_host(nodes) == first
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "two"},
+        {"SLURM_STEP_NUM_TASKS": "2"},  # srun sets more
+    ],
+    ids=str,
+)
+def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, variables):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"environment \(RANK, WORLD_SIZE, .*torchrun or srun set; unset them"):
+        distributed.start(device="cpu")
+
+
+def test_a_port_that_is_no_number_is_named(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="MASTER_PORT: invalid literal"):
+        distributed.start(device="cpu")
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_one_of_two_variables_is_a_warning(monkeypatch, capsys, name):
+    for one in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(name, "2")
+    distributed.start(device="cpu")
+    assert f"warning: {name} is set without the other of RANK and WORLD_SIZE" in capsys.readouterr().out
+
+
 def test_place_under_slurm(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that what is set below is undone
