@@ -39,8 +39,8 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
     args = argparse.Namespace(**defaults | known | given)
     stored = {name: known[name] for name in given if known.get(name) is not None}
-    if (others := changed_flags(get_args_parser(), args, stored=stored)) != "nothing":
-        logger.warning(f"flags differ from the checkpoint's: {others}. Those given now are used")
+    if others := changed_flags(get_args_parser(), args, stored=stored):
+        logger.warning(f"flags differ from the checkpoint's: {', '.join(others)}. Those given now are used")
     if args.model is None:
         detector = "; a DETR is for irpe detect" if any(key.startswith("transformer.") for key in weights) else ""
         raise ValueError(f"{source} does not say which model it is: add --model NAME (and --rpe SPEC){detector}")

@@ -53,7 +53,7 @@ def open_run(
     rows = rows | {
         "effective batch": f"{images * args.accumulate} images per update: {product}",
         "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
-        "not as published": changed_flags(parser, args, ignore=PLACES + data_flags).replace("), ", ")\n"),
+        "not as published": "\n".join(changed_flags(parser, args, PLACES + data_flags)) or "nothing",
     }
     banner("run", rows)
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
@@ -75,8 +75,8 @@ def warn_of_other_flags(
     there = checkpoint.contents.get("args")
     stored = vars(there) if isinstance(there, argparse.Namespace) else {}
     stored = {name: value for name, value in stored.items() if only is None or name in only}
-    if (others := changed_flags(parser, args, PLACES + ignore, stored)) != "nothing":
-        logger.warning(f"flags differ from the checkpoint's: {others}. {what_then}")
+    if others := changed_flags(parser, args, PLACES + ignore, stored):
+        logger.warning(f"flags differ from the checkpoint's: {', '.join(others)}. {what_then}")
 
 
 class Run:

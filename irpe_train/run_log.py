@@ -226,9 +226,9 @@ def banner(title: str, rows: dict) -> None:
 
 def changed_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, ignore: tuple[str, ...] = (), stored: dict | None = None
-) -> str:
+) -> list[str]:
     """``name=value (published: default)`` for each flag that differs from its default, or from ``stored``
-    of a checkpoint (then ``stored: value``); "nothing" if none does.
+    of a checkpoint (then ``stored: value``).
     """
     changed = []
     for action in parser._actions:
@@ -237,4 +237,4 @@ def changed_flags(
         if action.dest not in ignore and str(plain(here)) != str(plain(other)):  # stored may be tensors
             was = " ".join(str(other).split())[:80] or "none"
             changed.append(f"{action.dest}={here} ({'published' if stored is None else 'stored'}: {was})")
-    return ", ".join(dict.fromkeys(changed)) or "nothing"
+    return list(dict.fromkeys(changed))

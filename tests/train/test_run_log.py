@@ -159,10 +159,10 @@ def test_banner_and_changed_flags(capsys):
     set_up_logging(0)
     parser = tiny_run.get_parser()
     args = parse_args(parser, ["--lr", "0.25", "--batch-size", "4", "--amp", "bf16"])
-    assert changed_flags(parser, args, ignore=("amp",)) == "lr=0.25 (published: 0.05)"
-    assert changed_flags(parser, parse_args(parser, [])) == "nothing"
+    assert changed_flags(parser, args, ignore=("amp",)) == ["lr=0.25 (published: 0.05)"]
+    assert changed_flags(parser, parse_args(parser, [])) == []
     stored = {"lr": 0.25, "amp": torch.ones(9), "batch_size": "4\n", "of_another_program": 1}
-    told = "batch_size=4 (stored: 4), amp=bf16 (stored: tensor([1., 1., 1., 1., 1., 1., 1., 1., 1.]))"
+    told = ["batch_size=4 (stored: 4)", "amp=bf16 (stored: tensor([1., 1., 1., 1., 1., 1., 1., 1., 1.]))"]
     assert changed_flags(parser, args, stored=stored) == told
     banner("tiny", {"effective batch": 8, "lr": "0.25\n0.5"})
     assert capsys.readouterr().out == "tiny\n  effective batch  8\n  lr               0.25\n                   0.5\n"
