@@ -47,7 +47,7 @@ class Task:
     """A package that trains.
 
     Args:
-        title: of its published table. marker: its name in the markers of a page.
+        title: of its published table.
         encoding: the flag that takes a spec.
         figures: the columns of its published table. main: the name of the one that ablations compare.
         evaluation: finds an evaluation in a console log; its groups are keys of ``log.txt``.
@@ -55,7 +55,6 @@ class Task:
 
     package: str
     title: str
-    marker: str
     encoding: str
     main: str
     figures: tuple[Figure, ...]
@@ -75,7 +74,6 @@ TASKS = {
         Task(
             package="deit_irpe",
             title="ImageNet-1K, 224 x 224, 300 epochs",
-            marker="imagenet",
             encoding="rpe",
             main="acc1",
             figures=(
@@ -92,7 +90,6 @@ TASKS = {
         Task(
             package="detr_irpe",
             title="COCO 2017 val, boxes",
-            marker="coco",
             encoding="enc_rpe2d",
             main="AP",
             figures=(

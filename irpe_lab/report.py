@@ -2,10 +2,9 @@
 """Tables from logs: published and measured figures side by side.
 
     python -m irpe_lab.report logs/ -o docs/results.md       the page, beside it results.png (curves) and results.html
-    python -m irpe_lab.report logs/ --readme README.md       the same tables between the markers of another file
+    python -m irpe_lab.report logs/ --readme README.md       shorter tables, between the markers of another file
 
-A marker pair is ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, NAME one of ``imagenet``, ``coco``, ``results``
-(both, without AP by size), ``demo`` (measured here on small data: the ablations and other runs of the folder).
+The markers are ``<!-- results:begin -->`` and ``<!-- results:end -->``.
 Logs are named as in the published zoo: ``log_<name>.txt``, ``detail_<name>.log``.
 """
 
@@ -16,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -33,8 +32,7 @@ from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
 TITLE = "# Results\n\nMade by `python -m irpe_lab.report`"  # of every page, by which it is recognized
-MARKER = re.compile(r"(<!-- (?P<name>[\w-]+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
-MARKERS = {task.marker: task for task in TASKS.values()}
+MARKED = re.compile(r"(<!-- results:begin -->\n).*?(<!-- results:end -->)", re.DOTALL)
 PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Results</title>
 <style>body{{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
 table{{border-collapse:collapse;display:block;overflow-x:auto}}td,th{{border:1px solid #bbb;padding:.2em .5em}}</style>
@@ -82,16 +80,10 @@ class Report:
             hint = f"for an ablation, irpe ablate GRID --table --logs {logs / 'NAME'} puts its runs there"
             print(f"report: no log_<name>.txt in {logs}: only published figures are shown; {hint}", file=sys.stderr)
 
-    def block(self, name: str) -> str:
-        """The Markdown between one pair of markers. Raises: RunError: an unknown name."""
-        if name in MARKERS:
-            return self.published_and_here(MARKERS[name])
-        if name == "results":
-            tables = {task.title: self.published_and_here(task, short=True) for task in TASKS.values()}
-            return "\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
-        if name == "demo":
-            return "\n".join(part for folder in self.ablations() for part in self._ablation(folder)) + self.other_runs()
-        raise RunError(f"report: unknown marker {name}:begin; expected results, {', '.join(MARKERS)} or demo")
+    def short_tables(self) -> str:
+        """The tables of both tasks, for the README."""
+        tables = {task.title: self.published_and_here(task, short=True) for task in TASKS.values()}
+        return "\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
 
     def _ablation(self, folder: Path) -> list[str]:
         texts = [folder / name for name in ("README.md", "table.md")]
@@ -109,10 +101,9 @@ class Report:
         """Where the curves of an ablation's runs are drawn."""
         return self.page.with_name(f"{self.page.stem}_{folder.name}.png")
 
-    def to_draw(self, names: Sequence[str] = ()) -> dict[Path, list[Path]]:
-        """The logs to draw, by picture: those of ``names`` (default: all in the folder), and each ablation's."""
-        logs = [self.runs[name].log for name in names or self.runs]
-        drawn = {self.page.with_suffix(".png"): [log for log in logs if log.suffix == ".txt"]}
+    def to_draw(self) -> dict[Path, list[Path]]:
+        """The logs to draw, by picture: those in the folder, and each ablation's."""
+        drawn = {self.page.with_suffix(".png"): [run.log for run in self.runs.values() if run.log.suffix == ".txt"]}
         drawn |= {self.curves_of(folder): sorted(folder.glob("log_*_seed*.txt")) for folder in self.ablations()}
         return {picture: logs for picture, logs in drawn.items() if logs}
 
@@ -184,8 +175,8 @@ class Report:
         return "\n".join(parts)
 
     def fill(self, text: str) -> str:
-        """``text`` with new content between its markers."""
-        return MARKER.sub(lambda found: found[1] + self.block(found["name"]) + found[3], text)
+        """``text`` with the short tables between its markers."""
+        return MARKED.sub(lambda found: found[1] + self.short_tables() + found[2], text)
 
     def _link(self, text: str, target: Path) -> str:
         return f"[{as_text(text)}]({self.address(target)})"
@@ -245,12 +236,12 @@ def refuse_to_replace(report: Report) -> None:
         raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")
 
 
-def write_page(report: Report, curves: list[str]) -> list[Path]:
+def write_page(report: Report) -> list[Path]:
     """The page, its curves (if there is a run to draw) and its HTML twin; returns their paths."""
     page = report.page
     refuse_to_replace(report)
     page.parent.mkdir(parents=True, exist_ok=True)
-    pictures = {path: plot_runs(logs) for path, logs in report.to_draw(curves).items()}
+    pictures = {path: plot_runs(logs) for path, logs in report.to_draw().items()}
     text = report.markdown(pictures)
     write_text(page, text)  # first: it marks the files beside it as ours, even if a kill comes between
     for path, canvas in pictures.items():
@@ -266,7 +257,6 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("logs", nargs="?", type=Path, default=Path("logs"), help="folder (default logs)")
     add("-o", "--output", type=Path, help="write the page, its picture and HTML here, e.g. docs/results.md")
-    add("--curves", nargs="+", default=[], metavar="NAME", help="the runs to draw (default: all in the folder itself)")
     add("--readme", type=Path, metavar="FILE.md", help="update the tables between the markers of this file")
     add("--check", action="store_true", help="write nothing; fail if --output or --readme is stale")
     return parser
@@ -282,20 +272,18 @@ def main(argv: list[str] | None = None) -> int:
         stale = []
         if args.output:
             report = Report(args.logs, args.output)
-            if unknown := [name for name in args.curves if name not in report.runs]:
-                raise RunError(f"report: no run {unknown[0]!r} in {args.logs}; the runs are {', '.join(report.runs)}")
             if args.check:
-                fresh = report.markdown(report.to_draw(args.curves))
+                fresh = report.markdown(report.to_draw())
                 stale += [args.output] * (not args.output.is_file() or read_text(args.output) != fresh)
             else:
-                print("\n".join(map(str, write_page(report, args.curves))))
+                print("\n".join(map(str, write_page(report))))
         if args.readme:
             try:
                 text = args.readme.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise BadData(f"--readme {args.readme}: not UTF-8 text ({error})") from error
-            if not MARKER.search(text):
-                raise RunError(f"--readme {args.readme}: no <!-- NAME:begin --> with its <!-- NAME:end --> in it")
+            if not MARKED.search(text):
+                raise RunError(f"--readme {args.readme}: no <!-- results:begin --> with its <!-- results:end --> in it")
             fresh = Report(args.logs, args.readme).fill(text)
             if args.check:
                 stale += [args.readme] * (fresh != text)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of an ablation as a live table on the console, CSV, Markdown, LaTeX and a plot."""
+"""The rows of an ablation on the console, and as CSV, Markdown, LaTeX and a plot."""
 
 import csv
 import io
 import os
-import shutil
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -162,29 +161,20 @@ def _statistics(row: Row, evaluation: str | None, prefix: str) -> dict:
 
 
 class Display:
-    """The live table: redrawn in place if it fits the terminal; else a line whenever a row's state changes."""
+    """The table while runs go on: a line whenever a row's state changes."""
 
     def __init__(self, figure: Figure):
-        self.figure, self._drawn, self._seen = figure, 0, {}
-        self._terminal = sys.stdout.isatty()
+        self.figure, self._seen = figure, {}
 
     def show(self, rows: Sequence[Row]) -> None:
-        width, height = shutil.get_terminal_size()
-        in_place = self._terminal and len(rows) < height
         longest = max(len(row.run) for row in rows)
-        lines = {row.run: self._line(row, longest, width if in_place else None) for row in rows}
-        if in_place:
-            sys.stdout.write(f"\x1b[{self._drawn}F\x1b[J" if self._drawn else "")
-            print("\n".join(lines.values()), flush=True)
-            self._drawn = len(lines)
-            return
         for row in rows:
             if self._seen.get(row.run) != row.states:
                 self._seen[row.run] = row.states
-                print(lines[row.run], flush=True)
+                print(self._line(row, longest), flush=True)
 
-    def _line(self, row: Row, longest: int, width: int | None) -> str:
+    def _line(self, row: Row, longest: int) -> str:
         counts = {state: row.states.count(state) for state in ("done", "running", "waiting", "failed")}
         states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        text = f"{row.run:{longest}}  {states}  {row.epochs} epochs  {result(row, self.figure)}"[:width]
-        return f"{RED}{text}{PLAIN}" if "failed" in row.states and self._terminal else text
+        text = f"{row.run:{longest}}  {states}  {row.epochs} epochs  {result(row, self.figure)}"
+        return f"{RED}{text}{PLAIN}" if "failed" in row.states and sys.stdout.isatty() else text

@@ -1,4 +1,4 @@
-"""The text of a table: signs, units, escapes; the live table is in test_ablate.py."""
+"""The text of a table: signs, units, escapes; the console's lines are in test_ablate.py."""
 
 from irpe_lab import tables
 from irpe_lab.figures import TASKS
