@@ -95,15 +95,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 def answer_early(package: str) -> None:
     """Print help and flag errors of a package's programs before PyTorch is imported, which takes seconds.
 
-    Called by ``PACKAGE/__init__.py``; does nothing unless Python imports it for ``python -m PACKAGE``,
-    ``python -m PACKAGE.PROGRAM`` or the console command. The parsers are those of ``PACKAGE/args.py``.
+    Called by ``PACKAGE/__init__.py``; does nothing unless Python imports it for ``python -m PACKAGE`` or
+    ``python -m PACKAGE.PROGRAM``. The parsers are those of ``PACKAGE/args.py``.
     """
     programs = {"": "args", ".train": "args", ".predict": "predict", ".export": "export", ".check_data": "check"}
     parsers = {package + program: f"get_{verb}_parser" for program, verb in programs.items()}
-    program = Path("".join(sys.argv[:1])).name.removesuffix(".exe").replace("-", "_")
-    if program == "_m":  # Python has not found the module yet
-        options = " ".join(sys.orig_argv).partition(" -m")[2].split()
-        program = options[0] if options else ""
+    if sys.argv[:1] != ["-m"]:  # Python has found the module already, or was not asked for one
+        return
+    program = (" ".join(sys.orig_argv).partition(" -m")[2].split() or [""])[0]
     if program in parsers:
         with contextlib.suppress(ConfigError):  # launch reports it
             parse_args(getattr(importlib.import_module(f"{package}.args"), parsers[program])())

@@ -26,9 +26,6 @@ STANDS_FOR = {
     "python": [],
     "torchrun": ["-m", "torch.distributed.run"],
     "irpe": ["-m", "irpe"],
-    "irpe-info": ["-m", "irpe_ops.info"],
-    "deit-irpe": ["-m", "deit_irpe"],
-    "detr-irpe": ["-m", "detr_irpe"],
 }
 IMPORTED = (
     "torch._dynamo",
