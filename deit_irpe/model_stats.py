@@ -12,8 +12,7 @@ The rule (for one image, L tokens, P patches, width C, H heads of D, N buckets):
 * encoding on values ``H L L D + H L N``: a vector for every pair of tokens, as the published code computes it.
 
 GELU, additions, dropout and lookups count zero. A hybrid's convolutions count as in PyTorch's FLOP counter. Models
-with other parts are refused. The last column counts the value encoding as computed in this package: weights are summed
-into buckets first, ``H L L`` additions, then multiplied by the table, ``H L N D``.
+with other parts are refused.
 """
 
 import contextlib
@@ -34,19 +33,18 @@ from irpe_train.flags import FlagParser
 from irpe_train.metrics import count_parameters
 
 
-def macs(model: VisionTransformer, *, values_by_bucket: bool = False) -> int:
+def macs(model: VisionTransformer) -> int:
     """Multiply-accumulates for one image at the model's own input size, by the rule above.
 
-    Args: values_by_bucket: count the value encoding as computed here, not as in the published code.
     Raises: ValueError: the rule does not cover this model.
     """
     try:
-        return _macs(model, values_by_bucket)
+        return _macs(model)
     except AttributeError as error:
         raise ValueError(f"the rule does not cover every part of this {type(model).__name__}: {error}") from error
 
 
-def _macs(model: VisionTransformer, values_by_bucket: bool) -> int:
+def _macs(model: VisionTransformer) -> int:
     width, patches = model.embed_dim, model.patch_embed.num_patches
     tokens = patches + model.num_prefix_tokens
     kernel = model.patch_embed.proj.weight[0].numel()
@@ -61,7 +59,7 @@ def _macs(model: VisionTransformer, values_by_bucket: bool) -> int:
         for layer in (attn.qkv, attn.proj, block.mlp.fc1, block.mlp.fc2):
             total += tokens * layer.out_features * (layer.in_features + 1)
         total += tokens * width + attn.num_heads * tokens * tokens * (2 * attn.head_dim + 1)
-        total += sum(_encoding_macs(attn, name, tokens, values_by_bucket) for name in ("rpe_q", "rpe_k", "rpe_v"))
+        total += sum(_encoding_macs(attn, name, tokens) for name in ("rpe_q", "rpe_k", "rpe_v"))
     return total
 
 
@@ -75,7 +73,7 @@ def _backbone_macs(patch_embed: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def _encoding_macs(attn, name: str, tokens: int, values_by_bucket: bool) -> int:
+def _encoding_macs(attn, name: str, tokens: int) -> int:
     encoding = getattr(attn, name, None)
     if encoding is None:
         return 0
@@ -86,8 +84,6 @@ def _encoding_macs(attn, name: str, tokens: int, values_by_bucket: bool) -> int:
             continue  # a lookup and an addition
         if name != "rpe_v":
             total += rows * table.num_buckets * (attn.head_dim + 1)
-        elif values_by_bucket:
-            total += rows * tokens + rows * table.num_buckets * attn.head_dim
         else:
             total += rows * tokens * attn.head_dim + rows * table.num_buckets
     return total + (tokens * attn.num_heads * attn.head_dim if name == "rpe_q" else 0)
@@ -120,15 +116,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def print_table(models: Sequence[str], rpe: str | None) -> None:
     """One line per model; the registered ones and the plain DeiTs if none are named."""
     plain = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
-    print(f"{'model':50} {'parameters':>11} {'MACs (M)':>10} {'computed here (M)':>18}")
+    print(f"{'model':50} {'parameters':>11} {'MACs (M)':>10}")
     for name in models or [*plain, *RPE_MODELS, *DEMO_SIZES]:
         with torch.device("meta"):  # shapes only: nothing is allocated
             model = create_model(name, rpe)
         try:
-            published, ours = macs(model) / 1e6, macs(model, values_by_bucket=True) / 1e6
+            counted = macs(model) / 1e6
         except ValueError as error:
             raise ValueError(f"model {name!r}: {error}") from error
-        print(f"{name:50} {count_parameters(model):>11,} {published:>10.3f} {ours:>18.3f}")
+        print(f"{name:50} {count_parameters(model):>11,} {counted:>10.3f}")
 
 
 if __name__ == "__main__":

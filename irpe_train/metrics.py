@@ -4,7 +4,6 @@
 import datetime
 import logging
 import resource
-import shutil
 import statistics
 import sys
 import time
@@ -144,7 +143,7 @@ class MetricLogger:
         images_per_step: int | None = None,
         later: Callable[[float], float] | None = None,
     ) -> Iterator:
-        """Yield from ``iterable`` and report: a moving bar on a terminal, else a line every ``every`` steps.
+        """Yield from ``iterable`` and report every ``every`` steps.
 
         Lines have ``FEW`` terms on the console and, as published, all terms in the file of details.
 
@@ -154,48 +153,27 @@ class MetricLogger:
             images_per_step: over all ranks, for the images per second.
             later: seconds per step -> seconds that the run takes after this epoch.
         """
-        total, began, drawn = len(iterable), time.monotonic(), 0.0
+        total, began = len(iterable), time.monotonic()
         ready = began
         step_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
-        bar = sys.stdout.isatty() and is_main()
         for step, batch in enumerate(iterable, start):
             data_time.update(time.monotonic() - ready)
             yield batch
             step_time.update(time.monotonic() - ready)
             ready = time.monotonic()
-            due = ready - drawn > 0.2 if bar else step % every == 0
-            if is_main() and (due or step + 1 == total):
-                drawn = ready
+            if is_main() and (step % every == 0 or step + 1 == total):
                 left = step_time.avg * (total - step - 1)
                 speed = f"{images_per_step / max(step_time.avg, 1e-9):.0f} img/s" if images_per_step else ""
                 run = f"run: {_clock(left + later(step_time.avg))}" if later else ""
-                place, eta = (step, total), f"eta: {_clock(left)}"
-                self._report_briefly(bar, header, place, eta, speed, run)
-                full = header, _place(*place), eta, str(self), f"time: {step_time}  data: {data_time}", _memory()
-                logger.info(_joined(*full, speed), extra={"only": "file"})  # as published, plus the speed
+                where = header, f"[{step:{len(str(total))}d}/{total}]", f"eta: {_clock(left)}"
+                few = [f"{name}: {meter}" for name, meter in self.meters.items() if name in FEW and meter.count]
+                memory = _memory() if step + 1 == total else ""
+                logger.info(_joined(*where, *few, speed, run, memory), extra={"only": "console"})
+                full = str(self), f"time: {step_time}  data: {data_time}", _memory(), speed
+                logger.info(_joined(*where, *full), extra={"only": "file"})  # as published, plus the speed
         spent = time.monotonic() - began
-        done = max(total - start, 0)
-        if bar and done:
-            sys.stdout.write("\n")
-        if done:
+        if (done := total - start) > 0:
             logger.info(f"{header} Total time: {_clock(spent)} ({spent / done:.4f} s / it)")
-
-    def _report_briefly(self, bar: bool, header: str, place: tuple[int, int], eta: str, speed: str, run: str) -> None:
-        (step, total), few = place, {name: self.meters[name] for name in self._meters if name in FEW}
-        if not bar:
-            shown = [f"{name}: {meter}" for name, meter in few.items() if meter.count]
-            memory = _memory() if step + 1 == total else ""
-            logger.info(_joined(header, _place(*place), eta, *shown, speed, run, memory), extra={"only": "console"})
-            return
-        filled = 20 * (step + 1) // total
-        shown = [f"{name} {meter.avg:.4g}" for name, meter in few.items() if meter.count]
-        text = _joined(f"{header} [{'#' * filled}{'.' * (20 - filled)}] {step + 1}/{total}", *shown, speed, eta, run)
-        sys.stdout.write(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}")
-        sys.stdout.flush()
-
-
-def _place(step: int, total: int) -> str:
-    return f"[{step:{len(str(total))}d}/{total}]"
 
 
 def _joined(*parts: str) -> str:

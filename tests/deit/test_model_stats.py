@@ -34,15 +34,6 @@ def test_plain_models_by_the_same_rule(size, macs):
     assert round(model_stats.macs(on_meta(f"deit_{size}_patch16_224")) / 1e6, 3) == macs
 
 
-def test_the_value_encoding_by_buckets_costs_less():
-    """Small, 6 heads, 197 tokens, 50 buckets, 12 blocks: H L L + H L N D instead of H L L D + H L N."""
-    model = on_meta("deit_small_patch16_224_ctx_product_50_shared_qkv")
-    saved = model_stats.macs(model) - model_stats.macs(model, values_by_bucket=True)
-    assert saved == 12 * 6 * 197 * (197 * 64 + 50 - 197 - 50 * 64)
-    keys_only = on_meta("deit_small_patch16_224_ctx_product_50_shared_k")
-    assert model_stats.macs(keys_only) == model_stats.macs(keys_only, values_by_bucket=True)
-
-
 def test_a_bias_costs_nothing_and_cross_has_two_tables():
     plain, bias, cross = (
         on_meta("deit_small_patch16_224", rpe) for rpe in (None, "rpe-1.9-product-bias-1-k", "rpe-20-cross-ctx-1-k")

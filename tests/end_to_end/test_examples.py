@@ -14,9 +14,7 @@ from tests.helpers.tiny_images import write_images
 
 EXAMPLES = REPOSITORY / "examples"
 CLAIMS = {
-    "timm_registers": r"50 buckets, 1 of them for the 5 tokens\n84 x 140 pixels work too",
     "swin_windows": r"the same output with Swin's bias in iRPE tables; [\d,]+ parameters",
-    "torchvision_vit": r"the same output with fresh tables; with random ones it differs by up to \d+\.\d\d",
     "transformer_encoder": r"a 5 x 7 map gives the same result alone and padded to 8 x 9",
 }
 

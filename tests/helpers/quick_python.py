@@ -22,11 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-STANDS_FOR = {
-    "python": [],
-    "torchrun": ["-m", "torch.distributed.run"],
-    "irpe": ["-m", "irpe"],
-}
+STANDS_FOR = {"python": [], "torchrun": ["-m", "torch.distributed.run"], "irpe": ["-m", "irpe"]}
 IMPORTED = (
     "torch._dynamo",
     "torch.distributed.launcher",

@@ -247,13 +247,6 @@ def test_the_module_forms_do_not_wait_for_pytorch_either(package, program, flag,
     does_not_wait(["-m", package + program, flag], status)
 
 
-@pytest.mark.parametrize("package", ["deit_irpe", "detr_irpe"])
-def test_nor_do_the_console_commands(package, tmp_path):
-    command = tmp_path / package.replace("_", "-")
-    command.write_text(f"from {package}.__main__ import run\nrun()\n")
-    does_not_wait([command, "--help"], 0)
-
-
 def does_not_wait(command, status):
     command = [sys.executable, "-X", "importtime", *command]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)

@@ -1,9 +1,7 @@
 """Averages and progress lines."""
 
-import io
 import os
 import re
-import sys
 
 import pytest
 import torch
@@ -124,21 +122,6 @@ def test_interrupted_epoch_counts_on(capsys):
 
     list(MetricLogger().log_every(Rest(), every=10, header="E", start=12))
     assert re.findall(r"\[(\d+)/25\]", capsys.readouterr().out) == ["20", "24"]
-
-
-def test_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setenv("COLUMNS", "99")
-    set_up_logging(0)
-    meters = MetricLogger()
-    for _ in meters.log_every(range(4), header="Epoch: [0]", images_per_step=2):
-        meters.update(loss=0.5, lr=1e-3)
-    last = sys.stdout.getvalue().split("\r")[-1]
-    assert re.search(r"Epoch: \[0\] \[#{20}\] 4/4  loss 0.5  lr 0.001  \d+ img/s  eta: 0:00:00\n", last)
 
 
 def test_empty_loader(capsys):
