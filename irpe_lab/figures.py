@@ -48,14 +48,12 @@ class Task:
 
     Args:
         title: of its published table.
-        encoding: the flag that takes a spec.
         figures: the columns of its published table. main: the name of the one that ablations compare.
         evaluation: finds an evaluation in a console log; its groups are keys of ``log.txt``.
     """
 
     package: str
     title: str
-    encoding: str
     main: str
     figures: tuple[Figure, ...]
     evaluation: re.Pattern
@@ -74,7 +72,6 @@ TASKS = {
         Task(
             package="deit_irpe",
             title="ImageNet-1K, 224 x 224, 300 epochs",
-            encoding="rpe",
             main="acc1",
             figures=(
                 Figure("acc1", "top-1 (%)", "test_acc1"),
@@ -90,7 +87,6 @@ TASKS = {
         Task(
             package="detr_irpe",
             title="COCO 2017 val, boxes",
-            encoding="enc_rpe2d",
             main="AP",
             figures=(
                 *(Figure(name, name.replace("_", " "), "test_coco_eval_bbox", at) for at, name in enumerate(COCO)),
