@@ -6,7 +6,6 @@ python -m irpe_ops.info --check             each against an fp64 reference; then
 python -m irpe_ops.info --benchmark DIR     these times, with full batches, as a CSV in DIR
 """
 
-import copy
 import csv
 import datetime
 import platform
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from irpe_ops.args import get_info_parser
-from irpe_ops.attention import missing_backend, rpe_attention
+from irpe_ops.attention import missing_backend
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import NAMES, choice, eager, module_of
+from irpe_ops.backends.measure import in_double, run
 from irpe_ops.config import parse_rpe_spec
 from irpe_ops.modules import build_rpe
 from irpe_ops.rpe_index import built_for, compiled_devices, extension_error, rpe_index
@@ -114,7 +114,8 @@ def _rows(batch: int | None = None) -> Iterator[list[str]]:
     for shape, sizes in SHAPES.items():
         for rpe_on in ("k", "qkv"):
             for training in (False, True):
-                call = _call(*sizes[:6], sizes[6] + rpe_on, sizes[7], batch or sizes[0], device, dtype, training)
+                full, *others, spec, padded = sizes
+                call = _call(batch or full, *others, spec + rpe_on, padded, device, dtype, training)
                 names = [name for name in NAMES if choice.can_run(name, call)]
                 found = choice.measure(call, {name: module_of(name).attention for name in names}, eager.attention)
                 with torch.set_grad_enabled(training):
@@ -130,15 +131,19 @@ def _rows(batch: int | None = None) -> Iterator[list[str]]:
                     yield [shown, _short(dtype), rpe_on, work, name, time, reason, "yes" if name == taken else ""]
 
 
-def _call(batch_, heads, height, width, skip, head_dim, spec, padded, batch, device, dtype, training) -> AttentionCall:
+def _call(
+    batch, heads, height, width, skip, head_dim, spec, padded, device, dtype, training, std=0.02
+) -> AttentionCall:
+    """A call with random inputs, and tables of this standard deviation."""
     generator = torch.Generator().manual_seed(0)
     length = height * width + skip
     packed = torch.randn(batch, length, 3, heads, head_dim, generator=generator).to(device, dtype)
     q, k, v = packed.requires_grad_(training).permute(2, 0, 3, 1, 4)
-    encodings = [rpe and rpe.to(device, dtype) for rpe in build_rpe(parse_rpe_spec(spec, skip), head_dim, heads)]
+    encodings = build_rpe(parse_rpe_spec(spec, skip), head_dim, heads)
     for rpe in filter(None, encodings):
         for table in rpe.parameters():
-            nn.init.normal_(table.requires_grad_(training), std=0.02)
+            nn.init.normal_(table, std=std, generator=generator)
+    encodings = [rpe and rpe.to(device, dtype).requires_grad_(training) for rpe in encodings]
     padding = torch.zeros(batch, length, dtype=torch.bool, device=device) if padded else None
     return AttentionCall(q, k, v, *encodings, height, width, padding, scale=head_dim**-0.5)
 
@@ -184,30 +189,13 @@ def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float
     on = "qk" if name == "sdpa" else "qkv"  # sdpa cannot encode values
     for spec in (f"rpe-1.9-product-ctx-1-{on}", "rpe-20-euc-bias-0-qk", "rpe-2.0-cross-ctx-1-k"):
         for dtype in (torch.float32, torch.bfloat16):
-            ours, exact = _outputs_and_gradients(spec, dtype, name, device)
+            call = _call(2, 2, 6, 7, 1, 32, spec, False, device, dtype, training=True, std=0.2)
+            runs = run(module_of(name).attention, call, True), run(eager.attention, in_double(call), True)
+            # The output, and all gradients as one vector.
+            ours, exact = ((out, torch.cat([grad.double().flatten() for grad in grads])) for out, *grads in runs)
             # A gradient is a longer sum: on an H200 PyTorch's own fp32 kernel is off by 9 eps.
             for what, eps, got, wanted in zip(("forward", "backward"), (8, 16), ours, exact, strict=True):
                 yield f"{spec} {what} {_short(dtype)}", _relative(got, wanted), _allowed(dtype, eps)
-
-
-def _outputs_and_gradients(spec: str, dtype: torch.dtype, name: str, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Outputs, and all gradients as one vector, of the backend and of plain PyTorch in fp64, for the same inputs."""
-    generator = torch.Generator().manual_seed(0)
-    encodings = nn.ModuleList(rpe or nn.Identity() for rpe in build_rpe(parse_rpe_spec(spec, skip=1), 32, 2))
-    for table in encodings.parameters():
-        nn.init.normal_(table, std=0.2, generator=generator)
-    encodings = encodings.to(device, dtype)
-    qkv = torch.randn(3, 2, 2, 6 * 7 + 1, 32, generator=generator).to(device, dtype)
-    results = []
-    for backend, precision in ((name, dtype), ("eager", torch.float64)):
-        modules = copy.deepcopy(encodings).to(precision)
-        inputs = qkv.to(precision).detach().requires_grad_()
-        rpes = [None if isinstance(rpe, nn.Identity) else rpe for rpe in modules]
-        output = rpe_attention(*inputs, *rpes, height=6, width=7, backend=backend)
-        leaves = [inputs, *modules.parameters()]
-        grads = torch.autograd.grad(output.double().square().sum(), leaves)
-        results.append((output.detach(), torch.cat([grad.double().flatten() for grad in grads])))
-    return results
 
 
 def _relative(ours: Tensor, exact: Tensor) -> float:

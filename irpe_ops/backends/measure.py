@@ -54,14 +54,14 @@ def measure(
     ):
         small = _small_copy(call, training)
         with torch.autocast(device.type, enabled=False):
-            exact = _run(eager, _in_double(small, training), training)
-        allowed = ALLOWED * max(_distance(_run(eager, small, training), exact), torch.finfo(call.q.dtype).eps)
+            exact = run(eager, in_double(small), training)
+        allowed = ALLOWED * max(_distance(run(eager, small, training), exact), torch.finfo(call.q.dtype).eps)
         for name, attention in candidates.items():
             try:
-                error = _distance(_run(attention, small, training), exact)
+                error = _distance(run(attention, small, training), exact)
                 if not error <= allowed:  # not `>`, which a NaN would pass
                     raise ArithmeticError(f"relative error {error:.1e}; {allowed:.1e} is allowed")
-                ms[name] = _milliseconds(functools.partial(_run, attention, _copy(call, training), training), device)
+                ms[name] = _milliseconds(functools.partial(run, attention, _copy(call, training), training), device)
             except Exception as error:  # from a compiler, driver or kernel: the run continues without it
                 words = str(error).strip().splitlines()
                 left_out[name] = f"{type(error).__name__}: {words[0] if words else 'no message'}"
@@ -143,7 +143,9 @@ def _small_copy(call: AttentionCall, training: bool) -> AttentionCall:
     return AttentionCall(q, k, v, *encodings, height, width, padding, mask, 0.0, call.scale)
 
 
-def _in_double(call: AttentionCall, training: bool) -> AttentionCall:
+def in_double(call: AttentionCall) -> AttentionCall:
+    """The same call in fp64, with its own leaf tensors and modules."""
+
     def double(x: Tensor | None) -> Tensor | None:
         exact = x is None or x.dtype == torch.bool
         return x if exact else x.detach().double().requires_grad_(x.requires_grad)
@@ -153,7 +155,7 @@ def _in_double(call: AttentionCall, training: bool) -> AttentionCall:
     return AttentionCall(q, k, v, *encodings, *call[6:9], double(call.attn_mask), *call[10:])
 
 
-def _run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, training: bool) -> list[Tensor]:
+def run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, training: bool) -> list[Tensor]:
     """The output and, when training, the gradients of all inputs and tables for the sum of squares."""
     out = attention(call)
     if not training:
