@@ -18,6 +18,11 @@ from irpe_train.flags import FlagParser
 
 FIRST = "config", "coco_path", "output_dir", "enc_rpe2d", "backbone", "batch_size", "epochs", "lr", "finetune", "resume"
 BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which would import PyTorch
+# A checkpoint may come from anyone: only these of its flags are read, which describe the network.
+MODEL_FLAGS = (
+    *("backbone", "dilation", "position_embedding", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim"),
+    *("nheads", "num_queries", "pre_norm", "masks", "enc_rpe2d", "dataset_file", "image_size"),
+)
 EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
 
 The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Its metadata

@@ -6,17 +6,12 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from detr_irpe.args import get_args_parser
+from detr_irpe.args import MODEL_FLAGS, get_args_parser
 from detr_irpe.classes import categories_of, classes_in
 from detr_irpe.models import build_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint, first_line
 
-# A checkpoint may come from anyone: only these of its flags are read, which describe the network.
-MODEL_FLAGS = (
-    *("backbone", "dilation", "position_embedding", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim"),
-    *("nheads", "num_queries", "pre_norm", "masks", "enc_rpe2d", "dataset_file", "image_size"),
-)
 LARGEST_IMAGE_SIZE = 10_000  # pixels; a larger photo does not fit in memory
 
 

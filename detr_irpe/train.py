@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from detr_irpe.args import check_args, get_args_parser
+from detr_irpe.args import MODEL_FLAGS, check_args, get_args_parser
 from detr_irpe.check_data import quick_check
 from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume
 from detr_irpe.data import from_flags as data
 from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
 from detr_irpe.engine import evaluate, train_one_epoch
-from detr_irpe.load_model import MODEL_FLAGS
 from detr_irpe.model_stats import count
 from detr_irpe.models import from_flags as models
 from detr_irpe.optimizer import build_optimizer
@@ -50,21 +49,21 @@ def main(args: argparse.Namespace) -> None:
     # --- checkpoint
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
     checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
-    start = models.starting_checkpoint(args) if checkpoint is None else None  # otherwise it would not be used
+    start, frozen = models.starting_checkpoints(args) if checkpoint is None else (None, None)
 
     # --- data
     val_set = data.validation_set(args)
     val_loader = data.validation_loader(args, val_set, device)
     train_set = None if args.eval else data.training_set(args)
     sets = [val_set] if args.eval else [val_set, train_set]
-    num_classes = agree_on_classes(args, sets, checkpoint, start)
+    num_classes = agree_on_classes(args, sets, checkpoint, start, frozen)
     quick_check(sets, num_classes, args.max_bad)
 
     # --- model
     flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as in published checkpoints
     model, criterion, postprocessors = models.parts_of_flags(flags, val_set, filled=checkpoint is not None)
     if checkpoint is None:
-        models.start_from(model, args, start, sets[-1].categories)
+        models.start_from(model, args, start, frozen, sets[-1].categories)
     model.to(device)
     criterion.to(device)
     logger.info(f"number of params: {count_parameters(model)}")
@@ -168,15 +167,20 @@ def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> 
 
 
 def agree_on_classes(
-    args: argparse.Namespace, sets: list[Dataset], checkpoint: Checkpoint | None, start: Checkpoint | None
+    args: argparse.Namespace,
+    sets: list[Dataset],
+    checkpoint: Checkpoint | None,
+    start: Checkpoint | None,
+    frozen: Checkpoint | None,
 ) -> int:
-    """The number of class ids of the head; a resumed run keeps its categories (``compare_for_resume``)."""
-    if checkpoint is not None and not args.eval and "optimizer" in checkpoint.contents:  # else a new run starts there
-        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
-        compare_for_resume(trained, sets[-1].categories, source=checkpoint.source)
+    """The number of class ids of the head: the checkpoint's, if the head is not trained, or trained further."""
+    resumed = checkpoint if checkpoint is not None and "optimizer" in checkpoint.contents else None  # else a new run
+    if resumed is not None and not args.eval:
+        trained = categories_of(resumed.contents, resumed.weights(), source=resumed.source)
+        compare_for_resume(trained, sets[-1].categories, source=resumed.source)
     if args.num_classes != "auto":
         return args.num_classes
-    if args.eval and (source := checkpoint or start):
+    if source := checkpoint or start or frozen if args.eval else resumed or frozen:
         return classes_in(source.weights(), source=source.source)
     return data.classes_of_data(sets, args.dataset_file)
 

@@ -43,6 +43,7 @@ def load_for_finetuning(
         kept = min(len(given), len(here))
         weights[queries] = torch.cat([given[:kept].to(here), here[kept:]])
         report[queries] = f"keeps the first {kept} of {len(given)} queries there, {len(here)} here"
+        report[queries] += ", others start fresh" if len(here) > kept else ""
     for key, value in own.items():
         if "lookup_table" in key and key not in weights:
             weights[key] = torch.zeros_like(value)

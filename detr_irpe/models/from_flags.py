@@ -6,6 +6,7 @@ import argparse
 from torch import nn
 from torch.utils.data import Dataset
 
+from detr_irpe.args import MODEL_FLAGS, get_args_parser
 from detr_irpe.classes import categories_of, compare_for_evaluation, differences
 from detr_irpe.models.criterion import SetCriterion
 from detr_irpe.models.detr import create_model
@@ -16,10 +17,12 @@ from irpe_train import zoo
 from irpe_train.checkpoint import load_matching, read_checkpoint
 from irpe_train.distributed import is_main, logger
 from irpe_train.errors import BadCheckpoint
+from irpe_train.run import warn_of_other_flags
 from irpe_train.run_folder import Checkpoint
 
 # Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
+MAY_CHANGE = {"num_queries", "masks", "dataset_file", "image_size"}  # flags, between a detector and what starts from it
 PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
 
 
@@ -87,19 +90,26 @@ def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool)
     return model, criterion, postprocessors
 
 
-def starting_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint of ``--pretrained`` or ``--finetune``; None for neither."""
-    source = str(zoo.fetch(args.pretrained)) if args.pretrained else args.finetune
-    return Checkpoint(source, read_checkpoint(source)) if source else None
+def starting_checkpoints(args: argparse.Namespace) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """The checkpoint of ``--pretrained`` or ``--finetune``, and that of ``--frozen_weights``; None where not given."""
+    start = str(zoo.fetch(args.pretrained)) if args.pretrained else args.finetune
+    return tuple(Checkpoint(file, read_checkpoint(file)) if file else None for file in (start, args.frozen_weights))
 
 
 def start_from(
-    model: nn.Module, args: argparse.Namespace, start: Checkpoint | None, categories: dict[int, str]
+    model: nn.Module,
+    args: argparse.Namespace,
+    start: Checkpoint | None,
+    frozen: Checkpoint | None,
+    categories: dict[int, str],
 ) -> None:
-    """Load ``--pretrained``, ``--finetune`` or ``--frozen_weights``, and log what did not carry over.
+    """Load the `starting_checkpoints`, and log what did not carry over.
 
-    Raises: BadCheckpoint: a class head that starts fresh would be evaluated.
+    Raises: BadCheckpoint: a part that starts fresh would be evaluated.
     """
+    for source in filter(None, (start, frozen)):
+        only = set(MODEL_FLAGS) - (set() if args.eval else MAY_CHANGE)
+        warn_of_other_flags(get_args_parser(), args, source, "Those given now are used", only=only)
     if start is not None:
         weights = start.weights()
         trained = categories_of(start.contents, weights, source=start.source)
@@ -108,11 +118,10 @@ def start_from(
         for key, what in report.items():
             logger.info(f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}")
         if args.eval:
-            if fresh := [f"{key} {what}" for key, what in report.items() if "class_embed" in key]:
-                raise BadCheckpoint(f"--eval: the class head was never trained ({fresh[0]}); train first")
+            if fresh := [f"{key} {what}" for key, what in report.items() if "fresh" in what]:
+                raise BadCheckpoint(f"--eval: a part of this model was never trained ({fresh[0]}); train first")
             compare_for_evaluation(trained, categories, source=start.source)
-    if args.frozen_weights:
-        frozen = Checkpoint(args.frozen_weights, read_checkpoint(args.frozen_weights))
+    if frozen is not None:
         load_matching(model.detr, frozen.weights(), source=frozen.source)
         trained = categories_of(frozen.contents, frozen.weights(), source=frozen.source)
         compare_for_evaluation(trained, categories, source=frozen.source)  # its class head is no longer trained

@@ -356,6 +356,42 @@ def test_a_frozen_detector_of_other_classes_is_refused(trained, data, tmp_path):
         train.main(args)
 
 
+def test_a_frozen_detector_says_how_many_classes_the_model_has(trained, tmp_path):
+    root = write_tiny_coco(tmp_path / "data", train=4, val=2)
+
+    def drop_the_largest(content):
+        content["categories"] = [entry for entry in content["categories"] if entry["id"] != 9]
+        content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] != 9]
+
+    for split in ("train2017", "val2017"):
+        edit_annotations(root, split, drop_the_largest)
+    flags = ["--dec_layers", 6, "--masks", "--frozen_weights", trained[0] / "checkpoint.pth", "--resume", "auto"]
+    detr_ok(root, tmp_path / "run", *flags, "--epochs", 1)
+    assert len(read_checkpoint(tmp_path / "run/checkpoint.pth")["model"]["detr.class_embed.bias"]) == 11
+    assert "resumed from" in detr_ok(root, tmp_path / "run", *flags, "--epochs", 2)
+
+
+@pytest.mark.parametrize("flag", ["--finetune", "--frozen_weights"])
+def test_flags_that_no_shape_shows_are_compared(trained, data, tmp_path, flag):
+    other = ["--enc_rpe2d", "rpe-2.1-product-ctx-1-k", "--image_size", 50]
+    masks = ["--masks"] * (flag == "--frozen_weights")
+    text = detr_ok(
+        data, tmp_path / "run", "--dec_layers", 6, "--epochs", 1, flag, trained[0] / "best.pth", *other, *masks
+    )
+    expected = "enc_rpe2d=rpe-2.1-product-ctx-1-k (stored: rpe-2.0-product-ctx-1-k). Those given now are used"
+    assert f"warning: flags differ from the checkpoint's: {expected}" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--masks"], "bbox_attention.*starts fresh"), (["--num_queries", "9"], "others start fresh")]
+)
+def test_parts_that_were_never_trained_are_not_evaluated(trained, data, tmp_path, flags, words):
+    flags = ["--coco_path", str(data), *TINY, "--dec_layers", "6", "--device", "cpu", "--num_workers", "0", *flags]
+    flags += ["--eval", "--finetune", str(trained[0] / "best.pth")]
+    with pytest.raises(BadCheckpoint, match=f"a part of this model was never trained .*{words}"):
+        train.main(get_args_parser().parse_args(flags))
+
+
 def test_published_class_counts():
     class Of:
         def __init__(self, largest):
