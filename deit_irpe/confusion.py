@@ -2,14 +2,19 @@
 """The confusion matrix, as tables and as a picture: ``--eval`` writes them to ``--output_dir``."""
 
 import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from irpe_ops.visualize import plain_text, save
-from irpe_train.text_files import plain_file
+from irpe_train.run_log import keep_aside
+from irpe_train.text_files import read_text, write_text
 
 MOST_CONFUSED = 5000  # classes; a larger table would take a gigabyte
+CORNER = "true \\ predicted"  # first in the matrix, by which it is recognized
 MOST_NAMES, MOST_NUMBERS = 60, 15  # with more classes, names and counts do not fit in the picture
 
 
@@ -17,19 +22,27 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
     """Write ``eval_confusion.csv``, ``eval_classes.csv`` and ``eval_confusion.png``.
 
     Args:
-        folder: an existing one.
+        folder: an existing one. Files of these names that another program wrote are renamed.
         counts: ``(C, C)`` integers: images of the row's class predicted as the column's class.
     Returns: the files.
     """
-    matrix, table, picture = (folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png"))
-    with open(plain_file(matrix), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([["true \\ predicted", *classes]])
-        csv.writer(file).writerows([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
-    with open(plain_file(table), "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([["class", "images", "correct", "recall", "predicted", "precision"]])
-        csv.writer(file).writerows(class_rows(counts, classes))
+    files = matrix, table, picture = [
+        folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png")
+    ]
+    if not (matrix.is_file() and read_text(matrix).startswith(CORNER)):
+        for file in filter(os.path.lexists, files):
+            keep_aside(file)
+    rows = ([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))
+    _write_table(matrix, [[CORNER, *classes], *rows])
+    header = "class", "images", "correct", "recall", "predicted", "precision"
+    _write_table(table, [header, *class_rows(counts, classes)])
     save(draw_confusion(counts, classes), picture, dpi=300)
-    return [matrix, table, picture]
+    return files
+
+
+def _write_table(file: Path, rows: Iterable[Sequence]) -> None:
+    csv.writer(text := io.StringIO(newline="")).writerows(rows)
+    write_text(file, text.getvalue(), errors="surrogateescape")
 
 
 def class_rows(counts: Tensor, classes: list[str]) -> list[tuple]:

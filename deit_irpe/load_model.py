@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from deit_irpe.args import get_args_parser, image_size, image_size_text, keywords
 from deit_irpe.data.classes import stored_classes
 from deit_irpe.models import build_model
-from deit_irpe.models.finetune import head_prefixes
+from deit_irpe.models.finetune import head_prefixes, resample_positions, trained_grid
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
@@ -52,6 +52,10 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
         shapes = _shapes(args, num_classes, weights)
     except Exception as error:  # the flags may be anything
         raise BadCheckpoint(f"checkpoint {source}: its flags describe no model ({error or repr(error)})") from error
+    if "input_size" in stored:  # another size is wanted: as in evaluation
+        weights, notes = resample_positions(shapes, weights, trained_grid(shapes, checkpoint), source=source)
+        for key, note in notes.items():
+            logger.info(f"--input-size {args.input_size}: {key} {note}")
     load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
     model = build_model(args, num_classes)
     load_matching(model, weights, source=source)
@@ -63,11 +67,11 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
 
 def _stored_flags(checkpoint: dict, *, source: str) -> dict:
     """The flags of the network that the checkpoint has."""
-    stored = checkpoint.get("args")
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    if not isinstance(stored, dict):
+    stored = argparse.Namespace() if checkpoint.get("args") is None else checkpoint["args"]
+    if not isinstance(stored, argparse.Namespace):
         raise BadCheckpoint(f"checkpoint {source}: its 'args' are a {type(stored).__name__}, not flags")
-    flags = {name: stored[name] for name in MODEL_FLAGS if stored.get(name) not in (None, {})}  # empty: in timm's
+    stored = {name: value for name, value in vars(stored).items() if value not in (None, {})}  # empty ones: timm's
+    flags = {name: stored[name] for name in MODEL_FLAGS if name in stored}
     for name, value in flags.items():
         if not isinstance(value, MODEL_FLAGS[name]):
             raise BadCheckpoint(f"checkpoint {source}: its flags describe no model: {name} is {value!r:.100}")

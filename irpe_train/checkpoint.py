@@ -62,6 +62,9 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(contents, dict):
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
     _refuse_odd_contents(contents, path, size)
+    flags = contents.get("args")
+    if isinstance(flags, dict) and all(isinstance(name, str) for name in flags):  # as other programs keep them
+        contents["args"] = argparse.Namespace(**flags)
     return contents
 
 

@@ -122,6 +122,20 @@ def test_tables_and_picture(tmp_path):
     assert shares[0].tolist() == [0.75, 0.25, 0.0] and shares.mask[2].all()  # a class without images is blank
 
 
+def test_tables_replace_only_tables(tmp_path):
+    outside = tmp_path / "thesis.csv"
+    outside.write_text("mine")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "eval_confusion.csv").symlink_to(outside)
+    (folder / "eval_classes.csv").write_text("also mine")
+    (folder / "eval_confusion.png").mkdir()
+    for _ in range(2):
+        write_confusion(COUNTS, ["a", "b", "c"], folder)
+    assert outside.read_text() == "mine" and (folder / "eval_classes.1.csv").read_text() == "also mine"
+    assert (folder / "eval_confusion.1.png").is_dir() and not (folder / "eval_classes.2.csv").exists()
+
+
 def test_the_row_is_the_truth_and_the_column_the_answer():
     model = torch.nn.Flatten()
     loader = [(torch.eye(3)[[1, 1, 0]].view(3, 3, 1, 1), torch.tensor([0, 1, 2]))]

@@ -11,7 +11,7 @@ import deit_irpe
 from deit_irpe.args import get_args_parser
 from deit_irpe.load_model import class_names, load_model
 from deit_irpe.models import build_model, from_flags
-from deit_irpe.models.finetune import fit_classes, head_prefixes, load_pretrained_weights
+from deit_irpe.models.finetune import fit_classes, head_prefixes, load_pretrained_weights, resize_pos_embed
 from irpe_train.errors import BadCheckpoint
 
 NAME, DEMO = "deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_demo_patch4_32"
@@ -267,6 +267,19 @@ def test_the_moving_average_is_another_model(tmp_path):
     torch.save(contents | {"model_ema": average}, source)
     for ema, wanted in ((False, contents["model"]), (True, average)):
         assert torch.equal(load_model(source, ema=ema)[0].head.weight, wanted["head.weight"])
+
+
+@pytest.mark.parametrize("wanted", ["48x24", 32])  # another number of patches, and the same in another grid
+def test_another_size_resamples_positions_from_the_grid_in_the_flags_whatever_holds_them(tmp_path, wanted):
+    torch.manual_seed(0)
+    sizes = dict(depth=1, embed_dim=16, num_heads=2, num_classes=2)
+    old = deit_irpe.create_model(DEMO, img_size=(16, 64), **sizes)
+    flags = dict(model=DEMO, model_kwargs=["depth=1", "embed_dim=16", "num_heads=2"], input_size="16x64")
+    grid = (12, 6) if wanted == "48x24" else (8, 8)
+    expected = resize_pos_embed(old.pos_embed.detach(), (4, 16), grid)
+    for stored in (argparse.Namespace(**flags), flags):
+        torch.save({"model": old.state_dict(), "args": stored}, tmp_path / "x.pth")
+        assert torch.equal(load_model(str(tmp_path / "x.pth"), input_size=wanted)[0].pos_embed, expected)
 
 
 def test_the_number_of_classes_is_that_of_the_head(tmp_path):
