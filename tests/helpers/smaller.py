@@ -23,7 +23,6 @@ BEHIND = {  # by program
     "irpe classify export": "--formats onnx",  # tests/deit/test_export.py and tests/detr/test_export.py
     "irpe detect export": "--formats safetensors",  # write the others
     "scripts/make_demo_data.py": "--task classification",  # detection takes longer and has its own test
-    "examples/finetune_digits.py": "--epochs 1",
 }
 
 
