@@ -34,9 +34,8 @@ class TrainLoader:
         dataset: map-style; its method ``name(index)``, if it has one, names images in messages.
         sampler: any sampler of indices; ``set_epoch`` is called if it has one, and the generators are seeded from
             (seed, epoch), so that it may use ``torch.randperm`` or ``random`` freely.
-        batch_size: per rank.
+        batch_size: per rank. A smaller last batch is left out.
         seed: the run's seed; each sample is made under generators seeded from (seed, epoch, position).
-        drop_last: leave out the last, smaller batch.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class TrainLoader:
         *,
         batch_size: int,
         seed: int,
-        drop_last: bool = True,
         collate_fn: Callable = default_collate,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -55,7 +53,7 @@ class TrainLoader:
             raise ValueError(f"batch size {batch_size}: expected 1 or more images per process")
         self.dataset, self.sampler, self.batch_size, self.seed = dataset, sampler, batch_size, seed
         self.bad: dict[str, str] = {}
-        self._order = _Order(sampler, batch_size, seed, drop_last)
+        self._order = _Order(sampler, batch_size, seed)
         if len(self._order) == 0:
             raise ValueError(
                 f"{len(sampler)} training samples per process and epoch do not fill a batch of "
@@ -175,8 +173,8 @@ def _start(loader: DataLoader) -> Iterator:
 class _Order(Sampler):
     """Lists of (epoch, position, index): a batch sampler that knows its place."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, seed: int, drop_last: bool):
-        self.sampler, self.batch_size, self.seed, self.drop_last = sampler, batch_size, seed, drop_last
+    def __init__(self, sampler: Sampler, batch_size: int, seed: int):
+        self.sampler, self.batch_size, self.seed = sampler, batch_size, seed
         self.epoch = self.start = 0
         self.indices: list[int] = []
 
@@ -188,8 +186,7 @@ class _Order(Sampler):
             self.indices = [int(index) for index in self.sampler]
 
     def __len__(self) -> int:
-        samples = len(self.sampler)
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return len(self.sampler) // self.batch_size
 
     def batch(self, step: int) -> list[tuple[int, int, int]]:
         first = step * self.batch_size
