@@ -45,7 +45,7 @@ class Detector:
         pixels = prepare_image(image, self.flags.image_size).to(self.device)
         outputs = self.model([pixels])
         size = torch.tensor([[image.height, image.width]])
-        results = self.postprocessors["bbox"](outputs, size)
+        results = self.postprocessors["bbox"](outputs, size, self.names)
         if "segm" in self.postprocessors:
             results = self.postprocessors["segm"](results, outputs, size, torch.tensor([pixels.shape[-2:]]))
             results[0]["masks"] = results[0]["masks"][:, 0]

@@ -71,6 +71,9 @@ def main(args: argparse.Namespace) -> None:
             logger.error(unreadable[-1])
             continue
         found = detector(image)
+        best = (
+            f"; best score {found['scores'].max():.2f}, --threshold {args.threshold:g}" if len(found["scores"]) else ""
+        )
         found = {kind: values[found["scores"] > args.threshold] for kind, values in found.items()}
         picture = draw_found(image, found, detector.names)
         if truth is not None:
@@ -80,7 +83,8 @@ def main(args: argparse.Namespace) -> None:
         described = describe(path, image, found, detector.names) | {"frame": frame}
         out.path(f"{name}.json").write_text(json.dumps(described, indent=1))
         out.wrote(f"{name}.png", f"{name}.json")
-        logger.info(f"{path}: {len(found['scores'])} objects -> {args.out / name}.png, .json")
+        count = len(found["scores"])
+        logger.info(f"{path}: {count} objects{best * (not count)} -> {args.out / name}.png, .json")
         if args.attention:
             points = args.point or centres(found["boxes"], image)
             draw_attention(image, layer, seen.pop(), points, path.name, out.path(f"{name}_attention.png"))

@@ -210,7 +210,7 @@ def resolve_grid(length: int, height: int | None, width: int | None, skip: int, 
     if height is None:
         side = int(math.sqrt(max(length - skip, 0)))
         if side < 1 or side * side + skip != length:
-            remedy = "pass height and width, or build the encoding with the right skip"
+            remedy = "pass height and width (equip: grid=(height, width)), or build the encoding with the right skip"
             raise ValueError(f"{name}: L={length} minus skip={skip} leading tokens is not a square grid; {remedy}")
         return side, side
     for side, value in (("height", height), ("width", width)):

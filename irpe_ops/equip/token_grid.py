@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from irpe_ops.rpe_index import under_function_transform
 
-HELP = "See docs/equip.md for equipping other models by hand."
+HELP = "See docs/gallery.md for the models that equip takes, and docs/equip.md for equipping others by hand."
 
 
 class _Here(threading.local):

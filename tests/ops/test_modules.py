@@ -193,7 +193,7 @@ def test_autocast_looks_up_in_fp32():
         (0, (1, 2, 7, 3), (2, 3), "the table expects skip=0 leading ones; got L=7, not 6"),
         (1, (1, 2, 11, 3), (None, None), "L=11 minus skip=1 leading tokens is not a square grid"),
         (0, (1, 2, 10, 3), (None, None), "L=10 minus skip=0 leading tokens is not a square grid"),
-        (1, (1, 2, 16, 3), (None, None), "pass height and width, or build the encoding with the right skip"),
+        (1, (1, 2, 16, 3), (None, None), "pass height and width (equip: grid=(height, width)), or build the"),
         (2, (1, 2, 2, 3), (None, None), "L=2 minus skip=2 leading tokens is not a square grid"),
         (0, (1, 2, 6, 3), (2, None), "got height=2 and width=None; give both, or neither for a square grid"),
         (0, (1, 2, 6, 3), (None, 3), "got height=None and width=3"),
