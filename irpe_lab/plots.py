@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from irpe_lab.console_log import read_log
 from irpe_lab.figures import PANELS, Figure
-from irpe_lab.results import Row, bootstrap_interval, spread
+from irpe_lab.results import FEWEST_SEEDS, Row, bootstrap_interval, spread
 from irpe_train.errors import BadData
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def plot_intervals(
     """One line per run: every seed, mean and standard deviation, and the published figure if there is one.
 
     If rows have a baseline, a second panel shows run minus baseline, seed by seed, and the 95% bootstrap interval of
-    the mean. Each of ``evaluations`` adds such panels.
+    the mean (from `FEWEST_SEEDS` on). Each of ``evaluations`` adds such panels.
     """
     from matplotlib.figure import Figure as Canvas
 
@@ -108,6 +108,7 @@ def plot_intervals(
     baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
     compared = [None, baseline] if baseline else [None]
     panels = [(name, against) for name in (None, *evaluations) for against in compared]
+    few = "" if any(bootstrap_interval(row.differences()) for row in rows) else f" from {FEWEST_SEEDS} seeds on"
     canvas = Canvas(figsize=(2.5 + 4.5 * len(panels), 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, against) in zip(axes, panels, strict=True):
@@ -117,8 +118,9 @@ def plot_intervals(
             if not values:
                 continue
             mean, error = statistics.fmean(values), spread(values)
-            if against is not None and (interval := bootstrap_interval(values)):
-                error = [[mean - interval[0]], [interval[1] - mean]]
+            if against is not None:
+                interval = bootstrap_interval(values)
+                error = interval and [[mean - interval[0]], [interval[1] - mean]]
             axis.plot(values, [y] * len(values), ".", color=colour, alpha=0.4)
             axis.errorbar(mean, y, xerr=error, fmt="o", color=colour, capsize=3)
         if (name, against) == (None, None) and (known := [(r.published, y) for y, r in enumerate(rows) if r.published]):
@@ -126,7 +128,11 @@ def plot_intervals(
             axis.legend(fontsize="small")
         if against is not None:
             axis.axvline(0, color="black", linewidth=0.8)
-        what = "mean, standard deviation, seeds" if against is None else f"minus {against}, by seed: mean, 95% interval"
+        what = (
+            "mean, standard deviation, seeds"
+            if against is None
+            else f"minus {against}, by seed: mean, 95% interval{few}"
+        )
         axis.set(xlabel=plain_text(", ".join(filter(None, [figure.title, name])) + f"\n{what}"))
         axis.grid(axis="x", alpha=0.3)
     names = [plain_text(f"{row.run} (failed)" if "failed" in row.states else row.run) for row in rows]

@@ -62,12 +62,12 @@ def mean_and_spread(values: Sequence[float], figure: Figure) -> str:
 
 
 def difference(values: Sequence[float], figure: Figure) -> str:
-    """The mean over seeds of run minus baseline, and its bootstrap interval."""
+    """The mean over seeds of run minus baseline, and its bootstrap interval; ``[-]`` for too few seeds."""
     if not values:
         return "-"
     told = [statistics.fmean(values), *(bootstrap_interval(values) or ())]
-    signed = [f"{'-' if value < 0 else '+'}{figure.text(abs(value))}" for value in told]
-    return signed[0] + (f" [{signed[1]}, {signed[2]}]" if len(signed) > 1 else "")
+    mean, *interval = (f"{'-' if value < 0 else '+'}{figure.text(abs(value))}" for value in told)
+    return f"{mean} [{', '.join(interval) or '-'}]"
 
 
 def duration(seconds: float) -> str:

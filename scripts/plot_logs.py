@@ -4,6 +4,7 @@
 
 RUN is a run's folder or its log.txt; logs of the published code work too. Solid: training. Dashed: test. Seeds of a run
 (x_seed0, x_seed1, ...) are drawn as their mean, in a band from lowest to highest.
+All runs of an ablation are outputs/ablation/NAME/*.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from irpe_lab.plots import plot_runs  # noqa: E402
+from irpe_lab.tables import NAMES  # noqa: E402
 from irpe_train.errors import RunError  # noqa: E402
 
 if __name__ == "__main__":
@@ -21,7 +23,8 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--output", required=True, metavar="FILE.{png,pdf,svg}")
     args = parser.parse_args()
     try:
-        panels = [axis.get_title() for axis in plot_runs(args.runs, args.output).axes]
+        runs = [run for run in args.runs if Path(run).name not in NAMES]  # the tables among an ablation's runs
+        panels = [axis.get_title() for axis in plot_runs(runs or args.runs, args.output).axes]
         print(f"{args.output}: {', '.join(panels)}")
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"plot_logs.py: {error}")

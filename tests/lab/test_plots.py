@@ -164,19 +164,23 @@ def test_intervals_show_every_seed_the_published_figure_and_the_difference():
     points = [list(line.get_xdata()) for line in left.lines]
     assert [80.0, 82.0] in points and [81.0, 84.0] in points and [82.5] in points and [81.5] in points
     assert [1.0, 2.0] in [list(line.get_xdata()) for line in right.lines]
-    assert "minus none" in right.get_xlabel() and left.get_legend().get_texts()[0].get_text() == "published"
+    assert not right.collections and "minus none, by seed: mean, 95% interval from 5 seeds on" in right.get_xlabel()
+    assert left.get_legend().get_texts()[0].get_text() == "published"
     alone = plot_intervals(rows[:1], title="", figure=TASKS["deit_irpe"].figure)
     assert len(alone.axes) == 1 and alone.axes[0].get_legend() is None
     both = plot_intervals(rows, title="", figure=TASKS["deit_irpe"].figure, evaluations=("at 48",))
     assert ["at 48" in axis.get_xlabel() for axis in both.axes] == [False, False, True, True]
 
 
+FIVE = [1.0, 2.0, 1.0, 2.0, 14.0]  # their mean is 4
+
+
 def test_an_interval_reaches_as_far_as_it_is_on_either_side():
-    none, irpe = ({seed: Outcome("done", 1, x, x) for seed, x in enumerate(xs)} for xs in ([0.0] * 3, [1.0, 2.0, 9.0]))
+    none, irpe = ({seed: Outcome("done", 1, x, x) for seed, x in enumerate(xs)} for xs in ([0.0] * 5, FIVE))
     rows = [baseline := Row("none", "", none), Row("irpe", "", irpe, None, baseline)]
     _, right = plot_intervals(rows, title="", figure=TASKS["deit_irpe"].figure).axes
     (interval,) = (segment for bar in right.collections for segment in bar.get_segments())
-    assert [x for x, _ in interval] == pytest.approx(bootstrap_interval([1.0, 2.0, 9.0]))
+    assert [x for x, _ in interval] == pytest.approx(bootstrap_interval(FIVE))
     assert interval[0][0] < 4 - 2 < 4 + 2 < interval[1][0] and interval[0][0] + interval[1][0] != pytest.approx(8)
 
 
@@ -220,7 +224,8 @@ def test_missing_log_and_nothing_to_draw(tmp_path):
 def test_script(tmp_path):
     write(tmp_path / "log.txt", map(deit, range(2)))
     command = [quick_programs() / "python", SCRIPT, "-o", tmp_path / "x.png"]
-    done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    (tmp_path / "table.csv").write_text("run,flags\n")  # as among the runs of an ablation
+    done = subprocess.run([*command, tmp_path, tmp_path / "table.csv"], capture_output=True, text=True)
     assert done.returncode == 0 and "x.png: loss, top-1 accuracy (%), learning rate" in done.stdout, done.stderr
     done = subprocess.run([*command, tmp_path / "none"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("plot_logs.py: ") and "Traceback" not in done.stderr
