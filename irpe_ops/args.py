@@ -17,7 +17,10 @@ def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def get_visualize_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser = kind("python -m irpe_ops.visualize", description="Draw an encoding's buckets, as PNG, PDF or SVG.")
+    what = (
+        "Draw an encoding's buckets, as PNG, PDF or SVG. Trained tables: irpe classify predict --tables --resume FILE."
+    )
+    parser = kind("python -m irpe_ops.visualize", description=what)
     add = parser.add_argument
     add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
     add("--grid", type=_pair("x", "HxW"), metavar="HxW", help="patches (default 14x14)")
