@@ -29,13 +29,16 @@ class UnreadableImage(OSError):
 def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
     """The images that files, folders and patterns name, each once, even if symlinks lead to their folder again.
 
-    Args: besides: a folder of results. Its files, and those that predict wrote elsewhere, are skipped in searches.
+    Args: besides: the folder of results. Its files, if it lies within the searched folder, and what predict wrote
+        elsewhere are skipped in searches.
     Raises: ValueError: one of them names no image.
     """
     files: dict[Path, Path] = {}
     for text in named:
         fits = not glob.has_magic(text) or Path(text).exists()  # else it is a pattern; ** matches any folders
-        paths = [Path(text)] if fits else _outside(besides, sorted(map(Path, glob.glob(text, recursive=True))))
+        paths = [Path(text)] if fits else sorted(map(Path, glob.glob(text, recursive=True)))
+        if not fits:
+            paths = _photographs(next(p for p in Path(text).parents if not glob.has_magic(str(p))), paths, besides)
         found = [file for path in paths for file in (_files_below(path, besides) if path.is_dir() else [path])]
         if not found:
             where = "in this folder" if Path(text).is_dir() else "matches this pattern"
@@ -51,14 +54,11 @@ def _place(file: Path) -> Path:
 
 
 def _files_below(folder: Path, besides: Path) -> list[Path]:
-    found, results = [], set()
-    for parent, names in walk(folder):
-        results |= {Path(parent, name) for name in OutputFolder(Path(parent)).results()}
-        found += [Path(parent, file) for file in names]
-    found = (file for file in found if file not in results and not is_hidden(file.relative_to(folder).parts))
-    files_there = _outside(besides, found)
-    report_unread(folder, (file.name for file in files_there))
-    return sorted(file for file in files_there if file.suffix.lower() in IMG_EXTENSIONS)
+    found = [Path(parent, name) for parent, names in walk(folder) for name in names]
+    found = _photographs(folder, found, besides)
+    found = [file for file in found if not is_hidden(file.relative_to(folder).parts)]
+    report_unread(folder, (file.name for file in found))
+    return sorted(file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -78,9 +78,17 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         yield parent, names
 
 
-def _outside(folder: Path, files: Iterable[Path]) -> list[Path]:
-    there = Path(os.path.realpath(folder))
-    return [file for file in files if there not in _place(file).parents]
+def _photographs(root: Path, files: list[Path], besides: Path) -> list[Path]:
+    """``files`` found below ``root``, without what predict wrote, and without ``besides`` if that is below too."""
+    results_folder = Path(os.path.realpath(besides))
+    below = Path(os.path.realpath(root)) in results_folder.parents  # else the images are where the results go
+    folders = {root, besides} | {file.parent for file in files}
+    results = {_place(folder / name) for folder in folders for name in OutputFolder(folder).results()}
+
+    def is_result(place: Path) -> bool:
+        return place in results or below and results_folder in (place, *place.parents)
+
+    return [file for file in files if not is_result(_place(file))]
 
 
 def report_unread(where: str | Path, names: Iterable[str]) -> None:

@@ -28,7 +28,8 @@ def test_class_head_is_dropped_and_queries_are_cut_or_filled_up(queries):
     assert torch.equal(model.query_embed.weight[:kept], weights["query_embed.weight"][:kept])
     assert torch.equal(model.query_embed.weight[kept:], fresh[kept:])
     assert report == {
-        "query_embed.weight": f"keeps the first {kept} of 5 queries there, {queries} here",
+        "query_embed.weight": f"keeps the first {kept} of 5 queries there, {queries} here"
+        + ", others start fresh" * (queries > 5),
         "class_embed.weight": "starts fresh: (8, 16) there, (4, 16) here",
         "class_embed.bias": "starts fresh: (8,) there, (4,) here",
     }

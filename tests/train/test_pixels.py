@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irpe_train.outputs import OutputFolder
+from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, decode_image, files_of, is_turned, read_image
 from tests.helpers.tiny_images import write_images
 
@@ -177,7 +177,7 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     found = files_of(["photos"], besides=Path("photos/out"))
     assert found == [Path("photos/a/0.png"), Path("photos/a/1.png"), Path("photos/b/0.png")]
     assert files_of(["photos/a/*.png", "photos/a/1.png"], besides=Path("out")) == found[:2]
-    for pattern in ("photos/**/*.png", "photos/[ab]", "photo*"):  # folders that fit are searched
+    for pattern in ("photos/**/*.png", "photos/[ab]", "photos/[!n]*", "photo*"):  # folders that fit are searched
         assert files_of([pattern], besides=Path("photos/out")) == found
     write_images(tmp_path / "elsewhere", {"c": 1})
     (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
@@ -222,3 +222,21 @@ def test_what_predict_wrote_is_not_found_in_a_folder(tmp_path):
     assert files_of([result], besides=tmp_path / "second") == [Path(result)]  # but where it is named
     out.path("a/0.png").write_bytes(b"a photograph")
     assert len(files_of([str(tmp_path / "photos")], besides=tmp_path / "second")) == 2
+
+
+@pytest.mark.parametrize("named", ["photos", "photos/a", "photos/*.jpg", "photos/**/*"])
+def test_results_may_go_where_the_images_are_or_above(tmp_path, named):
+    for name in ("a.jpg", "a/b.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(PHOTO)
+    out = tmp_path / "photos"
+    found = files_of([str(tmp_path / named)], besides=out)
+    names = result_names(found)
+    for name in names.values():
+        (out / f"{name}.jpg").parent.mkdir(exist_ok=True)
+        (out / f"{name}_result.jpg").write_bytes(PHOTO)
+        OutputFolder(out, names).wrote(f"{name}_result.jpg")
+    assert len(found) == {"photos": 2, "photos/**/*": 2}.get(named, 1)
+    assert (
+        files_of([str(tmp_path / named)], besides=out) == found == files_of([str(tmp_path / named)], besides=tmp_path)
+    )
