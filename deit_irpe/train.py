@@ -85,17 +85,20 @@ def main(args: argparse.Namespace) -> None:
     # --- resume
     published = {"lr": lr, "nb_classes": len(classes), "distributed": distributed.world_size() > 1}
     flags = argparse.Namespace(**vars(args) | published)  # as in published checkpoints
-    rest = dict(ema=ema, scaler=precision.scaler, flags=flags, extra={"classes": list(classes)})
-    state = TrainState(model, optimizer, lr_scheduler, epoch=args.start_epoch, **rest)
+    extra = {"classes": list(classes)}
+    state = TrainState(model, optimizer, lr_scheduler, ema=ema, scaler=precision.scaler, flags=flags, extra=extra)
+    state.epoch = args.start_epoch
     rows = rows_of_banner(args, model, precision, (len(train_set), len(val_set)), classes, loader.batch_size, lr)
-    where = dict(checkpoints=checkpoints, checkpoint=checkpoint, data_flags=("data_path",))
-    run = open_run(args, get_args_parser(), state, loader, **where, rows=rows, stats=count(model))
+    stats, parser, paths = count(model), get_args_parser(), ("data_path",)
+    run = open_run(args, parser, state, loader, checkpoints, checkpoint, rows=rows, stats=stats, data_flags=paths)
 
     # --- loop
-    options = dict(mixup=mixup, max_norm=args.clip_grad, ema=ema, train_mode=args.train_mode)
     while state.epoch < args.epochs:
         if state.train_stats is None:  # not None: the run was stopped after training this epoch, before its evaluation
-            train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
+            train_stats = train_one_epoch(
+                wrapped, criterion, run.steps, optimizer, precision,
+                mixup=mixup, max_norm=args.clip_grad, ema=ema, train_mode=args.train_mode,
+            )  # fmt: skip
             lr_scheduler.step(state.epoch)
             run.steps.finish_training(train_stats)
         test_stats = evaluate(ema.module if args.eval_ema else model, val_loader, precision)

@@ -61,7 +61,9 @@ def main(args: argparse.Namespace) -> None:
 
     # --- model
     flags = argparse.Namespace(**vars(args) | {"num_classes": num_classes})  # as in published checkpoints
-    model, criterion, postprocessors = models.parts_of_flags(flags, val_set, filled=checkpoint is not None)
+    filled = args.eval or any((checkpoint, start, frozen))
+    things = getattr(val_set, "things", ())  # of a panoptic set
+    model, criterion, postprocessors = models.build_model(flags, filled=filled, things=things)
     if checkpoint is None:
         models.start_from(model, args, start, frozen, sets[-1].categories)
     model.to(device)
@@ -81,18 +83,20 @@ def main(args: argparse.Namespace) -> None:
     wrapped = distributed.wrap(model, device, compile=args.compile, deterministic=args.deterministic)
 
     # --- resume
-    rest = dict(scaler=precision.scaler, flags=flags, extra={"categories": train_set.categories})
-    state = TrainState(model, optimizer, lr_scheduler, epoch=args.start_epoch, **rest)
+    extra = {"categories": train_set.categories}
+    state = TrainState(model, optimizer, lr_scheduler, scaler=precision.scaler, flags=flags, extra=extra)
+    state.epoch = args.start_epoch
     rows = rows_of_banner(args, model, precision, sets, num_classes)
-    where = dict(checkpoints=checkpoints, checkpoint=checkpoint, data_flags=("coco_path", "coco_panoptic_path"))
-    run = open_run(args, get_args_parser(), state, loader, **where, rows=rows, stats=count(model))
+    stats, parser, paths = count(model), get_args_parser(), ("coco_path", "coco_panoptic_path")
+    run = open_run(args, parser, state, loader, checkpoints, checkpoint, rows=rows, stats=stats, data_flags=paths)
 
     # --- loop
-    options = dict(max_norm=args.clip_max_norm)
     while state.epoch < args.epochs:
         epoch = state.epoch
         if state.train_stats is None:  # not None: the run was stopped after training this epoch, before its evaluation
-            train_stats = train_one_epoch(wrapped, criterion, run.steps, optimizer, precision, **options)
+            train_stats = train_one_epoch(
+                wrapped, criterion, run.steps, optimizer, precision, max_norm=args.clip_max_norm
+            )
             lr_scheduler.step()
             kept = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
             run.steps.finish_training(train_stats, also=(f"checkpoint{epoch:04}.pth",) if kept else ())

@@ -25,11 +25,11 @@ class TrainState:
         ema: the moving average, an object with ``.module`` (timm's); None without.
         scaler: ``Precision.scaler``.
         flags: of the run, kept in each checkpoint, as published.
-        epoch: where a new run starts.
         extra: plain values that users of the checkpoint need (class names and the like), kept as top-level keys.
 
     Attributes:
-        epoch, step: the next step to do. best: the best figure so far, None before the first.
+        epoch, step: the next step to do; set ``epoch`` if a new run does not start at 0.
+        best: the best figure so far, None before the first.
         train_stats: this epoch's training statistics once its training is over, None before.
         meters: the averages of the running epoch.
     """
@@ -43,13 +43,12 @@ class TrainState:
         ema=None,
         scaler=None,
         flags: argparse.Namespace | None = None,
-        epoch: int = 0,
         extra: dict | None = None,
     ):
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.ema, self.scaler, self.extra = ema, scaler, extra or {}
         self.flags = flags or argparse.Namespace()
-        self.epoch, self.step = epoch, 0
+        self.epoch = self.step = 0
         self.best: float | None = None
         self.train_stats: dict | None = None
         self.meters = MetricLogger()

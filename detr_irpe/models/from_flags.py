@@ -2,9 +2,9 @@
 """The model of a command line, its losses, and its initial weights."""
 
 import argparse
+from collections.abc import Collection
 
 from torch import nn
-from torch.utils.data import Dataset
 
 from detr_irpe.args import MODEL_FLAGS, get_args_parser
 from detr_irpe.classes import categories_of, compare_for_evaluation, differences
@@ -23,18 +23,26 @@ from irpe_train.run_folder import Checkpoint
 # Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
 MAY_CHANGE = {"num_queries", "masks", "dataset_file", "image_size"}  # flags, between a detector and what starts from it
-PANOPTIC_IS_THING = {category: category <= 90 for category in range(PUBLISHED_NUM_CLASSES["coco_panoptic"])}
+PUBLISHED_THINGS = range(91)
+FILL = ("eval", "resume", "pretrained", "finetune", "frozen_weights")  # flags that name a checkpoint of the whole model
 
 
-def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-    """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU."""
+def build_model(
+    args: argparse.Namespace, *, filled: bool | None = None, things: Collection[int] = PUBLISHED_THINGS
+) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU.
+
+    Args:
+        filled: a checkpoint will fill the model, so that ``--backbone_weights`` are not needed; None asks the flags.
+        things: the countable categories of a panoptic set.
+    """
     num_classes = number_of_classes(args)
     model = create_model(
         args.backbone,
         args.enc_rpe2d,
         num_classes,
         args.num_queries,
-        _pretrained_backbone(args),
+        _pretrained_backbone(args, any(getattr(args, flag, None) for flag in FILL) if filled is None else filled),
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,
         enc_layers=args.enc_layers,
@@ -63,7 +71,7 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict
     if args.masks:
         postprocessors["segm"] = PostProcessSegm()
         if args.dataset_file == "coco_panoptic":
-            postprocessors["panoptic"] = PostProcessPanoptic(PANOPTIC_IS_THING)
+            postprocessors["panoptic"] = PostProcessPanoptic({i: i in things for i in range(num_classes)})
     return model, criterion, postprocessors
 
 
@@ -73,21 +81,11 @@ def number_of_classes(args: argparse.Namespace) -> int:
     return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
 
 
-def _pretrained_backbone(args: argparse.Namespace) -> bool | str:
-    """``--backbone_weights``; none if the flags name a checkpoint that fills the whole model."""
-    filled = any(getattr(args, flag, None) for flag in ("eval", "resume", "pretrained", "finetune", "frozen_weights"))
+def _pretrained_backbone(args: argparse.Namespace, filled: bool) -> bool | str:
     source = "none" if filled else getattr(args, "backbone_weights", "imagenet")
     if source == "imagenet":
         return is_main()  # the other processes get theirs from rank 0, when DDP starts
     return False if source == "none" else str(source)
-
-
-def parts_of_flags(flags: argparse.Namespace, val_set: Dataset, *, filled: bool) -> tuple[nn.Module, nn.Module, dict]:
-    """Model, criterion and postprocessors. ``filled``: a checkpoint will fill the model, so nothing is downloaded."""
-    model, criterion, postprocessors = build_model(argparse.Namespace(**vars(flags) | {"resume": filled}))
-    if "panoptic" in postprocessors:
-        postprocessors["panoptic"].is_thing_map = {i: i in val_set.things for i in range(flags.num_classes)}
-    return model, criterion, postprocessors
 
 
 def starting_checkpoints(args: argparse.Namespace) -> tuple[Checkpoint | None, Checkpoint | None]:

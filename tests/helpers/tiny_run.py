@@ -144,9 +144,9 @@ def main(args):
         ema=Average(model),
         scaler=precision.scaler,
         flags=args,
-        epoch=args.start_epoch,
         extra={"names": ["even", "odd"]},
     )
+    state.epoch = args.start_epoch
 
     if args.eval:
         load_matching(model, checkpoint.weights(), source=checkpoint.source)

@@ -155,7 +155,8 @@ def test_the_trial_step_changes_nothing(kind):
 @pytest.mark.parametrize("value", [None, {}])
 def test_what_lacks_a_part_of_the_state_is_weights_alone(gone, value, capsys):
     set_up_logging(0)
-    state = a_state(epoch=4)
+    state = a_state()
+    state.epoch = 4
     assert not state.load_dict(whole_checkpoint() | {gone: value}, source="a.pth")
     assert state.epoch == 4 and f"has weights only (no {gone}): training starts at epoch 4" in capsys.readouterr().out
 
@@ -204,7 +205,8 @@ def test_a_run_goes_on_with_or_without_loss_scaling(before, now):
 
 
 def test_epoch_is_the_finished_one(tmp_path):
-    state = a_state(epoch=3)
+    state = a_state()
+    state.epoch = 3
     for step, stats, finished in ((0, None, 2), (5, None, 2), (9, {"loss": 1.0}, 3)):
         state.step, state.train_stats = step, stats
         assert state.to_dict(DETR)["epoch"] == finished
@@ -218,7 +220,8 @@ def test_checkpoint_of_a_newer_program_is_refused():
 
 
 def test_weights_alone_start_a_new_run(tmp_path):
-    state = a_state(epoch=2)
+    state = a_state()
+    state.epoch = 2
     torch.save({"model": a_state().model.state_dict()}, tmp_path / "a.pth")
     found = Checkpoints("", DETR).open(str(tmp_path / "a.pth"))
     assert not state.load_dict(found.contents, source=found.source)
