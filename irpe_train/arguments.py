@@ -5,8 +5,6 @@ import argparse
 import math
 from pathlib import Path
 
-from irpe_train.config import add_config_argument
-
 LARGEST_SEED = 2**63 - 1  # of PyTorch
 LARGEST_COUNT = 2**31 - 1  # of C
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of each export format
@@ -20,7 +18,8 @@ def add_runtime_arguments(
     Args: seed, num_workers, amp: the tree's published defaults.
     Returns: the group, for a tree's own additions.
     """
-    add_config_argument(parser)
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' per line; typed flags win")
+    parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and exit")
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default="", metavar="DIR", help="for checkpoints and logs; empty: nothing is written")

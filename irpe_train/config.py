@@ -51,11 +51,6 @@ def find_config(name: str | Path, *folders: Path, source: str) -> Path:
     raise ConfigError(f"{source}: no file {' '.join(str(name).split()):.200} in {looked}")
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' per line; typed flags win")
-    parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and exit")
-
-
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """``parser.parse_args`` with the flags of the ``--config`` file, if one is given, placed first.
 

@@ -13,15 +13,6 @@ from deit_irpe.data.shards import ShardImages
 from deit_irpe.data.tar_files import TarImages
 
 
-def _cifar100(root: Path, train: bool, transform=None) -> Dataset:
-    try:
-        return datasets.CIFAR100(root, train=train, transform=transform)
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"{root}: no cifar-100-python/ there ({error}). Unpack cifar-100-python.tar.gz there"
-        ) from error
-
-
 def build_dataset(
     data_path: str | Path,
     train: bool,
@@ -42,7 +33,11 @@ def build_dataset(
             f'--data-path {data_path}: no such folder; give the one with train/ and val/ (README, "Data")'
         )
     if data_set == "CIFAR":
-        return _cifar100(root, train, transform)
+        try:
+            return datasets.CIFAR100(root, train=train, transform=transform)
+        except RuntimeError as error:
+            wanted = "Unpack cifar-100-python.tar.gz there"
+            raise FileNotFoundError(f"{root}: no cifar-100-python/ there ({error}). {wanted}") from error
     if data_set in ("INAT", "INAT19"):
         return INatImages(root, train, 2018 if data_set == "INAT" else 2019, inat_category, transform)
     if data_set == "WDS":
