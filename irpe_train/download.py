@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads into torch's cache: one process at a time, resumed where they broke off, limited in size."""
+"""Downloads into torch's cache: one process at a time, limited in size, whole or not at all."""
 
 import contextlib
 import fcntl
@@ -65,56 +65,45 @@ def local_file(path: str | Path) -> Path:
 def fetch_once(url: str, target: Path, *, check: Callable[[Path], None], most: int | None = None) -> None:
     """Download ``url`` to ``target``. Several processes may ask at once: one downloads, the others wait for it.
 
-    A broken download is kept as ``FILE.part`` and continued next time; one that ``check`` raises for is not kept.
-
-    Raises: OSError: the network failed; BadCheckpoint: more than ``most`` bytes (default: ``LARGEST_FILE``) came.
+    Raises: OSError: the network failed; BadCheckpoint: more than ``most`` bytes (default: ``LARGEST_FILE``) came;
+        what ``check`` raises for a wrong file. Nothing is kept then.
     """
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     with alone(target.parent):
         if target.exists():  # another process was faster and has checked it
             return
-        download(url, part, most=most or LARGEST_FILE)
+        plain_file(part)
         try:
+            download(url, part, most=most or LARGEST_FILE)
             check(part)
-        except ValueError:
-            part.unlink()  # a wrong file must not be continued
-            raise
-        os.replace(part, target)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def download(url: str, part: Path, *, most: int) -> None:
-    """Append the missing rest of ``url`` to ``part``; the announced length must arrive in the end.
+    """Write ``url`` to ``part``; the announced length must arrive.
 
     Raises: OSError: the connection broke; BadCheckpoint: more than ``most`` bytes are announced, or come.
     """
-    have = part.stat().st_size if part.exists() else 0
+    arrived = 0
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        response = _answer(request)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing beyond what we have, so the part is whole (or not ours: check will tell)
-            raise OSError(in_one_line(error)) from error
-        return
+        with _answer(urllib.request.Request(url)) as response, part.open("wb") as file:
+            announced = response.headers.get("Content-Length") or ""
+            expected = int(announced) if announced.isdecimal() else None
+            while (expected or 0) <= most and arrived <= most and (chunk := response.read(CHUNK)):
+                file.write(chunk)
+                arrived += len(chunk)
+    except OSError as error:
+        raise OSError(in_one_line(error)) from error
     except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"not an address, or no answer from a web server: {error!r:.100}") from error
-    with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        announced = response.headers.get("Content-Length") or ""
-        arrived = have if resumed else 0
-        expected = int(announced) + arrived if announced.isdecimal() else None
-        with plain_file(part).open("ab" if resumed else "wb") as file:
-            try:
-                while (expected or 0) <= most and arrived <= most and (chunk := response.read(CHUNK)):
-                    file.write(chunk)
-                    arrived += len(chunk)
-            except http.client.HTTPException as error:
-                raise OSError(f"the connection ended after {arrived} bytes ({error!r:.100})") from error
+        why = "not an address, or no whole answer from a web server"
+        raise OSError(f"{why}: {error!r:.100} after {arrived} bytes") from error
     if max(arrived, expected or 0) > most:
-        part.unlink()
         raise BadCheckpoint(f"{url}: more than {most} bytes; that is not a checkpoint, and was not kept")
     if expected is not None and arrived != expected:
-        raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again to continue")
+        raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again")
 
 
 def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:

@@ -105,10 +105,9 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> P
     try:
         fetch_once(entry.url, target, most=entry.size, check=lambda part: verify(part, entry, record=_record(target)))
     except OSError as error:
-        part = target.with_name(target.name + ".part")
         raise ConnectionError(
             f"model zoo: cannot download {entry.url} ({error}). Download {entry.file} on a machine with a network and "
-            f"put it here: {target}" + (f" (the part that arrived is kept in {part})." if part.exists() else ".")
+            f"put it here: {target}."
         ) from error
     return target
 
