@@ -40,17 +40,20 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
-        """Every query's detection in an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners,
-        in pixels), and with a mask head ``masks`` ``(Q, height, width)``."""
+        """The detections in an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
+        pixels), and with a mask head ``masks`` ``(N, height, width)``. Labels that are no category are left out."""
         pixels = prepare_image(image, self.flags.image_size).to(self.device)
         outputs = self.model([pixels])
         size = torch.tensor([[image.height, image.width]])
-        results = self.postprocessors["bbox"](outputs, size, self.names)
+        results = self.postprocessors["bbox"](outputs, size)
         if "segm" in self.postprocessors:
             results = self.postprocessors["segm"](results, outputs, size, torch.tensor([pixels.shape[-2:]]))
             results[0]["masks"] = results[0]["masks"][:, 0]
-        order = results[0]["scores"].argsort(descending=True).cpu()
-        return {name: values.cpu()[order] for name, values in results[0].items()}
+        found = {kind: values.cpu() for kind, values in results[0].items()}
+        order = found["scores"].argsort(descending=True)
+        if self.names:  # otherwise every id may be a category
+            order = order[torch.isin(found["labels"][order], torch.tensor(list(self.names)))]
+        return {kind: values[order] for kind, values in found.items()}
 
 
 def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:

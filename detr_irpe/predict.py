@@ -70,11 +70,8 @@ def main(args: argparse.Namespace) -> None:
             unreadable.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
             logger.error(unreadable[-1])
             continue
-        found = detector(image)
-        best = (
-            f"; best score {found['scores'].max():.2f}, --threshold {args.threshold:g}" if len(found["scores"]) else ""
-        )
-        found = {kind: values[found["scores"] > args.threshold] for kind, values in found.items()}
+        every = detector(image)
+        found = {kind: values[every["scores"] > args.threshold] for kind, values in every.items()}
         picture = draw_found(image, found, detector.names)
         if truth is not None:
             picture = side_by_side({"truth": truth.draw(image, number, detector.names), "prediction": picture})
@@ -83,8 +80,10 @@ def main(args: argparse.Namespace) -> None:
         described = describe(path, image, found, detector.names) | {"frame": frame}
         out.path(f"{name}.json").write_text(json.dumps(described, indent=1))
         out.wrote(f"{name}.png", f"{name}.json")
-        count = len(found["scores"])
-        logger.info(f"{path}: {count} objects{best * (not count)} -> {args.out / name}.png, .json")
+        count = f"{len(found['scores'])} objects"
+        if not len(found["scores"]) and len(every["scores"]):
+            count += f" (best score {every['scores'][0]:.2f}, --threshold {args.threshold:g})"
+        logger.info(f"{path}: {count} -> {args.out / name}.png, .json")
         if args.attention:
             points = args.point or centres(found["boxes"], image)
             draw_attention(image, layer, seen.pop(), points, path.name, out.path(f"{name}_attention.png"))

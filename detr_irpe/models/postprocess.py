@@ -2,7 +2,7 @@
 """From the outputs of the network to boxes in pixels, masks, and panoptic maps."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -18,23 +18,19 @@ class PostProcess(nn.Module):
     """Boxes in pixels, with the best class of each query."""
 
     @torch.no_grad()
-    def forward(self, outputs: dict, target_sizes: Tensor, class_ids: Collection[int] = ()) -> list[dict[str, Tensor]]:
+    def forward(self, outputs: dict, target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Detections of each image, one per query, not sorted.
 
         Args:
             outputs: ``pred_logits`` ``(B, Q, C + 1)`` and ``pred_boxes`` ``(B, Q, 4)``.
             target_sizes: ``(B, 2)``, height and width to scale to: the original image's.
-            class_ids: the classes to choose from (default: all, also ids without a class); scores stay the same.
         Returns: for each image ``scores`` ``(Q,)``, ``labels`` ``(Q,)``, ``boxes`` ``(Q, 4)`` as corners.
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if len(logits) != len(target_sizes) or target_sizes.shape[1:] != (2,):
             got = f"got shape {tuple(target_sizes.shape)}."
             raise ValueError(f"target_sizes: expected (height, width) of each of {len(logits)} images; {got}")
-        scores = logits.softmax(-1)[..., :-1]
-        if class_ids:
-            scores[..., [i for i in range(scores.shape[-1]) if i not in class_ids]] = 0
-        scores, labels = scores.max(-1)
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         boxes = scale_to_pixels(cxcywh_to_xyxy(boxes), target_sizes)
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
 
