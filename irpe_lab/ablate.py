@@ -27,6 +27,7 @@ from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
+from irpe_train.text_files import read_text
 from irpe_train.zoo import read_zoo
 
 
@@ -62,25 +63,35 @@ class Ablation:
     def prepare(self, processes: int = 1) -> None:
         """Write the files of every run. Raises: RunError: a folder has results of another run."""
         for (run, seed), folder in self.folders.items():
-            flags = yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
             then = self.evaluations(run, seed, processes)
-            jobs.prepare(folder, self.command(run, seed, processes), flags, then)
+            jobs.prepare(folder, self.command(run, seed, processes), self._written(run), then)
 
     def rows(self) -> list[Row]:
         """The table, as far as results are on disk."""
         rows = {}
         for run in self.grid.runs:
-            outcomes = {seed: self._outcome(self.folders[run, seed]) for seed in self.grid.seeds}
+            outcomes = {seed: self._outcome(run, seed) for seed in self.grid.seeds}
             rows[run] = Row(run, self._flags[run], outcomes, self._published.get(run))
         baseline = rows.get(self.grid.baseline)
         return [row if row is baseline else dataclasses.replace(row, baseline=baseline) for row in rows.values()]
 
-    def _outcome(self, folder: Path) -> Outcome:
+    def _written(self, run: str) -> str:
+        """Its ``flags.yaml``."""
+        return yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
+
+    def _outcome(self, run: str, seed: int) -> Outcome:
+        folder = self.folders[run, seed]
         if folder in self._finished:
             return self._finished[folder]
-        outcome = read_outcome(folder, self.grid.task.figure, tuple(self.grid.evaluations))
-        if outcome.state == "done":
-            self._finished[folder] = outcome
+        then, now = jobs.read_json(folder / "job.json").get("then"), self.evaluations(run, seed)
+        old = {name: _flags_in(command) for name, command in then.items()} if isinstance(then, dict) else {}
+        same = tuple(name for name in now if old.get(name) in (None, _flags_in(now[name])))
+        outcome = read_outcome(folder, self.grid.task.figure, same)
+        if outcome.state != "done":
+            return outcome
+        if (flags := folder / "flags.yaml").is_file() and read_text(flags) != self._written(run):
+            return Outcome("failed", reason=f"{folder} holds the results of other flags (see its flags.yaml)")
+        self._finished[folder] = outcome
         return outcome
 
     def work(self, pool: jobs.LocalPool | jobs.SlurmPool, *, processes: int = 1) -> None:
@@ -139,6 +150,11 @@ class Ablation:
         for name, path in self.published_files().items():
             if path.is_file() and (path.parent == self.folder or jobs.finished(path.parent)):
                 shutil.copyfile(path, logs / name)
+
+
+def _flags_in(command: object) -> list[str]:
+    """The flags of an evaluation in its command line, wherever its folder is and however many processes it has."""
+    return command[command.index("--seed") : -3] if isinstance(command, list) and "--seed" in command else []
 
 
 def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:

@@ -147,6 +147,9 @@ def test_evaluations_after_training(place, capsys):
     text = (place / "out" / "table.md").read_text()
     assert "| at 288 | minus rpe-1.9-product-ctx-1-k at 288 [95%] |" in text
     assert "| 29.30 ± 0.71 | +0.00 [-] | 2/2 |" in text
+    (place / "grid.yaml").write_text(GRID + "evaluations: {at 288: {input-size: 77}}\n")
+    assert main(["grid.yaml", "-o", "out", "--only", "*k", "--table"]) == 0  # not of that size yet
+    assert table(place / "out")["rpe-1.9-product-bias-1-k"]["at 288: mean"] == ""
     (place / "grid.yaml").write_text(GRID + "evaluations: {at 77: {input-size: 77}}\n")
     assert main(["grid.yaml", "-o", "out", "--only", "*k"]) == 1
     assert table(place / "out")["rpe-1.9-product-bias-1-k"]["reason"] == "at 77: ValueError: no such size"
@@ -234,6 +237,11 @@ def test_a_folder_of_another_command(place):
         SystemExit, match="none_seed0 holds the results of other flags .see its flags.yaml.. Choose another folder"
     ):
         main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0", "--set", "epochs=9"])
+    assert main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0", "--set", "epochs=9", "--table"]) == 1
+    row = table(place / "out")["none"]
+    assert row["mean"] == "" and row["reason"].startswith("out/none_seed0 holds the results of other flags")
+    assert main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0", "--table"]) == 0
+    assert table(place / "out")["none"]["mean"] == "81.0"
 
 
 def test_dry_run(place, capsys):
