@@ -75,7 +75,7 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allo
         name = dataset.segment_images.name(index)
         try:
             ids, segments = dataset.truth(index)
-            image = read_image(dataset.images, index)
+            image = read_image(dataset.images, index, ids.shape)
         except OSError as error:
             unreadable.add(str(error))
             continue

@@ -100,8 +100,8 @@ class CocoPanoptic(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image = read_image(self.images, index)
         segment_map, segments = self.truth(index)
+        image = read_image(self.images, index, segment_map.shape)
         if segment_map.shape != (image.height, image.width):
             raise OSError(f"{self.segment_images.name(index)}: {segment_map.shape}, its image {image.size[::-1]}")
         masks = torch.from_numpy(segment_map == np.array([s["id"] for s in segments], np.int64)[:, None, None])

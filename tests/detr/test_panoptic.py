@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from detr_irpe.data.image_problems import segment_image_problems
 from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality, match_segments, panoptic_quality
 from detr_irpe.data.transforms import eval_transforms
@@ -42,6 +43,18 @@ def test_both_folders_may_be_archives(tmp_path):
         zip_split(root, split)
     after = tiny_panoptic(root)[2]
     assert torch.equal(before[0], after[0]) and torch.equal(before[1]["masks"], after[1]["masks"])
+
+
+def test_a_photo_is_read_in_the_frame_of_its_segment_image(tmp_path):
+    root = write_tiny_coco(tmp_path, panoptic=True)
+    before = tiny_panoptic(root)[2]
+    path, exif = root / "val2017/000000000102.jpg", Image.Exif()
+    exif[0x112] = 6  # stored lying on its side, shown upright
+    Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    after = tiny_panoptic(root)[2]
+    assert torch.equal(before[1]["masks"], after[1]["masks"]) and (before[0] - after[0]).abs().mean() < 0.1
+    dataset = tiny_panoptic(root)
+    assert not any(problem.count for problem in segment_image_problems(dataset, range(5), 0))
 
 
 def test_what_is_missing_is_named(tmp_path):
