@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
     if with_tables:
         save(draw_tables(detector.encoder, REACH, REACH), out.path("encodings.png"))
         out.wrote("encodings.png")
+        logger.info(f"encodings.png is in {args.out}")
 
     unreadable = []
     for path, number in numbers.items():

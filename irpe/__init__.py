@@ -33,3 +33,9 @@ def __getattr__(name: str):
     if name in MOVED:  # an ImportError, because `from irpe import name` hides the message of an AttributeError
         raise ImportError(f"irpe has no {name}: {MOVED[name]} (docs/migrate.md)")
     raise AttributeError(f"module 'irpe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    import irpe_ops
+
+    return [*irpe_ops.__all__, "__version__"]

@@ -61,13 +61,14 @@ def backends() -> list[Backend]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
-    args = get_info_parser().parse_args(argv)
+    parser = get_info_parser()
+    args = parser.parse_args(argv)
     if args.benchmark:  # takes minutes: first check that the result can be written
         try:
             args.benchmark.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=args.benchmark).close()
         except OSError as error:
-            sys.exit(f"--benchmark {args.benchmark}: cannot be written to ({error})")
+            sys.exit(f"{parser.prog}: --benchmark {args.benchmark}: cannot be written to ({error})")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
     wrong = 0
     for backend in backends():

@@ -84,7 +84,7 @@ class FolderImages(LabelledImages):
         if not root.is_dir():
             beside = ", ".join(sorted(path.name for path in root.parent.glob("*") if path.is_dir())[:9])
             there = f" (there is {beside})" if beside else ""
-            wanted = 'It should hold one folder for each class; see README, "Data"'
+            wanted = 'It should hold one folder for each class; see README, "Data", or --val-split to hold out images'
             raise FileNotFoundError(f"{root}: no such folder{there}. {wanted}")
         unread: list[str] = []
         folders, flat = _entries(root, unread)

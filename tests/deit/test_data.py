@@ -63,7 +63,7 @@ def test_number_of_classes_comes_from_the_data_for_tar_too(colours, tmp_path):
     ("damage", "error", "words"),
     [
         (lambda root: None, FileNotFoundError, "--data-path .*nowhere: no such folder"),
-        (lambda root: root.mkdir(), FileNotFoundError, "val: no such folder"),
+        (lambda root: root.mkdir(), FileNotFoundError, "val: no such folder.* or --val-split to hold"),
         (
             lambda root: write_images(root / "val", {"a": 1, "b": 0}),
             ValueError,

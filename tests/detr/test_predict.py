@@ -99,9 +99,10 @@ def test_images_of_one_name_are_distinguished_by_their_folders(tmp_path, photo):
     }  # fmt: skip
 
 
-def test_tables_need_no_image(tmp_path):
+def test_tables_need_no_image(tmp_path, capsys):
     predict("--tables", "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").glob("[!.]*")] == ["encodings.png"]
+    assert f"encodings.png is in {tmp_path / 'out'}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="name images, or give --tables"):
         predict("--resume", tmp_path / "x.pth", "--out", tmp_path / "out")
 
