@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables from logs: published and measured figures side by side.
 
-    python -m irpe_lab.report logs/ -o docs/results.md       the page, beside it results.png (curves) and results.html
+    python -m irpe_lab.report logs/ -o docs/results.md       the page, and results.html beside it
     python -m irpe_lab.report logs/ --readme README.md       shorter tables, between the markers of another file
 
 The markers are ``<!-- results:begin -->`` and ``<!-- results:end -->``.
@@ -15,14 +15,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from irpe_lab.console_log import read_detail, read_log
 from irpe_lab.figures import BY_SIZE, TASKS, Figure, Task
-from irpe_lab.plots import plot_runs, save
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT, read_yaml
 from irpe_train.errors import BadData, RunError
@@ -97,16 +95,6 @@ class Report:
         """Whether it is a file inside the logs folder, and not a link out of it: logs may come from others."""
         return path.is_file() and path.resolve().is_relative_to(self.logs.resolve())
 
-    def curves_of(self, folder: Path) -> Path:
-        """Where the curves of an ablation's runs are drawn."""
-        return self.page.with_name(f"{self.page.stem}_{folder.name}.png")
-
-    def to_draw(self) -> dict[Path, list[Path]]:
-        """The logs to draw, by picture: those in the folder, and each ablation's."""
-        drawn = {self.page.with_suffix(".png"): [run.log for run in self.runs.values() if run.log.suffix == ".txt"]}
-        drawn |= {self.curves_of(folder): sorted(folder.glob("log_*_seed*.txt")) for folder in self.ablations()}
-        return {picture: logs for picture, logs in drawn.items() if logs}
-
     def published_and_here(self, task: Task, short: bool = False) -> str:
         """One row per published model with its weights; each figure in two columns, "published" and "here".
 
@@ -154,8 +142,8 @@ class Report:
             body.append([as_text(run.name), flags, len(run.epochs), size, self._link(run.figure(), run.log)])
         return markdown(["run", "flags", "epochs", "parameters", "last figure"], body) if body else ""
 
-    def markdown(self, pictures: Collection[Path]) -> str:
-        """The whole page, with the existing ones of its ``pictures`` (see ``to_draw``)."""
+    def markdown(self) -> str:
+        """The whole page."""
         parts = [
             f'{TITLE}; do not edit. "Published" is what the '
             f'authors printed ({self.zoo.source}); "here" was measured by this repository, and links to its '
@@ -165,13 +153,10 @@ class Report:
             parts += [f"## {task.title}\n", self.published_and_here(task)]
         for folder in self.ablations():
             parts += [f"## {as_text(folder.name.replace('_', ' '))}, measured here\n", *self._ablation(folder)]
-            shown = [path for path in (folder / "table.png",) if self.inside(path)]
-            shown += [path for path in (self.curves_of(folder),) if path in pictures]
-            parts += [f"!{self._link(folder.name, path)}\n" for path in shown]
+            if self.inside(picture := folder / "table.png"):
+                parts += [f"!{self._link(folder.name, picture)}\n"]
         if others := self.other_runs():
             parts += ["## Other runs, measured here\n", others]
-        if (curves := self.page.with_suffix(".png")) in pictures:
-            parts += [f"!{self._link('curves', curves)}\n"]
         return "\n".join(parts)
 
     def fill(self, text: str) -> str:
@@ -224,39 +209,30 @@ def to_html(text: str, pictures: dict[str, Path]) -> str:
     return PAGE.format(body=reader.render(text))
 
 
-def refuse_to_replace(report: Report) -> None:
-    """Raises RunError: the page, or a file beside it, would replace a file that is not ours: a log, a picture."""
-    page = report.page
-    others = [page.with_suffix(".html"), page.with_suffix(".png")]
-    if page in others:
-        raise RunError(f"report: -o {page}: is written beside the page; name the page, {page.with_suffix('.md')}")
-    others += [report.curves_of(folder) for folder in report.ablations()]
-    ours = page.is_file() and read_text(page).startswith(TITLE)
-    if found := [] if ours else [path for path in (page, *others) if os.path.lexists(path)]:
-        raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")
-
-
 def write_page(report: Report) -> list[Path]:
-    """The page, its curves (if there is a run to draw) and its HTML twin; returns their paths."""
-    page = report.page
-    refuse_to_replace(report)
+    """Write the page and its HTML twin; returns their paths.
+
+    Raises: RunError: one of them would replace a file that is not ours.
+    """
+    page, twin = report.page, report.page.with_suffix(".html")
+    if page == twin:
+        raise RunError(f"report: -o {page}: is written beside the page; name the page, {page.with_suffix('.md')}")
+    ours = page.is_file() and read_text(page).startswith(TITLE)
+    if found := [] if ours else [path for path in (page, twin) if os.path.lexists(path)]:
+        raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")
     page.parent.mkdir(parents=True, exist_ok=True)
-    pictures = {path: plot_runs(logs) for path, logs in report.to_draw().items()}
-    text = report.markdown(pictures)
-    write_text(page, text)  # first: it marks the files beside it as ours, even if a kill comes between
-    for path, canvas in pictures.items():
-        save(canvas, path)
-    tables = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
-    shown = {report.address(path): path for path in [*pictures, *tables]}
-    write_text(page.with_suffix(".html"), to_html(text, shown))
-    return [page, page.with_suffix(".html"), *pictures]
+    text = report.markdown()
+    write_text(page, text)  # first: it marks its twin as ours, even if a kill comes between
+    pictures = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
+    write_text(twin, to_html(text, {report.address(path): path for path in pictures}))
+    return [page, twin]
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = FlagParser("python -m irpe_lab.report", description=__doc__)
     add = parser.add_argument
     add("logs", nargs="?", type=Path, default=Path("logs"), help="folder (default logs)")
-    add("-o", "--output", type=Path, help="write the page, its picture and HTML here, e.g. docs/results.md")
+    add("-o", "--output", type=Path, help="write the page and its HTML here, e.g. docs/results.md")
     add("--readme", type=Path, metavar="FILE.md", help="update the tables between the markers of this file")
     add("--check", action="store_true", help="write nothing; fail if --output or --readme is stale")
     return parser
@@ -273,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             report = Report(args.logs, args.output)
             if args.check:
-                fresh = report.markdown(report.to_draw())
+                fresh = report.markdown()
                 stale += [args.output] * (not args.output.is_file() or read_text(args.output) != fresh)
             else:
                 print("\n".join(map(str, write_page(report))))
