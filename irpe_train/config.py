@@ -125,6 +125,21 @@ def read_yaml(path: Path, source: str) -> dict:
     return values or {}
 
 
+class _Loader(yaml.SafeLoader):
+    """Dates, and numbers that YAML 1.1 reads in its own way (``010`` as 8, ``1:30`` as 90, ``2024_01`` without the
+    underscore), stay the text that was written, as if it were typed.
+    """
+
+    def as_typed(self, node: yaml.ScalarNode) -> int | float | str:
+        other = re.search(r"[:_xb]|^\+|^-?0\d", node.value)
+        return node.value if other else yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.as_typed)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.as_typed)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
 def parse_yaml(text: str, source: str) -> object:
     """Plain values from YAML without tags, aliases (which can expand a line to terabytes) or repeated names.
 
@@ -141,7 +156,7 @@ def parse_yaml(text: str, source: str) -> object:
                 raise ConfigError(f"{where}: the tag {event.tag!r} is refused: a config is plain names and values")
             if isinstance(event, yaml.AliasEvent):
                 raise ConfigError(f"{where}: aliases (*name) are refused")
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         root = loader.get_single_node()
         _refuse_repeated_names(root, source)
         return None if root is None else loader.construct_document(root)
@@ -159,7 +174,7 @@ def _refuse_repeated_names(root: yaml.Node | None, source: str) -> None:
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
             nodes += [value for _, value in node.value]
-            for name, count in Counter(str(key.value) for key, _ in node.value).items():
+            for name, count in Counter(same_name(str(key.value)) for key, _ in node.value).items():
                 if count > 1:
                     raise ConfigError(f"{source}: {name:.80} is there {count} times; keep one")
 

@@ -96,7 +96,7 @@ def test_values_reach_their_flags(tmp_path, text, name, value):
         ("- lr", "expected 'name: value' lines, got a list"),
         ("lr: [", "not valid YAML"),
         ("[" * 1100, "line 1: more than 20 nested lists"),
-        ("lr: 2001-02-30", "not valid YAML"),
+        ("batch-size: 1\nBatch_size: 2", "batch_size is there 2 times; keep one"),
     ],
 )
 def test_invalid_lines_are_refused(tmp_path, text, words):
@@ -194,6 +194,23 @@ def test_any_file_gives_flags_or_one_clear_error(tmp_path, text):
     else:
         assert vars(args).keys() == vars(get_parser().parse_args([])).keys()
         assert isinstance(args.batch_size, int) and isinstance(args.lr, float) and args.model in ("tiny", "base")
+
+
+@pytest.mark.parametrize("text", ["010", "0b1", "0x10", "1_0", "1:30", "+5", "-5", "2024_01", "007", "12:30:45.5"])
+def test_a_number_is_read_as_if_it_were_typed(tmp_path, text):
+    assert parse(tmp_path, f"output_dir: {text}\n").output_dir == text
+    found = []
+    for argv in ([f"--batch-size={text}"], []):
+        try:
+            found.append(parse(tmp_path, "" if argv else f"batch-size: {text}\n", *argv).batch_size)
+        except (argparse.ArgumentError, SystemExit) as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("text", ["2026-11-26", "2026-11-26T10:00:00Z", "2026-11-26 10:00:00 +1"])
+def test_a_date_is_text(tmp_path, text):
+    assert parse(tmp_path, f"output_dir: {text}\n").output_dir == text
 
 
 def test_print_config_is_a_config_file(tmp_path, capsys):
