@@ -32,12 +32,12 @@ def equip(
     """
     config = parse_rpe_spec(spec_or_config) if isinstance(spec_or_config, str) else spec_or_config
     if not isinstance(config, RPEConfig):
-        raise TypeError(f"equip: expected a spec string or a config, got {config!r}")
+        raise TypeError(f"equip: expected a spec string or a config, not a {type(config).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     inner = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped
     if grid is not None and not isinstance(inner, nn.TransformerEncoder):
-        raise ValueError(f"equip: {type(inner).__name__} tells its grid itself; leave grid out")
+        raise ValueError(f"equip: grid is for a torch.nn.TransformerEncoder, not for a {type(inner).__name__}")
     if grid is not None:
         sizes = grid if isinstance(grid, (tuple, list)) else ()
         if [type(size) for size in sizes] != [int, int] or min(sizes) < 1:

@@ -278,7 +278,7 @@ def test_wrong_arguments_say_what_is_wrong():
         equip(equip(make(), SPEC), SPEC)
     with pytest.raises(ValueError, match="unknown method 'prodct'"):
         equip(make(), "rpe-1.9-prodct-ctx-1-k")
-    with pytest.raises(TypeError, match="expected a spec string or a config, got None"):
+    with pytest.raises(TypeError, match="expected a spec string or a config, not a NoneType"):
         equip(make(), None)
     with pytest.raises(ValueError, match="equip: unknown backend 'fast'"):
         equip(make(), SPEC, backend="fast")

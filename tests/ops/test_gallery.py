@@ -351,7 +351,7 @@ def test_attention_with_a_learned_key_is_refused():
     with pytest.raises(ValueError, match="it attends to a learned or zero key"):
         equip(model, SPEC)
     assert not attentions(model)  # refused before anything was changed
-    with pytest.raises(ValueError, match="VisionTransformer tells its grid itself; leave grid out"):
+    with pytest.raises(ValueError, match="grid is for a torch.nn.TransformerEncoder, not for a VisionTransformer"):
         equip(torchvision_vit(), SPEC, grid=(4, 4))
 
 
