@@ -20,8 +20,7 @@ from irpe_train.errors import Preempted
 
 logger = logging.getLogger("irpe")
 
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 3.0  # seconds for a run to reach a point where it can stop by itself
 PAUSE = 0.1  # seconds between two reads of the ranks' store
 
@@ -165,12 +164,11 @@ STOP = Preemption()
 @contextlib.contextmanager
 def held_back():
     """Blocks signals inside. Data loading workers started inside inherit this, and never see one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_signals_from_others() -> None:
