@@ -20,7 +20,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,13 +138,11 @@ def _run(command: list[str], log: Path, lock: TextIO) -> tuple[int, bool]:
             stopped.append(number)
             child.terminate()
 
-        in_main_thread = threading.current_thread() is threading.main_thread()  # submitit's own tests run it in another
-        before = signal.signal(signal.SIGTERM, pass_on) if in_main_thread else None
+        before = signal.signal(signal.SIGTERM, pass_on)
         try:
             return child.wait(), bool(stopped)
         finally:
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before)
 
 
 class LocalPool:
