@@ -106,7 +106,7 @@ def register_bucket_method(
     Raises: ValueError: for a name that is malformed or taken, or ids that are not int64 in ``[0, num_buckets(beta))``.
 
     Programs that do not import your module (``python -m deit_irpe``) import the modules named in the environment
-    variable ``IRPE_PLUGINS`` (separated by commas) before they read the first encoding.
+    variable ``IRPE_PLUGINS`` (separated by commas) before they read the first encoding or build a model.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"register_bucket_method: a name has a-z, 0-9 and _, and starts with a letter; got {name!r}")
@@ -128,7 +128,7 @@ def _origin(function: Callable) -> tuple[str, str]:
 
 def find_method(name: object) -> str:
     """``name`` in lower case. Raises: ValueError: no such method, or no such module in ``IRPE_PLUGINS``."""
-    _import_plugins()
+    import_plugins()
     method = name.lower() if isinstance(name, str) else None
     if method not in METHODS:
         yours = "(or your own: IRPE_PLUGINS names the module that registers it)"
@@ -146,7 +146,7 @@ def find_map(name: object) -> str:
     """``name`` in lower case. Raises: ValueError: unless it names a single map."""
     wanted = name.lower() if isinstance(name, str) else None
     if wanted not in _map_names() and wanted not in METHODS:
-        _import_plugins()
+        import_plugins()
     if wanted in _map_names():
         return wanted
     if wanted in METHODS:
@@ -168,7 +168,8 @@ def _map_names() -> list[str]:
     return [name for method in METHODS for name in maps_of(method)]
 
 
-def _import_plugins() -> None:
+def import_plugins() -> None:
+    """Import the modules that ``IRPE_PLUGINS`` names. Raises: ValueError: there is no such module."""
     names = (part.strip().removesuffix(".py") for part in os.environ.get("IRPE_PLUGINS", "").split(","))
     for module in filter(None, names):
         if os.getcwd() not in sys.path:  # python -m looks there, a console command does not

@@ -26,6 +26,7 @@ from deit_irpe.models.finetune import load_pretrained_weights
 from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from irpe_ops import equip
 from irpe_ops.equip.timm_vit import RPEAttention
+from irpe_ops.methods import import_plugins
 from irpe_train.checkpoint import load_matching, read_weights
 from irpe_train.errors import in_one_line
 from irpe_train.zoo import fetch, read_zoo
@@ -53,6 +54,7 @@ def create_model(
     """
     if rpe is not None and rpe_config is not None:
         raise ValueError(f"model {name!r}: rpe={rpe!r} and rpe_config={rpe_config!r} are the same argument; give one")
+    import_plugins()  # which may register models with timm
     rpe = rpe_config if rpe is None else rpe
     base, named_rpe = RPE_MODELS.get(name, (name, None))
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}

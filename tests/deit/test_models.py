@@ -262,3 +262,15 @@ def test_rotary_positions_and_an_encoding_together():
     )
     assert model.rope is not None and model.blocks[0].attn.rpe_k.num_buckets == 50
     assert model(torch.randn(1, 3, 32, 48)).shape == (1, 3)
+
+
+def test_a_plugin_registers_a_model(tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "from timm.models import register_model\nfrom deit_irpe import create_model\n\n@register_model\n"
+        "def deit_of_mine(**kwargs):\n    return create_model('deit_tiny_patch16_224', depth=1, **kwargs)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="'deit_of_mine': unknown"):
+        create_model("deit_of_mine")
+    monkeypatch.setenv("IRPE_PLUGINS", "my_models")
+    assert len(create_model("deit_of_mine", num_classes=2).blocks) == 1
