@@ -139,7 +139,7 @@ def test_the_command_line_draws(tmp_path):
         visualize.main([*arguments, "-o", str(picture)])
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 1000
     for arguments, words in (
-        (["rpe-1-prodct-ctx-1-k"], r"^\S+: ValueError: rpe spec .* unknown method"),
+        (["rpe-1-prodct-ctx-1-k"], r"^python -m irpe_ops.visualize: ValueError: rpe spec .* unknown method"),
         (["rpe-1-euc-ctx-1-k", "--grid", "0x3"], "--grid 0x3: expected 1 to 1000 patches per side"),
         (["rpe-1-euc-ctx-1-k", "--grid", "3x100000"], "--grid 3x100000: expected 1 to 1000"),
         (["rpe-1-euc-ctx-1-k", "--query", "14,0"], "query 14,0: outside the 14x14 grid"),
