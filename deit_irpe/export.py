@@ -8,7 +8,7 @@ import torch
 
 from deit_irpe.args import get_export_parser, image_size
 from deit_irpe.data.transforms import MEAN, STD
-from deit_irpe.load_model import load_model
+from deit_irpe.load_model import MODEL_FLAGS, load_model
 from deit_irpe.models import RPE_MODELS
 from irpe_train.export import export_model
 from irpe_train.launch import launch
@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> None:
     height, width = (size, size) if isinstance(size, int) else size
 
     examples = [(torch.randn(batch, 3, height, width),) for batch in (2, 3)]
-    told = {"classes": classes, "input_size": trained.input_size, "mean": MEAN, "std": STD, "model": trained.model}
+    told = {"classes": classes, "mean": MEAN, "std": STD} | {name: getattr(trained, name) for name in MODEL_FLAGS}
     told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]
     metadata = {key: json.dumps(value) for key, value in told.items()}
     differences = export_model(

@@ -70,7 +70,7 @@ def _stored_flags(checkpoint: dict, *, source: str) -> dict:
     stored = argparse.Namespace() if checkpoint.get("args") is None else checkpoint["args"]
     if not isinstance(stored, argparse.Namespace):
         raise BadCheckpoint(f"checkpoint {source}: its 'args' are a {type(stored).__name__}, not flags")
-    stored = {name: value for name, value in vars(stored).items() if value not in (None, {})}  # empty ones: timm's
+    stored = {name: value for name, value in vars(stored).items() if value not in (None, "", {})}  # timm's, and ours
     flags = {name: stored[name] for name in MODEL_FLAGS if name in stored}
     for name, value in flags.items():
         if not isinstance(value, MODEL_FLAGS[name]):

@@ -80,6 +80,8 @@ def main(args: argparse.Namespace) -> None:
     tables = ["tables.png"] if args.tables or encoded else []
     out.refuse_to_replace(pictures + maps + tables)
 
+    if tables:  # first: a model without any is refused before its images are predicted
+        _save(draw_tables(classifier.model, *classifier.model.patch_embed.grid_size), out, "tables.png")
     predictions, unreadable = [], []
     for file, name in names.items():
         try:
@@ -96,8 +98,6 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"{_shown(file)}: " + ", ".join(f"{label} {share:.1%}" for label, _, share in top))
         for point in points:
             draw_attention(classifier, image, point, name, out)
-    if tables:
-        _save(draw_tables(classifier.model, *classifier.model.patch_embed.grid_size), out, "tables.png")
     if predictions:
         out.path("predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
         out.wrote("predictions.json")

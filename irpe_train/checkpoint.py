@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import pickle
@@ -54,6 +55,8 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":  # which torch.load reads too, but for their header
+            contents = {"model": contents} | _told_beside(path)
     except pickle.UnpicklingError as error:
         raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error, path)}") from error
     except Exception as error:
@@ -66,6 +69,23 @@ def read_checkpoint(path: str | Path) -> dict:
     if isinstance(flags, dict) and all(isinstance(name, str) for name in flags):  # as other programs keep them
         contents["args"] = argparse.Namespace(**flags)
     return contents
+
+
+def _told_beside(path: Path) -> dict:
+    """What our export wrote beside the weights of a safetensors file: classes or categories, and flags."""
+    from safetensors import safe_open
+
+    told = {}
+    with safe_open(path, "pt") as file:
+        for name, text in (file.metadata() or {}).items():
+            try:
+                told[name] = json.loads(text)
+            except ValueError:  # text as it is
+                told[name] = text
+    known = {name: told.pop(name) for name in ("classes", "categories") if name in told}
+    if isinstance(known.get("categories"), dict):
+        known["categories"] = {int(number): name for number, name in known["categories"].items()}
+    return known and known | {"args": told}
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -7,10 +7,14 @@ import onnx
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from deit_irpe.args import get_args_parser as training_flags
+from deit_irpe.data.classes import stored_classes
 from deit_irpe.export import get_export_parser, main
+from deit_irpe.load_model import load_model
 from deit_irpe.models import create_model
+from irpe_train.checkpoint import read_checkpoint
 from irpe_train.config import parse_args
 
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -70,3 +74,13 @@ def test_the_average_of_a_model_for_oblong_images_and_what_a_user_must_know(tmp_
         told = {key: json.loads(value) for key, value in file.metadata().items()}
     assert (told["classes"], told["input_size"], told["model"]) == (["ant", "bee"], "32x48", name)
     assert told["rpe"] == "rpe-1.9-product-ctx-1-k" and told["mean"] == [0.485, 0.456, 0.406]
+    model, _, classes = load_model(str(tmp_path / "x.safetensors"))
+    assert classes == ["ant", "bee"] and torch.equal(model.head.weight, average["head.weight"])
+    assert stored_classes(read_checkpoint(tmp_path / "x.safetensors"), source="x") == classes
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"classes": "[" * 5000}, {"classes": '"a"'}])
+def test_safetensors_of_others_name_no_model(tmp_path, metadata):
+    save_file({"head.bias": torch.ones(2)}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"x\.safetensors.* (does not say which model it is|damaged or truncated)"):
+        load_model(str(tmp_path / "x.safetensors"))

@@ -70,6 +70,14 @@ def test_tables_need_no_image(checkpoint, tmp_path):
     assert [file.name for file in (tmp_path / "out").glob("[!.]*")] == ["tables.png"]
     ended = predict(tmp_path, "--resume", checkpoint)
     assert ended.code == 1 and "name images, or give --tables" in ended.text
+    contents = torch.load(checkpoint, weights_only=False)
+    contents["args"].rpe = "none"
+    contents["model"] = {key: value for key, value in contents["model"].items() if "lookup" not in key}
+    torch.save(contents, checkpoint)
+    write_images(tmp_path, {"images": 1}, side=50)
+    ended = predict(tmp_path, tmp_path / "images", "--tables", "--resume", checkpoint)
+    assert ended.code == 1 and "no relative position encoding" in ended.text
+    assert not (tmp_path / "out/0.png").exists()  # refused before the work
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
