@@ -12,6 +12,7 @@ or show it in a notebook.
 import re
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -75,9 +76,12 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
     Returns: ``(H or 1, height, width)`` by module name. Raises: ValueError: no encoding there, or another grid.
     """
     found: dict[str, Tensor] = {}
+    here = threading.get_ident()  # hooks see the calls of every thread
 
     def keep(name: str, role: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if threading.get_ident() != here:
+                return
             scores = output if role == "k" else output.transpose(2, 3)
             tokens, patches = scores.shape[-1], height * width
             skip = tokens - patches
@@ -93,13 +97,10 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
         for name, module in model.named_modules()
         if isinstance(module, (IRPE, IRPESum)) and not module.on_values and module not in wholes
     ]
-    training = model.training
     try:
-        with _eager(model), torch.no_grad():
-            model.eval()
+        with _inspected(model), torch.no_grad():
             model(images)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if not found:
@@ -110,17 +111,22 @@ def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, ro
     return found
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
-def _eager(model: nn.Module):
-    """Attention by the definition, which calls the encodings as modules; the fast backends read only their tables."""
-    before = {module: module.attn_backend for module in model.modules() if hasattr(module, "attn_backend")}
-    try:
-        for layer in before:
-            layer.attn_backend = "eager"
-        yield
-    finally:
-        for layer, backend in before.items():
-            layer.attn_backend = backend
+def _inspected(model: nn.Module):
+    """Evaluation mode, and eager attention: it calls encodings as modules, where fast backends read their tables."""
+    with _one_at_a_time:
+        names = ("training", "attn_backend")
+        before = [(m, name, getattr(m, name)) for m in model.modules() for name in names if hasattr(m, name)]
+        try:
+            for module, name, _ in before:
+                setattr(module, name, False if name == "training" else "eager")
+            yield
+        finally:
+            for module, name, value in before:
+                setattr(module, name, value)
 
 
 def draw_maps(

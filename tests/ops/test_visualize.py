@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,24 @@ def test_attention_bias_is_what_the_scores_get(spec):
         visualize.attention_bias(layer, x, 3, 3, 1, 0)
     with pytest.raises(ValueError, match="no relative position encoding"):
         visualize.attention_bias(nn.Linear(4, 4), x, 2, 3, 0, 0)
+
+
+def test_attention_bias_is_of_its_own_thread_and_leaves_every_mode_as_it_was():
+    layer, x = Layer("rpe-1.9-product-ctx-1-k"), torch.randn(1, 2, 7, 4)
+    layer.rpe_k.eval()
+    main = threading.current_thread()
+
+    def call_elsewhere(*_):
+        if threading.current_thread() is main:
+            other = threading.Thread(target=layer, args=(torch.randn(1, 2, 7, 4),))
+            other.start()
+            other.join()
+
+    handle = layer.register_forward_hook(call_elsewhere)
+    found = visualize.attention_bias(layer, x, 2, 3, 1, 0)["rpe_k"]
+    handle.remove()
+    assert torch.equal(found, visualize.attention_bias(layer, x, 2, 3, 1, 0)["rpe_k"])
+    assert layer.training and not layer.rpe_k.training
 
 
 def colours(figure):
