@@ -104,7 +104,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         hint = f"did you mean {close[0]}? Expected" if close else "expected"
         raise ValueError(
             f"model {name!r}: unknown; {hint} a name of timm, such as deit_small_patch16_224 (with --rpe SPEC "
-            f"for an encoding), or one of {', '.join([*RPE_MODELS, *DEMO_SIZES])}"
+            f"for an encoding), of IRPE_PLUGINS, or one of {', '.join([*RPE_MODELS, *DEMO_SIZES])}"
         )
     may_lack = is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
     if timm_kwargs.get("pos_embed") == "none" and not may_lack:
