@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 
 from irpe_train.distributed import gather, logger, world_size
+from irpe_train.errors import RunError
 from irpe_train.loader import TrainLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.preemption import STOP
@@ -45,6 +46,11 @@ def open_run(
         logger.info(f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}{then}")
         then = "Its optimizer and schedule continue unchanged"
         warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=(*data_flags, "start_epoch", "save_interval"))
+    elif checkpoint is not None and (old := checkpoints.there()):
+        raise RunError(
+            f"--output_dir {args.output_dir}: a new run from {checkpoint.source} would replace {', '.join(old)}: "
+            "choose another folder, and give the weights with --finetune"
+        )
     elif state.epoch >= args.epochs:
         logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: nothing to train; give more --epochs")
     record_start(parser, args, stats)

@@ -79,8 +79,8 @@ class Checkpoints:
                     self._claim(where)
                 if where:
                     found = self._newest_good() if where == "auto" else _checked(where)
-                if where == "auto" and found is None and (evaluate or self._there()):
-                    others = f", but {', '.join(self._there())}: name one" if self._there() else ""
+                if where == "auto" and found is None and (evaluate or self.there()):
+                    others = f", but {', '.join(self.there())}: name one" if self.there() else ""
                     raise BadCheckpoint(f"--resume auto: no {self.NAME} in {self.folder}{others}")
                 if self.folder is not None and evaluate:
                     writable_folder(self.folder, "--output_dir")
@@ -97,7 +97,7 @@ class Checkpoints:
             return None
         return found or Checkpoint(source, read_checkpoint(source))
 
-    def _there(self) -> list[str]:
+    def there(self) -> list[str]:
         """The checkpoint names in the folder, including ``checkpoint0099.pth``, which detection keeps."""
         names = [path.name for path in self.folder.glob("*.pth")] if self.folder else []
         return sorted(name for name in names if re.fullmatch(r"best\.pth|checkpoint(\d+|_previous)?\.pth", name))
@@ -109,7 +109,7 @@ class Checkpoints:
         """
         self._lock = lock(self.folder)
         own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
-        if (old := self._there()) and not own:
+        if (old := self.there()) and not own:
             remedy = "Continue it with --resume auto, or choose another folder."
             raise RunError(f"--output_dir {self.folder} holds {', '.join(old)} of another run. {remedy}")
         log_details(self.folder)

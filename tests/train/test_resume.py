@@ -282,6 +282,20 @@ def test_auto_does_not_restart_over_kept_checkpoints(tmp_path, name):
     assert ended.code == 0 and "epoch 1, step 0" in ended.text, ended.text
 
 
+@pytest.mark.parametrize("gone", ["optimizer", "epoch"])
+def test_weights_alone_do_not_begin_a_new_run_over_the_old_one(tmp_path, gone):
+    tiny(tmp_path / "run", "--epochs", "1")
+    contents = torch.load(tmp_path / "run/checkpoint.pth", weights_only=False)
+    del contents[gone]
+    torch.save(contents, tmp_path / "run/checkpoint.pth")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("run/*.pth")}
+    (ended,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "2")
+    assert ended.code == 1 and "would replace best.pth, checkpoint.pth" in ended.text, ended.text
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("run/*.pth")} == before
+    (ended,) = tiny(tmp_path / "new", "--resume", str(tmp_path / "run/checkpoint.pth"), "--epochs", "1")
+    assert ended.code == 0, ended.text
+
+
 def test_auto_does_not_restart_over_a_link_to_an_unmounted_disk(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoint.pth").symlink_to(tmp_path / "disk/checkpoint.pth")
