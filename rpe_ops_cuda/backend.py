@@ -27,21 +27,12 @@ if importlib.util.find_spec("torch") is None:
     )
 
 
-def _missing() -> list[str]:
+def get_requires_for_build_wheel(config_settings=None) -> list[str]:
     """What pip must install into the isolated environment because this interpreter lacks it: usually nothing."""
     return [] if importlib.util.find_spec("setuptools") else ["setuptools>=70.1"]
 
 
-def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    return _missing()
-
-
-def get_requires_for_build_sdist(config_settings=None) -> list[str]:
-    return _missing()
-
-
-def get_requires_for_build_editable(config_settings=None) -> list[str]:
-    return _missing()
+get_requires_for_build_sdist = get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def __getattr__(name: str):
