@@ -59,8 +59,8 @@ class Checkpoints:
         contents["progress"]["also"] = list(also)  # in case a kill comes before the naming: see _name_again
         if is_main():
             with STOP.writing():
-                others = dict(previous=self.folder / self.PREVIOUS, also=tuple(self.folder / name for name in also))
-                write_checkpoint(contents, self.folder / self.NAME, **others)
+                names = tuple(self.folder / name for name in also)
+                write_checkpoint(contents, self.folder / self.NAME, previous=self.folder / self.PREVIOUS, also=names)
 
     def open(self, where: str, *, evaluate: bool = False) -> Checkpoint | None:
         """The checkpoint that ``--resume`` names; call it on every rank. For training, it claims the folder.
