@@ -26,11 +26,13 @@ def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: st
     """
     given = checkpoint.get("categories")
     if given is not None:
-        if not isinstance(given, dict) or not all(isinstance(i, int) and isinstance(n, str) for i, n in given.items()):
+        if not isinstance(given, dict) or not all(type(i) is int and isinstance(n, str) for i, n in given.items()):
             raise BadCheckpoint(f"checkpoint {source}: its 'categories' are not names by category id")
         return given
     coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return dict(enumerate(coco)) if classes_in(weights, source=source) == len(coco) else {}
+    if classes_in(weights, source=source) != len(coco):
+        return {}
+    return {i: name for i, name in enumerate(coco) if name not in ("__background__", "N/A")}
 
 
 def plain_name(name: str) -> str:
@@ -72,9 +74,17 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
         logger.warning(f"checkpoint {source} was trained on other categories than this data has: {'; '.join(odd[:5])}")
 
 
-def compare_for_resume(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
-    """Raises BadCheckpoint: a run would continue with other classes than it started with."""
+def compare_for_resume(
+    trained: Mapping[int, str], here: Mapping[int, str], *, source: str, same_run: bool = True
+) -> None:
+    """Raises BadCheckpoint: a run would continue with other classes than it started with.
+
+    Args: same_run: it is that run; else other categories are only a warning.
+    """
     other = differences(trained, here) + [f"{i} {name!r} is there only" for i, name in trained.items() if i not in here]
     if trained and other:
         how = f"{'; '.join(other[:5])}. Start a new run from it with --finetune."
-        raise BadCheckpoint(f"checkpoint {source} was trained on other categories than this data has: {how}")
+        how = f"checkpoint {source} was trained on other categories than this data has: {how}"
+        if same_run:
+            raise BadCheckpoint(how)
+        logger.warning(how)

@@ -179,9 +179,10 @@ def agree_on_classes(
 ) -> int:
     """The number of class ids of the head: the checkpoint's, if the head is not trained, or trained further."""
     resumed = checkpoint if checkpoint is not None and "optimizer" in checkpoint.contents else None  # else a new run
-    if resumed is not None and not args.eval:
-        trained = categories_of(resumed.contents, resumed.weights(), source=resumed.source)
-        compare_for_resume(trained, sets[-1].categories, source=resumed.source)
+    if checkpoint is not None and not args.eval:
+        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
+        goes_on = resumed is not None and "categories" in resumed.contents  # else they may be a guess
+        compare_for_resume(trained, sets[-1].categories, source=checkpoint.source, same_run=goes_on)
     if args.num_classes != "auto":
         return args.num_classes
     if source := checkpoint or start or frozen if args.eval else resumed or frozen:

@@ -52,11 +52,21 @@ def test_a_run_does_not_resume_with_other_classes(here):
     compare_for_resume({}, RGB, source="published.pth")
 
 
+def test_weights_alone_start_a_run_with_other_classes_after_a_warning(caplog):
+    logging.getLogger("irpe").propagate = True
+    compare_for_resume(RGB, {3: "green", 4: "red", 9: "blue"}, source="x.pth", same_run=False)
+    assert "x.pth was trained on other categories" in caplog.text and "--finetune" in caplog.text
+
+
 def test_published_checkpoints_have_the_categories_of_coco():
     weights = {"class_embed.bias": torch.zeros(92)}
     coco = categories_of({}, weights, source="x.pth")
     assert (coco[1], coco[13], coco[90]) == ("person", "stop sign", "toothbrush")
     assert differences(coco, {17: "cat", 18: "dog"}) == []
+    compare_for_resume(coco, dict(coco), source="published.pth")
+    assert len(coco) == 80  # COCO's own file lists as many: no background, no gaps
     assert categories_of({}, {"detr.class_embed.bias": torch.zeros(12)}, source="x.pth") == {}
     with pytest.raises(BadCheckpoint, match="x.pth: its 'categories' are not names by category id"):
         categories_of({"categories": ["red"]}, weights, source="x.pth")
+    with pytest.raises(BadCheckpoint, match="x.pth: its 'categories' are not names by category id"):
+        categories_of({"categories": {True: "red"}}, weights, source="x.pth")
