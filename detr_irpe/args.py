@@ -59,7 +59,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     data("--eval_batch_size", default=1, type=positive_int, help="images per process; beyond 1 scores change slightly")
 
     model = parser.add_argument_group("model").add_argument
-    model("--enc_rpe2d", default="", metavar="SPEC", help="encoding rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}")
+    spec = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
+    model("--enc_rpe2d", default="", type=_spec, metavar="SPEC", help=f"encoding {spec}; empty or none: without")
     model("--backbone", default="resnet50", help="a torchvision ResNet, or resnet_micro for the demo")
     model("--backbone_weights", default="imagenet", metavar="imagenet|none|FILE", help="if no checkpoint is loaded")
     model("--dilation", action="store_true", help="no stride in the backbone's last stage (DC5)")
@@ -152,6 +153,10 @@ def get_check_parser() -> argparse.ArgumentParser:
 
 def _auto_or_positive_int(text: str) -> int | str:
     return text if text == "auto" else positive_int(text)
+
+
+def _spec(text: str) -> str:
+    return "" if text == "none" else text  # as in --rpe of classification
 
 
 def _point(text: str) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from detr_irpe.model_stats import stats_of_flags
 
 def test_the_published_detector():
     assert stats_of_flags(["--enc_rpe2d", "rpe-2.0-product-ctx-1-k"]) == {"n_parameters": 41317920, "buckets": 81}
+    assert stats_of_flags(["--enc_rpe2d", "none"]) == stats_of_flags([])
 
 
 @pytest.mark.parametrize(

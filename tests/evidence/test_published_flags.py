@@ -27,6 +27,7 @@ NARROWER = {  # the numbers accepted by our types, of those accepted by the publ
     "fraction": ("float", "0 to 1"),
     "image_size_text": ("int", "N or HEIGHTxWIDTH"),
     "schedule": ("str", "cosine, tanh, step"),
+    "_spec": ("str", None),
 }
 
 
