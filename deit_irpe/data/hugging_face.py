@@ -63,13 +63,13 @@ def _numbered(labels: list, names: list[str] | None, where: str) -> tuple[list[s
     """The classes, and the class numbers in the column ``label``."""
     if not labels:
         raise ValueError(f"{where}: no images")
-    if names is None and all(isinstance(label, str) for label in labels):
+    named, most = names is None and isinstance(labels[0], str), len(names) if names else MOST_CLASSES
+    for number, label in enumerate(labels):
+        if not (isinstance(label, str) and label.strip() if named else type(label) is int and 0 <= label < most):
+            expected = f"0 to {most - 1}" if names else "0, 1, 2, ... or, for all images, the name of a class"
+            raise ValueError(f"{where}: image {number} has the label {label!r}; expected {expected}")
+    if named:
         names = sorted(set(labels))
         numbers = {name: number for number, name in enumerate(names)}
         return names, [numbers[label] for label in labels]
-    most = len(names) if names else MOST_CLASSES
-    for number, label in enumerate(labels):
-        if type(label) is not int or not 0 <= label < most:
-            expected = f"0 to {most - 1}" if names else "0, 1, 2, ... or, for all images, the name of a class"
-            raise ValueError(f"{where}: image {number} has the label {label!r}; expected {expected}")
     return list(names or map(str, range(max(labels) + 1))), labels

@@ -217,7 +217,7 @@ def _named(file: Path, entry):
 
 
 def _index(category_id: int | str) -> int:
-    number = int(category_id)
+    number = int(str(category_id))  # 0.5 and true are refused
     if number < 0:  # a list takes -1 as its last
         raise IndexError(f"category {number}")
     return number

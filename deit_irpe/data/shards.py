@@ -64,7 +64,7 @@ class ShardImages(LabelledImages):
 def class_list(file: Path) -> list[str]:
     """The names of the classes, one per line, in order. Raises: ValueError: two are equal, or one is empty."""
     try:
-        names = [line.strip() for line in read_text(file, errors="strict").rstrip().splitlines()]
+        names = [line.strip() for line in read_text(file, errors="strict").rstrip().split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from error
     seen: set[str] = set()

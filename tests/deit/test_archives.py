@@ -291,8 +291,8 @@ def test_a_list_of_classes_names_each_once(tmp_path, text, words):
 
 
 def test_a_list_of_classes_from_windows(tmp_path):
-    (shards(tmp_path, "x-val-0.tar") / "classes.txt").write_bytes("\ufeffchat\r\nchien\r\n\r\n".encode())
-    assert ShardImages(tmp_path, False).classes == ["chat", "chien"]
+    (shards(tmp_path, "x-val-0.tar") / "classes.txt").write_bytes("\ufeffchat\x0cnoir\r\nchien\r\n\r\n".encode())
+    assert ShardImages(tmp_path, False).classes == ["chat\x0cnoir", "chien"]  # a line is what ends with a line break
 
 
 def test_pictures_that_predict_wrote_are_not_training_images(tmp_path):

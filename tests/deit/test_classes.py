@@ -196,6 +196,9 @@ def test_labels_count_from_zero_to_the_last_name():
             _numbered([0, label], ["a", "b"], "set")
     with pytest.raises(ValueError, match="set: no images"):
         _numbered([], None, "set")
+    for empty in ("", " "):  # as unlabelled images have in a table
+        with pytest.raises(ValueError, match=f"set: image 1 has the label '{empty}'; expected"):
+            _numbered(["a", empty], None, "set")
 
 
 def test_the_mistakes_of_inaturalist_files_are_named(tmp_path):
@@ -218,4 +221,9 @@ def test_the_mistakes_of_inaturalist_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=words):
             build_dataset(tmp_path, False, data_set="INAT")
     write(val2018={"images": [image]})
+    for number in (0.5, False, None):
+        write(train2018={"annotations": [{"category_id": number}], "images": [image]})
+        with pytest.raises(ValueError, match="train2018.json: .*not in iNaturalist.s format"):
+            build_dataset(tmp_path, False, data_set="INAT")
+    write(train2018={"annotations": [{"category_id": "0"}], "images": [image]})
     np.testing.assert_array_equal(build_dataset(tmp_path, False, data_set="INAT").labels, [0])
