@@ -113,7 +113,7 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
     """Category ids that the class head has no output for."""
     beyond = labels[labels >= (num_classes if num_classes is not None else torch.iinfo(torch.int64).max)]
     ids = [str(i) for i in beyond.unique().tolist()]
-    out = f"category ids out of range (0 to {(num_classes or 0) - 1}); --num_classes is the largest id plus one"
+    out = f"--num_classes {num_classes} (the largest id plus one, or auto) leaves out objects by their category ids"
     return [Problem(out, len(beyond), ids[:3])]
 
 

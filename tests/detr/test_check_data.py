@@ -200,10 +200,13 @@ def test_few_bad_boxes_in_a_large_set_are_a_warning(tmp_path, capsys):
     status, text = check(root, capsys)
     assert status == 0 and "warning: instances_train2017.json: empty boxes, which are dropped: 1" in text
     status, text = check(root, capsys, "--num_classes", "3")
-    assert status == 1 and "category ids out of range (0 to 2); --num_classes is the largest id plus one: 1500" in text
+    assert (
+        status == 1
+        and "--num_classes 3 (the largest id plus one, or auto) leaves out objects by their category ids: 1500" in text
+    )
     edit_annotations(root, "train2017", lambda c: c["annotations"][7].update(category_id=9))
     status, text = check(root, capsys, "--num_classes", "9")  # one in 1,500 is one too many where it cannot be learned
-    assert status == 1 and "error: instances_train2017.json: category ids out of range (0 to 8); --num_classes" in text
+    assert status == 1 and "error: instances_train2017.json: --num_classes 9 (the largest" in text
     assert ": 1 (9)" in text
 
 
@@ -214,7 +217,7 @@ def test_training_starts_with_a_quick_check(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="irpe"):
         quick_check(both_splits(root), 10)
     assert "reach outside their image, and are clipped to it: 1" in caplog.text
-    with pytest.raises(ValueError, match=r"category ids out of range \(0 to 8\)"):
+    with pytest.raises(ValueError, match=r"--num_classes 9 \(the largest id plus one"):
         quick_check(both_splits(root), 9)
 
 

@@ -413,7 +413,7 @@ def test_published_class_counts():
         (["--expect"], "add --eval"),
         (["--eval", "--expect", ""], "no published checkpoint ''"),
         (["--enc_rpe2d", "rpe-2.0-product-ctx-1-k", "--enc_layers", "0"], "leaves no encoder for it"),
-        (["--num_classes", "9"], r"category ids out of range \(0 to 8\)"),
+        (["--num_classes", "9"], r"--num_classes 9 \(the largest id plus one"),
         (["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"], "unknown method 'prodct'"),
         (["--backbone_weights", "nowhere.pth"], "nowhere.pth"),
         (["--batch_size", "100"], "8 training samples per process and epoch do not fill a batch of 100"),
