@@ -78,7 +78,14 @@ prepare() {
 train() {
     prepare "$@"
     shift 4
-    start "${RUN[@]}" --output_dir "${OUTPUT:-outputs/$NAME}" "$@"
+    local output="${OUTPUT:-outputs/$NAME}" logs="${LOGS:-logs}" status=0
+    RUN+=(--output_dir "$output" "$@")
+    if [[ -n "${DRY_RUN:-}" || "${NODE_RANK:-0}" != 0 ]]; then start "${RUN[@]}"; return; fi
+    mkdir -p "$output" "$logs"
+    "${RUN[@]}" 2>&1 | tee -a "$logs/detail_$NAME.log" || status=$?
+    if [[ -f "$output/log.txt" ]]; then cp "$output/log.txt" "$logs/log_$NAME.txt"; fi
+    ((status == 0)) || exit "$status"
+    echo "log: $logs/log_$NAME.txt, console: $logs/detail_$NAME.log, checkpoints: $output"
 }
 
 # evaluate MODULE FOLDER DATA_FLAG CONFIG [CHECKPOINT] ARGS...

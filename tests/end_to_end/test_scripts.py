@@ -139,6 +139,21 @@ def test_scripts_keep_to_what_macos_has():
         assert not re.findall(newer, code), script.name
 
 
+def test_training_is_written_as_the_zoo_names_it(tmp_path):
+    """With a stand-in for the package: the logs folder has the run's log.txt and console, whatever the outcome."""
+    package = tmp_path / "deit_irpe"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "(out / 'log.txt').write_text('{\"epoch\": 0}\\n')\nprint('said')\nsys.exit(5)\n"
+    )
+    (tmp_path / "own.yaml").write_text("data-path: here\n")
+    run(tmp_path, "train_deit.sh", "own.yaml", ok=False, DRY_RUN="", CUDA_VISIBLE_DEVICES="")
+    assert (tmp_path / "logs" / "log_own.txt").read_text() == '{"epoch": 0}\n'
+    assert (tmp_path / "logs" / "detail_own.log").read_text() == "said\n"
+
+
 def test_gpu_report_lists_its_steps_and_needs_a_gpu(tmp_path):
     lines = run(tmp_path, "gpu_report.sh", "out", PYTHON="python").splitlines()
     assert [line for line in lines if "-m pytest -q -m gpu" in line] and "--benchmark out" in "\n".join(lines)
