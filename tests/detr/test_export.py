@@ -46,7 +46,7 @@ def run(*flags):
 
 def test_safetensors_holds_the_same_network(tmp_path, capsys):
     path = write_checkpoint(tmp_path / "x.pth")
-    run("--resume", path, "--out", tmp_path / "detr", "--formats", "safetensors")
+    run("--resume", path, "--out", tmp_path / "detr", "--formats", "safetensors", "--height", "64", "--width", "96")
     assert "difference 0.0e+00" in capsys.readouterr().out
 
 
@@ -54,7 +54,7 @@ def test_safetensors_holds_the_same_network(tmp_path, capsys):
 def test_onnx_runs_at_sizes_that_were_not_traced(tmp_path, capsys):
     path = write_checkpoint(tmp_path / "x.pth")
     formats = ("--formats", "onnx", "pt2")
-    run("--resume", path, "--out", tmp_path / "detr.onnx", *formats)
+    run("--resume", path, "--out", tmp_path / "detr.onnx", *formats, "--height", "64", "--width", "96")
     assert "any batch and size" in capsys.readouterr().out
 
 
@@ -62,3 +62,8 @@ def test_a_mask_head_is_refused(tmp_path):
     path = write_checkpoint(tmp_path / "x.pth", "--masks")
     with pytest.raises(ValueError, match="mask head, which is not exported"):
         run("--resume", path, "--out", tmp_path / "x")
+
+
+def test_sizes_that_cannot_be_traced_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--height 64 --width 8: expected 64 pixels or more"):
+        run("--resume", tmp_path / "x.pth", "--out", tmp_path / "x", "--height", "64", "--width", "8")
