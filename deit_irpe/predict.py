@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         for point in points:
             draw_attention(classifier, image, point, name, out)
     if predictions:
-        out.path("predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
+        (out.folder / "predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
         out.wrote("predictions.json")
     if predictions or tables:
         logger.info(f"{'pictures and predictions.json are' if predictions else 'tables.png is'} in {args.out}")
@@ -140,7 +140,7 @@ def draw_attention(
 
 
 def _save(figure: Figure, out: OutputFolder, name: str) -> None:
-    save(figure, out.path(name))
+    save(figure, out.folder / name)
     out.wrote(name)
 
 

@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     truth = Truth(args.annotations, detector.names) if args.annotations else None
     numbers = {image: truth.number_of(image) if truth else None for image in names}
     if with_tables:
-        save(draw_tables(detector.encoder, REACH, REACH), out.path("encodings.png"))
+        save(draw_tables(detector.encoder, REACH, REACH), out.folder / "encodings.png")
         out.wrote("encodings.png")
         logger.info(f"encodings.png is in {args.out}")
 
@@ -77,9 +77,9 @@ def main(args: argparse.Namespace) -> None:
         if truth is not None:
             picture = side_by_side({"truth": truth.draw(image, number, detector.names), "prediction": picture})
         name = names[path]
-        picture.save(out.path(f"{name}.png"))
+        picture.save(out.folder / f"{name}.png")
         described = describe(path, image, found, detector.names) | {"frame": frame}
-        out.path(f"{name}.json").write_text(json.dumps(described, indent=1))
+        (out.folder / f"{name}.json").write_text(json.dumps(described, indent=1))
         out.wrote(f"{name}.png", f"{name}.json")
         count = f"{len(found['scores'])} objects"
         if not len(found["scores"]) and len(every["scores"]):
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"{path}: {count} -> {args.out / name}.png, .json")
         if args.attention:
             points = args.point or centres(found["boxes"], image)
-            draw_attention(image, layer, seen.pop(), points, path.name, out.path(f"{name}_attention.png"))
+            draw_attention(image, layer, seen.pop(), points, path.name, out.folder / f"{name}_attention.png")
             out.wrote(f"{name}_attention.png")
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")

@@ -42,7 +42,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
 
-    from irpe_ops.visualize import plain_text
+    from irpe_ops.visualize import plain_text, save  # here: it imports PyTorch, and --help must not wait for it
 
     groups: dict[str, list[list[dict]]] = defaultdict(list)
     for run, label in zip(runs, _labels(runs), strict=True):
@@ -72,7 +72,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     legend += [Line2D([], [], color="gray", linestyle=line, label=of) for line, of in (("-", "train"), ("--", "test"))]
     canvas.legend(handles=legend, loc="outside lower center", ncols=entries, fontsize="small")
     if out is not None:
-        save(canvas, out)
+        save(canvas, out, dpi=300)
     return canvas
 
 
@@ -140,13 +140,6 @@ def plot_intervals(
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     canvas.suptitle(plain_text(title))
     return canvas
-
-
-def save(canvas: "matplotlib.figure.Figure", path: str | Path) -> None:
-    """Write a figure with 300 dpi. Raises: ValueError: an unknown suffix."""
-    from irpe_ops.visualize import save as write  # here, because it imports PyTorch, and --help must not wait for it
-
-    write(canvas, path, dpi=300)
 
 
 def _labels(runs: Sequence[str | Path]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from irpe_lab.figures import Figure
-from irpe_lab.plots import plot_intervals, save
+from irpe_lab.plots import plot_intervals
 from irpe_lab.results import Row, bootstrap_interval, spread
 from irpe_train.errors import RunError
 from irpe_train.text_files import read_text, write_text
@@ -112,6 +112,8 @@ def write(
     rows: Sequence[Row], folder: Path, figure: Figure, *, title: str, evaluations: Sequence[str] = ()
 ) -> list[Path]:
     """``table.csv`` (full precision, every seed), ``.md``, ``.tex``, and the plot as ``.png`` and ``.pdf``."""
+    from irpe_ops.visualize import save  # here: it imports PyTorch, and --help must not wait for it
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in NAMES]
     lines = [_full_precision(row, evaluations) for row in rows]
@@ -126,7 +128,7 @@ def write(
     write_text(paths[2], latex(header, lines, ["failed" in row.states for row in rows]))
     canvas = plot_intervals(rows, title=title, figure=figure, evaluations=evaluations)
     for path in paths[3:]:
-        save(canvas, path)
+        save(canvas, path, dpi=300)
     return paths
 
 

@@ -85,13 +85,9 @@ class OutputFolder:
         """The files in it that were written by ``predict``, and not changed since."""
         return [name for name, state in self.written.items() if self._state(name) == state]
 
-    def path(self, name: str) -> Path:
-        """Where the file ``name`` goes."""
-        return self.folder / name
-
     def wrote(self, *names: str) -> None:
         """These files are written, and may be replaced by a later prediction."""
-        with open(plain_file(self.path(LIST)), "a") as file:  # another process may write here too
+        with open(plain_file(self.folder / LIST), "a") as file:  # another process may write here too
             file.writelines(f"\n{json.dumps([name, self._state(name), self._images.get(name)])}" for name in names)
 
     def _state(self, name: str) -> str | None:

@@ -10,7 +10,7 @@ from irpe_train.outputs import OutputFolder, refuse_existing, result_names, writ
 def test_only_what_was_written_before_is_replaced(tmp_path):
     out = OutputFolder(tmp_path / "new" / "out")
     out.refuse_to_replace(["a.json"])
-    out.path("a.json").write_text("1")
+    (out.folder / "a.json").write_text("1")
     out.wrote("a.json")
     OutputFolder(tmp_path / "new" / "out").refuse_to_replace(["a.json", "b.json"])
     (tmp_path / "new" / "out" / "b.json").write_text("mine")
@@ -21,7 +21,7 @@ def test_only_what_was_written_before_is_replaced(tmp_path):
 def test_two_predictions_at_once_and_one_that_was_killed(tmp_path):
     one, other = OutputFolder(tmp_path), OutputFolder(tmp_path)
     for out, name in ((one, "a.json"), (other, "b.json"), (one, "c.json")):
-        out.path(name).write_text(name)
+        (out.folder / name).write_text(name)
         out.wrote(name)
     OutputFolder(tmp_path).refuse_to_replace(["a.json", "b.json", "c.json"])
     listed = tmp_path / ".written_by_predict"
@@ -37,7 +37,7 @@ def test_images_of_one_name_in_two_predictions(tmp_path):
     first, second = {tmp_path / "one/1.jpg": "1"}, {tmp_path / "two/1.jpg": "1", tmp_path / "two/2.jpg": "2"}
     out = OutputFolder(tmp_path / "out", first)
     out.refuse_to_replace(["1.png"])
-    out.path("1.png").write_text("")
+    (out.folder / "1.png").write_text("")
     out.wrote("1.png")
     OutputFolder(tmp_path / "out", first).refuse_to_replace(["1.png"])
     with pytest.raises(RunError, match=f"out/1.png: already there, of {tmp_path}/one/1.jpg; give another --out"):
@@ -46,7 +46,7 @@ def test_images_of_one_name_in_two_predictions(tmp_path):
 
 def test_a_result_that_was_edited_is_somebodys(tmp_path):
     out = OutputFolder(tmp_path)
-    out.path("a.json").write_text("1")
+    (out.folder / "a.json").write_text("1")
     out.wrote("a.json")
     (tmp_path / "a.json").write_text("corrected by hand")
     with pytest.raises(RunError, match="a.json: already there"):
