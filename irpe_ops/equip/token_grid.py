@@ -48,6 +48,10 @@ class TokenGrid:
 
     def of(self, length: int) -> tuple[int, int]:
         """Height and width of the grid that ``length`` tokens lie on. Raises: ValueError: none was seen."""
+        if isinstance(length, (Tensor, torch.fx.Proxy)):  # as torch.jit and torch.fx trace
+            raise ValueError(
+                "equipped attention cannot be traced: use torch.export, or make it a leaf module of torch.fx"
+            )
         if not torch.compiler.is_compiling() and length in (own := _here.grids.get(self, {})):
             return own[length]
         if length not in self.by_length:

@@ -287,3 +287,16 @@ def test_wrong_arguments_say_what_is_wrong():
 def test_tokens_that_fit_no_grid():
     with pytest.raises(ValueError, match=re.escape("11 tokens, 1 of them leading, fit no grid seen so far (4 x 4)")):
         equip(make(), SPEC).blocks[0].attn(torch.zeros(1, 11, 24))
+
+
+def test_a_traced_model_says_how_to_trace_it():
+    model = equipped()
+    with pytest.raises(ValueError, match="use torch.export, or make it a leaf module of torch.fx"):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, RPEAttention) or super().is_leaf_module(module, name)
+
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    close(traced(images(model)), model(images(model)))
