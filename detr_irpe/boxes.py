@@ -1,19 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Box formats and overlaps. A box is four numbers: corners ``x0, y0, x1, y1``, or centre and size ``cx, cy, w, h``."""
+"""Boxes in pixels, and their overlap. A box is corners ``x0, y0, x1, y1``, or centre and size ``cx, cy, w, h``."""
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
-
-
-def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """``(..., 4)`` centre and size to corners."""
-    return box_convert(boxes, "cxcywh", "xyxy")
-
-
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """``(..., 4)`` corners to centre and size."""
-    return box_convert(boxes, "xyxy", "cxcywh")
 
 
 def scale_to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from detr_irpe.args import get_predict_parser
-from detr_irpe.boxes import xyxy_to_cxcywh
 from detr_irpe.data.annotation_problems import naming_problems
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import decode_in_frame
@@ -187,7 +187,7 @@ def describe(path: Path, image: Image.Image, found: dict[str, Tensor], names: di
 def centres(boxes: Tensor, image: Image.Image) -> list[tuple[float, float]]:
     """The query points if none are given: the centres of the best detections, or the middle of the image."""
     limit = torch.tensor([image.width, image.height]) - 1
-    points = xyxy_to_cxcywh(boxes[:MOST_POINTS])[:, :2].clamp(min=0).minimum(limit).tolist()
+    points = box_convert(boxes[:MOST_POINTS], "xyxy", "cxcywh")[:, :2].clamp(min=0).minimum(limit).tolist()
     return list(dict.fromkeys(map(tuple, points))) or [(image.width / 2, image.height / 2)]
 
 

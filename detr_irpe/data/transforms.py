@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-
-from detr_irpe.boxes import xyxy_to_cxcywh
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PER_OBJECT = ("boxes", "labels", "masks", "area", "iscrowd")
@@ -100,7 +99,7 @@ class ToModelInput(nn.Module):
 
     def forward(self, image: Image.Image, target: dict) -> tuple[Tensor, dict]:
         width, height = image.size
-        boxes = xyxy_to_cxcywh(target["boxes"].as_subclass(Tensor))
+        boxes = box_convert(target["boxes"].as_subclass(Tensor), "xyxy", "cxcywh")
         target = target | {"boxes": boxes / torch.tensor([width, height, width, height], dtype=torch.float32)}
         if "masks" in target:
             target["masks"] = target["masks"].as_subclass(Tensor).bool()

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import generalized_box_iou
-
-from detr_irpe.boxes import cxcywh_to_xyxy
+from torchvision.ops import box_convert, generalized_box_iou
 
 WORST = 1e9  # replaces non-finite costs: the loss reports them, so the assignment must not fail first
 
@@ -61,7 +59,7 @@ class HungarianMatcher:
             probability = logits.float().softmax(-1)[..., labels]
             boxes = boxes.float().flatten(0, 2)
             distance = torch.cdist(boxes, wanted, p=1)
-            giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+            giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
             cost = self.cost_bbox * distance - self.cost_giou * giou
             cost = cost.view(*logits.shape[:3], -1) - self.cost_class * probability
         return cost.nan_to_num(nan=WORST, posinf=WORST, neginf=-WORST)

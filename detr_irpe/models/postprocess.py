@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
-from detr_irpe.boxes import cxcywh_to_xyxy, scale_to_pixels
+from detr_irpe.boxes import scale_to_pixels
 
 
 class PostProcess(nn.Module):
@@ -31,7 +32,7 @@ class PostProcess(nn.Module):
             got = f"got shape {tuple(target_sizes.shape)}."
             raise ValueError(f"target_sizes: expected (height, width) of each of {len(logits)} images; {got}")
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-        boxes = scale_to_pixels(cxcywh_to_xyxy(boxes), target_sizes)
+        boxes = scale_to_pixels(box_convert(boxes, "cxcywh", "xyxy"), target_sizes)
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
 
 

@@ -1,18 +1,12 @@
 import torch
 from torchvision.ops import generalized_box_iou
 
-from detr_irpe.boxes import cxcywh_to_xyxy, paired_giou, scale_to_pixels, xyxy_to_cxcywh
+from detr_irpe.boxes import paired_giou, scale_to_pixels
 
 
 def random_corners(n: int, scale: float) -> torch.Tensor:
     low = torch.rand(n, 2)
     return torch.cat([low, low + scale * torch.rand(n, 2)], dim=1)
-
-
-def test_formats():
-    assert cxcywh_to_xyxy(torch.tensor([[0.5, 0.4, 0.2, 0.6]])).allclose(torch.tensor([[0.4, 0.1, 0.6, 0.7]]))
-    boxes = torch.rand(2, 3, 4)
-    torch.testing.assert_close(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
 
 
 def test_pixels():

@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
-from detr_irpe.boxes import cxcywh_to_xyxy
 from detr_irpe.models.criterion import SetCriterion
 from detr_irpe.models.matcher import HungarianMatcher
 from tests.detr.test_matcher import random_outputs
@@ -40,7 +39,8 @@ def slow_losses(outputs: dict, targets: list[dict]) -> dict[str, float]:
     for image, q, i in pairs:
         box, target = outputs["pred_boxes"][image, q].double(), targets[image]["boxes"][i].double()
         distance += (box - target).abs().sum().item()
-        giou += 1 - generalized_box_iou(cxcywh_to_xyxy(box)[None], cxcywh_to_xyxy(target)[None]).item()
+        corners = [box_convert(of, "cxcywh", "xyxy")[None] for of in (box, target)]
+        giou += 1 - generalized_box_iou(*corners).item()
     right = sum(logits[key].argmax().item() == label for key, label in wanted.items())
     count_errors = [
         abs(sum(row.argmax().item() != CLASSES for row in logits[image]) - len(target["labels"]))

@@ -2,9 +2,8 @@ from itertools import permutations
 
 import pytest
 import torch
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
-from detr_irpe.boxes import cxcywh_to_xyxy
 from detr_irpe.models.matcher import HungarianMatcher
 from tests.helpers.tiny_detr import random_targets
 
@@ -20,7 +19,7 @@ def slow_cost(outputs: dict, target: dict, image: int, query: int, number: int, 
     of_class, of_box, of_giou = weights
     probability = outputs["pred_logits"][image, query].double().softmax(-1)[target["labels"][number]]
     box, wanted = outputs["pred_boxes"][image, query].double(), target["boxes"][number].double()
-    giou = generalized_box_iou(cxcywh_to_xyxy(box)[None], cxcywh_to_xyxy(wanted)[None])
+    giou = generalized_box_iou(box_convert(box, "cxcywh", "xyxy")[None], box_convert(wanted, "cxcywh", "xyxy")[None])
     return (of_box * (box - wanted).abs().sum() - of_class * probability - of_giou * giou).item()
 
 
