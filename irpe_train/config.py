@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from irpe_train.errors import RunError, in_one_line
-from irpe_train.text_files import read_text, write_text
+from irpe_train.text_files import read_text
 
 LARGEST_FILE = 1 << 18  # bytes; a config has hundreds
 DEEPEST = 20  # nested lists and mappings; a grid has four
@@ -82,7 +82,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if getattr(args, "config", path) != path:  # some commands have no --config
         raise ConfigError(f"--config {args.config}: write --config in lower case, so that it is read first")
     if getattr(args, "print_config", False):
-        print(_as_yaml(parser, args), end="")
+        print(as_yaml(parser, args), end="")
         parser.exit()
     return args
 
@@ -246,12 +246,8 @@ def same_name(name: str) -> str:
     return name.replace("-", "_").lower()
 
 
-def write_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: Path) -> None:
-    """Write every flag's value to ``path``, so that ``--config path`` gives ``args`` again."""
-    write_text(path, _as_yaml(parser, args))
-
-
-def _as_yaml(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+def as_yaml(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Every flag's value as the text of a file with which ``--config FILE`` gives ``args`` again."""
     values = {}
     for action in parser._actions:
         value = getattr(args, action.dest, None)

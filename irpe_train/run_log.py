@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from irpe_train.config import write_config
+from irpe_train.config import as_yaml
 from irpe_train.distributed import Plain, is_main, logger, world_size
 from irpe_train.errors import RunError, in_one_line
 from irpe_train.state import plain
@@ -170,7 +170,7 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
             for path in (folder / "config.yaml", folder / "model.json"):
                 if path.is_file():
                     keep_aside(path)
-        write_config(parser, args, folder / "config.yaml")
+        write_text(folder / "config.yaml", as_yaml(parser, args))
         write_text(folder / "model.json", json.dumps(stats) + "\n")
         with open(plain_file(folder / "starts.jsonl"), "a") as file:
             file.write(json.dumps(surroundings()) + "\n")

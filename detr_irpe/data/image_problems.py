@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+from pycocotools import mask as rle
 
 from detr_irpe.data.annotation_problems import MOST, Problem
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import read_image
 from detr_irpe.data.image_files import FilesInFolder, FilesInZip
 from detr_irpe.data.panoptic import CocoPanoptic
-from detr_irpe.data.segmentations import box_of_mask
+from detr_irpe.data.segmentations import to_rle
 from irpe_train.loader import try_all
 from irpe_train.pixels import is_turned
 
@@ -57,7 +58,7 @@ def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
         for box, number, shape in zip(objects["boxes"].tolist(), objects["ids"].tolist(), shapes, strict=True):
             if shape:
                 beside.allowed += MOST
-                mask = box_of_mask(shape, *size)
+                mask = rle.toBbox(to_rle(shape, *size))  # x, y, width, height
                 low = [max(mask[axis], box[axis]) for axis in (0, 1)]
                 high = [min(mask[axis] + mask[axis + 2], box[axis] + box[axis + 2]) for axis in (0, 1)]
                 if low[0] >= high[0] or low[1] >= high[1]:

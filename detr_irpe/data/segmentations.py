@@ -88,11 +88,6 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
     return segmentation
 
 
-def box_of_mask(segmentation: list | dict, height: int, width: int) -> list[float]:
-    """x, y, width, height in pixels of the area that a checked segmentation covers in its image; zeros if empty."""
-    return rle.toBbox(to_rle(segmentation, height, width)).tolist()
-
-
 def decode_masks(segmentations: list, height: int, width: int) -> tv_tensors.Mask:
     """Checked segmentations of n objects -> (n, height, width) uint8, 1 on the object."""
     masks = np.zeros((len(segmentations), height, width), dtype=np.uint8)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from irpe_train.arguments import add_runtime_arguments
-from irpe_train.config import ConfigError, parse_args, parse_yaml, write_config
+from irpe_train.config import ConfigError, as_yaml, parse_args, parse_yaml
 
 
 def get_parser():
@@ -160,7 +160,7 @@ def test_written_config_gives_the_same_flags_again(tmp_path):
         "10m",
     ]
     args = parse_args(get_parser(), argv)
-    write_config(get_parser(), args, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(get_parser(), args))
     again = parse_args(get_parser(), ["--config", str(tmp_path / "config.yaml")])
     assert vars(again) == vars(args) | {"config": str(tmp_path / "config.yaml")}
 
