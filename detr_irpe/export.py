@@ -7,7 +7,7 @@ import json
 import torch
 from torch import Tensor, nn
 
-from detr_irpe.args import get_export_parser
+from detr_irpe.args import MODEL_FLAGS, get_export_parser
 from detr_irpe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from detr_irpe.load_model import load_model
 from detr_irpe.nested_tensor import NestedTensor
@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> None:
         padding = torch.zeros(batch, height, width, dtype=torch.bool)
         padding[-1, :, width - 16 :] = True
         examples.append((torch.randn(batch, 3, height, width), padding))
+    told = {"categories": categories, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    told |= {name: getattr(trained, name) for name in MODEL_FLAGS}
     differences = export_model(
         TensorsInOut(model),
         examples,
@@ -49,13 +51,7 @@ def main(args: argparse.Namespace) -> None:
         formats=args.formats,
         inputs={"images": {0: "batch", 2: "height", 3: "width"}, "padding": {0: "batch", 1: "height", 2: "width"}},
         outputs=["pred_logits", "pred_boxes"],
-        metadata={
-            "categories": json.dumps(categories),
-            "image_size": str(trained.image_size),
-            "mean": json.dumps(IMAGENET_MEAN),
-            "std": json.dumps(IMAGENET_STD),
-            "enc_rpe2d": trained.enc_rpe2d,
-        },
+        metadata={name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()},
     )
     for format, difference in differences.items():
         print(f"{format}: any batch and size; largest difference {difference:.1e} of the largest output")

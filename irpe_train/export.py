@@ -133,12 +133,16 @@ def _save_pt2(program, path: Path, metadata: dict, *_) -> Callable:
 def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:
     from safetensors.torch import load_file, save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, metadata)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    wrapper = (
+        "model." if all(name.startswith("model.") for name in weights) else ""
+    )  # as checkpoints name them: without
+    save_file({name.removeprefix(wrapper): tensor for name, tensor in weights.items()}, path, metadata)
     fresh = copy.deepcopy(model)
     with torch.no_grad():
         for tensor in fresh.state_dict().values():
             tensor.zero_()
-    fresh.load_state_dict(load_file(path))
+    fresh.load_state_dict({wrapper + name: tensor for name, tensor in load_file(path).items()})
     return fresh
 
 

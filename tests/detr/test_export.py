@@ -5,6 +5,7 @@ import torch
 
 from detr_irpe.args import get_args_parser as training_parser
 from detr_irpe.export import get_export_parser, main
+from detr_irpe.load_model import load_model
 from detr_irpe.models import build_model
 from irpe_train.config import parse_args
 
@@ -44,10 +45,15 @@ def run(*flags):
     main(parse_args(get_export_parser(), [str(flag) for flag in flags]))
 
 
-def test_safetensors_holds_the_same_network(tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "x.pth")
-    run("--resume", path, "--out", tmp_path / "detr", "--formats", "safetensors", "--height", "64", "--width", "96")
+def test_safetensors_holds_the_same_network_with_its_flags_and_categories(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "x.pth", "--dilation", "--enc_rpe2d", "rpe-2.1-product-ctx-1-k")
+    torch.save(torch.load(path, weights_only=False) | {"categories": {2: "hat"}}, path)
+    run("--resume", path, "--out", tmp_path / "detr", "--formats", "safetensors")
     assert "difference 0.0e+00" in capsys.readouterr().out
+    (model, _, flags, names), (same, _, same_flags, same_names) = map(load_model, (path, tmp_path / "detr.safetensors"))
+    assert vars(flags) == vars(same_flags) and flags.dilation and names == same_names == {2: "hat"}
+    image = torch.rand(3, 64, 96)
+    assert torch.equal(model([image])["pred_boxes"], same([image])["pred_boxes"])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A checkpoint is untrusted data: its flags describe a network and do nothing else."""
 
+import argparse
 import urllib.request
 
 import pytest
@@ -62,3 +63,10 @@ def test_flags_that_do_not_describe_the_weights_are_refused(tmp_path, flags, wor
     with pytest.raises(BadCheckpoint, match=words) as error:
         load_model(write(tmp_path / "x.pth", **flags))
     assert "x.pth" in str(error.value)
+
+
+def test_a_few_flags_do_not_make_a_model_of_the_default_flags(tmp_path):
+    path = write(tmp_path / "x.pth")
+    torch.save(torch.load(path, weights_only=False) | {"args": argparse.Namespace(image_size=40)}, path)
+    with pytest.raises(BadCheckpoint, match="x.pth has no 'args': the flags it was trained with"):
+        load_model(path)
