@@ -83,10 +83,6 @@ class Report:
         tables = {task.title: self.published_and_here(task, short=True) for task in TASKS.values()}
         return "\n".join(f"**{title}**\n\n{table}" for title, table in tables.items())
 
-    def _ablation(self, folder: Path) -> list[str]:
-        texts = [folder / name for name in ("README.md", "table.md")]
-        return [read_text(path) for path in texts if self.inside(path)]
-
     def ablations(self) -> list[Path]:
         """Log folders with the table of an ablation."""
         return sorted(path.parent for path in self.logs.glob("*/table.md") if self.inside(path))
@@ -152,7 +148,8 @@ class Report:
         for task in TASKS.values():
             parts += [f"## {task.title}\n", self.published_and_here(task)]
         for folder in self.ablations():
-            parts += [f"## {as_text(folder.name.replace('_', ' '))}, measured here\n", *self._ablation(folder)]
+            parts += [f"## {as_text(folder.name.replace('_', ' '))}, measured here\n"]
+            parts += [read_text(path) for path in (folder / "README.md", folder / "table.md") if self.inside(path)]
             if self.inside(picture := folder / "table.png"):
                 parts += [f"!{self._link(folder.name, picture)}\n"]
         if others := self.other_runs():

@@ -36,13 +36,16 @@ def build_model(
         filled: a checkpoint will fill the model, so that ``--backbone_weights`` are not needed; None asks the flags.
         things: the countable categories of a panoptic set.
     """
-    num_classes = number_of_classes(args)
+    if filled is None:
+        filled = any(getattr(args, flag, None) for flag in FILL)
+    given = getattr(args, "num_classes", None)  # "auto", or not there, in namespaces that are not of a run
+    num_classes = given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
     model = create_model(
         args.backbone,
         args.enc_rpe2d,
         num_classes,
         args.num_queries,
-        _pretrained_backbone(args, any(getattr(args, flag, None) for flag in FILL) if filled is None else filled),
+        _pretrained_backbone(args, filled),
         hidden_dim=args.hidden_dim,
         nheads=args.nheads,
         enc_layers=args.enc_layers,
@@ -73,12 +76,6 @@ def build_model(
         if args.dataset_file == "coco_panoptic":
             postprocessors["panoptic"] = PostProcessPanoptic({i: i in things for i in range(num_classes)})
     return model, criterion, postprocessors
-
-
-def number_of_classes(args: argparse.Namespace) -> int:
-    """``--num_classes`` if it is a number, else the published code's value for ``--dataset_file``."""
-    given = getattr(args, "num_classes", None)
-    return given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
 
 
 def _pretrained_backbone(args: argparse.Namespace, filled: bool) -> bool | str:
