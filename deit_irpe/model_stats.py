@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rpe", help="this encoding instead of the one in the name, e.g. rpe-2.0-product-ctx-1-k")
     try:
         print_table(**vars(parser.parse_args(argv)))
-    except (RunError, ValueError) as error:
+    except (RunError, ValueError, OSError, ImportError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 
 

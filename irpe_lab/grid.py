@@ -33,7 +33,7 @@ from pathlib import Path
 from irpe_lab.figures import TASKS, Task
 from irpe_lab.jobs import slug
 from irpe_train.arguments import LARGEST_SEED
-from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, same_name
+from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, refuse_repeated, same_name
 from irpe_train.zoo import read_zoo
 
 KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published", "evaluations")
@@ -121,7 +121,7 @@ def _evaluations(raw: dict, parser: argparse.ArgumentParser, source: str) -> dic
         where = f"{source}: evaluations: {name}"
         if not isinstance(flags, dict) or not slug(str(name)) or slug(str(name)) in map(slug, evaluations):
             raise ConfigError(f"{where}: expected a unique name and its flags, {{input-size: 288}}")
-        _refuse_runners_own(flags, where)
+        _refuse_odd_names(flags, where)
         evaluations[str(name)] = flags_of(parser, flags, where)
     return evaluations
 
@@ -139,14 +139,15 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
         if name in runs:
             raise ConfigError(f"{source}: two runs are called {name}")
         for added in (common, flags or {}, extra):
-            _refuse_runners_own(added, f"{source}: {name}")
+            _refuse_odd_names(added, f"{source}: {name}")
         runs[name] = _merged(base, common, flags or {}, extra)
     if not runs:
         raise ConfigError(f"{source}: neither 'grid' nor 'runs' names a run")
     return runs
 
 
-def _refuse_runners_own(flags: dict, where: str) -> None:
+def _refuse_odd_names(flags: dict, where: str) -> None:
+    refuse_repeated(map(same_name, map(str, flags)), where)
     if own := [key for key in flags if same_name(str(key)) in RUNNERS_OWN]:
         raise ConfigError(f"{where}: {own[0]} is set by the runner (see 'seeds' and --output)")
 

@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -174,9 +175,14 @@ def _refuse_repeated_names(root: yaml.Node | None, source: str) -> None:
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
             nodes += [value for _, value in node.value]
-            for name, count in Counter(same_name(str(key.value)) for key, _ in node.value).items():
-                if count > 1:
-                    raise ConfigError(f"{source}: {name:.80} is there {count} times; keep one")
+            refuse_repeated([str(key.value) for key, _ in node.value], source)
+
+
+def refuse_repeated(names: Iterable[str], source: str) -> None:
+    """Raises: ConfigError: one of the names comes twice; begins with ``source``."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ConfigError(f"{source}: {name:.80} is there {count} times; keep one")
 
 
 def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
@@ -185,6 +191,7 @@ def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list
     Raises: ConfigError: begins with ``source``; a name or value that no flag can have.
     """
     argv = []
+    refuse_repeated(map(same_name, map(str, values)), source)
     for key, value in values.items():
         action, spelling = _find(parser, str(key), source)
         argv += _flags(parser, action, spelling, str(key), value, source)

@@ -121,6 +121,7 @@ def test_runs_are_named_after_their_values(tmp_path):
         (GRID + "runs: {a: {opt-betas: [0.9, --eval]}}\n", "would be read as a flag"),
         (GRID + "runs: {a: {amp: none2}}\n", "run a: argument --amp: invalid choice"),
         (GRID + "flags: {seed: 3}\n", "seed is set by the runner"),
+        (GRID + "runs: {a: {input-size: 32, Input_Size: 48}}\n", "a: input_size is there 2 times; keep one"),
         (GRID + "flags: [lr]\n", "flags: expected 'name: value' lines"),
         (GRID.replace("none,", "none, none,"), "two runs are called none"),
         ("package: deit_irpe\ngrid: {rpe: []}\n", "grid: rpe: 0 runs"),
