@@ -111,6 +111,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--dataset_file coco_panoptic needs --coco_panoptic_path: the folder of its annotations")
     if args.frozen_weights and not args.masks:
         raise ValueError("--frozen_weights trains only the segmentation head: add --masks")
+    if args.dropout == 1:
+        raise ValueError("--dropout 1 leaves nothing: give a fraction below 1")
     if args.enc_rpe2d and not args.enc_layers:
         raise ValueError(f"--enc_rpe2d {args.enc_rpe2d}: --enc_layers 0 leaves no encoder for it; leave one out")
     if args.pretrained and args.finetune:

@@ -234,7 +234,9 @@ def changed_flags(
     for action in parser._actions:
         here = getattr(args, action.dest, action.default)
         other = action.default if stored is None else stored.get(action.dest, here)
-        if action.dest not in ignore and str(plain(here)) != str(plain(other)):  # stored may be tensors
+        numbers = isinstance(here, (int, float)) and isinstance(other, (int, float))
+        same = numbers and here == other or str(plain(here)) == str(plain(other))  # 5 is 5.0; stored may be tensors
+        if action.dest not in ignore and not same:
             was = " ".join(str(other).split())[:80] or "none"
             changed.append(f"{action.dest}={here} ({'published' if stored is None else 'stored'}: {was})")
     return list(dict.fromkeys(changed))

@@ -409,6 +409,7 @@ def test_published_class_counts():
         (["--coco_path", "/nowhere"], "no annotation file /nowhere/annotations/instances_val2017.json"),
         (["--dataset_file", "coco_panoptic"], "needs --coco_panoptic_path"),
         (["--frozen_weights", "x.pth"], "add --masks"),
+        (["--dropout", "1"], "--dropout 1 leaves nothing"),
         (["--pretrained", "x", "--finetune", "y"], "give one"),
         (["--expect"], "add --eval"),
         (["--eval", "--expect", ""], "no published checkpoint ''"),
