@@ -134,9 +134,8 @@ def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | N
     from safetensors.torch import load_file, save_file
 
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    wrapper = (
-        "model." if all(name.startswith("model.") for name in weights) else ""
-    )  # as checkpoints name them: without
+    # Named as in checkpoints: without the prefix of a wrapper around the model.
+    wrapper = "model." if all(name.startswith("model.") for name in weights) else ""
     save_file({name.removeprefix(wrapper): tensor for name, tensor in weights.items()}, path, metadata)
     fresh = copy.deepcopy(model)
     with torch.no_grad():
