@@ -13,7 +13,7 @@ from irpe_ops.buckets import bucket_map, count_buckets, offset_map, traced_bucke
 from irpe_ops.config import RPEConfig
 from irpe_ops.methods import find_map, maps_of
 from irpe_ops.modes import MODES, product, without_autocast
-from irpe_ops.rpe_index import rpe_index, rpe_index_adjoint
+from irpe_ops.rpe_index import not_dense, rpe_index, rpe_index_adjoint
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -133,6 +133,8 @@ class IRPE(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         name = f"rpe_{self.role}"
+        if kind := not_dense(x):
+            raise ValueError(f"{name}: expected a dense tensor, not {kind}")
         last = "L" if self.on_values else "D"
         if x.dim() != 4 or (self.on_values and x.shape[2] != x.shape[3]):
             raise ValueError(f"{name}: expected (B, H, L, {last}), got {tuple(x.shape)}")

@@ -215,6 +215,8 @@ def test_wrong_dtype_device_and_weights_say_what_is_wrong():
         rpe_k(torch.zeros(1, 2, 4, 3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="rpe_k: its table is on cpu and its input on meta; move one of them"):
         rpe_k(torch.zeros(1, 2, 4, 3, device="meta"))
+    with pytest.raises(ValueError, match=re.escape("rpe_v: expected a dense tensor, not list")):
+        rpe_v([[1.0]])
     with pytest.raises(ValueError, match=re.escape("rpe_v: expected (B, H, L, L), got (1, 2, 4, 3)")):
         rpe_v(torch.zeros(1, 2, 4, 3))
 
