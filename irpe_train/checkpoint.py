@@ -171,7 +171,7 @@ def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
 
 def _why_refused(error: BaseException, path: Path) -> str:
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        read = "Nothing was run. Only tensors, numbers, text and argparse.Namespace are read."
+        read = "Nothing was run. Only tensors, numbers, text and argparse.Namespace are read: save a state_dict alone."
         return f"refused: it holds a reference to {found[1]}, which could run code. {read}"
     with open(path, "rb") as file:
         return f"damaged, or not a file that torch.save wrote (it begins with {file.read(20)!r}); nothing was run"
@@ -246,6 +246,9 @@ def load_matching(
         told = "; ".join(f"{kind}: {_some(texts)}" for kind, texts in problems.items() if texts)
         size = ", --input-size too" if any("pos_embed" in text for text in problems["other shapes"]) else ""
         told += f". Build the model with the flags it was trained with{size}."
+        pairs = ((name, key) for name in weights for key in own if name.endswith(f".{key}"))
+        if not own.keys() & weights.keys() and (pair := next(pairs, None)):
+            told += f" Its names begin with {pair[0].removesuffix(pair[1])!r}: cut that off (docs/reproduce.md)."
         raise BadCheckpoint(f"checkpoint {source} is of another model than {type(model).__name__} here; {told}")
     model.load_state_dict(own | {key: value for key, value in weights.items() if key not in odd})
     return {key: note for key, (_, _, note) in odd.items()}

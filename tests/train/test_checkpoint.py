@@ -176,6 +176,14 @@ def test_another_model_is_refused_with_keys_named_and_nothing_changed():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_prefix_of_all_names_is_told():
+    weights = {f"model.{name}": value for name, value in torch.nn.Linear(3, 2).state_dict().items()}
+    with pytest.raises(
+        BadCheckpoint, match=r"unexpected: model.weight, model.bias.* Its names begin with 'model.': cut"
+    ):
+        load_matching(torch.nn.Linear(3, 2), weights, source="lightning.ckpt")
+
+
 def test_only_the_named_keys_may_start_fresh_and_each_is_accounted_for():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5), torch.nn.Linear(1, 1))
     other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
