@@ -38,19 +38,24 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
 
     Args: then: evaluations by name, to be run after ``command``. If they have changed, a finished run starts again:
         it resumes at its end, and evaluates.
+    The folder may have been moved, or given relative to another one.
     Raises: RunError: the folder has results of another run.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
-    known = read_json(job)
+    stored = known = read_json(job)
     old = known.get("command")
-    if old == command and written.is_file() and read_text(written) == flags:
+    if isinstance(old, list) and "--output_dir" in old[:-1]:
+        then_there, here = (json.dumps(str(path))[1:-1] for path in (old[old.index("--output_dir") + 1], folder))
+        known = json.loads(json.dumps(stored).replace(then_there, here))
+    if known.get("command") == command and written.is_file() and read_text(written) == flags:
         if known.get("then", {}) != (then or {}):
             (folder / "done.json").unlink(missing_ok=True)
-            write_text(job, json.dumps(known | {"then": then or {}}, indent=1) + "\n")
+        if stored != (new := known | {"then": then or {}}):
+            write_text(job, json.dumps(new, indent=1) + "\n")
         return
     if done(folder) or (folder / "log.txt").exists():
         shown = " ".join(map(str, old)) if isinstance(old, list) else old
-        other = "other flags (see its flags.yaml)" if old == command else f"another command ({shown})"
+        other = "other flags (see its flags.yaml)" if known.get("command") == command else f"another command ({shown})"
         raise RunError(f"{folder} holds the results of {other}. Choose another folder (-o), or delete this one.")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(written, flags)

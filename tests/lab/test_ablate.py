@@ -244,6 +244,20 @@ def test_a_folder_of_another_command(place):
     assert table(place / "out")["none"]["mean"] == "81.0"
 
 
+def test_a_folder_that_was_moved_goes_on(place):
+    (place / "grid.yaml").write_text(GRID + "evaluations: {at 288: {input-size: 288}}\n")
+    choice = ["grid.yaml", "--only", "none", "--seeds", "0"]
+    assert main([*choice, "-o", "out"]) == 0
+    began = starts(place)
+    (place / "out").rename(place / "kept")
+    for folder in ("kept", str(place / "kept")):
+        assert main([*choice, "-o", folder]) == 0
+        row = table(place / "kept")["none"]
+        assert (row["mean"], row["at 288: mean"]) == ("81.0", "28.8") and starts(place) == began
+    (place / "kept/none_seed0/done.json").unlink()
+    assert main([*choice, "-o", "kept"]) == 0 and starts(place) != began and not (place / "out").exists()
+
+
 def test_dry_run(place, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     assert main(["grid.yaml", "-o", "out", "--dry-run", "--gpus-per-run", "4", "--set", "epochs=3"]) == 0
