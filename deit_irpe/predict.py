@@ -99,8 +99,8 @@ def main(args: argparse.Namespace) -> None:
         for point in points:
             draw_attention(classifier, image, point, name, out)
     if predictions:
-        (out.folder / "predictions.json").write_text(json.dumps(predictions, indent=1) + "\n")
-        out.wrote("predictions.json")
+        with out.writing("predictions.json") as (file,):
+            file.write_text(json.dumps(predictions, indent=1) + "\n")
     if predictions or tables:
         logger.info(f"{'pictures and predictions.json are' if predictions else 'tables.png is'} in {args.out}")
     if unreadable:
@@ -140,8 +140,8 @@ def draw_attention(
 
 
 def _save(figure: Figure, out: OutputFolder, name: str) -> None:
-    save(figure, out.folder / name)
-    out.wrote(name)
+    with out.writing(name) as (file,):
+        save(figure, file)
 
 
 def _shown(path: Path) -> str:

@@ -53,8 +53,8 @@ def main(args: argparse.Namespace) -> None:
     truth = Truth(args.annotations, detector.names) if args.annotations else None
     numbers = {image: truth.number_of(image) if truth else None for image in names}
     if with_tables:
-        save(draw_tables(detector.encoder, REACH, REACH), out.folder / "encodings.png")
-        out.wrote("encodings.png")
+        with out.writing("encodings.png") as (file,):
+            save(draw_tables(detector.encoder, REACH, REACH), file)
         logger.info(f"encodings.png is in {args.out}")
 
     unreadable = []
@@ -77,18 +77,18 @@ def main(args: argparse.Namespace) -> None:
         if truth is not None:
             picture = side_by_side({"truth": truth.draw(image, number, detector.names), "prediction": picture})
         name = names[path]
-        picture.save(out.folder / f"{name}.png")
         described = describe(path, image, found, detector.names) | {"frame": frame}
-        (out.folder / f"{name}.json").write_text(json.dumps(described, indent=1))
-        out.wrote(f"{name}.png", f"{name}.json")
+        with out.writing(f"{name}.png", f"{name}.json") as (picture_file, json_file):
+            picture.save(picture_file)
+            json_file.write_text(json.dumps(described, indent=1))
         count = f"{len(found['scores'])} objects"
         if not len(found["scores"]) and len(every["scores"]):
             count += f" (best score {every['scores'][0]:.2f}, --threshold {args.threshold:g})"
         logger.info(f"{path}: {count} -> {args.out / name}.png, .json")
         if args.attention:
             points = args.point or centres(found["boxes"], image)
-            draw_attention(image, layer, seen.pop(), points, path.name, out.folder / f"{name}_attention.png")
-            out.wrote(f"{name}_attention.png")
+            with out.writing(f"{name}_attention.png") as (file,):
+                draw_attention(image, layer, seen.pop(), points, path.name, file)
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from irpe_train.errors import RunError
@@ -89,6 +89,20 @@ class OutputFolder:
         """These files are written, and may be replaced by a later prediction."""
         with open(plain_file(self.folder / LIST), "a") as file:  # another process may write here too
             file.writelines(f"\n{json.dumps([name, self._state(name), self._images.get(name)])}" for name in names)
+
+    @contextlib.contextmanager
+    def writing(self, *names: str) -> Iterator[list[Path]]:
+        """Hidden paths to write to; they get these names at the end, so that a kill leaves none that is not listed."""
+        ends = [self.folder / name for name in names]
+        parts = [end.with_name(f".part_{os.getpid()}_{i}{end.suffix}") for i, end in enumerate(ends)]
+        try:
+            yield parts
+            for part, end in zip(parts, ends, strict=True):
+                os.replace(part, end)
+            self.wrote(*names)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     def _state(self, name: str) -> str | None:
         try:

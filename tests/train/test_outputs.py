@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from irpe_train.errors import RunError
-from irpe_train.outputs import OutputFolder, refuse_existing, result_names, writable_folder
+from irpe_train.outputs import LIST, OutputFolder, refuse_existing, result_names, writable_folder
 
 
 def test_only_what_was_written_before_is_replaced(tmp_path):
@@ -113,3 +113,17 @@ def test_each_image_has_results_of_its_own(files, names):
 def test_two_results_of_one_name_are_refused_before_any_work(tmp_path):
     with pytest.raises(RunError, match="two results would be called A.png: .* into another --out"):
         OutputFolder(tmp_path).refuse_to_replace(["A.png", "b.png", "a.png"])
+
+
+def test_what_is_interrupted_while_it_is_written_leaves_nothing_behind(tmp_path):
+    out = OutputFolder(tmp_path)
+    with out.writing("a.png", "a.json") as (picture, table):
+        picture.write_text("complete")
+        table.write_text("complete")
+    with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path).writing("a.png", "a.json") as (picture, table):
+        assert picture.suffix == ".png"
+        picture.write_text("half")
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LIST, "a.json", "a.png"]
+    assert (tmp_path / "a.png").read_text() == "complete"
+    OutputFolder(tmp_path).refuse_to_replace(["a.png", "a.json"])

@@ -218,9 +218,9 @@ def test_what_predict_wrote_is_not_found_in_a_folder(tmp_path):
     out.wrote("a/0.png")
     found = tmp_path / "photos" / "0.png"
     assert files_of([str(tmp_path / "photos")], besides=tmp_path / "second") == [found]
-    result = str(out.path("a/0.png"))
+    result = str(out.folder / "a/0.png")
     assert files_of([result], besides=tmp_path / "second") == [Path(result)]  # but where it is named
-    out.path("a/0.png").write_bytes(b"a photograph")
+    (out.folder / "a/0.png").write_bytes(b"a photograph")
     assert len(files_of([str(tmp_path / "photos")], besides=tmp_path / "second")) == 2
 
 
