@@ -27,6 +27,7 @@ from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
+from irpe_train.outputs import writable_folder
 from irpe_train.text_files import read_text
 from irpe_train.zoo import read_zoo
 
@@ -142,11 +143,11 @@ class Ablation:
         """Raises RunError: tables, or files that ``publish`` copies to ``logs``, would replace other files."""
         tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.every_run)
         if logs is not None:
+            writable_folder(logs, "--logs")
             tables.refuse_to_replace(logs, self.published_files(), self.grid.every_run)
 
     def publish(self, logs: Path) -> None:
         """Copy tables, logs and flags of the finished runs to ``logs``."""
-        logs.mkdir(parents=True, exist_ok=True)
         for name, path in self.published_files().items():
             if path.is_file() and (path.parent == self.folder or jobs.finished(path.parent)):
                 shutil.copyfile(path, logs / name)

@@ -28,6 +28,7 @@ from typing import TextIO
 from irpe_lab.console_log import last_words
 from irpe_lab.figures import LARGEST
 from irpe_train.errors import Preempted, RunError, blamed_on
+from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
 
 BUSY = 3  # exit status of a worker that found another one running
@@ -57,7 +58,7 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
         shown = " ".join(map(str, old)) if isinstance(old, list) else old
         other = "other flags (see its flags.yaml)" if known.get("command") == command else f"another command ({shown})"
         raise RunError(f"{folder} holds the results of {other}. Choose another folder (-o), or delete this one.")
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder, "-o")
     write_text(written, flags)
     write_text(job, json.dumps({"command": command, "then": then or {}}, indent=1) + "\n")
 

@@ -25,6 +25,7 @@ from irpe_lab.tables import markdown
 from irpe_train.config import ROOT, read_yaml
 from irpe_train.errors import BadData, RunError
 from irpe_train.flags import FlagParser
+from irpe_train.outputs import writable_folder
 from irpe_train.text_files import read_text, write_text
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
@@ -217,7 +218,7 @@ def write_page(report: Report) -> list[Path]:
     ours = page.is_file() and read_text(page).startswith(TITLE)
     if found := [] if ours else [path for path in (page, twin) if os.path.lexists(path)]:
         raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")
-    page.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(page.parent, "-o")
     text = report.markdown()
     write_text(page, text)  # first: it marks its twin as ours, even if a kill comes between
     pictures = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]

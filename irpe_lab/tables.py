@@ -13,6 +13,7 @@ from irpe_lab.figures import Figure
 from irpe_lab.plots import plot_intervals
 from irpe_lab.results import Row, bootstrap_interval, spread
 from irpe_train.errors import RunError
+from irpe_train.outputs import writable_folder
 from irpe_train.text_files import read_text, write_text
 
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
@@ -114,7 +115,7 @@ def write(
     """``table.csv`` (full precision, every seed), ``.md``, ``.tex``, and the plot as ``.png`` and ``.pdf``."""
     from irpe_ops.visualize import save  # here: it imports PyTorch, and --help must not wait for it
 
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder, "-o")
     paths = [folder / name for name in NAMES]
     lines = [_full_precision(row, evaluations) for row in rows]
     out = csv.DictWriter(text := io.StringIO(newline=""), lines[0])

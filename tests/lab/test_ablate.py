@@ -424,3 +424,16 @@ def test_published_logs_replace_their_own_alone(place):
     with pytest.raises(SystemExit, match=r"logs/(table.md|log_none_seed0.txt): already there"):
         main(["grid.yaml", "-o", "out", "--table", "--logs", "logs"])
     assert log.read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-o", "grid.yaml/x"], r"-o grid\.yaml/x/none_seed0: cannot write there \(Not a directory\)"),
+        (["-o", "out", "--logs", "grid.yaml"], r"--logs grid\.yaml: cannot write there \(File exists\)"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_before_any_run(place, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        main(["grid.yaml", "--only", "none", *flags])
+    assert not (place / "trace.txt").exists()
