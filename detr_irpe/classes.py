@@ -26,7 +26,8 @@ def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: st
     """
     given = checkpoint.get("categories")
     if given is not None:
-        if not isinstance(given, dict) or not all(type(i) is int and isinstance(n, str) for i, n in given.items()):
+        named = isinstance(given, dict) and all(type(i) is int and isinstance(n, str) for i, n in given.items())
+        if not named or not all(0 <= i < 2**31 for i in given):
             raise BadCheckpoint(f"checkpoint {source}: its 'categories' are not names by category id")
         return given
     coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

@@ -68,5 +68,6 @@ def test_published_checkpoints_have_the_categories_of_coco():
     assert categories_of({}, {"detr.class_embed.bias": torch.zeros(12)}, source="x.pth") == {}
     with pytest.raises(BadCheckpoint, match="x.pth: its 'categories' are not names by category id"):
         categories_of({"categories": ["red"]}, weights, source="x.pth")
-    with pytest.raises(BadCheckpoint, match="x.pth: its 'categories' are not names by category id"):
-        categories_of({"categories": {True: "red"}}, weights, source="x.pth")
+    for wrong in ({True: "red"}, {-3: "red"}, {10**30: "red"}):
+        with pytest.raises(BadCheckpoint, match="x.pth: its 'categories' are not names by category id"):
+            categories_of({"categories": wrong}, weights, source="x.pth")
