@@ -29,10 +29,17 @@ find_config() {
     fail "no config $2. Known: $(cd "$ROOT/configs/$1" && ls -- *.yaml | sed 's/\.yaml$//' | tr '\n' ' ')"
 }
 
+count_gpus() {
+    if [[ -n "${GPUS:-}" ]]; then echo "$GPUS"
+    elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+    elif command -v nvidia-smi >/dev/null; then nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    else echo 0; fi
+}
+
 # set_launcher MODULE: LAUNCH becomes the command up to the flags of the package
 set_launcher() {
-    local gpus="${GPUS:-}" nodes="${NNODES:-1}"
-    [[ -n "$gpus" ]] || gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    local gpus nodes="${NNODES:-1}"
+    gpus="$(count_gpus)"
     [[ "$gpus" =~ ^[0-9]+$ ]] || fail "GPUS=$gpus is not a number"
     [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$nodes is not a number of nodes"
     ((gpus > 0)) || gpus=1

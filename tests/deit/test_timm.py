@@ -143,7 +143,7 @@ def test_timms_own_tools_train_validate_and_resume(colours, tmp_path):
 
 
 def test_the_documented_way_into_timms_scripts(tmp_path, monkeypatch, capsys):
-    code = re.search(r'python -c "(.*?)"', (REPOSITORY / "docs" / "evaluate.md").read_text())[1]
+    code = re.search(r'python -c "(import deit_irpe, .*?)"', (REPOSITORY / "docs" / "evaluate.md").read_text())[1]
     script = tmp_path / "validate.py"
     script.write_text("import sys, timm\nif __name__ == '__main__':\n    print(timm.is_model(sys.argv[2]), sys.argv)\n")
     monkeypatch.setattr(sys, "argv", ["-c", str(script), "--model", NAME])

@@ -54,7 +54,7 @@ def parsed(line):
     ],
 )
 def test_train_and_eval(tmp_path, script, config, module):
-    out = run(tmp_path, script, config, "--seed", "7", DATA="my data", GPUS="3")
+    out = run(tmp_path, script, config, "--seed", "7", DATA="my data", CUDA_VISIBLE_DEVICES="0,1,2")
     launcher, found, args = parsed(out)
     assert found == module and args.seed == 7
     assert launcher[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
