@@ -92,7 +92,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def writing(self, *names: str) -> Iterator[list[Path]]:
-        """Hidden paths to write to; they get these names at the end, so that a kill leaves none that is not listed."""
+        """Hidden paths to write to. They get these names, and are listed, once all are complete."""
         ends = [self.folder / name for name in names]
         parts = [end.with_name(f".part_{os.getpid()}_{i}{end.suffix}") for i, end in enumerate(ends)]
         try:
