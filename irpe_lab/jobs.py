@@ -43,11 +43,9 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
     Raises: RunError: the folder has results of another run.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
-    stored = known = read_json(job)
-    old = known.get("command")
-    if isinstance(old, list) and "--output_dir" in old[:-1]:
-        then_there, here = (json.dumps(str(path))[1:-1] for path in (old[old.index("--output_dir") + 1], folder))
-        known = json.loads(json.dumps(stored).replace(then_there, here))
+    stored = read_json(job)
+    old = stored.get("command")
+    known = _moved(stored, old[old.index("--output_dir") + 1], folder) if "--output_dir" in _words(old)[:-1] else stored
     if known.get("command") == command and written.is_file() and read_text(written) == flags:
         if known.get("then", {}) != (then or {}):
             (folder / "done.json").unlink(missing_ok=True)
@@ -61,6 +59,21 @@ def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[s
     writable_folder(folder, "-o")
     write_text(written, flags)
     write_text(job, json.dumps({"command": command, "then": then or {}}, indent=1) + "\n")
+
+
+def _words(command: object) -> list[str]:
+    """A command in ``job.json``, which others may have edited: empty if it is none."""
+    return command if isinstance(command, list) and all(isinstance(word, str) for word in command) else []
+
+
+def _moved(job: dict, there: str, here: Path) -> dict:
+    """The commands of ``job.json`` as if its folder, then at ``there``, had always been ``here``."""
+    then = job.get("then") if isinstance(job.get("then"), dict) else {}
+
+    def moved(command: object) -> list[str]:
+        return [word.replace(there, str(here)) for word in _words(command)]
+
+    return {"command": moved(job["command"]), "then": {name: moved(command) for name, command in then.items()}}
 
 
 def done(folder: Path) -> dict | None:

@@ -389,9 +389,16 @@ def test_other_results_are_refused_early(tmp_path):
         jobs.prepare(tmp_path, ["c"], "lr: 1\n")
     with pytest.raises(RunError, match="holds the results of other flags"):
         jobs.prepare(tmp_path, ["b"], "lr: 2\n")
-    (tmp_path / "job.json").write_text('{"command": 3}')
-    with pytest.raises(RunError, match="another command .3."):
-        jobs.prepare(tmp_path, ["b"], "lr: 1\n")
+    for edited in (
+        3,
+        ["p", "--output_dir", ""],
+        ["p", "--output_dir", ":"],
+        ["p", "--output_dir", 5],
+        ["--output_dir"],
+    ):
+        (tmp_path / "job.json").write_text(json.dumps({"command": edited, "then": {"at 288": edited}}))
+        with pytest.raises(RunError, match="holds the results of another command"):
+            jobs.prepare(tmp_path, ["q", "--output_dir", str(tmp_path)], "lr: 1\n")
     assert (tmp_path / "flags.yaml").read_text() == "lr: 1\n"
 
 
