@@ -39,7 +39,7 @@ Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are [x0, y0, x1, y1]
 and names of the data set the checkpoint was trained on. A photograph is rotated by its EXIF orientation, as people see
 it, and "frame" in the JSON says so. --annotations draws the ground truth beside the prediction, in the frame of its
 height and width. --attention adds DIR/NAME_attention.png, the last encoder layer's attention at chosen points, and,
-as --tables does without images, DIR/encodings.png, what the encodings learned for each offset.
+as --tables does without images, DIR/tables.png, what the encodings learned for each offset.
 """
 
 

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
     results = [name + suffix for name in names.values() for suffix in suffixes]
     out = OutputFolder(args.out, names)
-    out.refuse_to_replace(results + (["encodings.png"] if args.tables or args.attention else []))
+    out.refuse_to_replace(results + (["tables.png"] if args.tables or args.attention else []))
     detector = Detector(args.resume, choose_device(args.device))
     if args.attention:
         if not len(detector.encoder.layers):
@@ -53,9 +53,9 @@ def main(args: argparse.Namespace) -> None:
     truth = Truth(args.annotations, detector.names) if args.annotations else None
     numbers = {image: truth.number_of(image) if truth else None for image in names}
     if with_tables:
-        with out.writing("encodings.png") as (file,):
+        with out.writing("tables.png") as (file,):
             save(draw_tables(detector.encoder, REACH, REACH), file)
-        logger.info(f"encodings.png is in {args.out}")
+        logger.info(f"tables.png is in {args.out}")
 
     unreadable = []
     for path, number in numbers.items():

@@ -80,7 +80,7 @@ def test_attention_and_encodings(tmp_path, photo):
     resume = write_checkpoint(tmp_path / "x.pth")
     predict(photo, "--resume", resume, "--out", tmp_path / "out", "--attention", "--point", "5,5", "--point", "59,39")
     assert Image.open(tmp_path / "out" / "photo_attention.png").height > 100
-    assert Image.open(tmp_path / "out" / "encodings.png").height > 100
+    assert Image.open(tmp_path / "out" / "tables.png").height > 100
     predict(photo, "--resume", resume, "--out", tmp_path / "own", "--attention", "--threshold", "1")  # no detection
     assert (tmp_path / "own" / "photo_attention.png").exists()
     with pytest.raises(BadData, match=r"photo.jpg: --point 60,0 is outside the image of 60 x 40 pixels"):
@@ -101,8 +101,8 @@ def test_images_of_one_name_are_distinguished_by_their_folders(tmp_path, photo):
 
 def test_tables_need_no_image(tmp_path, capsys):
     predict("--tables", "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").glob("[!.]*")] == ["encodings.png"]
-    assert f"encodings.png is in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "out").glob("[!.]*")] == ["tables.png"]
+    assert f"tables.png is in {tmp_path / 'out'}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="name images, or give --tables"):
         predict("--resume", tmp_path / "x.pth", "--out", tmp_path / "out")
 
@@ -145,7 +145,7 @@ def test_what_cannot_be_predicted(tmp_path, photo):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(BadData, match="1 of 1 images could not be predicted: .*text.png: this image cannot be read"):
         predict(tmp_path / "text.png", "--resume", resume, "--out", tmp_path / "out")
-    for name, flag in (("encodings.png", "--tables"), ("photo_attention.png", "--attention")):
+    for name, flag in (("tables.png", "--tables"), ("photo_attention.png", "--attention")):
         with pytest.raises(RunError, match=f"two results would be called {name}"):
             predict(photo, tmp_path / "a" / name, "--resume", resume, "--out", tmp_path / "out", flag)
     with pytest.raises(ValueError, match="--attention: .*no_encoder.pth has no encoder layer to inspect"):
@@ -303,7 +303,7 @@ def test_a_point_outside_of_one_image_does_not_cost_the_others(tmp_path, photo):
     with pytest.raises(BadData, match="1 of 2 .*a_small.png: --point 50,30 is outside the image of 20 x 20"):
         predict(tmp_path, *flags, "--attention")
     written = {path.name for path in (tmp_path / "out").iterdir()} - {".written_by_predict"}
-    assert written == {"encodings.png", "photo.png", "photo.json", "photo_attention.png"}
+    assert written == {"tables.png", "photo.png", "photo.json", "photo_attention.png"}
 
 
 def test_a_folder_stands_for_its_images(tmp_path, photo):
