@@ -163,6 +163,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--no-train-mode averages the two heads that --distillation-type needs separately; give one")
     if args.eval_ema and not (args.model_ema or args.eval):
         raise ValueError("--eval-ema evaluates the moving average, and --no-model-ema switches it off")
+    if args.eval_ema and args.eval and not args.resume:
+        raise ValueError("--eval --eval-ema evaluates the moving average in a checkpoint; name it with --resume")
     if args.eval_ema and args.model_ema_force_cpu and not args.eval:
         raise ValueError("--eval-ema needs the moving average beside the model; leave out --model-ema-force-cpu")
     if args.pretrained and args.finetune:

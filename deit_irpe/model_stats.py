@@ -56,6 +56,8 @@ def _macs(model: VisionTransformer) -> int:
     total += sum(head.out_features * (width + 1) for head in heads if isinstance(head, torch.nn.Linear))
     for block in model.blocks:
         attn = block.attn
+        if attn.qkv.out_features != 3 * attn.num_heads * attn.head_dim:
+            raise AttributeError(type(attn).__name__)
         for layer in (attn.qkv, attn.proj, block.mlp.fc1, block.mlp.fc2):
             total += tokens * layer.out_features * (layer.in_features + 1)
         total += tokens * width + attn.num_heads * tokens * tokens * (2 * attn.head_dim + 1)

@@ -24,6 +24,7 @@ from irpe_train.errors import BadData
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, files_of, read_image
+from irpe_train.text_files import read_text
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
@@ -99,6 +100,10 @@ def main(args: argparse.Namespace) -> None:
         for point in points:
             draw_attention(classifier, image, point, name, out)
     if predictions:
+        if (before := args.out / "predictions.json").exists():  # of an earlier prediction, whose pictures stay too
+            again = {os.path.abspath(entry["image"]) for entry in predictions}
+            kept = [entry for entry in json.loads(read_text(before)) if os.path.abspath(entry["image"]) not in again]
+            predictions = kept + predictions
         with out.writing("predictions.json") as (file,):
             file.write_text(json.dumps(predictions, indent=1) + "\n")
     if predictions or tables:

@@ -115,9 +115,12 @@ class Checkpoints:
         log_details(self.folder)
 
     def _name_again(self, found: Checkpoint) -> None:
-        """Give the checkpoint its further names, such as ``best.pth``, if the run died before naming it."""
+        """Give the checkpoint its further names, such as ``best.pth``, if the run died before naming it.
+
+        A previous one that is fallen back to replaces the damaged one, which would else replace it at the next save.
+        """
         names = found.contents.get("progress", {}).get("also", [])
-        for name in names if isinstance(names, list) else []:
+        for name in [self.NAME, *(names if isinstance(names, list) else [])]:
             path = self.folder / str(name)
             inside = path.parent == self.folder and path.suffix == ".pth"
             if inside and not (path.exists() and path.samefile(found.source)):

@@ -91,6 +91,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
             "--no-train-mode averages the two heads",
         ),
         (("--eval-ema", "--no-model-ema"), "--no-model-ema switches it off"),
+        (("--eval", "--eval-ema", "--finetune", "x.pth"), "evaluates the moving average in a checkpoint"),
         (("--resume", "absent.pth"), "absent.pth: no such file"),
         (("--finetune", "absent.pth"), "absent.pth: no such file"),
         (("--pretrained", "--finetune", "x.pth"), "give one"),

@@ -143,6 +143,14 @@ def test_one_bad_image_costs_the_others_nothing(checkpoint, tmp_path):
     ]
 
 
+def test_a_second_prediction_adds_to_the_first(checkpoint, tmp_path):
+    write_images(tmp_path, {"one": 2, "two": 3})
+    predict(tmp_path, tmp_path / "one", "--resume", checkpoint)
+    predict(tmp_path, tmp_path / "two/2.png", tmp_path / "one/1.png", "--resume", checkpoint)
+    images = [one["image"] for one in json.loads((tmp_path / "out/predictions.json").read_text())]
+    assert images == [str(tmp_path / name) for name in ("one/0.png", "two/2.png", "one/1.png")]
+
+
 def test_names_with_dollars_and_other_letters(checkpoint, tmp_path):
     write_images(tmp_path, {"images": 1})
     (tmp_path / "images/0.png").rename(tmp_path / "images/$5_$10_{é.png")

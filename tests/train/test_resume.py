@@ -248,6 +248,18 @@ def test_auto_falls_back_to_the_checkpoint_before(tmp_path):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_a_kill_after_the_fall_back_leaves_the_good_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    tiny(folder, "--epochs", "2")
+    (folder / "checkpoint.pth").unlink()  # which is best.pth too
+    (folder / "checkpoint.pth").write_bytes(b"damaged")
+    checkpoints = Checkpoints(folder, tiny_run.KEYS)
+    good = checkpoints.open("auto").contents
+    checkpoint.write_checkpoint(good, folder / "checkpoint.pth", previous=folder / "checkpoint_previous.pth")
+    (folder / "checkpoint.pth").unlink()  # as a kill between the two renames
+    assert checkpoints.open("auto").source.endswith("checkpoint_previous.pth")
+
+
 def test_auto_does_not_restart_over_two_bad_checkpoints(tmp_path):
     tiny(tmp_path / "run", "--epochs", "1")
     for name in ("checkpoint.pth", "checkpoint_previous.pth"):
