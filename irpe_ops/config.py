@@ -96,7 +96,8 @@ class RPEConfig:
     @property
     def spec(self) -> str:
         """The spec string that names this config (``skip`` is not part of it)."""
-        return f"rpe-{self.ratio:.12g}-{self.method}-{self.mode}-{int(self.shared_head)}-{self.rpe_on}"
+        ratio = repr(self.ratio).removesuffix(".0")
+        return f"rpe-{ratio}-{self.method}-{self.mode}-{int(self.shared_head)}-{self.rpe_on}"
 
 
 get_rpe_config = RPEConfig  # under its published name

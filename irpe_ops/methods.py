@@ -138,7 +138,7 @@ def find_method(name: object) -> str:
 
 def maps_of(method: str) -> dict[str, BucketMap]:
     """The maps of a known method by name: one, or one for each part."""
-    row = METHODS[method]
+    row = METHODS.get(method) or METHODS[find_method(method)]  # a config may be unpickled
     return {method: row} if isinstance(row, BucketMap) else {f"{method}_{part}": one for part, one in row.items()}
 
 
@@ -161,7 +161,7 @@ def bucket_map_named(name: str) -> BucketMap:
     if isinstance(row, BucketMap):
         return row
     method, _, part = name.rpartition("_")
-    return METHODS[method][part]
+    return METHODS[method][part] if method in METHODS else bucket_map_named(find_map(name))  # of an unpickled model
 
 
 def _map_names() -> list[str]:

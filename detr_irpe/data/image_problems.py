@@ -72,6 +72,10 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allo
     other_size = Problem("segment images of another size than their image")
     unlisted = Problem("segment images with ids that 'segments_info' does not list")
     absent = Problem("segments that 'segments_info' lists but no pixel has")
+    known, sizes = dataset.annotations, {}
+    if known is not None:
+        sizes = dict(zip(known.image_ids.tolist(), known.sizes.tolist(), strict=True))
+    scored_size = Problem(f"images of another size in {known and known.path.name}, by which boxes are scored")
     for index in looked_at:
         name = dataset.segment_images.name(index)
         try:
@@ -82,10 +86,13 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allo
             continue
         if ids.shape != (image.height, image.width):
             other_size.add(f"{name} is {ids.shape[0]} x {ids.shape[1]}, not {image.height} x {image.width}")
+        scored = sizes.get(int(dataset.image_ids[index]), [0, 0])
+        if 0 not in scored and scored != list(ids.shape):
+            scored_size.add(f"{name} is {ids.shape[0]} x {ids.shape[1]}, annotated {scored[0]} x {scored[1]} there")
         seen, listed = set(np.unique(ids).tolist()) - {0}, {segment["id"] for segment in segments}
         absent.allowed += MOST * len(listed)
         for segment_id in sorted(listed - seen):
             absent.add(f"{segment_id} of {name}")
         if seen - listed:
             unlisted.add(name)
-    return [unreadable, other_size, unlisted, absent]
+    return [unreadable, other_size, scored_size, unlisted, absent]

@@ -77,6 +77,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         """As `nn.MultiheadAttention`, for batches. Raises: ValueError: for cross-attention, which has no grid."""
         if query is not key or key is not value or query.dim() != 3:
             raise ValueError("equipped attention: query, key and value must be one batch of tokens of one grid")
+        if is_causal and attn_mask is None:  # as in nn.MultiheadAttention, it is a hint about the mask
+            raise ValueError("equipped attention: is_causal without a mask masks nothing; give the causal mask too")
         x = query if self.batch_first else query.transpose(0, 1)  # (B, L, C)
         batch, length, _ = x.shape
         height, width = self.grid.of(length) if self.grid.by_length else (None, None)

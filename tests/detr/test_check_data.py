@@ -168,6 +168,10 @@ def grey_segments(root):
             lambda root: edit_annotations(root, "val2017", lambda c: [i.pop("height") for i in c["images"]]),
             "instances_val2017.json: images without height and width; --masks needs them: 5",
         ),
+        (
+            lambda root: edit_annotations(root, "val2017", lambda c: c["images"][2].update(height=80, width=112)),
+            r"images of another size in instances_val2017.json, .*: 1 \(.*102.png is 40 x 56, annotated 80 x 112",
+        ),
     ],
 )
 def test_the_boxes_that_score_a_panoptic_set_are_looked_at_too(tmp_path, capsys, change, words):

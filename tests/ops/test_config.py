@@ -19,7 +19,7 @@ def test_spec_and_arguments_name_the_same_config():
 
 
 @pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
-@pytest.mark.parametrize("ratio", ["1.9", "20", "2.0", "1e1", "5e-1"])
+@pytest.mark.parametrize("ratio", ["1.9", "20", "2.0", "1e1", "5e-1", "3.3333333333333335"])
 def test_spec_round_trip(rpe_on, ratio):
     config = parse_rpe_spec(f"rpe-{ratio}-cross-ctx-1-{rpe_on}")
     assert parse_rpe_spec(config.spec) == config

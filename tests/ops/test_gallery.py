@@ -218,6 +218,8 @@ def test_an_encoder_on_grids_of_one_length():
     assert weights.shape == (2, 12, 12) and torch.allclose(weights.sum(-1), torch.ones(()))
     with pytest.raises(ValueError, match="query, key and value must be one batch of tokens of one grid"):
         layer(x, x.clone(), x)
+    with pytest.raises(ValueError, match="is_causal without a mask masks nothing; give the causal mask too"):
+        model(x, is_causal=True)
 
 
 def test_padding_in_detr_is_invisible():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 import subprocess
 
@@ -191,6 +192,17 @@ def run(code, folder, **environment):
         [quick_programs() / "python", "-c", code], cwd=folder, env=os.environ | environment,
         capture_output=True, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_was_unpickled_finds_its_method_in_the_module_that_the_environment_names(tmp_path):
+    config = parse_rpe_spec("rpe-1.9-ring-ctx-1-k")
+    (tmp_path / "both").write_bytes(pickle.dumps((config, build_rpe(config, 8, 2)[1])))
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    read = "import pickle, torch, irpe_ops; config, rpe = pickle.load(open('both', 'rb')); "
+    for code in ("rpe(torch.zeros(1, 2, 9, 8))", "irpe_ops.build_rpe(config, 8, 2)"):
+        assert run(read + code, tmp_path, IRPE_PLUGINS="mine").returncode == 0
+        assert "unknown method 'ring'; expected one of" in run(read + code, tmp_path, IRPE_PLUGINS="").stderr
 
 
 def test_a_program_imports_the_modules_that_the_environment_names(tmp_path):
