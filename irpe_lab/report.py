@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from irpe_lab.console_log import read_detail, read_log
-from irpe_lab.figures import BY_SIZE, TASKS, Figure, Task
+from irpe_lab.figures import DETAILS, TASKS, Figure, Task
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT, read_yaml
 from irpe_train.errors import BadData, RunError
@@ -95,9 +95,9 @@ class Report:
     def published_and_here(self, task: Task, short: bool = False) -> str:
         """One row per published model with its weights; each figure in two columns, "published" and "here".
 
-        ``short``: models are named by their configs, and AP by size is left out.
+        ``short``: models are named by their configs, and details are left out.
         """
-        figures = [figure for figure in task.figures if not (short and figure.name in BY_SIZE)]
+        figures = [figure for figure in task.figures if not (short and figure.name in DETAILS)]
         titles = ["config" if short else "model (links to its config)", "weights"]
         titles += [f"{figure.title}, {whose}" for figure in figures for whose in ("published", "here")]
         body = []
