@@ -44,28 +44,20 @@ class Ablation:
         zoo = read_zoo() if grid.published else None
         self._published = {run: zoo.find(name).expect[grid.task.main] for run, name in grid.published.items()}
 
-    def command(self, run: str, seed: int, processes: int = 1) -> list[str]:
-        """The command line of a run, without the interpreter."""
-        folder = self.folders[run, seed]
-        return [*self._start(folder, seed, processes), "--output_dir", str(folder), "--resume", "auto"]
-
-    def evaluations(self, run: str, seed: int, processes: int = 1) -> dict[str, list[str]]:
-        """The command lines of its evaluations, by name."""
-        folder = self.folders[run, seed]
-        trained = ["--eval", "--resume", str(folder / "checkpoint.pth"), "--output_dir", ""]
-        start = self._start(folder, seed, processes)
-        return {name: [*start, *flags, *trained] for name, flags in self.grid.evaluations.items()}
-
-    def _start(self, folder: Path, seed: int, processes: int) -> list[str]:
+    def commands(self, seed: int, processes: int = 1) -> tuple[list[str], dict[str, list[str]]]:
+        """The command line of a run, and those of its evaluations by name; without the interpreter, see `jobs`."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        module = ["-m", self.grid.task.package, "--config", str(folder / "flags.yaml"), "--seed", str(seed)]
-        return [*(torchrun if processes > 1 else []), *module]
+        start = torchrun if processes > 1 else []
+        start += ["-m", self.grid.task.package, "--config", f"{jobs.FOLDER}/flags.yaml", "--seed", str(seed)]
+        trained = ["--eval", "--resume", f"{jobs.FOLDER}/checkpoint.pth", "--output_dir", ""]
+        evaluations = {name: [*start, *flags, *trained] for name, flags in self.grid.evaluations.items()}
+        return [*start, "--output_dir", jobs.FOLDER, "--resume", "auto"], evaluations
 
     def prepare(self, processes: int = 1) -> None:
         """Write the files of every run. Raises: RunError: a folder has results of another run."""
         for (run, seed), folder in self.folders.items():
-            then = self.evaluations(run, seed, processes)
-            jobs.prepare(folder, self.command(run, seed, processes), self._written(run), then)
+            command, then = self.commands(seed, processes)
+            jobs.prepare(folder, command, self._written(run), then)
 
     def rows(self) -> list[Row]:
         """The table, as far as results are on disk."""
@@ -84,9 +76,10 @@ class Ablation:
         folder = self.folders[run, seed]
         if folder in self._finished:
             return self._finished[folder]
-        then, now = jobs.read_json(folder / "job.json").get("then"), self.evaluations(run, seed)
-        old = {name: _flags_in(command) for name, command in then.items()} if isinstance(then, dict) else {}
-        same = tuple(name for name in now if old.get(name) in (None, _flags_in(now[name])))
+        then, now = jobs.read_json(folder / "job.json").get("then"), self.commands(seed)[1]
+        old = {name: str(command) for name, command in then.items()} if isinstance(then, dict) else {}
+        # Its command ends alike however many processes it has.
+        same = tuple(name for name, command in now.items() if name not in old or old[name].endswith(str(command)[1:]))
         outcome = read_outcome(folder, self.grid.task.figure, same)
         if outcome.state != "done":
             return outcome
@@ -153,11 +146,6 @@ class Ablation:
                 shutil.copyfile(path, logs / name)
 
 
-def _flags_in(command: object) -> list[str]:
-    """The flags of an evaluation in its command line, wherever its folder is and however many processes it has."""
-    return command[command.index("--seed") : -3] if isinstance(command, list) and "--seed" in command else []
-
-
 def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:
     """Which GPUs each concurrent run sees; without GPUs, ``jobs_at_once`` runs share the CPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -210,10 +198,10 @@ def main(argv: list[str] | None = None) -> int:
         ablation = Ablation(grid, args.output or Path("outputs/ablation") / grid.name)
         if args.dry_run:
             ablation.prepare(args.gpus_per_run)
-            for run, seed in ablation.folders:
-                then = ablation.evaluations(run, seed, args.gpus_per_run)
-                for command in (ablation.command(run, seed, args.gpus_per_run), *then.values()):
-                    print(shlex.join([sys.executable, *command]))
+            for (_, seed), folder in ablation.folders.items():
+                command, then = ablation.commands(seed, args.gpus_per_run)
+                for one in (command, *then.values()):
+                    print(shlex.join([sys.executable, *jobs.in_folder(one, folder)]))
             return 0
         ablation.refuse_to_replace(args.logs)
         if not args.table:

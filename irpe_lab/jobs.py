@@ -32,48 +32,38 @@ from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
 
 BUSY = 3  # exit status of a worker that found another one running
+FOLDER = "<folder>"  # in a command: the run's own folder
 
 
 def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[str]] | None = None) -> None:
     """Write ``flags.yaml`` and ``job.json``.
 
-    Args: then: evaluations by name, to be run after ``command``. If they have changed, a finished run starts again:
-        it resumes at its end, and evaluates.
-    The folder may have been moved, or given relative to another one.
+    Args:
+        command: without the interpreter; `FOLDER` stands for the folder, which may be moved between two tries.
+        then: evaluations by name, to be run after ``command``. If they have changed, a finished run starts again: it
+            resumes at its end, and evaluates.
     Raises: RunError: the folder has results of another run.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
-    stored = read_json(job)
-    old = stored.get("command")
-    known = _moved(stored, old[old.index("--output_dir") + 1], folder) if "--output_dir" in _words(old)[:-1] else stored
-    if known.get("command") == command and written.is_file() and read_text(written) == flags:
-        if known.get("then", {}) != (then or {}):
+    known, wanted = read_json(job), {"command": command, "then": then or {}}
+    old = known.get("command")
+    if old == command and written.is_file() and read_text(written) == flags:
+        if known.get("then") != wanted["then"]:
             (folder / "done.json").unlink(missing_ok=True)
-        if stored != (new := known | {"then": then or {}}):
-            write_text(job, json.dumps(new, indent=1) + "\n")
+            write_text(job, json.dumps(known | wanted, indent=1) + "\n")
         return
     if done(folder) or (folder / "log.txt").exists():
         shown = " ".join(map(str, old)) if isinstance(old, list) else old
-        other = "other flags (see its flags.yaml)" if known.get("command") == command else f"another command ({shown})"
+        other = "other flags (see its flags.yaml)" if old == command else f"another command ({shown})"
         raise RunError(f"{folder} holds the results of {other}. Choose another folder (-o), or delete this one.")
     writable_folder(folder, "-o")
     write_text(written, flags)
-    write_text(job, json.dumps({"command": command, "then": then or {}}, indent=1) + "\n")
+    write_text(job, json.dumps(wanted, indent=1) + "\n")
 
 
-def _words(command: object) -> list[str]:
-    """A command in ``job.json``, which others may have edited: empty if it is none."""
-    return command if isinstance(command, list) and all(isinstance(word, str) for word in command) else []
-
-
-def _moved(job: dict, there: str, here: Path) -> dict:
-    """The commands of ``job.json`` as if its folder, then at ``there``, had always been ``here``."""
-    then = job.get("then") if isinstance(job.get("then"), dict) else {}
-
-    def moved(command: object) -> list[str]:
-        return [word.replace(there, str(here)) for word in _words(command)]
-
-    return {"command": moved(job["command"]), "then": {name: moved(command) for name, command in then.items()}}
+def in_folder(command: list[str], folder: Path) -> list[str]:
+    """``command`` with the folder in place of `FOLDER`."""
+    return [word.replace(FOLDER, str(folder)) for word in command]
 
 
 def done(folder: Path) -> dict | None:
@@ -119,13 +109,13 @@ def work(folder: Path) -> int:
             return 0
         (folder / "done.json").unlink(missing_ok=True)
         job, began = read_json(folder / "job.json"), time.monotonic()
-        status, stopped = _run(job["command"], folder / "detail.log", lock)
+        status, stopped = _run(in_folder(job["command"], folder), folder / "detail.log", lock)
         reason = None if status == 0 else last_words(folder / "detail.log")
         for name, command in job.get("then", {}).items():
             if status == 0 and not stopped:
                 console = evaluation_log(folder, name)
                 console.unlink(missing_ok=True)
-                status, stopped = _run(command, console, lock)
+                status, stopped = _run(in_folder(command, folder), console, lock)
                 reason = None if status == 0 else f"{name}: {last_words(console)}"
         job["seconds"] = job.get("seconds", 0) + time.monotonic() - began
         write_text(folder / "job.json", json.dumps(job, indent=1) + "\n")

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deit_irpe.args import get_args_parser
-from irpe_lab import ablate
+from irpe_lab import ablate, jobs
 from irpe_lab.grid import expand, read_grid, slug
 from irpe_train.config import ROOT, ConfigError, parse_args
 
@@ -198,8 +198,8 @@ def test_any_file_makes_runs_or_one_message(tmp_path_factory, text):
         grid = read_grid(folder / "grid.yaml")
         ablation = ablate.Ablation(grid, folder / "out")
         ablation.prepare()
-        for (run, seed), _ in itertools.islice(ablation.folders.items(), 5):
-            command = ablation.command(run, seed)
+        for (run, seed), run_folder in itertools.islice(ablation.folders.items(), 5):
+            command = jobs.in_folder(ablation.commands(seed)[0], run_folder)
             args = parse_args(get_args_parser(), command[command.index("--config") :])
             assert vars(args) == vars(parse_args(get_args_parser(), grid.flags(run))) | {
                 "config": args.config,
