@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelled images in class folders, or listed by iNaturalist's annotations."""
 
-import contextlib
 import json
 import os
 import unicodedata
@@ -178,16 +177,20 @@ class INatImages(LabelledImages):
 
     def __init__(self, root: Path, train: bool, year: int, category: str, transform=None):
         ranks, trained = _read_json(root / "categories.json"), root / f"train{year}.json"
-        numbers: dict[str, int] = {}
-        for annotation in _listed(trained, "annotations"):
-            with _named(trained, annotation):
-                numbers.setdefault(ranks[_index(annotation["category_id"])][category], len(numbers))
-        names, labels, file = [], [], root / f"{'train' if train else 'val'}{year}.json"
-        for image in _listed(file, "images"):
-            with _named(file, image):
-                top, _, category_id, name = image["file_name"].split("/")  # train_val2018/Birds/1234/x.jpg
+        annotations = _listed(trained, "annotations")
+        listed = root / f"{'train' if train else 'val'}{year}.json"
+        images = _listed(listed, "images")
+        names, labels, numbers, file = [], [], {}, trained
+        try:
+            for entry in annotations:
+                numbers.setdefault(ranks[_index(entry["category_id"])][category], len(numbers))
+            file = listed
+            for entry in images:
+                top, _, category_id, name = entry["file_name"].split("/")  # train_val2018/Birds/1234/x.jpg
                 names.append(str(root / top / category_id / name))  # the published layout has no folder for Birds
                 labels.append(numbers[ranks[_index(category_id)][category]])
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: {str(entry)[:200]}: not in iNaturalist's format ({error!r})") from error
         super().__init__(list(numbers), names, labels, transform)
 
 
@@ -206,14 +209,6 @@ def _listed(file: Path, key: str) -> list:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: no list {key!r}, or nothing in it")
     return entries
-
-
-@contextlib.contextmanager
-def _named(file: Path, entry):
-    try:
-        yield
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: {str(entry)[:200]}: not in iNaturalist's format ({error!r})") from error
 
 
 def _index(category_id: int | str) -> int:

@@ -4,6 +4,7 @@
 import os
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -116,21 +117,13 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
 
     As in WebDataset, the key includes the folder and ends at the first dot of the file name.
     """
-    current, members = "", {}
-    for member in tar_members(file):
-        if not member.isreg():
-            continue
-        path = PurePosixPath(member.name)
-        if is_hidden(path.parts):  # macOS packs ._x.jpg with x.jpg
-            continue
-        stem, _, extension = path.name.partition(".")
-        key = str(path.with_name(stem))
-        if key != current and members:
-            yield current, members
-            members = {}
-        current, extension = key, extension.lower()
-        if extension in members:
-            raise ValueError(f"{file}: sample {key!r} has two .{extension}; pack it again with one of each")
-        members[extension] = member.offset_data, member.size
-    if members:
-        yield current, members
+    files = ((PurePosixPath(member.name), member) for member in tar_members(file) if member.isreg())
+    seen = ((path, member) for path, member in files if not is_hidden(path.parts))  # macOS packs ._x.jpg with x.jpg
+    for key, sample in groupby(seen, lambda one: str(one[0].with_name(one[0].name.partition(".")[0]))):
+        members: dict[str, tuple[int, int]] = {}
+        for path, member in sample:
+            extension = path.name.partition(".")[2].lower()
+            if extension in members:
+                raise ValueError(f"{file}: sample {key!r} has two .{extension}; pack it again with one of each")
+            members[extension] = member.offset_data, member.size
+        yield key, members

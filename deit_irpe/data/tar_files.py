@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uncompressed tar files, read in place: every member is checked before the first one is used."""
 
-import contextlib
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,44 +27,32 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
         points outside the archive; two members have the same name. Names archive and member.
     """
     where = f"{file}: {name}" if inside else str(file)
-    with (
-        _readable(where),
-        tarfile.open(file, "r:") if inside is None else tarfile.open(fileobj=inside, mode="r:") as tar,
-    ):
-        seen, last = set(), "at its start"
-        if not tar.offset:  # no members: tarfile of Python 3.10 would look for the next one before the start
-            tar.fileobj.seek(0)
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile keeps them all
-            path = str(PurePosixPath(member.name))
-            if problem := _problem(member, path):
-                raise _Refused(f"{path!r} {problem}")
-            if path in seen:
-                raise _Refused(f"two members are called {path!r}; pack it again with one of each")
-            if member.isreg():
-                seen.add(path)
-            last = f"after {path!r}"
-            yield member
-        tar.fileobj.seek(tar.offset)
-        if len(marker := tar.fileobj.read(BLOCK)) < BLOCK:
-            raise _Refused(f"it was cut {last}: the end marker of a tar file is missing; copy it again")
-        if any(marker):
-            raise _Refused(f"damaged {last}: neither the header of a member nor the end marker; copy it again")
-        while rest := tar.fileobj.read(2**20):
-            if any(rest):
-                raise _Refused(f"it continues after its end marker ({last}): pack everything in one archive")
-
-
-class _Refused(tarfile.TarError):
-    """A problem of an archive that tarfile would read."""
-
-
-@contextlib.contextmanager
-def _readable(where: str):
     try:
-        yield
-    except _Refused as error:
-        raise ValueError(f"{where}: {error}") from error
+        with tarfile.open(None if inside else file, "r:", inside) as tar:
+            seen, last = set(), "at its start"
+            if not tar.offset:  # no members: tarfile of Python 3.10 would look for the next one before the start
+                tar.fileobj.seek(0)
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile keeps them all
+                path = str(PurePosixPath(member.name))
+                if problem := _problem(member, path):
+                    raise ValueError(f"{where}: {path!r} {problem}")
+                if path in seen:
+                    raise ValueError(f"{where}: two members are called {path!r}; pack it again with one of each")
+                if member.isreg():
+                    seen.add(path)
+                last = f"after {path!r}"
+                yield member
+            tar.fileobj.seek(tar.offset)
+            if len(marker := tar.fileobj.read(BLOCK)) < BLOCK:
+                raise ValueError(f"{where}: it was cut {last}: the end marker of a tar file is missing; copy it again")
+            if any(marker):
+                wanted = "neither the header of a member nor the end marker"
+                raise ValueError(f"{where}: damaged {last}: {wanted}; copy it again")
+            while rest := tar.fileobj.read(2**20):
+                if any(rest):
+                    also = f"it continues after its end marker ({last})"
+                    raise ValueError(f"{where}: {also}: pack everything in one archive")
     except (tarfile.TarError, EOFError, OverflowError, RecursionError, UnicodeError) as error:
         raise ValueError(f"{where}: not an uncompressed tar file, or damaged ({error})") from error
 
