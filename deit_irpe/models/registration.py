@@ -81,7 +81,7 @@ def create_model(
     if checkpoint_path is not None:
         load_matching(model, read_weights(checkpoint_path), source=checkpoint_path)
     if wanted_features is not None:
-        with _named(name):
+        with _named(name, {"out_indices": wanted_features}):
             model = FeatureGetterNet(model, wanted_features)
         model.pretrained_cfg = model.default_cfg = config
     return model
@@ -112,7 +112,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     fixed = timm_kwargs.get("pos_embed") == "sincos"
     if fixed:
         timm_kwargs = timm_kwargs | {"pos_embed": "learn"}
-    with _named(name):
+    with _named(name, size | timm_kwargs):
         model = _build(base, pretrained, size | timm_kwargs)
     if hasattr(model, "blocks") and not len(model.blocks):
         raise ValueError(f"model {name!r}: depth=0 leaves no block")
@@ -130,13 +130,16 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _named(name: str):
+def _named(name: str, arguments: dict):
     try:
         yield
     except (UnknownArgument, OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # what timm's models raise for sizes that do not fit: AssertionError, ...
-        raise ValueError(f"model {name!r} cannot be built with these arguments: {in_one_line(error)}") from error
+        given = ", ".join(f"{key}={value!r:.50}" for key, value in arguments.items())
+        raise ValueError(
+            f"model {name!r} cannot be built with these arguments ({given}): {in_one_line(error)}"
+        ) from error
 
 
 def _fix_positions(model: VisionTransformer) -> None:
@@ -149,18 +152,22 @@ def _fix_positions(model: VisionTransformer) -> None:
 
 
 def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
-    """timm's model; ``img_size`` is dropped if it is not an argument, and one forward pass checks that size."""
+    """timm's model; ``img_size`` is dropped if it is not an argument. One forward pass checks that size: only Vision
+    Transformers refuse at once what they cannot take.
+    """
+    size = timm_kwargs.get("img_size")
     try:
-        return timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **timm_kwargs)
     except TypeError as error:
         found = re.search(r"unexpected keyword argument(?:\(s\))?\W+(\w+)", str(error))
         argument = found and found[1]
         if argument != "img_size":
             raise UnknownArgument(f"model {name!r}: {in_one_line(error)}", argument) from error
-    size = timm_kwargs.pop("img_size")
-    model = _build(name, pretrained, timm_kwargs).eval()
-    with torch.no_grad():
-        model(torch.zeros(1, timm_kwargs.get("in_chans", 3), *(size if isinstance(size, tuple) else (size, size))))
+        model = _build(name, pretrained, {key: value for key, value in timm_kwargs.items() if key != "img_size"})
+    if size is not None and not isinstance(model, (VisionTransformer, Eva)):
+        with torch.no_grad():
+            sides = size if isinstance(size, (tuple, list)) else (size, size)
+            model.eval()(torch.zeros(1, timm_kwargs.get("in_chans", 3), *sides))
     return model.train()
 
 
