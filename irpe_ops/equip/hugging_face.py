@@ -43,6 +43,8 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
         raise ValueError(f"equip: {type(model).__name__} of transformers is not known here; {known}")
     if any(hasattr(module, "rpe_k") for module in model.modules()):
         raise ValueError("equip: this model has iRPE already; equip a fresh model")
+    if sum(type(module).__name__.removesuffix("Embeddings") in _VITS for module in model.modules()) > 1:
+        raise ValueError(f"equip: {type(model).__name__} holds several vision transformers; equip each by itself")
     # Encoders, and of each the module that is given its image or map, and the size of its patches.
     layer, attention, skip = f"{family}EncoderLayer", f"{family}SelfAttention", 0
     if family in _VITS:
@@ -79,6 +81,7 @@ def _add_to_layers(
         grid.follow(layer)
         heads = attention.o_proj.in_features // attention.head_dim
         add_encodings(attention, attention.o_proj.weight, build_rpe(config, attention.head_dim, heads), grid, backend)
+        attention.config._attn_implementation = {"": "irpe"}  # of a ViT within another model, it is not the model's
         attention.register_forward_pre_hook(_refuse_other_attention)
 
 

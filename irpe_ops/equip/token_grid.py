@@ -105,8 +105,9 @@ def why_changed(attention: nn.Module) -> str | None:
     """Why an attention module may not compute what its class does, or None if it does."""
     if "forward" in vars(attention):
         return "its forward was replaced by another function"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(attention, name) for name in hooks):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for kind in kinds for hook in getattr(attention, kind).values()]
+    if any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks):
         return "it has hooks; equip the model first and add them afterwards"
     return None
 

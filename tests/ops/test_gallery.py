@@ -268,6 +268,27 @@ def test_another_attention_implementation_is_refused_for_it_would_leave_the_enco
     assert torch.equal(answer(model, x), right)
 
 
+def test_a_vit_within_another_model_that_was_used_before():
+    transformers = pytest.importorskip("transformers")
+    vit = hugging_face("ViTForImageClassification").base_model
+    text = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9, add_cross_attention=True)
+    model = transformers.VisionEncoderDecoderModel(encoder=vit, decoder=transformers.GPT2LMHeadModel(text)).eval()
+    x = {"pixel_values": torch.randn(1, 3, 32, 32), "decoder_input_ids": torch.tensor([[1, 2]])}
+    before = model(**x, output_hidden_states=True).logits  # transformers leaves hooks for it in the attentions
+    equip(model, SPEC)
+    torch.testing.assert_close(model(**x).logits, before)
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    before = model(**x).logits
+    oracles.fill_tables(model, std=3.0)
+    assert not torch.allclose(model(**x).logits, before, rtol=1e-3, atol=1e-5)
+    model.second = hugging_face("DeiTForImageClassification")
+    for part in attentions(model):
+        del part.rpe_k
+    with pytest.raises(ValueError, match="holds several vision transformers; equip each by itself"):
+        equip(model, SPEC)
+
+
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_two_threads_with_two_image_sizes(name):
     """Both have 24 tokens: each thread gets the result of its own grid."""
