@@ -82,6 +82,14 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
     return chosen
 
 
+def end() -> None:
+    """Leave the process group, if there is one, once no rank asks the store any more: it ends with rank 0."""
+    if dist.is_initialized():
+        STOP.end_watch()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def _place_in_the_world() -> tuple[int, int, int]:
     """Rank, world size and local rank, from the environment. Raises: BadFlags: its variables make no sense."""
     env, place = os.environ, (0, 1, 0)

@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
-from irpe_train.distributed import report_lost_ranks, stop_printing
+from irpe_train.distributed import end, report_lost_ranks, stop_printing
 from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
@@ -35,6 +34,7 @@ def launch(
     try:
         with report_lost_ranks(parser.prog), report_out_of_memory():
             status = main(parse_args(parser, argv))
+            end()
     except KeyboardInterrupt:  # only outside training, which notes it: see preemption.py
         sys.exit(130)
     except (RunError, ValueError, OSError, ImportError) as error:
@@ -48,8 +48,6 @@ def launch(
         if isinstance(error, WorkerLost):
             os._exit(1)  # the loader's cleanup would raise it again, with a traceback
         sys.exit(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if status:
         sys.exit(status)
 
@@ -111,6 +109,7 @@ class SlurmJob:
         )
         self.args.output_dir = str(self.args.output_dir).replace("%j", str(job.job_id))
         self.main(self.args)
+        end()
 
     def checkpoint(self, *unused_args, **unused_kwargs):
         """submitit calls this on preemption or timeout, after our own handler has saved: the job to requeue."""

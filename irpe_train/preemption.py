@@ -60,10 +60,11 @@ class Preemption:
         signal.set_wakeup_fd(writing)  # tells the thread at once; this one may be waiting for other ranks
         self._watcher = threading.Thread(target=self._watch, args=(reading, self._uninstalled), daemon=True)
         self._watcher.start()
-        atexit.register(self._end_watch)  # a thread still inside the store at exit aborts the process
+        atexit.register(self.end_watch)  # a thread still inside the store at exit aborts the process
         return self
 
-    def _end_watch(self) -> None:
+    def end_watch(self) -> None:
+        """Ask the ranks' store no more."""
         self._uninstalled.set()
         if self._watcher is not None:
             self._watcher.join(5)

@@ -59,7 +59,7 @@ def open_run(
     rows = rows | {
         "effective batch": f"{images * args.accumulate} images per update: {product}",
         "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
-        "not as published": "\n".join(changed_flags(parser, args, PLACES + data_flags)) or "nothing",
+        "other than default": "\n".join(changed_flags(parser, args, PLACES + data_flags)) or "nothing",
     }
     banner("run", rows)
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
@@ -118,7 +118,9 @@ class Run:
         if (folder := self.checkpoints.folder) is None:
             return
         written = {
-            Checkpoints.BEST: f"the best epoch, {self.state.best:.4g}" if self.state.best is not None else "",
+            Checkpoints.BEST: f"the epoch with the best figure, {self.state.best:.4g}"
+            if self.state.best is not None
+            else "",
             Checkpoints.NAME: "the last epoch; --resume auto continues from it",
             "log.txt": "a line of figures per epoch",
             f"detail_{folder.resolve().name}.log": "all console output, with every term of every tenth step",

@@ -227,7 +227,7 @@ def banner(title: str, rows: dict) -> None:
 def changed_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, ignore: tuple[str, ...] = (), stored: dict | None = None
 ) -> list[str]:
-    """``name=value (published: default)`` for each flag that differs from its default, or from ``stored``
+    """``name=value (default: other)`` for each flag that differs from its default, or from ``stored``
     of a checkpoint (then ``stored: value``).
     """
     changed = []
@@ -238,5 +238,5 @@ def changed_flags(
         same = numbers and here == other or str(plain(here)) == str(plain(other))  # 5 is 5.0; stored may be tensors
         if action.dest not in ignore and not same:
             was = " ".join(str(other).split())[:80] or "none"
-            changed.append(f"{action.dest}={here} ({'published' if stored is None else 'stored'}: {was})")
+            changed.append(f"{action.dest}={here} ({'default' if stored is None else 'stored'}: {was})")
     return list(dict.fromkeys(changed))

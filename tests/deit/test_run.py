@@ -68,8 +68,8 @@ def test_the_start_says_what_will_happen(trained):
         "8 images per update: 8 x 1 process(es) x 1",
         "0.0046875 at the peak",
         "6 steps, 48 samples",
-        "batch_size=8 (published: 64)",
-        "mixup=0.0 (published: 0.8)",
+        "batch_size=8 (default: 64)",
+        "mixup=0.0 (default: 0.8)",
     ):
         assert words in text
 

@@ -82,7 +82,7 @@ def test_a_run_writes_the_published_files(trained):
         "8 training, 5 validation images, 3 categories",
         "2 images per update: 2 x 1 process(es)",
         "4 steps, 8 samples",
-        "hidden_dim=16 (published: 256)",
+        "hidden_dim=16 (default: 256)",
         "Average Precision  (AP) @[ IoU=0.50:0.95",
     ):
         assert words in text

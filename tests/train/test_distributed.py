@@ -9,6 +9,7 @@ import torch
 
 from irpe_train import distributed
 from irpe_train.checkpoint import read_checkpoint
+from irpe_train.preemption import STOP
 from tests.helpers import tiny_run
 from tests.helpers.processes import run_ranks
 
@@ -114,6 +115,21 @@ def gather_and_reduce(args):
 def test_ranks_tell_each_other(tmp_path):
     for ended in run_ranks(gather_and_reduce, tiny_run.get_parser, [], tmp_path, world_size=2):
         assert ended.code == 0, ended.text
+
+
+def ends_later_on_rank_1(args):
+    STOP.install()
+    distributed.start(device="cpu", timeout=20)
+    time.sleep(0.5 * distributed.rank())
+    distributed.end()
+    time.sleep(0.5)
+
+
+@pytest.mark.distributed
+def test_no_rank_asks_a_store_that_has_ended(tmp_path):
+    """PyTorch would print a warning with a C++ stack at the end of a good run: under srun rank 0 has the store."""
+    for ended in run_ranks(ends_later_on_rank_1, tiny_run.get_parser, [], tmp_path, world_size=2):
+        assert ended.code == 0 and "TCPStore" not in ended.text, ended.text
 
 
 def test_one_process_needs_no_group():

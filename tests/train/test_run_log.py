@@ -159,7 +159,7 @@ def test_banner_and_changed_flags(capsys):
     set_up_logging(0)
     parser = tiny_run.get_parser()
     args = parse_args(parser, ["--lr", "0.25", "--batch-size", "4", "--amp", "bf16"])
-    assert changed_flags(parser, args, ignore=("amp",)) == ["lr=0.25 (published: 0.05)"]
+    assert changed_flags(parser, args, ignore=("amp",)) == ["lr=0.25 (default: 0.05)"]
     assert changed_flags(parser, parse_args(parser, [])) == []
     assert changed_flags(parser, args, stored={"batch_size": 4.0, "amp": "bf16"}) == []  # 4 and 4.0 are one number
     stored = {"lr": 0.25, "amp": torch.ones(9), "batch_size": "4\n", "of_another_program": 1}
