@@ -7,6 +7,7 @@ config (a decoder's) goes to PyTorch's fused attention, as before.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from irpe_ops.attention import rpe_attention
 from irpe_ops.config import RPEConfig
 from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
-from irpe_ops.modules import build_rpe
+from irpe_ops.modules import IRPE, build_rpe
 
 # Class names begin with these. The first have patches and leading tokens, the others a feature map.
 _VITS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters")
@@ -61,6 +62,9 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
         grid = TokenGrid(skip, varies=True)
         _add_to_layers(encoder, layer, attention, dataclasses.replace(config, skip=skip), grid, backend)
         given.register_forward_pre_hook(functools.partial(_remember, grid, patch_size))
+    for part in model.modules():
+        if is_pretrained_model(part) and part.device.type == "meta":  # equipped inside from_pretrained
+            part._init_weights = functools.partial(_init_weights, part._init_weights)
     model.set_attn_implementation({"": "irpe"})
 
 
@@ -118,6 +122,14 @@ def irpe_attention(
     options = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling, backend=module.attn_backend)
     out = rpe_attention(query, key, value, *encodings, height=height, width=width, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _init_weights(others: Callable[[nn.Module], None], module: nn.Module) -> None:
+    """``from_pretrained`` calls this for modules that the checkpoint lacks; it would leave tables as memory was."""
+    if isinstance(module, IRPE):
+        module.reset_parameters()
+    else:
+        others(module)
 
 
 def _remember(grid: TokenGrid, patch_size: tuple[int, int], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -152,6 +152,27 @@ def test_training_reaches_every_table_and_a_checkpoint_keeps_it(name):
         torch.testing.assert_close(answer(copy.deepcopy(model), x), answer(model, x))
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("transformers")])
+def test_from_pretrained_of_a_class_that_equips_itself(name, tmp_path, monkeypatch):
+    """Its tables are read like other weights, and start at zero where the checkpoint has none."""
+    plain, x = make(name)
+
+    class Equipped(type(plain)):
+        def __init__(self, config):
+            super().__init__(config)
+            equip(self, SPEC)
+
+    plain.save_pretrained(tmp_path / "plain")
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: torch.full_like(*args, torch.nan, **kwargs))
+    model = Equipped.from_pretrained(tmp_path / "plain").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(answer(model, x), answer(plain, x), rtol=1e-4, atol=1e-5)
+        oracles.fill_tables(model)
+        model.save_pretrained(tmp_path / "equipped")
+        again = Equipped.from_pretrained(tmp_path / "equipped").eval()
+        assert torch.equal(answer(copy.deepcopy(again), x), answer(model, x))
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_encodings_are_added_after_the_rotation(half):
     """Rotary attention with the terms of iRPE added by hand, from timm's own projections and rotation."""
