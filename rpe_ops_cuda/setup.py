@@ -84,47 +84,25 @@ def extension() -> setuptools.Extension:
     reason = why_no_cuda()
     if reason and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"rpe_ops_cuda: FORCE_CUDA=1, but the CUDA code cannot be built: {reason}")
-    print(
-        f"rpe_ops_cuda: building for CPU only ({reason})"
-        if reason
-        else f"rpe_ops_cuda: building for CPU and CUDA ({cuda_home()})",
-        file=sys.stderr,
-    )
+    parts = f"CPU only ({reason})" if reason else f"CPU and CUDA ({cuda_home()})"
+    print(f"rpe_ops_cuda: building for {parts}", file=sys.stderr)
     if not reason:  # before the import below, which looks for the toolkit only once
         os.environ["CUDA_HOME"] = str(cuda_home())
     from torch.utils import cpp_extension
 
     # -ffp-contract=fast: a * b + c becomes one fused instruction if the machine has one.
-    cxx = [
-        "-O3",
-        *threads,
-        "-ffp-contract=fast",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-Wno-psabi",
-        "-g0",
-        *os.environ.get("IRPE_CXXFLAGS", "").split(),
-    ]
+    cxx = ["-O3", *threads, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"]
+    cxx += os.environ.get("IRPE_CXXFLAGS", "").split()
+    files, flags = sources("csrc/*.cpp", "csrc/cpu/*.cpp"), {"cxx": cxx}
+    how = dict(include_dirs=[str(ROOT / "csrc")], extra_compile_args=flags, extra_link_args=threads)
     if reason:
-        return cpp_extension.CppExtension(
-            "rpe_ops_cuda._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": cxx},
-            extra_link_args=threads,
-        )
+        return cpp_extension.CppExtension("rpe_ops_cuda._C", files, **how)
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
-    return cpp_extension.CUDAExtension(
-        "rpe_ops_cuda._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("IRPE_WITH_CUDA", None)],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
-        extra_link_args=threads,
-    )
+    flags["nvcc"], files = ["-O3"], sorted(files + sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"))
+    return cpp_extension.CUDAExtension("rpe_ops_cuda._C", files, define_macros=[("IRPE_WITH_CUDA", None)], **how)
 
 
 def version() -> str:
@@ -137,10 +115,7 @@ def version() -> str:
         return "0.1.0"
 
 
-def build_ext():
-    from torch.utils import cpp_extension
+extensions = [extension()]
+from torch.utils.cpp_extension import BuildExtension  # noqa: E402  after CUDA_HOME is set
 
-    return cpp_extension.BuildExtension
-
-
-setuptools.setup(version=version(), ext_modules=[extension()], cmdclass={"build_ext": build_ext()})
+setuptools.setup(version=version(), ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
