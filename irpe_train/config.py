@@ -127,9 +127,27 @@ def read_yaml(path: Path, source: str) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """Dates, and numbers that YAML 1.1 reads in its own way (``010`` as 8, ``1:30`` as 90, ``2024_01`` without the
-    underscore), stay the text that was written, as if it were typed.
+    """Refuses what `parse_yaml` says. Dates, and numbers that YAML 1.1 reads in its own way (``010`` as 8, ``1:30`` as
+    90, ``2024_01`` without the underscore), stay the text that was written, as if it were typed.
     """
+
+    source, depth = "", 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        event = self.peek_event()
+        where = f"{self.source}: line {event.start_mark.line + 1}"
+        if self.depth == DEEPEST and isinstance(event, yaml.CollectionStartEvent):  # thousands would take minutes
+            raise ConfigError(f"{where}: more than {DEEPEST} nested lists")
+        if getattr(event, "tag", None):
+            raise ConfigError(f"{where}: the tag {event.tag!r} is refused: a config is plain names and values")
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{where}: aliases (*name) are refused")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.MappingNode):
+            refuse_repeated([str(key.value) for key, _ in node.value], self.source)
+        return node
 
     def as_typed(self, node: yaml.ScalarNode) -> int | float | str:
         other = re.search(r"[:_xb]|^\+|^-?0\d", node.value)
@@ -146,36 +164,14 @@ def parse_yaml(text: str, source: str) -> object:
 
     Raises: ConfigError: anything else; names the line.
     """
-    depth = 0
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            where = f"{source}: line {event.start_mark.line + 1}"
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:  # PyYAML takes minutes for a few thousand brackets
-                raise ConfigError(f"{where}: more than {DEEPEST} nested lists")
-            if getattr(event, "tag", None):
-                raise ConfigError(f"{where}: the tag {event.tag!r} is refused: a config is plain names and values")
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"{where}: aliases (*name) are refused")
         loader = _Loader(text)
-        root = loader.get_single_node()
-        _refuse_repeated_names(root, source)
-        return None if root is None else loader.construct_document(root)
+        loader.source = source
+        return loader.get_single_data()
     except ConfigError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{source}: not valid YAML: {in_one_line(error)}") from error
-
-
-def _refuse_repeated_names(root: yaml.Node | None, source: str) -> None:
-    nodes = [root]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            nodes += [value for _, value in node.value]
-            refuse_repeated([str(key.value) for key, _ in node.value], source)
 
 
 def refuse_repeated(names: Iterable[str], source: str) -> None:
