@@ -18,7 +18,7 @@ from deit_irpe.classifier import Classifier
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends.eager import attention_weights
 from irpe_ops.modules import IRPE
-from irpe_ops.visualize import attention_bias, draw_maps, draw_over_image, draw_tables, plain_text, save
+from irpe_ops.visualize import draw_maps, draw_over_image, draw_tables, plain_text, save
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
 from irpe_train.launch import launch
@@ -27,26 +27,48 @@ from irpe_train.pixels import UnreadableImage, files_of, read_image
 from irpe_train.text_files import read_text
 
 
-def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
-    """The attention weights of the patch at (row, col) on all patches, in the last block.
-
-    Args: images: ``(1, 3, H, W)``.
-    Returns: ``(heads, height, width)``; the remainder to a sum of one is on the leading tokens.
-    """
-    seen = []
-    attn = model.blocks[-1].attn
-    handle = attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+def attention_calls(model: VisionTransformer, images: Tensor) -> list[AttentionCall]:
+    """The attention of each block for ``images`` ``(1, 3, H, W)``, without encodings on values."""
+    seen, calls = [], []
+    handles = [block.attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for block in model.blocks]
     try:
         model(images)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     height, width = model.patch_embed.grid_size
-    q, k, v = attn.qkv(seen[0]).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
-    rpe_q, rpe_k = (getattr(attn, role, None) for role in ("rpe_q", "rpe_k"))
-    q, k, scale = attn.q_norm(q), attn.k_norm(k), attn.scale
-    call = AttentionCall(q, k, v, rpe_q, rpe_k, height=height, width=width, scale=scale)
-    skip = model.num_prefix_tokens
-    return attention_weights(call)[0, :, skip + row * width + col, skip:].unflatten(-1, (height, width))
+    for attn, x in zip((block.attn for block in model.blocks), seen, strict=True):
+        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
+        rpe_q, rpe_k = (getattr(attn, role, None) for role in ("rpe_q", "rpe_k"))
+        q, k, scale = attn.q_norm(q), attn.k_norm(k), attn.scale
+        calls.append(AttentionCall(q, k, v, rpe_q, rpe_k, height=height, width=width, scale=scale))
+    return calls
+
+
+def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
+    """The attention weights of the patch at (row, col) on all patches, in the last block.
+
+    Returns: ``(heads, height, width)``; the remainder to a sum of one is on the leading tokens.
+    """
+    call, skip = attention_calls(model, images)[-1], model.num_prefix_tokens
+    weights = attention_weights(call)[0, :, skip + row * call.width + col, skip:]
+    return weights.unflatten(-1, (call.height, call.width))
+
+
+def encoding_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> dict[str, Tensor]:
+    """What each encoding on queries or keys adds to the scores of the patch at (row, col); empty without any.
+
+    Returns: ``(heads or 1, height, width)`` by the name of the module.
+    """
+    found, skip = {}, model.num_prefix_tokens
+    for number, call in enumerate(attention_calls(model, images)):
+        for role, encoding, x in (("rpe_q", call.rpe_q, call.k), ("rpe_k", call.rpe_k, call.q)):
+            if encoding is not None:
+                added = encoding(x * call.scale, call.height, call.width)  # (1, H or 1, L, L)
+                added = added.transpose(2, 3) if role == "rpe_q" else added
+                added = added[0, :, skip + row * call.width + col, skip:]
+                found[f"blocks.{number}.attn.{role}"] = added.unflatten(-1, (call.height, call.width))
+    return found
 
 
 def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) -> Figure:
@@ -137,8 +159,7 @@ def draw_attention(
     centre = ((col + 0.5) * seen.width / width, (row + 0.5) * seen.height / height)
     title = f"{name}: attention of patch {row},{col} in the last block"
     _save(draw_over_image(seen, [centre], [looks], title), out, f"{name}_attention_{row}-{col}.png")
-    if any(getattr(model.blocks[0].attn, role, None) is not None for role in ("rpe_q", "rpe_k")):
-        added = attention_bias(model, pixels, height, width, row, col)
+    if added := encoding_maps(model, pixels, row, col):
         title = f"{name}: added to the scores of patch {row},{col}, by layer and head"
         figure = draw_maps(added, mark=(row, col), signed=True, title=title)
         _save(figure, out, f"{name}_encoding_{row}-{col}.png")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw encodings: buckets around a patch, learned tables, biases, and attention. Needs matplotlib.
+"""Draw encodings: buckets around a patch, learned tables, and maps of attention. Needs matplotlib.
 
     python -m irpe_ops.visualize -o irpe.svg                                  the piecewise index, and all methods
     python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --grid 14x14 --query 7,7 -o buckets.png
@@ -12,10 +12,8 @@ or show it in a notebook.
 import re
 import sys
 import textwrap
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from irpe_ops.args import get_visualize_parser
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
-from irpe_ops.modules import IRPE, IRPESum
+from irpe_ops.modules import IRPE
 
 LARGEST_SIDE = 1000  # in patches; more cannot be seen in a picture
 
@@ -65,68 +63,6 @@ def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tenso
     if not maps:
         raise ValueError("this model has no relative position encoding")
     return maps
-
-
-def attention_bias(model: nn.Module, images: Tensor, height: int, width: int, row: int, col: int) -> dict[str, Tensor]:
-    """What each encoding on queries or keys adds to the scores of the patch at ``(row, col)``, for one forward pass.
-
-    Args:
-        model: any model with iRPE modules (`equip`, deit_irpe, detr_irpe); images: its input, a batch of one.
-        height, width: the token grid of that image; leading tokens are skipped.
-    Returns: ``(H or 1, height, width)`` by module name. Raises: ValueError: no encoding there, or another grid.
-    """
-    found: dict[str, Tensor] = {}
-    here = threading.get_ident()  # hooks see the calls of every thread
-
-    def keep(name: str, role: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if threading.get_ident() != here:
-                return
-            scores = output if role == "k" else output.transpose(2, 3)
-            tokens, patches = scores.shape[-1], height * width
-            skip = tokens - patches
-            if skip < 0:
-                raise ValueError(f"{name}: {tokens} tokens, and the grid {height}x{width} has {patches}")
-            found[name] = scores[0, :, skip + row * width + col, skip:].view(-1, height, width).detach()
-
-        return hook
-
-    wholes = {part for module in model.modules() if isinstance(module, IRPESum) for part in module.parts}
-    handles = [
-        module.register_forward_hook(keep(name, module.role))
-        for name, module in model.named_modules()
-        if isinstance(module, (IRPE, IRPESum)) and not module.on_values and module not in wholes
-    ]
-    try:
-        with _inspected(model), torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
-        raise ValueError(
-            "no relative position encoding on queries or keys was called; a model of your own must keep "
-            "its backend as attn_backend, or call rpe_attention(..., backend='eager')"
-        )
-    return found
-
-
-_one_at_a_time = threading.Lock()
-
-
-@contextmanager
-def _inspected(model: nn.Module):
-    """Evaluation mode, and eager attention: it calls encodings as modules, where fast backends read their tables."""
-    with _one_at_a_time:
-        names = ("training", "attn_backend")
-        before = [(m, name, getattr(m, name)) for m in model.modules() for name in names if hasattr(m, name)]
-        try:
-            for module, name, _ in before:
-                setattr(module, name, False if name == "training" else "eager")
-            yield
-        finally:
-            for module, name, value in before:
-                setattr(module, name, value)
 
 
 def draw_maps(

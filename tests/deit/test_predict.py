@@ -16,7 +16,7 @@ from deit_irpe.classifier import Classifier, load_onnx
 from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
-from deit_irpe.predict import attention_maps, get_predict_parser, main
+from deit_irpe.predict import attention_maps, encoding_maps, get_predict_parser, main
 from irpe_train.config import parse_args
 from irpe_train.errors import BadCheckpoint
 from tests.helpers.processes import run_ranks
@@ -101,6 +101,28 @@ def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint, qk_norm)
     assert torch.allclose(weights, expected[:, 3, 0, None].expand(2, 16), atol=1e-6)
     on_patches = expected.sum((1, 2))
     assert (on_patches > 0).all() and (on_patches < 1).all()  # the rest is on the class token
+
+
+@pytest.mark.parametrize("spec", ["rpe-1.9-product-ctx-0-qk", "rpe-1.9-cross-bias-1-qk", "none"])
+def test_encoding_maps_are_what_the_scores_get(spec):
+    """The eager backend calls encodings as modules, so that a hook sees what they add."""
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    model = create_model("deit_tiny_patch16_224", spec, attn_backend="eager", **sizes).eval()
+    added, token = {}, 1 + 1 * 4 + 2
+    for name, module in model.named_modules():
+        if name.endswith((".rpe_q", ".rpe_k")):
+            module.register_forward_hook(lambda _, inputs, output, name=name: added.update({name: output[0]}))
+    for name, parameter in model.named_parameters():
+        if "lookup_table" in name:
+            torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        model(images := torch.randn(1, 3, 32, 32))
+        wanted = {name: x[:, token, 1:] if name.endswith("k") else x[:, 1:, token] for name, x in added.items()}
+        found = encoding_maps(model, images, 1, 2)
+    assert len(found) == (0 if spec == "none" else 4) and found.keys() == wanted.keys()
+    for name, maps in found.items():
+        assert maps.shape[1:] == (4, 4)
+        torch.testing.assert_close(maps.flatten(1), wanted[name])
 
 
 def test_pictures_show_the_classes_best_first_and_the_patch_that_looks(checkpoint, tmp_path, monkeypatch):
