@@ -9,7 +9,7 @@ EQUIP = REPOSITORY / "docs" / "equip.md"
 
 def test_the_tutorial_runs():
     namespace = run_python_blocks(EQUIP)
-    assert {"model", "SelfAttention", "EncoderLayer", "WindowAttention", "CrossAttention"} <= namespace.keys()
+    assert {"model", "SelfAttention", "EncoderAttention", "WindowAttention", "CrossAttention"} <= namespace.keys()
 
 
 def test_the_gallery_runs():
