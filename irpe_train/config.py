@@ -78,7 +78,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     written = []
     if path:
         source = f"--config {path}"
-        written = _with_home(flags_of(parser, read_yaml(find_config(path, source=source), source), source))
+        file = find_config(path, source=source)
+        values = read_yaml(file, source)
+        if "output_dir" in values and file.name == "config.yaml" and (file.parent / "starts.jsonl").exists():
+            # A run's own flags: it may have been moved or copied, and then must not write where it was.
+            values["output_dir"] = str(file.parent)
+        written = _with_home(flags_of(parser, values, source))
     args = parser.parse_args(written + argv)
     if getattr(args, "config", path) != path:  # some commands have no --config
         raise ConfigError(f"--config {args.config}: write --config in lower case, so that it is read first")

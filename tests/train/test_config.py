@@ -165,6 +165,18 @@ def test_written_config_gives_the_same_flags_again(tmp_path):
     assert vars(again) == vars(args) | {"config": str(tmp_path / "config.yaml")}
 
 
+def test_the_config_of_a_moved_run_names_the_folder_it_lies_in(tmp_path):
+    def output_dir(*argv):
+        return parse_args(get_parser(), ["--config", str(tmp_path / "config.yaml"), *argv]).output_dir
+
+    (tmp_path / "config.yaml").write_text("output_dir: outputs/where_it_was\nlr: 1")
+    assert output_dir() == "outputs/where_it_was"  # not a run's folder
+    (tmp_path / "starts.jsonl").touch()
+    assert (output_dir(), output_dir("--output_dir", "new")) == (str(tmp_path), "new")
+    (tmp_path / "config.yaml").rename(tmp_path / "mine.yaml")
+    assert parse_args(get_parser(), ["--config", str(tmp_path / "mine.yaml")]).output_dir == "outputs/where_it_was"
+
+
 NAMES = st.sampled_from(["batch-size", "lr", "load-tar", "opt-betas", "model", "aux_loss", "tensorboard", "seed"])
 VALUES = st.one_of(
     st.none(),
