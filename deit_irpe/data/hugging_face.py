@@ -37,7 +37,11 @@ class HuggingFaceImages(LabelledImages):
         with _explained(root):
             self.reader = ReaderHfds(str(root), split=self.split)
         labels = list(self.reader.dataset.select_columns("label")[:]["label"])
-        classes, labels = _numbered(labels, getattr(features["label"], "names", None), f"{root}: {self.split}")
+        names = getattr(features["label"], "names", None)
+        if names and self.reader.dataset.info.builder_name == "imagefolder":
+            files = self.reader.dataset.select_columns("image")[:]["image"]
+            _refuse_mixed_folders({Path(file["path"]).parent for file in files}, root)
+        classes, labels = _numbered(labels, names, f"{root}: {self.split}")
         super().__init__(classes, [""] * len(labels), labels, transform)
 
     def name(self, index: int) -> str:
@@ -57,6 +61,19 @@ def _explained(root: Path):
         cause = error.__cause__ or error  # of "An error occurred while generating the dataset"
         reason = f"{type(cause).__name__}: {in_one_line(cause)}"
         raise ValueError(f"{root}: Hugging Face datasets cannot load it ({reason})") from error
+
+
+def _refuse_mixed_folders(folders: set[Path], root: Path) -> None:
+    """``datasets`` takes the last folder of a path for the class, and any called ``train`` or ``val`` for a split.
+
+    Raises: ValueError: ``folders``, those of one split, do not lie side by side.
+    """
+    above = sorted({folder.parent for folder in folders})
+    if len(above) > 1:
+        instead = "Leave out --data-set HFDS: class folders are then read as they lie"
+        raise ValueError(
+            f"{root}: {above[0]} and {above[1]} both have folders that datasets takes for classes. {instead}"
+        )
 
 
 def _numbered(labels: list, names: list[str] | None, where: str) -> tuple[list[str], list[int]]:

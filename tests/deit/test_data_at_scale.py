@@ -13,6 +13,7 @@ import torch
 from deit_irpe.data.datasets import build_dataset
 from deit_irpe.data.shards import ShardImages
 from tests.helpers.deit_runs import deit_ok
+from tests.helpers.tiny_images import write_images
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -131,6 +132,18 @@ def test_hugging_face_mistakes_are_named(tmp_path, monkeypatch):
         build_dataset(tmp_path / "set", True, data_set="HFDS")
     with pytest.raises(ValueError, match="no split validation or val or test; it has train"):
         build_dataset(tmp_path / "set", False, data_set="HFDS")
+
+
+@pytest.mark.parametrize("other", ["train/dog/2024", "val/train"])
+def test_class_folders_that_datasets_would_read_otherwise_are_refused(tmp_path, monkeypatch, other):
+    """A class per folder of years, and a class called train, whose validation images would be trained on."""
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets: pip install datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_images(tmp_path / "good", {"train/cat": 2, "train/dog": 1, "val/dog": 1})
+    assert build_dataset(tmp_path / "good", True, data_set="HFDS").classes == ["cat", "dog"]
+    write_images(tmp_path / "bad", {"train/cat/2023" if "2024" in other else "train/cat": 1, other: 1})
+    with pytest.raises(ValueError, match="that datasets takes for classes. Leave out --data-set HFDS"):
+        build_dataset(tmp_path / "bad", True, data_set="HFDS")
 
 
 def test_without_datasets_the_message_says_how_to_get_it(tmp_path, monkeypatch):
