@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deit_irpe.args import get_args_parser, image_size, keywords
 from deit_irpe.data.classes import check_same_classes, stored_classes
-from deit_irpe.models.finetune import head_prefixes, start_from
+from deit_irpe.models.finetune import fit_classes, head_prefixes, start_from
 from deit_irpe.models.names import RPE_MODELS
 from deit_irpe.models.registration import UnknownArgument, create_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
@@ -79,8 +79,16 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
     model = build_model(args, len(classes), pretrained=from_timm)
     fresh = []
     if from_timm:
+        names = list(model.pretrained_cfg.get("label_names") or classes)  # as in models on the Hugging Face hub
         if (trained_on := model.pretrained_cfg["num_classes"]) != len(classes):
             fresh = [f"--pretrained has {trained_on} classes, the data have {len(classes)}"]
+        elif set(names) != set(classes):
+            fresh = [f"--pretrained has the classes {names[0]}, ..., the data have {classes[0]}, ..."]
+        else:
+            reordered, notes = fit_classes(model, model.state_dict(), names, classes)
+            model.load_state_dict(reordered)
+            for key, what in notes.items():
+                logger.info(f"--pretrained: {key} {what}")
         own = tuple(tuple(model.pretrained_cfg[name]) for name in ("mean", "std"))
         if own != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
             logger.warning(f"--pretrained: trained on pixels with mean and std {own}; here they have ImageNet's")

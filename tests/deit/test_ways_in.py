@@ -79,6 +79,20 @@ def test_a_folder_saved_for_the_hub_loads_again(tmp_path, name):
     assert fresh.head.out_features == 5 and not same(fresh, mine)
 
 
+def test_a_pretrained_head_follows_the_names_of_its_classes(tmp_path):
+    """Models of the Hugging Face hub may name them."""
+    mine = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL)
+    config = dict(label_names=["c", "a", "b"], model_args=SMALL)
+    timm.models.save_for_hf(mine, str(tmp_path / "saved"), model_config=config)
+    flags = ["--model", f"local-dir:{tmp_path / 'saved'}", "--input-size", "32", "--pretrained", "--eval"]
+    args = get_args_parser().parse_args(flags)
+    model = from_flags.model_of_flags(args, ["a", "b", "c"], weights=True)
+    assert torch.equal(model.head.weight, mine.head.weight[[1, 2, 0]])
+    assert torch.equal(model.head.bias, mine.head.bias[[1, 2, 0]])
+    with pytest.raises(ValueError, match="never trained: --pretrained has the classes c, ..., the data have a, ..."):
+        from_flags.model_of_flags(args, ["a", "b", "d"], weights=True)
+
+
 def test_a_checkpoint_path_is_loaded_after_the_encoding(tmp_path):
     mine = trained("deit_tiny_patch16_224", rpe="rpe-1.9-product-ctx-1-q", **SMALL)
     torch.save(mine.state_dict(), tmp_path / "mine.pth")
