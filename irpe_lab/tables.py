@@ -85,14 +85,14 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def latex(header: Sequence[str], body: Sequence[Sequence[str]], failed: Sequence[bool]) -> str:
-    """A booktabs table; failed rows are red (needs the packages booktabs and xcolor)."""
+    """A booktabs table; failed rows are red."""
 
     def row(line: Sequence[str], style: str = "{}") -> str:
         return " & ".join(style.format(_escape(cell)) for cell in line) + " \\\\"
 
     rows = [row(line, "\\textcolor{{red}}{{{}}}" if bad else "{}") for line, bad in zip(body, failed, strict=True)]
-    begin = ["\\begin{tabular}{l" + "r" * (len(header) - 1) + "}", "\\toprule", row(header), "\\midrule"]
-    return "\n".join([*begin, *rows, "\\bottomrule", "\\end{tabular}", ""])
+    begin = ["% \\usepackage{booktabs, xcolor}", "\\begin{tabular}{l" + "r" * (len(header) - 1) + "}", "\\toprule"]
+    return "\n".join([*begin, row(header), "\\midrule", *rows, "\\bottomrule", "\\end{tabular}", ""])
 
 
 def _escape(text: str) -> str:

@@ -4,7 +4,7 @@
 
 RUN is a run's folder or its log.txt; logs of the published code work too. Solid: training. Dashed: test. Seeds of a run
 (x_seed0, x_seed1, ...) are drawn as their mean, in a band from lowest to highest.
-All runs of an ablation are outputs/ablation/NAME/*.
+All runs of an ablation are outputs/ablation/NAME/*; those without a log yet are left out.
 """
 
 import argparse
@@ -17,14 +17,20 @@ from irpe_lab.plots import plot_runs  # noqa: E402
 from irpe_lab.tables import NAMES  # noqa: E402
 from irpe_train.errors import RunError  # noqa: E402
 
+
+def drawn(run: str) -> bool:
+    """Whether it has curves: not a table among the runs of an ablation, nor a run of it that failed or waits."""
+    folder = Path(run)
+    return folder.name not in NAMES and ((folder / "log.txt").exists() or not (folder / "flags.yaml").exists())
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("-o", "--output", required=True, metavar="FILE.{png,pdf,svg}")
     args = parser.parse_args()
     try:
-        runs = [run for run in args.runs if Path(run).name not in NAMES]  # the tables among an ablation's runs
-        panels = [axis.get_title() for axis in plot_runs(runs or args.runs, args.output).axes]
+        panels = [axis.get_title() for axis in plot_runs(list(filter(drawn, args.runs)) or args.runs, args.output).axes]
         print(f"{args.output}: {', '.join(panels)}")
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"plot_logs.py: {error}")

@@ -225,7 +225,11 @@ def test_script(tmp_path):
     write(tmp_path / "log.txt", map(deit, range(2)))
     command = [quick_programs() / "python", SCRIPT, "-o", tmp_path / "x.png"]
     (tmp_path / "table.csv").write_text("run,flags\n")  # as among the runs of an ablation
-    done = subprocess.run([*command, tmp_path, tmp_path / "table.csv"], capture_output=True, text=True)
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "flags.yaml").touch()
+    done = subprocess.run(
+        [*command, tmp_path, tmp_path / "table.csv", tmp_path / "failed"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "x.png: loss, top-1 accuracy (%), learning rate" in done.stdout, done.stderr
     done = subprocess.run([*command, tmp_path / "none"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("plot_logs.py: ") and "Traceback" not in done.stderr

@@ -26,4 +26,5 @@ def test_cells_stay_cells_in_markdown_and_latex():
     assert tables.markdown(["a"], [["x\ry\u2028\tz"]]) == "| a |\n| --- |\n| x y z |\n"
     text = tables.latex(["run"], [["50%_of $x^2 ± 1\\"], ["bad"]], [False, True])
     assert "50\\%\\_of \\$x\\textasciicircum{}2 $\\pm$ 1\\textbackslash{} \\\\" in text
-    assert "\\textcolor{red}{bad}" in text and text.startswith("\\begin{tabular}{l}")
+    assert "\\textcolor{red}{bad}" in text
+    assert text.startswith("% \\usepackage{booktabs, xcolor}\n\\begin{tabular}{l}\n")
