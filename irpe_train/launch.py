@@ -64,10 +64,12 @@ def report_out_of_memory():
     sys.unraisablehook = unless_worker_lost
     try:
         yield
-    except (ConnectionError, EOFError) as error:  # from the queue or socket of a killed worker, before PyTorch notices
+    except (OSError, EOFError) as error:  # from the queue or socket of a killed worker, before PyTorch notices
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not all(any(part in file for file in files) for part in ("dataloader", "multiprocessing")):
             raise
+        if not isinstance(error, (ConnectionError, EOFError)):
+            raise RunError(f"no data loading worker can be started ({error}): use fewer --num_workers") from error
         raise WorkerLost(_worker_lost("unknown", "is gone")) from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):

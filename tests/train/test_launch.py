@@ -1,14 +1,16 @@
 """From the command line to main: messages without tracebacks, and SLURM jobs that are requeued."""
 
 import argparse
+import errno
 import os
 import re
 import sys
 
 import pytest
+from torch.utils.data import DataLoader
 
 from irpe_train.distributed import logger, set_up_logging
-from irpe_train.errors import BadData, WorkerLost
+from irpe_train.errors import BadData, RunError, WorkerLost
 from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
 from tests.helpers import tiny_run
 
@@ -224,6 +226,16 @@ def test_a_killed_worker_noticed_in_a_destructor_gives_no_traceback(message, pri
     assert seen == [message] * printed
     Dropped(message)  # and the hook is restored
     assert len(seen) == 1 + printed
+
+
+def test_workers_that_cannot_be_started_are_one_message(monkeypatch):
+    def fork():
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    words = "no data loading worker can be started .*: use fewer --num_workers"
+    with pytest.raises(RunError, match=words), report_out_of_memory():
+        iter(DataLoader([1, 2], num_workers=1, multiprocessing_context="fork"))
 
 
 @pytest.mark.parametrize(
