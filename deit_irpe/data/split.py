@@ -54,6 +54,8 @@ def split_folder(
             if held.all() or not held.any():
                 count = f"{held.sum()} of {len(held)} images of class {name!r} are held out"
                 raise ValueError(f"{file}: {count}; expected some, not all. Edit the list, or remove it")
+        if not train:
+            logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out, as {file} lists")
     else:
         if trained is not None and not train:
             logger.warning(f"{trained}: no such list, so --seed {seed} holds images out; some may have been trained on")

@@ -29,13 +29,16 @@ def test_each_class_gives_its_share_and_every_image_is_in_one_part(tmp_path):
     assert np.bincount(split_folder(tmp_path, False, 0.999).labels).tolist() == [9, 3, 1]  # one is left for training
 
 
-def test_what_was_held_out_stays_so_when_images_are_added(tmp_path):
+def test_what_was_held_out_stays_so_when_images_are_added(tmp_path, monkeypatch):
     write_images(tmp_path / "train", {"a": 6, "b": 6})
     written = tmp_path / "out/val_split.txt"
     before = names_of(split_folder(tmp_path, False, 0.5, written=written))
     assert sorted(written.read_text().split()) == sorted(name.split("/train/")[1] for name in before)
     write_images(tmp_path / "train", {"a": 20, "b": 20}, seed=5)
-    assert names_of(split_folder(tmp_path, False, 0.5, seed=3, written=written)) == before
+    said = []
+    monkeypatch.setattr("deit_irpe.data.split.logger.info", said.append)
+    assert names_of(split_folder(tmp_path, False, 0.2, seed=3, written=written)) == before
+    assert said == [f"--val-split: 6 of 40 images are held out, as {written} lists"]
     assert len(split_folder(tmp_path, True, 0.5, written=written)) == 34
     (tmp_path / "train/a/0.png").unlink()
     written.write_text("a/0.png\n")
