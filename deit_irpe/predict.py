@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from timm.layers import Attention
 from timm.models import VisionTransformer
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from deit_irpe.args import get_predict_parser
 from deit_irpe.classifier import Classifier
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends.eager import attention_weights
+from irpe_ops.equip.timm_vit import RPEAttention
 from irpe_ops.modules import IRPE
 from irpe_ops.visualize import draw_maps, draw_over_image, draw_tables, plain_text, save
 from irpe_train.distributed import choose_device, logger, set_up_logging
@@ -139,8 +141,11 @@ MAPS = ("attention", "encoding")  # the pictures of a patch
 
 def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The patches (row, col) whose attention is drawn: the requested ones, else the middle."""
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"--attention: a {type(model).__name__} has no attention between patches")
+    kinds = {type(model)}
+    if isinstance(model, VisionTransformer):
+        kinds = {type(getattr(block, "attn", block)) for block in model.blocks}
+    if others := kinds - {Attention, RPEAttention}:  # which may attend in another way
+        raise ValueError(f"--attention draws timm's Attention, with or without iRPE, not a {others.pop().__name__}")
     height, width = model.patch_embed.grid_size
     for row, col in asked:
         if not (row < height and col < width):

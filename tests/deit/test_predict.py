@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from onnx import helper
 
@@ -16,7 +17,7 @@ from deit_irpe.classifier import Classifier, load_onnx
 from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
-from deit_irpe.predict import attention_maps, encoding_maps, get_predict_parser, main
+from deit_irpe.predict import attention_maps, encoding_maps, get_predict_parser, main, points_of
 from irpe_train.config import parse_args
 from irpe_train.errors import BadCheckpoint
 from tests.helpers.processes import run_ranks
@@ -149,6 +150,14 @@ def test_mistakes_are_explained(checkpoint, tmp_path, flags, words):
     write_images(tmp_path, {"images": 1})
     ended = predict(tmp_path, tmp_path / "images" / "0.png", "--resume", checkpoint, *flags)
     assert ended.code == 1 and words in ended.text and "Traceback" not in ended.text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("vit_small_patch16_18x2_224", "ParallelThingsBlock"), ("resnet18", "ResNet")]
+)
+def test_attention_that_is_not_timms_is_not_drawn(name, kind):
+    with pytest.raises(ValueError, match=f"draws timm's Attention, with or without iRPE, not a {kind}"):
+        points_of(timm.create_model(name), [])
 
 
 def test_one_bad_image_costs_the_others_nothing(checkpoint, tmp_path):
