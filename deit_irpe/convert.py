@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deit_irpe.args import image_size, image_size_text
+from deit_irpe.data.classes import stored_classes
 from deit_irpe.models import create_model
 from deit_irpe.models.finetune import head_prefixes
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
@@ -61,7 +62,8 @@ def convert(
 def main(args: argparse.Namespace) -> None:
     """Convert a file and write it, with the flags that build its model. Raises RunError: the file exists already."""
     refuse_existing(args.out, "OURS.pth")
-    stored = model_weights(read_checkpoint(args.source), source=args.source, key=args.key)
+    checkpoint = read_checkpoint(args.source)
+    stored = model_weights(checkpoint, source=args.source, key=args.key)
     weights = convert(stored, prefix=args.prefix, renames=args.rename, drop_zero_tables=args.drop_zero_tables)
     size = image_size(args.input_size)
     with torch.device("meta"):
@@ -72,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
     model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=size)
     load_matching(model, weights, source=args.source)
     flags = argparse.Namespace(model=args.model, rpe=args.rpe, input_size=args.input_size, nb_classes=num_classes)
-    write_checkpoint({"model": weights, "args": flags}, args.out)
+    classes = stored_classes(checkpoint, source=args.source)
+    write_checkpoint({"model": weights, "args": flags} | ({"classes": classes} if classes else {}), args.out)
     tables = sum(".lookup_table_" in name for name in weights)
     print(f"{args.out}: {len(weights)} of {len(stored)} entries, {tables} of them tables; they fit {args.model}")
 

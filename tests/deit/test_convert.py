@@ -91,6 +91,14 @@ def test_other_names_become_ours(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+def test_the_names_of_the_classes_are_kept(tmp_path):
+    """Without them, data that number the same classes in another order would be evaluated wrongly."""
+    weights = create_model(NAME, num_classes=3, img_size=32).state_dict()
+    torch.save({"model": weights, "classes": ["b", "a", "c"]}, tmp_path / "ours.pth")
+    run(tmp_path / "ours.pth", tmp_path / "plain.pth", "--model", TINY, "--drop-zero-tables")
+    assert read_checkpoint(tmp_path / "plain.pth")["classes"] == ["b", "a", "c"]
+
+
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
     path, _ = theirs(tmp_path)
     with pytest.raises(BadCheckpoint, match="missing: blocks.0"):
