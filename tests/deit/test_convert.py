@@ -95,7 +95,7 @@ def test_the_names_of_the_classes_are_kept(tmp_path):
     """Without them, data that number the same classes in another order would be evaluated wrongly."""
     weights = create_model(NAME, num_classes=3, img_size=32).state_dict()
     torch.save({"model": weights, "classes": ["b", "a", "c"]}, tmp_path / "ours.pth")
-    run(tmp_path / "ours.pth", tmp_path / "plain.pth", "--model", TINY, "--drop-zero-tables")
+    run(tmp_path / "ours.pth", tmp_path / "plain.pth", "--model", TINY, "--drop-zero-tables", "--key", "model")
     assert read_checkpoint(tmp_path / "plain.pth")["classes"] == ["b", "a", "c"]
 
 
