@@ -18,7 +18,7 @@ from detr_irpe.data.panoptic import CocoPanoptic
 
 MOST = 0.5  # the fraction of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
 FRACTIONS = 0.9  # if this fraction of all boxes lies within one pixel, the unit is not pixels
-CORNERS = 0.1  # if this fraction of boxes reaches outside, and all could be two corners, they are
+OUTSIDE = 0.1  # if this fraction of boxes reaches outside, and all could be in another format, they are
 
 
 @dataclass
@@ -64,7 +64,12 @@ def annotation_problems(
     fractions = len(boxes) > 0 and ((boxes >= 0) & (boxes <= 1)).all(1).float().mean() >= FRACTIONS
     as_corners = (x >= 0) & (y >= 0) & (x < width) & (y < height)
     as_corners &= (width <= image_width + 1) & (height <= image_height + 1)
-    corners = len(boxes) > 0 and as_corners.all() and outside.float().mean() >= CORNERS
+    as_centres = (x >= width / 2 - 1) & (y >= height / 2 - 1)
+    as_centres &= (x + width / 2 <= image_width + 1) & (y + height / 2 <= image_height + 1)
+    often_outside = len(boxes) > 0 and outside.float().mean() >= OUTSIDE
+    corners = often_outside and as_corners.all()
+    centres = often_outside and as_centres.all() and not corners
+    quarter = len(boxes) > 3 and (sized & (x + width <= image_width / 2) & (y + height <= image_height / 2)).all()
     rows = np.column_stack([owner, labels, boxes])
     order = np.lexsort(rows.T)  # equal rows are neighbours, in the order of the file
     again = torch.zeros(len(rows), dtype=torch.bool)
@@ -83,6 +88,12 @@ def annotation_problems(
         *class_problems(labels, num_classes),
         Problem("boxes that look like fractions of the image; expected pixels", len(boxes) if fractions else 0),
         Problem("boxes that look like two corners; expected x, y, width, height", len(boxes) if corners else 0),
+        Problem("boxes that look like centre and size; expected x, y, width, height", len(boxes) if centres else 0),
+        Problem(
+            "boxes all in the top left quarter of their images; expected pixels of these images",
+            len(boxes) if quarter else 0,
+            allowed=math.inf,
+        ),
         Problem("names shared by several categories", len(shared), shared[:3], allowed=math.inf),
         boxes_that("objects with a negative area, which are not scored", annotations.area < 0),
         boxes_that("boxes with a negative side, which are dropped", (width < 0) | (height < 0)),

@@ -50,8 +50,8 @@ def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: i
 
 
 def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
-    """Masks that miss the box of their object: in fractions, in another scale, of another object, or empty."""
-    beside = Problem("masks that do not overlap the box of their object", allowed=1)
+    """Masks mostly beside the box of their object: one is in another format or scale, of another object, or empty."""
+    beside = Problem("masks that lie less than half in the box of their object", allowed=1)
     for index in looked_at:
         size, objects = annotations.sizes[index].tolist(), annotations.of_image(index)
         shapes = annotations.segmentations_of_image(index)
@@ -61,7 +61,8 @@ def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
                 mask = rle.toBbox(to_rle(shape, *size))  # x, y, width, height
                 low = [max(mask[axis], box[axis]) for axis in (0, 1)]
                 high = [min(mask[axis] + mask[axis + 2], box[axis] + box[axis + 2]) for axis in (0, 1)]
-                if low[0] >= high[0] or low[1] >= high[1]:
+                inside = max(high[0] - low[0], 0) * max(high[1] - low[1], 0)
+                if inside <= mask[2] * mask[3] / 2:
                     beside.add(f"annotation {number} of {annotations.names[index].decode()}")
     return beside
 

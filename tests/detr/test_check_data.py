@@ -250,6 +250,10 @@ def each(group, key, new):
             each("annotations", "bbox", lambda box: [*box[:2], box[0] + box[2], box[1] + box[3]]),
             "look like two corners; .*: 6",
         ),
+        (
+            each("annotations", "bbox", lambda box: [box[0] + box[2] / 2, box[1] + box[3] / 2, box[2], box[3] + 9]),
+            "look like centre and size; .*: 6",
+        ),
         (each("annotations", "bbox", lambda box: [side * 4 for side in box]), "reach outside their image, .*: [56]"),
         (each("images", "height", lambda _: 400), "images of another size than annotated: 6"),
     ],
@@ -284,9 +288,10 @@ def test_splits_that_name_classes_otherwise_are_refused(tmp_path, capsys, names)
     [
         (
             lambda s: [[side / 56 for side in s[0]]],
-            "overlap the box of their object: 6 .annotation 1 of 000000000101.jpg,",
+            "less than half in the box of their object: 6 .annotation 1 of 000000000101.jpg,",
         ),
-        (lambda s: [[min(side + 30, 60) for side in s[0]]], "overlap the box of their object: 6"),
+        (lambda s: [[min(side + 30, 60) for side in s[0]]], "less than half in the box of their object: 6"),
+        (lambda s: [[side + 6 for side in s[0]]], "less than half in the box of their object: 6"),  # centre and size
         (lambda s: s + [[side / 56 for side in s[0]]], None),  # one of two parts does
     ],
 )
@@ -315,10 +320,21 @@ def test_categories_of_one_name_are_a_warning(tmp_path, capsys):
     assert status == 0 and "warning: instances_train2017.json: names shared by several categories: 1 (red)" in text
 
 
+def test_boxes_of_a_smaller_copy_of_the_images_are_a_warning(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path)
+    edit_annotations(root, "train2017", each("annotations", "bbox", lambda box: [side / 2 for side in box]))
+    status, text = check(root, capsys)
+    assert status == 1 and "instances_train2017.json: masks that lie less than half" in text
+    edit_annotations(root, "train2017", each("annotations", "segmentation", lambda _: []))
+    status, text = check(root, capsys)
+    assert status == 0 and "instances_train2017.json: boxes all in the top left quarter of their images; " in text
+    assert "instances_val2017.json: boxes all" not in text
+
+
 def test_full_body_boxes_that_reach_outside_are_not_taken_for_corners(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", each("annotations", "bbox", lambda box: [box[0] - 4, *box[1:3], 50]))
-    assert "corners" not in check(root, capsys)[1]
+    assert "look like" not in check(root, capsys)[1]
 
 
 def test_capitals_and_new_classes_of_validation_are_not_mistakes(tmp_path, capsys):
