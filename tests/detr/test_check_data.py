@@ -337,6 +337,14 @@ def test_full_body_boxes_that_reach_outside_are_not_taken_for_corners(tmp_path, 
     assert "look like" not in check(root, capsys)[1]
 
 
+def test_two_boxes_that_reach_outside_are_not_taken_for_centres(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path)
+    few = iter([[50, 50, 12, 12], [48, 50, 15, 12]])
+    edit_annotations(root, "train2017", each("annotations", "bbox", lambda _: next(few, [20, 20, 10, 10])))
+    text = check(root, capsys)[1]
+    assert "look like" not in text and "boxes that reach outside their image, and are clipped to it: 2" in text
+
+
 def test_capitals_and_new_classes_of_validation_are_not_mistakes(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "val2017", lambda c: c["categories"][0].update(name=" Red"))
