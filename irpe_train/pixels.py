@@ -18,6 +18,7 @@ from irpe_train.outputs import OutputFolder
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
 UNREAD = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".dng", ".cr2", ".nef", ".arw"}
+PACKED = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
 # Folders that macOS, NAS devices, Windows and Linux create beside a user's own, some with pictures in them.
 OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
@@ -92,11 +93,12 @@ def _photographs(root: Path, files: list[Path], besides: Path) -> list[Path]:
 
 
 def report_unread(where: str | Path, names: Iterable[str]) -> None:
-    """Warn about pictures among ``names`` that the published list of suffixes leaves out."""
-    counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREAD)
+    """Warn about pictures among ``names`` that the published list of suffixes leaves out, and about archives."""
+    counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREAD | PACKED)
     if counts:
         told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
-        logger.warning(f"{where}: pictures left out because their format is not read: {told}; save them as .jpg")
+        remedy = "save pictures as .jpg, unpack archives"
+        logger.warning(f"{where}: left out because their format is not read: {told}; {remedy}")
 
 
 def is_hidden(parts: Sequence[str]) -> bool:

@@ -76,7 +76,7 @@ class FolderImages(LabelledImages):
     Hidden files and folders (``.ipynb_checkpoints``, ``._x.jpg``) are left out.
 
     Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or something else
-        in place of an image (a pipe, a broken symlink, a symlink back to a folder already read).
+        in place of an image (a pipe, a broken symlink, a symlink to a folder already read, also of another class).
     """
 
     def __init__(self, root: Path, transform=None):
@@ -92,9 +92,9 @@ class FolderImages(LabelledImages):
             wanted = f"Images lie in one folder for each class ({root}/<class>/x.jpg)"
             wanted += "; the images here lie flat" if flat else ""
             raise ValueError(f"{root}: no class folders in it. {wanted}")
-        names, labels = [], []
+        names, labels, seen = [], [], {_identity(root)}
         for label, folder in enumerate(folders):
-            files = list(_images_below(folder, {_identity(root)}, unread))
+            files = list(_images_below(folder, seen, unread))
             if not files:
                 looked = f"looked for {', '.join(IMG_EXTENSIONS)}"
                 raise ValueError(f"{folder}: no images in this class folder ({looked}); remove the folder or fill it")
@@ -111,7 +111,7 @@ def _images_below(folder: str, seen: set[tuple[int, int]], unread: list[str]) ->
     """The images in ``folder`` and the folders below it; ``seen``: folders that must not occur again."""
     here = _identity(folder)
     if here in seen:
-        raise ValueError(f"{folder}: a symlink to a folder already read; remove this link")
+        raise ValueError(f"{folder}: a symlink to a folder already read, or what it leads to; remove the link")
     seen.add(here)
     folders, images = _entries(folder, unread)
     yield from images

@@ -2,7 +2,7 @@
 """Uncompressed tar files, read in place: every member is checked before the first one is used."""
 
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -11,7 +11,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit_irpe.data.images import LabelledImages, report_hidden, same_text
-from irpe_train.pixels import is_hidden, report_unread
+from irpe_train.pixels import PACKED, is_hidden, report_unread
 
 BLOCK = 512  # bytes: a tar file consists of such blocks, and ends with two of zeros
 
@@ -87,12 +87,18 @@ class TarImages(LabelledImages):
                 folders.append(path)
             elif path[-1].lower().endswith(IMG_EXTENSIONS):
                 images.append((path, place, size))
+            elif PurePosixPath(path[-1]).suffix.lower() in PACKED:
+                raise ValueError(
+                    f"{file}: {'/'.join(path)}: images packed in it are not read; pack files or plain .tar"
+                )
             else:
                 unread.append(path[-1])
         report_hidden(file, hidden)
         report_unread(file, unread)
         if not images:
             raise ValueError(f"{file}: no images in it (looked for {', '.join(IMG_EXTENSIONS)})")
+        if twice := [path for path, count in Counter(path for path, *_ in images).items() if count > 1]:
+            raise ValueError(f"{file}: two members are {'/'.join(twice[0])}, one of them in a tar; pack it once")
         below = [path[0] == file.stem and len(path) > 2 for path, *_ in images]
         if any(below) and not all(below):
             other = "/".join(images[below.index(False)][0])

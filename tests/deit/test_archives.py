@@ -305,11 +305,12 @@ def test_pictures_that_predict_wrote_are_not_training_images(tmp_path):
 
 
 def test_links_to_folders_are_followed(tmp_path):
-    """Also across classes: a user's symlinks are intended, as long as nothing is read twice."""
+    """A user's symlinks are intended, as long as nothing is read twice."""
     elsewhere = write_files(tmp_path / "elsewhere", ["1.png", "deep/2.png"])
+    more = write_files(tmp_path / "more", ["3.png", "deep/4.png"])
     write_files(tmp_path / "val", ["a/0.png"])
     os.symlink(elsewhere, tmp_path / "val/b")
-    os.symlink(elsewhere, tmp_path / "val/a/more")
+    os.symlink(more, tmp_path / "val/a/more")
     os.symlink(elsewhere / "1.png", tmp_path / "val/a/z.png")
     classes, images = seen(FolderImages(tmp_path / "val"))
     assert classes == ["a", "b"] and [label for label, _ in images] == [0, 0, 0, 0, 1, 1]
@@ -321,13 +322,15 @@ def test_links_to_folders_are_followed(tmp_path):
         ("a/again", ".", "val/a/again: a symlink to a folder already read"),
         ("a/up", "../..", "val/a/up/val: a symlink to a folder already read"),
         ("a/second", "deep", "val/a/second: a symlink to a folder already read"),
+        ("a/other", "../b", "val/b: a symlink to a folder already read, or what it leads to"),
+        ("c", "b", "val/c: a symlink to a folder already read"),
         ("a/lost.png", "nowhere", "val/a/lost.png: neither a file nor a folder"),
         ("a/lost", "nowhere", "val/a/lost: a broken link"),
         ("lost", "nowhere", "val/lost: a broken link"),
     ],
 )
 def test_links_that_would_count_images_twice_or_not_at_all_are_refused(tmp_path, link, target, words):
-    write_files(tmp_path / "val", ["a/0.png", "a/deep/1.png"])
+    write_files(tmp_path / "val", ["a/0.png", "a/deep/1.png", "b/2.png"])
     os.symlink(target, tmp_path / "val" / link)
     with pytest.raises(ValueError, match=words):
         FolderImages(tmp_path / "val")
@@ -369,13 +372,28 @@ def test_hidden_files_and_folders_are_skipped(tmp_path, monkeypatch, around):
         assert said[1] == said[0].replace(str(tmp_path / ".cache/val"), str(tmp_path / "val.tar"))
 
 
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([("a.tar", b""), "b/0.png", "b.zip"], "b.zip: images packed in it are not read"),
+        (["a/0.png", "b.tar.gz"], "b.tar.gz: images packed in it are not read"),
+        (["a/0.png", "b/0.png", ("b.tar", b"")], "two members are b/0.png, one of them in a tar"),
+    ],
+)
+def test_a_class_that_is_packed_otherwise_or_twice_is_refused(tmp_path, members, words):
+    inner = tar_of(tmp_path / "inner.tar", "0.png").read_bytes()
+    file = tar_of(tmp_path / "val.tar", *((one[0], inner) if isinstance(one, tuple) else one for one in members))
+    with pytest.raises(ValueError, match=words):
+        TarImages(file)
+
+
 def test_pictures_of_other_kinds_are_reported_as_left_out(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("irpe_train.pixels.logger.warning", said.append)
     names = ["a/0.png", "b/c/1.HEIC", "b/1.png", "a/x.heic", "a/y.gif", "notes.txt"]
     places = write_files(tmp_path / "val", names), tar_of(tmp_path / "val.tar", *names)
     FolderImages(places[0]), TarImages(places[1])
-    told = ": pictures left out because their format is not read: 1 .gif, 2 .heic; save them as .jpg"
+    told = ": left out because their format is not read: 1 .gif, 2 .heic; save pictures as .jpg, unpack archives"
     assert said == [f"{place}{told}" for place in places]
     assert len(files_of([str(places[0])], besides=tmp_path / "out")) == 2 and said[2] == said[0]
 
