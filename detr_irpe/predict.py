@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class Truth:
 
     def __init__(self, path: Path, names: dict[int, str]):
         self.annotations = Annotations(path, categories=names)
-        self.files = [name.decode() for name in self.annotations.names]
+        self.files = [normalize("NFC", name.decode()) for name in self.annotations.names]
         if names:
             for _, problem in naming_problems(names, self.annotations.categories, Path("the checkpoint"), path):
                 logger.warning(str(problem))
@@ -123,12 +124,13 @@ class Truth:
 
         Raises: ValueError: there is none, or more than one.
         """
-        for whole in (os.path.abspath(path), os.path.realpath(path)):  # a link may have the name, or what it leads to
+        for place in (os.path.abspath(path), os.path.realpath(path)):  # a link may have the name, or what it leads to
+            whole = normalize("NFC", place)  # macOS decomposes accents
             if fitting := [i for i, name in enumerate(self.files) if whole.endswith("/" + name)]:
                 break
         longest = max((len(self.files[i]) for i in fitting), default=0)
         fitting = [i for i in fitting if len(self.files[i]) == longest]
-        fitting = fitting or [i for i, name in enumerate(self.files) if Path(name).name == path.name]
+        fitting = fitting or [i for i, name in enumerate(self.files) if Path(name).name == normalize("NFC", path.name)]
         if len(fitting) != 1:
             count = "no image" if not fitting else f"{len(fitting)} images"
             raise ValueError(f"--annotations {self.annotations.path}: {count} called {path.name} there")

@@ -3,9 +3,10 @@
 
 import os
 import struct
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -28,8 +29,9 @@ class FilesInFolder:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
-        self._names = PackedStrings(os.fsencode(name) for name in names)
         present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # a pipe would never end
+        names = _as_stored(names, present)
+        self._names = PackedStrings(os.fsencode(name) for name in names)
         self.missing = [name for name in names if name not in present and not (folder / name).is_file()]
 
     def name(self, index: int) -> str:
@@ -56,6 +58,7 @@ class FilesInZip:
         self.path = archive
         self._names = PackedStrings(name.encode() for name in names)
         members = _members(archive)
+        names = _as_stored(names, members)
         self.missing = [name for name in names if name not in members]
         places = [members.get(name, (-1, 0, 0, 0, 0)) for name in names]
         self._places = torch.tensor(places, dtype=torch.int64).reshape(-1, 5).share_memory_()
@@ -116,6 +119,12 @@ def open_images(
         missing = f"images that {listed_in} names are missing: {len(images.missing)} ({first})"
         raise FileNotFoundError(f"{images.path}: {missing}. Extract or download the set again.")
     return images
+
+
+def _as_stored(names: Sequence[str], stored: Collection[str]) -> list[str]:
+    """``names`` as they are among ``stored``, which may write accents differently: macOS decomposes them."""
+    variants = {unicodedata.normalize("NFC", name): name for name in stored}
+    return [name if name in stored else variants.get(unicodedata.normalize("NFC", name), name) for name in names]
 
 
 def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:

@@ -4,6 +4,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.segmentations import decode_masks
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.nested_tensor import collate
+from detr_irpe.predict import Truth
 from irpe_train.errors import BadData
-from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
+from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco, zip_split
 
 PLAIN = eval_transforms(40)
 
@@ -123,6 +125,18 @@ def test_a_zip_archive_reads_as_the_folder_does(tmp_path):
     ours = CocoDetection(archive, "train2017", PLAIN)
     assert_same_items(list(ours), list(CocoDetection(folder, "train2017", PLAIN)))
     assert ours.name(1).endswith("train2017.zip:000000000101.jpg")
+
+
+@pytest.mark.parametrize("zips", [False, True])
+def test_accents_may_be_written_in_two_ways(tmp_path, zips):
+    root = write_tiny_coco(tmp_path)
+    (root / "val2017/000000000101.jpg").rename(root / "val2017/e\u0301.jpg")  # as macOS and its archives do
+    edit_annotations(root, "val2017", lambda c: c["images"][1].update(file_name="\u00e9.jpg"))
+    if zips:
+        zip_split(root, "val2017")
+    dataset = CocoDetection(root, "val2017", PLAIN)
+    assert dataset[1][0].shape == (3, 40, 50)
+    assert Truth(dataset.path, {}).number_of(Path("e\u0301.jpg")) == 1
 
 
 def test_workers_share_an_archive_without_moving_each_others_position(tmp_path):
