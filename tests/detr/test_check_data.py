@@ -339,7 +339,7 @@ def test_full_body_boxes_that_reach_outside_are_not_taken_for_corners(tmp_path, 
 
 def test_two_boxes_that_reach_outside_are_not_taken_for_centres(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
-    few = iter([[50, 50, 12, 12], [48, 50, 15, 12]])
+    few = iter([[50, 20, 12, 12], [48, 20, 15, 12]])
     edit_annotations(root, "train2017", each("annotations", "bbox", lambda _: next(few, [20, 20, 10, 10])))
     text = check(root, capsys)[1]
     assert "look like" not in text and "boxes that reach outside their image, and are clipped to it: 2" in text
