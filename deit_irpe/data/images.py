@@ -92,7 +92,7 @@ class FolderImages(LabelledImages):
             wanted = f"Images lie in one folder for each class ({root}/<class>/x.jpg)"
             wanted += "; the images here lie flat" if flat else ""
             raise ValueError(f"{root}: no class folders in it. {wanted}")
-        names, labels, seen = [], [], {_identity(root)}
+        names, labels, seen = [], [], {_identity(root): str(root)}
         for label, folder in enumerate(folders):
             files = list(_images_below(folder, seen, unread))
             if not files:
@@ -104,15 +104,15 @@ class FolderImages(LabelledImages):
         if flat:
             logger.warning(f"{flat[0]}: beside the class folders; {len(flat)} images without a class are left out")
         super().__init__([os.path.basename(folder) for folder in folders], names, labels, transform)
-        self.origins = folders
+        self.origins = list(seen.values())[1:]
 
 
-def _images_below(folder: str, seen: set[tuple[int, int]], unread: list[str]) -> Iterator[str]:
+def _images_below(folder: str, seen: dict[tuple[int, int], str], unread: list[str]) -> Iterator[str]:
     """The images in ``folder`` and the folders below it; ``seen``: folders that must not occur again."""
     here = _identity(folder)
     if here in seen:
         raise ValueError(f"{folder}: a symlink to a folder already read, or what it leads to; remove the link")
-    seen.add(here)
+    seen[here] = folder
     folders, images = _entries(folder, unread)
     yield from images
     for below in folders:

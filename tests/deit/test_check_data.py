@@ -57,7 +57,7 @@ def test_classes_without_a_training_image_are_reported(tmp_path, monkeypatch):
     assert said == ["train: no image of 2 of 4 classes: 1, ..."]
 
 
-@pytest.mark.parametrize("kind", ["folder", "class", "tar", "shards"])
+@pytest.mark.parametrize("kind", ["folder", "class", "below", "tar", "shards"])
 def test_validation_on_the_training_images_is_reported(tmp_path, kind, monkeypatch):
     """Under another name; parts of one folder do not count."""
     said = []
@@ -69,6 +69,9 @@ def test_validation_on_the_training_images_is_reported(tmp_path, kind, monkeypat
     elif kind == "class":
         write_images(tmp_path / "val", {"ant": 1})
         (tmp_path / "val/bee").symlink_to("../train/bee")
+    elif kind == "below":
+        write_images(tmp_path / "val", {"ant": 1, "bee": 1})
+        (tmp_path / "train/bee/more").symlink_to("../../val/bee")
     elif kind == "tar":
         os.link(tar_of(tmp_path / "train.tar", "ant/0.jpg"), tmp_path / "val.tar")
     else:
