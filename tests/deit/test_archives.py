@@ -226,6 +226,12 @@ def test_a_shard_that_could_be_either_is_refused(tmp_path, name):
         ShardImages(shards(tmp_path, "x-val-0.tar", name), False)
 
 
+def test_a_link_to_another_shard_does_not_count_its_images_twice(tmp_path):
+    (shards(tmp_path, "x-val-0.tar") / "x-val-1.tar").symlink_to("x-val-0.tar")
+    with pytest.raises(ValueError, match="x-val-1.tar: a link to a shard that is read already"):
+        ShardImages(tmp_path, False)
+
+
 @pytest.mark.parametrize("name", ["x-val-1.tar.gz", "x-val-1.tgz", "x-val-1.tar.zst"])
 def test_a_compressed_shard_beside_the_others_is_not_left_out(tmp_path, name):
     (shards(tmp_path, "x-val-0.tar") / name).write_bytes(b"x")
