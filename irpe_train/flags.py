@@ -77,11 +77,11 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default if there is one."""
+    """Shows the default if there is one; a ``--no-x`` has the default of its ``--x``, which would read as its own."""
 
     def _get_help_string(self, action):
         nothing = action.default is None or action.default is False or action.default in ("", [])
-        return action.help if nothing else super()._get_help_string(action)
+        return action.help if nothing or action.const is False else super()._get_help_string(action)
 
 
 class _ShortHelp(argparse._HelpAction):

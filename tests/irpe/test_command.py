@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -115,6 +116,7 @@ def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
     assert len(parser.first) == 10 and all(f"  --{name}" in printed[0] for name in parser.first)
     assert sum(f"  {option} " in printed[0] for option in options) == 10
     assert all(option in printed[1] for option in options) and "\nmodel:\n" in printed[1]  # in groups
+    assert not re.search(r"  --no[-_][a-z-_]+ [^-]*\(default", printed[1])  # it would read as the default of --no-x
     assert len(printed[0].splitlines()) < 45 < len(printed[1].splitlines())
 
 
