@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO's instance annotations, read once: typed, checked, and in flat arrays that worker processes share."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from detr_irpe.data.json_columns import FLAG, JsonList, read_json
 from detr_irpe.data.packed_strings import PackedStrings, shared
-from detr_irpe.data.segmentations import MOST_PIXELS, PackedMasks, problem_of
+from detr_irpe.data.segmentations import MOST_PIXELS, problem_of
 
 LARGEST_CATEGORY_ID = 20_000  # the model has an output for each id up to the largest; no published set has more
 CATEGORY_IDS = range(LARGEST_CATEGORY_ID + 1)
@@ -74,7 +75,7 @@ class Annotations:
         if with_masks:
             shapes = [objects.entries[i].get("segmentation") or [] for i in order]
             self.without_mask = sum(not shape for shape in shapes)
-            self._masks = self._checked_masks(shapes)
+            self._masks = PackedStrings(pickle.dumps(shape) for shape in self._checked_masks(shapes))
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -92,7 +93,7 @@ class Annotations:
 
     def segmentations_of_image(self, index: int) -> list:
         """Polygons or RLE of every object of image number ``index``; [] for none, or if the image size is missing."""
-        return [self._masks[i] for i in range(*self._ranges[index].tolist())]
+        return [pickle.loads(self._masks[i]) for i in range(*self._ranges[index].tolist())]
 
     def place_of_object(self, index: int) -> str:
         """The file's entry of object number ``index``, for messages."""
@@ -108,21 +109,13 @@ class Annotations:
         pixels = self.sizes.prod(1)
         return (pixels > 0) & (pixels < MOST_PIXELS)
 
-    def _checked_masks(self, shapes: list) -> PackedMasks:
-        owners = self.image_of_object()
-        sizes, sized = self.sizes[owners], self._sized()[owners].tolist()
-        shapes = [shape if fits else [] for shape, fits in zip(shapes, sized, strict=True)]
-        try:
-            packed = PackedMasks(shapes)
-            polygons_fit = packed.polygons_fit(sizes)  # all at once
-        except (TypeError, OverflowError):
-            polygons_fit = False
-        for index, shape in enumerate(shapes):
-            if polygons_fit and isinstance(shape, list):
-                continue
-            if wrong := problem_of(shape, *sizes[index].tolist()):
+    def _checked_masks(self, shapes: list) -> list:
+        """``shapes``, empty in images without a size. Raises ValueError: one does not fit its image."""
+        owners, sizes, sized = self.image_of_object().tolist(), self.sizes.tolist(), self._sized().tolist()
+        for index, (shape, owner) in enumerate(zip(shapes, owners, strict=True)):
+            if sized[owner] and (wrong := problem_of(shape, *sizes[owner])):
                 raise ValueError(f"{self.path}: segmentation of {self.place_of_object(index)}: {wrong}")
-        return packed
+        return [shape if sized[owner] else [] for shape, owner in zip(shapes, owners, strict=True)]
 
 
 def read_categories(entries: JsonList) -> dict[int, str]:

@@ -157,7 +157,7 @@ def test_annotations_lie_in_shared_memory(tmp_path):
     annotations = Annotations(write_tiny_coco(tmp_path) / "annotations/instances_train2017.json", with_masks=True)
     tensors = [value for value in vars(annotations).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) >= 7 and all(tensor.is_shared() for tensor in tensors)
-    assert annotations._masks._numbers.is_shared() and annotations.names._bytes.is_shared()
+    assert annotations._masks._bytes.is_shared() and annotations.names._bytes.is_shared()
 
 
 def test_batches_are_padded(tmp_path):
