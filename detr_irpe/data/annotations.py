@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detr_irpe.data.json_columns import FLAG, JsonList, read_json
+from detr_irpe.data.json_columns import FLAG, JsonList, read_json, without_garbage_collection
 from detr_irpe.data.packed_strings import PackedStrings, shared
 from detr_irpe.data.segmentations import MOST_PIXELS, problem_of
 
@@ -40,6 +40,7 @@ class Annotations:
         entries.
     """
 
+    @without_garbage_collection()
     def __init__(self, path: Path, *, with_masks: bool = False, categories: dict[int, str] | None = None) -> None:
         self.path = path
         content = read_json(path)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annotation files as typed columns: exact integers, finite numbers, text; an error names the entry."""
 
+import contextlib
 import gc
 import json
 import re
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,20 @@ import numpy as np
 _INTEGER = re.compile(r"\s*[+-]?[0-9]{1,30}\s*", re.ASCII)
 _NUMBER = re.compile(r"\s*[+-]?[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,3})?\s*", re.ASCII)
 FLAG = range(2)  # 0 or 1, true or false
+INT64 = range(-(2**63), 2**63)
 _LARGEST = float(np.finfo(np.float32).max)  # boxes and areas become float32
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For reading millions of entries, which have no cycles: looking for some would take longer than reading them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def read_json(path: Path) -> dict:
@@ -23,15 +37,10 @@ def read_json(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f'no annotation file {path}. See README, "Data", for the expected layout.')
-    collecting = gc.isenabled()
-    gc.disable()  # millions of new dicts without a cycle: garbage collection would take longer than reading
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
-    finally:
-        if collecting:
-            gc.enable()
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(f"{path}: not a COCO annotation file (no list 'images' in it)")
     return content
@@ -62,46 +71,32 @@ class JsonList:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def integers(
-        self, field: str, default: int | Sequence[int] | None = None, valid: range | None = None
-    ) -> np.ndarray:
+    def integers(self, field: str, default: int | Sequence[int] | None = None, valid: range = INT64) -> np.ndarray:
         """One integer of every entry, ``(n,)`` int64; ``"12"`` and ``12.0`` are 12.
 
         Args:
             default: the value of a field that is missing or null; None refuses it.
             valid: the only accepted values; true and false are 1 and 0 if both are valid.
         """
-        values, truth = self._values(field, default), valid == FLAG
-        wanted = "an integer" if valid is None else f"an integer from {valid[0]} to {valid[-1]}"
-        column = _array(values, np.int64, {int})
-        if column is None:
-            column = np.array(self._parsed(field, values, lambda value: _integer(value, truth), wanted), dtype=np.int64)
-        if valid is not None and len(column) and not valid[0] <= column.min() <= column.max() <= valid[-1]:
-            self._parsed(field, column.tolist(), lambda value: value if value in valid else None, wanted)
-        return column
+        wanted = "an integer" if valid == INT64 else f"an integer from {valid[0]} to {valid[-1]}"
+        return np.array(self._parsed(field, default, partial(_integer, valid=valid), wanted), dtype=np.int64)
 
     def numbers(self, field: str, default: Sequence[float]) -> np.ndarray:
         """One finite number of every entry, ``(n,)`` float64; ``default`` if it is missing or null."""
-        values = self._values(field, default)
-        column = _array(values, np.float64, {int, float})
-        return column if column is not None else np.array(self._parsed(field, values, _number, "a finite number"))
+        return np.array(self._parsed(field, default, _number, "a finite number"), dtype=np.float64)
 
     def boxes(self, field: str) -> np.ndarray:
         """Four finite numbers of every entry, ``(n, 4)`` float64."""
-        values = self._values(field, None)
-        column = None
-        if not set(map(type, values)) - {list} and not set(map(len, values)) - {4}:
-            column = _array(list(chain.from_iterable(values)), np.float64, {int, float})
-        if column is None:
-            column = np.array(self._parsed(field, values, _box, "a list of four finite numbers"))
-        return column.reshape(-1, 4)
+        boxes = self._parsed(field, None, _box, "a list of four finite numbers")
+        return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
     def texts(self, field: str) -> list[str]:
         """Nonempty text of every entry."""
-        return self._parsed(field, self._values(field, None), _text, "text")
+        return self._parsed(field, None, _text, "text")
 
-    def _parsed(self, field: str, values: list, parse: Callable, wanted: str) -> list:
+    def _parsed(self, field: str, default, parse: Callable, wanted: str) -> list:
         """``parse`` of every value. Raises ValueError if any is None, with the first places."""
+        values = self._values(field, default)
         parsed = [parse(value) for value in values]
         if None in parsed:
             wrong = [index for index, value in enumerate(parsed) if value is None]
@@ -121,31 +116,20 @@ class JsonList:
         return [other if value is None else value for value, other in zip(values, defaults, strict=True)]
 
 
-def _array(values: list, dtype: type, kinds: set[type]) -> np.ndarray | None:
-    """The fast path: an array if all values have these types and are in range, else None."""
-    if set(map(type, values)) - kinds:
-        return None
-    try:
-        column = np.array(values, dtype=dtype)
-    except OverflowError:
-        return None
-    return column if dtype is np.int64 or (np.abs(column) <= _LARGEST).all() else None
-
-
-def _integer(value, truth: bool) -> int | None:
-    if isinstance(value, str) and _INTEGER.fullmatch(value):
+def _integer(value, valid: range) -> int | None:
+    if type(value) is not int:
+        text = isinstance(value, str) and _INTEGER.fullmatch(value)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53  # above, floats are not exact
+        if not (text or whole or isinstance(value, bool) and valid == FLAG):
+            return None
         value = int(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # above, floats are not exact
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) and not truth:
-        return None
-    return int(value) if -(2**63) <= value < 2**63 else None
+    return value if value in valid else None
 
 
 def _number(value) -> float | None:
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+    if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:
         return None  # also NaN, for which no comparison is true
     return float(value)
 

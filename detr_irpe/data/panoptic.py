@@ -15,7 +15,7 @@ from torchvision.ops import masks_to_boxes
 from detr_irpe.data.annotations import Annotations, read_categories, refuse_repeated, refuse_unknown
 from detr_irpe.data.coco import read_image, transformed
 from detr_irpe.data.image_files import open_images
-from detr_irpe.data.json_columns import FLAG, JsonList, read_json
+from detr_irpe.data.json_columns import FLAG, JsonList, read_json, without_garbage_collection
 from detr_irpe.data.packed_strings import PackedStrings
 from detr_irpe.models.postprocess import ids_of_colours
 from irpe_train.pixels import decode_image
@@ -35,6 +35,7 @@ class CocoPanoptic(Dataset):
     Raises: FileNotFoundError, ValueError: files are missing, or the annotations have the wrong format.
     """
 
+    @without_garbage_collection()
     def __init__(
         self,
         image_root: str | Path,
