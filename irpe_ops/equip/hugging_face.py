@@ -37,7 +37,7 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     AttentionInterface.register("irpe", irpe_attention)
     AttentionMaskInterface.register("irpe", sdpa_mask)
     names = {type(module).__name__: module for module in model.modules()}
-    family = next((name for name in (*_VITS, *_DETRS) if f"{name}Embeddings" in names or f"{name}Encoder" in names), "")
+    family = next((name for name in (*_VITS, *_DETRS) if f"{name}Embeddings" in names or f"{name}Model" in names), "")
     family = "RTDetr" if "RTDetrAIFILayer" in names else family
     if not family:
         known = f"known are {', '.join((*_VITS, *_DETRS))}. {HELP}"
@@ -62,6 +62,8 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
         grid = TokenGrid(skip, varies=True)
         _add_to_layers(encoder, layer, attention, dataclasses.replace(config, skip=skip), grid, backend)
         given.register_forward_pre_hook(functools.partial(_remember, grid, patch_size))
+    if not any(hasattr(module, "rpe_k") for module in model.modules()):
+        raise ValueError(f"equip: this {type(model).__name__} has no {layer} to equip")
     for part in model.modules():
         if is_pretrained_model(part) and part.device.type == "meta":  # equipped inside from_pretrained
             part._init_weights = functools.partial(_init_weights, part._init_weights)

@@ -52,7 +52,7 @@ def hugging_face_detr(name="DetrForObjectDetection"):
     return getattr(transformers, name)(config)
 
 
-def hugging_face_rt_detr():
+def hugging_face_rt_detr(**kwargs):
     transformers = pytest.importorskip("transformers")
     backbone = transformers.RTDetrResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
@@ -62,6 +62,7 @@ def hugging_face_rt_detr():
         backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[8, 16, 16], encoder_ffn_dim=16,
         encoder_attention_heads=2, num_attention_heads=2, d_model=16, decoder_in_channels=[16, 16, 16], num_queries=5,
         decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, num_labels=4, eval_size=None,
+        **kwargs,
     )  # fmt: skip
     return transformers.RTDetrForObjectDetection(config)
 
@@ -360,6 +361,9 @@ def test_two_threads_with_two_image_sizes(name):
             lambda: torch.ao.quantization.quantize_dynamic(hugging_face("ViTForImageClassification"), {nn.Linear}),
             "its o_proj is not a torch.nn.Linear but of torch.ao.nn.quantized",
         ),
+        (lambda: hugging_face_detr().model.encoder, "DetrEncoder of transformers is not known here"),
+        (lambda: hugging_face("ViTForImageClassification", num_hidden_layers=0), "has no ViTLayer to equip"),
+        (lambda: hugging_face_rt_detr(encoder_layers=0), "has no RTDetrEncoderLayer to equip"),
         (lambda: nn.TransformerEncoder(nn.Identity(), 1), "a layer is a Identity, not a torch.nn.TransformerEncoder"),
         (lambda: nn.Transformer(16, 2), "Transformer has no blocks"),
         (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
