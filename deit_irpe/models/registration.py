@@ -28,6 +28,7 @@ from irpe_ops import equip
 from irpe_ops.equip.timm_vit import RPEAttention
 from irpe_ops.methods import import_plugins
 from irpe_train.checkpoint import load_matching, read_weights
+from irpe_train.distributed import logger
 from irpe_train.errors import in_one_line
 from irpe_train.zoo import fetch, read_zoo
 
@@ -182,7 +183,10 @@ def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) ->
         raise ValueError(f"model {name!r}: pretrained=True, but no weights of it were published")
     if not file:
         file = fetch(name) if published and config["url"] == published.url else config["url"]
-    load_pretrained_weights(model, read_weights(file), source=file)
+    notes = load_pretrained_weights(model, read_weights(file), source=file)
+    if notes:
+        told = "; ".join(f"{key} {note}" for key, note in list(notes.items())[:3])
+        logger.warning(f"model {name!r} from {file}: {told}" + ("; ..." if len(notes) > 3 else ""))
 
 
 def _timm_config(name: str):

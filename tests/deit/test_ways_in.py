@@ -1,6 +1,7 @@
 """timm's arguments for weights and sizes, and the flags in a stranger's checkpoint: followed or refused."""
 
 import argparse
+import logging
 import re
 
 import pytest
@@ -50,14 +51,17 @@ def test_the_file_that_a_run_starts_from(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["weights", "our checkpoint"])
-def test_a_file_named_in_the_overlay(tmp_path, wrapped):
+def test_a_file_named_in_the_overlay(tmp_path, wrapped, caplog):
+    logging.getLogger("irpe").propagate = True
     mine = trained(depth=1)
     flags = argparse.Namespace(model=NAME)
     torch.save({"model": mine.state_dict(), "args": flags} if wrapped else mine.state_dict(), tmp_path / "mine.pth")
     overlay = dict(file=str(tmp_path / "mine.pth"))
     assert same(timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, depth=1), mine)
+    assert not caplog.messages
     again = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, depth=1, num_classes=7)
     assert again.head.out_features == 7 and torch.equal(again.norm.weight, mine.norm.weight)
+    assert "mine.pth: head.weight starts fresh" in caplog.text
 
 
 def test_weights_given_as_a_state_dict():
