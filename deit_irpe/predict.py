@@ -145,7 +145,7 @@ def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[
     if isinstance(model, VisionTransformer):
         kinds = {type(getattr(block, "attn", block)) for block in model.blocks}
     if others := kinds - {Attention, RPEAttention}:  # which may attend in another way
-        raise ValueError(f"--attention draws timm's Attention, with or without iRPE, not a {others.pop().__name__}")
+        raise ValueError(f"--attention draws timm's Attention, with or without iRPE, not {others.pop().__name__}")
     height, width = model.patch_embed.grid_size
     for row, col in asked:
         if not (row < height and col < width):

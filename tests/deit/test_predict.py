@@ -156,7 +156,7 @@ def test_mistakes_are_explained(checkpoint, tmp_path, flags, words):
     ("name", "kind"), [("vit_small_patch16_18x2_224", "ParallelThingsBlock"), ("resnet18", "ResNet")]
 )
 def test_attention_that_is_not_timms_is_not_drawn(name, kind):
-    with pytest.raises(ValueError, match=f"draws timm's Attention, with or without iRPE, not a {kind}"):
+    with pytest.raises(ValueError, match=f"draws timm's Attention, with or without iRPE, not {kind}"):
         points_of(timm.create_model(name), [])
 
 
