@@ -38,8 +38,8 @@ from irpe_train.state import TrainState
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")  # published, in order
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train, or with ``--eval`` evaluate."""
+def main(args: argparse.Namespace) -> int | None:
+    """Train, or with ``--eval`` evaluate. Returns: 1 if ``--expect`` failed."""
     check_args(args)
 
     # --- device and seed
@@ -69,8 +69,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- evaluate only
     if args.eval:
-        evaluate_only(args, model, checkpoint, val_set, val_loader, precision)
-        return
+        return evaluate_only(args, model, checkpoint, val_set, val_loader, precision)
 
     # --- optimizer
     loader = data.training_loader(args, train_set, device)
@@ -115,7 +114,7 @@ def evaluate_only(
     val_set: Dataset,
     val_loader: EvalLoader,
     precision: Precision,
-) -> None:
+) -> int | None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
@@ -142,7 +141,7 @@ def evaluate_only(
         files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
         logger.info(f"confusion matrix: {', '.join(map(str, files))}")
     if args.expect is not None and distributed.is_main():
-        expected.meet({"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}, args.output_dir)
+        return expected.meet({"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}, args.output_dir)
 
 
 # --- what the flags mean

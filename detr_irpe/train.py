@@ -36,8 +36,8 @@ from irpe_train.state import TrainState
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "args")  # published, in this order
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train, or with ``--eval`` evaluate."""
+def main(args: argparse.Namespace) -> int | None:
+    """Train, or with ``--eval`` evaluate. Returns: 1 if ``--expect`` failed."""
     check_args(args)
 
     # --- device and seed
@@ -73,8 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- evaluate only
     if args.eval:
-        evaluate_only(args, model, checkpoint, start, criterion, postprocessors, val_loader, precision)
-        return
+        return evaluate_only(args, model, checkpoint, start, criterion, postprocessors, val_loader, precision)
 
     # --- optimizer
     loader = data.training_loader(args, train_set, device)
@@ -115,7 +114,7 @@ def evaluate_only(
     postprocessors: dict,
     val_loader: EvalLoader,
     precision: Precision,
-) -> None:
+) -> int | None:
     """``--eval``: the weights of ``checkpoint``, or of ``start`` (already loaded), on the validation set."""
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
@@ -131,7 +130,7 @@ def evaluate_only(
     write_eval(args.output_dir, curves, ("eval.pth",))
     if args.expect is not None and distributed.is_main():
         names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-        expected.meet(dict(zip(names, stats["coco_eval_bbox"], strict=False)) | count(model), args.output_dir)
+        return expected.meet(dict(zip(names, stats["coco_eval_bbox"], strict=False)) | count(model), args.output_dir)
 
 
 def score(

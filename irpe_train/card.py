@@ -108,17 +108,17 @@ class Expected:
                 f"--expect {self.row}: its figures are {', '.join(published)}; this evaluation measures {figure}"
             )
 
-    def meet(self, measured: Mapping[str, float], output_dir: str | Path) -> None:
-        """Print the card and save it as ``card.json`` and ``.md``. Raises: SystemExit: a figure failed.
+    def meet(self, measured: Mapping[str, float], output_dir: str | Path) -> int:
+        """Print the card and save it as ``card.json`` and ``.md``.
 
         Args: measured: see `compare`. output_dir: empty: nothing is saved.
+        Returns: the exit status: 1 if a figure failed.
         """
         card = make_card(self.row, measured, checkpoint=self.checkpoint, data=[self.data])
         logger.info(to_markdown(card))
         if output_dir:
             write_card(card, Path(output_dir) / "card")
-        if card["verdict"] == "FAIL":
-            sys.exit(1)
+        return int(card["verdict"] == "FAIL")
 
 
 def make_card(
