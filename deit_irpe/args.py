@@ -3,6 +3,8 @@
 
 import argparse
 import ast
+import os
+from pathlib import Path
 
 from irpe_train.arguments import (
     add_export_arguments,
@@ -152,6 +154,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size {args.batch_size}: {why}")
     if args.val_split is not None and (args.data_set != "IMNET" or args.load_tar):
         raise ValueError("--val-split is for folders of images: leave out --data-set and --load-tar")
+    out, data = (Path(os.path.realpath(place)) for place in (args.output_dir, args.data_path))
+    flat = args.val_split is not None and not (data / "train").is_dir()
+    of_classes = [data] if flat else [data / "train", data / "val"]
+    if args.output_dir and any(folder in (out, *out.parents) for folder in of_classes):
+        raise ValueError(f"--output_dir {args.output_dir}: among the classes of {args.data_path}, and would become one")
     keywords(args.model_kwargs)
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")

@@ -155,8 +155,19 @@ def test_the_row_is_the_truth_and_the_column_the_answer():
     ],
 )
 def test_wrong_flags(tmp_path, flags, words):
-    (ended,) = deit(tmp_path, tmp_path / "out", *flags)
+    (ended,) = deit(tmp_path / "photos", tmp_path / "out", *flags)
     assert ended.code == 1 and words in ended.text
+
+
+@pytest.mark.parametrize(
+    ("out", "flags"), [("", ["--val-split", "0.5"]), ("run", ["--val-split", "0.5"]), ("train/x", [])]
+)
+def test_results_among_the_classes_would_become_one(tmp_path, out, flags):
+    write_images(tmp_path, {"photos/a": 4, "photos/b": 4})
+    if not flags:
+        write_images(tmp_path, {f"photos/{split}/{name}": 2 for split in ("train", "val") for name in "ab"})
+    (ended,) = deit(tmp_path / "photos", tmp_path / "photos" / out, *flags)
+    assert ended.code == 1 and "among the classes of" in ended.text and not (tmp_path / "photos/.lock").exists()
 
 
 def test_from_a_folder_to_the_figures_of_its_classes(tmp_path):
