@@ -98,7 +98,7 @@ def resample_positions(
         leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds positions only to patches
         shape = tuple(weights["pos_embed"].shape)
         tokens = shape[1] - leading if len(shape) == 3 and shape[0] == 1 else 0
-        if old_grid is None or math.prod(old_grid) != tokens:
+        if old_grid is None or min(old_grid) < 1 or math.prod(old_grid) != tokens:
             old_grid = new_grid if tokens == math.prod(new_grid) else (math.isqrt(max(tokens, 0)),) * 2
         if tokens < 1 or math.prod(old_grid) != tokens:
             why = f"with {leading} leading token(s) that is not a square grid; was it trained as another model?"

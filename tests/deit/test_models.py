@@ -211,6 +211,15 @@ def test_the_grid_that_a_checkpoint_was_trained_on_has_its_rows_first(tmp_path):
     assert torch.equal(new.pos_embed, resize_pos_embed(old.pos_embed, (6, 4), (8, 8)))
 
 
+def test_a_size_below_zero_in_a_checkpoint_is_no_grid(tmp_path):
+    """Five rows of minus five patches would be 25 as well."""
+    torch.save(
+        {"model": tiny(img_size=20).state_dict(), "args": argparse.Namespace(input_size=-20)}, tmp_path / "x.pth"
+    )
+    notes = start_from(tiny(img_size=32), str(tmp_path / "x.pth"), list("abcd"))
+    assert notes == {"pos_embed": "resampled from 5x5 to 8x8 patches"}
+
+
 def test_fine_tuning_carries_over_what_fits_and_says_what_does_not():
     spec = "rpe-1.9-product-ctx-1-k"
     old = tiny(rpe=spec, img_size=(16, 24))
