@@ -17,6 +17,7 @@ from torch import Tensor
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.segmentations import encode_masks, to_rle
 from irpe_train import distributed
+from irpe_train.state import plain
 
 BACKENDS = ("auto", "faster-coco-eval", "pycocotools")
 FIGURES = (  # all twelve, in COCO's order: name, short name, IoU, object size, number of detections
@@ -136,7 +137,7 @@ def as_saved(result: dict) -> dict:
 
     ``params`` is a dict (``recThrs``, ``iouThrs``, ...), while the published file has a pickled object.
     """
-    params = {name: _plain(value) for name, value in vars(result["params"]).items() if not name.startswith("_")}
+    params = {name: plain(value) for name, value in vars(result["params"]).items() if not name.startswith("_")}
     counts = [int(count) for count in result["counts"]]
     arrays = {key: torch.from_numpy(np.array(result[key], np.float64)) for key in ("precision", "recall", "scores")}
     return {"params": params, "counts": counts, "date": str(result["date"])} | arrays
@@ -183,11 +184,3 @@ def _mask_entries(detections: dict[int, dict]) -> list[dict]:
         for image_id, found in sorted(detections.items())
         for mask, label, score in zip(found["masks"], found["labels"], found["scores"], strict=True)
     ]
-
-
-def _plain(value):
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.astype(np.float64))
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
