@@ -47,30 +47,33 @@ def attention_calls(model: VisionTransformer, images: Tensor) -> list[AttentionC
     return calls
 
 
-def attention_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> Tensor:
-    """The attention weights of the patch at (row, col) on all patches, in the last block.
+def attention_maps(call: AttentionCall, row: int, col: int) -> Tensor:
+    """The attention weights of the patch at (row, col) on all patches.
 
     Returns: ``(heads, height, width)``; the remainder to a sum of one is on the leading tokens.
     """
-    call, skip = attention_calls(model, images)[-1], model.num_prefix_tokens
-    weights = attention_weights(call)[0, :, skip + row * call.width + col, skip:]
-    return weights.unflatten(-1, (call.height, call.width))
+    return _from_patch(attention_weights(call), call, row, col)
 
 
-def encoding_maps(model: VisionTransformer, images: Tensor, row: int, col: int) -> dict[str, Tensor]:
+def encoding_maps(calls: Sequence[AttentionCall], row: int, col: int) -> dict[str, Tensor]:
     """What each encoding on queries or keys adds to the scores of the patch at (row, col); empty without any.
 
     Returns: ``(heads or 1, height, width)`` by the name of the module.
     """
-    found, skip = {}, model.num_prefix_tokens
-    for number, call in enumerate(attention_calls(model, images)):
+    found = {}
+    for number, call in enumerate(calls):
         for role, encoding, x in (("rpe_q", call.rpe_q, call.k), ("rpe_k", call.rpe_k, call.q)):
             if encoding is not None:
                 added = encoding(x * call.scale, call.height, call.width)  # (1, H or 1, L, L)
                 added = added.transpose(2, 3) if role == "rpe_q" else added
-                added = added[0, :, skip + row * call.width + col, skip:]
-                found[f"blocks.{number}.attn.{role}"] = added.unflatten(-1, (call.height, call.width))
+                found[f"blocks.{number}.attn.{role}"] = _from_patch(added, call, row, col)
     return found
+
+
+def _from_patch(scores: Tensor, call: AttentionCall, row: int, col: int) -> Tensor:
+    """Of ``(1, H, L, L)`` the row of a patch, without leading tokens: ``(H, height, width)``."""
+    skip = scores.shape[-1] - call.height * call.width
+    return scores[0, :, skip + row * call.width + col, skip:].unflatten(-1, (call.height, call.width))
 
 
 def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) -> Figure:
@@ -121,8 +124,9 @@ def main(args: argparse.Namespace) -> None:
         entries = [{"class": label, "number": number, "probability": share} for label, number, share in top]
         predictions.append({"image": str(file), "top": entries})
         logger.info(f"{_shown(file)}: " + ", ".join(f"{label} {share:.1%}" for label, _, share in top))
+        calls = attention_calls(classifier.model, classifier.pixels(image)) if points else []
         for point in points:
-            draw_attention(classifier, image, point, name, out)
+            draw_attention(classifier.seen(image), calls, point, name, out)
     if predictions:
         if (before := args.out / "predictions.json").exists():  # of an earlier prediction, whose pictures stay too
             again = {os.path.abspath(entry["image"]) for entry in predictions}
@@ -154,17 +158,19 @@ def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[
 
 
 def draw_attention(
-    classifier: Classifier, image: Image.Image, point: tuple[int, int], name: str, out: OutputFolder
+    seen: Image.Image, calls: Sequence[AttentionCall], point: tuple[int, int], name: str, out: OutputFolder
 ) -> None:
-    """Save a patch's attention over the image, and what the encodings of keys and queries add to its scores."""
-    model, pixels, seen, (row, col) = classifier.model, classifier.pixels(image), classifier.seen(image), point
-    height, width = model.patch_embed.grid_size
-    heads = attention_maps(model, pixels, row, col)
+    """Save a patch's attention over the image, and what the encodings of keys and queries add to its scores.
+
+    Args: seen: what the model sees of the image; calls: from `attention_calls`.
+    """
+    row, col = point
+    height, width, heads = calls[-1].height, calls[-1].width, attention_maps(calls[-1], row, col)
     looks = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}
     centre = ((col + 0.5) * seen.width / width, (row + 0.5) * seen.height / height)
     title = f"{name}: attention of patch {row},{col} in the last block"
     _save(draw_over_image(seen, [centre], [looks], title), out, f"{name}_attention_{row}-{col}.png")
-    if added := encoding_maps(model, pixels, row, col):
+    if added := encoding_maps(calls, row, col):
         title = f"{name}: added to the scores of patch {row},{col}, by layer and head"
         figure = draw_maps(added, mark=(row, col), signed=True, title=title)
         _save(figure, out, f"{name}_encoding_{row}-{col}.png")

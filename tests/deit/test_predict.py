@@ -17,7 +17,7 @@ from deit_irpe.classifier import Classifier, load_onnx
 from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.export import main as export
 from deit_irpe.load_model import load_model
-from deit_irpe.predict import attention_maps, encoding_maps, get_predict_parser, main, points_of
+from deit_irpe.predict import attention_calls, attention_maps, encoding_maps, get_predict_parser, main, points_of
 from irpe_train.config import parse_args
 from irpe_train.errors import BadCheckpoint
 from tests.helpers.processes import run_ranks
@@ -92,7 +92,7 @@ def test_attention_maps_are_the_weights_that_the_block_uses(checkpoint, qk_norm)
     attn, images, got = model.blocks[-1].attn, torch.randn(1, 3, 32, 32), []
     attn.rpe_v = None
     with torch.no_grad():
-        expected = attention_maps(model, images, 1, 2)  # (2, 4, 4)
+        expected = attention_maps(attention_calls(model, images)[-1], 1, 2)  # (2, 4, 4)
         values = torch.zeros(1, 17, 32)
         values[0, 1 + 3 * 4 + 0] = 1.0  # the patch at (3, 0), after the class token
         attn.qkv.register_forward_hook(lambda module, inputs, output: torch.cat([output[..., :64], values], dim=-1))
@@ -119,7 +119,7 @@ def test_encoding_maps_are_what_the_scores_get(spec):
     with torch.no_grad():
         model(images := torch.randn(1, 3, 32, 32))
         wanted = {name: x[:, token, 1:] if name.endswith("k") else x[:, 1:, token] for name, x in added.items()}
-        found = encoding_maps(model, images, 1, 2)
+        found = encoding_maps(attention_calls(model, images), 1, 2)
     assert len(found) == (0 if spec == "none" else 4) and found.keys() == wanted.keys()
     for name, maps in found.items():
         assert maps.shape[1:] == (4, 4)
