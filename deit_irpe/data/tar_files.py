@@ -11,6 +11,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit_irpe.data.images import LabelledImages, report_hidden, same_text
+from irpe_train import outputs
 from irpe_train.pixels import PACKED, is_hidden, report_unread
 
 BLOCK = 512  # bytes: a tar file consists of such blocks, and ends with two of zeros
@@ -81,6 +82,8 @@ class TarImages(LabelledImages):
             raise FileNotFoundError(f"{file}: no such file (--load-tar reads train.tar and val.tar)")
         images, folders, hidden, unread = [], [], set(), []
         for path, place, size in _listing(file):
+            if path[-1] == outputs.LIST:
+                raise ValueError(f"{file}: {'/'.join(path)}: predict wrote pictures there, which are not data")
             if is_hidden(path):
                 hidden |= {path[0]} if is_hidden(path[:1]) else set()
             elif size is None:

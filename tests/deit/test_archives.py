@@ -306,6 +306,8 @@ def test_pictures_that_predict_wrote_are_not_training_images(tmp_path):
     OutputFolder(tmp_path / "val/a/results").wrote("0.png")
     with pytest.raises(ValueError, match="val/a/results: predict wrote pictures there"):
         FolderImages(tmp_path / "val")
+    with pytest.raises(ValueError, match=f"val.tar: a/results/{LIST}: predict wrote pictures there"):
+        TarImages(tar_of(tmp_path / "val.tar", f"a/results/{LIST}", "a/results/0.png", "b/1.png"))
     (tmp_path / "val/a/results" / LIST).unlink()
     assert len(FolderImages(tmp_path / "val")) == 3
 
