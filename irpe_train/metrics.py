@@ -164,8 +164,8 @@ class MetricLogger:
             if is_main() and (step % every == 0 or step + 1 == total):
                 left = step_time.avg * (total - step - 1)
                 speed = f"{images_per_step / max(step_time.avg, 1e-9):.0f} img/s" if images_per_step else ""
-                run = f"run: {_clock(left + later(step_time.avg))}" if later else ""
-                where = header, f"[{step:{len(str(total))}d}/{total}]", f"eta: {_clock(left)}"
+                run = f"run: {clock(left + later(step_time.avg))}" if later else ""
+                where = header, f"[{step:{len(str(total))}d}/{total}]", f"eta: {clock(left)}"
                 few = [f"{name}: {meter}" for name, meter in self.meters.items() if name in FEW and meter.count]
                 memory = _memory() if step + 1 == total else ""
                 logger.info(_joined(*where, *few, speed, run, memory), extra={"only": "console"})
@@ -173,14 +173,15 @@ class MetricLogger:
                 logger.info(_joined(*where, *full), extra={"only": "file"})  # as published, plus the speed
         spent = time.monotonic() - began
         if (done := total - start) > 0:
-            logger.info(f"{header} Total time: {_clock(spent)} ({spent / done:.4f} s / it)")
+            logger.info(f"{header} Total time: {clock(spent)} ({spent / done:.4f} s / it)")
 
 
 def _joined(*parts: str) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``h:mm:ss``, after a day ``1 day, h:mm:ss``."""
     return str(datetime.timedelta(seconds=int(seconds)))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from irpe_train.distributed import gather, logger, world_size
 from irpe_train.errors import RunError
 from irpe_train.loader import TrainLoader
-from irpe_train.metrics import count_parameters
+from irpe_train.metrics import clock, count_parameters
 from irpe_train.preemption import STOP
 from irpe_train.run_folder import Checkpoint, Checkpoints
 from irpe_train.run_log import RunLog, banner, changed_flags, record_start
@@ -113,8 +113,7 @@ class Run:
 
     def close(self) -> None:
         """After the last epoch: report how long it took, and what is written where."""
-        spent = time.gmtime(time.monotonic() - self._began)
-        logger.info(f"Training time {time.strftime('%H:%M:%S', spent)}")
+        logger.info(f"Training time {clock(time.monotonic() - self._began)}")
         if (folder := self.checkpoints.folder) is None:
             return
         written = {

@@ -15,6 +15,7 @@ import torch
 from irpe_train.config import parse_args
 from irpe_train.distributed import set_up_logging
 from irpe_train.errors import RunError
+from irpe_train.run import Run
 from irpe_train.run_folder import lock
 from irpe_train.run_log import RunLog, banner, changed_flags, git_state, log_details, record_start
 from tests.helpers import tiny_run
@@ -167,6 +168,13 @@ def test_banner_and_changed_flags(capsys):
     assert changed_flags(parser, args, stored=stored) == told
     banner("tiny", {"effective batch": 8, "lr": "0.25\n0.5"})
     assert capsys.readouterr().out == "tiny\n  effective batch  8\n  lr               0.25\n                   0.5\n"
+
+
+def test_a_run_of_days_says_how_many(capsys, monkeypatch):
+    set_up_logging(0)
+    monkeypatch.setattr("time.monotonic", iter([100.0, 100.0 + 54 * 3600 + 61]).__next__)
+    Run(None, types.SimpleNamespace(folder=None), None, None).close()
+    assert capsys.readouterr().out == "Training time 2 days, 6:01:01\n"
 
 
 def test_wandb_gets_the_same_figures_and_goes_on_after_a_resume(tmp_path, monkeypatch):
