@@ -130,8 +130,8 @@ def main(args: argparse.Namespace) -> None:
     if predictions:
         if (before := args.out / "predictions.json").exists():  # of an earlier prediction, whose pictures stay too
             again = {os.path.abspath(entry["image"]) for entry in predictions}
-            kept = [entry for entry in json.loads(read_text(before)) if os.path.abspath(entry["image"]) not in again]
-            predictions = kept + predictions
+            earlier = [entry for entry in json.loads(read_text(before)) if isinstance(entry, dict)]
+            predictions = [one for one in earlier if os.path.abspath(one["image"]) not in again] + predictions
         with out.writing("predictions.json") as (file,):
             file.write_text(json.dumps(predictions, indent=1) + "\n")
     if predictions or tables:
