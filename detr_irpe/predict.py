@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
@@ -19,6 +17,7 @@ from detr_irpe.args import get_predict_parser
 from detr_irpe.data.annotation_problems import naming_problems
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import decode_in_frame
+from detr_irpe.data.segmentations import encode_masks
 from detr_irpe.detector import Detector
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from irpe_ops.visualize import draw_over_image, draw_tables, save
@@ -180,9 +179,8 @@ def describe(path: Path, image: Image.Image, found: dict[str, Tensor], names: di
         }
         for label, score, box in zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")), strict=True)
     ]
-    for entry, mask in zip(objects, found.get("masks", ()), strict=False):
-        encoded = coco_mask.encode(np.asfortranarray(mask.numpy()))
-        entry["segmentation"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+    for entry, runs in zip(objects, encode_masks(found["masks"]) if "masks" in found else (), strict=False):
+        entry["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode()}
     return {"image": str(path), "width": image.width, "height": image.height, "objects": objects}
 
 

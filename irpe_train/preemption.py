@@ -41,7 +41,6 @@ class Preemption:
         self.training = False
         self._before: dict[int, object] = {}
         self._writing = False
-        self._interrupts = 0
         self._store = self._watcher = None
         self._uninstalled, self._all_heard = threading.Event(), threading.Event()
 
@@ -110,9 +109,6 @@ class Preemption:
 
     def _note(self, number, frame) -> None:
         self.signal = number
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            os._exit(128 + number)
 
     def _watch(self, pipe: int, uninstalled: threading.Event) -> None:
         unheeded_since, interrupts = None, 0
