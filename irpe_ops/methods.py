@@ -178,7 +178,7 @@ def import_plugins() -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ValueError(f"IRPE_PLUGINS={module}: {error}; put its folder on PYTHONPATH") from error
-        except Exception as error:  # of the module itself
+        except (Exception, SystemExit) as error:  # of the module itself, which may be a program
             raise ValueError(f"IRPE_PLUGINS={module}: {type(error).__name__}: {error}") from error
 
 

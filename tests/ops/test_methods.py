@@ -223,5 +223,7 @@ def test_a_program_imports_the_modules_that_the_environment_names(tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     broken = run(code, tmp_path, IRPE_PLUGINS="broken").stderr
     assert "IRPE_PLUGINS=broken: ZeroDivisionError: division by zero" in broken
+    (tmp_path / "program.py").write_text("raise SystemExit(2)")
+    assert "IRPE_PLUGINS=program: SystemExit: 2" in run(code, tmp_path, IRPE_PLUGINS="program").stderr
     code = "import sys; sys.path[:] = [p for p in sys.path if p]; " + code  # as a console command starts
     assert run(code.replace("product", "ring"), tmp_path, IRPE_PLUGINS="mine").stdout.strip() == "rpe-1.9-ring-ctx-1-k"
