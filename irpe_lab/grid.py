@@ -92,9 +92,10 @@ def read_grid(
     kept = {name: flags for name, flags in runs.items() if only is None or fnmatch.fnmatchcase(name, only)}
     if not kept:
         raise ConfigError(f"{source}: no run name matches {only!r}; the runs are {', '.join(runs)}")
-    published = _mapping(raw, "published", source)
-    for name, row in published.items():
-        _known(name, runs, f"{source}: published")
+    published = {
+        _known(name, runs, f"{source}: published"): row for name, row in _mapping(raw, "published", source).items()
+    }
+    for row in published.values():
         try:
             found = read_zoo().find(str(row)[:80])
         except ValueError as error:
@@ -103,7 +104,7 @@ def read_grid(
             raise ConfigError(f"{source}: published: {row} belongs to {found.package}, not to {raw['package']}")
     baseline = raw.get("baseline", "none" if "none" in runs else None)
     if baseline is not None:
-        _known(baseline, runs, f"{source}: baseline")
+        baseline = _known(baseline, runs, f"{source}: baseline")
     chosen = _seeds(seeds if seeds else raw.get("seeds", [0]), source)
     if len(kept) * len(chosen) > MOST_RUNS:
         raise ConfigError(f"{source}: {len(kept)} runs with {len(chosen)} seeds; expected at most {MOST_RUNS} in all")
@@ -185,9 +186,11 @@ def _mapping(raw: dict, key: str, source: str) -> dict:
     return value
 
 
-def _known(name: object, runs: dict, where: str) -> None:
-    if not isinstance(name, str) or name not in runs:
+def _known(name: object, runs: dict, where: str) -> str:
+    """The run's name, as ``_runs`` writes it."""
+    if not isinstance(name, str) or slug(name) not in runs:
         raise ConfigError(f"{where}: no run is called {name!r:.80}; the runs are {', '.join(runs)}")
+    return slug(name)
 
 
 def _seeds(values: object, source: str) -> tuple[int, ...]:

@@ -172,6 +172,13 @@ def test_only_keeps_the_baseline_where_it_is_kept(tmp_path):
         read_grid(grid, only="x")
 
 
+@pytest.mark.parametrize("name", ["iRPE k", "iRPE_k"])
+def test_a_run_is_named_as_written_or_as_its_folder(tmp_path, name):
+    text = GRID.replace("published: {rpe-1.9-product-ctx-1-k", f"baseline: {name}\npublished: {{{name}")
+    grid = read_grid(written(tmp_path, text + "runs: {iRPE k: {rpe: rpe-2-product-ctx-1-k}}\n"))
+    assert grid.baseline == "iRPE_k" and list(grid.published) == ["iRPE_k"] and "iRPE_k" in grid.runs
+
+
 WORDS = st.sampled_from(
     ["lr", "rpe", "none", "a-{b,c}", "no-abs-pos", "repeated-aug", "x", "configs/deit/tiny.yaml", ""]
 )
