@@ -114,7 +114,8 @@ def load_pretrained_weights(
 ) -> dict[str, str]:
     """Start ``model`` from the weights of another run: other resolution, other classes, other encoding.
 
-    The position embedding is resampled; a head with other classes and encodings with other tables start fresh.
+    The position embedding is resampled, or left out where it is fixed; a head with other classes and encodings with
+    other tables start fresh.
 
     Args:
         model: any timm model; positions are resampled for Vision Transformers.
@@ -125,8 +126,12 @@ def load_pretrained_weights(
     Raises: BadCheckpoint: any other key (named) is missing, unexpected or of another shape.
     """
     weights, notes = resample_positions(model, weights, old_grid, source=source)
+    positions = getattr(model, "pos_embed", None)
+    fixed = isinstance(positions, nn.Parameter) and not positions.requires_grad  # pos_embed=sincos
+    if fixed and weights.pop("pos_embed", None) is not None:
+        notes = {"pos_embed": "is not used: the positions here are fixed"}
 
     def fresh(key: str) -> bool:
-        return key.startswith(head_prefixes(model)) or ".lookup_table_" in key
+        return key.startswith(head_prefixes(model)) or ".lookup_table_" in key or fixed and key == "pos_embed"
 
-    return notes | load_matching(model, weights, source=source, may_start_fresh=fresh)
+    return load_matching(model, weights, source=source, may_start_fresh=fresh) | notes

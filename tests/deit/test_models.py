@@ -220,6 +220,13 @@ def test_a_size_below_zero_in_a_checkpoint_is_no_grid(tmp_path):
     assert notes == {"pos_embed": "resampled from 5x5 to 8x8 patches"}
 
 
+def test_fine_tuning_leaves_fixed_positions_as_they_are():
+    new = tiny(pos_embed="sincos", img_size=32)
+    before = new.pos_embed.clone()
+    notes = load_pretrained_weights(new, tiny(img_size=24).state_dict(), source="a.pth")
+    assert torch.equal(new.pos_embed, before) and notes == {"pos_embed": "is not used: the positions here are fixed"}
+
+
 def test_fine_tuning_carries_over_what_fits_and_says_what_does_not():
     spec = "rpe-1.9-product-ctx-1-k"
     old = tiny(rpe=spec, img_size=(16, 24))
