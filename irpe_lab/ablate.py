@@ -92,26 +92,16 @@ class Ablation:
         """Run everything unfinished. Returns when every run has an outcome or was stopped."""
         self.prepare(processes)
         waiting = [folder for folder in self.folders.values() if not jobs.finished(folder)]
-        started: set[Path] = set()
         display = tables.Display(self.grid.task.figure)
         try:
-            while True:
-                working = pool.working()
-                # A run still being worked on by a worker of a killed runner is awaited like our own.
-                waiting += [folder for folder in started - working if not jobs.done(folder) and jobs.busy(folder)]
-                started -= set(waiting)
-                others = {folder for folder in waiting if folder not in working and jobs.busy(folder)}
-                waiting = [folder for folder in waiting if not jobs.finished(folder)]
-                for folder in [folder for folder in waiting if folder not in others]:
-                    if not pool.free():
-                        break
+            while waiting or pool.working():
+                while waiting and pool.free():
+                    folder = min(waiting, key=jobs.busy)  # last, what another runner's worker is still running
                     waiting.remove(folder)
-                    started.add(folder)
                     pool.start(folder)
                 display.show(self.rows())
-                if not waiting and not pool.working():
-                    break
                 time.sleep(pool.poll_seconds)
+            display.show(self.rows())
         finally:
             pool.stop()
 

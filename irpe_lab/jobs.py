@@ -9,7 +9,7 @@
     FOLDER/log.txt, ...  the files of the run itself
 
 A worker process of its own handles each folder and holds ``FOLDER/lock``, as the run itself does, so that killing the
-ablation runner neither loses a run nor starts it twice: the next runner sees the lock, waits, and reads the outcome.
+ablation runner neither loses a run nor starts it twice: the next runner's worker waits for the lock.
 """
 
 import contextlib
@@ -31,7 +31,6 @@ from irpe_train.errors import Preempted, RunError, blamed_on
 from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
 
-BUSY = 3  # exit status of a worker that found another one running
 FOLDER = "<folder>"  # in a command: the run's own folder
 
 
@@ -85,11 +84,13 @@ def busy(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[TextIO | None]:
-    """Try to lock ``folder/lock``; yields the file, None if it is taken. It is free once all its holders have ended."""
+def locked(folder: Path, wait: bool = False) -> Iterator[TextIO | None]:
+    """Lock ``folder/lock``, which is free once all its holders have ended; yields the file, without ``wait`` None if it
+    is taken.
+    """
     with open(plain_file(folder / "lock"), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             yield None
         else:
@@ -99,12 +100,10 @@ def locked(folder: Path) -> Iterator[TextIO | None]:
 def work(folder: Path) -> int:
     """Run the command of ``folder/job.json`` unless it has finished; SIGTERM reaches it, so that it can save.
 
-    Returns: its exit status; ``BUSY`` if another process runs it. A stopped run has no outcome yet: it resumes later.
+    Waits for another worker that runs it. Returns: its exit status. A stopped run has no outcome yet: it resumes later.
     """
     folder = Path(folder)
-    with locked(folder) as lock:
-        if lock is None:
-            return BUSY
+    with locked(folder, wait=True) as lock:
         if finished(folder):
             return 0
         (folder / "done.json").unlink(missing_ok=True)

@@ -296,14 +296,16 @@ def test_a_row_is_told_when_its_state_changes(monkeypatch, capsys):
     assert capsys.readouterr().out == "good  2 done  4 epochs  91.00 ± 1.41\n"
 
 
-def test_a_worker_leaves_a_busy_run_alone(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit('should not start')"], "")
+def test_a_worker_waits_for_a_busy_run(tmp_path):
+    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit('started')"], "")
     with jobs.locked(tmp_path / "run") as lock:
         assert lock and jobs.busy(tmp_path / "run")
-        assert jobs.work(tmp_path / "run") == jobs.BUSY
-    assert not jobs.busy(tmp_path / "run") and jobs.done(tmp_path / "run") is None
-    assert jobs.work(tmp_path / "run") == 1
-    assert jobs.done(tmp_path / "run")["reason"] == "should not start"
+        worker = subprocess.Popen([sys.executable, "-m", "irpe_lab.jobs", str(tmp_path / "run")], cwd=ROOT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(1)
+        assert not (tmp_path / "run" / "detail.log").exists()
+    assert worker.wait() == 1 and not jobs.busy(tmp_path / "run")
+    assert jobs.done(tmp_path / "run")["reason"] == "started"
 
 
 def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
@@ -313,8 +315,15 @@ def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
     wait_for(lambda: console.exists() and console.read_text() == "here\n")
     worker.kill()
     worker.wait()
-    assert jobs.busy(tmp_path / "run") and jobs.work(tmp_path / "run") == jobs.BUSY
+    assert jobs.busy(tmp_path / "run")
     wait_for(lambda: not jobs.busy(tmp_path / "run"))
+
+
+def test_two_runners_share_the_runs(place):
+    """Neither starts what the other runs, and both see all of it done."""
+    other = run_in_background(place, "--seeds", "0")
+    assert main(["grid.yaml", "-o", "out", "--seeds", "0"]) == 0 and other.wait() == 0
+    assert sorted(starts(place)) == sorted(f"start {run} 0 0" for run in table(place / "out"))
 
 
 def test_a_preempted_run_has_no_outcome_yet_and_its_time_counts(tmp_path, monkeypatch):
