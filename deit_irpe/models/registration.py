@@ -15,6 +15,7 @@ from timm.models import (
     generate_default_cfgs,
     get_pretrained_cfg,
     is_model_in_modules,
+    model_entrypoint,
     register_model,
     register_notrace_module,
 )
@@ -108,7 +109,8 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
             f"for an encoding), of IRPE_PLUGINS, or one of {', '.join([*RPE_MODELS, *DEMO_SIZES])}"
         )
     may_lack = is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
-    if timm_kwargs.get("pos_embed") == "none" and not may_lack:
+    of_plugin = not elsewhere and not model_entrypoint(base).__module__.startswith("timm.")  # it knows by itself
+    if timm_kwargs.get("pos_embed") == "none" and not may_lack and not of_plugin:
         raise ValueError(f"model {name!r}: timm cannot build it without its position embedding (--no-abs-pos)")
     fixed = timm_kwargs.get("pos_embed") == "sincos"
     if fixed:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from irpe_train.checkpoint import read_checkpoint
 from tests.helpers.quick_python import quick_programs
 from tests.helpers.smaller import DEIT, TINY_VIT
 from tests.helpers.snippets import REPOSITORY
@@ -88,10 +89,11 @@ def test_a_bucket_method_trains_and_is_a_row_of_an_ablation(folder):
 
 
 def test_an_attention_of_your_own_trains(folder):
-    carry_out(
-        "An attention of your own", folder, "--input-size", "224", "--model-kwargs", "patch_size=56", *TINY_VIT[4:]
-    )
+    flags = ("--no-abs-pos", "--input-size", "224", "--model-kwargs", "patch_size=56", *TINY_VIT[4:])
+    carry_out("An attention of your own", folder, *flags)
     assert all(math.isfinite(loss) for loss in losses(folder / "outputs" / "sharper"))
+    weights = read_checkpoint(folder / "outputs" / "sharper" / "checkpoint.pth")["model"]
+    assert "blocks.0.attn.log_sharpness" in weights and "pos_embed" not in weights
 
 
 def test_a_mode_trains(folder):
