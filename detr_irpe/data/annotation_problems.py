@@ -125,7 +125,9 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
     """Category ids that the class head has no output for."""
     beyond = labels[labels >= (num_classes if num_classes is not None else torch.iinfo(torch.int64).max)]
     ids = [str(i) for i in beyond.unique().tolist()]
-    out = f"--num_classes {num_classes} (the largest id plus one, or auto) leaves out objects by their category ids"
+    out = (
+        f"objects with category ids beyond the {num_classes} outputs of the class head (--num_classes, the checkpoint)"
+    )
     return [Problem(out, len(beyond), ids[:3])]
 
 

@@ -206,7 +206,8 @@ def test_few_bad_boxes_in_a_large_set_are_a_warning(tmp_path, capsys):
     status, text = check(root, capsys, "--num_classes", "3")
     assert (
         status == 1
-        and "--num_classes 3 (the largest id plus one, or auto) leaves out objects by their category ids: 1500" in text
+        and "objects with category ids beyond the 3 outputs of the class head (--num_classes, the checkpoint): 1500"
+        in text
     )
     edit_annotations(root, "train2017", lambda c: c["annotations"][7].update(category_id=9))
     status, text = check(root, capsys, "--num_classes", "9")  # one in 1,500 is one too many where it cannot be learned
