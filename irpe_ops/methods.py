@@ -165,7 +165,7 @@ def bucket_map_named(name: str) -> BucketMap:
 
 
 def _map_names() -> list[str]:
-    return [name for method in METHODS for name in maps_of(method)]
+    return [name for method in list(METHODS) for name in maps_of(method)]  # another thread may register one
 
 
 def import_plugins() -> None:

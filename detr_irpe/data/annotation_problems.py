@@ -125,9 +125,8 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
     """Category ids that the class head has no output for."""
     beyond = labels[labels >= (num_classes if num_classes is not None else torch.iinfo(torch.int64).max)]
     ids = [str(i) for i in beyond.unique().tolist()]
-    out = (
-        f"objects with category ids beyond the {num_classes} outputs of the class head (--num_classes, the checkpoint)"
-    )
+    how = "the largest id plus one, or auto; a checkpoint has its own"
+    out = f"--num_classes {num_classes} ({how}) leaves out objects by their category ids"
     return [Problem(out, len(beyond), ids[:3])]
 
 

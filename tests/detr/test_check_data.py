@@ -204,11 +204,8 @@ def test_few_bad_boxes_in_a_large_set_are_a_warning(tmp_path, capsys):
     status, text = check(root, capsys)
     assert status == 0 and "warning: instances_train2017.json: empty boxes, which are dropped: 1" in text
     status, text = check(root, capsys, "--num_classes", "3")
-    assert (
-        status == 1
-        and "objects with category ids beyond the 3 outputs of the class head (--num_classes, the checkpoint): 1500"
-        in text
-    )
+    assert status == 1 and "--num_classes 3 (the largest id plus one, or auto; a checkpoint has its own)" in text
+    assert "leaves out objects by their category ids: 1500" in text
     edit_annotations(root, "train2017", lambda c: c["annotations"][7].update(category_id=9))
     status, text = check(root, capsys, "--num_classes", "9")  # one in 1,500 is one too many where it cannot be learned
     assert status == 1 and "error: instances_train2017.json: --num_classes 9 (the largest" in text

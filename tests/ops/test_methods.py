@@ -195,6 +195,16 @@ def run(code, folder, **environment):
 
 
 @pytest.mark.usefixtures("registered")
+def test_another_thread_may_register_a_method_while_names_are_read(monkeypatch):
+    def slow(method):
+        METHODS.setdefault("another", METHODS["ring"])
+        return maps_of(method)
+
+    monkeypatch.setattr("irpe_ops.methods.maps_of", slow)
+    assert get_bucket_ids_2d("cross_rows", 2, 2, 0, 2.0, 4.0, 16.0)[1] == 9
+
+
+@pytest.mark.usefixtures("registered")
 def test_what_was_unpickled_finds_its_method_in_the_module_that_the_environment_names(tmp_path):
     config = parse_rpe_spec("rpe-1.9-ring-ctx-1-k")
     (tmp_path / "both").write_bytes(pickle.dumps((config, build_rpe(config, 8, 2)[1])))
