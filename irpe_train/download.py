@@ -16,7 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
 from irpe_train.errors import BadCheckpoint, RunError, in_one_line
-from irpe_train.text_files import plain_file
+from irpe_train.text_files import plain_file, read_text, write_text
 
 CHUNK = 1 << 20
 LARGEST_FILE = 4 << 30  # bytes; if no size is known, a response is cut off here
@@ -38,14 +38,17 @@ def cache_folder() -> Path:
 def local_file(path: str | Path) -> Path:
     """The local file: ``path``, or the file of an ``https://`` address in torch's cache, downloaded if missing.
 
-    Raises: BadCheckpoint: it cannot be downloaded, or does not match the SHA-256 in its name.
+    Raises: BadCheckpoint: it cannot be downloaded, does not match the SHA-256 in its name, or another address with the
+        same last part was downloaded before.
     """
     url = str(path)
     if not url.startswith("https://"):
         if "://" in url:
             raise BadCheckpoint(f"checkpoint {url}: only https:// is read; download the file and give its path")
         return Path(path)
-    target = cache_folder() / url.split("?")[0].rsplit("/", 1)[-1]
+    address = url.split("?")[0]
+    target = cache_folder() / address.rsplit("/", 1)[-1]
+    origin = target.with_name(target.name + ".url")
     digest = re.search(r"-([0-9a-f]{8,})\.", target.name)  # the published names carry the start of their SHA-256
 
     def check(file: Path) -> None:
@@ -54,9 +57,12 @@ def local_file(path: str | Path) -> Path:
 
     if target.exists():
         check(target)
+        if not digest and origin.is_file() and (other := read_text(origin).strip()) != address:
+            raise BadCheckpoint(f"checkpoint {url}: {target} is from {other}; give its path, or delete it for this one")
         return target
     try:
         fetch_once(url, target, check=check)
+        write_text(origin, address + "\n")
     except OSError as error:
         raise BadCheckpoint(f"checkpoint {url}: download failed ({error}). Put it here by hand: {target}") from error
     return target

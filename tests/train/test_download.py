@@ -31,6 +31,20 @@ def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypat
     assert asked == [f"https://example.org/a/{file}?download=1"] * (2 if name == "wrong" else 1)
 
 
+def test_another_address_with_the_same_last_part_is_another_file(tmp_path, monkeypatch):
+    """Many are called checkpoint.pth or pytorch_model.bin, and the cache knows names only."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(downloads, "download", lambda url, part, most: part.write_bytes(url.encode()))
+    first = downloads.local_file("https://example.org/one/net.pth?token=1")
+    assert downloads.local_file("https://example.org/one/net.pth?token=2") == first
+    with pytest.raises(
+        BadCheckpoint, match="net.pth is from https://example.org/one/net.pth; give its path, or delete"
+    ):
+        downloads.local_file("https://example.org/two/net.pth")
+    first.unlink()
+    assert downloads.local_file("https://example.org/two/net.pth").read_bytes() == b"https://example.org/two/net.pth"
+
+
 def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
     def download(url, part, *, most):
         raise OSError("no network")
