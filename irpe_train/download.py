@@ -55,14 +55,17 @@ def local_file(path: str | Path) -> Path:
         if digest and not (found := sha256(file)).startswith(digest[1]):
             raise BadCheckpoint(f"checkpoint {file}: its sha256 is {found}, unlike its name; delete it, download again")
 
+    def check_new(part: Path) -> None:
+        check(part)
+        write_text(origin, address + "\n")
+
     if target.exists():
         check(target)
         if not digest and origin.is_file() and (other := read_text(origin).strip()) != address:
             raise BadCheckpoint(f"checkpoint {url}: {target} is from {other}; give its path, or delete it for this one")
         return target
     try:
-        fetch_once(url, target, check=check)
-        write_text(origin, address + "\n")
+        fetch_once(url, target, check=check_new)
     except OSError as error:
         raise BadCheckpoint(f"checkpoint {url}: download failed ({error}). Put it here by hand: {target}") from error
     return target
