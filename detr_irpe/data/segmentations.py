@@ -75,15 +75,15 @@ def _runs_of_text(counts: str) -> list[int] | None:
 
     Source: pycocotools, common/maskApi.c, ``rleFrString``.
     """
-    letters = np.frombuffer(counts.encode(errors="surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
-    if len(letters) == 0 or letters.min() < 0 or letters.max() > 63 or letters[-1] & 32:
-        return None
-    last = np.flatnonzero((letters & 32) == 0)  # letter of each number
-    first = np.concatenate([[0], last[:-1] + 1])
-    if (last - first).max() > 6:  # more than 35 bits: beyond any image, and beyond pycocotools' own numbers
-        return None
-    place = np.arange(len(letters)) - np.repeat(first, last - first + 1)
-    runs = np.add.reduceat((letters & 31) << (5 * place), first)
-    runs -= np.where(letters[last] & 16, 1 << (5 * (last - first + 1)), 0)  # the sign
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
-    return runs.tolist()
+    runs, value, shift = [], 0, 0
+    for letter in counts.encode(errors="surrogatepass"):
+        bits = letter - 48
+        if not 0 <= bits < 64 or shift > 30:  # 35 bits are beyond any image, and beyond pycocotools' own numbers
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last of this number
+            value -= bits >> 4 << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs if runs and not shift else None
