@@ -57,7 +57,7 @@ class FilesInZip:
     def __init__(self, archive: Path, names: Sequence[str]) -> None:
         self.path = archive
         self._names = PackedStrings(name.encode() for name in names)
-        members = _members(archive)
+        members = members_of(archive)
         names = _as_stored(names, members)
         self.missing = [name for name in names if name not in members]
         places = [members.get(name, (-1, 0, 0, 0, 0)) for name in names]
@@ -127,37 +127,31 @@ def _as_stored(names: Sequence[str], stored: Collection[str]) -> list[str]:
     return [name if name in stored else variants.get(unicodedata.normalize("NFC", name), name) for name in names]
 
 
-def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
-    """Offset, stored size, size, method and checksum of every member, by its name below the archive's own folder."""
-    members = {}
-    for info in check_archive(archive):
-        name = info.filename.removeprefix(archive.stem + "/")
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadData(f"{archive}: member {name!r} is encrypted or packed in an unusual way; pack it again")
-        if name in members:
-            raise BadData(f"{archive}: two members are called {name!r}; pack it again with one of each")
-        members[name] = (info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
-    return members
+def members_of(path: Path) -> dict[str, tuple[int, int, int, int, int]]:
+    """Offset, stored size, size, method and checksum of every file in a zip archive, by its name below the archive's
+    own folder; reads its directory, unpacks nothing.
 
-
-def check_archive(path: Path) -> list[zipfile.ZipInfo]:
-    """The members of a zip archive that are files; reads its directory, unpacks nothing.
-
-    Raises: BadData: a path that leaves the folder, or a member that claims to be larger than an image or annotation
-        file can be (names archive and member), or not an archive at all.
+    Raises: BadData: it is no archive, or a member (named) has a path that leaves the folder, claims to be larger than
+        an image or annotation file can be, has the name of another, or is packed in an unusual way.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except FileNotFoundError as error:
-        raise BadData(f"{path}: no such file") from error
+            infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
         raise BadData(f"{path}: damaged, or not a .zip archive ({error})") from error
-    for member in members:
-        name, size, stored = member.filename, member.file_size, member.compress_size
-        parts = PurePosixPath(name.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or ":" in name[:2]:
-            raise BadData(f"{path}: refused: member {name!r} points outside the archive")
+    members = {}
+    for info in infos:
+        size, stored, parts = info.file_size, info.compress_size, PurePosixPath(info.filename.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in info.filename[:2]:
+            raise BadData(f"{path}: refused: member {info.filename!r} points outside the archive")
         if size > LARGEST_MEMBER or size > max(stored, 4096) * LARGEST_RATIO:
-            raise BadData(f"{path}: refused: member {name!r} claims {size:,} bytes, stored in {stored:,}")
-    return [member for member in members if not member.is_dir()]
+            raise BadData(f"{path}: refused: member {info.filename!r} claims {size:,} bytes, stored in {stored:,}")
+        if info.is_dir():
+            continue
+        name = info.filename.removeprefix(path.stem + "/")
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadData(f"{path}: member {name!r} is encrypted or packed in an unusual way; pack it again")
+        if name in members:
+            raise BadData(f"{path}: two members are called {name!r}; pack it again with one of each")
+        members[name] = (info.header_offset, stored, size, info.compress_type, info.CRC)
+    return members
