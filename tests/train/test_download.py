@@ -43,14 +43,21 @@ def test_another_address_with_the_same_last_part_is_another_file(tmp_path, monke
         downloads.local_file("https://example.org/two/net.pth")
     first.unlink()
     assert downloads.local_file("https://example.org/two/net.pth").read_bytes() == b"https://example.org/two/net.pth"
+    first.unlink()
+    monkeypatch.setattr(downloads, "download", no_network)
+    with pytest.raises(BadCheckpoint, match="Put it here by hand"):
+        downloads.local_file("https://example.org/one/net.pth")
+    first.write_bytes(b"by hand")
+    assert downloads.local_file("https://example.org/one/net.pth") == first
+
+
+def no_network(url, part, *, most):
+    raise OSError("no network")
 
 
 def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
-    def download(url, part, *, most):
-        raise OSError("no network")
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(downloads, "download", download)
+    monkeypatch.setattr(downloads, "download", no_network)
     with pytest.raises(BadCheckpoint, match=rf"download failed \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
         read_checkpoint("https://example.org/a.pth")
 
