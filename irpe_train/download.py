@@ -67,7 +67,8 @@ def local_file(path: str | Path) -> Path:
     try:
         fetch_once(url, target, check=check_new)
     except OSError as error:
-        origin.unlink(missing_ok=True)  # of a file that was deleted
+        with contextlib.suppress(OSError):
+            origin.unlink()  # of a file that was deleted
         raise BadCheckpoint(f"checkpoint {url}: download failed ({error}). Put it here by hand: {target}") from error
     return target
 

@@ -60,6 +60,9 @@ def test_a_file_that_cannot_be_fetched_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "download", no_network)
     with pytest.raises(BadCheckpoint, match=rf"download failed \(no network\). Put it here by hand: {tmp_path}.*a.pth"):
         read_checkpoint("https://example.org/a.pth")
+    monkeypatch.setenv("TORCH_HOME", "/dev/null")
+    with pytest.raises(BadCheckpoint, match="Put it here by hand: /dev/null/hub/checkpoints/a.pth"):
+        read_checkpoint("https://example.org/a.pth")
 
 
 def test_one_process_fetches_and_the_others_wait(tmp_path, monkeypatch):
