@@ -2,6 +2,7 @@
 """``main(args)``: a run of DETR, from the flags to the last line of its log."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from detr_irpe.optimizer import build_optimizer
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
-from irpe_train.checkpoint import load_matching, write_checkpoint
+from irpe_train.checkpoint import load_matching, read_checkpoint, write_checkpoint
 from irpe_train.distributed import logger
+from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
@@ -47,6 +49,8 @@ def main(args: argparse.Namespace) -> int | None:
     precision = Precision(args.amp, device)
 
     # --- checkpoint
+    if args.output_dir:
+        refuse_to_replace(Path(args.output_dir) / ("eval.pth" if args.eval else "eval/latest.pth"))
     checkpoints = Checkpoints(args.output_dir, CHECKPOINT_KEYS)
     checkpoint = checkpoints.open(args.resume, evaluate=args.eval)
     start, frozen = models.starting_checkpoints(args) if checkpoint is None else (None, None)
@@ -160,6 +164,13 @@ def score(
         logger.info(format_quality(quality))
         stats |= {"PQ_all": quality["All"], "PQ_th": quality["Things"], "PQ_st": quality["Stuff"]}
     return distributed.from_main(stats), scored["bbox"].eval if scored is not None else None
+
+
+def refuse_to_replace(file: Path) -> None:
+    """Raises RunError: where `write_eval` would write, there is a checkpoint."""
+    with contextlib.suppress(BadCheckpoint):  # curves that the published code wrote are not read
+        if file.is_file() and "precision" not in read_checkpoint(file):
+            raise RunError(f"{file} is not a result of an evaluation: move it away, or give another --output_dir")
 
 
 def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from detr_irpe.train import main
 from irpe_train import zoo
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.distributed import rank
-from irpe_train.errors import BadCheckpoint, Preempted
+from irpe_train.errors import BadCheckpoint, Preempted, RunError
 from tests.helpers.detr_runs import TINY, detr, detr_ok, log_of
 from tests.helpers.sabotage import be_stopped, change_a_loss
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
@@ -117,6 +118,18 @@ def test_evaluation_repeats_the_figures_and_writes_no_log(trained, data, tmp_pat
     latest, again = read_checkpoint(folder / "eval/latest.pth"), read_checkpoint(tmp_path / "eval/eval.pth")
     assert torch.equal(latest["precision"], again["precision"]) and torch.equal(latest["scores"], again["scores"])
     assert "IoU metric: bbox" in text
+
+
+@pytest.mark.parametrize("name, flags", [("eval.pth", ["--eval", "--resume"]), ("eval/latest.pth", ["--finetune"])])
+def test_a_checkpoint_with_the_name_of_a_result_is_kept(trained, data, tmp_path, name, flags):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copy(trained[0] / "checkpoint.pth", tmp_path / name)
+    args = get_args_parser().parse_args(
+        [*flags, str(tmp_path / name), "--coco_path", str(data), "--output_dir", str(tmp_path)]
+    )
+    with pytest.raises(RunError, match=f"{name} is not a result of an evaluation: move it away"):
+        main(args)
+    assert "model" in read_checkpoint(tmp_path / name)
 
 
 def test_evaluation_needs_the_validation_split_only(trained, tmp_path):
