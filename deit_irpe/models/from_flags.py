@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deit_irpe.args import get_args_parser, image_size, keywords
 from deit_irpe.data.classes import check_same_classes, stored_classes
-from deit_irpe.models.finetune import fit_classes, head_prefixes, start_from
+from deit_irpe.models.finetune import fit_classes, head_prefixes, resample_positions, start_from, trained_grid
 from deit_irpe.models.names import RPE_MODELS
 from deit_irpe.models.registration import UnknownArgument, create_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
@@ -127,7 +127,9 @@ def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
 
 
 def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device) -> nn.Module | None:
-    """The frozen ``--teacher-model`` with the weights of ``--teacher-path``; None without distillation."""
+    """The frozen ``--teacher-model`` with the weights of ``--teacher-path``, its positions resampled to the images;
+    None without distillation.
+    """
     if args.distillation_type == "none":
         return None
     source = args.teacher_path
@@ -136,8 +138,11 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
     if taught is not None and taught != list(classes):
         check_same_classes(taught, classes, (f"--teacher-path {source}", "the training data"))
         raise ValueError(f"--teacher-path {source}: the training data have its classes in another order")
-    teacher = create_model(args.teacher_model, num_classes=len(classes))
+    teacher = create_model(args.teacher_model, num_classes=len(classes), img_size=image_size(args.input_size))
     weights = model_weights(checkpoint, source=source)
     check_number_of_classes(teacher, weights, len(classes), source=source)
+    weights, notes = resample_positions(teacher, weights, trained_grid(teacher, checkpoint), source=source)
+    for key, note in notes.items():
+        logger.info(f"--teacher-path: {key} {note}")
     load_matching(teacher, weights, source=source)
     return teacher.to(device).eval().requires_grad_(False)

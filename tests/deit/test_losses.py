@@ -8,6 +8,7 @@ from torch import nn
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.losses import DistillationLoss, classification_loss
+from deit_irpe.models.finetune import resize_pos_embed
 from deit_irpe.train import build_criterion
 
 
@@ -96,3 +97,13 @@ def test_a_teacher_is_asked_in_evaluation_mode_and_never_learns(tmp_path):
     torch.testing.assert_close(teacher(images), own.eval()(images))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert torch.equal(teacher.bn1.running_mean, own.bn1.running_mean)
+
+
+def test_a_teacher_sees_images_of_another_size_than_it_was_trained_on(tmp_path):
+    own = timm.create_model("deit_tiny_patch16_224", num_classes=3)
+    torch.save(own.state_dict(), tmp_path / "teacher.pth")
+    flags = ["--teacher-model", "deit_tiny_patch16_224", "--teacher-path", str(tmp_path / "teacher.pth")]
+    args = get_args_parser().parse_args([*flags, "--distillation-type", "soft", "--input-size", "64x32"])
+    teacher = build_criterion(args, list("abc"), torch.device("cpu"))._teacher[0]
+    assert teacher(torch.zeros(1, 3, 64, 32)).shape == (1, 3)
+    assert torch.equal(teacher.pos_embed, resize_pos_embed(own.pos_embed, (14, 14), (4, 2)))
