@@ -191,6 +191,7 @@ def surroundings() -> dict:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "command": sys.argv,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("IRPE_")},  # plugins, ...
         "world_size": world_size(),
         "python": platform.python_version(),
         **versions,

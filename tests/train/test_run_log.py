@@ -105,7 +105,8 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         log.write({"epoch": 0})
 
 
-def test_start_is_recorded(tmp_path):
+def test_start_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("IRPE_PLUGINS", "mine")
     parser = tiny_run.get_parser()
     args = parse_args(parser, ["--output_dir", str(tmp_path), "--lr", "0.25", "--nan-at", "1", "2", "3"])
     record_start(parser, args, {"n_parameters": 7})
@@ -115,7 +116,7 @@ def test_start_is_recorded(tmp_path):
     assert json.loads((tmp_path / "model.json").read_text()) == {"n_parameters": 7}
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert len(starts) == 2 and {"torch", "python", "git", "command", "gpus", "world_size"} <= set(starts[0])
-    assert starts[0]["git"] == git_state()
+    assert starts[0]["git"] == git_state() and starts[0]["environment"]["IRPE_PLUGINS"] == "mine"
 
 
 def test_a_config_that_a_user_put_into_the_folder_is_kept(tmp_path, capsys):
