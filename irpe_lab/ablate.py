@@ -53,11 +53,11 @@ class Ablation:
         evaluations = {name: [*start, *flags, *trained] for name, flags in self.grid.evaluations.items()}
         return [*start, "--output_dir", jobs.FOLDER, "--resume", "auto"], evaluations
 
-    def prepare(self, processes: int = 1) -> None:
-        """Write the files of every run. Raises: RunError: a folder has results of another run."""
+    def prepare(self, processes: int = 1, *, keep: bool = False) -> None:
+        """Write the files of every run; see `jobs.prepare`."""
         for (run, seed), folder in self.folders.items():
             command, then = self.commands(seed, processes)
-            jobs.prepare(folder, command, self._written(run), then)
+            jobs.prepare(folder, command, self._written(run), then, keep=keep)
 
     def rows(self) -> list[Row]:
         """The table, as far as results are on disk."""
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         grid = read_grid(args.grid, dict(args.settings), seeds=args.seeds, only=args.only)
         ablation = Ablation(grid, args.output or Path("outputs/ablation") / grid.name)
         if args.dry_run:
-            ablation.prepare(args.gpus_per_run)
+            ablation.prepare(args.gpus_per_run, keep=True)
             for (_, seed), folder in ablation.folders.items():
                 command, then = ablation.commands(seed, args.gpus_per_run)
                 for one in (command, *then.values()):

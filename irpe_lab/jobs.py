@@ -34,20 +34,23 @@ from irpe_train.text_files import plain_file, read_text, write_text
 FOLDER = "<folder>"  # in a command: the run's own folder
 
 
-def prepare(folder: Path, command: list[str], flags: str, then: dict[str, list[str]] | None = None) -> None:
+def prepare(
+    folder: Path, command: list[str], flags: str, then: dict[str, list[str]] | None = None, *, keep: bool = False
+) -> None:
     """Write ``flags.yaml`` and ``job.json``.
 
     Args:
         command: without the interpreter; `FOLDER` stands for the folder, which may be moved between two tries.
         then: evaluations by name, to be run after ``command``. If they have changed, a finished run starts again: it
             resumes at its end, and evaluates.
+        keep: a finished run stays finished.
     Raises: RunError: the folder has results of another run.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
     known, wanted = read_json(job), {"command": command, "then": then or {}}
     old = known.get("command")
     if old == command and written.is_file() and read_text(written) == flags:
-        if known.get("then") != wanted["then"]:
+        if known.get("then") != wanted["then"] and not (keep and finished(folder)):
             (folder / "done.json").unlink(missing_ok=True)
             write_text(job, json.dumps(known | wanted, indent=1) + "\n")
         return

@@ -258,6 +258,15 @@ def test_a_folder_that_was_moved_goes_on(place):
     assert main([*choice, "-o", "kept"]) == 0 and starts(place) != began and not (place / "out").exists()
 
 
+def test_a_dry_run_with_another_evaluation_leaves_a_finished_run_finished(place):
+    choice = ["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0"]
+    assert main(choice) == 0
+    (place / "grid.yaml").write_text(GRID + "evaluations: {at 288: {input-size: 288}}\n")
+    assert main([*choice, "--dry-run"]) == 0 and main([*choice, "--table"]) == 0
+    assert table(place / "out")["none"]["mean"] == "81.0"
+    assert main(choice) == 0 and table(place / "out")["none"]["at 288: mean"] == "28.8"
+
+
 def test_dry_run(place, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     assert main(["grid.yaml", "-o", "out", "--dry-run", "--gpus-per-run", "4", "--set", "epochs=3"]) == 0
