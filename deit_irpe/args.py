@@ -157,7 +157,8 @@ def check_args(args: argparse.Namespace) -> None:
     out, data = (Path(os.path.realpath(place)) for place in (args.output_dir, args.data_path))
     flat = args.val_split is not None and not (data / "train").is_dir()
     of_classes = [data] if flat else [data / "train", data / "val"]
-    if args.output_dir and any(folder in (out, *out.parents) for folder in of_classes):
+    folders = args.data_set == "IMNET" and not args.load_tar
+    if args.output_dir and folders and any(folder in (out, *out.parents) for folder in of_classes):
         raise ValueError(f"--output_dir {args.output_dir}: among the classes of {args.data_path}, and would become one")
     keywords(args.model_kwargs)
     if args.smoothing >= 1:
