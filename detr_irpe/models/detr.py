@@ -106,7 +106,7 @@ def create_model(
 
     Args:
         backbone: a torchvision ResNet, or ``resnet_micro``.
-        enc_rpe2d: spec of the encoding, such as ``"rpe-2.0-product-ctx-1-k"``; empty for none.
+        enc_rpe2d: spec of the encoding, such as ``"rpe-2.0-product-ctx-1-k"``; empty or ``"none"`` for none.
         num_classes: largest category id plus one, "no object" not counted.
         pretrained_backbone: True for torchvision's ImageNet weights (downloads them), or the path of a classification
             checkpoint.
@@ -119,8 +119,9 @@ def create_model(
         load_backbone_weights(resnet, pretrained_backbone)
     maps = Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks)
     joiner = Joiner(maps, build_position_encoding(position_embedding, hidden_dim))
+    spec = "" if enc_rpe2d == "none" else enc_rpe2d  # as on the command line
     transformer = Transformer(
-        hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, enc_rpe2d, attn_backend
+        hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, spec, attn_backend
     )
     model = DETR(joiner, transformer, num_classes, num_queries, aux_loss)
     return DETRsegm(model, freeze_detr=freeze_detr) if masks else model

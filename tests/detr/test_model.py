@@ -38,6 +38,11 @@ def test_state_dict_and_number_of_parameters_as_published(enc_rpe2d):
     assert sum(p.numel() for p in model.parameters()) == published["n_parameters_with_frozen"]
 
 
+def test_none_is_no_encoding():
+    with torch.device("meta"):
+        assert create_model(enc_rpe2d="none").state_dict().keys() == create_model().state_dict().keys()
+
+
 def test_state_dict_with_masks_as_published():
     with torch.device("meta"):
         model = create_model(masks=True)
