@@ -159,7 +159,8 @@ def check_args(args: argparse.Namespace) -> None:
     of_classes = [data] if flat else [data / "train", data / "val"]
     folders = args.data_set == "IMNET" and not args.load_tar
     if args.output_dir and folders and any(folder in (out, *out.parents) for folder in of_classes):
-        raise ValueError(f"--output_dir {args.output_dir}: among the classes of {args.data_path}, and would become one")
+        where = f"among the classes of {args.data_path}, and would become one; choose a folder beside them"
+        raise ValueError(f"--output_dir {args.output_dir}: {where}")
     keywords(args.model_kwargs)
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")

@@ -77,9 +77,12 @@ class Ablation:
         if folder in self._finished:
             return self._finished[folder]
         then, now = jobs.read_json(folder / "job.json").get("then"), self.commands(seed)[1]
-        old = {name: str(command) for name, command in then.items()} if isinstance(then, dict) else {}
-        # Its command ends alike however many processes it has.
-        same = tuple(name for name, command in now.items() if name not in old or old[name].endswith(str(command)[1:]))
+        old = then if isinstance(then, dict) else {}
+
+        def is_same(name: str) -> bool:  # however many processes it has, its command ends alike
+            return name not in old or isinstance(old[name], list) and old[name][-len(now[name]) :] == now[name]
+
+        same = tuple(filter(is_same, now))
         outcome = read_outcome(folder, self.grid.task.figure, same)
         if outcome.state != "done":
             return outcome

@@ -37,9 +37,10 @@ class ShardImages(LabelledImages):
                 f"{root}: no *{word}*.tar there (--data-set WDS reads uncompressed shards, with {word} as a word of "
                 f"their names: imagenet-{word}-0000.tar)"
             )
-        places = [os.path.realpath(file) for file in self.files]
-        if again := next((n for n, place in enumerate(places) if place in places[:n]), None):
-            raise ValueError(f"{self.files[again]}: a link to a shard that is read already; remove it")
+        places: dict[str, Path] = {}
+        for file in self.files:
+            if places.setdefault(os.path.realpath(file), file) != file:
+                raise ValueError(f"{file}: a link to a shard that is read already; remove it")
         samples = [(shard, *sample) for shard, file in enumerate(self.files) for sample in _samples(file)]
         if not samples:
             raise ValueError(f"{root}: no samples in {self.files[0].name} and the like (looked for .cls and an image)")

@@ -118,7 +118,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
     with _named(name, size | timm_kwargs):
         model = _build(base, pretrained, size | timm_kwargs)
     if timm_kwargs.get("num_classes") and getattr(model, "num_classes", None) == 0:
-        raise ValueError(f"model {name!r}: it has no class head, so it cannot be trained here")
+        raise ValueError(f"model {name!r}: it has no class head to train; choose a model with one")
     if hasattr(model, "blocks") and not len(model.blocks):
         raise ValueError(f"model {name!r}: depth=0 leaves no block")
     if 0 in (getattr(getattr(model, "patch_embed", None), "grid_size", None) or ()):

@@ -137,6 +137,8 @@ def members_of(path: Path) -> dict[str, tuple[int, int, int, int, int]]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
+    except FileNotFoundError as error:
+        raise BadData(f"{path}: no such file") from error
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
         raise BadData(f"{path}: damaged, or not a .zip archive ({error})") from error
     members = {}

@@ -43,7 +43,7 @@ def test_members_that_claim_to_be_huge_are_refused(tmp_path):
 
 
 def test_damaged_and_missing_archives_are_named(tmp_path):
-    with pytest.raises(BadData, match="none.zip: damaged, or not a .zip archive .*No such file"):
+    with pytest.raises(BadData, match="none.zip: no such file"):
         members_of(tmp_path / "none.zip")
     (tmp_path / "a.zip").write_bytes(b"hello" * 300)
     with pytest.raises(BadData, match="a.zip: damaged, or not a .zip"):
