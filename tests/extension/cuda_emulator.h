@@ -31,7 +31,7 @@ static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current;
 static std::function<void()> body;
-alignas(16) static unsigned char shared_memory[232448];
+alignas(128) static unsigned char shared_memory[232448];
 static unsigned char exchange[1024][32];
 
 static void enter() {
@@ -128,7 +128,60 @@ T __shfl_sync(unsigned, T value, int lane) {
   return other;
 }
 
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return __shfl_sync(~0u, value, emulator::current % 32 ^ mask);
+}
+
 static void fetch(const char*) {}
+
+using Place = uint32_t;
+static Place place_at(const void* p) { return static_cast<const unsigned char*>(p) - emulator::shared_memory; }
+static float load(Place place) { return *reinterpret_cast<float*>(emulator::shared_memory + place); }
+static void store(Place place, float value) { *reinterpret_cast<float*>(emulator::shared_memory + place) = value; }
+
+// ldmatrix: the four 8 x 8 matrices whose rows the lanes point to.
+static void load_matrices(uint32_t (&to)[4], Place place, bool transposed = false) {
+  const unsigned char* row = emulator::shared_memory + place;
+  const int me = emulator::current, warp = me / 32 * 32, lane = me % 32;
+  std::memcpy(emulator::exchange[me], &row, sizeof(row));
+  if (reinterpret_cast<uintptr_t>(row) % 16) std::abort();
+  __syncwarp();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (int x = 0; x < 2; ++x) {
+      const int r = transposed ? lane % 4 * 2 + x : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + x;
+      const uint16_t* place;
+      std::memcpy(&place, emulator::exchange[warp + matrix * 8 + r], sizeof(place));
+      pair[x] = place[column];
+    }
+    std::memcpy(&to[matrix], pair, 4);
+  }
+  __syncwarp();
+}
+static void load_matrices_transposed(uint32_t (&to)[4], Place row) { load_matrices(to, row, true); }
+
+// At once, while a GPU may take until wait_for_copies().
+template <int bytes>
+void copy(void* to, const void* from, bool valid) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) std::abort();
+  valid ? std::memcpy(to, from, bytes) : std::memset(to, 0, bytes);
+}
+static void wait_for_copies() {}
+
+static uint2 load_kept(const uint2* from) { return *from; }
+
+static float power_of_two(float x) { return std::exp2(x); }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  unsigned out = 0;
+  for (int x = 0; x < 4; ++x) out |= static_cast<unsigned>(both >> (which >> 4 * x & 7) * 8 & 255) << 8 * x;
+  return out;
+}
+static unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
+  for (int x = 0; x < 32; x += 8) sum += (a >> x & 255) * (b >> x & 255);
+  return sum;
+}
 
 static int __any_sync(unsigned, int value) {
   for (int lane = 0; lane < 32; ++lane) value |= __shfl_sync(~0u, value, lane);  // a copy of each, of any lane by then
@@ -175,6 +228,7 @@ extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  if (which == cudaDevAttrMultiProcessorCount) return *value = 3, cudaSuccess;
   return *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : 232448, cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kernels of rpe_index_adjoint: sums by bucket.
 #include "rpe_index_kernels.cuh"
+#include "warp.cuh"
 
 namespace irpe {
 namespace {
@@ -211,27 +212,6 @@ union Piece {
   uint32_t words[4];
   T parts[8];
 };
-
-#ifdef __CUDACC__  // tests that run this file on a CPU bring their own
-template <typename T>
-__device__ __forceinline__ void multiply(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                         uint32_t b0, uint32_t b1, T) {
-#if __CUDA_ARCH__ >= 800
-#define MULTIPLY(type)                                                                                       \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
-      "{%8, %9}, {%0, %1, %2, %3};"                                                                          \
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                           \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
-  if constexpr (std::is_same_v<T, __half>) {
-    MULTIPLY("f16");
-  } else {
-    MULTIPLY("bf16");
-  }
-#endif
-}
-
-__device__ __forceinline__ void fetch(const char* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
-#endif
 
 template <typename T, typename Id>
 __global__ void __launch_bounds__(kSumWarps * kWarp, 3)

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pieces of the attention kernels. A warp owns 16 tokens (rows) and meets the others (columns) in tiles, which all warps of its
+// block share. Lane 4 g + t holds rows g and g + 8 of a block, and of each 8 columns 2 t and 2 t + 1.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_kernels.h"
+#include "warp.cuh"
+
+namespace irpe {
+namespace {
+
+constexpr int kRows = 16;
+constexpr int kTableRows = 64;
+constexpr int kLookupStride = 60;  // floats between the lookups of two tokens: lanes then seldom meet in a bank
+constexpr int kRowBytes = kHeadDim * 2;
+constexpr int kLookupBytes = kRows * kLookupStride * 4;  // of 16 tokens
+constexpr int kSumBytes = kMostBuckets * 32 * 4;  // of a warp: for each bucket a float per lane
+
+// Eight elements of a row of 64 halves in shared memory; chunks are permuted so that eight rows lie in different banks.
+template <typename T>
+__device__ __forceinline__ T* chunk_of(T* tile, int row, int chunk) {
+  return tile + row * kHeadDim + ((chunk ^ (row & 7)) << 3);
+}
+
+// Where a lane's row of `load_matrices` begins in 16 rows of such a tile; ^ 32 k is two chunks k further on.
+struct Lane {
+  int lane;
+  Place as_columns;  // tokens 0-7 and 8-15, chunks 0 and 1 of each: a right operand that is not transposed
+  Place as_rows;     // tokens 0-15 of chunk 0, then of chunk 1: a left operand, or a right one that is transposed
+
+  __device__ explicit Lane(int number)
+      : lane(number),
+        as_columns((number % 8 + number / 16 * 8) * kRowBytes + ((number / 8 % 2) ^ (number % 8)) * 16),
+        as_rows(number % 16 * kRowBytes + ((number / 16) ^ (number % 8)) * 16) {}
+};
+
+template <typename T>
+__device__ __forceinline__ T* head_of(const Heads& x, int batch, int head) {
+  return static_cast<T*>(x.data) + batch * x.batch_stride + head * x.head_stride;
+}
+
+// Starts copying the first `rows` rows of a head; zeros from `length` on.
+template <typename T>
+__device__ __forceinline__ void fetch_tile(T* tile, const T* head, int row_stride, int rows, int length) {
+  const int chunk = threadIdx.x % 8, step = blockDim.x / 8;
+  const T* from = head + threadIdx.x / 8 * row_stride + chunk * 8;
+  for (int row = threadIdx.x / 8; row < rows; row += step, from += step * row_stride) {
+    copy<16>(chunk_of(tile, row, chunk), from, row < length);
+  }
+}
+
+// Vectors of one head's table as 64 rows; zeros past the last bucket.
+template <typename T>
+__device__ __forceinline__ void load_table(T* rows, const Table& table, int head, int buckets) {
+  constexpr int kAtOnce = 5;  // loads in flight
+  for (int first = threadIdx.x; first < kTableRows * kHeadDim / 2; first += kAtOnce * blockDim.x) {
+    float pairs[kAtOnce][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kAtOnce; ++i) {
+      const int x = first + i / 2 * blockDim.x, bucket = x % 8 + x / 32 % 8 * 8, dim = x / 8 % 4 * 2 + x / 256 * 8 + i % 2;
+      const int64_t place = head * table.head_stride + bucket * table.bucket_stride + dim * table.dim_stride;
+      const bool valid = bucket < buckets && dim < kHeadDim;
+      pairs[i / 2][i % 2] = !valid          ? 0.f
+                            : table.is_float ? static_cast<const float*>(table.data)[place]
+                                             : widened(static_cast<const T*>(table.data)[place]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int x = first + i * blockDim.x, bucket = x % 8 + x / 32 % 8 * 8, dim = x / 8 % 4 * 2 + x / 256 * 8;
+      if (dim >= kHeadDim) break;
+      *reinterpret_cast<uint32_t*>(chunk_of(rows, bucket, dim / 8) + dim % 8) = packed(pairs[i][0], pairs[i][1], T());
+    }
+  }
+}
+
+// 16 rows of 64 elements as left operands, from global memory; zeros past the last row.
+template <typename T>
+__device__ __forceinline__ void load_rows(uint32_t (&rows)[4][4], const T* head, int row_stride, int first,
+                                          int length, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first + lane / 4 + half * 8;
+    const T* const from = head + row * row_stride + lane % 4 * 2;
+#pragma unroll
+    for (int x = 0; x < 8; ++x) {
+      rows[x / 2][x % 2 * 2 + half] = row < length ? *reinterpret_cast<const uint32_t*>(from + x * 8) : 0u;
+    }
+  }
+}
+
+// The same from 16 rows of a tile.
+__device__ __forceinline__ void load_rows(uint32_t (&rows)[4][4], Place tile_rows, const Lane& lane) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrices(rows[k], (tile_rows + lane.as_rows) ^ (32 * k));
+}
+
+// scores (16, 16 n) += rows (16, 64) times the transpose of 16 n rows of a tile.
+template <typename T, int n>
+__device__ __forceinline__ void multiply_rows(float (&scores)[2 * n][4], const uint32_t (&rows)[4][4], Place tile_rows,
+                                              const Lane& lane) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+#pragma unroll
+    for (int b = 0; b < n; ++b) {
+      uint32_t m[4];
+      load_matrices(m, ((tile_rows + lane.as_columns) ^ (32 * k)) + 16 * kRowBytes * b);
+      multiply(scores[2 * b], rows[k][0], rows[k][1], rows[k][2], rows[k][3], m[0], m[1], T());
+      multiply(scores[2 * b + 1], rows[k][0], rows[k][1], rows[k][2], rows[k][3], m[2], m[3], T());
+    }
+  }
+}
+
+// sums (16, 64) += weights (16, 16) times 16 rows of a tile.
+template <typename T>
+__device__ __forceinline__ void add_rows(float (&sums)[8][4], const uint32_t (&weights)[4], Place tile_rows,
+                                         const Lane& lane) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    uint32_t m[4];
+    load_matrices_transposed(m, (tile_rows + lane.as_rows) ^ (32 * c));
+    multiply(sums[2 * c], weights[0], weights[1], weights[2], weights[3], m[0], m[1], T());
+    multiply(sums[2 * c + 1], weights[0], weights[1], weights[2], weights[3], m[2], m[3], T());
+  }
+}
+
+// Two neighbouring blocks of 8 columns as the left operand of the next product.
+template <typename T>
+__device__ __forceinline__ void as_weights(uint32_t (&weights)[4], const float (&left)[4], const float (&right)[4]) {
+  weights[0] = packed(left[0], left[1], T());
+  weights[1] = packed(left[2], left[3], T());
+  weights[2] = packed(right[0], right[1], T());
+  weights[3] = packed(right[2], right[3], T());
+}
+
+// What every bucket adds to the scores of 16 tokens: lookups (16, kMostBuckets) = rows times the table.
+template <typename T>
+__device__ __forceinline__ void look_up_all(float* lookups, const uint32_t (&rows)[4][4], Place table, const Lane& lane) {
+  float* const place = lookups + lane.lane / 4 * kLookupStride + lane.lane % 4 * 2;
+  const Place vectors = table + lane.lane % 8 * kRowBytes + ((lane.lane / 8) ^ (lane.lane % 8)) * 16;
+#pragma unroll
+  for (int n = 0; n < kMostBuckets / 8; ++n) {
+    float found[4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      uint32_t m[4];
+      load_matrices(m, (vectors ^ (32 * k)) + n * 8 * kRowBytes);
+      multiply(found, rows[k][0], rows[k][1], rows[k][2], rows[k][3], m[0], m[1], T());
+      multiply(found, rows[k + 1][0], rows[k + 1][1], rows[k + 1][2], rows[k + 1][3], m[2], m[3], T());
+    }
+    *reinterpret_cast<float2*>(place + n * 8) = make_float2(found[0], found[1]);
+    *reinterpret_cast<float2*>(place + n * 8 + 8 * kLookupStride) = make_float2(found[2], found[3]);
+  }
+}
+
+// The place of what belongs to the id in byte x of `ids`, `factor` bytes for each id: one instruction, a product of bytes.
+__device__ __forceinline__ Place place_of(uint32_t ids, int x, uint32_t factor, Place first) {
+  return __dp4a(ids, factor << (8 * x), first);
+}
+
+// scores (16, 8) = lookups of the rows' own tokens; `row`: of row g.
+__device__ __forceinline__ void look_up_own(float (&scores)[4], uint32_t ids, Place row) {
+#pragma unroll
+  for (int x = 0; x < 4; ++x) scores[x] = load(place_of(ids, x, 4, row) + x / 2 * 8 * kLookupStride * 4);
+}
+
+// scores (16, 8) = lookups of the columns' tokens; `row`: of column 2 t.
+__device__ __forceinline__ void look_up_other(float (&scores)[4], uint32_t ids, Place row) {
+#pragma unroll
+  for (int x = 0; x < 4; ++x) scores[x] = load(place_of(ids, x, 4, row) + x % 2 * kLookupStride * 4);
+}
+
+// Adds 16 x 16 weights to the sums of their buckets. Lanes 2 p and 2 p + 1 exchange halves: one takes row g, the other
+// row g + 8, so that no two lanes ever add to one place. `sums`: the lane's.
+template <typename T>
+__device__ __forceinline__ void add_to_buckets(Place sums, const uint32_t (&weights)[4], uint2 ids, bool odd) {
+  // Of a word of ids the lower half is for row g, the upper one for row g + 8.
+  const uint32_t upper_ids = __byte_perm(ids.x, ids.y, 0x5410), lower_ids = __byte_perm(ids.x, ids.y, 0x7632);
+  const uint32_t kept_ids = odd ? lower_ids : upper_ids, got_ids = __shfl_xor_sync(~0u, odd ? upper_ids : lower_ids, 1);
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    const uint32_t upper = weights[2 * b], lower = weights[2 * b + 1];
+    const uint32_t kept = odd ? lower : upper, got = __shfl_xor_sync(~0u, odd ? upper : lower, 1);
+    const float2 mine = unpacked(kept, T()), yours = unpacked(got, T());
+    const float terms[4] = {mine.x, mine.y, yours.x, yours.y};
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const Place place = place_of(x < 2 ? kept_ids : got_ids, 2 * b + x % 2, 128, sums);
+      store(place, load(place) + terms[x]);
+    }
+  }
+}
+
+// A warp's bucket sums, times a factor for rows g and one for rows g + 8 of g = lane % 8, as 16 rows of a tile.
+template <typename T>
+__device__ __forceinline__ void gather_buckets(T* rows, const unsigned char* sums, float upper, float lower, int lane) {
+  const int g = lane % 8;
+#pragma unroll
+  for (int n = 0; n < kMostBuckets / 8; ++n) {
+    float4 both[2];
+    for (int x = 0; x < 2; ++x) {
+      both[x] = *reinterpret_cast<const float4*>(sums + (8 * n + lane / 8 * 2 + x) * 128 + g * 16);
+    }
+    const int within = lane / 8 * 2;
+    *reinterpret_cast<uint32_t*>(chunk_of(rows, g, n) + within) =
+        packed((both[0].x + both[0].z) * upper, (both[1].x + both[1].z) * upper, T());
+    *reinterpret_cast<uint32_t*>(chunk_of(rows, g + 8, n) + within) =
+        packed((both[0].y + both[0].w) * lower, (both[1].y + both[1].w) * lower, T());
+  }
+  if (lane < kRows) *reinterpret_cast<uint4*>(chunk_of(rows, lane, 7)) = make_uint4(0, 0, 0, 0);
+}
+
+// Writes 16 rows of a tile, the first `chunks` pieces of 8 elements of each, to the rows of a head from `first` on.
+template <int chunks, typename T>
+__device__ __forceinline__ void store_rows(const Heads& to, int batch, int head, int first, int length, const T* rows, int lane) {
+  const int chunk = lane % 8, row = first + lane / 8;
+  T* const place = head_of<T>(to, batch, head) + row * to.row_stride + chunk * 8;
+#pragma unroll
+  for (int x = 0; x < kRows; x += 4) {
+    if (row + x < length && chunk < chunks) {
+      *reinterpret_cast<uint4*>(place + x * to.row_stride) =
+          *reinterpret_cast<const uint4*>(chunk_of(rows, lane / 8 + x, chunk));
+    }
+  }
+}
+
+// The same from registers, through 16 rows of a tile.
+template <typename T>
+__device__ __forceinline__ void store_rows(const Heads& to, int batch, int head, int first, int length, T* room,
+                                           const float (&sums)[8][4], int lane) {
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    *reinterpret_cast<uint32_t*>(chunk_of(room, lane / 4, n) + lane % 4 * 2) = packed(sums[n][0], sums[n][1], T());
+    *reinterpret_cast<uint32_t*>(chunk_of(room, lane / 4 + 8, n) + lane % 4 * 2) = packed(sums[n][2], sums[n][3], T());
+  }
+  __syncwarp();
+  store_rows<8>(to, batch, head, first, length, room, lane);
+}
+
+}  // namespace
+}  // namespace irpe
