@@ -40,11 +40,11 @@ def rpe_attention(
         dropout_p: probability of dropping an attention weight, in ``[0, 1)``; pass 0 when evaluating.
         scale: factor on the queries; None means ``D ** -0.5``.
         backend: ``auto`` (see `irpe_ops.backends.choice`), ``eager`` (the definition), ``sdpa`` (PyTorch's fused
-            attention), ``compiled`` (CPU) or ``triton`` (CUDA).
+            attention), ``compiled`` (CPU; on CUDA DeiT's calls in half precision) or ``triton`` (CUDA).
     Returns: ``(B, H, L, D)``. A query whose keys are all masked gets zeros. Under autocast, inputs are cast to its
-        dtype and the softmax is fp32. Lookups and sums over buckets are fp32 in ``eager`` and ``compiled``; on a GPU
-        ``triton`` and ``sdpa`` add in fp32 and round the results to that dtype, as a linear layer does. The gradient
-        of an fp32 table is summed in fp32 and stays fp32 in every backend.
+        dtype and the softmax is fp32. Lookups and sums over buckets are fp32 in ``eager``, and on CPUs in
+        ``compiled``; on a GPU all others add in fp32 and round the results to that dtype, as a linear layer does. The
+        gradient of an fp32 table is summed in fp32 and stays fp32 in every backend.
     Raises: ValueError: for arguments that do not fit together, or a call that the named backend cannot run;
         ImportError: for a named backend that does not exist on this machine.
     """

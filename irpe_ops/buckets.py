@@ -78,6 +78,29 @@ def traced_bucket_map(
     return ids.to(_id_dtype(count_buckets(method, beta, skip)))
 
 
+def ids_by_lane(ids: Tensor) -> Tensor:
+    """A uint8 map ``(L, L)`` in the order in which a GPU's lanes read it: `Ids` of rpe_ops_cuda's attention_kernels.h.
+
+    Made once for a map, and kept with it. Treat it as read-only.
+    Returns: ``(2, M, M, 32, 8)``, M x M blocks of 16 x 16, padded with zeros: by query, and by key.
+    """
+    if torch.compiler.is_compiling() or type(ids) is not Tensor:
+        return _ordered_by_lane(ids)
+    if not hasattr(ids, "_irpe_by_lane"):
+        with torch.inference_mode(False), torch.no_grad():
+            ids._irpe_by_lane = _settled(_ordered_by_lane(ids))
+    return ids._irpe_by_lane
+
+
+def _ordered_by_lane(ids: Tensor) -> Tensor:
+    blocks = -(-len(ids) // 16)
+    padding = 16 * blocks - len(ids)
+    ids = F.pad(ids, (0, padding, 0, padding))
+    # Row 8 i + g and column 8 j + 2 t + c of a block.
+    maps = [x.reshape(blocks, 2, 8, blocks, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6) for x in (ids, ids.mT)]
+    return torch.stack([x.reshape(blocks, blocks, 32, 8) for x in maps])
+
+
 def offset_map(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
     """The bucket of every offset between two tokens, flattened; cached, so read-only.
 

@@ -94,6 +94,23 @@ def _built_for(device: int) -> bool:
     return torch.ops.irpe.has_code_for(device) if hasattr(torch.ops.irpe, "has_code_for") else True
 
 
+def missing_kernels(device_type: str, device: int = 0) -> str | None:
+    """Why rpe_ops_cuda has no kernels for CPUs, or for this GPU, with the remedy; None if it has."""
+    build = "pip install ./rpe_ops_cuda"
+    if extension_error:
+        return f"rpe_ops_cuda does not load ({extension_error}); build it: {build}"
+    if device_type == "cpu":
+        return None
+    if device_type not in compiled_devices:
+        return f"rpe_ops_cuda was built without CUDA; with a CUDA toolkit installed: FORCE_CUDA=1 {build}"
+    if not torch.cuda.is_available():
+        return "rpe_ops_cuda is built, but torch sees no CUDA device (nvidia-smi shows whether there is a driver)"
+    if not built_for(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"rpe_ops_cuda was built for other GPUs; build it here: TORCH_CUDA_ARCH_LIST={major}.{minor} {build}"
+    return None
+
+
 def under_function_transform() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is active: both need plain PyTorch.
 
@@ -101,6 +118,11 @@ def under_function_transform() -> bool:
     tangent silently.
     """
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing but autograd is watching: no compiler, no mode that records operators, no fake tensor."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def not_dense(x: object) -> str | None:

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, info, parse_rpe_spec, rpe_attention, rpe_index
-from irpe_ops.attention import missing_backend
-from irpe_ops.backends import module_of
+from irpe_ops.attention_call import AttentionCall
+from irpe_ops.backends.choice import can_run
 from irpe_ops.rpe_index import rpe_index_adjoint
 from irpe_train.freed_memory import keep_freed_memory
 
@@ -140,17 +140,17 @@ def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str)
     leaves = [t.requires_grad_() for t in (q, k, v)]
     if bench.device.type == "cpu":
         fast = {"ours": "compiled"}
-    elif missing_backend("triton") or module_of("triton").too_old(bench.device):
-        fast = {"mask of ours": "sdpa"}
     else:
-        fast = {"ours": "triton", "mask of ours": "sdpa"}
+        fast = {"compiled": "compiled", "ours": "triton", "mask of ours": "sdpa"}
 
-    def layer(rpe_on: str, backend: str) -> Callable:
+    def layer(rpe_on: str, backend: str) -> Callable | None:
         torch.manual_seed(0)
         encodings = build_rpe(parse_rpe_spec(spec + rpe_on, skip=skip), head_dim, heads)
         tables = [p for rpe in encodings if rpe is not None for p in rpe.to(bench.device, dtype).parameters()]
         for table in tables:
             torch.nn.init.normal_(table, std=0.02)
+        if not can_run(backend, AttentionCall(*leaves, *encodings, height, width)):
+            return None
 
         def run() -> Tensor:
             return rpe_attention(*leaves, *encodings, height=height, width=width, backend=backend)
@@ -177,9 +177,9 @@ def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str)
     for rpe_on in ("k", "qk", "qkv"):
         eager, tolerance = layer(rpe_on, "eager"), 200 * torch.finfo(dtype).eps
         for name, backend in fast.items():
-            if backend == "sdpa" and "v" in rpe_on:
+            if (ours := layer(rpe_on, backend)) is None:
+                print(f"{shape}: backend {backend} cannot run {rpe_on} here")
                 continue
-            ours = layer(rpe_on, backend)
             check(f"attention {rpe_on}, {backend}", ours(), eager(), tolerance)
             for a, b in zip(*(torch.autograd.grad(f(), f.leaves, grad) for f in (ours, eager)), strict=True):
                 check(f"attention {rpe_on}, {backend}, gradient", a, b, tolerance)

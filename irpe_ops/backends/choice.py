@@ -10,22 +10,23 @@ Under deterministic algorithms the first correct one is taken: times vary, and t
 because nothing can be measured inside them.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import eager, module_of
 from irpe_ops.backends.measure import Measurement, measure, trains
 from irpe_ops.modules import autocast_dtype
-from irpe_ops.rpe_index import compiled_devices, under_function_transform
+from irpe_ops.rpe_index import compiled_devices, is_plain, under_function_transform
 
 # Without measuring, the first that can run the call is taken.
 FIXED = {"cpu": ("compiled", "eager"), "meta": ("eager",)}
@@ -33,7 +34,8 @@ FIXED_ELSEWHERE = ("sdpa", "eager")
 # On an AMD EPYC with one thread, sdpa took 0.4 to 0.6 of eager's time forward, and 1.0 to 1.3 of it with backward.
 FIXED_INFERENCE = {"cpu": ("compiled", "sdpa", "eager")}
 # On an NVIDIA H200 triton took 0.5 of sdpa's time in bf16, and 2.6 times as long in fp32, without tensor cores.
-MEASURED = {"cuda": ("triton", "sdpa", "eager")}
+MEASURED = {"cuda": ("compiled", "triton", "sdpa", "eager")}
+MEASURED_FP32 = {"cuda": ("sdpa", "eager", "triton")}
 
 logger = logging.getLogger(__name__)
 _known: dict[str, "Measurement"] = {}
@@ -44,14 +46,10 @@ def choose(call: AttentionCall) -> str:
     """The name of the backend that ``auto`` means for this call."""
     if torch.compiler.is_exporting():
         return "eager"
-    device = call.q.device.type
-    if device in MEASURED and may_measure(call):
-        candidates = {name: module_of(name).attention for name in MEASURED[device] if can_run(name, call)}
-        if len(candidates) > 1 and (found := measurement(call, candidates)):
-            right = [name for name in candidates if name in found.ms]
-            if torch.are_deterministic_algorithms_enabled():
-                return next((name for name in _by_dtype(call) if name in right), "eager")
-            return min(right, key=found.ms.get, default="eager")
+    if call.q.device.type in MEASURED and may_measure(call) and (found := measurement(call)):
+        fixed = torch.are_deterministic_algorithms_enabled()
+        order = _by_dtype(call) if fixed else sorted(found.ms, key=found.ms.get)
+        return next((name for name in order if name in found.ms and can_run(name, call)), "eager")
     return next(name for name in _order(call) if can_run(name, call))
 
 
@@ -66,8 +64,7 @@ def _order(call: AttentionCall, compiled: bool = False) -> tuple[str, ...]:
 
 def _by_dtype(call: AttentionCall) -> tuple[str, ...]:
     """The candidates on a GPU, usually fastest first."""
-    first, *others = MEASURED[call.q.device.type]
-    return (*others, first) if call.q.dtype == torch.float32 else (first, *others)
+    return (MEASURED_FP32 if call.q.dtype == torch.float32 else MEASURED)[call.q.device.type]
 
 
 def can_run(name: str, call: AttentionCall) -> bool:
@@ -77,9 +74,7 @@ def can_run(name: str, call: AttentionCall) -> bool:
 
 def may_measure(call: AttentionCall) -> bool:
     """Whether measuring is possible (an ordinary eager call) and not switched off."""
-    if torch.compiler.is_compiling() or under_function_transform() or type(call.q) is not Tensor:
-        return False
-    if torch._C._len_torch_dispatch_stack():  # a mode that counts or records operators must not see the measuring
+    if not is_plain(call.q) or under_function_transform():  # a mode that records operators must not see the measuring
         return False
     return call.q.numel() > 0 and os.environ.get("IRPE_ATTENTION_TUNING") != "0"
 
@@ -88,14 +83,16 @@ def _is_captured(call: AttentionCall) -> bool:
     return call.q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def measurement(call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]]) -> Measurement | None:
+def measurement(call: AttentionCall) -> Measurement | None:
     """The measurement for this kind of call: from this process, the group or the cache, or made now.
 
-    A CUDA graph being captured uses the measurement of its warm-up; None if there was none.
+    A CUDA graph being captured uses the measurement of its warm-up; None if there was none, or only one candidate.
     """
     kind = _kind(call)
     if kind not in _known:
-        if _is_captured(call):
+        names = MEASURED[call.q.device.type]
+        candidates = {name: module_of(name).attention for name in names if can_run(name, call)}
+        if len(candidates) < 2 or _is_captured(call):
             return None
         _known[kind] = _agreed(kind, lambda: _cached(kind, lambda: measure(call, candidates, eager.attention)))
         logger.info("attention %s: %s", kind, _known[kind])
@@ -183,8 +180,13 @@ def cache_file() -> Path:
 
 def _device_name(device: torch.device | None = None) -> str:
     if torch.cuda.is_available() if device is None else device.type == "cuda":  # evaluated at every call
-        return torch.cuda.get_device_name(device)
+        return _gpu_name(torch.cuda.current_device() if device is None else device.index)
     return "cpu" if device is None else device.type
+
+
+@functools.lru_cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def describe(

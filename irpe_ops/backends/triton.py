@@ -16,7 +16,7 @@ from torch import Tensor
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.backends.triton_launch import COLUMN_MULTIPLE, INTERPRETED, Arguments, Launch, generation
 from irpe_ops.modes import product, without_autocast
-from irpe_ops.rpe_index import under_function_transform
+from irpe_ops.rpe_index import is_plain, under_function_transform
 
 # `sum_kernel` holds a row of buckets in registers, the other kernels a row of q.
 MAX_BUCKETS, MAX_HEAD_DIM = 256, {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
@@ -92,7 +92,7 @@ def attention(call: AttentionCall) -> Tensor:
             attn_mask = attn_mask.expand(*q.shape[:3], q.shape[2])
         # On the device and from PyTorch's generator: it follows torch.manual_seed without a synchronization.
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
-        operator = _Attention.apply if _is_plain(q) else fused_attention
+        operator = _Attention.apply if is_plain(q) else fused_attention
         out, sums, _ = operator(
             q, k, v, lookup_k, lookup_q, key_padding_mask, attn_mask, seed, offsets,
             name, height, width, skip, rpe_v is not None, dropout_p, scale,
@@ -216,11 +216,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         # The registered operator refuses to be differentiated again.
         return _backward(ctx, *grads, operator=fused_attention_backward if torch.is_grad_enabled() else _differentiate)
-
-
-def _is_plain(q: Tensor) -> bool:
-    """Whether nothing but autograd is watching: no compiler, no mode that counts operators, no fake tensor."""
-    return not torch.compiler.is_compiling() and type(q) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
 def _side_by_side(q: Tensor, columns: int | None = None) -> Tensor:

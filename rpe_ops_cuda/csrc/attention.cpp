@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fused attention with relative position encoding on CPU tensors: schemas, and the preparation of tensors around the
-// kernels of cpu/attention.inl.
+// Fused attention with relative position encoding: schemas, and on CPU tensors the preparation around the kernels of
+// cpu/attention.inl. The CUDA part is in cuda/attention_cuda.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -220,7 +220,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
-    const at::Tensor& grad_out, const at::Tensor& stats, const at::Tensor& probs, const at::Tensor& sums,
+    const at::Tensor& grad_out, const at::Tensor&, const at::Tensor& stats, const at::Tensor& probs, const at::Tensor& sums,
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& table_q, const OptionalTensor& table_k,
     const OptionalTensor& table_v, at::TensorList index_q, at::TensorList index_k, at::TensorList index_v,
     const OptionalTensor& key_padding_mask, const OptionalTensor& attn_mask, const OptionalTensor& seed, double scale,
@@ -259,7 +259,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 TORCH_LIBRARY_FRAGMENT(irpe, m) {
   m.def("attention(" INPUTS ", bool keep, bool keep_probs) -> (Tensor out, Tensor stats, Tensor probs, Tensor sums)");
-  m.def("attention_backward(Tensor grad_out, Tensor stats, Tensor probs, Tensor sums, " INPUTS
+  m.def("attention_backward(Tensor grad_out, Tensor out, Tensor stats, Tensor probs, Tensor sums, " INPUTS
         ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_table_q, Tensor grad_table_k, Tensor grad_table_v)");
 }
 

@@ -10,18 +10,28 @@ import pytest
 SOURCES = sorted((Path(__file__).parents[2] / "rpe_ops_cuda" / "csrc" / "cuda").glob("*.cu"))
 
 
+# Kernels per architecture, and the most bytes that one may spill. A lookup has 3 sizes of elements for 3 types of ids,
+# the kernels of the sums 4, 4, 4 and 2 types; attention has 3 passes for k, qk and qkv, and one for tables, in 2 types.
+KERNELS = {"lookup.cu": (3 * 3, 0), "bucket_sums.cu": (3 * (4 * 3 + 2), 0), "attention.cu": (2 * (3 * 3 + 1), 400)}
+# PyTorch's flags, with which less compiles.
+FLAGS = [
+    f"-D__CUDA_NO_{x}__" for x in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
-def test_kernels_compile_without_spills(tmp_path):
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_kernels_compile_and_keep_to_their_registers(tmp_path, source):
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90")]
-    command = ["nvcc", "-std=c++17", "-O3", *targets, "-t2", "-Xptxas=-v", "-c", *SOURCES]
+    command = ["nvcc", "-std=c++17", "-O3", *FLAGS, *targets, "-t2", "-Xptxas=-v", "-c", source]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", result.stderr)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert sorted({arch for _, arch in kernels}) == ["80", "90"]
-    # 3 types of ids, each with 3 sizes of elements in the lookup, and 4, 4, 4 and 2 types in the kernels of the sums.
-    assert len(kernels) == len(spills) == 2 * 3 * (3 + 4 * 3 + 2)
-    assert set(spills) == {("0", "0")}
+    count, allowed = KERNELS[source.name]
+    assert len(kernels) == len(spills) == 2 * count
+    assert max(int(n) for pair in spills for n in pair) <= allowed
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")

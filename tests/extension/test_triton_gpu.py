@@ -77,7 +77,8 @@ def test_auto_takes_one_that_is_right_and_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "_known", {})
     run(*example("deit", "k", torch.bfloat16), "auto")
     (found,) = choice._known.values()
-    assert set(found.ms) | set(found.left_out) == {"sdpa", "triton", "eager"} and "eager" in found.ms
+    tried = set(found.ms) | set(found.left_out)
+    assert tried - {"compiled"} == {"sdpa", "triton", "eager"} and "eager" in found.ms
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -183,6 +183,7 @@ def fakes(monkeypatch, tmp_path):
     fakes = Fakes()
     monkeypatch.setattr(choice, "module_of", fakes)
     monkeypatch.setattr(choice, "MEASURED", {"cpu": ("raising", "slow", "eager")})
+    monkeypatch.setattr(choice, "MEASURED_FP32", {"cpu": ("slow", "eager", "raising")})
     monkeypatch.setattr(choice, "FIXED", {"cpu": ("slow", "eager")})
     monkeypatch.setattr(choice, "FIXED_INFERENCE", {"cpu": ("wrong", "eager")})
     monkeypatch.setattr(choice, "_known", {})

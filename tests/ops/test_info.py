@@ -11,7 +11,7 @@ import pytest
 from irpe_ops import info
 
 NAMES = ["plain PyTorch", "sdpa attention", "compiled rpe_index, CPU", "compiled rpe_index, CUDA",
-         "compiled attention, CPU", "triton attention, CUDA"]  # fmt: skip
+         "compiled attention, CPU", "compiled attention, CUDA", "triton attention, CUDA"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

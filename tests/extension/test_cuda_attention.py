@@ -1,0 +1,215 @@
+"""The compiled attention on CUDA without a GPU: refusals, shapes, ids by lane, and the C++ around the kernels, with
+loops in their place."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import irpe_ops.backends.compiled as backend
+from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
+from irpe_ops.attention_call import AttentionCall
+from irpe_ops.buckets import ids_by_lane
+from tests import oracles
+from tests.extension.test_cuda_emulated import toolkit_headers
+
+attention = pytest.importorskip("rpe_ops_cuda.attention", reason="rpe_ops_cuda is not installed")
+ROOT = Path(__file__).parents[2]
+
+
+def fake_call(spec="rpe-1.9-product-ctx-1-qkv", dtype=torch.bfloat16, head_dim=64, **options):
+    """A call on a GPU that is not here."""
+    encodings = build_rpe(parse_rpe_spec(spec, 1), head_dim, 2)
+    q = torch.empty(2, 2, 13, head_dim, dtype=dtype)
+    return AttentionCall(q, q, q, *encodings, 3, 4, **{"scale": 0.5} | options)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "missing_on_cuda", lambda device: None)
+    with FakeTensorMode(), torch.device("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("spec", ["rpe-1.9-product-ctx-0-k", "rpe-1.9-product-ctx-1-qk", "rpe-10-euc-ctx-1-qkv"])
+def test_what_it_takes_on_cuda(on_a_gpu, spec):
+    call = fake_call(spec, torch.float16)
+    assert backend.why_not(call) is None
+    for grad in (True, False):  # keeps what backward needs, or not
+        out = backend.attention(call._replace(q=call.q.detach().requires_grad_(grad)))
+        assert (out.shape, out.dtype, out.device.type) == (call.q.shape, torch.float16, "cuda")
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float32}, "takes float16 and bfloat16, and q is torch.float32; use autocast, or"),
+        ({"head_dim": 32}, "kernels for D=64, got D=32; use backend='triton'"),
+        ({"dropout_p": 0.1}, "no masks and no dropout; use backend='triton'"),
+        ({"key_padding_mask": True}, "no masks and no dropout; use backend='triton'"),
+        ({"spec": "rpe-1.9-product-ctx-1-q"}, "encodes keys, queries and keys, or all three; use backend='triton'"),
+        ({"spec": "rpe-1.9-product-ctx-1-kv"}, "encodes keys, queries and keys, or all three; use backend='triton'"),
+        ({"spec": "rpe-1.9-cross-ctx-1-k"}, "with one map, not cross or bias; use backend='triton'"),
+        ({"spec": "rpe-1.9-product-bias-1-qk"}, "with one map, not cross or bias; use backend='triton'"),
+        ({"spec": "rpe-20-euc-ctx-1-k"}, "up to 56 buckets, ratio=20 has 82; use backend='triton'"),
+        ({"scale": -0.5}, "scale must be positive, got -0.5; use backend='triton'"),
+    ],
+)
+def test_what_it_refuses_on_cuda(on_a_gpu, change, words):
+    if "key_padding_mask" in change:
+        change = {"key_padding_mask": torch.zeros(2, 13, dtype=torch.bool)}
+    assert words in backend.why_not(fake_call(**change))
+
+
+def test_encodings_of_two_configs_are_refused_on_cuda(on_a_gpu):
+    call = fake_call()
+    for spec in ("rpe-1.8-product-ctx-1-qkv", "rpe-10-euc-ctx-1-qkv"):
+        other = call._replace(rpe_q=fake_call(spec).rpe_q)
+        assert "must share mode, method, ratio and skip; build them from one config" in backend.why_not(other)
+
+
+def test_why_there_are_no_kernels_for_a_gpu(monkeypatch):
+    reasons = {"cuda": None}
+    monkeypatch.setattr(backend, "missing_kernels", lambda kind, device: reasons["cuda"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    ask = backend._missing_on_cuda.__wrapped__
+    assert re.search("compute capability 8.0 .*; use backend='sdpa' or 'eager'", ask(0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert ask(0) is None
+    reasons["cuda"] = "rpe_ops_cuda was built without CUDA"
+    assert ask(0) == "rpe_ops_cuda was built without CUDA; or use backend='triton'"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_is_missing():
+    with FakeTensorMode(), torch.device("cuda"):
+        reason = backend.why_not(fake_call())
+    assert re.search("built without CUDA|torch sees no CUDA device", reason) and "backend='triton'" in reason
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 35])
+def test_ids_by_lane(length):
+    """Each lane's bytes, by the words of attention_kernels.h."""
+    ids = torch.randint(1, 50, (length, length), dtype=torch.uint8, generator=torch.Generator().manual_seed(length))
+    blocks = -(-length // 16)
+    padded = torch.zeros(16 * blocks, 16 * blocks, dtype=torch.uint8)
+    padded[:length, :length] = ids
+    found = ids_by_lane(ids)
+    assert found.shape == (2, blocks, blocks, 32, 8) and found is ids_by_lane(ids)
+    for i in range(blocks):
+        for j in range(blocks):
+            for lane in range(32):
+                g, t = lane // 4, lane % 4
+                for layout, whole in enumerate((padded, padded.T)):
+                    rows = whole[16 * i : 16 * i + 16, 16 * j : 16 * j + 16]
+                    wanted = [
+                        rows[g + down, 8 * right + 2 * t + c] for right in (0, 1) for down in (0, 8) for c in (0, 1)
+                    ]
+                    assert found[layout, i, j, lane].tolist() == wanted
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    """The operators of attention_on_host.cpp."""
+    headers = toolkit_headers()
+    if headers is None or shutil.which("g++") is None:
+        pytest.skip("needs g++ and the headers of a CUDA toolkit")
+    folder, sources = tmp_path_factory.mktemp("on_host"), ROOT / "rpe_ops_cuda" / "csrc" / "cuda"
+    source = (sources / "attention_cuda.cpp").read_text()
+    (folder / "attention_cuda.cpp").write_text(re.sub("#include <c10/cuda/.*>", "", source))
+    torch_root = Path(torch.__file__).parent
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{sources}"]
+    command += ["-isystem", str(torch_root / "include"), "-isystem", str(headers)]
+    command += [str(Path(__file__).with_name("attention_on_host.cpp")), "-o", str(folder / "on_host.so")]
+    subprocess.run([*command, f"-L{torch_root / 'lib'}", "-lc10", "-ltorch_cpu"], check=True)
+    library = torch.library.Library("irpe_on_host", "FRAGMENT")
+    for operator in (torch.ops.irpe.attention, torch.ops.irpe.attention_backward):
+        library.define(str(operator.default._schema).removeprefix("irpe::"))
+    torch.ops.load_library(folder / "on_host.so")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_ops", torch.ops.irpe_on_host)
+        yield torch.ops.irpe_on_host
+
+
+def layer(spec, grid, skip, batch, heads, dtype, tables, lay_out, of_sum=False):
+    """The results and gradients of the loops, and of the definition in fp64."""
+    encodings = build_rpe(parse_rpe_spec(spec, skip), 64, heads)
+    for seed, rpe in enumerate(encodings):
+        if rpe is not None:
+            oracles.fill_tables(rpe.to(tables), seed, std=0.1)
+    generator, length = torch.Generator().manual_seed(0), grid[0] * grid[1] + skip
+    packed = lay_out(torch.randn(batch, length, 3, heads, 64, generator=generator).to(dtype)).requires_grad_()
+    weights = torch.randn(batch, heads, length, 64, generator=generator)
+
+    def results(out, x):
+        loss = out.float().sum() if of_sum else (out * weights).sum()
+        return [out.detach(), *torch.autograd.grad(loss, [x, *(rpe.table for rpe in encodings if rpe is not None)])]
+
+    maps = [], [ids_by_lane(encodings[1].bucket_ids(length, *grid, packed.device))], []
+    given = [rpe and rpe.table for rpe in encodings]
+    out = attention.Attention.apply(
+        *packed.permute(2, 0, 3, 1, 4), *given, *maps, None, None, None, 0.125, 0.0, True, True
+    )
+    ours = results(out, packed)
+    exact = packed.detach().double().requires_grad_()
+    encodings = [rpe and rpe.double() for rpe in encodings]
+    options = {"height": grid[0], "width": grid[1], "backend": "eager"}
+    return ours, results(rpe_attention(*exact.permute(2, 0, 3, 1, 4), *encodings, **options), exact)
+
+
+def misaligned(x):
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
+
+
+CASES = [  # spec, grid, leading tokens, batch, heads, dtype, that of tables, layout, loss
+    ("rpe-1.9-product-ctx-1-k", (7, 5), 0, 2, 3, torch.bfloat16, torch.float32, lambda x: x),
+    ("rpe-1.9-product-ctx-0-qk", (1, 3), 1, 2, 3, torch.float16, torch.float16, misaligned),
+    ("rpe-1.9-product-ctx-0-qkv", (4, 4), 1, 1, 2, torch.bfloat16, torch.float32, lambda x: x.mT.contiguous().mT),
+    ("rpe-10-euc-ctx-1-qkv", (4, 4), 0, 3, 1, torch.bfloat16, torch.bfloat16, lambda x: x, True),
+    ("rpe-13-quant-ctx-0-qk", (3, 6), 1, 2, 2, torch.bfloat16, torch.float16, lambda x: x),
+    ("rpe-1.9-product-ctx-1-qkv", (3, 3), 1, 0, 2, torch.float16, torch.float16, lambda x: x),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case[0]} {case[3]}" for case in CASES])
+def test_what_is_passed_to_the_kernels_and_made_of_their_results(on_host, case):
+    ours, exact = layer(*case)
+    assert ours[0].transpose(1, 2).is_contiguous() and all(table.is_contiguous() for table in ours[2:])
+    assert [x.dtype for x in ours] == [case[5], case[5], *[case[6]] * (len(ours) - 2)]
+    for x, answer in zip(ours, exact, strict=True):
+        assert x.shape == answer.shape and (x.double() - answer).norm() <= 0.01 * answer.norm()
+
+
+def test_refusals_of_the_operator(on_host):
+    q, table = torch.zeros(1, 1, 9, 64).bfloat16(), torch.zeros(1, 64, 50)
+    ids = ids_by_lane(torch.zeros(9, 9, dtype=torch.uint8))
+    for change, words in [
+        ({"q": q.float()}, "must all be float16 or bfloat16 on CUDA"),
+        ({"k": q[..., :32]}, r"must be \(B, H, L, 64\) of one shape on CUDA"),
+        (
+            {"index": torch.zeros(9, 9, dtype=torch.uint8)},
+            r"must be one aligned \(2, M, M, 32, 8\) uint8 tensor on CUDA",
+        ),
+        ({"index": misaligned(ids)}, r"must be one aligned \(2, M, M, 32, 8\) uint8 tensor on CUDA"),
+        ({"index": ids.int()}, r"must be one aligned \(2, M, M, 32, 8\) uint8 tensor on CUDA"),
+        ({"table": table[:, :32]}, r"table_k \[1, 32, 50\] does not fit H=1 and D=64"),
+        ({"table": torch.zeros(1, 64, 57)}, "table_k has 57 buckets; .* at most 56 on CUDA"),
+        ({"table_q": torch.zeros(1, 64, 49)}, "table_k has 50 buckets; all tables must have the same number"),
+        ({"table": None}, "kernels for table_k, with table_q, or with both others"),
+        ({"table_v": table.mT}, "kernels for table_k, with table_q, or with both others"),
+        ({"scale": 0.0}, "no masks, no dropout and a positive scale, got dropout_p=0 and scale=0"),
+        ({"dropout_p": 0.5}, "no masks, no dropout and a positive scale, got dropout_p=0.5"),
+        ({"mask": torch.zeros(9, 9)}, "no masks, no dropout and a positive scale"),
+    ]:
+        given = {"q": q, "k": q, "table_q": None, "table": table, "table_v": None, "index": ids, "mask": None,
+                 "scale": 0.1, "dropout_p": 0.0} | change  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            on_host.attention(
+                given["q"], given["k"], q, given["table_q"], given["table"], given["table_v"], [], [given["index"]], [],
+                None, given["mask"], None, given["scale"], given["dropout_p"], False, False,
+            )  # fmt: skip
