@@ -36,22 +36,24 @@ def toolkit_headers() -> Path | None:
     return next((path for path in found if (path / "cuda_fp16.h").exists()), None)
 
 
+def emulated(names: list[str], launches: int) -> str:
+    """CUDA sources for g++, with the emulator."""
+    source = "".join((SOURCES / name).read_text() for name in names)
+    # The two things g++ cannot read: dynamic shared memory, and launches.
+    source = re.sub(r"extern __shared__ [^;]*;", "unsigned char* const shared = emulator::shared_memory;", source)
+    source, found = re.subn(r"([\w:]+(?:<T, Id>)?)<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", source, flags=re.DOTALL)
+    assert found == launches and "__shared__" not in source
+    return '#include "cuda_emulator.h"\n' + source
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     headers = toolkit_headers()
     if headers is None or shutil.which("g++") is None:
         pytest.skip("needs g++ and the headers of a CUDA toolkit")
-    source = "".join((SOURCES / name).read_text() for name in ("bucket_sums.cu", "lookup.cu"))
-    # The two things g++ cannot read: dynamic shared memory, and launches.
-    source, shared = re.subn(
-        r"extern __shared__ [^;]*;", "unsigned char* const shared = emulator::shared_memory;", source
-    )
-    source, launches = re.subn(
-        r"([\w:]+(?:<T, Id>)?)<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", source, flags=re.DOTALL
-    )
-    assert (shared, launches) == (1, 4)
+    source = emulated(["bucket_sums.cu", "lookup.cu"], launches=4)
     folder = tmp_path_factory.mktemp("emulated")
-    (folder / "kernels.cpp").write_text('#include "cuda_emulator.h"\n' + source + EXPORTS)
+    (folder / "kernels.cpp").write_text(source + EXPORTS)
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-Wl,-Bsymbolic"]
     command += [f"-I{SOURCES}", f"-I{Path(__file__).parent}", "-isystem", str(headers)]
     command += [str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")]
