@@ -381,6 +381,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
           const float sum = owns_queries ? log_sum[x % 4 / 2] : log_sums[column];
           scores[x / 4][x % 4] = power_of_two(fmaf(scores[x / 4][x % 4], factor, -sum));
         }
+        if (has_own && first + kRows > columns) {  // past the last token the other's lookups are zero, ours are not
+#pragma unroll
+          for (int x = 0; x < 8; ++x) {
+            if (first + x / 4 * 8 + lane % 4 * 2 + x % 2 >= columns) scores[x / 4][x % 4] = 0.f;
+          }
+        }
         uint32_t weights[4];
         if (!owns_queries) {
           as_weights<T>(weights, scores[0], scores[1]);
@@ -392,12 +398,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
           const int column = first + x / 4 * 8 + lane % 4 * 2 + x % 2;
           const float offset = owns_queries ? offsets[x] : log_sums[rows + column];
           grads[x / 4][x % 4] = scores[x / 4][x % 4] * (grads[x / 4][x % 4] - offset);
-        }
-        if (owns_queries && first + kRows > columns) {  // past the last query delta and gradient are zero
-#pragma unroll
-          for (int x = 0; x < 8; ++x) {
-            if (first + x / 4 * 8 + lane % 4 * 2 + x % 2 >= columns) grads[x / 4][x % 4] = 0.f;
-          }
         }
         as_weights<T>(weights, grads[0], grads[1]);
         add_rows<T>(grad_first, weights, firsts_here, lanes);
