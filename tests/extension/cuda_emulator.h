@@ -176,6 +176,7 @@ static void fetch(const char*) {}
 using Place = uint32_t;
 static Place place_at(const void* p) { return static_cast<const unsigned char*>(p) - emulator::shared_memory; }
 static float load(Place place) { return *reinterpret_cast<float*>(emulator::shared_memory + place); }
+static float2 load_pair(Place place) { return *reinterpret_cast<float2*>(emulator::shared_memory + place); }
 static void store(Place place, float value) { *reinterpret_cast<float*>(emulator::shared_memory + place) = value; }
 
 // ldmatrix: the four 8 x 8 matrices whose rows the lanes point to.
@@ -210,6 +211,7 @@ static void wait_for_copies() {
 
 static uint2 load_kept(const uint2* from) { return *from; }
 
+static unsigned __float_as_uint(float x) { unsigned y; return std::memcpy(&y, &x, 4), y; }
 static float power_of_two(float x) { return std::exp2(x); }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;

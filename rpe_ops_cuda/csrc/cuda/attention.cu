@@ -41,21 +41,20 @@ __device__ __forceinline__ Item item_of(const Work& work, const AttentionCall& c
 
 // How a kernel divides its shared memory, in bytes: tables, then what each warp has for itself, then two turns of a pair of
 // tiles, then what belongs to each of the tile's tokens.
-template <int tables, int others, int owns, bool has_sums, bool has_statistics>
+template <int tables, bool others, bool owns, bool has_sums, bool has_statistics>
 struct Room {
   static constexpr int kTables = tables * kTableRows * kRowBytes;
-  static constexpr int kSums = owns ? owns * kLookupBytes : kRows * kRowBytes;
+  static constexpr int kSums = owns ? kLookupBytes : kRows * kRowBytes;
   static constexpr int kPerWarp = kSums + (has_sums ? kSumBytes : 0);
-  static constexpr int kPerRow = 4 * kRowBytes + others * kLookupStride * 4 + (has_statistics ? 2 * 2 * 4 : 0);
+  static constexpr int kPerRow = 4 * kRowBytes + (others ? kLookupStride * 4 : 0) + (has_statistics ? 2 * 2 * 4 : 0);
   static constexpr int bytes(int warps, int rows) { return kTables + warps * kPerWarp + rows * kPerRow; }
 };
 
 template <bool on_q, bool on_v>
-using ForwardRoom = Room<1 + on_q + on_v, on_q, 1, on_v, false>;
+using ForwardRoom = Room<1 + on_q + on_v, on_q, true, on_v, false>;
 
 template <bool owns_queries, bool on_q, bool on_v>
-using BackwardRoom = Room<1 + on_q + on_v, (owns_queries ? on_q : 1 + on_v), (owns_queries ? 1 + on_v : on_q),
-                          owns_queries || on_q, !owns_queries>;
+using BackwardRoom = Room<1 + on_q + on_v, !owns_queries || on_q, owns_queries || on_q, owns_queries || on_q, !owns_queries>;
 
 __device__ __forceinline__ void clear(unsigned char* sums, int lane) {
 #pragma unroll
@@ -109,10 +108,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
     }
     if (on_v) clear(buckets, lane);
 
-    float out[8][4] = {}, total[4] = {}, peak[2] = {-INFINITY, -INFINITY};
-    for (int tile = 0; tile * rows < length; ++tile, ++turn) {
-      const Place keys = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes, values = keys + rows * kRowBytes;
-      const int columns = min(rows, length - tile * rows);
+    // Waits for a tile and prepares it. Apart from the loop: the first time, there are no sums yet to hold.
+    const auto enter = [&](int tile) {
       wait_for_copies();
       __syncthreads();
       if ((tile + 1) * rows < length) {
@@ -121,17 +118,23 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
         fetch_tiles(item_of(work, call, number + gridDim.x), 0, turn + 1);
       }
       if (tile == 0) {
-        look_up_all<T>(reinterpret_cast<float*>(own), query, place_at(table_k), lanes);
+        look_up_all<T, on_v>(reinterpret_cast<float*>(own), query, table_k, lane);  // backward rounds too
         __syncwarp();
       }
       if (on_q) {
-        for (int first = warp * kRows; first < columns; first += warps * kRows) {
+        for (int first = warp * kRows; first < min(rows, length - tile * rows); first += warps * kRows) {
           uint32_t key[4][4];
-          load_rows(key, keys + first * kRowBytes, lanes);
-          look_up_all<T>(others + first * kLookupStride, key, place_at(table_q), lanes);
+          load_rows(key, place_at(tiles) + (turn % 2 * 2 * rows + first) * kRowBytes, lanes);
+          look_up_all<T, false>(others + first * kLookupStride, key, table_q, lane);
         }
         __syncthreads();
       }
+    };
+    enter(0);
+    float out[8][4] = {}, total[4] = {}, peak[2] = {-INFINITY, -INFINITY};
+    for (int tile = 0;;) {
+      const Place keys = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes, values = keys + rows * kRowBytes;
+      const int columns = min(rows, length - tile * rows);
       const auto step = [&](auto count, int first) {
         constexpr int n = decltype(count)::value;
         const int column = tile * rows + first, ids_at = ids_before + column * (32 / kRows);
@@ -140,15 +143,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
 #pragma unroll
         for (int b = 0; b < n; ++b) {
           ids[b] = load_kept(call.ids.by_query + ids_at + b * 32);
-          look_up_own(scores[2 * b], ids[b].x, own_row);
-          look_up_own(scores[2 * b + 1], ids[b].y, own_row);
+          add_lookups<true>(scores[2 * b], ids[b].x, own_row, true);
+          add_lookups<true>(scores[2 * b + 1], ids[b].y, own_row, true);
           if (on_q) {
-            float more[2][4];
             const uint2 turned = load_kept(call.ids.by_key + ids_at + b * 32);
-            look_up_other(more[0], turned.x, others_row + (first + 16 * b) * (kLookupStride * 4));
-            look_up_other(more[1], turned.y, others_row + (first + 16 * b + 8) * (kLookupStride * 4));
-#pragma unroll
-            for (int x = 0; x < 8; ++x) scores[2 * b + x / 4][x % 4] += more[x / 4][x % 4];
+            add_lookups<false>(scores[2 * b], turned.x, others_row + (first + 16 * b) * (kLookupStride * 4));
+            add_lookups<false>(scores[2 * b + 1], turned.y, others_row + (first + 16 * b + 8) * (kLookupStride * 4));
           }
         }
         multiply_rows<T, n>(scores, query, keys + first * kRowBytes, lanes);
@@ -199,6 +199,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
       int first = 0;
       for (; active && first + kStep * kRows <= columns; first += kStep * kRows) step(Count<kStep>(), first);
       for (; active && first < columns; first += kRows) step(Count<1>(), first);
+      ++turn;
+      if (++tile * rows >= length) break;
+      enter(tile);
     }
     if (number + gridDim.x < work.items) load_own(item_of(work, call, number + gridDim.x));
     if (!active) continue;
@@ -245,8 +248,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
   T* const room = reinterpret_cast<T*>(own);  // after the last lookup
   T* const tiles = reinterpret_cast<T*>(shared + R::kTables + warps * R::kPerWarp);
   float* const others = reinterpret_cast<float*>(tiles + 4 * rows * kHeadDim);
-  float* const others_values = others + rows * kLookupStride;
-  float* const statistics = others_values + (!owns_queries && on_v ? rows * kLookupStride : 0);  // [2][log_sums, deltas][rows]
+  float* const statistics = others + (has_other ? rows * kLookupStride : 0);  // [2][log_sums, deltas][rows]
   const Place own_row = place_at(own) + lane / 4 * kLookupStride * 4, own_buckets = place_at(buckets) + lane * 4;
   const Place others_row = place_at(others) + lane % 4 * 2 * kLookupStride * 4;
 
@@ -279,14 +281,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
     load_rows(one, head_of<T>(first_own, item.batch, item.head), first_own.row_stride, first, length, lane);
     load_rows(two, head_of<T>(second_own, item.batch, item.head), second_own.row_stride, first, length, lane);
   };
-  load_own(item_of(work, call, blockIdx.x));
+  if (owns_queries) load_own(item_of(work, call, blockIdx.x));
   const float factor = call.scale * kLog2e;
   int turn = 0, tables_of = -1;
   for (int number = blockIdx.x; number < work.items; number += gridDim.x) {
     const Item item = item_of(work, call, number);
-    const int own_block = own_block_of(item), ids_before = own_block * work.blocks * 32 + lane;
+    if (!owns_queries) load_own(item);  // no registers to have it earlier
+    const unsigned own_block = own_block_of(item), ids_before = own_block * work.blocks * 32 + lane;
     const bool active = own_block < work.blocks;
-    if (!owns_queries && turn > 0) load_own(item);  // no registers to have it earlier
     float log_sum[2] = {0.f, 0.f}, delta[2] = {0.f, 0.f};
     if (owns_queries) {
       uint32_t results[4][4];
@@ -316,11 +318,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
     }
     if (has_own) clear(buckets, lane);
 
-    float grad_first[8][4] = {}, grad_second[8][4] = {};  // of q, nothing; of k, v
-    for (int tile = 0; tile * rows < length; ++tile, ++turn) {
-      const Place firsts = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes, seconds = firsts + rows * kRowBytes;
-      const float* const log_sums = statistics + turn % 2 * 2 * rows;
-      const int columns = min(rows, length - tile * rows);
+    const auto enter = [&](int tile) {  // as above
+      const Place firsts = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes;
       wait_for_copies();
       __syncthreads();
       if ((tile + 1) * rows < length) {
@@ -328,63 +327,78 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
       } else if (number + gridDim.x < work.items) {
         fetch_tiles(item_of(work, call, number + gridDim.x), 0, turn + 1);
       }
-      if (tile == 0) {
-        if (has_own) look_up_all<T>(reinterpret_cast<float*>(own), one, place_at(table_own), lanes);
-        if (owns_queries && on_v) look_up_all<T>(reinterpret_cast<float*>(own + kLookupBytes), two, place_at(table_values), lanes);
+      if (tile == 0 && has_own) {
+        float* const lookups = reinterpret_cast<float*>(own);
+        if (owns_queries && on_v) {
+          look_up_both(lookups, one, two, table_own, table_values, lane);
+        } else {
+          look_up_all<T, false>(lookups, one, table_own, lane);
+        }
         __syncwarp();
       }
       if (has_other) {
-        for (int first = warp * kRows; first < columns; first += warps * kRows) {
-          uint32_t tokens[4][4];
-          load_rows(tokens, firsts + first * kRowBytes, lanes);
-          look_up_all<T>(others + first * kLookupStride, tokens, place_at(table_other), lanes);
+        for (int first = warp * kRows; first < min(rows, length - tile * rows); first += warps * kRows) {
+          uint32_t left[4][4], right[4][4];
+          load_rows(left, firsts + first * kRowBytes, lanes);
           if (!owns_queries && on_v) {
-            load_rows(tokens, seconds + first * kRowBytes, lanes);
-            look_up_all<T>(others_values + first * kLookupStride, tokens, place_at(table_values), lanes);
+            load_rows(right, firsts + (rows + first) * kRowBytes, lanes);
+            look_up_both(others + first * kLookupStride, left, right, table_other, table_values, lane);
+          } else {
+            look_up_all<T, false>(others + first * kLookupStride, left, table_other, lane);
           }
         }
         __syncthreads();
       }
-      const int ids_at = ids_before + tile * rows * (32 / kRows);
-      for (int first = 0; active && first < columns; first += kRows) {
+    };
+    enter(0);
+    float grad_first[8][4] = {}, grad_second[8][4] = {};  // of q, nothing; of k, v
+    for (int tile = 0;;) {
+      const Place firsts = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes;
+      const Place log_sums = place_at(statistics) + turn % 2 * 2 * rows * 4 + lane % 4 * 8;
+      const unsigned columns = min(rows, length - tile * rows);
+      // One thing to count, the rest follows from it: registers are scarce here.
+      const unsigned ids_at = ids_before + tile * rows * (32 / kRows);
+      for (unsigned first = active ? 0 : columns; first < columns; first += kRows) {
         const Place firsts_here = firsts + first * kRowBytes, seconds_here = firsts_here + rows * kRowBytes;
         float scores[2][4], grads[2][4] = {};
-        uint2 ids = {};
-        if (has_own) {
-          ids = load_kept(call.ids.by_query + ids_at + first * (32 / kRows));
-          look_up_own(scores[0], ids.x, own_row);
-          look_up_own(scores[1], ids.y, own_row);
-          if (owns_queries && on_v) {
-            look_up_own(grads[0], ids.x, own_row + kLookupBytes);
-            look_up_own(grads[1], ids.y, own_row + kLookupBytes);
-          }
+        uint2 ids = {}, turned = {};
+        const Place column = others_row + first * (kLookupStride * 4);
+        if (has_own) ids = load_kept(call.ids.by_query + (ids_at + first * (32 / kRows)));
+        if (has_other) turned = load_kept(call.ids.by_key + (ids_at + first * (32 / kRows)));
+        if (owns_queries && on_v) {
+          take_lookups<T, true>(scores[0], grads[0], ids.x, own_row);
+          take_lookups<T, true>(scores[1], grads[1], ids.y, own_row);
+        } else if (has_own) {
+          add_lookups<true>(scores[0], ids.x, own_row, true);
+          add_lookups<true>(scores[1], ids.y, own_row, true);
         }
-        if (has_other) {
-          const uint2 turned = load_kept(call.ids.by_key + ids_at + first * (32 / kRows));
-          const Place column = others_row + first * (kLookupStride * 4);
-          float more[2][4];
-          look_up_other(more[0], turned.x, column);
-          look_up_other(more[1], turned.y, column + 8 * kLookupStride * 4);
+        if (!owns_queries && on_v) {
+          float found[2][4];
+          take_lookups<T, false>(found[0], grads[0], turned.x, column);
+          take_lookups<T, false>(found[1], grads[1], turned.y, column + 8 * kLookupStride * 4);
 #pragma unroll
-          for (int x = 0; x < 8; ++x) scores[x / 4][x % 4] = has_own ? scores[x / 4][x % 4] + more[x / 4][x % 4] : more[x / 4][x % 4];
-          if (!owns_queries && on_v) {
-            look_up_other(grads[0], turned.x, column + rows * (kLookupStride * 4));
-            look_up_other(grads[1], turned.y, column + (rows + 8) * (kLookupStride * 4));
-          }
+          for (int x = 0; x < 8; ++x) scores[x / 4][x % 4] += found[x / 4][x % 4];
+        } else if (has_other) {
+          add_lookups<false>(scores[0], turned.x, column, !has_own);
+          add_lookups<false>(scores[1], turned.y, column + 8 * kLookupStride * 4, !has_own);
         }
         multiply_rows<T, 1>(scores, one, firsts_here, lanes);
-        float offsets[8];  // deltas
+        multiply_rows<T, 1>(grads, two, seconds_here, lanes);
 #pragma unroll
-        for (int x = 0; x < 8; ++x) {
-          const int column = first + x / 4 * 8 + lane % 4 * 2 + x % 2;
-          offsets[x] = owns_queries ? delta[x % 4 / 2] : 0.f;
-          const float sum = owns_queries ? log_sum[x % 4 / 2] : log_sums[column];
-          scores[x / 4][x % 4] = power_of_two(fmaf(scores[x / 4][x % 4], factor, -sum));
+        for (int x = 0; x < 8; x += 2) {
+          float2 sum = make_float2(log_sum[x % 4 / 2], log_sum[x % 4 / 2]), offset = make_float2(delta[x % 4 / 2], delta[x % 4 / 2]);
+          if (!owns_queries) {
+            sum = load_pair(log_sums + first * 4 + x / 4 * 32);
+            offset = load_pair(log_sums + (rows + first) * 4 + x / 4 * 32);
+          }
+          float *const score = &scores[x / 4][x % 4], *const grad = &grads[x / 4][x % 4];
+          score[0] = power_of_two(fmaf(score[0], factor, -sum.x)), score[1] = power_of_two(fmaf(score[1], factor, -sum.y));
+          grad[0] = score[0] * (grad[0] - offset.x), grad[1] = score[1] * (grad[1] - offset.y);
         }
         if (has_own && first + kRows > columns) {  // past the last token the other's lookups are zero, ours are not
 #pragma unroll
           for (int x = 0; x < 8; ++x) {
-            if (first + x / 4 * 8 + lane % 4 * 2 + x % 2 >= columns) scores[x / 4][x % 4] = 0.f;
+            if (first + x / 4 * 8 + lane % 4 * 2 + x % 2 >= columns) scores[x / 4][x % 4] = grads[x / 4][x % 4] = 0.f;
           }
         }
         uint32_t weights[4];
@@ -392,17 +406,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
           as_weights<T>(weights, scores[0], scores[1]);
           add_rows<T>(grad_second, weights, seconds_here, lanes);
         }
-        multiply_rows<T, 1>(grads, two, seconds_here, lanes);
-#pragma unroll
-        for (int x = 0; x < 8; ++x) {
-          const int column = first + x / 4 * 8 + lane % 4 * 2 + x % 2;
-          const float offset = owns_queries ? offsets[x] : log_sums[rows + column];
-          grads[x / 4][x % 4] = scores[x / 4][x % 4] * (grads[x / 4][x % 4] - offset);
-        }
         as_weights<T>(weights, grads[0], grads[1]);
         add_rows<T>(grad_first, weights, firsts_here, lanes);
         if (has_own) add_to_buckets<T>(own_buckets, weights, ids, lane % 2);
       }
+      ++turn;
+      if (++tile * rows >= length) break;
+      enter(tile);
     }
     if (owns_queries && number + gridDim.x < work.items) load_own(item_of(work, call, number + gridDim.x));
     if (!active) continue;

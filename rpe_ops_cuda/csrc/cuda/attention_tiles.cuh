@@ -134,23 +134,52 @@ __device__ __forceinline__ void as_weights(uint32_t (&weights)[4], const float (
   weights[3] = packed(right[2], right[3], T());
 }
 
-// What every bucket adds to the scores of 16 tokens: lookups (16, kMostBuckets) = rows times the table.
+// found (16, 8) = rows times eight vectors of a table, of which `vectors` is the lane's place.
 template <typename T>
-__device__ __forceinline__ void look_up_all(float* lookups, const uint32_t (&rows)[4][4], Place table, const Lane& lane) {
-  float* const place = lookups + lane.lane / 4 * kLookupStride + lane.lane % 4 * 2;
-  const Place vectors = table + lane.lane % 8 * kRowBytes + ((lane.lane / 8) ^ (lane.lane % 8)) * 16;
+__device__ __forceinline__ void look_up(float (&found)[4], const uint32_t (&rows)[4][4], Place vectors) {
+#pragma unroll
+  for (int k = 0; k < 4; k += 2) {
+    uint32_t m[4];
+    load_matrices(m, vectors ^ (32 * k));
+    multiply(found, rows[k][0], rows[k][1], rows[k][2], rows[k][3], m[0], m[1], T());
+    multiply(found, rows[k + 1][0], rows[k + 1][1], rows[k + 1][2], rows[k + 1][3], m[2], m[3], T());
+  }
+}
+
+__device__ __forceinline__ Place eight_vectors(const void* table, int lane) {
+  return place_at(table) + lane % 8 * kRowBytes + ((lane / 8) ^ (lane % 8)) * 16;
+}
+
+// What every bucket adds to the scores of 16 tokens: lookups (16, kMostBuckets) = rows times the table. `rounded`: to T.
+template <typename T, bool rounded>
+__device__ __forceinline__ void look_up_all(float* lookups, const uint32_t (&rows)[4][4], const T* table, int lane) {
+  float* const place = lookups + lane / 4 * kLookupStride + lane % 4 * 2;
+  const Place vectors = eight_vectors(table, lane);
 #pragma unroll
   for (int n = 0; n < kMostBuckets / 8; ++n) {
     float found[4] = {};
+    look_up<T>(found, rows, vectors + n * 8 * kRowBytes);
+    float2 upper = make_float2(found[0], found[1]), lower = make_float2(found[2], found[3]);
+    if (rounded) upper = unpacked(packed(upper.x, upper.y, T()), T()), lower = unpacked(packed(lower.x, lower.y, T()), T());
+    *reinterpret_cast<float2*>(place + n * 8) = upper;
+    *reinterpret_cast<float2*>(place + n * 8 + 8 * kLookupStride) = lower;
+  }
+}
+
+// The same for scores and for gradients of weights; a word holds a bucket's two numbers, rounded to T.
+template <typename T>
+__device__ __forceinline__ void look_up_both(float* lookups, const uint32_t (&first)[4][4], const uint32_t (&second)[4][4],
+                                             const T* first_table, const T* second_table, int lane) {
+  float* const place = lookups + lane / 4 * kLookupStride + lane % 4 * 2;
+  const Place firsts = eight_vectors(first_table, lane), seconds = eight_vectors(second_table, lane);
 #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-      uint32_t m[4];
-      load_matrices(m, (vectors ^ (32 * k)) + n * 8 * kRowBytes);
-      multiply(found, rows[k][0], rows[k][1], rows[k][2], rows[k][3], m[0], m[1], T());
-      multiply(found, rows[k + 1][0], rows[k + 1][1], rows[k + 1][2], rows[k + 1][3], m[2], m[3], T());
-    }
-    *reinterpret_cast<float2*>(place + n * 8) = make_float2(found[0], found[1]);
-    *reinterpret_cast<float2*>(place + n * 8 + 8 * kLookupStride) = make_float2(found[2], found[3]);
+  for (int n = 0; n < kMostBuckets / 8; ++n) {
+    float one[4] = {}, two[4] = {};
+    look_up<T>(one, first, firsts + n * 8 * kRowBytes);
+    look_up<T>(two, second, seconds + n * 8 * kRowBytes);
+    *reinterpret_cast<uint2*>(place + n * 8) = make_uint2(packed(one[0], two[0], T()), packed(one[1], two[1], T()));
+    *reinterpret_cast<uint2*>(place + n * 8 + 8 * kLookupStride) =
+        make_uint2(packed(one[2], two[2], T()), packed(one[3], two[3], T()));
   }
 }
 
@@ -159,16 +188,30 @@ __device__ __forceinline__ Place place_of(uint32_t ids, int x, uint32_t factor, 
   return __dp4a(ids, factor << (8 * x), first);
 }
 
-// scores (16, 8) = lookups of the rows' own tokens; `row`: of row g.
-__device__ __forceinline__ void look_up_own(float (&scores)[4], uint32_t ids, Place row) {
-#pragma unroll
-  for (int x = 0; x < 4; ++x) scores[x] = load(place_of(ids, x, 4, row) + x / 2 * 8 * kLookupStride * 4);
+// scores (16, 8) += lookups of the rows' own tokens, `row`: of row g; or of the columns' tokens, `row`: of column 2 t.
+// `fresh`: = instead of +=.
+template <bool own>
+__device__ __forceinline__ Place lookup_of(uint32_t ids, int x, Place row) {
+  return place_of(ids, x, 4, row) + (own ? x / 2 * 8 : x % 2) * kLookupStride * 4;
 }
 
-// scores (16, 8) = lookups of the columns' tokens; `row`: of column 2 t.
-__device__ __forceinline__ void look_up_other(float (&scores)[4], uint32_t ids, Place row) {
+template <bool own>
+__device__ __forceinline__ void add_lookups(float (&scores)[4], uint32_t ids, Place row, bool fresh = false) {
 #pragma unroll
-  for (int x = 0; x < 4; ++x) scores[x] = load(place_of(ids, x, 4, row) + x % 2 * kLookupStride * 4);
+  for (int x = 0; x < 4; ++x) {
+    const float found = load(lookup_of<own>(ids, x, row));
+    scores[x] = fresh ? found : scores[x] + found;
+  }
+}
+
+// Of `look_up_both`, = always.
+template <typename T, bool own>
+__device__ __forceinline__ void take_lookups(float (&scores)[4], float (&grads)[4], uint32_t ids, Place row) {
+#pragma unroll
+  for (int x = 0; x < 4; ++x) {
+    const float2 both = unpacked(__float_as_uint(load(lookup_of<own>(ids, x, row))), T());
+    scores[x] = both.x, grads[x] = both.y;
+  }
 }
 
 // Adds 16 x 16 weights to the sums of their buckets. Lanes 2 p and 2 p + 1 exchange halves: one takes row g, the other

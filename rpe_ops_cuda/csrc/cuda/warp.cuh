@@ -45,6 +45,11 @@ __device__ __forceinline__ float load(Place place) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(place));
   return value;
 }
+__device__ __forceinline__ float2 load_pair(Place place) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(place));
+  return value;
+}
 __device__ __forceinline__ void store(Place place, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(place), "f"(value));
 }
