@@ -267,9 +267,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
       const int64_t before = static_cast<int64_t>(item.batch * call.heads + item.head) * length + first;
       for (int x = threadIdx.x; x < 2 * rows; x += blockDim.x) {
         const int token = x < rows ? x : x - rows;
-        const bool valid = token < left;
-        copy<4>(statistics + turn % 2 * 2 * rows + x, (x < rows ? call.log_sums : call.deltas) + before + (valid ? token : 0),
-                valid);
+        float* const to = statistics + turn % 2 * 2 * rows + x;
+        if (token < left) {
+          copy<4>(to, (x < rows ? call.log_sums : call.deltas) + before + token, true);
+        } else {
+          *to = x < rows ? INFINITY : 0.f;  // a token that weighs nothing
+        }
       }
     }
   };
@@ -395,10 +398,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionC
           score[0] = power_of_two(fmaf(score[0], factor, -sum.x)), score[1] = power_of_two(fmaf(score[1], factor, -sum.y));
           grad[0] = score[0] * (grad[0] - offset.x), grad[1] = score[1] * (grad[1] - offset.y);
         }
-        if (has_own && first + kRows > columns) {  // past the last token the other's lookups are zero, ours are not
+        if (owns_queries && first + kRows > columns) {  // keys past the last; past the last query log_sums are infinite
 #pragma unroll
           for (int x = 0; x < 8; ++x) {
-            if (first + x / 4 * 8 + lane % 4 * 2 + x % 2 >= columns) scores[x / 4][x % 4] = grads[x / 4][x % 4] = 0.f;
+            if (first + x / 4 * 8 + lane % 4 * 2 + x % 2 >= columns) grads[x / 4][x % 4] = 0.f;
           }
         }
         uint32_t weights[4];
