@@ -157,8 +157,9 @@ GPUS = {  # multiprocessors, shared memory of a block and of all, major version 
 
 
 def layer(
-    on_host, spec, grid, skip, batch, heads, dtype, tables, lay_out=lambda x: x, gpu="90", of_sum=False, change=None
-):
+    on_host, spec, grid, skip, batch, heads, dtype, tables, lay_out=lambda x: x, gpu="90", of_sum=False, change=None,
+    scale=0.125,
+):  # fmt: skip
     """The results and gradients of the kernels, and of the definition in fp64, of q, k and v in one tensor."""
     on_host.emulate_device(*GPUS[gpu])
     encodings = build_rpe(parse_rpe_spec(spec, skip), 64, heads)
@@ -179,17 +180,22 @@ def layer(
     maps = [], [ids_by_lane(encodings[1].bucket_ids(length, *grid, packed.device))], []
     given = [rpe and rpe.table for rpe in encodings]
     out = attention.Attention.apply(
-        *packed.permute(2, 0, 3, 1, 4), *given, *maps, None, None, None, 0.125, 0.0, True, True
+        *packed.permute(2, 0, 3, 1, 4), *given, *maps, None, None, None, scale, 0.0, True, True
     )
     ours = results(out, packed)
     exact = packed.detach().double().requires_grad_()
     encodings = [rpe and rpe.to(dtype).double() for rpe in encodings]
-    options = {"height": grid[0], "width": grid[1], "backend": "eager"}
+    options = {"height": grid[0], "width": grid[1], "scale": scale, "backend": "eager"}
     return ours, results(rpe_attention(*exact.permute(2, 0, 3, 1, 4), *encodings, **options), exact)
 
 
 def misaligned(x):
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
+
+
+def rows_of_odd_strides(x):
+    wide = torch.empty(len(x), 8, x[0, 0].numel() + 1, dtype=x.dtype)
+    return wide[:, : x.shape[1], :-1].unflatten(2, x.shape[2:]).copy_(x)
 
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -204,7 +210,17 @@ CASES = [  # spec, grid, leading tokens, batch, heads, dtype, that of tables; la
     ("rpe-10-euc-ctx-1-qkv", (4, 4), 0, 3, 1, BRAIN, BRAIN, lambda x: x, "90", True),
     ("rpe-1.9-product-ctx-1-qkv", (14, 14), 1, 1, 1, HALF, FLOAT, lambda x: x, "86"),
     ("rpe-1.9-product-ctx-0-qkv", (7, 7), 1, 1, 3, HALF, FLOAT, lambda x: x, "tight"),
-    ("rpe-1.9-product-ctx-1-qkv", (1, 1), 0, 2, 2, BRAIN, FLOAT),
+    ("rpe-1.9-product-ctx-0-k", (1, 2), 0, 2, 2, BRAIN, FLOAT, rows_of_odd_strides),
+    (
+        "rpe-1.9-product-ctx-1-qkv",
+        (1, 1),
+        0,
+        2,
+        2,
+        BRAIN,
+        FLOAT,
+        rows_of_odd_strides,
+    ),  # rows past the last have addresses
     ("rpe-1.9-product-ctx-1-qkv", (3, 3), 1, 0, 2, HALF, HALF),
 ]
 
@@ -237,6 +253,35 @@ def test_large_scores(on_host, poisoned, change, gpu):
     ours, exact = layer(on_host, "rpe-1.9-product-ctx-1-qkv", (6, 9), 1, 1, 2, HALF, FLOAT, gpu=gpu, change=change)
     for x, answer in zip(ours, exact, strict=True):
         assert (x.double() - answer).norm() <= 4 * torch.finfo(HALF).eps * answer.norm()
+
+
+def first_keys_infinite(packed, tables, weights):
+    packed[:, :, 0, :, 3], packed[:, :40, 1, :, 3] = 1, -torch.inf
+
+
+def test_scores_that_begin_with_minus_infinity(on_host, poisoned):
+    (out, *_), (exact, *_) = layer(
+        on_host, "rpe-1.9-product-ctx-1-k", (6, 9), 1, 1, 1, BRAIN, FLOAT, change=first_keys_infinite
+    )
+    assert (out - exact).norm() <= torch.finfo(BRAIN).eps * exact.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-45])
+def test_tiny_scales(on_host, poisoned, scale):
+    ours, exact = layer(on_host, "rpe-1.9-product-ctx-1-k", (6, 9), 1, 1, 1, BRAIN, FLOAT, scale=scale)
+    for x, answer in zip(ours, exact, strict=True):
+        assert (x - answer).norm() <= 2 * torch.finfo(BRAIN).eps * answer.norm() + 1e-30
+
+
+def test_nan_stays_in_its_row(on_host, poisoned):
+    def change(packed, tables, weights):
+        packed[0, 40, 0, 0, 3] = torch.nan  # in a query
+
+    (out, grad, *_), (exact, exact_grad, *_) = layer(
+        on_host, "rpe-1.9-product-ctx-1-qkv", (6, 9), 1, 2, 2, HALF, FLOAT, change=change
+    )
+    assert torch.equal(out.isnan(), exact.isnan()) and out.isnan().sum() == 64
+    assert torch.equal(grad.isnan(), exact_grad.isnan())
 
 
 def test_refusals_of_the_operator(on_host):

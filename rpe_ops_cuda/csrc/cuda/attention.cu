@@ -18,6 +18,7 @@ namespace {
 constexpr int kMaxWarps = 16;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kStep = 2;       // times 16 columns at a time, in forward
+constexpr float kLowest = -1e38f;  // where maxima begin: unlike -infinity, it can be subtracted from a score of -infinity
 constexpr float kSlack = 8;  // weights are divided by a maximum that may be too small by this power of two
 
 template <int n>
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
       }
     };
     enter(0);
-    float out[8][4] = {}, total[4] = {}, peak[2] = {-INFINITY, -INFINITY};
+    float out[8][4] = {}, total[4] = {}, peak[2] = {kLowest, kLowest};
     for (int tile = 0;;) {
       const Place keys = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes, values = keys + rows * kRowBytes;
       const int columns = min(rows, length - tile * rows);
@@ -176,8 +177,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
 #pragma unroll
             for (int x = 0; x < 4; ++x) total[x] *= change[x / 2];
             if (on_v) {
-              float* const sums = reinterpret_cast<float*>(buckets) + lane;
-              for (int x = 0; x < kMostBuckets; ++x) sums[x * 32] *= change[lane % 2];
+              for (int x = 0; x < kMostBuckets * 128; x += 128) store(own_buckets + x, load(own_buckets + x) * change[lane % 2]);
             }
           }
         }

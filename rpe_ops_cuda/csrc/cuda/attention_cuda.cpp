@@ -25,8 +25,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 // As the kernels read a tensor: `x` itself, or a copy.
 at::Tensor readable(const at::Tensor& x) {
   bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int dim = 0; dim < 3; ++dim) fits = fits && (x.size(dim) == 1 || x.stride(dim) % 8 == 0);
-  fits = fits && x.stride(1) <= INT32_MAX && x.size(2) * x.stride(2) <= INT32_MAX;
+  for (int dim = 0; dim < 2; ++dim) fits = fits && (x.size(dim) == 1 || x.stride(dim) % 8 == 0);
+  fits = fits && x.stride(2) % 8 == 0;  // also of one token: a tile's other rows have addresses
+  for (int dim = 1; dim < 3; ++dim) fits = fits && x.size(dim) * x.stride(dim) <= INT32_MAX;
   return fits ? x : x.clone(at::MemoryFormat::Contiguous);  // contiguous() would keep an odd address
 }
 
