@@ -65,6 +65,7 @@ __device__ __forceinline__ void clear(unsigned char* sums, int lane) {
 template <typename T, bool on_q, bool on_v>
 __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall call, const Work work) {
   using R = ForwardRoom<on_q, on_v>;
+  if (!kAmpere) return;
   extern __shared__ __align__(128) unsigned char shared[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Lane lanes(lane);
@@ -236,6 +237,7 @@ template <typename T, bool owns_queries, bool on_q, bool on_v>
 __global__ void __launch_bounds__(kMaxWarps * 32) differentiate(const AttentionCall call, const Work work) {
   using R = BackwardRoom<owns_queries, on_q, on_v>;
   constexpr bool has_own = owns_queries || on_q, has_other = !owns_queries || on_q;
+  if (!kAmpere) return;
   extern __shared__ __align__(128) unsigned char shared[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Lane lanes(lane);
@@ -443,6 +445,7 @@ constexpr int kMostParts = 528, kTile = 64;
 template <typename T>
 __global__ void __launch_bounds__(128) multiply_tokens(Heads x, Heads grad, int batch, int heads, int length, bool shared_table,
                                                        float* parts) {
+  if (!kAmpere) return;
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (length + kTile - 1) / kTile;
   const Lane lanes(lane);

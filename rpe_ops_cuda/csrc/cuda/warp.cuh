@@ -12,6 +12,13 @@
 namespace irpe {
 namespace {
 
+// Products of this size and copies that run on their own began with Ampere: kernels that need them are empty before.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kAmpere = false;
+#else
+constexpr bool kAmpere = true;
+#endif
+
 #ifdef __CUDACC__
 
 // sums (16, 8) += a (16, 16) times b (16, 8), each lane with its part of each (mma.m16n8k16).
