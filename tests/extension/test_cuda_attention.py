@@ -17,6 +17,7 @@ from irpe_ops.attention_call import AttentionCall
 from irpe_ops.buckets import ids_by_lane
 from tests import oracles
 from tests.extension.test_cuda_emulated import SOURCES, emulated, toolkit_headers
+from tests.helpers.guard_pages import guarded
 
 attention = pytest.importorskip("rpe_ops_cuda.attention", reason="rpe_ops_cuda is not installed")
 
@@ -157,7 +158,7 @@ GPUS = {  # multiprocessors, shared memory of a block and of all, major version 
 
 
 def layer(
-    on_host, spec, grid, skip, batch, heads, dtype, tables, lay_out=lambda x: x, gpu="90", of_sum=False, change=None,
+    on_host, spec, grid, skip, batch, heads, dtype, tables, lay_out=guarded, gpu="90", of_sum=False, change=None,
     scale=0.125,
 ):  # fmt: skip
     """The results and gradients of the kernels, and of the definition in fp64, of q, k and v in one tensor."""
@@ -166,6 +167,7 @@ def layer(
     for seed, rpe in enumerate(encodings):
         if rpe is not None:
             oracles.fill_tables(rpe.to(tables), seed, std=0.1)
+            rpe.table.data = guarded(rpe.table.data)
     generator, length = torch.Generator().manual_seed(0), grid[0] * grid[1] + skip
     packed = torch.randn(batch, length, 3, heads, 64, generator=generator)
     weights = torch.randn(batch, heads, length, 64, generator=generator)
@@ -177,7 +179,7 @@ def layer(
         loss = out.float().sum() if of_sum else (out * weights).sum()
         return [out.detach(), *torch.autograd.grad(loss, [x, *(rpe.table for rpe in encodings if rpe is not None)])]
 
-    maps = [], [ids_by_lane(encodings[1].bucket_ids(length, *grid, packed.device))], []
+    maps = [], [guarded(ids_by_lane(encodings[1].bucket_ids(length, *grid, packed.device)))], []
     given = [rpe and rpe.table for rpe in encodings]
     out = attention.Attention.apply(
         *packed.permute(2, 0, 3, 1, 4), *given, *maps, None, None, None, scale, 0.0, True, True
@@ -202,26 +204,17 @@ HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 CASES = [  # spec, grid, leading tokens, batch, heads, dtype, that of tables; layout, GPU, loss
     ("rpe-1.9-product-ctx-1-k", (7, 7), 1, 2, 3, BRAIN, FLOAT),
     ("rpe-1.9-product-ctx-0-k", (3, 5), 1, 3, 2, HALF, FLOAT, misaligned, "80"),
-    ("rpe-1.9-product-ctx-1-k", (14, 14), 1, 1, 1, BRAIN, BRAIN, lambda x: x, "tight"),
+    ("rpe-1.9-product-ctx-1-k", (14, 14), 1, 1, 1, BRAIN, BRAIN, guarded, "tight"),
     ("rpe-1.9-product-ctx-0-qk", (1, 3), 0, 2, 3, HALF, HALF, misaligned),
-    ("rpe-13-quant-ctx-0-qk", (3, 5), 0, 2, 2, BRAIN, HALF, lambda x: x, "86"),
-    ("rpe-1.9-product-ctx-1-qk", (7, 9), 1, 2, 2, HALF, FLOAT, lambda x: x, "tight"),
+    ("rpe-13-quant-ctx-0-qk", (3, 5), 0, 2, 2, BRAIN, HALF, guarded, "86"),
+    ("rpe-1.9-product-ctx-1-qk", (7, 9), 1, 2, 2, HALF, FLOAT, guarded, "tight"),
     ("rpe-1.9-product-ctx-0-qkv", (4, 4), 1, 3, 2, BRAIN, FLOAT, lambda x: x.mT.contiguous().mT, "80"),
-    ("rpe-10-euc-ctx-1-qkv", (4, 4), 0, 3, 1, BRAIN, BRAIN, lambda x: x, "90", True),
-    ("rpe-1.9-product-ctx-1-qkv", (14, 14), 1, 1, 1, HALF, FLOAT, lambda x: x, "86"),
-    ("rpe-1.9-product-ctx-0-qkv", (7, 7), 1, 1, 3, HALF, FLOAT, lambda x: x, "tight"),
+    ("rpe-10-euc-ctx-1-qkv", (4, 4), 0, 3, 1, BRAIN, BRAIN, guarded, "90", True),
+    ("rpe-1.9-product-ctx-1-qkv", (14, 14), 1, 1, 1, HALF, FLOAT, guarded, "86"),
+    ("rpe-1.9-product-ctx-0-qkv", (7, 7), 1, 1, 3, HALF, FLOAT, guarded, "tight"),
     ("rpe-1.9-product-ctx-0-k", (1, 2), 0, 2, 2, BRAIN, FLOAT, rows_of_odd_strides),
-    (
-        "rpe-1.9-product-ctx-1-qkv",
-        (1, 1),
-        0,
-        2,
-        2,
-        BRAIN,
-        FLOAT,
-        rows_of_odd_strides,
-    ),  # rows past the last have addresses
-    ("rpe-1.9-product-ctx-1-qkv", (3, 3), 1, 0, 2, HALF, HALF),
+    ("rpe-1.9-product-ctx-1-qkv", (1, 1), 0, 2, 2, BRAIN, FLOAT, rows_of_odd_strides),
+    ("rpe-1.9-product-ctx-1-qkv", (3, 3), 1, 0, 2, HALF, HALF, misaligned),
 ]
 
 
@@ -231,9 +224,8 @@ def test_the_operators_and_their_kernels(on_host, poisoned, case):
     assert ours[0].transpose(1, 2).is_contiguous() and all(table.is_contiguous() for table in ours[2:])
     assert [x.dtype for x in ours] == [case[5], case[5], *[case[6]] * (len(ours) - 2)]
     for x, answer in zip(ours, exact, strict=True):
-        allowed = (
-            2 * torch.finfo(case[5]).eps * max(answer.norm(), 1.0)
-        )  # of one token all gradients but that of v are 0
+        # Of one token all gradients but that of v are 0.
+        allowed = 2 * torch.finfo(case[5]).eps * max(answer.norm(), 1.0)
         assert x.shape == answer.shape and (x.double() - answer).norm() <= allowed
 
 

@@ -18,32 +18,16 @@ def run(*arguments, **environment):
 
 
 GUARDED = """
-import ctypes, math, mmap, sys
+import ctypes, sys
 import torch
 import irpe_ops.backends.compiled as compiled
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_ops.rpe_index import rpe_index_adjoint
 from tests.helpers.cpu_kernels import capabilities
+from tests.helpers.guard_pages import guarded
 from tests.oracles import fill_tables
 
 torch.set_num_threads(1)
-libc, PAGE, kept = ctypes.CDLL(None), mmap.PAGESIZE, []
-
-
-def guarded(tensor, at_the_end):
-    '''A copy whose last (first) byte is the last (first) one before (after) a page that nobody may touch.'''
-    size = max(tensor.numel() * tensor.element_size(), 1)
-    pages = -(-size // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (0, pages + 1):
-        assert libc.mprotect(ctypes.c_void_p(base + page * PAGE), ctypes.c_size_t(PAGE), 0) == 0
-    kept.append(memory)
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(),
-                            offset=PAGE + (pages * PAGE - size if at_the_end else 0)).view(tensor.shape)
-    return copy.copy_(tensor)
-
-
 if sys.argv[1] == "touch":
     x = guarded(torch.ones(8), True)
     print(ctypes.string_at(x.data_ptr() + 28, 4) and "inside is fine", flush=True)
