@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, info, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_ops.attention_call import AttentionCall
@@ -172,8 +173,14 @@ def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str)
     def plain() -> Tensor:
         return F.scaled_dot_product_attention(*leaves)
 
-    plain.leaves = leaves
+    def flash() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # PyTorch may prefer another, such as cuDNN's
+            return plain()
+
+    plain.leaves = flash.leaves = leaves
     candidates = {"sdpa": plain, "sdpa + mask": masked()}
+    if bench.device.type == "cuda" and dtype != torch.float32:
+        candidates["flash"] = flash
     for rpe_on in ("k", "qk", "qkv"):
         eager, tolerance = layer(rpe_on, "eager"), 200 * torch.finfo(dtype).eps
         for name, backend in fast.items():
