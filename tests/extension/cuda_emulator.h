@@ -212,6 +212,15 @@ static void wait_for_copies() {
 static uint2 load_kept(const uint2* from) { return *from; }
 
 static unsigned __float_as_uint(float x) { unsigned y; return std::memcpy(&y, &x, 4), y; }
+static uint32_t transposed(uint32_t matrix) {
+  const auto all = emulator::give(matrix);
+  const int lane = emulator::current % 32;
+  uint16_t pair[2];
+  for (int x = 0; x < 2; ++x) std::memcpy(&pair[x], all[(lane % 4 * 2 + x) * 4 + lane / 8] + lane / 4 % 2 * 2, 2);
+  std::memcpy(&matrix, pair, 4);
+  return matrix;
+}
+
 static float power_of_two(float x) { return std::exp2(x); }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;

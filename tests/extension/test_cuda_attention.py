@@ -114,6 +114,9 @@ def test_ids_by_lane(length):
                     assert found[layout, i, j, lane].tolist() == wanted
 
 
+KERNELS = "attention_launch.cuh", "attention_forward.cu", "attention_backward.cu", "table_gradient.cu"
+
+
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
     """The operators of attention_on_host.cpp."""
@@ -125,7 +128,7 @@ def on_host(tmp_path_factory):
     (folder / "attention_cuda.cpp").write_text(
         re.sub("#include <c10/cuda/.*>", "", source).replace("(irpe, CUDA,", "(irpe, CPU,")
     )
-    (folder / "kernels.cpp").write_text(emulated(["attention.cu"], launches=2))
+    (folder / "kernels.cpp").write_text(emulated([*KERNELS], launches=2))
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-Wl,-Bsymbolic", "-Dirpe=irpe_on_host"]
     command += [f"-I{folder}", f"-I{SOURCES}", f"-I{here}", "-isystem", str(torch_root / "include")]
     command += ["-isystem", str(headers), str(here / "attention_on_host.cpp"), str(folder / "kernels.cpp")]

@@ -11,8 +11,9 @@ SOURCES = sorted((Path(__file__).parents[2] / "rpe_ops_cuda" / "csrc" / "cuda").
 
 
 # Kernels per architecture: a lookup has 3 sizes of elements for 3 types of ids, the kernels of the sums 4, 4, 4 and 2
-# types; attention has 3 passes for k, qk and qkv, and one for tables, in 2 types.
-KERNELS = {"lookup.cu": 3 * 3, "bucket_sums.cu": 3 * (4 * 3 + 2), "attention.cu": 2 * (3 * 3 + 1)}
+# types; attention has kernels for k, qk and qkv, one for queries and one for tables, in 2 types.
+KERNELS = {"lookup.cu": 3 * 3, "bucket_sums.cu": 3 * (4 * 3 + 2)}
+KERNELS |= {"attention_forward.cu": 2 * 3, "attention_backward.cu": 2 * (3 + 1), "table_gradient.cu": 2}
 SPILLS = {"attend": 64, "differentiate": 600}  # the most bytes; other kernels, none
 # PyTorch's flags, with which less compiles.
 FLAGS = [
@@ -25,7 +26,7 @@ FLAGS = [
 def test_kernels_compile_and_keep_to_their_registers(tmp_path, source):
     known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     wanted = ["80", "90"] + [
-        arch for arch in ("75", "120") if f"compute_{arch}" in known and source.stem == "attention"
+        arch for arch in ("75", "120") if f"compute_{arch}" in known and "attention" in source.stem
     ]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted]
     command = ["nvcc", "-std=c++17", "-O3", *FLAGS, *targets, "-t2", "-Xptxas=-v", "-c", source]

@@ -39,6 +39,8 @@ def toolkit_headers() -> Path | None:
 def emulated(names: list[str], launches: int) -> str:
     """CUDA sources for g++, with the emulator."""
     source = "".join((SOURCES / name).read_text() for name in names)
+    for name in names:
+        source = source.replace(f'#include "{name}"\n', "")
     # The two things g++ cannot read: dynamic shared memory, and launches.
     source = re.sub(r"extern __shared__ [^;]*;", "unsigned char* const shared = emulator::shared_memory;", source)
     source, found = re.subn(r"([\w:]+(?:<T, Id>)?)<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", source, flags=re.DOTALL)

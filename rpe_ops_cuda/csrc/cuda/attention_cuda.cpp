@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fused attention with relative position encoding on CUDA tensors: unpacks tensors and launches the kernels of
-// attention.cu. Schemas are in ../attention.cpp; what is supported, in irpe_ops/backends/compiled.py.
+// attention_forward.cu and attention_backward.cu. Schemas are in ../attention.cpp; what is supported, in irpe_ops/backends/compiled.py.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +11,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -21,6 +22,8 @@ namespace irpe {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr int64_t kScoreBytes = 256 << 20;  // for gradients of scores at a time, unless one head has more
 
 // As the kernels read a tensor: `x` itself, or a copy.
 at::Tensor readable(const at::Tensor& x) {
@@ -151,12 +154,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor grad_out = readable(grad_out_), rows = readable(out);
   const at::Tensor sums = table_v.has_value() ? sums_.transpose(1, 2) : at::Tensor();
   const at::Tensor on_q = table_q.has_value() ? empty_rows(q, kMostBuckets) : at::Tensor();
-  const at::Tensor on_k = empty_rows(q, kMostBuckets), deltas = at::empty(log_sums.sizes(), log_sums.options());
+  const at::Tensor on_k = empty_rows(q, kMostBuckets);
+  const int64_t bytes = bytes_of_scores(a.length);
+  a.planes = static_cast<int>(std::clamp<int64_t>(kScoreBytes / bytes, 1, std::max<int64_t>(1, q.size(0) * q.size(1))));
+  const at::Tensor scores = at::empty({a.planes * bytes / 2}, q.options());
   a.out = heads_of(rows), a.grad_out = heads_of(grad_out), a.log_sums = const_cast<float*>(log_sums.const_data_ptr<float>());
   a.grad_q = heads_of(grad_q), a.grad_k = heads_of(grad_k), a.grad_v = heads_of(grad_v);
   if (table_q.has_value()) a.grad_lookup_q = heads_of(on_q);
   if (table_v.has_value()) a.sums = heads_of(sums);
-  a.grad_lookup_k = heads_of(on_k), a.deltas = deltas.mutable_data_ptr<float>();
+  a.grad_lookup_k = heads_of(on_k), a.grad_scores = scores.mutable_data_ptr();
   if (q.numel() > 0) C10_CUDA_CHECK(launch_attention_backward(a, c10::cuda::getCurrentCUDAStream()));
   return {grad_q,
           grad_k,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The interface between attention_cuda.cpp and attention.cu. Neither this nor the kernels include torch.
+// The interface between attention_cuda.cpp and the kernels of attention. Neither includes torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -44,8 +44,15 @@ struct AttentionCall {
   float* log_sums;  // (batch, heads, length): log2 of the softmax's divisors
   // Backward only; the gradients of lookups have kMostBuckets columns.
   Heads grad_out, grad_q, grad_k, grad_v, grad_lookup_q, grad_lookup_k;  // grad_lookup_q: of rows of keys
-  float* deltas;  // (batch, heads, length): room
+  void* grad_scores;  // room for the gradients of the scores of `planes` heads of images, `bytes_of_scores` for each
+  int planes;
 };
+
+// Of a head of an image.
+inline int64_t bytes_of_scores(int length) {
+  const int64_t blocks = (length + 15) / 16;
+  return blocks * blocks * 512;
+}
 
 // Both return an error if this build has no code for the device, or the device has too little shared memory.
 cudaError_t launch_attention(const AttentionCall& call, cudaStream_t stream);

@@ -214,6 +214,11 @@ __device__ __forceinline__ void take_lookups(float (&scores)[4], float (&grads)[
   }
 }
 
+__device__ __forceinline__ void clear_buckets(unsigned char* sums, int lane) {
+#pragma unroll
+  for (int x = 0; x < kSumBytes; x += 512) *reinterpret_cast<uint4*>(sums + x + lane * 16) = make_uint4(0, 0, 0, 0);
+}
+
 // Adds 16 x 16 weights to the sums of their buckets. Lanes 2 p and 2 p + 1 exchange halves: one takes row g, the other
 // row g + 8, so that no two lanes ever add to one place. `sums`: the lane's.
 template <typename T>

@@ -75,6 +75,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], Plac
                : "r"(row));
 }
 
+// Of an 8 x 8 matrix of halves, of which a lane has elements 2 t, 2 t + 1 of row g.
+__device__ __forceinline__ uint32_t transposed(uint32_t matrix) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
+  return result;
+}
+
 // Starts a copy of `bytes` (4 or 16) from global to shared memory; zeros instead if not `valid`.
 template <int bytes>
 __device__ __forceinline__ void copy(void* to, const void* from, bool valid) {
