@@ -2,7 +2,7 @@
 """`rpe_attention` by the kernels of rpe_ops_cuda.
 
 On CPU: every encoding and mask, in fp32, and no (L, L) tensor unless it is small enough to keep. On CUDA: DeiT's calls,
-in half precision and without any (L, L) tensor; see `why_not`.
+in half precision, and an (L, L) tensor in backward only, for some heads at a time; see `why_not`.
 """
 
 import functools
