@@ -8,11 +8,11 @@ from torch import Tensor
 
 try:
     # In a checkout, a bare `import rpe_ops_cuda` would find the source folder and succeed.
-    from rpe_ops_cuda import _C  # noqa: F401  importing it registers torch.ops.irpe.*
+    from rpe_ops_cuda import _C  # importing it registers torch.ops.irpe.*
 
-    extension_error = ""
+    extension_error, extension_file = "", _C.__file__
 except (ImportError, OSError) as error:
-    extension_error = str(error)
+    extension_error, extension_file = str(error), None
 
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -26,7 +26,7 @@ from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import eager, module_of
 from irpe_ops.backends.measure import Measurement, measure, trains
 from irpe_ops.modules import autocast_dtype
-from irpe_ops.rpe_index import compiled_devices, is_plain, under_function_transform
+from irpe_ops.rpe_index import extension_file, is_plain, under_function_transform
 
 # Without measuring, the first that can run the call is taken.
 FIXED = {"cpu": ("compiled", "eager"), "meta": ("eager",)}
@@ -135,7 +135,7 @@ def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
     """A measurement from the user's cache folder, or a new one, stored there. An unusable folder is not an error."""
     try:
         path = cache_file()
-    except RuntimeError:  # no home folder, as for an unknown user in a container
+    except (RuntimeError, OSError):  # no home, as for an unknown user in a container; rpe_ops_cuda is being rebuilt
         return find()
     try:
         entry = _entries(path)[kind]
@@ -164,16 +164,16 @@ def _entries(path: Path) -> dict:
 
 
 def cache_file() -> Path:
-    """Where measurements are kept: one file per GPU, PyTorch, Triton and version of these backends."""
+    """Where measurements are kept: a file per GPU, PyTorch, Triton, these backends and build of rpe_ops_cuda."""
     try:
         import triton
 
         compiler = triton.__version__
     except ImportError:
         compiler = "none"
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    kernels = "kernels" if "cuda" in compiled_devices else "no kernels"  # of rpe_ops_cuda, which eager and sdpa use
-    name = f"{_device_name()} torch {torch.__version__} triton {compiler} {kernels} {code.hexdigest()[:12]}"
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *filter(None, [extension_file])]
+    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files))
+    name = f"{_device_name()} torch {torch.__version__} triton {compiler} {code.hexdigest()[:12]}"
     folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(folder) / "irpe_ops" / f"attention {name}.json".replace("/", "_").replace(" ", "_")
 

@@ -221,6 +221,12 @@ def test_the_next_process_reads_what_this_one_found(fakes, monkeypatch):
         assert choice.choose(make_call()) == "eager"
         assert '"slow"' in kept.read_text()
     assert fakes.runs["slow"] == 5 * runs["slow"]
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "extension_file", __file__)
+        assert choice.cache_file() != kept  # rpe_ops_cuda was built anew
+        patch.setattr(choice, "extension_file", "gone.so")
+        choice._known.clear()
+        assert choice.choose(make_call()) == "eager"
     choice._known.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file, so a folder cannot be created there
     assert choice.choose(make_call()) == "eager"
