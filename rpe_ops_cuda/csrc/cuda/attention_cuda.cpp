@@ -155,7 +155,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor sums = table_v.has_value() ? sums_.transpose(1, 2) : at::Tensor();
   const at::Tensor on_q = table_q.has_value() ? empty_rows(q, kMostBuckets) : at::Tensor();
   const at::Tensor on_k = empty_rows(q, kMostBuckets);
-  const int64_t bytes = bytes_of_scores(a.length);
+  const int64_t bytes = std::max<int64_t>(1, bytes_of_scores(a.length));
   a.planes = static_cast<int>(std::clamp<int64_t>(kScoreBytes / bytes, 1, std::max<int64_t>(1, q.size(0) * q.size(1))));
   const at::Tensor scores = at::empty({a.planes * bytes / 2}, q.options());
   a.out = heads_of(rows), a.grad_out = heads_of(grad_out), a.log_sums = const_cast<float*>(log_sums.const_data_ptr<float>());
