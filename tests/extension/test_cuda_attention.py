@@ -285,6 +285,14 @@ def test_nan_stays_in_its_row(on_host, poisoned):
     assert torch.equal(grad.isnan(), exact_grad.isnan())
 
 
+def test_no_tokens(on_host):
+    q, table = torch.zeros(1, 1, 0, 64).half().requires_grad_(), torch.zeros(1, 64, 50, requires_grad=True)
+    maps = [], [torch.zeros(2, 0, 0, 32, 8, dtype=torch.uint8)], []
+    out = attention.Attention.apply(q, q, q, None, table, None, *maps, None, None, None, 0.1, 0.0, True, True)
+    out.sum().backward()
+    assert q.grad.shape == q.shape and not table.grad.any()
+
+
 def test_refusals_of_the_operator(on_host):
     q, table = torch.zeros(1, 1, 9, 64).bfloat16(), torch.zeros(1, 64, 50)
     ids = ids_by_lane(torch.zeros(9, 9, dtype=torch.uint8))
