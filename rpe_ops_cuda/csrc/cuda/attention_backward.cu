@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_keys(const Atten
         }
         if (on_v) {
           float found[2][4];
-          take_lookups<T, false>(found[0], grads[0], turned.x, column);
-          take_lookups<T, false>(found[1], grads[1], turned.y, column + 8 * kLookupStride * 4);
+          take_lookups<T>(found[0], grads[0], turned.x, column);
+          take_lookups<T>(found[1], grads[1], turned.y, column + 8 * kLookupStride * 4);
 #pragma unroll
           for (int x = 0; x < 8; ++x) scores[x / 4][x % 4] += found[x / 4][x % 4];
         } else {

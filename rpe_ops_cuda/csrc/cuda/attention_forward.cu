@@ -11,8 +11,8 @@
 namespace irpe {
 namespace {
 
-constexpr int kStep = 2;     // times 16 columns at a time
-constexpr float kSlack = 8;  // weights are divided by a maximum that may be too small by this power of two
+constexpr int kStep = 2;           // times 16 columns at a time
+constexpr float kSlack = 8;        // weights are divided by a maximum that may be too small by this power of two
 constexpr float kLowest = -1e38f;  // where maxima begin: unlike -infinity, it can be subtracted from a score of -infinity
 
 template <int n>

@@ -16,7 +16,7 @@ constexpr int kTableRows = 64;
 constexpr int kLookupStride = 60;  // floats between the lookups of two tokens: lanes then seldom meet in a bank
 constexpr int kRowBytes = kHeadDim * 2;
 constexpr int kLookupBytes = kRows * kLookupStride * 4;  // of 16 tokens
-constexpr int kSumBytes = kMostBuckets * 32 * 4;  // of a warp: for each bucket a float per lane
+constexpr int kSumBytes = kMostBuckets * 32 * 4;         // of a warp: for each bucket a float per lane
 
 // Eight elements of a row of 64 halves in shared memory; chunks are permuted so that eight rows lie in different banks.
 template <typename T>
@@ -146,6 +146,7 @@ __device__ __forceinline__ void look_up(float (&found)[4], const uint32_t (&rows
   }
 }
 
+// The lane's place of a table's first eight vectors.
 __device__ __forceinline__ Place eight_vectors(const void* table, int lane) {
   return place_at(table) + lane % 8 * kRowBytes + ((lane / 8) ^ (lane % 8)) * 16;
 }
@@ -188,13 +189,14 @@ __device__ __forceinline__ Place place_of(uint32_t ids, int x, uint32_t factor, 
   return __dp4a(ids, factor << (8 * x), first);
 }
 
-// scores (16, 8) += lookups of the rows' own tokens, `row`: of row g; or of the columns' tokens, `row`: of column 2 t.
-// `fresh`: = instead of +=.
+// Where the lookup of an id lies: among those of the rows' own tokens, `row` being that of row g; or among those of the columns'
+// tokens, `row` being that of column 2 t.
 template <bool own>
 __device__ __forceinline__ Place lookup_of(uint32_t ids, int x, Place row) {
   return place_of(ids, x, 4, row) + (own ? x / 2 * 8 : x % 2) * kLookupStride * 4;
 }
 
+// scores (16, 8) += lookups. `fresh`: = instead of +=.
 template <bool own>
 __device__ __forceinline__ void add_lookups(float (&scores)[4], uint32_t ids, Place row, bool fresh = false) {
 #pragma unroll
@@ -204,12 +206,12 @@ __device__ __forceinline__ void add_lookups(float (&scores)[4], uint32_t ids, Pl
   }
 }
 
-// Of `look_up_both`, = always.
-template <typename T, bool own>
+// What `look_up_both` found, for the columns' tokens: = instead of +=.
+template <typename T>
 __device__ __forceinline__ void take_lookups(float (&scores)[4], float (&grads)[4], uint32_t ids, Place row) {
 #pragma unroll
   for (int x = 0; x < 4; ++x) {
-    const float2 both = unpacked(__float_as_uint(load(lookup_of<own>(ids, x, row))), T());
+    const float2 both = unpacked(__float_as_uint(load(lookup_of<false>(ids, x, row))), T());
     scores[x] = both.x, grads[x] = both.y;
   }
 }
