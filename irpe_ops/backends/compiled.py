@@ -48,7 +48,7 @@ def _missing_on_cuda(device: int) -> str | None:
     reason = missing_kernels("cuda", device)
     if reason is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "on CUDA it needs a GPU of compute capability 8.0 (Ampere) or later; use backend='sdpa' or 'eager'"
-    return reason and f"{reason}; or use backend='triton'"
+    return f"{reason}; or use backend='triton'" if reason and torch.cuda.is_available() else reason
 
 
 def why_not(call: AttentionCall) -> str | None:
