@@ -5,7 +5,9 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +34,8 @@ def launch(
     if sys.stdout is None:  # closed before the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        with report_lost_ranks(parser.prog), report_out_of_memory():
+        # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
+        with report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
             status = main(parse_args(parser, argv))
             end()
     except KeyboardInterrupt:  # only outside training, which notes it: see preemption.py
@@ -85,6 +88,8 @@ def report_out_of_memory():
 
 
 def _worker_lost(process: str, how: str) -> str:
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again, at any line
     return (
         f"a data loading worker (process {process}) {how}. Usually memory ran out: try "
         "fewer --num_workers or smaller batches. --resume auto continues from the last checkpoint."

@@ -1,9 +1,11 @@
 """From the command line to main: messages without tracebacks, and SLURM jobs that are requeued."""
 
 import argparse
+import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 
 import pytest
@@ -242,7 +244,9 @@ def test_workers_that_cannot_be_started_are_one_message(monkeypatch):
     ("files", "expected"),
     [(("torch/utils/data/dataloader.py", "multiprocessing/connection.py"), WorkerLost), (("dataloader.py",), EOFError)],
 )
-def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expected):
+def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expected, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # PyTorch's handler stays for other tests
+
     def step():
         raise EOFError
 
@@ -252,3 +256,22 @@ def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expe
         step = space["step"]
     with pytest.raises(expected), report_out_of_memory():
         step()
+
+
+def test_pytorch_may_report_a_killed_worker_while_its_first_error_is_on_its_way_out(monkeypatch, capsys):
+    words, ignored = "DataLoader worker (pid 7) is killed by signal: Killed. ", []
+
+    @contextlib.contextmanager
+    def interrupted(where):
+        try:
+            yield
+        finally:
+            raise RuntimeError(words)  # what the handler of SIGCHLD does, at any line
+
+    monkeypatch.setattr("irpe_train.launch.report_lost_ranks", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        launch(raising(RuntimeError(words)), tiny_run.get_parser(), [])
+    assert "a data loading worker (process 7) is killed by signal: Killed" in capsys.readouterr().err
+    assert ignored[-1] == (signal.SIGCHLD, signal.SIG_DFL)
