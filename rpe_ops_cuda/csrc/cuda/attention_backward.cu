@@ -173,13 +173,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_keys(const Atten
     for (int x = 0; x < 32; ++x) grad_k[x / 4][x % 4] *= call.scale;
     __syncwarp();
     if (on_q) {
-      gather_buckets(room, buckets, call.scale, call.scale, lane);
-      __syncwarp();
-      uint32_t sums[4][4];
-      load_rows(sums, place_at(room), lanes);
-      store_rows<kMostBuckets / 8>(call.grad_lookup_q, item.batch, item.head, own_block * kRows, length, room, lane);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) add_rows<T>(grad_k, sums[k], place_at(table_q) + k * 16 * kRowBytes, lanes);
+      add_buckets(grad_k, room, buckets, call.scale, call.scale, table_q, call.grad_lookup_q, item.batch, item.head,
+                  own_block * kRows, length, lanes);
     }
     store_rows(call.grad_k, item.batch, item.head, own_block * kRows, length, room, grad_k, lane);
     store_rows(call.grad_v, item.batch, item.head, own_block * kRows, length, room, grad_v, lane);
@@ -261,13 +256,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_queries(const At
 #pragma unroll
     for (int x = 0; x < 32; ++x) grad_q[x / 4][x % 4] *= call.scale;
     __syncwarp();
-    gather_buckets(room, buckets, call.scale, call.scale, lane);
-    __syncwarp();
-    uint32_t sums[4][4];
-    load_rows(sums, place_at(room), lanes);
-    store_rows<kMostBuckets / 8>(call.grad_lookup_k, item.batch, item.head, own_block * kRows, length, room, lane);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) add_rows<T>(grad_q, sums[k], place_at(table) + k * 16 * kRowBytes, lanes);
+    add_buckets(grad_q, room, buckets, call.scale, call.scale, table, call.grad_lookup_k, item.batch, item.head,
+                own_block * kRows, length, lanes);
     store_rows(call.grad_q, item.batch, item.head, own_block * kRows, length, room, grad_q, lane);
   }
 }

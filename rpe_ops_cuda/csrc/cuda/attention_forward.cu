@@ -178,13 +178,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
     __syncwarp();
     if (on_v) {
       const float upper = __shfl_sync(~0u, inverse[0], lane % 8 * 4), lower = __shfl_sync(~0u, inverse[1], lane % 8 * 4);
-      gather_buckets(room, buckets, upper, lower, lane);
-      __syncwarp();
-      uint32_t sums[4][4];
-      load_rows(sums, place_at(room), lanes);
-      if (call.sums.data) store_rows<kMostBuckets / 8>(call.sums, item.batch, item.head, own_block * kRows, length, room, lane);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) add_rows<T>(out, sums[k], place_at(table_v) + k * 16 * kRowBytes, lanes);
+      add_buckets(out, room, buckets, upper, lower, table_v, call.sums, item.batch, item.head, own_block * kRows, length, lanes);
     }
     store_rows(call.out, item.batch, item.head, own_block * kRows, length, room, out, lane);
   }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "attention_tiles.cuh"
+#include "attention_buckets.cuh"
 
 namespace irpe {
 namespace {
