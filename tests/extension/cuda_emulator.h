@@ -176,6 +176,8 @@ static void fetch(const char*) {}
 using Place = uint32_t;
 static Place place_at(const void* p) { return static_cast<const unsigned char*>(p) - emulator::shared_memory; }
 static float load(Place place) { return *reinterpret_cast<float*>(emulator::shared_memory + place); }
+template <typename T>
+T load(Place place, T) { return *reinterpret_cast<T*>(emulator::shared_memory + place); }
 static float2 load_pair(Place place) { return *reinterpret_cast<float2*>(emulator::shared_memory + place); }
 static void store(Place place, float value) { *reinterpret_cast<float*>(emulator::shared_memory + place) = value; }
 

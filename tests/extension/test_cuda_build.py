@@ -11,9 +11,9 @@ SOURCES = sorted((Path(__file__).parents[2] / "rpe_ops_cuda" / "csrc" / "cuda").
 
 
 # Kernels per architecture: a lookup has 3 sizes of elements for 3 types of ids, the kernels of the sums 4, 4, 4 and 2
-# types; attention has kernels for k, qk and qkv, one for queries and one for tables, in 2 types.
+# types; attention has kernels for k, qk and qkv, three for rows and one for tables, in 2 types, and one for floats.
 KERNELS = {"lookup.cu": 3 * 3, "bucket_sums.cu": 3 * (4 * 3 + 2)}
-KERNELS |= {"attention_forward.cu": 2 * 3, "attention_backward.cu": 2 * (3 + 1), "table_gradient.cu": 2}
+KERNELS |= {"attention_forward.cu": 2 * 3, "attention_backward.cu": 2 * (3 + 3), "table_gradient.cu": 2 + 1}
 SPILLS = {"attend": 64, "differentiate": 600}  # the most bytes; other kernels, none
 # PyTorch's flags, with which less compiles.
 FLAGS = [

@@ -14,24 +14,31 @@ __device__ __forceinline__ void clear_buckets(unsigned char* sums, int lane) {
   for (int x = 0; x < kSumBytes; x += 512) *reinterpret_cast<uint4*>(sums + x + lane * 16) = make_uint4(0, 0, 0, 0);
 }
 
-// Adds 16 x 16 weights to the sums of their buckets. Lanes 2 p and 2 p + 1 exchange halves: one takes row g, the other
-// row g + 8, so that no two lanes ever add to one place. `sums`: the lane's.
+// rows (16, 64) += weights (16, 16) times 16 rows of a tile; and each weight is added to the sum of its bucket, whose loads
+// take their time while the tensor cores multiply. Lanes 2 p and 2 p + 1 exchange halves of the weights: one takes row g, the
+// other row g + 8, so that no two lanes ever add to one place. `sums`: the lane's.
 template <typename T>
-__device__ __forceinline__ void add_to_buckets(Place sums, const uint32_t (&weights)[4], uint2 ids, bool odd) {
+__device__ __forceinline__ void add_rows_and_buckets(float (&rows)[8][4], Place sums, const uint32_t (&weights)[4], uint2 ids,
+                                                     Place tile_rows, const Lane& lanes) {
+  const bool odd = lanes.lane % 2;
   // Of a word of ids the lower half is for row g, the upper one for row g + 8.
   const uint32_t upper_ids = __byte_perm(ids.x, ids.y, 0x5410), lower_ids = __byte_perm(ids.x, ids.y, 0x7632);
   const uint32_t kept_ids = odd ? lower_ids : upper_ids, got_ids = __shfl_xor_sync(~0u, odd ? upper_ids : lower_ids, 1);
+  uint32_t pairs[4];
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
-    const uint32_t upper = weights[2 * b], lower = weights[2 * b + 1];
-    const uint32_t kept = odd ? lower : upper, got = __shfl_xor_sync(~0u, odd ? upper : lower, 1);
-    const float2 mine = unpacked(kept, T()), yours = unpacked(got, T());
-    const float terms[4] = {mine.x, mine.y, yours.x, yours.y};
+    pairs[2 * b] = odd ? weights[2 * b + 1] : weights[2 * b];
+    pairs[2 * b + 1] = __shfl_xor_sync(~0u, odd ? weights[2 * b] : weights[2 * b + 1], 1);
+  }
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      const Place place = place_of(x < 2 ? kept_ids : got_ids, 2 * b + x % 2, 128, sums);
-      store(place, load(place) + terms[x]);
-    }
+  for (int c = 0; c < 4; ++c) {
+    const uint32_t here = c % 2 ? got_ids : kept_ids;
+    const Place first = place_of(here, c / 2 * 2, 128, sums), second = place_of(here, c / 2 * 2 + 1, 128, sums);
+    const float one = load(first), two = load(second);
+    add_columns<T>(rows, weights, tile_rows, lanes, c);
+    const float2 terms = unpacked(pairs[c], T());
+    store(first, one + terms.x);
+    store(second, two + terms.y + (first == second ? terms.x : 0.f));
   }
 }
 

@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -122,24 +121,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cuda(
   return {out, log_sums, none, sums};
 }
 
-// The gradient of a table: the sum of x[b, h, l, d] * grad[b, h, l, n] over all rows, and all heads if they share it.
-at::Tensor of_table(const OptionalTensor& table, bool on_values, const at::Tensor& x, const at::Tensor& grad) {
-  const auto floats = x.options().dtype(at::kFloat);
-  if (!table.has_value()) return at::empty({0}, floats);
-  if (x.numel() == 0) return at::zeros(table->sizes(), table->options());
-  at::Tensor sum = at::empty(table->sizes(), floats);
-  const int batch = static_cast<int>(x.size(0)), heads = static_cast<int>(x.size(1)), length = static_cast<int>(x.size(2));
-  const int64_t tables = table->size(0), buckets = table->size(on_values ? 1 : 2);
-  at::Tensor parts = at::empty({table_gradient_parts(batch, length), tables, kHeadDim, kMostBuckets}, floats);
-  C10_CUDA_CHECK(launch_table_gradient(heads_of(x), heads_of(grad), batch, heads, length, tables == 1,
-                                       x.scalar_type() == at::kBFloat16, parts.mutable_data_ptr<float>(),
-                                       c10::cuda::getCurrentCUDAStream()));
-  const at::Tensor used = parts.narrow(3, 0, buckets);
-  const int64_t over_parts = 0;
-  at::sum_out(sum, on_values ? used.transpose(2, 3) : used, at::IntArrayRef(over_parts));
-  return sum.to(table->scalar_type());
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cuda(
     const at::Tensor& grad_out_, const at::Tensor& out, const at::Tensor& log_sums, const at::Tensor&, const at::Tensor& sums_,
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& table_q, const OptionalTensor& table_k,
@@ -163,13 +144,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   if (table_q.has_value()) a.grad_lookup_q = heads_of(on_q);
   if (table_v.has_value()) a.sums = heads_of(sums);
   a.grad_lookup_k = heads_of(on_k), a.grad_scores = scores.mutable_data_ptr();
-  if (q.numel() > 0) C10_CUDA_CHECK(launch_attention_backward(a, c10::cuda::getCurrentCUDAStream()));
-  return {grad_q,
-          grad_k,
-          grad_v,
-          of_table(table_q, false, c.k, on_q),
-          of_table(table_k, false, c.q, on_k),
-          of_table(table_v, true, grad_out, sums)};
+  TableGradients gradients{};
+  const auto out_of = [&](const OptionalTensor& table, bool of_values, const at::Tensor& x, const at::Tensor& grad) {
+    const auto floats = q.options().dtype(at::kFloat);
+    if (!table.has_value()) return at::empty({0}, floats);
+    at::Tensor result = q.numel() > 0 ? at::empty(table->sizes(), floats) : at::zeros(table->sizes(), floats);
+    gradients.all[gradients.count++] = {heads_of(x), heads_of(grad), static_cast<int>(table->size(0)), of_values,
+                                        result.mutable_data_ptr<float>()};
+    return result;
+  };
+  const at::Tensor of_q = out_of(table_q, false, c.k, on_q), of_k = out_of(table_k, false, c.q, on_k);
+  const at::Tensor of_v = out_of(table_v, true, grad_out, sums);
+  if (q.numel() > 0) {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    C10_CUDA_CHECK(launch_attention_backward(a, stream));
+    at::Tensor parts = at::empty({floats_of_parts(gradients)}, of_k.options());
+    C10_CUDA_CHECK(launch_table_gradients(gradients, a.batch, a.heads, a.length, a.buckets, a.is_bfloat16,
+                                          parts.mutable_data_ptr<float>(), stream));
+  }
+  const auto as = [](const at::Tensor& grad, const OptionalTensor& table) {
+    return table.has_value() ? grad.to(table->scalar_type()) : grad;
+  };
+  return {grad_q, grad_k, grad_v, as(of_q, table_q), as(of_k, table_k), as(of_v, table_v)};
 }
 
 }  // namespace

@@ -19,24 +19,26 @@ template <int n>
 using Count = std::integral_constant<int, n>;
 
 template <bool on_q, bool on_v>
-using ForwardRoom = Room<1 + on_q + on_v, true, on_v, 2, on_q, false>;
+using ForwardRoom = Room<1 + on_q + on_v, on_v ? 2 : 4, on_v, 2, on_q, false>;
 
 template <typename T, bool on_q, bool on_v>
 __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall call, const Work work) {
   using R = ForwardRoom<on_q, on_v>;
+  using Lookup = std::conditional_t<on_v, T, float>;  // backward rounds too
   if (!kAmpere) return;
   extern __shared__ __align__(128) unsigned char shared[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Lane lanes(lane);
   const int length = call.length, rows = work.rows;
-  T *const table_k = reinterpret_cast<T*>(shared), *const table_q = table_k + kTableRows * kHeadDim;
-  T* const table_v = table_q + kTableRows * kHeadDim;
+  T *const table_k = reinterpret_cast<T*>(shared), *const table_q = table_k + R::kTableRows * kHeadDim;
+  T* const table_v = table_q + R::kTableRows * kHeadDim;
   unsigned char* const own = shared + R::kTables + warp * R::kPerWarp;
   unsigned char* const buckets = own + R::kSums;
   T* const room = reinterpret_cast<T*>(own);  // after the last lookup
   T* const tiles = reinterpret_cast<T*>(shared + R::kTables + warps * R::kPerWarp);
   float* const others = reinterpret_cast<float*>(tiles + 4 * rows * kHeadDim);
-  const Place own_row = place_at(own) + lane / 4 * kLookupStride * 4, others_row = place_at(others) + lane % 4 * 2 * kLookupStride * 4;
+  const Place own_row = place_at(own) + lane / 4 * kLookupStride * sizeof(Lookup);
+  const Place others_row = place_at(others) + lane % 4 * 2 * kLookupStride * 4;
   const Place own_buckets = place_at(buckets) + lane * 4;
 
   const auto fetch_tiles = [&](const Item& item, int tile, int turn) {
@@ -62,9 +64,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
     const bool active = own_block < work.blocks;
     if (tables_of < 0 || (work.by_head && tables_of != item.head)) {
       __syncthreads();
-      load_table(table_k, call.on_k, item.head, call.buckets);
-      if (on_q) load_table(table_q, call.on_q, item.head, call.buckets);
-      if (on_v) load_table(table_v, call.on_v, item.head, call.buckets);
+      load_table<R::kTableRows>(table_k, call.on_k, item.head, call.buckets);
+      if (on_q) load_table<R::kTableRows>(table_q, call.on_q, item.head, call.buckets);
+      if (on_v) load_table<R::kTableRows>(table_v, call.on_v, item.head, call.buckets);
       tables_of = item.head;
     }
     if (on_v) clear_buckets(buckets, lane);
@@ -79,14 +81,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
         fetch_tiles(item_of(work, call, number + gridDim.x), 0, turn + 1);
       }
       if (tile == 0) {
-        look_up_all<T, on_v>(reinterpret_cast<float*>(own), query, table_k, lane);  // backward rounds too
+        look_up_all<T>(reinterpret_cast<Lookup*>(own), query, table_k, lane);
         __syncwarp();
       }
       if (on_q) {
         for (int first = warp * kRows; first < min(rows, length - tile * rows); first += warps * kRows) {
           uint32_t key[4][4];
           load_rows(key, place_at(tiles) + (turn % 2 * 2 * rows + first) * kRowBytes, lanes);
-          look_up_all<T, false>(others + first * kLookupStride, key, table_q, lane);
+          look_up_all<T>(others + first * kLookupStride, key, table_q, lane);
         }
         __syncthreads();
       }
@@ -104,8 +106,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
 #pragma unroll
         for (int b = 0; b < n; ++b) {
           ids[b] = load_kept(call.ids.by_query + ids_at + b * 32);
-          add_lookups<true>(scores[2 * b], ids[b].x, own_row, true);
-          add_lookups<true>(scores[2 * b + 1], ids[b].y, own_row, true);
+          add_lookups<true, Lookup>(scores[2 * b], ids[b].x, own_row, true);
+          add_lookups<true, Lookup>(scores[2 * b + 1], ids[b].y, own_row, true);
           if (on_q) {
             const uint2 turned = load_kept(call.ids.by_key + ids_at + b * 32);
             add_lookups<false>(scores[2 * b], turned.x, others_row + (first + 16 * b) * (kLookupStride * 4));
@@ -122,12 +124,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
         float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int x = 0; x < 8 * n; ++x) most[x % 4 / 2] = fmaxf(most[x % 4 / 2], scores[x / 4][x % 4]);
-        most[0] = quad_max(most[0]), most[1] = quad_max(most[1]);
         if (__any_sync(~0u, most[0] > peak[0] + slack || most[1] > peak[1] + slack)) {
           float change[2];
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const float next = fmaxf(peak[r], most[r]);
+            const float next = fmaxf(peak[r], quad_max(most[r]));
             change[r] = power_of_two((peak[r] - next) * factor);
             peak[r] = next;
           }
@@ -150,10 +151,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
         for (int b = 0; b < n; ++b) {
           uint32_t weights[4];
           as_weights<T>(weights, scores[2 * b], scores[2 * b + 1]);
-          add_rows<T>(out, weights, values + (first + 16 * b) * kRowBytes, lanes);
+          const Place values_here = values + (first + 16 * b) * kRowBytes;
+          if (on_v) {
+            add_rows_and_buckets<T>(out, own_buckets, weights, ids[b], values_here, lanes);
+          } else {
+            add_rows<T>(out, weights, values_here, lanes);
+          }
           const uint32_t one = packed(1.f, 1.f, T());
           multiply(total, weights[0], weights[1], weights[2], weights[3], one, one, T());
-          if (on_v) add_to_buckets<T>(own_buckets, weights, ids[b], lane % 2);
         }
       };
       int first = 0;

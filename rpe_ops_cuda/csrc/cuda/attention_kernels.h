@@ -58,12 +58,22 @@ inline int64_t bytes_of_scores(int length) {
 cudaError_t launch_attention(const AttentionCall& call, cudaStream_t stream);
 cudaError_t launch_attention_backward(const AttentionCall& call, cudaStream_t stream);
 
-// How many partial results `launch_table_gradient` writes per table.
-int table_gradient_parts(int batch, int length);
+// A table's gradient: the sum of x[b, h, l, d] * grad[b, h, l, n] over all (b, l), for each head h, or over all heads too.
+struct TableGradient {
+  Heads x, grad;   // grad has kMostBuckets columns
+  int tables;      // heads, or 1
+  bool of_values;  // then out is (tables, buckets, kHeadDim)
+  float* out;      // (tables, kHeadDim, buckets)
+};
 
-// parts[p, t, d, n]: the sum of x[b, h, l, d] * grad[b, h, l, n] over a part of the (b, l), for each head h, or over all heads
-// if `shared`. `grad` has kMostBuckets columns. parts: (table_gradient_parts, heads or 1, kHeadDim, kMostBuckets), fp32.
-cudaError_t launch_table_gradient(const Heads& x, const Heads& grad, int batch, int heads, int length, bool shared,
-                                  bool is_bfloat16, float* parts, cudaStream_t stream);
+struct TableGradients {
+  TableGradient all[3];
+  int count;
+};
+
+// Room for partial sums, and the gradients.
+int64_t floats_of_parts(const TableGradients& gradients);
+cudaError_t launch_table_gradients(const TableGradients& gradients, int batch, int heads, int length, int buckets,
+                                   bool is_bfloat16, float* parts, cudaStream_t stream);
 
 }  // namespace irpe

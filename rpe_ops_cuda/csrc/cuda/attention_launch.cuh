@@ -33,10 +33,11 @@ __device__ __forceinline__ Item item_of(const Work& work, const AttentionCall& c
 
 // A block's shared memory, in bytes: tables, then what each warp has for its own 16 tokens (lookups, or room for rows; bucket
 // sums), then two turns of tiles, then what belongs to each of a tile's tokens (lookups; log_sums and deltas).
-template <int tables, bool has_own, bool has_sums, int tiles, bool has_others, bool has_statistics>
+template <int tables, int own_bytes, bool has_sums, int tiles, bool has_others, bool has_statistics>
 struct Room {
+  static constexpr int kTableRows = has_sums ? 64 : kMostBuckets;  // products with sums take 16 rows at a time
   static constexpr int kTables = tables * kTableRows * kRowBytes;
-  static constexpr int kSums = has_own ? kLookupBytes : kRows * kRowBytes;
+  static constexpr int kSums = std::max(kRows * kLookupStride * own_bytes, kRows * kRowBytes);
   static constexpr int kPerWarp = kSums + (has_sums ? kSumBytes : 0);
   static constexpr int kPerRow = 2 * tiles * kRowBytes + (has_others ? kLookupStride * 4 : 0) + (has_statistics ? 3 * 4 : 0);
   static constexpr int bytes(int warps, int rows) { return kTables + warps * kPerWarp + rows * kPerRow; }

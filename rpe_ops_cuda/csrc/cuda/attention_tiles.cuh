@@ -12,10 +12,8 @@ namespace irpe {
 namespace {
 
 constexpr int kRows = 16;
-constexpr int kTableRows = 64;
-constexpr int kLookupStride = 60;  // floats between the lookups of two tokens: lanes then seldom meet in a bank
+constexpr int kLookupStride = 60;  // numbers between the lookups of two tokens: lanes then seldom meet in a bank
 constexpr int kRowBytes = kHeadDim * 2;
-constexpr int kLookupBytes = kRows * kLookupStride * 4;  // of 16 tokens
 
 // Eight elements of a row of 64 halves in shared memory; chunks are permuted so that eight rows lie in different banks.
 template <typename T>
@@ -50,25 +48,25 @@ __device__ __forceinline__ void fetch_tile(T* tile, const T* head, int row_strid
   }
 }
 
-// Vectors of one head's table as 64 rows; zeros past the last bucket.
-template <typename T>
+// Vectors of one head's table as `count` rows; zeros past the last bucket.
+template <int count, typename T>
 __device__ __forceinline__ void load_table(T* rows, const Table& table, int head, int buckets) {
-  constexpr int kAtOnce = 5;  // loads in flight
-  for (int first = threadIdx.x; first < kTableRows * kHeadDim / 2; first += kAtOnce * blockDim.x) {
+  constexpr int kPairs = count * kHeadDim / 2, kAtOnce = 5;  // loads in flight
+  for (int first = threadIdx.x; first < kPairs; first += kAtOnce * blockDim.x) {
     float pairs[kAtOnce][2];
 #pragma unroll
     for (int i = 0; i < 2 * kAtOnce; ++i) {
-      const int x = first + i / 2 * blockDim.x, bucket = x % 8 + x / 32 % 8 * 8, dim = x / 8 % 4 * 2 + x / 256 * 8 + i % 2;
+      const int x = first + i / 2 * blockDim.x, bucket = x % 8 + x / 256 * 8, dim = x / 8 % 32 * 2 + i % 2;
       const int64_t place = head * table.head_stride + bucket * table.bucket_stride + dim * table.dim_stride;
-      const bool valid = bucket < buckets && dim < kHeadDim;
+      const bool valid = bucket < buckets && x < kPairs;
       pairs[i / 2][i % 2] = !valid          ? 0.f
                             : table.is_float ? static_cast<const float*>(table.data)[place]
                                              : widened(static_cast<const T*>(table.data)[place]);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int x = first + i * blockDim.x, bucket = x % 8 + x / 32 % 8 * 8, dim = x / 8 % 4 * 2 + x / 256 * 8;
-      if (dim >= kHeadDim) break;
+      const int x = first + i * blockDim.x, bucket = x % 8 + x / 256 * 8, dim = x / 8 % 32 * 2;
+      if (x >= kPairs) break;
       *reinterpret_cast<uint32_t*>(chunk_of(rows, bucket, dim / 8) + dim % 8) = packed(pairs[i][0], pairs[i][1], T());
     }
   }
@@ -111,17 +109,22 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[2 * n][4], const u
   }
 }
 
-// sums (16, 64) += weights (16, 16) times 16 rows of a tile.
+// Columns 16 c to 16 c + 15 of sums (16, 64) += weights (16, 16) times 16 rows of a tile.
+template <typename T>
+__device__ __forceinline__ void add_columns(float (&sums)[8][4], const uint32_t (&weights)[4], Place tile_rows,
+                                            const Lane& lane, int c) {
+  uint32_t m[4];
+  load_matrices_transposed(m, (tile_rows + lane.as_rows) ^ (32 * c));
+  multiply(sums[2 * c], weights[0], weights[1], weights[2], weights[3], m[0], m[1], T());
+  multiply(sums[2 * c + 1], weights[0], weights[1], weights[2], weights[3], m[2], m[3], T());
+}
+
+// All columns.
 template <typename T>
 __device__ __forceinline__ void add_rows(float (&sums)[8][4], const uint32_t (&weights)[4], Place tile_rows,
                                          const Lane& lane) {
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    uint32_t m[4];
-    load_matrices_transposed(m, (tile_rows + lane.as_rows) ^ (32 * c));
-    multiply(sums[2 * c], weights[0], weights[1], weights[2], weights[3], m[0], m[1], T());
-    multiply(sums[2 * c + 1], weights[0], weights[1], weights[2], weights[3], m[2], m[3], T());
-  }
+  for (int c = 0; c < 4; ++c) add_columns<T>(sums, weights, tile_rows, lane, c);
 }
 
 // Two neighbouring blocks of 8 columns as the left operand of the next product.
@@ -150,19 +153,27 @@ __device__ __forceinline__ Place eight_vectors(const void* table, int lane) {
   return place_at(table) + lane % 8 * kRowBytes + ((lane / 8) ^ (lane % 8)) * 16;
 }
 
-// What every bucket adds to the scores of 16 tokens: lookups (16, kMostBuckets) = rows times the table. `rounded`: to T.
-template <typename T, bool rounded>
-__device__ __forceinline__ void look_up_all(float* lookups, const uint32_t (&rows)[4][4], const T* table, int lane) {
-  float* const place = lookups + lane / 4 * kLookupStride + lane % 4 * 2;
+// Two lookups, in floats or in T.
+template <typename T>
+__device__ __forceinline__ void store_pair(float* to, float x, float y, T) {
+  *reinterpret_cast<float2*>(to) = make_float2(x, y);
+}
+template <typename T>
+__device__ __forceinline__ void store_pair(T* to, float x, float y, T) {
+  *reinterpret_cast<uint32_t*>(to) = packed(x, y, T());
+}
+
+// What every bucket adds to the scores of 16 tokens: lookups (16, kMostBuckets) = rows times the table.
+template <typename T, typename Lookup>
+__device__ __forceinline__ void look_up_all(Lookup* lookups, const uint32_t (&rows)[4][4], const T* table, int lane) {
+  Lookup* const place = lookups + lane / 4 * kLookupStride + lane % 4 * 2;
   const Place vectors = eight_vectors(table, lane);
 #pragma unroll
   for (int n = 0; n < kMostBuckets / 8; ++n) {
     float found[4] = {};
     look_up<T>(found, rows, vectors + n * 8 * kRowBytes);
-    float2 upper = make_float2(found[0], found[1]), lower = make_float2(found[2], found[3]);
-    if (rounded) upper = unpacked(packed(upper.x, upper.y, T()), T()), lower = unpacked(packed(lower.x, lower.y, T()), T());
-    *reinterpret_cast<float2*>(place + n * 8) = upper;
-    *reinterpret_cast<float2*>(place + n * 8 + 8 * kLookupStride) = lower;
+    store_pair(place + n * 8, found[0], found[1], T());
+    store_pair(place + n * 8 + 8 * kLookupStride, found[2], found[3], T());
   }
 }
 
@@ -188,19 +199,20 @@ __device__ __forceinline__ Place place_of(uint32_t ids, int x, uint32_t factor, 
   return __dp4a(ids, factor << (8 * x), first);
 }
 
-// Where the lookup of an id lies: among those of the rows' own tokens, `row` being that of row g; or among those of the columns'
-// tokens, `row` being that of column 2 t.
-template <bool own>
-__device__ __forceinline__ Place lookup_of(uint32_t ids, int x, Place row) {
-  return place_of(ids, x, 4, row) + (own ? x / 2 * 8 : x % 2) * kLookupStride * 4;
+// The lookup of an id: among those of the rows' own tokens, `row` being that of row g; or among those of the columns' tokens,
+// `row` being that of column 2 t.
+template <bool own, typename Lookup>
+__device__ __forceinline__ Lookup lookup_of(uint32_t ids, int x, Place row, Lookup) {
+  constexpr int size = sizeof(Lookup);
+  return load(place_of(ids, x, size, row) + (own ? x / 2 * 8 : x % 2) * kLookupStride * size, Lookup());
 }
 
 // scores (16, 8) += lookups. `fresh`: = instead of +=.
-template <bool own>
+template <bool own, typename Lookup = float>
 __device__ __forceinline__ void add_lookups(float (&scores)[4], uint32_t ids, Place row, bool fresh = false) {
 #pragma unroll
   for (int x = 0; x < 4; ++x) {
-    const float found = load(lookup_of<own>(ids, x, row));
+    const float found = widened(lookup_of<own>(ids, x, row, Lookup()));
     scores[x] = fresh ? found : scores[x] + found;
   }
 }
@@ -210,7 +222,7 @@ template <typename T>
 __device__ __forceinline__ void take_lookups(float (&scores)[4], float (&grads)[4], uint32_t ids, Place row) {
 #pragma unroll
   for (int x = 0; x < 4; ++x) {
-    const float2 both = unpacked(__float_as_uint(load(lookup_of<false>(ids, x, row))), T());
+    const float2 both = unpacked(__float_as_uint(lookup_of<false>(ids, x, row, 0.f)), T());
     scores[x] = both.x, grads[x] = both.y;
   }
 }

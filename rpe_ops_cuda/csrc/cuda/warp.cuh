@@ -52,6 +52,13 @@ __device__ __forceinline__ float load(Place place) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(place));
   return value;
 }
+template <typename T>
+__device__ __forceinline__ T load(Place place, T) {
+  if constexpr (sizeof(T) == 4) return load(place);
+  uint16_t bits;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(place));
+  return *reinterpret_cast<const T*>(&bits);
+}
 __device__ __forceinline__ float2 load_pair(Place place) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(place));
@@ -130,7 +137,14 @@ __device__ __forceinline__ float2 unpacked(uint32_t word, __half) {
 __device__ __forceinline__ float2 unpacked(uint32_t word, __nv_bfloat16) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
 }
+// Of two pairs of numbers.
+template <typename T>
+__device__ __forceinline__ float product(uint32_t x, uint32_t y, T type) {
+  const float2 a = unpacked(x, type), b = unpacked(y, type);
+  return a.x * b.x + a.y * b.y;
+}
 
+__device__ __forceinline__ float widened(float x) { return x; }
 __device__ __forceinline__ float widened(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 
