@@ -20,19 +20,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_scores(const Att
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Lane lanes(lane);
   const int length = call.length, rows = work.rows;
-  T *const table_k = reinterpret_cast<T*>(shared), *const table_q = table_k + R::kTableRows * kHeadDim;
-  T* const table_v = table_q + R::kTableRows * kHeadDim;
-  unsigned char* const own = shared + R::kTables + warp * R::kPerWarp;
-  T* const room = reinterpret_cast<T*>(own);  // after the last lookup
-  T* const tiles = reinterpret_cast<T*>(shared + R::kTables + warps * R::kPerWarp);
-  float* const others = reinterpret_cast<float*>(tiles + 4 * rows * kHeadDim);
+  const Parts<R, T> at(shared, warps, warp, rows);
+  float* const others = static_cast<float*>(at.others);
   float* const statistics = others + rows * kLookupStride;  // two turns of log_sums, then deltas
   float* const deltas = statistics + 2 * rows;
-  const Place own_row = place_at(own) + lane / 4 * kLookupStride * 4;
+  const Place own_row = place_at(at.own) + lane / 4 * kLookupStride * 4;
   const Place others_row = place_at(others) + lane % 4 * 2 * kLookupStride * 4;
 
   const auto fetch_tiles = [&](const Item& item, int tile, int turn) {
-    T* const to = tiles + turn % 2 * 2 * rows * kHeadDim;
+    T* const to = at.tiles + turn % 2 * 2 * rows * kHeadDim;
     const int first = tile * rows, left = length - first;
     fetch_tile(to, head_of<T>(call.q, item.batch, item.head) + first * call.q.row_stride, call.q.row_stride, rows, left);
     fetch_tile(to + rows * kHeadDim, head_of<T>(call.grad_out, item.batch, item.head) + first * call.grad_out.row_stride,
@@ -67,15 +63,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_scores(const Att
     load_rows(value, head_of<T>(call.v, item.batch, item.head), call.v.row_stride, own_block * kRows, length, lane);
     if (tables_of < 0 || (work.by_head && tables_of != item.head)) {
       __syncthreads();
-      load_table<R::kTableRows>(table_k, call.on_k, item.head, call.buckets);
-      if (on_q) load_table<R::kTableRows>(table_q, call.on_q, item.head, call.buckets);
-      if (on_v) load_table<R::kTableRows>(table_v, call.on_v, item.head, call.buckets);
+      load_table<R::kTableRows>(at.table_k, call.on_k, item.head, call.buckets);
+      if (on_q) load_table<R::kTableRows>(at.table_q, call.on_q, item.head, call.buckets);
+      if (on_v) load_table<R::kTableRows>(at.table_v, call.on_v, item.head, call.buckets);
       tables_of = item.head;
     }
 
     // Waits for a tile and prepares it. Apart from the loop: the first time, there are no sums yet to hold.
     const auto enter = [&](int tile) {
-      const T* const queries = tiles + turn % 2 * 2 * rows * kHeadDim;
+      const T* const queries = at.tiles + turn % 2 * 2 * rows * kHeadDim;
       const int columns = min(rows, length - tile * rows);
       wait_for_copies();
       __syncthreads();
@@ -84,7 +80,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_scores(const Att
       } else if (number + gridDim.x < work.items) {
         fetch_tiles(item_of(work, call, number + gridDim.x), 0, turn + 1);
       }
-      if (tile == 0 && on_q) look_up_all<T>(reinterpret_cast<float*>(own), key, table_q, lane);
+      if (tile == 0 && on_q) look_up_all<T>(reinterpret_cast<float*>(at.own), key, at.table_q, lane);
       for (int first = warp * kRows; first < columns; first += warps * kRows) {
         const T *const here = queries + first * kHeadDim, *const grads_here = here + rows * kHeadDim;
         // Products of results and their gradients: what all gradients of a query's scores lack.
@@ -109,9 +105,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_scores(const Att
         load_rows(query, place_at(here), lanes);
         if (on_v) {
           load_rows(grad, place_at(grads_here), lanes);
-          look_up_both(others + first * kLookupStride, query, grad, table_k, table_v, lane);
+          look_up_both(others + first * kLookupStride, query, grad, at.table_k, at.table_v, lane);
         } else {
-          look_up_all<T>(others + first * kLookupStride, query, table_k, lane);
+          look_up_all<T>(others + first * kLookupStride, query, at.table_k, lane);
         }
       }
       __syncthreads();
@@ -119,7 +115,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_scores(const Att
     enter(0);
     float grad_v[8][4] = {};
     for (int tile = 0;;) {
-      const Place queries = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes;
+      const Place queries = place_at(at.tiles) + turn % 2 * 2 * rows * kRowBytes;
       const Place log_sums = place_at(statistics) + turn % 2 * rows * 4 + lane % 4 * 8;
       const unsigned columns = min(rows, length - tile * rows);
       const unsigned scores_at = block_of(work, item.plane, tile * rows / kRows, own_block) + lane;
@@ -163,7 +159,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_scores(const Att
       if (++tile * rows >= length) break;
       enter(tile);
     }
-    if (active) store_rows(call.grad_v, item.batch, item.head, own_block * kRows, length, room, grad_v, lane);
+    if (active) store_rows(call.grad_v, item.batch, item.head, own_block * kRows, length, at.room, grad_v, lane);
   }
 }
 

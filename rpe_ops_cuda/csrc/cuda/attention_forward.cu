@@ -30,19 +30,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Lane lanes(lane);
   const int length = call.length, rows = work.rows;
-  T *const table_k = reinterpret_cast<T*>(shared), *const table_q = table_k + R::kTableRows * kHeadDim;
-  T* const table_v = table_q + R::kTableRows * kHeadDim;
-  unsigned char* const own = shared + R::kTables + warp * R::kPerWarp;
-  unsigned char* const buckets = own + R::kSums;
-  T* const room = reinterpret_cast<T*>(own);  // after the last lookup
-  T* const tiles = reinterpret_cast<T*>(shared + R::kTables + warps * R::kPerWarp);
-  float* const others = reinterpret_cast<float*>(tiles + 4 * rows * kHeadDim);
-  const Place own_row = place_at(own) + lane / 4 * kLookupStride * sizeof(Lookup);
+  const Parts<R, T> at(shared, warps, warp, rows);
+  float* const others = static_cast<float*>(at.others);
+  const Place own_row = place_at(at.own) + lane / 4 * kLookupStride * sizeof(Lookup);
   const Place others_row = place_at(others) + lane % 4 * 2 * kLookupStride * 4;
-  const Place own_buckets = place_at(buckets) + lane * 4;
+  const Place own_buckets = place_at(at.buckets) + lane * 4;
 
   const auto fetch_tiles = [&](const Item& item, int tile, int turn) {
-    T* const to = tiles + turn % 2 * 2 * rows * kHeadDim;
+    T* const to = at.tiles + turn % 2 * 2 * rows * kHeadDim;
     const int first = tile * rows;
     fetch_tile(to, head_of<T>(call.k, item.batch, item.head) + first * call.k.row_stride, call.k.row_stride, rows,
                length - tile * rows);
@@ -64,12 +59,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
     const bool active = own_block < work.blocks;
     if (tables_of < 0 || (work.by_head && tables_of != item.head)) {
       __syncthreads();
-      load_table<R::kTableRows>(table_k, call.on_k, item.head, call.buckets);
-      if (on_q) load_table<R::kTableRows>(table_q, call.on_q, item.head, call.buckets);
-      if (on_v) load_table<R::kTableRows>(table_v, call.on_v, item.head, call.buckets);
+      load_table<R::kTableRows>(at.table_k, call.on_k, item.head, call.buckets);
+      if (on_q) load_table<R::kTableRows>(at.table_q, call.on_q, item.head, call.buckets);
+      if (on_v) load_table<R::kTableRows>(at.table_v, call.on_v, item.head, call.buckets);
       tables_of = item.head;
     }
-    if (on_v) clear_buckets(buckets, lane);
+    if (on_v) clear_buckets(at.buckets, lane);
 
     // Waits for a tile and prepares it. Apart from the loop: the first time, there are no sums yet to hold.
     const auto enter = [&](int tile) {
@@ -81,14 +76,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
         fetch_tiles(item_of(work, call, number + gridDim.x), 0, turn + 1);
       }
       if (tile == 0) {
-        look_up_all<T>(reinterpret_cast<Lookup*>(own), query, table_k, lane);
+        look_up_all<T>(reinterpret_cast<Lookup*>(at.own), query, at.table_k, lane);
         __syncwarp();
       }
       if (on_q) {
         for (int first = warp * kRows; first < min(rows, length - tile * rows); first += warps * kRows) {
           uint32_t key[4][4];
-          load_rows(key, place_at(tiles) + (turn % 2 * 2 * rows + first) * kRowBytes, lanes);
-          look_up_all<T>(others + first * kLookupStride, key, table_q, lane);
+          load_rows(key, place_at(at.tiles) + (turn % 2 * 2 * rows + first) * kRowBytes, lanes);
+          look_up_all<T>(others + first * kLookupStride, key, at.table_q, lane);
         }
         __syncthreads();
       }
@@ -96,7 +91,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
     enter(0);
     float out[8][4] = {}, total[4] = {}, peak[2] = {kLowest, kLowest};
     for (int tile = 0;;) {
-      const Place keys = place_at(tiles) + turn % 2 * 2 * rows * kRowBytes, values = keys + rows * kRowBytes;
+      const Place keys = place_at(at.tiles) + turn % 2 * 2 * rows * kRowBytes, values = keys + rows * kRowBytes;
       const int columns = min(rows, length - tile * rows);
       const auto step = [&](auto count, int first) {
         constexpr int n = decltype(count)::value;
@@ -183,9 +178,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attend(const AttentionCall cal
     __syncwarp();
     if (on_v) {
       const float upper = __shfl_sync(~0u, inverse[0], lane % 8 * 4), lower = __shfl_sync(~0u, inverse[1], lane % 8 * 4);
-      add_buckets(out, room, buckets, upper, lower, table_v, call.sums, item.batch, item.head, own_block * kRows, length, lanes);
+      add_buckets(out, at.room, at.buckets, upper, lower, at.table_v, call.sums, item.batch, item.head, own_block * kRows, length,
+                  lanes);
     }
-    store_rows(call.out, item.batch, item.head, own_block * kRows, length, room, out, lane);
+    store_rows(call.out, item.batch, item.head, own_block * kRows, length, at.room, out, lane);
   }
 }
 

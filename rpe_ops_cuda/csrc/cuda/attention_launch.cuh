@@ -36,11 +36,30 @@ __device__ __forceinline__ Item item_of(const Work& work, const AttentionCall& c
 template <int tables, int own_bytes, bool has_sums, int tiles, bool has_others, bool has_statistics>
 struct Room {
   static constexpr int kTableRows = has_sums ? 64 : kMostBuckets;  // products with sums take 16 rows at a time
-  static constexpr int kTables = tables * kTableRows * kRowBytes;
+  static constexpr int kTiles = tiles, kTables = tables * kTableRows * kRowBytes;
   static constexpr int kSums = std::max(kRows * kLookupStride * own_bytes, kRows * kRowBytes);
   static constexpr int kPerWarp = kSums + (has_sums ? kSumBytes : 0);
   static constexpr int kPerRow = 2 * tiles * kRowBytes + (has_others ? kLookupStride * 4 : 0) + (has_statistics ? 3 * 4 : 0);
   static constexpr int bytes(int warps, int rows) { return kTables + warps * kPerWarp + rows * kPerRow; }
+};
+
+// Where the parts of a Room lie; `own`, `buckets` and `room` are the warp's.
+template <typename R, typename T>
+struct Parts {
+  T *table_k, *table_q, *table_v;
+  unsigned char *own, *buckets;
+  T *room, *tiles;  // room for 16 rows: after the last lookup
+  void* others;
+
+  __device__ Parts(unsigned char* shared, int warps, int warp, int rows)
+      : table_k(reinterpret_cast<T*>(shared)),
+        table_q(table_k + R::kTableRows * kHeadDim),
+        table_v(table_q + R::kTableRows * kHeadDim),
+        own(shared + R::kTables + warp * R::kPerWarp),
+        buckets(own + R::kSums),
+        room(reinterpret_cast<T*>(own)),
+        tiles(reinterpret_cast<T*>(shared + R::kTables + warps * R::kPerWarp)),
+        others(tiles + 2 * R::kTiles * rows * kHeadDim) {}
 };
 
 struct Device {

@@ -27,15 +27,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_rows(const Atten
   const Lane lanes(lane);
   const int length = call.length, rows = work.rows;
   const Heads& others = of_keys ? call.q : call.k;
-  T* const table = reinterpret_cast<T*>(shared);
-  unsigned char* const own = shared + R::kTables + warp * R::kPerWarp;
-  unsigned char* const buckets = own + R::kSums;
-  T* const room = reinterpret_cast<T*>(own);
-  T* const tiles = reinterpret_cast<T*>(shared + R::kTables + warps * R::kPerWarp);
-  const Place own_buckets = place_at(buckets) + lane * 4;
+  const Parts<R, T> at(shared, warps, warp, rows);
+  const Place own_buckets = place_at(at.buckets) + lane * 4;
 
   const auto fetch_others = [&](const Item& item, int tile, int turn) {
-    fetch_tile(tiles + turn % 2 * rows * kHeadDim, head_of<T>(others, item.batch, item.head) + tile * rows * others.row_stride,
+    fetch_tile(at.tiles + turn % 2 * rows * kHeadDim, head_of<T>(others, item.batch, item.head) + tile * rows * others.row_stride,
                others.row_stride, rows, length - tile * rows);
   };
   uint4 ahead[kAhead];
@@ -60,13 +56,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_rows(const Atten
     const bool active = own_block < work.blocks;
     if (with_table && (tables_of < 0 || (work.by_head && tables_of != item.head))) {
       __syncthreads();
-      load_table<R::kTableRows>(table, of_keys ? call.on_q : call.on_k, item.head, call.buckets);
+      load_table<R::kTableRows>(at.table_k, of_keys ? call.on_q : call.on_k, item.head, call.buckets);
       tables_of = item.head;
     }
-    if (with_table) clear_buckets(buckets, lane);
+    if (with_table) clear_buckets(at.buckets, lane);
     float sums[8][4] = {};
     for (int tile = 0; tile * rows < length; ++tile, ++turn) {
-      const Place tile_rows = place_at(tiles) + turn % 2 * rows * kRowBytes;
+      const Place tile_rows = place_at(at.tiles) + turn % 2 * rows * kRowBytes;
       const int first_block = tile * rows / kRows, blocks = active ? (min(rows, length - tile * rows) + kRows - 1) / kRows : 0;
       const unsigned queries = of_keys ? first_block : own_block, keys = of_keys ? own_block : first_block;
       const uint4* const from = static_cast<uint4*>(call.grad_scores) + block_of(work, item.plane, queries, keys) + lane;
@@ -114,10 +110,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32) differentiate_rows(const Atten
     for (int x = 0; x < 32; ++x) sums[x / 4][x % 4] *= call.scale;
     __syncwarp();
     if (with_table) {
-      add_buckets(sums, room, buckets, call.scale, call.scale, table, of_keys ? call.grad_lookup_q : call.grad_lookup_k,
-                  item.batch, item.head, own_block * kRows, length, lanes);
+      add_buckets(sums, at.room, at.buckets, call.scale, call.scale, at.table_k,
+                  of_keys ? call.grad_lookup_q : call.grad_lookup_k, item.batch, item.head, own_block * kRows, length, lanes);
     }
-    store_rows(of_keys ? call.grad_k : call.grad_q, item.batch, item.head, own_block * kRows, length, room, sums, lane);
+    store_rows(of_keys ? call.grad_k : call.grad_q, item.batch, item.head, own_block * kRows, length, at.room, sums, lane);
   }
 }
 
