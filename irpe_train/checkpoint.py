@@ -9,9 +9,6 @@ import pathlib
 import pickle
 import re
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import torch
 
 from irpe_train.download import local_file
 from irpe_train.errors import BadCheckpoint, RunError, first_line
+from irpe_train.sealed_archive import USE_ANOTHER, check_archive, save_sealed
 
 # The published checkpoints hold a Namespace, with a path in it if submitit ran. Python 3.13 moved the module of paths.
 # All become pure paths, which cannot touch a disk and exist on every system.
@@ -34,7 +32,6 @@ ORDINARY = {
 }
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 TIMM_KEYS = {"model": "state_dict", "model_ema": "state_dict_ema"}  # where timm keeps them; Lightning has the first
-USE_ANOTHER = "; copy it again or use an earlier one"
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -51,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict:
     size = path.stat().st_size
     if size == 0:
         raise BadCheckpoint(f"checkpoint {path}: the file is empty; use an earlier one")
-    _check_archive(path, size)
+    check_archive(path, size)
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -86,59 +83,6 @@ def _told_beside(path: Path) -> dict:
     if isinstance(known.get("categories"), dict):
         known["categories"] = {int(number): name for number, name in known["categories"].items()}
     return known and known | {"args": told}
-
-
-def _check_archive(path: Path, size: int) -> None:
-    """Compare checksums and sizes. torch stores members uncompressed, so one larger than the file is hostile.
-
-    A file from ``write_checkpoint`` ends with a checksum of the whole file, other archives have one for each member.
-    """
-    with open(path, "rb") as file:
-        magic = file.read(4)
-        file.seek(max(0, size - 2 - 0xFFFF))  # the longest comment, and its length
-        tail = file.read()
-    if magic != b"PK\x03\x04":  # torch's format before 1.6, which has no checksums
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(member.file_size for member in archive.infolist())
-            comment, names = archive.comment, archive.namelist()
-            sealed = comment[:4] == b"irpe" or comment[5:10] == b"crc32"  # ours, even with a damaged letter
-            damaged = None if sealed or claimed > size else archive.testzip()
-    except Exception as error:
-        raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({_first_line(error)}){USE_ANOTHER}") from error
-    if not any(name.endswith("/data.pkl") for name in names) or any(name.endswith("constants.pkl") for name in names):
-        kind = "an exported or scripted model, or another archive"
-        raise BadCheckpoint(f"checkpoint {path}: no file of weights that torch.save wrote, but {kind}")
-    if claimed > size:
-        raise BadCheckpoint(f"checkpoint {path}: refused: its members claim {claimed:,} bytes in a file of {size:,}")
-    ending = _ending(comment)
-    if sealed and ending != _seal(_crc32_of_archive(path, size - len(ending))):
-        damaged = "its contents"
-    if not tail.endswith(ending):
-        raise BadCheckpoint(f"checkpoint {path}: damaged or truncated (its end){USE_ANOTHER}")
-    if damaged:
-        raise BadCheckpoint(f"checkpoint {path}: damaged: {damaged} and its checksum differ{USE_ANOTHER}")
-
-
-def _seal(crc32: int) -> bytes:
-    """The last bytes of a zip archive whose comment is a checksum."""
-    return _ending(b"irpe crc32 %08x" % crc32)
-
-
-def _ending(comment: bytes) -> bytes:
-    """The end of a zip archive: the length of its comment, and the comment."""
-    return struct.pack("<H", len(comment)) + comment
-
-
-def _crc32_of_archive(path: Path, size: int) -> int:
-    """CRC-32 of the archive before it was sealed: its first ``size`` bytes, and an empty comment."""
-    crc32 = 0
-    with open(path, "rb") as file:
-        while size > 0 and (chunk := file.read(min(size, 1 << 22))):
-            crc32 = zlib.crc32(chunk, crc32)
-            size -= len(chunk)
-    return zlib.crc32(struct.pack("<H", 0), crc32)
 
 
 def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
@@ -272,10 +216,7 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # whatever it is: never write through a symlink
         with open(temporary, "wb") as file:
-            summed = _Summed(file)
-            torch.save(contents, summed)
-            file.seek(-2, os.SEEK_END)
-            file.write(_seal(summed.crc32))
+            save_sealed(contents, file)
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
@@ -292,17 +233,6 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
             f"cannot write {path}: {_first_line(error)}. Free some space or choose another --output_dir; "
             f"the last good checkpoint is kept: {kept if kept.exists() else 'there was none'}"
         ) from error
-
-
-class _Summed:
-    """A file written from front to back, and its CRC-32."""
-
-    def __init__(self, file):
-        self.file, self.crc32, self.flush = file, 0, file.flush
-
-    def write(self, chunk) -> int:
-        self.crc32 = zlib.crc32(chunk, self.crc32)
-        return self.file.write(chunk)
 
 
 def link(path: Path, copy: Path) -> None:
