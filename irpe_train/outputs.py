@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from irpe_train.errors import RunError
-from irpe_train.text_files import plain_file, read_text
+from irpe_train.text_files import naming, plain_file, read_text
 
 LIST = ".written_by_predict"
 
@@ -96,10 +96,11 @@ class OutputFolder:
         ends = [self.folder / name for name in names]
         parts = [end.with_name(f".part_{os.getpid()}_{i}{end.suffix}") for i, end in enumerate(ends)]
         try:
-            yield parts
-            for part, end in zip(parts, ends, strict=True):
-                os.replace(part, end)
-            self.wrote(*names)
+            with naming(self.folder / names[0]):
+                yield parts
+                for part, end in zip(parts, ends, strict=True):
+                    os.replace(part, end)
+                self.wrote(*names)
         finally:
             for part in parts:
                 part.unlink(missing_ok=True)

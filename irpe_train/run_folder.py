@@ -18,7 +18,7 @@ from irpe_train.outputs import writable_folder
 from irpe_train.preemption import STOP
 from irpe_train.run_log import log_details
 from irpe_train.state import TrainState, progress_of
-from irpe_train.text_files import plain_file
+from irpe_train.text_files import naming, plain_file
 
 LOCK = ".lock"
 
@@ -174,7 +174,8 @@ def lock(folder: Path) -> TextIO:
                 "Wait until it ends, or choose another folder."
             ) from error
         logger.warning(f"--output_dir {folder} cannot be locked ({error.strerror}): do not start a second run there")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with naming(folder / LOCK):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file

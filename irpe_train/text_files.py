@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text files of runs and reports: UTF-8, with or without a byte-order mark, written atomically."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from irpe_train.errors import RunError
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error inside that names no file, as of a full disk, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def plain_file(path: Path) -> Path:
@@ -26,7 +38,8 @@ def write_text(path: Path, text: str, *, errors: str = "replace") -> None:
     temporary = plain_file(path).with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # whatever it is: never write through a symlink
-        temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -32,7 +32,8 @@ class FilesInFolder:
         present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # a pipe would never end
         names = _as_stored(names, present)
         self._names = PackedStrings(os.fsencode(name) for name in names)
-        self.missing = [name for name in names if name not in present and not (folder / name).is_file()]
+        # Path.is_file raises for a name that is too long.
+        self.missing = [name for name in names if name not in present and not os.path.isfile(folder / name)]
 
     def name(self, index: int) -> str:
         return str(self.path / os.fsdecode(self._names[index]))

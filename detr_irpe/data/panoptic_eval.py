@@ -13,6 +13,7 @@ import numpy as np
 from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.models.postprocess import decode_ids
 from irpe_train import distributed
+from irpe_train.text_files import naming, write_text
 
 
 @dataclass
@@ -101,7 +102,8 @@ class PanopticEvaluator:
         self._matches[image_id] = match_segments(truth, truth_segments, decode_ids(png), segments)
         if self._output_dir is not None:
             name = f"{image_id:012d}.png"
-            (self._output_dir / name).write_bytes(png)
+            with naming(self._output_dir / name):
+                (self._output_dir / name).write_bytes(png)
             self._predictions[image_id] = {"image_id": image_id, "file_name": name, "segments_info": segments}
 
     def summarize(self) -> dict[str, dict[str, float]] | None:
@@ -114,7 +116,7 @@ class PanopticEvaluator:
         if self._output_dir is not None:
             predictions = {i: p for _, part in gathered for i, p in part.items()}
             annotations = [predictions[i] for i in sorted(predictions)]
-            (self._output_dir / "predictions.json").write_text(json.dumps({"annotations": annotations}))
+            write_text(self._output_dir / "predictions.json", json.dumps({"annotations": annotations}))
         everything, things = set(self._dataset.categories), self._dataset.things
         return {
             "All": panoptic_quality(images, everything),

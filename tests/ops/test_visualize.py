@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, visualize
+from tests.helpers.full_disk import full_disk
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "irpe.svg"
 
@@ -135,6 +136,13 @@ def test_what_is_printed_is_what_was_written(tmp_path, capsys):
     for name, written in (("plain", "plain.png"), ("a.svg", "a.svg"), ("v1.pdf", "v1.pdf")):
         visualize.main(["-o", str(tmp_path / name)])
         assert capsys.readouterr().out.strip() == str(tmp_path / written) and (tmp_path / written).stat().st_size > 0
+
+
+def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_picture(tmp_path):
+    (tmp_path / "a.png").write_text("old")
+    with full_disk(1000), pytest.raises(OSError, match="a.png"):
+        visualize.save(visualize.draw_overview(), tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_text() == "old"
 
 
 @pytest.mark.parametrize(

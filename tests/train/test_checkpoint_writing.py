@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import resource
 
 import pytest
 import torch
 
 from irpe_train.checkpoint import link, read_checkpoint, write_checkpoint
 from irpe_train.errors import RunError
+from tests.helpers.full_disk import full_disk
 
 
 def test_the_one_before_is_kept_and_other_names_are_the_same_contents(tmp_path):
@@ -40,13 +40,9 @@ def test_a_second_name_leaves_nothing_behind(tmp_path, monkeypatch, fails):
 def test_full_disk_fails_loudly_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pth"
     write_checkpoint({"epoch": 0}, path, previous=tmp_path / "previous.pth")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a full disk does to this process
-    try:
-        with pytest.raises(RunError, match=r"cannot write .*checkpoint.pth: .*last good checkpoint is kept: .*t.pth"):
-            write_checkpoint({"epoch": 1, "model": torch.zeros(10**6)}, path, previous=tmp_path / "previous.pth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    match = r"cannot write .*checkpoint.pth: .*last good checkpoint is kept: .*t.pth"
+    with full_disk(100_000), pytest.raises(RunError, match=match):
+        write_checkpoint({"epoch": 1, "model": torch.zeros(10**6)}, path, previous=tmp_path / "previous.pth")
     assert read_checkpoint(path)["epoch"] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 

@@ -5,6 +5,9 @@ import pytest
 
 from irpe_train.errors import RunError
 from irpe_train.outputs import LIST, OutputFolder, refuse_existing, result_names, writable_folder
+from irpe_train.run_folder import LOCK, lock
+from irpe_train.text_files import write_text
+from tests.helpers.full_disk import full_disk
 
 
 def test_only_what_was_written_before_is_replaced(tmp_path):
@@ -127,3 +130,16 @@ def test_what_is_interrupted_while_it_is_written_leaves_nothing_behind(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LIST, "a.json", "a.png"]
     assert (tmp_path / "a.png").read_text() == "complete"
     OutputFolder(tmp_path).refuse_to_replace(["a.png", "a.json"])
+
+
+def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_one(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with full_disk(0):
+        with pytest.raises(OSError, match="a.txt"):
+            write_text(tmp_path / "a.txt", "new")
+        with pytest.raises(OSError, match="a.png"), OutputFolder(tmp_path).writing("a.png") as (picture,):
+            picture.write_text("half")
+        with pytest.raises(OSError, match=LOCK):
+            lock(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
