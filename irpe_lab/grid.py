@@ -163,13 +163,17 @@ def _merged(*layers: dict) -> dict:
 
 
 def _parse_all(grid: Grid) -> None:
-    """Raise ConfigError for the first run or evaluation whose flags the package would refuse."""
+    """Raise ConfigError for the first run or evaluation whose flags the package would refuse, or whose name is longer
+    than that of a file can be.
+    """
     parser = grid.parser()
     for run, flags in grid.runs.items():
         source = f"grid {grid.name}: run {run}"
         argv = flags_of(parser, flags, source)
         for name, more in {"": [], **grid.evaluations}.items():
-            said = io.StringIO()
+            file, said = f"detail_{slug(name)}_{run}_seed{max(grid.seeds)}.log", io.StringIO()
+            if len(file.encode()) > 255:
+                raise ConfigError(f"{source}, {name}: a file would be called {file:.100}...; expected shorter names")
             try:
                 with contextlib.redirect_stderr(said):
                     parser.parse_args([*argv, *more])

@@ -237,4 +237,7 @@ def read_json(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(work(Path(sys.argv[1])))
+    try:
+        sys.exit(work(Path(sys.argv[1])))
+    except OSError as error:  # a full disk
+        sys.exit(f"{sys.argv[1]}: {error}")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from irpe_lab.grid import read_grid
 from irpe_lab.results import Outcome, Row
 from irpe_train.config import ROOT
 from irpe_train.errors import RunError
+from tests.helpers.full_disk import full_disk
 from tests.helpers.quick_python import quick_programs
 from tests.helpers.tiny_images import write_images
 
@@ -380,6 +382,15 @@ def test_a_failed_run_is_not_evaluated(tmp_path):
     jobs.prepare(tmp_path, ["-c", "raise SystemExit('broke')"], "", {"later": ["-c", "print('evaluated')"]})
     assert jobs.work(tmp_path) == 1 and jobs.done(tmp_path)["reason"] == "broke"
     assert not jobs.evaluation_log(tmp_path, "later").exists()
+
+
+def test_a_full_disk_under_a_run_is_one_message(tmp_path):
+    jobs.prepare(tmp_path / "run", ["-c", ""], "")
+    with full_disk(0):
+        told = subprocess.run(
+            [sys.executable, "-m", "irpe_lab.jobs", tmp_path / "run"], cwd=ROOT, stderr=subprocess.PIPE
+        )
+    assert told.returncode == 1 and re.fullmatch(rb"[^\n]*job.json'\n", told.stderr)
 
 
 ODD_OUTCOMES = [{"seconds": value} for value in ("5", None, float("nan"), -1, 10**400)] + [{"rc": "0"}, {"rc": None}]

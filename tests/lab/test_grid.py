@@ -136,6 +136,8 @@ def test_runs_are_named_after_their_values(tmp_path):
         (GRID + "baseline: nope\n", "baseline: no run is called 'nope'; the runs are none, rpe"),
         (GRID + "evaluations: {at 48: 48}\n", "evaluations: at 48: expected a unique name and its flags"),
         (GRID + "evaluations: {a b: {}, a_b: {}}\n", "evaluations: a_b: expected a unique name"),
+        (GRID + f"evaluations: {{{'x' * 240}: {{}}}}\n", "a file would be called detail_x+...; expected shorter"),
+        (GRID + f"runs: {{{'x' * 240}: {{}}}}\n", "a file would be called detail__x+...; expected shorter"),
         (GRID + "evaluations: {a: {seed: 1}}\n", "evaluations: a: seed is set by the runner"),
         (GRID + "evaluations: {a: {input-size: x}}\n", "run none, a: argument --input-size: expected pixels"),
         (GRID.replace("[0, 1]", "[a]"), "seeds: expected whole numbers"),
