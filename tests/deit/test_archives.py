@@ -51,6 +51,7 @@ def write_files(root: Path, names: list[str]) -> Path:
 def test_a_tar_is_its_folder_whatever_is_around_the_classes(tmp_path, around):
     folder = FolderImages(write_files(tmp_path / "val", CLASSES))
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(tmp_path / "val", around or ".", recursive=False)  # as `tar -cf val.tar .` writes it
         for name in reversed(CLASSES):
             tar.add(tmp_path / "val" / name, around + name)
     assert seen(TarImages(tmp_path / "val.tar")) == seen(folder)
