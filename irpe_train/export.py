@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from irpe_train.arguments import SUFFIX
 from irpe_train.errors import BadCheckpoint, RunError, first_line, in_one_line
-from irpe_train.outputs import refuse_existing
+from irpe_train.outputs import complete, refuse_existing
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
 # fp32 sums in another order: observed differences are 1e-6 of the largest output; a wrong table is off by far more.
@@ -63,22 +63,22 @@ def export_model(
         shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in inputs.values())
         program, differences = None, {}
         for format, path in paths.items():
-            try:
-                if format == "safetensors":
-                    written = _save_safetensors(model, path, metadata)
-                else:
-                    program = program or torch.export.export(model, tuple(examples[0]), dynamic_shapes=shapes)
-                    save = _save_onnx if format == "onnx" else _save_pt2
-                    written = save(program, path, metadata or {}, inputs, outputs)
-                found = [_as_tuple(written(*example)) for example in examples]
-            except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
-                path.unlink(missing_ok=True)
-                raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
-            differences[format] = _largest_difference(found, expected)
-            if not differences[format] <= TOLERANCE:
-                wanted = f"at most {TOLERANCE:g} was expected. Do not use this file."
-                differ = f"differ from the model's by {differences[format]:.1e} of the largest"
-                raise ValueError(f"{path}: its outputs {differ}; {wanted}")
+            with complete(path) as (part,):  # an interrupted export leaves no file that looks like a result
+                try:
+                    if format == "safetensors":
+                        written = _save_safetensors(model, part, metadata)
+                    else:
+                        program = program or torch.export.export(model, tuple(examples[0]), dynamic_shapes=shapes)
+                        save = _save_onnx if format == "onnx" else _save_pt2
+                        written = save(program, part, metadata or {}, inputs, outputs)
+                    found = [_as_tuple(written(*example)) for example in examples]
+                except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
+                    raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
+                differences[format] = _largest_difference(found, expected)
+                if not differences[format] <= TOLERANCE:
+                    wanted = f"at most {TOLERANCE:g} was expected. The file was not written."
+                    differ = f"differ from the model's by {differences[format]:.1e} of the largest"
+                    raise ValueError(f"{path}: its outputs {differ}; {wanted}")
     return differences
 
 

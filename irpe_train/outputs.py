@@ -33,6 +33,20 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
     writable_folder(file.parent, flag)
 
 
+@contextlib.contextmanager
+def complete(*ends: Path) -> Iterator[list[Path]]:
+    """Hidden paths to write to, which get the names ``ends`` once all are complete; an error inside removes them."""
+    parts = [end.with_name(f".part_{os.getpid()}_{i}{end.suffix}") for i, end in enumerate(ends)]
+    try:
+        with naming(ends[0]):
+            yield parts
+            for part, end in zip(parts, ends, strict=True):
+                os.replace(part, end)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
 def result_names(files: Sequence[Path]) -> dict[Path, str]:
     """The name of each image's results: its own, with folders and suffix if names would clash."""
     whole = [Path(os.path.abspath(file)) for file in files]
@@ -87,23 +101,16 @@ class OutputFolder:
 
     def wrote(self, *names: str) -> None:
         """These files are written, and may be replaced by a later prediction."""
-        with open(plain_file(self.folder / LIST), "a") as file:  # another process may write here too
+        path = plain_file(self.folder / LIST)
+        with naming(path), open(path, "a") as file:  # another process may write here too
             file.writelines(f"\n{json.dumps([name, self._state(name), self._images.get(name)])}" for name in names)
 
     @contextlib.contextmanager
     def writing(self, *names: str) -> Iterator[list[Path]]:
         """Hidden paths to write to. They get these names, and are listed, once all are complete."""
-        ends = [self.folder / name for name in names]
-        parts = [end.with_name(f".part_{os.getpid()}_{i}{end.suffix}") for i, end in enumerate(ends)]
-        try:
-            with naming(self.folder / names[0]):
-                yield parts
-                for part, end in zip(parts, ends, strict=True):
-                    os.replace(part, end)
-                self.wrote(*names)
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
+        with complete(*(self.folder / name for name in names)) as parts:
+            yield parts
+        self.wrote(*names)
 
     def _state(self, name: str) -> str | None:
         try:

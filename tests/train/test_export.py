@@ -54,6 +54,18 @@ def test_a_dot_in_a_name_is_not_a_suffix(tmp_path):
 def test_a_difference_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="outputs differ from the model's"):
         export(Traced(), tmp_path / "m", ["pt2"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_leaves_no_file(tmp_path, monkeypatch):
+    def half(model, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("irpe_train.export._save_safetensors", half)
+    with pytest.raises(KeyboardInterrupt):
+        export(Scores(), tmp_path / "m", ["safetensors"])
+    assert not list(tmp_path.iterdir())
 
 
 class Untraceable(nn.Module):
