@@ -12,6 +12,7 @@ or show it in a notebook.
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -203,18 +204,16 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     if (kind := path.suffix[1:].lower()) not in known:
         raise ValueError(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.tmp")
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # each is drawn as a box; one warning per box
         try:  # a full disk leaves an earlier picture
-            figure.savefig(part, dpi=dpi, format=kind, metadata=undated)
-            os.replace(part, path)
+            with tempfile.TemporaryDirectory(prefix=".part_", dir=path.parent) as hidden:
+                figure.savefig(part := Path(hidden, path.name), dpi=dpi, metadata=undated)
+                os.replace(part, path)
         except OSError as error:
             error.filename = str(path)
             raise
-        finally:
-            part.unlink(missing_ok=True)
     return path
 
 

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,16 +36,12 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
 
 @contextlib.contextmanager
 def complete(*ends: Path) -> Iterator[list[Path]]:
-    """Hidden paths to write to, which get the names ``ends`` once all are complete; an error inside removes them."""
-    parts = [end.with_name(f".part_{os.getpid()}_{i}{end.suffix}") for i, end in enumerate(ends)]
-    try:
-        with naming(ends[0]):
-            yield parts
-            for part, end in zip(parts, ends, strict=True):
-                os.replace(part, end)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    """Hidden paths to write to, which get the names ``ends`` (of one folder) once all are complete, or are removed."""
+    with tempfile.TemporaryDirectory(prefix=".part_", dir=ends[0].parent) as hidden, naming(ends[0]):
+        parts = [Path(hidden, end.name) for end in ends]  # an archive may keep its file's name
+        yield parts
+        for part, end in zip(parts, ends, strict=True):
+            os.replace(part, end)
 
 
 def result_names(files: Sequence[Path]) -> dict[Path, str]:

@@ -133,7 +133,8 @@ def test_the_command_line_draws(tmp_path):
 
 
 def test_what_is_printed_is_what_was_written(tmp_path, capsys):
-    for name, written in (("plain", "plain.png"), ("a.svg", "a.svg"), ("v1.pdf", "v1.pdf")):
+    longest = "x" * 250 + ".png"
+    for name, written in (("plain", "plain.png"), ("a.svg", "a.svg"), ("v1.pdf", "v1.pdf"), (longest, longest)):
         visualize.main(["-o", str(tmp_path / name)])
         assert capsys.readouterr().out.strip() == str(tmp_path / written) and (tmp_path / written).stat().st_size > 0
 

@@ -123,6 +123,9 @@ def test_what_is_interrupted_while_it_is_written_leaves_nothing_behind(tmp_path)
     with out.writing("a.png", "a.json") as (picture, table):
         picture.write_text("complete")
         table.write_text("complete")
+    with out.writing("x" * 250 + ".png") as (picture,):  # as long as a name can be
+        picture.write_text("complete")
+    (tmp_path / ("x" * 250 + ".png")).unlink()
     with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path).writing("a.png", "a.json") as (picture, table):
         assert picture.suffix == ".png"
         picture.write_text("half")
