@@ -11,11 +11,11 @@ from irpe_train.errors import RunError
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error inside that names no file, as of a full disk, names ``path``."""
+    """An OSError inside names ``path``: that of a full disk names no file, others a temporary one."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)
         raise
 
 

@@ -142,6 +142,8 @@ def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_one(tmp_path):
             write_text(tmp_path / "a.txt", "new")
         with pytest.raises(OSError, match="a.png"), OutputFolder(tmp_path).writing("a.png") as (picture,):
             picture.write_text("half")
+        with pytest.raises(OSError, match="'.*/a.png'"), OutputFolder(tmp_path).writing("a.png") as (picture,):
+            raise OSError(28, "no space", str(picture.parent))  # as of a library
         with pytest.raises(OSError, match=LOCK):
             lock(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "a.txt"]
