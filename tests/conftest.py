@@ -1,13 +1,20 @@
 """Shared by every test: one thread per worker, no GPU tests without a GPU, Ctrl-C restored, no waiting
 for disks."""
 
+import os
+
 import pytest
 import torch
 
 import tests.helpers.quick_disk  # noqa: F401
 from irpe_train.preemption import STOP
+from tests.helpers.quick_python import quick_programs
 
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    os.environ["QUICK_PROGRAMS"] = str(quick_programs())  # one server for all workers
 
 
 def pytest_collection_modifyitems(items):

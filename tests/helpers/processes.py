@@ -1,11 +1,13 @@
 """Run a ``main(args)`` in fresh processes, one or several ranks.
 
-They are forked from a server that has imported PyTorch and done nothing since: neither threads, nor handlers, nor a GPU
-that an earlier test has touched reach them, and none has to import PyTorch again.
+They are forked from a server that has imported this repository and done nothing since: neither threads, nor handlers,
+nor a GPU that an earlier test has touched reach them. It is a fork of the server of ``quick_python.py``, and so has not
+imported PyTorch itself.
 """
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -18,18 +20,10 @@ import torch
 
 import tests.helpers.quick_disk  # noqa: F401
 from irpe_train.launch import launch
+from tests.helpers.quick_python import quick_programs
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "deit_irpe.train",
-        "detr_irpe.train",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-    ]
-)
+SERVER.set_forkserver_preload(["deit_irpe.train", "detr_irpe.train"])
 
 
 @dataclass
@@ -61,6 +55,9 @@ class Ranks:
             SERVER.Process(target=_child, args=(main, get_parser, argv, output, r, world_size, port, dict(os.environ)))
             for r, output in zip([r for r in range(world_size) if r not in missing], self.outputs, strict=True)
         ]
+        multiprocessing.set_executable(str(quick_programs() / "python"))
+        multiprocessing.forkserver.ensure_running()
+        multiprocessing.set_executable(sys.executable)
         for process, output in zip(self.processes, self.outputs, strict=True):
             output.touch()
             process.start()

@@ -5,6 +5,7 @@ Nothing of this repository is imported before the fork, so what runs is the copy
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -41,13 +42,14 @@ IMPORTED = (
 STAND_IN = """#!/bin/sh
 "exec" "{python}" "-IS" "$0" "$@"
 import json, os, socket, sys
-words = {words} + [word for word in sys.argv[1:] if word != "-u"]
+words = {words} + [word for word in sys.argv[1:] if word not in ("-u", "-B")]
 if not words or words[0] not in ("-c", "-m") and words[0].startswith("-"):
     os.execv({python!r}, [{python!r}, *words])
+files = [n for n in map(int, os.listdir("/dev/fd")) if os.path.lexists(f"/dev/fd/{{n}}") and os.get_inheritable(n)]
 with socket.socket(socket.AF_UNIX) as door:
     door.connect({door!r})
-    socket.send_fds(door, [b"."], [0, 1, 2])
-    door.sendall(json.dumps([{stand_in!r}, words, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+    socket.send_fds(door, [b"."], files)
+    door.sendall(json.dumps([files, {stand_in!r}, words, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
     code = int(door.makefile().readline())
 sys.exit(code if code >= 0 else 128 - code)
 """
@@ -55,7 +57,12 @@ sys.exit(code if code >= 0 else 128 - code)
 
 @functools.cache
 def quick_programs() -> Path:
-    """A folder to put first in ``PATH``: each program of ``STANDS_FOR`` passes its arguments to the server."""
+    """A folder to put first in ``PATH``: each program of ``STANDS_FOR`` passes its arguments to the server.
+
+    The processes that pytest-xdist starts share the server of the first, which ``tests/conftest.py`` names to them.
+    """
+    if "QUICK_PROGRAMS" in os.environ:
+        return Path(os.environ["QUICK_PROGRAMS"])
     folder = Path(tempfile.mkdtemp(prefix="quick_python_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, words in STANDS_FOR.items():
@@ -75,6 +82,7 @@ def quick_programs() -> Path:
 
 def serve(door: socket.socket) -> None:
     """Fork for each stand-in that connects. Returns when no more can connect."""
+    select.select([door, sys.stdin], [], [])  # nothing is imported for nobody
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -94,7 +102,7 @@ def serve(door: socket.socket) -> None:
 def attend(client: socket.socket) -> None:
     """Run one program in a fork and tell the stand-in its exit status; end it when the stand-in has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _, streams, _, _ = socket.recv_fds(client, 1, 3)
+    _, streams, _, _ = socket.recv_fds(client, 1, 253)
     program = multiprocessing.Process(target=run, args=(streams, *json.loads(client.makefile().readline())))
     program.start()
     if client in multiprocessing.connection.wait([client, program.sentinel]):
@@ -105,12 +113,15 @@ def attend(client: socket.socket) -> None:
     os._exit(0)  # an orderly exit of Python would touch, and so copy, all memory shared with the server
 
 
-def run(streams: list[int], stand_in: str, words: list[str], folder: str, environment: dict[str, str]) -> None:
+def run(streams: list[int], numbers: list[int], stand_in: str, words: list[str], folder: str, environment: dict[str, str]) -> None:
     """What ``python WORDS`` does."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for number, stream in enumerate(streams):
+    above = [fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for stream in streams]
+    for stream in streams:
+        os.close(stream)
+    for number, stream in zip(numbers, above, strict=True):
         os.dup2(stream, number)
         os.close(stream)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))

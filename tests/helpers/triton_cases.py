@@ -80,12 +80,12 @@ def test_a_registered_mode(lay_out):
 
 
 def test_several_tiles():
-    assert_right(*example("rpe-0.5-product-ctx-1-qkv", (7, 10), 1, batch=1, heads=1))
+    assert_right(*example("rpe-0.5-product-ctx-1-qkv", (5, 13), 0, batch=1, heads=1))
 
 
 @pytest.mark.parametrize("spec", ["rpe-0.5-product-ctx-1-qkv", "rpe-0.5-cross-ctx-0-qkv"])
 def test_numbers_for_pairs_are_kept_for_some_planes_at_a_time(monkeypatch, spec):
-    case = example(spec, (2, 3), 1, batch=2)
+    case = example(spec, (2, 3), 1, batch=2, heads=1)
     whole = run(*case, "triton", torch.float32)
     monkeypatch.setattr(triton_launch, "chunk_bytes", lambda device: 1)  # one plane, the minimum
     for pieces, expected in zip(run(*case, "triton", torch.float32), whole, strict=True):
@@ -197,7 +197,7 @@ def test_empty_batch():
 
 
 def test_any_strides():
-    packed, encodings, options = example("rpe-0.5-product-ctx-1-k")
+    packed, encodings, options = example("rpe-0.5-product-ctx-1-k", batch=1)
     odd = packed.transpose(1, 4).contiguous().transpose(1, 4)  # the last dimension is not the adjacent one
     for ours, expected in zip(
         run(odd, encodings, options, "triton", torch.float32),
@@ -208,7 +208,7 @@ def test_any_strides():
 
 @pytest.mark.parametrize("spec", ["rpe-1.0-cross-ctx-1-qkv", "rpe-1.0-product-bias-0-k"])
 def test_compiles_without_a_graph_break(spec):
-    packed, encodings, options = example(spec)
+    packed, encodings, options = example(spec, batch=1, heads=1)
     torch.compiler.reset()
     compiled = torch.compile(rpe_attention, fullgraph=True, backend="aot_eager")
 
