@@ -113,7 +113,9 @@ def attend(client: socket.socket) -> None:
     os._exit(0)  # an orderly exit of Python would touch, and so copy, all memory shared with the server
 
 
-def run(streams: list[int], numbers: list[int], stand_in: str, words: list[str], folder: str, environment: dict[str, str]) -> None:
+def run(
+    streams: list[int], numbers: list[int], stand_in: str, words: list[str], folder: str, environment: dict[str, str]
+) -> None:
     """What ``python WORDS`` does."""
     os.chdir(folder)
     os.environ.clear()
