@@ -37,7 +37,7 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
 @contextlib.contextmanager
 def complete(*ends: Path) -> Iterator[list[Path]]:
     """Hidden paths to write to, which get the names ``ends`` (of one folder) once all are complete, or are removed."""
-    with tempfile.TemporaryDirectory(prefix=".part_", dir=ends[0].parent) as hidden, naming(ends[0]):
+    with naming(ends[0]), tempfile.TemporaryDirectory(prefix=".part_", dir=ends[0].parent) as hidden:
         parts = [Path(hidden, end.name) for end in ends]  # an archive may keep its file's name
         yield parts
         for part, end in zip(parts, ends, strict=True):

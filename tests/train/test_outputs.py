@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from irpe_train.errors import RunError
-from irpe_train.outputs import LIST, OutputFolder, refuse_existing, result_names, writable_folder
+from irpe_train.outputs import LIST, OutputFolder, complete, refuse_existing, result_names, writable_folder
 from irpe_train.run_folder import LOCK, lock
 from irpe_train.text_files import write_text
 from tests.helpers.full_disk import full_disk
@@ -146,5 +146,7 @@ def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_one(tmp_path):
             raise OSError(28, "no space", str(picture.parent))  # as of a library
         with pytest.raises(OSError, match=LOCK):
             lock(tmp_path)
+    with pytest.raises(FileNotFoundError, match="gone/a.png'"), complete(tmp_path / "gone" / "a.png"):
+        pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
