@@ -54,10 +54,13 @@ __device__ __forceinline__ float load(Place place) {
 }
 template <typename T>
 __device__ __forceinline__ T load(Place place, T) {
-  if constexpr (sizeof(T) == 4) return load(place);
-  uint16_t bits;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(place));
-  return *reinterpret_cast<const T*>(&bits);
+  if constexpr (std::is_same_v<T, float>) {
+    return load(place);
+  } else {
+    uint16_t bits;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(place));
+    return *reinterpret_cast<const T*>(&bits);
+  }
 }
 __device__ __forceinline__ float2 load_pair(Place place) {
   float2 value;
@@ -137,7 +140,8 @@ __device__ __forceinline__ float2 unpacked(uint32_t word, __half) {
 __device__ __forceinline__ float2 unpacked(uint32_t word, __nv_bfloat16) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
 }
-// Of two pairs of numbers.
+
+// The scalar product of two pairs.
 template <typename T>
 __device__ __forceinline__ float product(uint32_t x, uint32_t y, T type) {
   const float2 a = unpacked(x, type), b = unpacked(y, type);
