@@ -9,7 +9,7 @@ from pycocotools import mask as rle
 from torch import Tensor
 from torchvision import tv_tensors
 
-MOST_PIXELS = 2**30  # per image; run lengths are 32-bit numbers in pycocotools
+MOST_PIXELS = 2**29  # per image; a run length has at most six letters, see _runs_of_text
 
 
 def problem_of(segmentation, height: int, width: int) -> str | None:
@@ -78,7 +78,7 @@ def _runs_of_text(counts: str) -> list[int] | None:
     runs, value, shift = [], 0, 0
     for letter in counts.encode(errors="surrogatepass"):
         bits = letter - 48
-        if not 0 <= bits < 64 or shift > 30:  # 35 bits are beyond any image, and beyond pycocotools' own numbers
+        if not 0 <= bits < 64 or shift > 25:  # a seventh letter would overflow pycocotools' 32-bit shifts
             return None
         value |= (bits & 31) << shift
         shift += 5

@@ -213,6 +213,8 @@ def test_no_damaged_run_length_reaches_the_decoder():
         ({"size": [40, 56], "counts": "ü"}, "not counts of pixels"),
         ({"size": [40, 56], "counts": "\ud800"}, "not counts of pixels"),
         ({"size": [40, 56], "counts": "oooooooooooooooooooooooooooo0"}, "not counts of pixels"),
+        # Its last number, -16, is written in seven letters, which pycocotools reads as -8.
+        ({"size": [40, 56], "counts": "Xo0T3PQ1`oooooO"}, "not counts of pixels"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused_by_their_place(tmp_path, shape, words):
