@@ -100,14 +100,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--model", default="deit_small_patch16_224", help="any of timm's DeiT, or detr_ and a ResNet")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
-    parser.add_argument("--quick", action="store_true", help="batch of 2, two rounds: does it run?")
+    parser.add_argument("--quick", action="store_true", help="batch of 2, one round: does it run?")
     parser.add_argument("--output", type=Path, help="folder to write a CSV into")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     batch = 2 if args.quick else args.batch_size
-    bench = Bench(device, 2 if args.quick else args.rounds)
+    bench = Bench(device, 1 if args.quick else args.rounds)
     print(describe(device, bench))
     build = detr if args.model.startswith("detr_") else deit
     models, images, loss_of, comparable = build(args.model, batch, device)

@@ -62,10 +62,11 @@ class Bench:
     def compare(self, operation: str, shape: str, dtype: str, base: str, candidates: dict[str, Callable]) -> None:
         """Time every candidate, print its median and the ratios to ``base``, of medians and of the fastest rounds."""
         times = {name: [] for name in candidates}
-        for round_ in range(self.rounds + 2):
+        warm_up = min(self.rounds, 2)
+        for round_ in range(warm_up + self.rounds):
             for name, run in candidates.items():
                 milliseconds = self._device_time(run) if self.queued else self._host_time(run)
-                if round_ >= 2:  # two rounds to warm up
+                if round_ >= warm_up:
                     times[name].append(milliseconds)
         medians = {name: statistics.median(t) for name, t in times.items()}
         for name, median in medians.items():
@@ -237,13 +238,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="two rounds: does it run?")
+    parser.add_argument("--quick", action="store_true", help="one round: does it run?")
     parser.add_argument("--output", type=Path, help="folder to write a CSV into")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    bench = Bench(device, 2 if args.quick else args.rounds, queued=True)
+    bench = Bench(device, 1 if args.quick else args.rounds, queued=True)
     print(describe(device, bench))
     known = GPU_SHAPES if device.type == "cuda" else SHAPES
     shapes = {shape: sizes for shape, sizes in known.items() if args.only in shape}

@@ -18,6 +18,7 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "long" not in item.keywords)  # the longest begin first: no worker waits for them
     if torch.cuda.is_available():
         return
     for item in items:

@@ -214,5 +214,5 @@ def test_a_command_that_fails_is_seen(copy):
 @pytest.mark.parametrize("text", ["sleep 60", "python sleep.py"])
 def test_a_command_that_does_not_end_has_failed(text, tmp_path):
     (tmp_path / "sleep.py").write_text("import time\ntime.sleep(60)\n")
-    code, _ = Command(text, tmp_path).ended(timeout=2)
+    code, _ = Command(text, tmp_path).ended(timeout=0.5)
     assert code == -9

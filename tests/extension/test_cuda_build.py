@@ -21,6 +21,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_kernels_compile_and_keep_to_their_registers(tmp_path, source):

@@ -10,6 +10,7 @@ import pytest
 CASES = Path(__file__).parents[1] / "helpers" / "triton_cases.py"
 
 
+@pytest.mark.long
 def test_all_cases_pass_in_the_interpreter():
     pytest.importorskip("triton")
     # Triton reads the variable when it is imported, and a kernel stays interpreted: hence the process.

@@ -20,8 +20,10 @@ BEHIND = {  # by program
     "scripts/benchmark_ops.py": "--quick --only 'DeiT-S B16'",
     "scripts/benchmark_models.py": "--quick --model deit_tiny_patch16_224",
     "scripts/benchmark_memory.py": "--grids 12x12",
-    "irpe classify export": "--formats onnx",  # tests/deit/test_export.py and tests/detr/test_export.py
-    "irpe detect export": "--formats safetensors",  # write the others
+    # Each writes some formats; tests/deit/test_export.py and tests/detr/test_export.py write all.
+    "irpe classify export": "--formats onnx",
+    "irpe classify export --resume outputs/small_k/best.pth": "--formats pt2 safetensors",
+    "irpe detect export": "--formats safetensors",
     "scripts/make_demo_data.py": "--task classification",  # detection takes longer and has its own test
 }
 

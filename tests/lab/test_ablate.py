@@ -197,7 +197,7 @@ def test_a_table_counts_the_model_that_was_trained_and_evaluates_it_at_another_s
 
 
 def run_in_background(place, *more):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "irpe_lab.ablate", "grid.yaml", "-o", "out", *more],
         env=environment,
@@ -320,7 +320,7 @@ def test_a_worker_waits_for_a_busy_run(tmp_path):
 
 
 def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", "import time; print('here', flush=True); time.sleep(2)"], "")
+    jobs.prepare(tmp_path / "run", ["-c", "import time; print('here', flush=True); time.sleep(1)"], "")
     worker = subprocess.Popen([sys.executable, "-m", "irpe_lab.jobs", str(tmp_path / "run")], cwd=ROOT)
     console = tmp_path / "run" / "detail.log"
     wait_for(lambda: console.exists() and console.read_text() == "here\n")

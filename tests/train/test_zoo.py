@@ -51,7 +51,7 @@ def server():
     server.sent = 0  # in MiB
     server.files, server.asked, server.cut, server.announces = {}, 0, None, True
     server.raw = b""  # instead of an answer
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
