@@ -60,14 +60,16 @@ def results_folder(wanted: Path, results: Sequence[str]) -> Path:
     """The folder for the ``results`` of predict: ``wanted``, or if that has files the first of ``wanted_2``,
     ``wanted_3``, ... without any. It is marked, by a hidden file, so that pictures in it are not read as photographs.
 
-    Raises: RunError: it cannot be written, or two results have the same name.
+    Raises: RunError: it cannot be written, or two results have the same name, or one a name too long for a file.
     """
     counts = Counter(name.casefold() for name in results)  # some file systems ignore case
     if twice := [name for name in results if counts[name.casefold()] > 1]:
         raise RunError(f"two results would be called {twice[0]}: predict one of the images by itself")
-    wanted = Path(os.path.abspath(wanted))
+    if long := [name for name in results if len(os.fsencode(Path(name).name)) > 255]:
+        raise RunError(f"a result would be called {long[0]}, and no file name has over 255 bytes: rename the image")
+    wanted = os.path.abspath(wanted)
     for number in itertools.count(1):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
+        folder = Path(wanted if number == 1 else f"{wanted}_{number}")
         if not os.listdir(writable_folder(folder)):
             with naming(folder / MARK), contextlib.suppress(FileExistsError):  # another process was faster
                 (folder / MARK).touch(exist_ok=False)

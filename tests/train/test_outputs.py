@@ -86,9 +86,12 @@ def test_each_image_has_results_of_its_own(files, names):
     assert list(result_names([Path(file) for file in files]).values()) == names
 
 
-def test_two_results_of_one_name_are_refused_before_any_work(tmp_path):
+def test_results_of_one_name_or_too_long_a_name_are_refused_before_any_work(tmp_path):
     with pytest.raises(RunError, match="two results would be called A.png: predict one of the images by itself"):
         results_folder(tmp_path / "out", ["A.png", "b.png", "a.png"])
+    long = "nü" + 124 * "ü"  # 251 bytes
+    with pytest.raises(RunError, match=f"called b/{long}.json, and no file name has over 255 bytes: rename the image"):
+        results_folder(tmp_path / "out", [f"b/{long}.png", f"b/{long}.json"])
     assert not (tmp_path / "out").exists()
 
 
