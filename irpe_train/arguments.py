@@ -3,6 +3,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 LARGEST_SEED = 2**63 - 1  # of PyTorch
@@ -69,42 +70,24 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--formats", nargs="+", choices=tuple(SUFFIX), default=["onnx"], help="which (default: onnx)")
 
 
-def positive_int(text: str) -> int:
-    if not 1 <= (value := int(text)) <= LARGEST_COUNT:
-        raise argparse.ArgumentTypeError(
-            f"expected {'1 or more' if value < 1 else f'at most {LARGEST_COUNT}'}, got {text}"
-        )
-    return value
+def _number(kind: type, name: str, wanted: str, valid: Callable[[float], bool]) -> Callable[[str], float]:
+    """The ``type`` of a flag: a number for which ``valid`` is true."""
+
+    def parse(text: str) -> float:
+        if not valid(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}")
+        return value
+
+    parse.__name__ = name  # as argparse calls it
+    return parse
 
 
-def nonnegative_int(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
-    return value
-
-
-def number_of_workers(text: str) -> int:
-    if (value := nonnegative_int(text)) > 1000:
-        raise argparse.ArgumentTypeError(f"expected at most 1000 processes, got {text}")
-    return value
-
-
-def nonnegative_float(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
-
-
-def fraction(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text}")
-    return value
+positive_int = _number(int, "positive_int", f"1 to {LARGEST_COUNT}", lambda n: 1 <= n <= LARGEST_COUNT)
+nonnegative_int = _number(int, "nonnegative_int", "0 or more", lambda n: n >= 0)
+number_of_workers = _number(int, "number_of_workers", "0 to 1000 processes", lambda n: 0 <= n <= 1000)
+nonnegative_float = _number(float, "nonnegative_float", "0 or more", lambda x: 0 <= x < math.inf)
+positive_float = _number(float, "positive_float", "a number above 0", lambda x: 0 < x < math.inf)
+fraction = _number(float, "fraction", "a fraction from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 def save_interval(text: str) -> str:

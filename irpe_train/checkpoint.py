@@ -57,7 +57,7 @@ def read_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error, path)}") from error
     except Exception as error:
-        why = f"{type(error).__name__}: {_first_line(error)}"
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({why}){USE_ANOTHER}") from error
     if not isinstance(contents, dict):
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
@@ -230,7 +230,7 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
             temporary.unlink()
         kept = previous if previous is not None and not path.exists() else path
         raise RunError(
-            f"cannot write {path}: {_first_line(error)}. Free some space or choose another --output_dir; "
+            f"cannot write {path}: {first_line(error)}. Free some space or choose another --output_dir; "
             f"the last good checkpoint is kept: {kept if kept.exists() else 'there was none'}"
         ) from error
 
@@ -256,7 +256,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _first_line(error: BaseException) -> str:
-    return first_line(error, 999).partition(". In PyTorch")[0][:300]  # the rest advises weights_only=False

@@ -119,16 +119,11 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     Args: local_rank: which GPU of this machine this process takes; None for a single process.
     Raises: ValueError: no such device, or more processes than GPUs.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r}: expected cuda, cuda:N or cpu") from error
+    if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", name):
+        raise ValueError(f"--device {name!r}: expected cuda, cuda:N or cpu")
+    device = torch.device(name)
     if device.type == "cpu":
-        if device.index:
-            raise ValueError(f"--device {name}: the CPU is one device; expected cpu")
         return device
-    if device.type != "cuda":
-        raise ValueError(f"--device {name}: expected cuda, cuda:N or cpu; other devices are not supported")
     if device.index is None and not torch.cuda.is_available():
         logger.info(f"--device {name}: no CUDA device here, so this runs on the CPU (--device cpu hides this note)")
         return torch.device("cpu")

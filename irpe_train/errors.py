@@ -12,14 +12,15 @@ class BadFlags(RunError, ValueError):
     """Flag values that a library refuses."""
 
 
-def in_one_line(error: BaseException, most: int = 300) -> str:
+def in_one_line(error: BaseException) -> str:
     """An error's message without line breaks; its type if it has no message."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def first_line(error: BaseException, most: int = 200) -> str:
-    """The first line of an error's message; its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without torch.load's advice; its type if it has no message."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(". In PyTorch")[0][:300]  # the rest advises weights_only=False
 
 
 @contextlib.contextmanager

@@ -375,7 +375,7 @@ def test_what_slurm_does_not_take_is_one_message(place, monkeypatch, option):
 def test_nothing_at_a_time_is_refused(place, flag, capsys):
     with pytest.raises(SystemExit):
         main(["grid.yaml", flag, "0"])
-    assert "expected 1 or more, got 0" in capsys.readouterr().err
+    assert "expected 1 to 2147483647, got 0" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_not_evaluated(tmp_path):

@@ -182,9 +182,9 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
     ("name", "words"),
     [
         ("cuda:2", "--device cuda:2: there are 2 GPUs, counted from cuda:0"),
-        ("cpu:7", "--device cpu:7: the CPU is one device"),
-        ("mps", "--device mps: expected cuda, cuda:N or cpu"),
-        ("meta", "--device meta: expected cuda, cuda:N or cpu"),
+        ("cpu:7", "--device 'cpu:7': expected cuda, cuda:N or cpu"),
+        ("mps", "--device 'mps': expected cuda, cuda:N or cpu"),
+        ("cuda:999", "--device 'cuda:999': expected cuda, cuda:N or cpu"),
         ("banana", "--device 'banana': expected cuda, cuda:N or cpu"),
         ("cuda:-1", "--device 'cuda:-1': expected cuda, cuda:N or cpu"),
         ("", "--device '': expected cuda, cuda:N or cpu"),
