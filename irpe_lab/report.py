@@ -232,25 +232,18 @@ def get_parser() -> argparse.ArgumentParser:
     add("logs", nargs="?", type=Path, default=Path("logs"), help="folder (default logs)")
     add("-o", "--output", type=Path, help="write the page and its HTML here, e.g. docs/results.md")
     add("--readme", type=Path, metavar="FILE.md", help="update the tables between the markers of this file")
-    add("--check", action="store_true", help="write nothing; fail if --output or --readme is stale")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns: 1 if ``--check`` finds a stale file."""
+def main(argv: list[str] | None = None) -> None:
+    """Write the page, and the tables of another one."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if not (args.output or args.readme):
         parser.error("nothing to write: give -o FILE.md, --readme FILE.md or both")
     try:
-        stale = []
         if args.output:
-            report = Report(args.logs, args.output)
-            if args.check:
-                fresh = report.markdown()
-                stale += [args.output] * (not args.output.is_file() or read_text(args.output) != fresh)
-            else:
-                print("\n".join(map(str, write_page(report))))
+            print("\n".join(map(str, write_page(Report(args.logs, args.output)))))
         if args.readme:
             try:
                 text = args.readme.read_text(encoding="utf-8")
@@ -258,18 +251,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise BadData(f"--readme {args.readme}: not UTF-8 text ({error})") from error
             if not MARKED.search(text):
                 raise RunError(f"--readme {args.readme}: no <!-- results:begin --> with its <!-- results:end --> in it")
-            fresh = Report(args.logs, args.readme).fill(text)
-            if args.check:
-                stale += [args.readme] * (fresh != text)
-            else:
-                write_text(args.readme.resolve(), fresh)  # atomic; a symlink stays one
-                print(args.readme)
+            write_text(args.readme.resolve(), Report(args.logs, args.readme).fill(text))  # atomic; a symlink stays one
+            print(args.readme)
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    for path in stale:
-        print(f"{path} is stale: update it with irpe report", file=sys.stderr)
-    return 1 if stale else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -49,8 +49,6 @@ class TrainLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch size {batch_size}: expected 1 or more images per process")
         self.dataset, self.sampler, self.batch_size, self.seed = dataset, sampler, batch_size, seed
         self.bad: dict[str, str] = {}
         self._order = _Order(sampler, batch_size, seed)
@@ -111,8 +109,6 @@ class EvalLoader:
         pin_memory: bool = False,
         shard: bool = True,
     ):
-        if batch_size < 1:
-            raise ValueError(f"evaluation batch size {batch_size}: expected 1 or more images")
         self.dataset, self.batch_size = dataset, batch_size
         first, stride = (rank(), world_size()) if shard else (0, 1)
         batches = [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)]

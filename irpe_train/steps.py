@@ -57,8 +57,6 @@ class Steps:
         save_interval: str | None = None,
         max_bad: float = 0.001,
     ):
-        if accumulate < 1:
-            raise ValueError(f"--accumulate {accumulate}: expected 1 or more batches per update")
         self.loader, self.state, self.checkpoints = loader, state, checkpoints
         self.seed, self.epochs, self.accumulate, self.max_bad = seed, epochs, accumulate, max_bad
         self._trained_at, self._between = None, 0.0  # end of an epoch's training; seconds until the next one's start

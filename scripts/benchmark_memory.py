@@ -55,7 +55,8 @@ def run(candidate: str, height: int, width: int, heads: int, head_dim: int, devi
     out.sum().backward()
 
 
-def measure(candidate: str, grid: tuple[int, int], args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+def measure(candidate: str, grid: tuple[int, int], args: argparse.Namespace) -> float:
+    """MiB of the peak above what was in use before the call."""
     torch.set_num_threads(1)
     if candidate.startswith("gather"):
         sys.modules["irpe_ops.rpe_index"].compiled_devices = ()
@@ -64,7 +65,7 @@ def measure(candidate: str, grid: tuple[int, int], args: argparse.Namespace, res
     reset_peak(device)
     before, _ = now_and_peak(device)
     run(candidate, *grid, args.heads, args.head_dim, device)
-    results.put(now_and_peak(device)[1] - before)
+    return now_and_peak(device)[1] - before
 
 
 def main() -> None:
@@ -87,13 +88,8 @@ def main() -> None:
         matrix = args.heads * length * length * 4 / 2**20
         print(f"L = {length}, {args.heads} heads of {args.head_dim}, fp32; one (heads, L, L) tensor: {matrix:,.0f} MiB")
         for candidate in CANDIDATES:
-            results = context.Queue()
-            process = context.Process(target=measure, args=(candidate, (height, width), args, results))
-            process.start()
-            process.join()
-            if process.exitcode:
-                sys.exit(f"{candidate} ended with {process.exitcode}")
-            megabytes = results.get()
+            with context.Pool(1) as process:
+                megabytes = process.apply(measure, (candidate, (height, width), args))
             print(f"{candidate:10}  {megabytes:8,.0f} MiB  {megabytes / matrix:6.2f} of that tensor", flush=True)
             rows.append([candidate, length, args.heads, args.head_dim, f"{megabytes:.0f}", f"{megabytes / matrix:.3f}"])
     if args.output:

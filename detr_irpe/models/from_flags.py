@@ -24,6 +24,10 @@ from irpe_train.run_folder import Checkpoint
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
 MAY_CHANGE = {"num_queries", "masks", "dataset_file", "image_size"}  # flags, between a detector and what starts from it
 PUBLISHED_THINGS = range(91)
+SIZES = (  # flags with the names of `create_model`
+    *("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout", "pre_norm"),
+    *("position_embedding", "dilation", "aux_loss", "masks"),
+)
 FILL = ("eval", "resume", "pretrained", "finetune", "frozen_weights")  # flags that name a checkpoint of the whole model
 
 
@@ -46,18 +50,8 @@ def build_model(
         num_classes,
         args.num_queries,
         _pretrained_backbone(args, filled),
-        hidden_dim=args.hidden_dim,
-        nheads=args.nheads,
-        enc_layers=args.enc_layers,
-        dec_layers=args.dec_layers,
-        dim_feedforward=args.dim_feedforward,
-        dropout=args.dropout,
-        pre_norm=args.pre_norm,
-        position_embedding=args.position_embedding,
-        dilation=args.dilation,
+        **{name: getattr(args, name) for name in SIZES},
         train_backbone=args.lr_backbone > 0,
-        aux_loss=args.aux_loss,
-        masks=args.masks,
         freeze_detr=bool(getattr(args, "frozen_weights", None)),
         attn_backend=getattr(args, "attn_backend", "auto"),
     )
