@@ -38,7 +38,8 @@ in the checkpoint; --model and --rpe give them if it has none; an ONNX file need
 Writes DIR/<image>.png and DIR/predictions.json; with --attention also what the chosen patches attend to
 (<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png); with --tables,
 which needs no image, and --attention the learned tables (tables.png). If two images have the same name, their
-results are named after their folders too.
+results are named after their folders too. Files that predict did not write, or wrote for another image, are
+never replaced.
 """
 
 

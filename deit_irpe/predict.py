@@ -24,9 +24,9 @@ from irpe_ops.visualize import draw_maps, draw_over_image, draw_tables, plain_te
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
 from irpe_train.launch import launch
-from irpe_train.outputs import result_names, results_folder, writable_folder
+from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, files_of, read_image
-from irpe_train.text_files import write_text
+from irpe_train.text_files import read_text
 
 
 def attention_calls(model: VisionTransformer, images: Tensor) -> list[AttentionCall]:
@@ -92,25 +92,24 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``, into a new folder."""
+    """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or give --tables")
     set_up_logging(0)
-    names = result_names(files_of(args.images))
-    writable_folder(args.out)
+    names = result_names(files_of(args.images, besides=args.out))
+    out = OutputFolder(args.out, names)
+    pictures = [f"{name}.png" for name in names.values()] + ["predictions.json"][: len(names)]
+    out.refuse_to_replace(pictures)
     flags = dict(ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size)
     classifier = Classifier(args.resume, choose_device(args.device), **flags)
     points = points_of(classifier.model, args.attention) if args.attention is not None else []
     encoded = points and any(isinstance(module, IRPE) for module in classifier.model.modules())
-    results = [f"{name}.png" for name in names.values()]
-    results += [f"{name}_{kind}_{r}-{c}.png" for name in names.values() for kind in MAPS for r, c in points]
-    if with_tables := args.tables or encoded:
-        tables = draw_tables(classifier.model, *classifier.model.patch_embed.grid_size)
-        results.append("tables.png")
-    out = results_folder(args.out, results)
-    if with_tables:
-        save(tables, out / "tables.png")
+    maps = [f"{name}_{kind}_{r}-{c}.png" for name in names.values() for kind in MAPS for r, c in points]
+    tables = ["tables.png"] if args.tables or encoded else []
+    out.refuse_to_replace(pictures + maps + tables)
 
+    if tables:  # first: a model without any is refused before its images are predicted
+        _save(draw_tables(classifier.model, *classifier.model.patch_embed.grid_size), out, "tables.png")
     predictions, unreadable = [], []
     for file, name in names.items():
         try:
@@ -121,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
             continue
         shares, numbers = classifier(image).topk(min(5, len(classifier.classes)))
         top = [(classifier.classes[n], n, share) for n, share in zip(numbers.tolist(), shares.tolist(), strict=True)]
-        save(draw_top(image, [label for label, *_ in top], shares.tolist()), out / f"{name}.png")
+        _save(draw_top(image, [label for label, *_ in top], shares.tolist()), out, f"{name}.png")
         entries = [{"class": label, "number": number, "probability": share} for label, number, share in top]
         predictions.append({"image": str(file), "top": entries})
         logger.info(f"{_shown(file)}: " + ", ".join(f"{label} {share:.1%}" for label, _, share in top))
@@ -129,9 +128,14 @@ def main(args: argparse.Namespace) -> None:
         for point in points:
             draw_attention(classifier.seen(image), calls, point, name, out)
     if predictions:
-        write_text(out / "predictions.json", json.dumps(predictions, indent=1) + "\n")
-    if predictions or with_tables:
-        logger.info(f"{'pictures and predictions.json are' if predictions else 'tables.png is'} in {out}")
+        if (before := args.out / "predictions.json").exists():  # of an earlier prediction, whose pictures stay too
+            again = {os.path.abspath(entry["image"]) for entry in predictions}
+            earlier = [entry for entry in json.loads(read_text(before)) if isinstance(entry, dict)]
+            predictions = [one for one in earlier if os.path.abspath(one["image"]) not in again] + predictions
+        with out.writing("predictions.json") as (file,):
+            file.write_text(json.dumps(predictions, indent=1) + "\n")
+    if predictions or tables:
+        logger.info(f"{'pictures and predictions.json are' if predictions else 'tables.png is'} in {args.out}")
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")
 
@@ -154,7 +158,7 @@ def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[
 
 
 def draw_attention(
-    seen: Image.Image, calls: Sequence[AttentionCall], point: tuple[int, int], name: str, out: Path
+    seen: Image.Image, calls: Sequence[AttentionCall], point: tuple[int, int], name: str, out: OutputFolder
 ) -> None:
     """Save a patch's attention over the image, and what the encodings of keys and queries add to its scores.
 
@@ -165,11 +169,16 @@ def draw_attention(
     looks = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}
     centre = ((col + 0.5) * seen.width / width, (row + 0.5) * seen.height / height)
     title = f"{name}: attention of patch {row},{col} in the last block"
-    save(draw_over_image(seen, [centre], [looks], title), out / f"{name}_attention_{row}-{col}.png")
+    _save(draw_over_image(seen, [centre], [looks], title), out, f"{name}_attention_{row}-{col}.png")
     if added := encoding_maps(calls, row, col):
         title = f"{name}: added to the scores of patch {row},{col}, by layer and head"
         figure = draw_maps(added, mark=(row, col), signed=True, title=title)
-        save(figure, out / f"{name}_encoding_{row}-{col}.png")
+        _save(figure, out, f"{name}_encoding_{row}-{col}.png")
+
+
+def _save(figure: Figure, out: OutputFolder, name: str) -> None:
+    with out.writing(name) as (file,):
+        save(figure, file)
 
 
 def _shown(path: Path) -> str:

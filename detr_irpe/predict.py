@@ -24,7 +24,7 @@ from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.distributed import choose_device, logger, set_up_logging
 from irpe_train.errors import BadData
 from irpe_train.launch import launch
-from irpe_train.outputs import complete, result_names, results_folder, writable_folder
+from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import files_of, is_turned, read_image
 
 REACH = 8  # rows and columns in the pictures of learned tables, including the patch itself
@@ -32,31 +32,30 @@ MOST_POINTS = 3  # query points of attention, if none are given: the centres of 
 
 
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``, into a new folder."""
+    """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or give --tables")
     if args.point and not args.attention:
         raise ValueError("--point is the query point of --attention: add --attention")
     set_up_logging(0)
-    names = result_names(files_of(args.images))
-    writable_folder(args.out)
+    names = result_names(files_of(args.images, besides=args.out))
+    suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
+    results = [name + suffix for name in names.values() for suffix in suffixes]
+    out = OutputFolder(args.out, names)
+    out.refuse_to_replace(results + (["tables.png"] if args.tables or args.attention else []))
     detector = Detector(args.resume, choose_device(args.device))
     if args.attention:
         if not len(detector.encoder.layers):
             raise ValueError(f"--attention: {args.resume} has no encoder layer to inspect")
         seen, layer = [], detector.encoder.layers[-1].self_attn
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    with_tables = args.tables or args.attention and detector.flags.enc_rpe2d
     truth = Truth(args.annotations, detector.names) if args.annotations else None
     numbers = {image: truth.number_of(image) if truth else None for image in names}
-    suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
-    results = [name + suffix for name in names.values() for suffix in suffixes]
-    if with_tables := args.tables or args.attention and detector.flags.enc_rpe2d:
-        tables = draw_tables(detector.encoder, REACH, REACH)
-        results.append("tables.png")
-    out = results_folder(args.out, results)
     if with_tables:
-        save(tables, out / "tables.png")
-        logger.info(f"tables.png is in {out}")
+        with out.writing("tables.png") as (file,):
+            save(draw_tables(detector.encoder, REACH, REACH), file)
+        logger.info(f"tables.png is in {args.out}")
 
     unreadable = []
     for path, number in numbers.items():
@@ -79,16 +78,17 @@ def main(args: argparse.Namespace) -> None:
             picture = side_by_side({"truth": truth.draw(image, number, detector.names), "prediction": picture})
         name = names[path]
         described = describe(path, image, found, detector.names) | {"frame": frame}
-        with complete(out / f"{name}.png", out / f"{name}.json") as (picture_file, json_file):
+        with out.writing(f"{name}.png", f"{name}.json") as (picture_file, json_file):
             picture.save(picture_file)
             json_file.write_text(json.dumps(described, indent=1))
         count = f"{len(found['scores'])} objects"
         if not len(found["scores"]) and len(every["scores"]):
             count += f" (best score {every['scores'][0]:.2f}, --threshold {args.threshold:g})"
-        logger.info(f"{path}: {count} -> {out / name}.png, .json")
+        logger.info(f"{path}: {count} -> {args.out / name}.png, .json")
         if args.attention:
             points = args.point or centres(found["boxes"], image)
-            draw_attention(image, layer, seen.pop(), points, path.name, out / f"{name}_attention.png")
+            with out.writing(f"{name}_attention.png") as (file,):
+                draw_attention(image, layer, seen.pop(), points, path.name, file)
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")
 

@@ -51,13 +51,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
     add("--resume", required=True, metavar="FILE|URL", help="checkpoint, ours or published, or an exported .onnx")
     out = Path("predictions")
-    add(
-        "--out",
-        type=Path,
-        default=out,
-        metavar="DIR",
-        help=f"folder of the results (default {out}); if it has files, DIR_2, DIR_3, ...",
-    )
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder of the results (default {out})")
     add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
     add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
 

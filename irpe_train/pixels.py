@@ -12,8 +12,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from irpe_train import outputs
 from irpe_train.distributed import logger
+from irpe_train.outputs import OutputFolder
 
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
@@ -27,17 +27,20 @@ class UnreadableImage(OSError):
     """An image file that is missing, damaged, empty, too large or not an image; the message names it."""
 
 
-def files_of(named: Sequence[str]) -> list[Path]:
+def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
     """The images that files, folders and patterns name, each once, even if symlinks lead to their folder again.
 
-    Results of predict are only images where a file is named. Raises: ValueError: one of ``named`` names no image.
+    Args: besides: the folder of results. Its files, if it lies within the searched folder, and what predict wrote
+        elsewhere are skipped in searches.
+    Raises: ValueError: one of them names no image.
     """
     files: dict[Path, Path] = {}
     for text in named:
-        paths = [Path(text)]
-        if glob.has_magic(text) and not paths[0].exists():  # a pattern; ** matches any folders
-            paths = [path for path in sorted(map(Path, glob.glob(text, recursive=True))) if not _is_result(path)]
-        found = [file for path in paths for file in (_files_below(path) if path.is_dir() else [path])]
+        fits = not glob.has_magic(text) or Path(text).exists()  # else it is a pattern; ** matches any folders
+        paths = [Path(text)] if fits else sorted(map(Path, glob.glob(text, recursive=True)))
+        if not fits:
+            paths = _photographs(next(p for p in Path(text).parents if not glob.has_magic(str(p))), paths, besides)
+        found = [file for path in paths for file in (_files_below(path, besides) if path.is_dir() else [path])]
         if not found:
             where = "in this folder" if Path(text).is_dir() else "matches this pattern"
             raise ValueError(f"{text}: no image {where} (not counting results of predict)")
@@ -46,27 +49,21 @@ def files_of(named: Sequence[str]) -> list[Path]:
     return list(files.values())
 
 
-def _is_result(path: Path) -> bool:
-    return any((folder / outputs.MARK).exists() for folder in path.parents)
-
-
 def _place(file: Path) -> Path:
     """The place of a file, with symlinks in its folder resolved; a symlink to a file is a file of its own."""
     return Path(os.path.realpath(file.parent), file.name)
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path, besides: Path) -> list[Path]:
     found = [Path(parent, name) for parent, names in walk(folder) for name in names]
+    found = _photographs(folder, found, besides)
     found = [file for file in found if not is_hidden(file.relative_to(folder).parts)]
     report_unread(folder, (file.name for file in found))
     return sorted(file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """``folder`` and each folder below it, through symlinks as in training, with its files, but no results of predict.
-
-    Raises: OSError: one of them cannot be listed.
-    """
+    """``folder`` and each folder below it, through symlinks as in training, with its files. Raises OSError."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -74,13 +71,25 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         here = os.stat(parent)
-        # Not again through a symlink back, or a second one to the same folder.
-        if (here.st_dev, here.st_ino) in seen or outputs.MARK in names:
+        if (here.st_dev, here.st_ino) in seen:  # a symlink back, or a second one to the same folder
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
         folders.sort()
         yield parent, names
+
+
+def _photographs(root: Path, files: list[Path], besides: Path) -> list[Path]:
+    """``files`` found below ``root``, without what predict wrote, and without ``besides`` if that is below too."""
+    results_folder = Path(os.path.realpath(besides))
+    below = Path(os.path.realpath(root)) in results_folder.parents  # else the images are where the results go
+    folders = {root, besides} | {file.parent for file in files}
+    results = {_place(folder / name) for folder in folders for name in OutputFolder(folder).results()}
+
+    def is_result(place: Path) -> bool:
+        return place in results or below and results_folder in (place, *place.parents)
+
+    return [file for file in files if not is_result(_place(file))]
 
 
 def report_unread(where: str | Path, names: Iterable[str]) -> None:

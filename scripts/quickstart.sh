@@ -45,7 +45,6 @@ if [ "$task" != classification ]; then
     train_and_evaluate detr_irpe configs/detr/demo.yaml --coco_path "$DATA/coco_digits" "$OUT/detr" \
         --backbone_weights "$OUT/backbone/checkpoint.pth"
     say "detr_irpe: drawing predictions"
-    rm -rf "$OUT/detr/predictions"
     images=("$DATA"/coco_digits/val2017/*)
     "$PYTHON" -m detr_irpe.predict "${images[@]:0:6}" --resume "$OUT/detr/best.pth" \
         --annotations "$DATA/coco_digits/annotations/instances_val2017.json" --out "$OUT/detr/predictions"

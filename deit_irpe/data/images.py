@@ -124,7 +124,7 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
     folders, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name == outputs.MARK:
+            if entry.name == outputs.LIST:
                 mine = f"delete {entry.path} if every image there is yours"
                 raise ValueError(f"{folder}: predict wrote pictures there, which are not data; move them, or {mine}")
             if is_hidden([entry.name]):

@@ -82,7 +82,7 @@ class TarImages(LabelledImages):
             raise FileNotFoundError(f"{file}: no such file (--load-tar reads train.tar and val.tar)")
         images, folders, hidden, unread = [], [], set(), []
         for path, place, size in _listing(file):
-            if path[-1:] == (outputs.MARK,):  # the root, `.`, has no parts
+            if path[-1:] == (outputs.LIST,):  # the root, `.`, has no parts
                 raise ValueError(f"{file}: {'/'.join(path)}: predict wrote pictures there, which are not data")
             if is_hidden(path):
                 hidden |= {path[0]} if is_hidden(path[:1]) else set()

@@ -17,7 +17,7 @@ from deit_irpe.data.images import FolderImages
 from deit_irpe.data.shards import ShardImages
 from deit_irpe.data.tar_files import TarImages
 from irpe_train.errors import RunError
-from irpe_train.outputs import MARK, results_folder
+from irpe_train.outputs import LIST, OutputFolder
 from irpe_train.pixels import files_of
 
 
@@ -303,13 +303,13 @@ def test_a_list_of_classes_from_windows(tmp_path):
 
 
 def test_pictures_that_predict_wrote_are_not_training_images(tmp_path):
-    results_folder(tmp_path / "val/a/results", ["0.png"])
     write_files(tmp_path / "val", ["a/0.png", "a/results/0.png", "b/1.png"])
+    OutputFolder(tmp_path / "val/a/results").wrote("0.png")
     with pytest.raises(ValueError, match="val/a/results: predict wrote pictures there"):
         FolderImages(tmp_path / "val")
-    with pytest.raises(ValueError, match=f"val.tar: a/results/{MARK}: predict wrote pictures there"):
-        TarImages(tar_of(tmp_path / "val.tar", f"a/results/{MARK}", "a/results/0.png", "b/1.png"))
-    (tmp_path / "val/a/results" / MARK).unlink()
+    with pytest.raises(ValueError, match=f"val.tar: a/results/{LIST}: predict wrote pictures there"):
+        TarImages(tar_of(tmp_path / "val.tar", f"a/results/{LIST}", "a/results/0.png", "b/1.png"))
+    (tmp_path / "val/a/results" / LIST).unlink()
     assert len(FolderImages(tmp_path / "val")) == 3
 
 
@@ -404,7 +404,7 @@ def test_pictures_of_other_kinds_are_reported_as_left_out(tmp_path, monkeypatch)
     FolderImages(places[0]), TarImages(places[1])
     told = ": left out because their format is not read: 1 .gif, 2 .heic; save pictures as .jpg, unpack archives"
     assert said == [f"{place}{told}" for place in places]
-    assert len(files_of([str(places[0])])) == 2 and said[2] == said[0]
+    assert len(files_of([str(places[0])], besides=tmp_path / "out")) == 2 and said[2] == said[0]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

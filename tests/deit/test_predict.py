@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -45,11 +44,6 @@ def checkpoint(tmp_path):
 
 
 def predict(tmp_path, *flags):
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    return predict_again(tmp_path, *flags)
-
-
-def predict_again(tmp_path, *flags):
     return run_ranks(
         main,
         get_predict_parser,
@@ -60,15 +54,15 @@ def predict_again(tmp_path, *flags):
 
 def test_pictures_and_json(checkpoint, tmp_path):
     write_images(tmp_path, {"images": 2}, side=50)
-    images = [tmp_path / "images" / "0.png", tmp_path / "images" / "1.png"]
-    ended = predict(tmp_path, *images, "--resume", checkpoint, "--attention", "0,3")
+    ended = predict(tmp_path, tmp_path / "images" / "0.png", "--resume", checkpoint, "--attention", "0,3")
+    assert ended.code == 0, ended.text
+    ended = predict(tmp_path, tmp_path / "images" / "0.png", tmp_path / "images" / "1.png", "--resume", checkpoint)
     assert ended.code == 0, ended.text
     first, second = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert first["top"][0]["class"] == "cat" and first["top"][0]["number"] == 2 and len(first["top"]) == 4
     assert first["top"][0]["probability"] > 0.99 and second["image"].endswith("1.png")
     written = {file.name for file in (tmp_path / "out").iterdir() if file.name[0] != "."}
-    maps = {f"{image}_{kind}_0-3.png" for image in "01" for kind in ("attention", "encoding")}
-    assert written == {"predictions.json", "tables.png", "0.png", "1.png"} | maps
+    assert written == {"predictions.json", "tables.png", "0.png", "1.png", "0_attention_0-3.png", "0_encoding_0-3.png"}
 
 
 def test_tables_need_no_image(checkpoint, tmp_path):
@@ -138,7 +132,7 @@ def test_pictures_show_the_classes_best_first_and_the_patch_that_looks(checkpoin
     tops, looks = [], []
     monkeypatch.setattr(prediction, "draw_top", lambda image, names, shares: tops.append((names, shares)))
     monkeypatch.setattr(prediction, "draw_over_image", lambda *drawn: looks.append(drawn))
-    monkeypatch.setattr(prediction, "save", lambda figure, path: None)
+    monkeypatch.setattr(prediction, "_save", lambda figure, out, name: None)
     flags = [str(tmp_path / "images/0.png"), "--resume", str(checkpoint), "--out", str(tmp_path / "out")]
     main(get_predict_parser().parse_args([*flags, "--device", "cpu", "--attention", "1,3"]))
     ((names, shares),) = tops
@@ -180,16 +174,12 @@ def test_one_bad_image_costs_the_others_nothing(checkpoint, tmp_path):
     ]
 
 
-def test_a_second_prediction_has_a_folder_of_its_own(checkpoint, tmp_path):
-    write_images(tmp_path, {"one": 2, "out": 1})
-    photograph = (tmp_path / "out/0.png").read_bytes()
-    for number in (2, 3):
-        ended = predict_again(tmp_path, tmp_path / "one", tmp_path / "out", "--resume", checkpoint)
-        assert ended.code == 0 and f"predictions.json are in {tmp_path}/out_{number}" in ended.text, ended.text
-        images = [one["image"] for one in json.loads((tmp_path / f"out_{number}/predictions.json").read_text())]
-        assert images == [str(tmp_path / name) for name in ("one/0.png", "one/1.png", "out/0.png")]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.png"]
-    assert (tmp_path / "out/0.png").read_bytes() == photograph
+def test_a_second_prediction_adds_to_the_first(checkpoint, tmp_path):
+    write_images(tmp_path, {"one": 2, "two": 3})
+    predict(tmp_path, tmp_path / "one", "--resume", checkpoint)
+    predict(tmp_path, tmp_path / "two/2.png", tmp_path / "one/1.png", "--resume", checkpoint)
+    images = [one["image"] for one in json.loads((tmp_path / "out/predictions.json").read_text())]
+    assert images == [str(tmp_path / name) for name in ("one/0.png", "two/2.png", "one/1.png")]
 
 
 def test_names_with_dollars_and_other_letters(checkpoint, tmp_path):
@@ -197,6 +187,19 @@ def test_names_with_dollars_and_other_letters(checkpoint, tmp_path):
     (tmp_path / "images/0.png").rename(tmp_path / "images/$5_$10_{é.png")
     ended = predict(tmp_path, tmp_path / "images", "--resume", checkpoint, "--attention")
     assert ended.code == 0 and (tmp_path / "out/$5_$10_{é_attention_2-2.png").is_file(), ended.text
+
+
+def test_the_photographs_are_never_replaced(checkpoint, tmp_path):
+    write_images(tmp_path, {"out": 1})
+    photograph = (tmp_path / "out/0.png").read_bytes()
+    ended = predict(tmp_path, tmp_path / "out/0.png", "--resume", checkpoint)
+    assert ended.code == 1 and f"{tmp_path / 'out/0.png'}: already there, and not a result of predict" in ended.text
+    assert (tmp_path / "out/0.png").read_bytes() == photograph and len(list((tmp_path / "out").iterdir())) == 1
+    (tmp_path / "out/predictions.json").write_text("[]")
+    write_images(tmp_path, {"other": 2})
+    ended = predict(tmp_path, tmp_path / "other/1.png", "--resume", checkpoint)
+    assert ended.code == 1 and "predictions.json: already there" in ended.text
+    assert (tmp_path / "out/predictions.json").read_text() == "[]"
 
 
 def test_an_image_called_like_another_result(checkpoint, tmp_path):
@@ -281,12 +284,13 @@ def test_exported_files_of_others_are_refused_by_name(tmp_path, wrong, words):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
-def test_names_that_are_not_text_are_predicted(checkpoint, tmp_path):
+def test_names_that_are_not_text_are_replaced_by_a_second_prediction(checkpoint, tmp_path):
     write_images(tmp_path, {"images": 2})
     for number, name in enumerate(("caf\udce9.png", "x\ny\tz.png")):
         (tmp_path / f"images/{number}.png").rename(tmp_path / "images" / name)
-    ended = predict(tmp_path, tmp_path / "images", "--resume", checkpoint)
-    assert ended.code == 0, ended.text
+    for _ in range(2):
+        ended = predict(tmp_path, tmp_path / "images", "--resume", checkpoint)
+        assert ended.code == 0, ended.text
 
 
 def test_flags_of_another_model_are_reported(checkpoint, monkeypatch):

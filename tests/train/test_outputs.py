@@ -4,38 +4,63 @@ from pathlib import Path
 import pytest
 
 from irpe_train.errors import RunError
-from irpe_train.outputs import MARK, complete, refuse_existing, result_names, results_folder, writable_folder
+from irpe_train.outputs import LIST, OutputFolder, complete, refuse_existing, result_names, writable_folder
 from irpe_train.run_folder import LOCK, lock
 from irpe_train.text_files import write_text
 from tests.helpers.full_disk import full_disk
 
 
-def test_results_never_go_where_files_are(tmp_path):
-    first = results_folder(tmp_path / "new" / "out", ["a.png"])
-    assert first == tmp_path / "new" / "out" and [path.name for path in first.iterdir()] == [MARK]
-    (first / MARK).unlink()
-    assert results_folder(first, ["b/a.png"]) == first and (first / "b").is_dir()  # an empty one is taken
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.png").symlink_to(tmp_path / "nowhere")  # a link is a file too
-    (tmp_path / "photos_2").mkdir()
-    (tmp_path / "photos_2" / ".DS_Store").touch()
-    for number in (3, 4):
-        assert results_folder(tmp_path / "photos", []) == tmp_path / f"photos_{number}"
-    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.png"]
+def test_only_what_was_written_before_is_replaced(tmp_path):
+    out = OutputFolder(tmp_path / "new" / "out")
+    out.refuse_to_replace(["a.json"])
+    (out.folder / "a.json").write_text("1")
+    out.wrote("a.json")
+    OutputFolder(tmp_path / "new" / "out").refuse_to_replace(["a.json", "b.json"])
+    (tmp_path / "new" / "out" / "b.json").write_text("mine")
+    with pytest.raises(RunError, match=r"b.json: already there, and not a result of predict; nothing was written"):
+        OutputFolder(tmp_path / "new" / "out").refuse_to_replace(["a.json", "b.json"])
 
 
-def test_two_predictions_at_once_have_a_folder_each(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / MARK).touch()
-    monkeypatch.setattr("os.listdir", lambda folder: [])  # as it was when both looked
-    assert results_folder(tmp_path / "out", []) == tmp_path / "out_2"
+def test_two_predictions_at_once_and_one_that_was_killed(tmp_path):
+    one, other = OutputFolder(tmp_path), OutputFolder(tmp_path)
+    for out, name in ((one, "a.json"), (other, "b.json"), (one, "c.json")):
+        (out.folder / name).write_text(name)
+        out.wrote(name)
+    OutputFolder(tmp_path).refuse_to_replace(["a.json", "b.json", "c.json"])
+    listed = tmp_path / ".written_by_predict"
+    listed.write_text(listed.read_text()[:-9])
+    other.wrote("b.json")
+    OutputFolder(tmp_path).refuse_to_replace(["a.json", "b.json"])
+    with pytest.raises(RunError, match="c.json: already there"):
+        OutputFolder(tmp_path).refuse_to_replace(["c.json"])
 
 
-def test_a_folder_without_a_name_has_neighbours_too(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "here" / "a.png").touch()
-    assert results_folder(Path(), []) == tmp_path / "here_2"
+def test_images_of_one_name_in_two_predictions(tmp_path):
+    """As the frames of two cameras: the second would replace the results of the first."""
+    first, second = {tmp_path / "one/1.jpg": "1"}, {tmp_path / "two/1.jpg": "1", tmp_path / "two/2.jpg": "2"}
+    out = OutputFolder(tmp_path / "out", first)
+    out.refuse_to_replace(["1.png"])
+    (out.folder / "1.png").write_text("")
+    out.wrote("1.png")
+    OutputFolder(tmp_path / "out", first).refuse_to_replace(["1.png"])
+    with pytest.raises(RunError, match=f"out/1.png: already there, of {tmp_path}/one/1.jpg; give another --out"):
+        OutputFolder(tmp_path / "out", second).refuse_to_replace(["1.png", "2.png"])
+
+
+def test_a_result_that_was_edited_is_somebodys(tmp_path):
+    out = OutputFolder(tmp_path)
+    (out.folder / "a.json").write_text("1")
+    out.wrote("a.json")
+    (tmp_path / "a.json").write_text("corrected by hand")
+    with pytest.raises(RunError, match="a.json: already there"):
+        out.refuse_to_replace(["a.json"])
+
+
+def test_a_damaged_list_protects_everything(tmp_path):
+    (tmp_path / "a.json").write_text("1")
+    (tmp_path / ".written_by_predict").write_bytes(b"\xff\xfe a.json")
+    with pytest.raises(RunError, match="a.json"):
+        OutputFolder(tmp_path).refuse_to_replace(["a.json"])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +82,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monk
     with pytest.raises(RunError, match=words):
         writable_folder(tmp_path / place)
     with pytest.raises(RunError, match=words):
-        results_folder(tmp_path / place, ["a.json"])
+        OutputFolder(tmp_path / place).refuse_to_replace(["a.json"])
     with pytest.raises(RunError, match=words):
         refuse_existing(tmp_path / place / "x.onnx")
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
@@ -67,6 +92,8 @@ def test_links_are_somebodys(tmp_path):
     (tmp_path / "photo").write_text("photo")
     for name, target in (("a.png", "photo"), ("b.png", "nowhere"), ("c.png", "c.png")):
         (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(RunError, match=f"{name}: already there, and not a result of predict"):
+            OutputFolder(tmp_path).refuse_to_replace([name])
         with pytest.raises(RunError, match=f"--out .*{name}: already there; give another name"):
             refuse_existing(tmp_path / name)
 
@@ -87,27 +114,28 @@ def test_each_image_has_results_of_its_own(files, names):
 
 
 def test_results_of_one_name_or_too_long_a_name_are_refused_before_any_work(tmp_path):
-    with pytest.raises(RunError, match="two results would be called A.png: predict one of the images by itself"):
-        results_folder(tmp_path / "out", ["A.png", "b.png", "a.png"])
+    with pytest.raises(RunError, match="two results would be called A.png: .* into another --out"):
+        OutputFolder(tmp_path).refuse_to_replace(["A.png", "b.png", "a.png"])
     long = "nü" + 124 * "ü"  # 251 bytes
     with pytest.raises(RunError, match=f"called b/{long}.json, and no file name has over 255 bytes: rename the image"):
-        results_folder(tmp_path / "out", [f"b/{long}.png", f"b/{long}.json"])
-    assert not (tmp_path / "out").exists()
+        OutputFolder(tmp_path).refuse_to_replace([f"b/{long}.png", f"b/{long}.json"])
 
 
 def test_what_is_interrupted_while_it_is_written_leaves_nothing_behind(tmp_path):
-    with complete(tmp_path / "a.png", tmp_path / "a.json") as (picture, table):
+    out = OutputFolder(tmp_path)
+    with out.writing("a.png", "a.json") as (picture, table):
         picture.write_text("complete")
         table.write_text("complete")
-    with complete(tmp_path / ("x" * 250 + ".png")) as (picture,):  # as long as a name can be
+    with out.writing("x" * 250 + ".png") as (picture,):  # as long as a name can be
         picture.write_text("complete")
     (tmp_path / ("x" * 250 + ".png")).unlink()
-    with pytest.raises(KeyboardInterrupt), complete(tmp_path / "a.png", tmp_path / "a.json") as (picture, table):
+    with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path).writing("a.png", "a.json") as (picture, table):
         assert picture.suffix == ".png"
         picture.write_text("half")
         raise KeyboardInterrupt
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LIST, "a.json", "a.png"]
     assert (tmp_path / "a.png").read_text() == "complete"
+    OutputFolder(tmp_path).refuse_to_replace(["a.png", "a.json"])
 
 
 def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_one(tmp_path):
@@ -115,9 +143,9 @@ def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_one(tmp_path):
     with full_disk(0):
         with pytest.raises(OSError, match="a.txt"):
             write_text(tmp_path / "a.txt", "new")
-        with pytest.raises(OSError, match="a.png"), complete(tmp_path / "a.png") as (picture,):
+        with pytest.raises(OSError, match="a.png"), OutputFolder(tmp_path).writing("a.png") as (picture,):
             picture.write_text("half")
-        with pytest.raises(OSError, match="'.*/a.png'"), complete(tmp_path / "a.png") as (picture,):
+        with pytest.raises(OSError, match="'.*/a.png'"), OutputFolder(tmp_path).writing("a.png") as (picture,):
             raise OSError(28, "no space", str(picture.parent))  # as of a library
         with pytest.raises(OSError, match=LOCK):
             lock(tmp_path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from irpe_train.outputs import MARK, results_folder
+from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, decode_image, files_of, is_turned, read_image
 from tests.helpers.tiny_images import write_images
 
@@ -173,31 +173,29 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     write_images(tmp_path, {"photos/a": 2, "photos/b": 1, "photos/out": 1, "photos/.ipynb_checkpoints": 1})
     (tmp_path / "photos/._0.png").touch()
     (tmp_path / "photos/notes.txt").touch()
-    (tmp_path / "photos/out" / MARK).touch()
     monkeypatch.chdir(tmp_path)
-    found = files_of(["photos"])
+    found = files_of(["photos"], besides=Path("photos/out"))
     assert found == [Path("photos/a/0.png"), Path("photos/a/1.png"), Path("photos/b/0.png")]
-    assert files_of(["photos/a/*.png", "photos/a/1.png"]) == found[:2]
+    assert files_of(["photos/a/*.png", "photos/a/1.png"], besides=Path("out")) == found[:2]
     for pattern in ("photos/**/*.png", "photos/[ab]", "photos/[!n]*", "photo*"):  # folders that fit are searched
-        assert files_of([pattern]) == found
+        assert files_of([pattern], besides=Path("photos/out")) == found
     write_images(tmp_path / "elsewhere", {"c": 1})
     (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "photos")
     linked = Path("photos/linked/c/0.png")
-    assert files_of(["photos"]) == [*found, linked]
-    assert files_of(["photos/**/*.png", str(tmp_path / "photos/a"), "elsewhere/../photos/b"]) == [
-        *found,
-        linked,
-    ]  # each once, by its shortest name
+    assert files_of(["photos"], besides=Path("photos/out")) == [*found, linked]
+    assert files_of(
+        ["photos/**/*.png", str(tmp_path / "photos/a"), "elsewhere/../photos/b"], besides=Path("x/../photos/out")
+    ) == [*found, linked]  # each once, by its shortest name
     (tmp_path / "[x].png").touch()
-    assert files_of(["[x].png"]) == [Path("[x].png")]  # a name before it is a pattern
+    assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
     for text, words in (
         ("photos/*.jpg", r"photos/\*.jpg: no image matches this pattern"),
         ("empty", "empty: no image in"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=words):
-            files_of([text])
+            files_of([text], besides=Path("out"))
 
 
 def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
@@ -211,16 +209,34 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", closed)  # root may read everything
     with pytest.raises(PermissionError, match="photos/b"):
-        files_of([str(tmp_path / "photos")])
+        files_of([str(tmp_path / "photos")], besides=Path("out"))
 
 
 def test_what_predict_wrote_is_not_found_in_a_folder(tmp_path):
-    write_images(tmp_path, {"photos": 1})
-    out = results_folder(tmp_path / "photos/first", ["a/0.png"])
-    write_images(tmp_path, {"photos/first/a": 1})
+    write_images(tmp_path, {"photos": 1, "photos/first/a": 1})
+    out = OutputFolder(tmp_path / "photos" / "first")
+    out.wrote("a/0.png")
     found = tmp_path / "photos" / "0.png"
-    for named in ("photos", "photos/*", "photos/**/*.png"):
-        assert files_of([str(tmp_path / named)]) == [found]
-    assert files_of([str(out / "a/0.png")]) == [out / "a/0.png"]  # but where it is named
-    with pytest.raises(ValueError, match=r"first: no image in this folder \(not counting results of predict\)"):
-        files_of([str(out)])
+    assert files_of([str(tmp_path / "photos")], besides=tmp_path / "second") == [found]
+    result = str(out.folder / "a/0.png")
+    assert files_of([result], besides=tmp_path / "second") == [Path(result)]  # but where it is named
+    (out.folder / "a/0.png").write_bytes(b"a photograph")
+    assert len(files_of([str(tmp_path / "photos")], besides=tmp_path / "second")) == 2
+
+
+@pytest.mark.parametrize("named", ["photos", "photos/a", "photos/*.jpg", "photos/**/*"])
+def test_results_may_go_where_the_images_are_or_above(tmp_path, named):
+    for name in ("a.jpg", "a/b.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(PHOTO)
+    out = tmp_path / "photos"
+    found = files_of([str(tmp_path / named)], besides=out)
+    names = result_names(found)
+    for name in names.values():
+        (out / f"{name}.jpg").parent.mkdir(exist_ok=True)
+        (out / f"{name}_result.jpg").write_bytes(PHOTO)
+        OutputFolder(out, names).wrote(f"{name}_result.jpg")
+    assert len(found) == {"photos": 2, "photos/**/*": 2}.get(named, 1)
+    assert (
+        files_of([str(tmp_path / named)], besides=out) == found == files_of([str(tmp_path / named)], besides=tmp_path)
+    )
