@@ -62,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--warmup-epochs", default=5, type=nonnegative_int, metavar="N", help="epochs of linear warm-up")
     add("--cooldown-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
     add("--patience-epochs", default=10, type=nonnegative_int, metavar="N", help="no effect, as published")
-    add("--decay-rate", "--dr", default=0.1, type=nonnegative_float, help="step schedule: factor of each decay")
+    add("--decay-rate", "--dr", default=0.1, type=fraction, help="step schedule: factor of each decay")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="deit_base_patch16_224", metavar="NAME", help="from deit_irpe.models, or any timm model")
@@ -89,7 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--opt", default="adamw", help="any timm optimizer")
-    add("--opt-eps", default=1e-8, type=float, help="epsilon of the optimizer")
+    add("--opt-eps", default=1e-8, type=nonnegative_float, help="epsilon of the optimizer")
     add("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
     add("--clip-grad", type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
     add("--momentum", default=0.9, type=nonnegative_float, help="momentum of sgd")
@@ -164,8 +164,13 @@ def check_args(args: argparse.Namespace) -> None:
     keywords(args.model_kwargs)
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise ValueError(f"--cutmix-minmax {args.cutmix_minmax[0]:g} {args.cutmix_minmax[1]:g}: smaller one first")
+    if args.lr_noise and args.lr_noise_pct <= args.lr_noise_std / 1000:  # timm draws until it is within the limit
+        raise ValueError(f"--lr-noise-pct {args.lr_noise_pct:g}: expected more than a thousandth of --lr-noise-std")
+    size = image_size(args.input_size)
+    low, high = args.cutmix_minmax or (0, 1)
+    if any(int(side * low) >= int(side * high) for side in (size if isinstance(size, tuple) else (size,))):
+        wanted = f"expected the smaller one first, a pixel apart in images of {args.input_size}"
+        raise ValueError(f"--cutmix-minmax {low:g} {high:g}: {wanted}")
     if args.distillation_type != "none" and not args.teacher_path:
         raise ValueError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE or URL")
     if args.distillation_type != "none" and not args.train_mode:
@@ -245,8 +250,8 @@ def clipping_norm(text: str) -> float:
 def image_size_text(text: str) -> int | str:
     """``224`` -> 224; ``224x320`` stays text, so that it can be written down again."""
     sides = text.lower().split("x")
-    if not (1 <= len(sides) <= 2 and all(side.isdigit() and int(side) > 0 for side in sides)):
-        raise argparse.ArgumentTypeError(f"expected pixels, 224 or HEIGHTxWIDTH such as 224x320, got {text!r}")
+    if not (1 <= len(sides) <= 2 and all(side.isdigit() and 0 < int(side) < 2**16 for side in sides)):
+        raise argparse.ArgumentTypeError(f"expected pixels, 224 or HEIGHTxWIDTH such as 224x320, got {text!r:.40}")
     return int(text) if len(sides) == 1 else text.lower()
 
 

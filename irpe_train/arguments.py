@@ -2,7 +2,6 @@
 """The flags shared by both trees, with the published defaults of each."""
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,8 +78,9 @@ def _number(kind: type, name: str, wanted: str, valid: Callable[[float], bool]) 
 positive_int = _number(int, "positive_int", f"1 to {LARGEST_COUNT}", lambda n: 1 <= n <= LARGEST_COUNT)
 nonnegative_int = _number(int, "nonnegative_int", "0 or more", lambda n: n >= 0)
 number_of_workers = _number(int, "number_of_workers", "0 to 1000 processes", lambda n: 0 <= n <= 1000)
-nonnegative_float = _number(float, "nonnegative_float", "0 or more", lambda x: 0 <= x < math.inf)
-positive_float = _number(float, "positive_float", "a number above 0", lambda x: 0 < x < math.inf)
+# 1e30 is far below the largest number of fp32, so that products of such values are finite.
+nonnegative_float = _number(float, "nonnegative_float", "a number from 0 to 1e30", lambda x: 0 <= x <= 1e30)
+positive_float = _number(float, "positive_float", "a number above 0, at most 1e30", lambda x: 0 < x <= 1e30)
 fraction = _number(float, "fraction", "a fraction from 0 to 1", lambda x: 0 <= x <= 1)
 
 

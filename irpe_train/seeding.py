@@ -28,7 +28,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     Args: deterministic: also allow only deterministic kernels; an operator without one raises.
     """
     if not -(2**63) <= seed <= LARGEST_SEED:
-        raise ValueError(f"--seed {seed}: expected at most {LARGEST_SEED}")
+        raise ValueError(f"--seed {seed}: expected {-(2**63)} to {LARGEST_SEED}")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -119,11 +119,11 @@ def test_values_that_the_published_commands_take(tree, flags, value):
     ("flags", "message"),
     [
         (["--clip-grad", "0"], "0 made every gradient zero in the published code; leave --clip-grad out"),
-        (["--clip-grad", "-1"], "expected a number above 0, got -1"),
+        (["--clip-grad", "-1"], "expected a number above 0, at most 1e30, got -1"),
         (["--sched", "plateau"], "the published command gives it no metric and fails after warm-up"),
         (["--sched", "linear"], "expected cosine, tanh or step, got 'linear'"),
-        (["--lr", "-1"], "expected 0 or more, got -1"),
-        (["--lr", "nan"], "expected 0 or more, got nan"),
+        (["--lr", "-1"], "expected a number from 0 to 1e30, got -1"),
+        (["--lr", "nan"], "expected a number from 0 to 1e30, got nan"),
     ],
 )
 def test_values_whose_published_meaning_nobody_wants(flags, message, capsys):
