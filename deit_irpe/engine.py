@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One epoch of training, and one evaluation."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -89,5 +90,7 @@ def evaluate(
     counts = gather((*correct.tolist(), images_seen))  # integers: the same figure with any number of processes
     top1, top5, total = (sum(column) for column in zip(*counts, strict=True))
     stats = {**meters.averages(), "acc1": 100 * top1 / total, "acc5": 100 * top5 / total}
+    if not math.isfinite(stats["loss"]):
+        logger.warning("the outputs for some images are NaN or infinite, so these figures mean nothing")
     logger.info(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     return stats

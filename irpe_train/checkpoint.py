@@ -54,7 +54,7 @@ def read_checkpoint(path: str | Path) -> dict:
             contents = torch.load(path, map_location="cpu", weights_only=True)
         if path.suffix == ".safetensors":  # which torch.load reads too, but for their header
             contents = {"model": contents} | _told_beside(path)
-    except pickle.UnpicklingError as error:
+    except (KeyError, pickle.UnpicklingError) as error:  # a KeyError: of text
         raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error, path)}") from error
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"

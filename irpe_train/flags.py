@@ -35,8 +35,9 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         if hasattr(sys.stdout, "reconfigure"):  # letters that the console lacks, as of a file's name, are escaped
             sys.stdout.reconfigure(errors="backslashreplace")
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._spelt_as_known(word) for word in words], namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        end = words.index("--") if "--" in words else len(words)  # what follows are no flags, whatever they look like
+        return super().parse_known_args([*map(self._spelt_as_known, words[:end]), *words[end:]], namespace)
 
     def error(self, message: str) -> NoReturn:
         message = message.replace("unrecognized arguments", "unexpected argument")

@@ -14,7 +14,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from irpe_train import outputs
 from irpe_train.distributed import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
-from irpe_train.text_files import shown
 
 MOST_CLASSES = 100_000  # if classes are numbers; a larger one is a mistake or an attack on memory
 
@@ -110,14 +109,15 @@ class FolderImages(LabelledImages):
 
 def _images_below(folder: str, seen: dict[tuple[int, int], str], unread: list[str]) -> Iterator[str]:
     """The images in ``folder`` and the folders below it; ``seen``: folders that must not occur again."""
-    here = _identity(folder)
-    if here in seen:
-        raise ValueError(f"{folder}: a symlink to a folder already read, or what it leads to; remove the link")
-    seen[here] = folder
-    folders, images = _entries(folder, unread)
-    yield from images
-    for below in folders:
-        yield from _images_below(below, seen, unread)
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        if (here := _identity(folder)) in seen:
+            raise ValueError(f"{folder}: a symlink to a folder already read, or what it leads to; remove the link")
+        seen[here] = folder
+        folders, images = _entries(folder, unread)
+        yield from images
+        waiting += reversed(folders)
 
 
 def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str]]:
@@ -146,7 +146,7 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
 def report_hidden(where: Path, names: set[str]) -> None:
     """Log which hidden ``names`` among the classes are left out."""
     if names:
-        logger.info(f"{where}: hidden, so not classes: {shown(', '.join(sorted(names)))}")
+        logger.info(f"{where}: hidden, so not classes: {', '.join(sorted(names))}")
 
 
 def read_a_sample(images: Dataset, size: int = 16) -> None:

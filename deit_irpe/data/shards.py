@@ -110,9 +110,9 @@ def _samples(file: Path) -> Iterator[tuple[str, int, int, int]]:
                 )
             place, size = members["cls"]
             shard.seek(place)
-            label = shard.read(min(size, 20)).decode(errors="replace").strip()
-            if not (label.isascii() and label.isdigit()):
-                raise ValueError(f"{file}: {key}.cls holds {label!r}; expected a class number")
+            label = shard.read(min(size, 1000)).decode(errors="replace").strip()
+            if size > 1000 or not (label.isascii() and label.isdigit()):
+                raise ValueError(f"{file}: {key}.cls holds {label!r:.40}; expected a class number")
             yield f"{key}.{images[0]}", *members[images[0]], int(label)
 
 

@@ -262,6 +262,11 @@ def test_the_key_of_a_sample_ends_at_the_first_dot_of_its_file(tmp_path):
         ShardImages(tmp_path, False)
 
 
+def test_a_label_is_read_to_its_end(tmp_path):
+    tar_of(tmp_path / "x-val-0.tar", "0.jpg", ("0.cls", b" " * 30 + b"0\r\n"), "1.jpg", ("1.cls", b"0" * 30 + b"1"))
+    assert ShardImages(tmp_path, False).labels.tolist() == [0, 1]
+
+
 def test_two_images_of_a_sample_are_refused(tmp_path):
     tar_of(tmp_path / "x-val-0.tar", "1.jpg", "1.JPG", ("1.cls", b"0"))
     with pytest.raises(ValueError, match="sample '1' has two .jpg"):
@@ -274,6 +279,7 @@ def test_two_images_of_a_sample_are_refused(tmp_path):
         (b"-1", "1.cls holds '-1'; expected a class number"),
         ("²".encode(), "1.cls holds '²'"),
         (b"", "1.cls holds ''"),
+        (b"0" * 1000 + b"1", "1.cls holds '0{39}; expected a class number"),
         (b"9999999999999", "class numbers from 9999999999999 to 9999999999999; expected 0 to 99999; or list them"),
     ],
 )

@@ -1,8 +1,10 @@
 """Folders, tar files, iNaturalist, CIFAR: what is read, in which order, and the messages for mistakes."""
 
+import inspect
 import io
 import json
 import random
+import sys
 import tarfile
 
 import numpy as np
@@ -52,6 +54,18 @@ def test_grey_images_become_rgb_and_nested_folders_count(tmp_path):
     Image.new("L", (5, 4), 7).save(tmp_path / "a" / "deep" / "x.PNG")
     image, label = images.FolderImages(tmp_path)[0]
     assert (image.mode, image.size, label) == ("RGB", (5, 4), 0)
+
+
+def test_folders_may_lie_deeper_than_python_calls(tmp_path):
+    deepest = tmp_path / "a" / "/".join("d" * 200)
+    deepest.mkdir(parents=True)
+    Image.new("L", (5, 4), 7).save(deepest / "x.png")
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 150)
+    try:
+        assert len(images.FolderImages(tmp_path)) == 1
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_number_of_classes_comes_from_the_data_for_tar_too(colours, tmp_path):

@@ -90,7 +90,7 @@ class Seven(torch.nn.Module):
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_the_figures_of_an_evaluation(amp):
+def test_the_figures_of_an_evaluation(amp, capsys):
     """Two of five images are right, four of them among the first five; the loss is a mean of means over batches."""
     places = [0, 4, 5, 0, 4]  # how many classes have a higher score than the true one
     scores = torch.arange(7.0).flip(0).expand(5, 7)
@@ -101,3 +101,6 @@ def test_the_figures_of_an_evaluation(amp):
     assert stats == {"loss": pytest.approx(sum(losses) / 2), "acc1": 40.0, "acc5": 80.0}
     assert losses[0] != pytest.approx(losses[1])
     assert model.seen == (torch.bfloat16 if amp == "bf16" else torch.float32)
+    assert "NaN" not in capsys.readouterr().out
+    evaluate(model, [(scores / 0, torch.arange(5))], precision)
+    assert "warning: the outputs for some images are NaN or infinite, so these figures" in capsys.readouterr().out

@@ -316,7 +316,9 @@ def test_what_is_refused_is_called_by_its_name(tmp_path, value):
         read_checkpoint(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("content", [b"<html>sign in</html>", b"version https://git-lfs", b"{}", b"\x50\x02{"])
+@pytest.mark.parametrize(
+    "content", [b"<html>sign in</html>", b"version https://git-lfs", b"{}", b"\x50\x02{", b"hello, I am text"]
+)
 def test_other_files_are_shown_by_their_beginning(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     words = "not a file that torch.save wrote (it begins with " + repr(content[:20])
