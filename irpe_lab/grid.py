@@ -37,7 +37,7 @@ from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, ref
 from irpe_train.zoo import read_zoo
 
 KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published", "evaluations")
-RUNNERS_OWN = ("seed", "output_dir", "resume", "config", "print_config")  # set by the runner for each run
+RUNNERS_OWN = ("seed", "output_dir", "resume", "eval", "config", "print_config")  # set by the runner for each run
 MOST_RUNS = 10_000
 
 
@@ -105,7 +105,7 @@ def read_grid(
     baseline = raw.get("baseline", "none" if "none" in runs else None)
     if baseline is not None:
         baseline = _known(baseline, runs, f"{source}: baseline")
-    chosen = _seeds(seeds if seeds else raw.get("seeds", [0]), source)
+    chosen = _seeds(raw.get("seeds", [0]) if seeds is None else seeds, source)
     if len(kept) * len(chosen) > MOST_RUNS:
         raise ConfigError(f"{source}: {len(kept)} runs with {len(chosen)} seeds; expected at most {MOST_RUNS} in all")
     rows = {name: row for name, row in published.items() if name in kept}
@@ -192,9 +192,9 @@ def _mapping(raw: dict, key: str, source: str) -> dict:
 
 def _known(name: object, runs: dict, where: str) -> str:
     """The run's name, as ``_runs`` writes it."""
-    if not isinstance(name, str) or slug(name) not in runs:
+    if slug(str(name)) not in runs:
         raise ConfigError(f"{where}: no run is called {name!r:.80}; the runs are {', '.join(runs)}")
-    return slug(name)
+    return slug(str(name))
 
 
 def _seeds(values: object, source: str) -> tuple[int, ...]:

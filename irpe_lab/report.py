@@ -26,7 +26,7 @@ from irpe_train.config import ROOT, read_yaml
 from irpe_train.errors import BadData, RunError
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
-from irpe_train.text_files import read_text, write_text
+from irpe_train.text_files import plain_file, read_text, write_text
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
@@ -212,7 +212,7 @@ def write_page(report: Report) -> list[Path]:
 
     Raises: RunError: one of them would replace a file that is not ours.
     """
-    page, twin = report.page, report.page.with_suffix(".html")
+    page, twin = report.page, report.page.parent / f"{report.page.stem}.html"
     if page == twin:
         raise RunError(f"report: -o {page}: is written beside the page; name the page, {page.with_suffix('.md')}")
     ours = page.is_file() and read_text(page).startswith(TITLE)
@@ -246,12 +246,14 @@ def main(argv: list[str] | None = None) -> None:
             print("\n".join(map(str, write_page(Report(args.logs, args.output)))))
         if args.readme:
             try:
-                text = args.readme.read_text(encoding="utf-8")
+                text = plain_file(args.readme).read_bytes().decode()
             except UnicodeDecodeError as error:
                 raise BadData(f"--readme {args.readme}: not UTF-8 text ({error})") from error
-            if not MARKED.search(text):
+            if not MARKED.search(unix := text.replace("\r\n", "\n")):
                 raise RunError(f"--readme {args.readme}: no <!-- results:begin --> with its <!-- results:end --> in it")
-            write_text(args.readme.resolve(), Report(args.logs, args.readme).fill(text))  # atomic; a symlink stays one
+            end = "\r\n" if "\r\n" in text else "\n"
+            filled = Report(args.logs, args.readme).fill(unix).replace("\n", end)
+            write_text(args.readme.resolve(), filled)  # atomic; a symlink stays one
             print(args.readme)
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")

@@ -36,10 +36,10 @@ def cells(row: Row, figure: Figure, *, baseline: str | None = None, evaluations:
         "best epoch": figure.text(statistics.fmean(row.best)) if row.best else "-",
     }
     for evaluation in (None, *evaluations):
-        if evaluation is not None:
-            shown[evaluation] = mean_and_spread(list(row.figures(evaluation).values()), figure) or "-"
+        where = f" {evaluation}" if evaluation is not None else ""
+        if where:
+            shown[figure.title + where] = mean_and_spread(list(row.figures(evaluation).values()), figure) or "-"
         if baseline is not None:
-            where = f" {evaluation}" if evaluation is not None else ""
             shown[f"minus {baseline}{where} [95%]"] = difference(row.differences(evaluation), figure)
     shown["seeds"] = f"{row.states.count('done')}/{len(row.states)}"
     shown["published"] = NOT_PUBLISHED if row.published is None else figure.text(row.published)

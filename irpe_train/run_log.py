@@ -36,12 +36,14 @@ class RunLog:
         epoch: where this run continues; lines from there on belong to an interrupted try and are dropped. A log of
             another run, found at the start of a new one, is moved to ``log.1.txt``.
         wandb: project of Weights & Biases that gets the same figures; a resumed run continues there too.
-    Raises: ImportError: ``wandb`` is requested and not installed.
+    Raises: ImportError: ``wandb`` is requested and not installed; RunError: or refuses, or there is no ``output_dir``.
     """
 
     def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True, wandb: str = ""):
         self.path = Path(output_dir) / "log.txt" if str(output_dir) and is_main() else None
         self._board = self._wandb = None
+        if wandb and not str(output_dir):
+            raise RunError(f"--wandb {wandb} keeps the run's identity in --output_dir: give one")
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

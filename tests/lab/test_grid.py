@@ -85,6 +85,9 @@ def test_where_a_config_is_looked_for(tmp_path, monkeypatch):
         assert read_grid(grid).runs["a"] == {"epochs": epochs}
     assert list(read_grid("configs/ablation/demo.yaml").runs)[0] == "none"  # a shipped grid, from anywhere
     assert parse_args(get_args_parser(), ["--config", "configs/deit/tiny.yaml"]).config == "configs/deit/tiny.yaml"
+    monkeypatch.setenv("HOME", str(tmp_path / "work"))
+    grid = written(tmp_path / "grids", "package: deit_irpe\nconfig: ~/configs/deit/small.yaml\nruns: {a: {}}\n")
+    assert read_grid(grid).runs["a"] == {"epochs": 1}
 
 
 def test_runs_are_named_after_their_values(tmp_path):
@@ -121,6 +124,7 @@ def test_runs_are_named_after_their_values(tmp_path):
         (GRID + "runs: {a: {opt-betas: [0.9, --eval]}}\n", "would be read as a flag"),
         (GRID + "runs: {a: {amp: none2}}\n", "run a: argument --amp: invalid choice"),
         (GRID + "flags: {seed: 3}\n", "seed is set by the runner"),
+        (GRID + "flags: {eval: true}\n", "eval is set by the runner"),
         (GRID + "runs: {a: {input-size: 32, Input_Size: 48}}\n", "a: input_size is there 2 times; keep one"),
         (GRID + "flags: [lr]\n", "flags: expected 'name: value' lines"),
         (GRID.replace("none,", "none, none,"), "two runs are called none"),
@@ -174,11 +178,11 @@ def test_only_keeps_the_baseline_where_it_is_kept(tmp_path):
         read_grid(grid, only="x")
 
 
-@pytest.mark.parametrize("name", ["iRPE k", "iRPE_k"])
+@pytest.mark.parametrize("name", ["iRPE k", "iRPE_k", "50"])
 def test_a_run_is_named_as_written_or_as_its_folder(tmp_path, name):
     text = GRID.replace("published: {rpe-1.9-product-ctx-1-k", f"baseline: {name}\npublished: {{{name}")
-    grid = read_grid(written(tmp_path, text + "runs: {iRPE k: {rpe: rpe-2-product-ctx-1-k}}\n"))
-    assert grid.baseline == "iRPE_k" and list(grid.published) == ["iRPE_k"] and "iRPE_k" in grid.runs
+    grid = read_grid(written(tmp_path, text + f"runs: {{{name}: {{rpe: rpe-2-product-ctx-1-k}}}}\n"))
+    assert [grid.baseline] == list(grid.published) == [name.replace(" ", "_")] and grid.baseline in grid.runs
 
 
 WORDS = st.sampled_from(
@@ -222,3 +226,5 @@ def test_seeds_as_text_are_those_of_the_command_line(tmp_path):
     path = tmp_path / "g.yaml"
     path.write_text(GRID.replace("[0, 1]", "'12,3'"))
     assert read_grid(path).seeds == (12, 3)
+    with pytest.raises(ConfigError, match="seeds: expected whole numbers"):
+        read_grid(path, seeds="")

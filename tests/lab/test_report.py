@@ -172,6 +172,10 @@ def test_tables_between_markers(logs, tmp_path):
     before = os.stat(readme).st_ino
     report.main([str(logs), "--readme", str(link)])
     assert link.is_symlink() and readme.read_text() == text and os.stat(readme).st_ino != before  # replaced as a whole
+    windows = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+    readme.write_bytes(windows.replace(b"0.4213", b"old"))
+    report.main([str(logs), "--readme", str(readme)])
+    assert readme.read_bytes() == windows
 
 
 def test_the_html_trusts_nothing_it_reads(logs, tmp_path):
@@ -283,3 +287,7 @@ def test_a_file_without_markers_is_reported(logs, text):
     with pytest.raises(SystemExit, match=r"--readme .*mine\.md: (no <!--|not UTF-8)"):
         report.main([str(logs), "--readme", str(path)])
     assert path.read_bytes() == text
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SystemExit, match="mine.md: expected a plain file, not a folder, a pipe"):
+        report.main([str(logs), "--readme", str(path)])

@@ -67,6 +67,8 @@ def test_no_folder_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     RunLog("", epoch=0, resumed=False).write({"epoch": 0})
     record_start(tiny_run.get_parser(), argparse.Namespace(output_dir=""), {})
+    with pytest.raises(RunError, match="--wandb irpe keeps the run's identity in --output_dir: give one"):
+        RunLog("", epoch=0, resumed=False, wandb="irpe")
     assert not list(tmp_path.iterdir())
 
 
