@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> None:
     told = {"classes": classes, "mean": MEAN, "std": STD} | {name: getattr(trained, name) for name in MODEL_FLAGS}
     told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]
     metadata = {key: json.dumps(value) for key, value in told.items()}
-    differences = export_model(
+    export_model(
         model,
         examples,
         args.out,
@@ -32,9 +32,6 @@ def main(args: argparse.Namespace) -> None:
         outputs=["logits"],
         metadata=metadata,
     )
-    for format, difference in differences.items():
-        shape = f"{height} x {width} pixels, any batch"
-        print(f"{format}: {shape}; largest difference {difference:.1e} of the largest logit")
 
 
 if __name__ == "__main__":

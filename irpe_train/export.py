@@ -31,8 +31,8 @@ def export_model(
     inputs: dict[str, dict[int, str]],
     outputs: Sequence[str],
     metadata: dict[str, str] | None = None,
-) -> dict[str, float]:
-    """Write ``model`` in each format and run what was written.
+) -> None:
+    """Write ``model`` in each format, run what was written, and print by how much its outputs differ.
 
     Args:
         model: takes tensors, returns a tensor or a tuple of tensors. It is exported as in evaluation.
@@ -42,7 +42,6 @@ def export_model(
         inputs: by name, ``{dimension: name}`` of those dimensions that may vary. outputs: their names.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
-    Returns: for each format the largest difference between its outputs and the model's, relative to the largest output.
     Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already,
         or PyTorch cannot write this model. ValueError: the outputs differ.
     """
@@ -61,7 +60,7 @@ def export_model(
         expected = [_as_tuple(model(*example)) for example in examples]
         # One name is one size, in whichever inputs it stands; torch finds the equalities itself.
         shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in inputs.values())
-        program, differences = None, {}
+        program = None
         for format, path in paths.items():
             with complete(path) as (part,):  # an interrupted export leaves no file that looks like a result
                 try:
@@ -74,12 +73,12 @@ def export_model(
                     found = [_as_tuple(written(*example)) for example in examples]
                 except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
                     raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
-                differences[format] = _largest_difference(found, expected)
-                if not differences[format] <= TOLERANCE:
+                difference = _largest_difference(found, expected)
+                if not difference <= TOLERANCE:
                     wanted = f"at most {TOLERANCE:g} was expected. The file was not written."
-                    differ = f"differ from the model's by {differences[format]:.1e} of the largest"
+                    differ = f"differ from the model's by {difference:.1e} of the largest"
                     raise ValueError(f"{path}: its outputs {differ}; {wanted}")
-    return differences
+            print(f"{path}: its outputs differ from the model's by at most {difference:.1e} of the largest")
 
 
 class OnnxModel:
