@@ -3,7 +3,7 @@
 
 import argparse
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn, optim
@@ -24,12 +24,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     if not weight_decay:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.0}]
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = parameter.ndim <= 1 or name.endswith(".bias") or name in ("pos_embed", "cls_token")
-            groups[0 if spared else 1]["params"].append(parameter)
-    return groups
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=("pos_embed", "cls_token"))
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> optim.Optimizer:

@@ -5,7 +5,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -26,7 +25,7 @@ from irpe_train.errors import BadData
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, files_of, read_image
-from irpe_train.text_files import read_text
+from irpe_train.text_files import read_text, shown
 
 
 def attention_calls(model: VisionTransformer, images: Tensor) -> list[AttentionCall]:
@@ -123,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         _save(draw_top(image, [label for label, *_ in top], shares.tolist()), out, f"{name}.png")
         entries = [{"class": label, "number": number, "probability": share} for label, number, share in top]
         predictions.append({"image": str(file), "top": entries})
-        logger.info(f"{_shown(file)}: " + ", ".join(f"{label} {share:.1%}" for label, _, share in top))
+        logger.info(f"{shown(file)}: " + ", ".join(f"{label} {share:.1%}" for label, _, share in top))
         calls = attention_calls(classifier.model, classifier.pixels(image)) if points else []
         for point in points:
             draw_attention(classifier.seen(image), calls, point, name, out)
@@ -179,10 +178,6 @@ def draw_attention(
 def _save(figure: Figure, out: OutputFolder, name: str) -> None:
     with out.writing(name) as (file,):
         save(figure, file)
-
-
-def _shown(path: Path) -> str:
-    return os.fsencode(path).decode(errors="replace")
 
 
 if __name__ == "__main__":

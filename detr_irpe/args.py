@@ -12,6 +12,7 @@ from irpe_train.arguments import (
     nonnegative_float,
     nonnegative_int,
     number_of_workers,
+    positive_float,
     positive_int,
 )
 from irpe_train.flags import FlagParser
@@ -88,7 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     loss("--dice_loss_coef", default=1, type=nonnegative_float, help="weight of the mask's dice loss")
     loss("--bbox_loss_coef", default=5, type=nonnegative_float, help="weight of the L1 loss")
     loss("--giou_loss_coef", default=2, type=nonnegative_float, help="weight of the generalised IoU loss")
-    loss("--eos_coef", default=0.1, type=nonnegative_float, help="weight of the class 'no object'")
+    loss("--eos_coef", default=0.1, type=positive_float, help="weight of the class 'no object'")
 
     train = parser.add_argument_group("training").add_argument
     train("--lr", default=1e-4, type=nonnegative_float, help="learning rate of all but the backbone; never scaled")

@@ -26,6 +26,7 @@ from irpe_train.errors import BadData
 from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import files_of, is_turned, read_image
+from irpe_train.text_files import shown
 
 REACH = 8  # rows and columns in the pictures of learned tables, including the patch itself
 MOST_POINTS = 3  # query points of attention, if none are given: the centres of the best detections
@@ -64,11 +65,11 @@ def main(args: argparse.Namespace) -> None:
             image, frame = read_in_frame(path, annotated)
             if annotated and 0 not in annotated and annotated != [image.height, image.width]:
                 sides = f"{image.height} x {image.width} pixels, annotated {annotated[0]} x {annotated[1]}"
-                logger.warning(f"{path}: {sides}: its annotated objects may be drawn in the wrong places")
+                logger.warning(f"{shown(path)}: {sides}: its annotated objects may be drawn in the wrong places")
             for point in args.point or ():
                 cell_of(point, image.size, 1, 1)
         except (OSError, ValueError) as error:  # the other images are still predicted
-            unreadable.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
+            unreadable.append(str(error) if isinstance(error, OSError) else f"{shown(path)}: {error}")
             logger.error(unreadable[-1])
             continue
         every = detector(image)
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         count = f"{len(found['scores'])} objects"
         if not len(found["scores"]) and len(every["scores"]):
             count += f" (best score {every['scores'][0]:.2f}, --threshold {args.threshold:g})"
-        logger.info(f"{path}: {count} -> {args.out / name}.png, .json")
+        logger.info(f"{shown(path)}: {count} -> {shown(args.out / name)}.png, .json")
         if args.attention:
             points = args.point or centres(found["boxes"], image)
             with out.writing(f"{name}_attention.png") as (file,):

@@ -27,7 +27,7 @@ from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
-from irpe_train.outputs import writable_folder
+from irpe_train.outputs import complete, writable_folder
 from irpe_train.text_files import read_text
 from irpe_train.zoo import read_zoo
 
@@ -136,7 +136,8 @@ class Ablation:
         """Copy tables, logs and flags of the finished runs to ``logs``."""
         for name, path in self.published_files().items():
             if path.is_file() and (path.parent == self.folder or jobs.finished(path.parent)):
-                shutil.copyfile(path, logs / name)
+                with complete(logs / name) as (copy,):
+                    shutil.copyfile(path, copy)
 
 
 def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:

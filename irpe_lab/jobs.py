@@ -41,8 +41,8 @@ def prepare(
 
     Args:
         command: without the interpreter; `FOLDER` stands for the folder, which may be moved between two tries.
-        then: evaluations by name, to be run after ``command``. If they have changed, a finished run starts again: it
-            resumes at its end, and evaluates.
+        then: evaluations by name, to be run after ``command``. If they have changed, or the output of one is gone, a
+            finished run starts again: it resumes at its end, and evaluates.
         keep: a finished run stays finished.
     Raises: RunError: the folder has results of another run.
     """
@@ -50,7 +50,8 @@ def prepare(
     known, wanted = read_json(job), {"command": command, "then": then or {}}
     old = known.get("command")
     if old == command and written.is_file() and read_text(written) == flags:
-        if known.get("then") != wanted["then"] and not (keep and finished(folder)):
+        there = all(evaluation_log(folder, name).exists() for name in wanted["then"])
+        if not (there and known.get("then") == wanted["then"] or keep and finished(folder)):
             (folder / "done.json").unlink(missing_ok=True)
             write_text(job, json.dumps(known | wanted, indent=1) + "\n")
         return

@@ -8,11 +8,11 @@ python -m irpe_ops.info --benchmark DIR     these times, with full batches, as a
 
 import csv
 import datetime
+import itertools
 import platform
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from irpe_ops.backends.measure import in_double, run
 from irpe_ops.config import parse_rpe_spec
 from irpe_ops.modules import build_rpe
 from irpe_ops.rpe_index import missing_kernels, rpe_index
+from irpe_ops.whole_file import whole_file
 
 # batch, heads, height, width, leading tokens, head dimension, spec without rpe_on, whether images are padded
 SHAPES = {
@@ -64,12 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; the exit code is 1 if ``--check`` finds a wrong backend, else 0."""
     parser = get_info_parser()
     args = parser.parse_args(argv)
-    if args.benchmark:  # takes minutes: first check that the result can be written
-        try:
-            args.benchmark.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.benchmark).close()
-        except OSError as error:
-            sys.exit(f"{parser.prog}: --benchmark {args.benchmark}: cannot be written to ({error})")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {_device()}")
     wrong = 0
     for backend in backends():
@@ -82,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         list(_rows(batch=1 if _best_device() == "cpu" else None))
     if args.benchmark:
         setup = f"{_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {datetime.date.today()}"
-        print(write_csv(args.benchmark, "attention", _device(), f"{setup}, medians", [FIELDS, *_rows()]))
+        rows = itertools.chain([FIELDS], _rows())  # takes minutes: the file is opened first
+        try:
+            print(write_csv(args.benchmark, "attention", _device(), f"{setup}, medians", rows))
+        except OSError as error:
+            sys.exit(f"{parser.prog}: --benchmark {args.benchmark}: cannot be written to ({error})")
     if wrong:
         print(f"{wrong} of the backends above gave wrong results; use backend='eager' and report this output")
     return 1 if wrong else 0
@@ -150,12 +149,11 @@ def _call(
     return AttentionCall(q, k, v, *encodings, height, width, padding, scale=head_dim**-0.5)
 
 
-def write_csv(folder: Path, kind: str, device: str, conditions: str, rows: list[list]) -> Path:
+def write_csv(folder: Path, kind: str, device: str, conditions: str, rows: Iterable[list]) -> Path:
     """``<kind>_<device>_<date>.csv``, with the conditions in its first line."""
     device = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     path = folder / f"{kind}_{device}_{datetime.date.today().isoformat()}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with whole_file(path) as part, part.open("w", newline="") as file:
         file.write(f"# {conditions}\n")
         csv.writer(file).writerows(rows)
     return path

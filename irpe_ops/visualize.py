@@ -9,10 +9,8 @@ To draw a trained model, use ``python -m deit_irpe.predict`` and ``python -m det
 or show it in a notebook.
 """
 
-import os
 import re
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,6 +24,7 @@ from irpe_ops.args import get_visualize_parser
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
 from irpe_ops.modules import IRPE
+from irpe_ops.whole_file import whole_file
 
 LARGEST_SIDE = 1000  # in patches; more cannot be seen in a picture
 
@@ -203,17 +202,11 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     known = figure.canvas.get_supported_filetypes().keys() - {"pgf"}  # which runs LaTeX
     if (kind := path.suffix[1:].lower()) not in known:
         raise ValueError(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # each is drawn as a box; one warning per box
-        try:  # a full disk leaves an earlier picture
-            with tempfile.TemporaryDirectory(prefix=".part_", dir=path.parent) as hidden:
-                figure.savefig(part := Path(hidden, path.name), dpi=dpi, metadata=undated)
-                os.replace(part, path)
-        except OSError as error:
-            error.filename = str(path)
-            raise
+        with whole_file(path) as part:
+            figure.savefig(part, dpi=dpi, metadata=undated)
     return path
 
 

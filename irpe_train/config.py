@@ -132,8 +132,8 @@ def read_yaml(path: Path, source: str) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what `parse_yaml` says. Dates, and numbers that YAML 1.1 reads in its own way (``010`` as 8, ``1:30`` as
-    90, ``2024_01`` without the underscore), stay the text that was written, as if it were typed.
+    """Refuses what `parse_yaml` says. Dates, and numbers that Python would print in another way (``010`` is 8 in YAML
+    1.1, ``1:30`` 90, ``1.10`` 1.1), stay the text that was written, as if it were typed.
     """
 
     source, depth = "", 0
@@ -155,8 +155,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def as_typed(self, node: yaml.ScalarNode) -> int | float | str:
-        other = re.search(r"[:_xb]|^\+|^-?0\d", node.value)
-        return node.value if other else yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+        value = yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+        return value if str(value) == node.value else node.value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.as_typed)

@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -71,6 +72,8 @@ def export_model(
                         save = _save_onnx if format == "onnx" else _save_pt2
                         written = save(program, part, metadata or {}, inputs, outputs)
                     found = [_as_tuple(written(*example)) for example in examples]
+                except OSError:  # the disk is full
+                    raise
                 except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
                     raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
                 difference = _largest_difference(found, expected)
@@ -125,17 +128,18 @@ def _save_onnx(program, path: Path, metadata: dict, inputs: dict, outputs: Seque
 
 
 def _save_pt2(program, path: Path, metadata: dict, *_) -> Callable:
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+    torch.export.save(program, archive := io.BytesIO(), extra_files={"metadata.json": json.dumps(metadata)})
+    path.write_bytes(archive.getbuffer())  # PyTorch's own writer ends the process if the disk is full
     return torch.export.load(path).module()
 
 
 def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     # Named as in checkpoints: without the prefix of a wrapper around the model.
     wrapper = "model." if all(name.startswith("model.") for name in weights) else ""
-    save_file({name.removeprefix(wrapper): tensor for name, tensor in weights.items()}, path, metadata)
+    path.write_bytes(save({name.removeprefix(wrapper): tensor for name, tensor in weights.items()}, metadata))
     fresh = copy.deepcopy(model)
     with torch.no_grad():
         for tensor in fresh.state_dict().values():

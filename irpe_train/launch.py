@@ -19,6 +19,7 @@ from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.distributed import end, report_lost_ranks, stop_printing
 from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line
+from irpe_train.text_files import shown
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
 
@@ -47,7 +48,7 @@ def launch(
             sys.stdout.flush()
         except OSError:
             stop_printing()
-        print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"{parser.prog}: {type(error).__name__}: {shown(error)}", file=sys.stderr, flush=True)
         if isinstance(error, WorkerLost):
             os._exit(1)  # the loader's cleanup would raise it again, with a traceback
         sys.exit(1)

@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from irpe_train.distributed import logger
 from irpe_train.outputs import OutputFolder
+from irpe_train.text_files import shown
 
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
@@ -98,7 +99,7 @@ def report_unread(where: str | Path, names: Iterable[str]) -> None:
     if counts:
         told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
         remedy = "save pictures as .jpg, unpack archives"
-        logger.warning(f"{where}: left out because their format is not read: {told}; {remedy}")
+        logger.warning(f"{shown(where)}: left out because their format is not read: {told}; {remedy}")
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
@@ -110,11 +111,11 @@ def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:
     """The image file ``path`` in RGB; see ``decode_image``. A pipe or a device is refused, not waited for."""
     path = Path(path)
     if not path.is_file():
-        raise UnreadableImage(f"{path}: " + ("not a plain file" if path.exists() else "no such file"))
+        raise UnreadableImage(f"{shown(path)}: " + ("not a plain file" if path.exists() else "no such file"))
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UnreadableImage(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UnreadableImage(f"{shown(path)}: cannot be read ({error.strerror or error})") from error
     return decode_image(data, path, upright=upright)
 
 
@@ -122,8 +123,8 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
     """An encoded image in RGB.
 
     8-bit images go through ``Image.convert("RGB")``, as in the published code: transparency is dropped,
-    CMYK converted, the first frame of an animation taken. Grey of 12 or 16 bits is scaled to 8. Floating-point and
-    32-bit pixels are refused: their files do not say which values are black and white.
+    CMYK converted, the first frame of an animation taken. Grey of 12 or 16 bits is scaled to 8. Floating-point,
+    signed and 32-bit pixels are refused: their files do not say which values are black and white.
 
     Args:
         data: the bytes of the file.
@@ -144,10 +145,10 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
                 rgb.getexif()[ORIENTATION] = turn
             return ImageOps.exif_transpose(rgb) if upright and is_turned(rgb) else rgb
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"{name}: too many pixels to be a photograph ({error}); scale it down") from error
+        raise UnreadableImage(f"{shown(name)}: too many pixels to be a photograph ({error}); scale it down") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UnreadableImage(f"{name}: this image cannot be read ({reason})") from error
+        raise UnreadableImage(f"{shown(name)}: this image cannot be read ({reason})") from error
 
 
 def is_turned(image: Image.Image) -> bool:
@@ -171,7 +172,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
         rgb.info = dict(image.info)  # holds the orientation
         return rgb
-    if image.mode in ("I", "F"):
-        kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise ValueError(f"{kind} pixels, whose black and white are unknown; save it with 8 or 16 bits")
+    signed = 2 in getattr(image, "tag_v2", {}).get(ExifTags.Base.SampleFormat, ())
+    if image.mode in ("I", "F") or signed:
+        kind = "floating-point" if image.mode == "F" else "signed" if signed else "32-bit"
+        raise ValueError(f"{kind} pixels, whose black and white are unknown; save it with 8 or 16 unsigned bits")
     return image.convert("RGB")

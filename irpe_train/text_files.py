@@ -9,6 +9,11 @@ from pathlib import Path
 from irpe_train.errors import RunError
 
 
+def shown(text: object) -> str:
+    """Text with the name of somebody's file, for the console: line breaks and control characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError inside names ``path``: that of a full disk names no file, others a temporary one."""

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from deit_irpe.args import image_size
 from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
-from deit_irpe.data.split import folder_to_split, split_folder
+from deit_irpe.data.split import folder_to_split, lists_images, split_folder
 from deit_irpe.data.transforms import build_transform
 from irpe_train import distributed
 from irpe_train.distributed import logger
@@ -51,8 +51,11 @@ def training_set(args: argparse.Namespace) -> Dataset:
 def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
     if args.val_split is not None:
         written = Path(args.output_dir, "val_split.txt") if args.output_dir else None
-        source = args.resume or (args.finetune if args.eval else "")
+        starts = not args.eval and args.resume in ("", "auto")  # from --finetune, unless it has a list of its own
+        source = args.finetune if starts else args.resume or args.finetune
         trained = None if source in ("", "auto") else Path(source).parent / "val_split.txt"
+        if starts and trained and (written and written.exists() or not lists_images(trained, Path(args.data_path))):
+            trained = None
         lists = dict(written=written, trained=trained)
         return split_folder(Path(args.data_path), train, args.val_split, seed=args.seed, **lists, transform=transform)
     options = dict(data_set=args.data_set, load_tar=args.load_tar, inat_category=args.inat_category)

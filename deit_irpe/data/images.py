@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from irpe_train import outputs
 from irpe_train.distributed import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
+from irpe_train.text_files import shown
 
 MOST_CLASSES = 100_000  # if classes are numbers; a larger one is a mistake or an attack on memory
 
@@ -146,7 +147,7 @@ def _entries(folder: str | Path, unread: list[str]) -> tuple[list[str], list[str
 def report_hidden(where: Path, names: set[str]) -> None:
     """Log which hidden ``names`` among the classes are left out."""
     if names:
-        logger.info(f"{where}: hidden, so not classes: {', '.join(sorted(names))}")
+        logger.info(f"{where}: hidden, so not classes: {shown(', '.join(sorted(names)))}")
 
 
 def read_a_sample(images: Dataset, size: int = 16) -> None:

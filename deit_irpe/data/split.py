@@ -74,6 +74,12 @@ def folder_to_split(root: Path) -> Path:
     return root / "train" if (root / "train").is_dir() else root
 
 
+def lists_images(file: Path, root: Path) -> bool:
+    """Whether the list ``file`` is there and names an image of ``root``, and is not one of other data."""
+    names = read_text(file, errors="surrogateescape").splitlines() if file.is_file() else []
+    return any((folder_to_split(root) / name).is_file() for name in names)
+
+
 def _draw(images: FolderImages, fraction: float, seed: int) -> np.ndarray:
     held_out = np.zeros(len(images), dtype=bool)
     for label, name in enumerate(images.classes):

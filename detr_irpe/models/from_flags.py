@@ -97,7 +97,7 @@ def start_from(
     Raises: BadCheckpoint: a part that starts fresh would be evaluated.
     """
     for source in filter(None, (start, frozen)):
-        only = set(MODEL_FLAGS) - (set() if args.eval else MAY_CHANGE)
+        only = set(MODEL_FLAGS) - (MAY_CHANGE if not args.eval else {"masks"} if source is frozen else set())
         warn_of_other_flags(get_args_parser(), args, source, "Those given now are used", only=only)
     if start is not None:
         weights = start.weights()

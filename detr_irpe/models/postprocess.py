@@ -12,8 +12,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from detr_irpe.boxes import scale_to_pixels
-
 
 class PostProcess(nn.Module):
     """Boxes in pixels, with the best class of each query."""
@@ -32,7 +30,8 @@ class PostProcess(nn.Module):
             got = f"got shape {tuple(target_sizes.shape)}."
             raise ValueError(f"target_sizes: expected (height, width) of each of {len(logits)} images; {got}")
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-        boxes = scale_to_pixels(box_convert(boxes, "cxcywh", "xyxy"), target_sizes)
+        height, width = target_sizes.to(boxes).unbind(-1)
+        boxes = box_convert(boxes, "cxcywh", "xyxy") * torch.stack([width, height] * 2, dim=-1)[:, None]
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
 
 

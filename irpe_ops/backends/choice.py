@@ -10,6 +10,7 @@ Under deterministic algorithms the first correct one is taken: times vary, and t
 because nothing can be measured inside them.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from irpe_ops.backends import eager, module_of
 from irpe_ops.backends.measure import Measurement, measure, trains
 from irpe_ops.modules import autocast_dtype
 from irpe_ops.rpe_index import extension_file, is_plain, under_function_transform
+from irpe_ops.whole_file import whole_file
 
 # Without measuring, the first that can run the call is taken.
 FIXED = {"cpu": ("compiled", "eager"), "meta": ("eager",)}
@@ -145,13 +147,8 @@ def _cached(kind: str, find: Callable[[], Measurement]) -> Measurement:
     # Next time there may be more memory. A relative path is not a cache: an unknown home stays "~".
     if any(reason.startswith("OutOfMemory") for reason in found.left_out.values()) or not path.is_absolute():
         return found
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
+    with contextlib.suppress(OSError), whole_file(path) as part:
         part.write_text(json.dumps(_entries(path) | {kind: found._asdict()}, indent=1))
-        os.replace(part, path)
-    except OSError:
-        pass
     return found
 
 

@@ -26,8 +26,7 @@ def equip_torchvision_vit(model: nn.Module, config: RPEConfig, backend: str) -> 
     grid = TokenGrid(config.skip)
     side = model.image_size // model.patch_size
     grid.remember(side, side)
-    for block in model.encoder.layers:
-        _check(block.self_attention)
+    _check([block.self_attention for block in model.encoder.layers])
     for block in model.encoder.layers:
         block.self_attention = RPEMultiheadAttention(block.self_attention, config, grid, backend)
 
@@ -36,13 +35,11 @@ def equip_encoder(
     encoder: nn.TransformerEncoder, config: RPEConfig, backend: str, size: tuple[int, int] | None
 ) -> None:
     """Encodings for every layer; tell ``encoder.token_grid`` about other sizes."""
-    if not len(encoder.layers):
-        raise ValueError("equip: this TransformerEncoder has no layers")
     for layer in encoder.layers:
         if not isinstance(layer, nn.TransformerEncoderLayer):
             kind = type(layer).__name__
             raise ValueError(f"equip: a layer is a {kind}, not a torch.nn.TransformerEncoderLayer. {HELP}")
-        _check(layer.self_attn)
+    _check([layer.self_attn for layer in encoder.layers])
     batch_first = encoder.layers[0].self_attn.batch_first
     grid = encoder.token_grid = TokenGrid(config.skip, varies=True, tokens_dim=1 if batch_first else 0)
     if size is not None:
@@ -103,15 +100,18 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
 
-def _check(attention: nn.Module) -> None:
-    reason = None
-    if isinstance(attention, RPEMultiheadAttention):
-        raise ValueError("equip: this model has iRPE already; equip a fresh model")
-    if type(attention) is not nn.MultiheadAttention:
-        reason = f"its attention is a {type(attention).__name__}, not torch.nn.MultiheadAttention"
-    elif not attention._qkv_same_embed_dim:
-        reason = "its keys and values differ in size from its queries"
-    elif attention.bias_k is not None or attention.add_zero_attn:
-        reason = "it attends to a learned or zero key, which has no place on the grid"
-    if reason := reason or why_changed(attention):
-        raise ValueError(f"equip: {reason}. {HELP}")
+def _check(attentions: list[nn.Module]) -> None:
+    if not attentions:
+        raise ValueError("equip: this model has no layers")
+    for attention in attentions:
+        reason = None
+        if isinstance(attention, RPEMultiheadAttention):
+            raise ValueError("equip: this model has iRPE already; equip a fresh model")
+        if type(attention) is not nn.MultiheadAttention:
+            reason = f"its attention is a {type(attention).__name__}, not torch.nn.MultiheadAttention"
+        elif not attention._qkv_same_embed_dim:
+            reason = "its keys and values differ in size from its queries"
+        elif attention.bias_k is not None or attention.add_zero_attn:
+            reason = "it attends to a learned or zero key, which has no place on the grid"
+        if reason := reason or why_changed(attention):
+            raise ValueError(f"equip: {reason}. {HELP}")

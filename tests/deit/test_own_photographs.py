@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from deit_irpe.args import get_args_parser
 from deit_irpe.confusion import class_rows, draw_confusion, write_confusion
+from deit_irpe.data.from_flags import validation_set
 from deit_irpe.data.split import split_folder
 from deit_irpe.engine import evaluate
 from irpe_train.precision import Precision
@@ -59,6 +61,25 @@ def test_the_list_of_the_run_of_the_weights_is_used_first(tmp_path):
     other.write_text("of another run")
     assert names_of(split_folder(tmp_path, False, 0.5, written=other, trained=trained)) == before
     assert other.read_text() == "of another run"
+
+
+def test_fine_tuning_holds_out_what_its_weights_were_not_trained_on(tmp_path, monkeypatch):
+    def held(*flags):
+        flags = ["--data-path", str(tmp_path / "photos"), "--val-split", "0.5", *map(str, flags)]
+        return names_of(validation_set(get_args_parser().parse_args(flags)))
+
+    write_images(tmp_path / "photos", {"a": 6, "b": 6})
+    before = held("--output_dir", tmp_path / "one")
+    write_images(tmp_path / "photos", {"a": 20, "b": 20}, seed=5)
+    monkeypatch.setattr("deit_irpe.data.split.logger.warning", pytest.fail)
+    finetune = "--finetune", tmp_path / "one/best.pth"
+    begun = "--output_dir", tmp_path / "two", "--resume", "auto", *finetune
+    assert held(*finetune) == held(*begun) == before
+    (tmp_path / "two/val_split.txt").write_text("a/1.png\nb/1.png\n")
+    assert len(held(*begun)) == 2  # it goes on as it began
+    assert len(held("--finetune", tmp_path / "published.pth")) == 20
+    (tmp_path / "one/val_split.txt").write_text("x/1.png\n")  # of other photographs
+    assert len(held(*finetune)) == 20
 
 
 def test_what_cannot_be_split_is_refused(tmp_path):

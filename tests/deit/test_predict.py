@@ -297,7 +297,7 @@ def test_names_that_are_not_text_are_replaced_by_a_second_prediction(checkpoint,
         (tmp_path / f"images/{number}.png").rename(tmp_path / "images" / name)
     for _ in range(2):
         ended = predict(tmp_path, tmp_path / "images", "--resume", checkpoint)
-        assert ended.code == 0, ended.text
+        assert ended.code == 0 and r"/caf\udce9.png: " in ended.text and r"/x\ny\tz.png: " in ended.text, ended.text
 
 
 def test_flags_of_another_model_are_reported(checkpoint, monkeypatch):

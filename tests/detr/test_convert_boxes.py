@@ -34,7 +34,7 @@ def read(coco, page, root):
 
 def test_yolo(page, images, tmp_path):
     (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / "a.txt").write_text("1 0.25 0.5 0.25 0.5\n")
+    (tmp_path / "labels" / "a.txt").write_text("1 0.25 0.5 0.25 0.5\n", "utf-8-sig")  # as Windows programs write it
     data = read(page["yolo_to_coco"](images, tmp_path / "labels", ["cat", "dog"]), page, tmp_path)
     assert data.categories == {1: "cat", 2: "dog"} and len(data) == 2 and len(data[1][1]["boxes"]) == 0
     assert data[0][1]["boxes"].tolist() == [[10, 15, 30, 45]] and data[0][1]["labels"].tolist() == [2]

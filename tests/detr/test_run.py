@@ -11,12 +11,14 @@ import torch
 from detr_irpe import build_model, engine, train
 from detr_irpe.args import get_args_parser
 from detr_irpe.data.from_flags import classes_of_data
+from detr_irpe.models.from_flags import start_from
 from detr_irpe.optimizer import build_optimizer
 from detr_irpe.train import main
 from irpe_train import zoo
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.distributed import rank
 from irpe_train.errors import BadCheckpoint, Preempted, RunError
+from irpe_train.run_folder import Checkpoint
 from tests.helpers.detr_runs import TINY, detr, detr_ok, log_of
 from tests.helpers.sabotage import be_stopped, change_a_loss
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
@@ -382,6 +384,15 @@ def test_a_frozen_detector_says_how_many_classes_the_model_has(trained, tmp_path
     detr_ok(root, tmp_path / "run", *flags, "--epochs", 1)
     assert len(read_checkpoint(tmp_path / "run/checkpoint.pth")["model"]["detr.class_embed.bias"]) == 11
     assert "resumed from" in detr_ok(root, tmp_path / "run", *flags, "--epochs", 2)
+
+
+def test_that_a_frozen_detector_has_no_masks_is_no_difference(trained, monkeypatch):
+    monkeypatch.setattr("irpe_train.run.logger.warning", pytest.fail)
+    file = str(trained[0] / "best.pth")
+    args = get_args_parser().parse_args([*TINY, "--dec_layers", "6", "--masks", "--eval", "--frozen_weights", file])
+    frozen = Checkpoint(file, read_checkpoint(file))
+    args.num_classes = len(frozen.weights()["class_embed.bias"]) - 1
+    start_from(build_model(args)[0], args, None, frozen, frozen.contents["categories"])
 
 
 @pytest.mark.parametrize("flag", ["--finetune", "--frozen_weights"])

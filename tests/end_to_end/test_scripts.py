@@ -131,6 +131,15 @@ def test_every_script_opens_with_its_usage():
         assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
 
 
+def test_the_script_to_be_sourced_says_so(tmp_path):
+    for command in ("scripts/setup.sh --help", "source scripts/setup.sh -h && echo here"):
+        env = os.environ | {"VENV": str(tmp_path), "PYTHON": "no-python"}
+        out = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+        ).stdout
+        assert out.startswith("usage: source scripts/setup.sh [EXTRA...]") and out.endswith(("\nhere\n", " warning.\n"))
+
+
 def test_scripts_keep_to_what_macos_has():
     """Its bash is 3.2, and its tools are those of BSD."""
     newer = r"mapfile|readarray|declare -A|\$\{\w+(,,|\^\^)|sha256sum|realpath|readlink -f|sed -i|grep -P|xargs -d"

@@ -133,6 +133,7 @@ def test_help_shows_ten_flags_and_the_long_help_all(command, parser, capsys):
         ("classify train --attn-backend gpu", "argument --attn-backend: invalid choice: 'gpu' (choose from "),
         ("detect train --attn-backend gpu", "argument --attn-backend: invalid choice: 'gpu' (choose from "),
         ("detect train --set_cost_giou nan", "argument --set_cost_giou: expected a number from 0 to 1e30, got nan"),
+        ("detect train --eos_coef 0", "argument --eos_coef: expected a number above 0, at most 1e30, got 0"),
         ("detect train --dropout nan", "argument --dropout: expected a fraction from 0 to 1, got nan"),
         ("detect train --start_epoch -5", "argument --start_epoch: expected 0 or more, got -5"),
         ("detect train --enc_layers -1", "argument --enc_layers: expected 0 or more, got -1"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -384,6 +385,17 @@ def test_a_failed_run_is_not_evaluated(tmp_path):
     assert not jobs.evaluation_log(tmp_path, "later").exists()
 
 
+def test_an_evaluation_whose_output_is_gone_is_run_again(tmp_path):
+    wanted = ["-c", ""], "", {"later": ["-c", "print('evaluated')"]}
+    console = jobs.evaluation_log(tmp_path, "later")
+    for _ in range(2):
+        jobs.prepare(tmp_path, *wanted)
+        assert jobs.work(tmp_path) == 0 and console.read_text() == "evaluated\n"
+        jobs.prepare(tmp_path, *wanted)
+        assert jobs.finished(tmp_path)
+        console.unlink()
+
+
 def test_a_full_disk_under_a_run_is_one_message(tmp_path):
     jobs.prepare(tmp_path / "run", ["-c", ""], "")
     with full_disk(0):
@@ -391,6 +403,17 @@ def test_a_full_disk_under_a_run_is_one_message(tmp_path):
             [sys.executable, "-m", "irpe_lab.jobs", tmp_path / "run"], cwd=ROOT, stderr=subprocess.PIPE
         )
     assert told.returncode == 1 and re.fullmatch(rb"[^\n]*job.json'\n", told.stderr)
+
+
+def test_a_full_disk_keeps_the_copies_that_were_there(tmp_path):
+    table, copy = tmp_path / "table.csv", tmp_path / "logs" / "table.csv"
+    ablation = SimpleNamespace(folder=tmp_path, published_files=lambda: {table.name: table})
+    copy.parent.mkdir()
+    copy.write_text("old")
+    table.write_text("new" * 99)
+    with full_disk(50), pytest.raises(OSError, match=f"File too large: '{copy}'"):
+        ablate.Ablation.publish(ablation, copy.parent)
+    assert list(copy.parent.iterdir()) == [copy] and copy.read_text() == "old"
 
 
 ODD_OUTCOMES = [{"seconds": value} for value in ("5", None, float("nan"), -1, 10**400)] + [{"rc": "0"}, {"rc": None}]

@@ -60,6 +60,12 @@ def test_any_place(rpe_on, backend):
     close(rpe_attention(*arguments, height=2, width=3, backend=backend), oracles.attention(*arguments, 2, 3))
 
 
+def test_the_largest_table(backend):
+    arguments = example("rpe-16383.5-euc-ctx-1-qkv", batch=1)
+    assert arguments[-1].num_buckets == 2**16
+    close(rpe_attention(*arguments, height=2, width=3, backend=backend), oracles.attention(*arguments, 2, 3))
+
+
 def test_zero_tables_and_no_encodings_are_plain_attention(backend):
     q, k, v, *encodings = example()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -70,7 +70,7 @@ def test_config_is_frozen_and_hashable():
         ("rpe-1_9-product-ctx-1-k", "ratio is a positive number, not '1_9'"),  # 19 to Python
         ("rpe-１.9-product-ctx-1-k", "ratio is a positive number, not '１.9'"),
         ("rpe- 1.9-product-ctx-1-k", "ratio is a positive number, not ' 1.9'"),
-        ("rpe-1e4-product-ctx-1-k", "ratio 10000.0 asks 'product' for more buckets than any"),
+        ("rpe-64-product-ctx-1-k", "ratio 64.0 asks 'product' for more buckets than any"),
         ("rpe-1e308-euc-ctx-1-k", "ratio 1e+308 asks 'euc' for more buckets"),
         ("rpe-0.4-product-ctx-1-k", "ratio 0.4 leaves a single bucket"),
         ("rpe-2.0-product-bias-1-qkv", "a bias is added to attention scores, and values have none; use mode 'ctx'"),

@@ -389,8 +389,11 @@ def test_a_grid_is_two_numbers_of_tokens(grid):
 
 
 def test_an_encoder_without_layers_is_refused():
-    with pytest.raises(ValueError, match="this TransformerEncoder has no layers"):
-        equip(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16), 0), SPEC)
+    empty = torchvision_vit()
+    empty.encoder.layers = nn.Sequential()
+    for model in (nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16), 0), empty):
+        with pytest.raises(ValueError, match="this model has no layers"):
+            equip(model, SPEC)
 
 
 def test_attention_with_a_learned_key_is_refused():

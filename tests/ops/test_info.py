@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from irpe_ops import info
+from tests.helpers.full_disk import full_disk
 
 NAMES = ["plain PyTorch", "sdpa attention", "compiled rpe_index, CPU", "compiled rpe_index, CUDA",
          "compiled attention, CPU", "compiled attention, CUDA", "triton attention, CUDA"]  # fmt: skip
@@ -84,10 +85,17 @@ def test_a_wrong_backend_makes_check_fail(error, monkeypatch, capsys):
 
 
 def test_an_unwritable_csv_is_reported_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(info, "_rows", None)
+    monkeypatch.setattr(info, "_rows", lambda: map(pytest.fail, ["the work"]))
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="--benchmark .*file: cannot be written to"):
         info.main(["--benchmark", str(tmp_path / "file")])
+
+
+def test_a_csv_on_a_full_disk_is_named_and_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(info, "_rows", lambda: [["x" * 99_999]])
+    with full_disk(50_000), pytest.raises(SystemExit, match=rf"File too large: '{tmp_path}/attention_.*\.csv'"):
+        info.main(["--benchmark", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_backend_is_not_a_failure(monkeypatch):

@@ -220,6 +220,13 @@ def test_a_number_is_read_as_if_it_were_typed(tmp_path, text):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("text", ["1.10", "1.0", "1.", ".5", "1.0e+3", "-2.50", "1e3"])
+def test_a_flag_that_is_text_gets_a_number_as_it_was_written(tmp_path, text):
+    again = yaml.safe_dump(parse_yaml(f"output_dir: {text}", "x.yaml"))  # as an ablation writes it for each run
+    for written in (f"output_dir: {text}\n", again):
+        assert parse(tmp_path, written).output_dir == text
+
+
 @pytest.mark.parametrize("text", ["2026-11-26", "2026-11-26T10:00:00Z", "2026-11-26 10:00:00 +1"])
 def test_a_date_is_text(tmp_path, text):
     assert parse(tmp_path, f"output_dir: {text}\n").output_dir == text

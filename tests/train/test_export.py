@@ -10,6 +10,7 @@ from torch import nn
 
 from irpe_train.errors import RunError
 from irpe_train.export import export_model
+from tests.helpers.full_disk import full_disk
 
 
 class Scores(nn.Module):
@@ -82,14 +83,21 @@ def test_what_cannot_be_written_is_one_message_and_leaves_no_file(tmp_path, form
     with pytest.raises(RunError, match=rf"m.{format}: this model cannot be exported \([^\n]+\)$"):
         export(Untraceable(), tmp_path / "m", ["safetensors", format])
 
-    def half_written(program, path, **options):
-        path.write_bytes(b"half")
+    def half_written(program, file, **options):
+        file.write(b"half")
         raise AssertionError
 
     monkeypatch.setattr(torch.export, "save", half_written)
     with pytest.raises(RunError, match=r"n.pt2: this model cannot be exported \(AssertionError\)"):
         export(Scores(), tmp_path / "n", ["pt2"])
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
+def test_a_full_disk_is_told_as_such_and_leaves_no_file(tmp_path, format):
+    with full_disk(300), pytest.raises(OSError, match=rf"File too large: '{tmp_path}/m.{format}'"):
+        export(nn.Linear(4, 100), tmp_path / "m", [format])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -91,11 +91,18 @@ def test_pixels_without_a_known_range_are_refused_by_name(pixels):
         decode_image(encoded(Image.fromarray(pixels), "TIFF"), "scan.tif")
 
 
-def small_tiff(bits: int, white: int, data: bytes) -> bytes:
-    """A TIFF of 9 x 6 grey pixels; ``white``: 0 where zero is white."""
+@pytest.mark.parametrize("bits", [8, 16])
+def test_signed_pixels_are_refused_by_name(bits):
+    with pytest.raises(UnreadableImage, match=r"depth\.tif: .*\(signed pixels, whose black and white are unknown"):
+        decode_image(small_tiff(bits, 1, bytes(54 * bits // 8), kind=2), "depth.tif")
+
+
+def small_tiff(bits: int, white: int, data: bytes, kind: int = 1) -> bytes:
+    """A TIFF of 9 x 6 grey pixels; ``white``: 0 where zero is white; ``kind``: 2 for signed numbers."""
     tags = ((256, 9), (257, 6), (258, bits), (259, 1), (262, white), (273, 8), (277, 1), (278, 6), (279, len(data)))
+    tags += ((339, kind),)
     entries = b"".join(struct.pack("<HHIHxx", tag, 3, 1, value) for tag, value in tags)
-    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", 9) + entries + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def test_a_tiff_of_twelve_bits_or_with_zero_for_white_is_the_same_picture():

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are whole or not there: a kill or a full disk leaves what was there before."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden path of this name to write to, which becomes ``path`` at the end; an OSError inside names ``path``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part_", dir=path.parent) as hidden:
+            yield (part := Path(hidden, path.name))
+            os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
