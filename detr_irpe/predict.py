@@ -65,11 +65,11 @@ def main(args: argparse.Namespace) -> None:
             image, frame = read_in_frame(path, annotated)
             if annotated and 0 not in annotated and annotated != [image.height, image.width]:
                 sides = f"{image.height} x {image.width} pixels, annotated {annotated[0]} x {annotated[1]}"
-                logger.warning(f"{shown(path)}: {sides}: its annotated objects may be drawn in the wrong places")
+                logger.warning(f"{path}: {sides}: its annotated objects may be drawn in the wrong places")
             for point in args.point or ():
                 cell_of(point, image.size, 1, 1)
         except (OSError, ValueError) as error:  # the other images are still predicted
-            unreadable.append(str(error) if isinstance(error, OSError) else f"{shown(path)}: {error}")
+            unreadable.append(str(error) if isinstance(error, OSError) else f"{path}: {error}")
             logger.error(unreadable[-1])
             continue
         every = detector(image)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from irpe_train.errors import RankLost, RunError, blamed_on, first_line
 from irpe_train.freed_memory import keep_freed_memory
 from irpe_train.preemption import STOP
+from irpe_train.text_files import shown
 
 logger = logging.getLogger("irpe")
 
@@ -242,12 +243,13 @@ def set_up_logging(my_rank: int) -> None:
 
 
 class Plain(logging.Formatter):
-    """``message`` for information, ``warning: message`` and so on for the rest."""
+    """``message`` for information; ``warning: message`` and so on, in one line, for the rest."""
 
     def __init__(self, prefix: str):
         super().__init__()
         self.prefix = prefix
 
     def formatMessage(self, record):
-        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"{self.prefix}{level}{record.message}"
+        if record.levelno <= logging.INFO:
+            return f"{self.prefix}{record.message}"
+        return f"{self.prefix}{record.levelname.lower()}: {shown(record.message)}"

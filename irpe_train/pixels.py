@@ -14,7 +14,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from irpe_train.distributed import logger
 from irpe_train.outputs import OutputFolder
-from irpe_train.text_files import shown
 
 ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey images with 32-bit pixels
@@ -99,7 +98,7 @@ def report_unread(where: str | Path, names: Iterable[str]) -> None:
     if counts:
         told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
         remedy = "save pictures as .jpg, unpack archives"
-        logger.warning(f"{shown(where)}: left out because their format is not read: {told}; {remedy}")
+        logger.warning(f"{where}: left out because their format is not read: {told}; {remedy}")
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
@@ -111,11 +110,11 @@ def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:
     """The image file ``path`` in RGB; see ``decode_image``. A pipe or a device is refused, not waited for."""
     path = Path(path)
     if not path.is_file():
-        raise UnreadableImage(f"{shown(path)}: " + ("not a plain file" if path.exists() else "no such file"))
+        raise UnreadableImage(f"{path}: " + ("not a plain file" if path.exists() else "no such file"))
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UnreadableImage(f"{shown(path)}: cannot be read ({error.strerror or error})") from error
+        raise UnreadableImage(f"{path}: cannot be read ({error.strerror or error})") from error
     return decode_image(data, path, upright=upright)
 
 
@@ -145,10 +144,10 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
                 rgb.getexif()[ORIENTATION] = turn
             return ImageOps.exif_transpose(rgb) if upright and is_turned(rgb) else rgb
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"{shown(name)}: too many pixels to be a photograph ({error}); scale it down") from error
+        raise UnreadableImage(f"{name}: too many pixels to be a photograph ({error}); scale it down") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UnreadableImage(f"{shown(name)}: this image cannot be read ({reason})") from error
+        raise UnreadableImage(f"{name}: this image cannot be read ({reason})") from error
 
 
 def is_turned(image: Image.Image) -> bool:

@@ -15,7 +15,6 @@ from detr_irpe.classes import plain_name, same_name
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.panoptic import CocoPanoptic
-from irpe_train.text_files import shown
 
 MOST = 0.5  # the fraction of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
 FRACTIONS = 0.9  # if this fraction of all boxes lies within one pixel, the unit is not pixels
@@ -44,7 +43,7 @@ class Problem:
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.places) else ""
-        return f"{self.what}: {self.count}" + (f" ({shown(', '.join(self.places))}{more})" if self.places else "")
+        return f"{self.what}: {self.count}" + (f" ({', '.join(self.places)}{more})" if self.places else "")
 
 
 Found = list[tuple[Path, Problem]]  # each with its file

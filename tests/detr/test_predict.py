@@ -299,12 +299,11 @@ def test_one_bad_image_does_not_cost_the_others(tmp_path, photo, capsys):
 def test_names_are_printed_without_their_line_breaks_and_control_characters(tmp_path, photo, capsys):
     photo.rename(tmp_path / "a\n\x1b[31m.jpg")
     (tmp_path / "b\n\x1b[31m.jpg").touch()
-    with pytest.raises(BadData) as told:
+    with pytest.raises(BadData):
         predict(tmp_path, "--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out")
-    assert r"/b\n\x1b[31m.jpg: this image cannot be read" in str(told.value)
     printed = capsys.readouterr().out
     assert r"/a\n\x1b[31m.jpg: 5 objects -> " in printed and r"/out/a\n\x1b[31m.png, .json" in printed
-    assert r"error: " in printed and "\x1b" not in printed and all(": " in line for line in printed.splitlines())
+    assert r"/b\n\x1b[31m.jpg: this image cannot be read" in printed and "\x1b" not in printed
 
 
 def test_a_point_outside_of_one_image_does_not_cost_the_others(tmp_path, photo):

@@ -24,15 +24,12 @@ def raising(error):
     return main
 
 
-@pytest.mark.parametrize(
-    "error",
-    [BadData("the file x is broken"), ValueError("the file x is broken"), FileNotFoundError("the file x is broken")],
-)
-def test_a_users_mistake_is_one_line(error, capsys):
+@pytest.mark.parametrize("kind", [BadData, ValueError, FileNotFoundError])
+def test_a_users_mistake_is_one_line(kind, capsys):
     with pytest.raises(SystemExit) as end:
-        launch(raising(error), tiny_run.get_parser(), [])
+        launch(raising(kind("the file \x1b\n is broken")), tiny_run.get_parser(), [])
     assert end.value.code == 1
-    assert capsys.readouterr().err == f"tiny_run: {type(error).__name__}: the file x is broken\n"
+    assert capsys.readouterr().err == f"tiny_run: {kind.__name__}: the file \\x1b\\n is broken\n"
 
 
 def test_too_many_open_files_are_one_line(capsys):
