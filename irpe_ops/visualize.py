@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw encodings: buckets around a patch, learned tables, and maps of attention. Needs matplotlib.
 
-    python -m irpe_ops.visualize -o irpe.svg                                  the piecewise index, and all methods
-    python -m irpe_ops.visualize rpe-1.9-product-ctx-1-k --grid 14x14 --query 7,7 -o buckets.png
-
 To draw a trained model, use ``python -m deit_irpe.predict`` and ``python -m detr_irpe.predict`` (``--tables``,
 ``--attention``), which call the functions in this file. Each returns a matplotlib figure: save it as PNG, PDF or SVG,
 or show it in a notebook.

@@ -1,15 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What surrounds a training step: seeds, agreement between ranks, saves, and clean stops.
 
-The loop iterates over ``Steps``; everything that must happen at the same step on every rank happens here:
-
-    for batch in steps.log_every(10):
-        loss = ...
-        steps.watch(loss, lr=lr)
-        precision.backward(loss / steps.group_size)
-        steps.confirm()
-        if steps.group_ends:
-            precision.update(optimizer, parameters, clip=max_norm)
+The loop of ``engine.py`` iterates over ``Steps``. What must happen at the same step on every rank happens here.
 """
 
 import contextlib

@@ -3,9 +3,6 @@
 
 ``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it. If it
 has no hash, that of the first download is kept beside the file, ``FILE.sha256``, and later uses are compared with it.
-
-    irpe zoo                    list the zoo and the files already here
-    irpe zoo NAME|all           download into the torch hub cache, print the paths
 """
 
 import argparse
