@@ -219,15 +219,12 @@ def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[
         refuse("expected one value or a list, got nested names")
     if value is None:
         return [] if action.default is None else refuse(f"leave the line out for the default, {action.default!r}")
+    if action.nargs == 0 and not isinstance(value, bool):
+        refuse("this is a switch: expected true or false")
     if isinstance(action, argparse.BooleanOptionalAction):
-        if not isinstance(value, bool):
-            refuse("expected true or false")
-        positive = [option for option in action.option_strings if not option.startswith("--no-")]
-        negative = [option for option in action.option_strings if option.startswith("--no-")]
-        return [(negative if (spelling in negative) == value else positive)[0]]  # `no-x: true` means `--no-x`
+        off = spelling.startswith("--no-") == value  # `no-x: true` means `--no-x`
+        return [next(option for option in action.option_strings if option.startswith("--no-") == off)]
     if action.nargs == 0:
-        if not isinstance(value, bool):
-            refuse("this is a switch: expected true or false")
         is_dest = same_name(key) == same_name(action.dest) and same_name(spelling.lstrip("-")) != same_name(key)
         wanted = value if is_dest else (action.const if value else not action.const)
         for other in parser._actions:
@@ -236,17 +233,14 @@ def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[
         return [] if parser.get_default(action.dest) == wanted else refuse("no flag switches this off; leave it out")
     if isinstance(value, bool):
         refuse("expected a value, got true or false; quote it if you mean the word")
-    many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
-    if isinstance(value, list) and not many:
-        refuse("expected one value, got a list")
-    if many:
-        items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
-            refuse("expected plain values in the list")
-        if any(str(item).startswith("--") for item in items):
-            refuse("a value that starts with -- would be read as a flag")
-        return [spelling, *map(str, items)]
-    return [f"{spelling}={value}"]
+    if action.nargs not in ("+", "*") and not isinstance(action.nargs, int):
+        return refuse("expected one value, got a list") if isinstance(value, list) else [f"{spelling}={value}"]
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
+        refuse("expected plain values in the list")
+    if any(str(item).startswith("--") for item in items):
+        refuse("a value that starts with -- would be read as a flag")
+    return [spelling, *map(str, items)]
 
 
 def same_name(name: str) -> str:
