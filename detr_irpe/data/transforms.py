@@ -32,7 +32,9 @@ def train_transforms(image_size: int = 800) -> nn.Module:
         return [max(round(side * image_size / 800), 1) for side in sides]
 
     to_random_size = RandomShortSide(scaled(*range(480, 801, 32)), max_size=_max_size(image_size))
-    cropped = v2.Compose([RandomShortSide(scaled(400, 500, 600)), RandomSizeCrop(*scaled(384, 600)), to_random_size])
+    # 1 x 3000 pixels would become 600 x 1,800,000: the limit, which is ours, begins at 1 x 32.
+    enlarged = RandomShortSide(scaled(400, 500, 600), max_size=scaled(32 * 600)[0])
+    cropped = v2.Compose([enlarged, RandomSizeCrop(*scaled(384, 600)), to_random_size])
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([to_random_size, cropped]), ToModelInput()])
 
 
@@ -46,10 +48,11 @@ def resized_size(height: int, width: int, short: int, max_size: int | None = Non
 
     The rounding is the published one (the long side is truncated, not rounded), unlike torchvision's.
     """
-    if max_size is not None and max(height, width) / min(height, width) * short > max_size:
-        short = int(round(max_size * min(height, width) / max(height, width)))
-    short = max(short, 1)
-    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+    low, high = sorted((height, width))
+    if max_size is not None and high / low * short > max_size:
+        short = int(round(max_size * low / high))
+    sides = (short, int(short * high / low)) if short else (1, max_size)
+    return sides if height <= width else sides[::-1]
 
 
 class RandomShortSide(nn.Module):

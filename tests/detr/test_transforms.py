@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from detr_irpe.data.transforms import (
     RandomShortSide,
@@ -39,6 +40,7 @@ def sample(height=60, width=90, boxes=((10.0, 20.0, 40.0, 50.0),)):
         ((300, 640), 800, 1333, (625, 1333)),  # 624.84 is rounded, since the long side would be 1706
         ((612, 612), 800, 1333, (800, 800)),
         ((375, 500), 480, None, (480, 640)),
+        ((1, 60_000), 800, 1333, (1, 1333)),  # there 0 x 0
     ],
 )
 def test_sizes_follow_the_published_rounding(size, short, longest, wanted):
@@ -63,10 +65,19 @@ def test_published_sizes_are_the_default():
     plain, cropped = choice.transforms
     assert plain.sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and plain.max_size == 1333
     first, crop, last = cropped.transforms
-    assert (first.sizes, first.max_size) == ([400, 500, 600], None)
+    assert (first.sizes, first.max_size) == ([400, 500, 600], 32 * 600)
     assert (crop.min_size, crop.max_size) == (384, 600)
     assert (last.sizes, last.max_size) == (plain.sizes, 1333)
     assert train_transforms(80).transforms[1].transforms[0].sizes[0] == 48
+
+
+def test_a_thin_image_stays_small(monkeypatch):
+    pixels, resize = [], v2.functional.resize
+    monkeypatch.setattr(v2.functional, "resize", lambda x, size: pixels.append(size[0] * size[1]) or resize(x, size))
+    for height, width in ((1, 3000), (20_000, 1)) * 4:
+        image, _ = train_transforms(80)(*sample(height, width, []))
+        assert min(image.shape[1:]) >= 1 and max(image.shape[1:]) < 2 * 133  # rounding up 0.5 doubles the long side
+    assert len(pixels) > 12 and max(pixels) <= 60 * 1920
 
 
 def test_no_size_shrinks_to_nothing():
