@@ -22,6 +22,7 @@ from irpe_train.flags import FlagParser
 FIRST = ["config", "data-path", "output_dir", "model", "rpe", "batch-size", "epochs", "lr", "finetune", "resume"]
 BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which would import PyTorch
 SETS = ("CIFAR", "IMNET", "INAT", "INAT19", "WDS", "HFDS")
+FILTERS = ("random", "bilinear", "bicubic", "lanczos", "hamming")  # published: any other word is bilinear
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 EXPORT = """A trained DeiT as ONNX, torch.export or safetensors.
 
@@ -80,12 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
     add("--pretrained", action="store_true", help="start from (or --eval) the published weights of --model")
     add("--finetune", default="", metavar="PATH|URL", help="start from these weights; other heads, tables start fresh")
-    add(
-        "--train-mode",
-        default=True,
-        action=argparse.BooleanOptionalAction,
-        help="dropout and stochastic depth in training; the published code has neither with --finetune",
-    )
+    add("--train-mode", default=True, action=argparse.BooleanOptionalAction, help="with dropout, stochastic depth")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--opt", default="adamw", help="any timm optimizer")
@@ -97,13 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR", help="holds train/ and val/")
-    add(
-        "--data-set",
-        default="IMNET",
-        choices=SETS,
-        help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
-        "datasets (docs/data.md)",
-    )
+    add("--data-set", default="IMNET", choices=SETS, help="IMNET: image folders, WDS: WebDataset, HFDS: Hugging Face")
     add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out; there is no val/")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to classify")
     add("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
@@ -118,12 +108,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--color-jitter", default=0.4, type=nonnegative_float, help="used if --aa is off")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm; none for none")
     add("--smoothing", default=0.1, type=fraction, help="label smoothing")
-    add(
-        "--train-interpolation",
-        default="bicubic",
-        choices=("random", "bilinear", "bicubic", "lanczos", "hamming"),
-        help="for crops; the published code takes any other word as bilinear",
-    )
+    add("--train-interpolation", default="bicubic", choices=FILTERS, help="for crops")
     add("--no-aug", action="store_true", help="training images as in evaluation: no crop, flip, policy or erasing")
     add("--hflip", default=0.5, type=fraction, help="probability of a horizontal flip")
     add("--reprob", default=0.25, type=fraction, help="probability of random erasing")

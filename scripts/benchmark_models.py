@@ -12,12 +12,11 @@ step of ``k`` under --deterministic. Rounds and clock are those of benchmark_ops
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_ops import DTYPES, FIELDS, Bench, check, describe, write_csv
+from benchmark_ops import DTYPES, FIELDS, begin, check, write_csv
 from torch import Tensor, nn
 
 import deit_irpe
@@ -94,21 +93,10 @@ def inference(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of autocast; fp32 means none")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--model", default="deit_small_patch16_224", help="any of timm's DeiT, or detr_ and a ResNet")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
-    parser.add_argument("--quick", action="store_true", help="batch of 2, one round: does it run?")
-    parser.add_argument("--output", type=Path, help="folder to write a CSV into")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    batch = 2 if args.quick else args.batch_size
-    bench = Bench(device, 1 if args.quick else args.rounds)
-    print(describe(device, bench))
+    args, bench = begin(parser, rounds=7)
+    device, dtype, batch = bench.device, DTYPES[args.dtype], 2 if args.quick else args.batch_size
     build = detr if args.model.startswith("detr_") else deit
     models, images, loss_of, comparable = build(args.model, batch, device)
     base, plain = next(iter(models.items()))

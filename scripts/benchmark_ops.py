@@ -231,22 +231,27 @@ def write_csv(
     return info.write_csv(folder, kind, name, describe(device, bench), [fields, *rows])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def begin(parser: argparse.ArgumentParser, rounds: int, queued: bool = False) -> tuple[argparse.Namespace, Bench]:
+    """Read the command line, with the flags that every benchmark has, and print the conditions."""
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the tensors, or of autocast in a model")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds")
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds")
     parser.add_argument("--quick", action="store_true", help="one round: does it run?")
     parser.add_argument("--output", type=Path, help="folder to write a CSV into")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    bench = Bench(device, 1 if args.quick else args.rounds, queued=True)
-    print(describe(device, bench))
-    known = GPU_SHAPES if device.type == "cuda" else SHAPES
+    bench = Bench(torch.device(args.device), 1 if args.quick else args.rounds, queued)
+    print(describe(bench.device, bench))
+    return args, bench
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    args, bench = begin(parser, rounds=15, queued=True)
+    known = GPU_SHAPES if bench.device.type == "cuda" else SHAPES
     shapes = {shape: sizes for shape, sizes in known.items() if args.only in shape}
     if not shapes:
         sys.exit(f"--only {args.only!r} matches no shape; there are: {', '.join(known)}")
@@ -254,7 +259,7 @@ def main() -> None:
         benchmark_lookup(bench, shape, sizes, args.dtype)
         benchmark_attention(bench, shape, sizes, args.dtype)
     if args.output:
-        print(write_csv(args.output, f"ops_{args.dtype}", device, FIELDS, bench.rows, bench))
+        print(write_csv(args.output, f"ops_{args.dtype}", bench.device, FIELDS, bench.rows, bench))
 
 
 if __name__ == "__main__":
