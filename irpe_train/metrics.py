@@ -111,23 +111,15 @@ class MetricLogger:
         logger.info(f"Averaged stats: {'  '.join(texts.values())}", extra={"only": "file"})
         return means
 
-    def reset(self) -> None:
-        """Forget all values; formats and windows stay."""
-        self._pending.clear()
-        for meter in self._meters.values():
-            meter.window.clear()
-            meter.total, meter.count = 0.0, 0
-
     def state_dict(self) -> dict:
         meters = self.meters.items()
         return {name: {"total": m.total, "count": m.count, "window": list(m.window)} for name, m in meters}
 
     def load_state_dict(self, state: dict) -> None:
-        self._pending.clear()
+        """Go on from ``state``; call it before the first update."""
         for name, saved in state.items():
             meter = self._meter(name)
             meter.total, meter.count = saved["total"], saved["count"]
-            meter.window.clear()
             meter.window.extend(saved["window"])
 
     def __str__(self) -> str:

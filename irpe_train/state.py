@@ -48,15 +48,14 @@ class TrainState:
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.ema, self.scaler, self.extra = ema, scaler, extra or {}
         self.flags = flags or argparse.Namespace()
-        self.epoch = self.step = 0
+        self.epoch = 0
         self.best: float | None = None
-        self.train_stats: dict | None = None
-        self.meters = MetricLogger()
         self._fits: list | None = None
+        self.start_of_epoch()
 
     def start_of_epoch(self) -> None:
         self.step, self.train_stats = 0, None
-        self.meters.reset()
+        self.meters = MetricLogger()
 
     def fit_to(self, steps: int, recipe: int) -> None:
         """Go back to the epoch's start if a restored position counts other steps than this run's.

@@ -55,15 +55,6 @@ def test_state_goes_on_bit_for_bit():
     assert second.state_dict() == whole.state_dict() and second.averages() == whole.averages()
 
 
-def test_reset_keeps_formats():
-    meters = MetricLogger()
-    meters.update(lr=1.0)
-    meters.reset()
-    assert str(meters) == "" and meters.averages() == {"lr": 0.0}
-    meters.update(lr=2.0)
-    assert str(meters) == "lr: 2.000000"
-
-
 def test_averages_are_printed_in_the_published_words(capsys):
     set_up_logging(0)
     meters = MetricLogger()
