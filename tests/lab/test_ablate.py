@@ -182,8 +182,8 @@ def test_a_table_counts_the_model_that_was_trained_and_evaluates_it_at_another_s
     for split in ("train", "val"):
         write_images(tmp_path / split, {"ant": 2, "bee": 2, "cat": 2})
     (tmp_path / "grid.yaml").write_text(
-        "package: deit_irpe\nconfig: configs/deit/demo.yaml\nflags: {data-path: ., batch-size: 4, epochs: 1, "
-        "warmup-epochs: 0, device: cpu, tensorboard: false, model-kwargs: [depth=1, embed_dim=16, num_heads=2]}\n"
+        "package: deit_irpe\nconfig: configs/deit/smoke.yaml\nflags: {data-path: ., batch-size: 4, epochs: 1, "
+        "device: cpu, tensorboard: false, model-kwargs: [depth=1, embed_dim=16, num_heads=2]}\n"
         "runs: {irpe: {rpe: rpe-1.9-product-ctx-1-k}}\nevaluations: {at 48: {input-size: 48}}\n"
     )
     assert main(["grid.yaml", "-o", "out"]) == 0
