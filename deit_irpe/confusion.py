@@ -24,6 +24,7 @@ def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Pa
     Args:
         folder: an existing one. Files of these names that another program wrote are renamed.
         counts: ``(C, C)`` integers: images of the row's class predicted as the column's class.
+    Returns: the files.
     """
     files = matrix, table, picture = [
         folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png")

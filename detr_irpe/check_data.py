@@ -47,6 +47,7 @@ def problems_of(
         masks: masks are trained, or scored.
         max_bad: the fraction of a training set that may be unreadable.
         only: the indices of the images to check, as a sample; default: all.
+        num_workers: processes that decode images.
     """
     known, path, looked_at = dataset.annotations, dataset.path, range(len(dataset)) if only is None else only
     unreadable = min(max_bad * len(dataset), MOST * len(looked_at)) if train else 0

@@ -165,6 +165,7 @@ def load_matching(
 
     Args:
         weights: a state dict; unchanged.
+        source: where it is from, for messages.
         may_start_fresh: whether a key may be missing, unexpected or of another shape; the model keeps its own value.
     Returns: a note on each key that was not copied, as ``{"head.bias": "starts fresh: (4,) there, (9,) here"}``.
     Raises: BadCheckpoint: any other key does not fit (named); nothing is loaded.

@@ -45,6 +45,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
 
     Args:
         device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are taken as they are.
+        dist_url: where the processes meet.
         timeout: seconds after which a missing or silent process ends the others.
     Raises:
         RankLost: not all processes arrived within ``timeout``.

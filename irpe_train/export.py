@@ -39,6 +39,7 @@ def export_model(
         model: takes tensors, returns a tensor or a tuple of tensors. It is exported as in evaluation.
         examples: inputs. The first is traced; all are compared, so they should differ in every dynamic dimension.
         out: a suffix of any of the formats is replaced by that of each; to another name (``m_lr0.1``) it is added.
+        formats: keys of ``SUFFIX``.
         inputs: by name, ``{dimension: name}`` of those dimensions that may vary. outputs: their names.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).

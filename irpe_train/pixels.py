@@ -125,7 +125,10 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
     CMYK converted, the first frame of an animation taken. Grey of 12 or 16 bits is scaled to 8. Floating-point,
     signed and 32-bit pixels are refused: their files do not say which values are black and white.
 
-    Args: upright: rotate the image by its EXIF orientation. Default: as stored.
+    Args:
+        data: the bytes of the file.
+        name: for messages.
+        upright: rotate the image by its EXIF orientation. Default: as stored.
     Raises: UnreadableImage: with ``name`` and the reason.
     """
     try:

@@ -13,7 +13,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 class Precision:
     """The number format of a run, and the only place where weights are updated.
 
-    Args: amp: ``bf16``, ``fp16`` (with loss scaling) or ``none``. ``fp16`` on the CPU is ``none``, as published.
+    Args:
+        amp: ``bf16``, ``fp16`` (with loss scaling) or ``none``. ``fp16`` on the CPU is ``none``, as published.
+        device: where the model is.
     """
 
     def __init__(self, amp: str, device: torch.device):

@@ -37,7 +37,9 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """The checkpoints in a run's folder: ``checkpoint.pth``, and the previous one as ``checkpoint_previous.pth``.
 
-    Args: output_dir: "" for a run that writes nothing. keys: the published keys, in the published order.
+    Args:
+        output_dir: "" for a run that writes nothing.
+        keys: the published keys, in the published order.
     """
 
     NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "best.pth"

@@ -30,6 +30,7 @@ class Steps:
     is written; and after a stop signal on any rank all ranks save and exit with ``Preempted``.
 
     Args:
+        seed: the run's seed.
         epochs: of the whole run, for its remaining time.
         accumulate: batches per update.
         save_interval: when to save in mid-epoch, see ``parse_save_interval``; None for never.
@@ -126,7 +127,9 @@ class Steps:
     def finish_training(self, stats: dict, also: tuple[str, ...] = ()) -> None:
         """End this epoch's training: remember its statistics and save, before the evaluation, as published.
 
-        Args: stats: for ``log.txt``. also: further file names for the same checkpoint.
+        Args:
+            stats: the training statistics for ``log.txt``.
+            also: further file names for the same checkpoint.
         """
         self.state.train_stats = stats
         self.checkpoints.save(self.state, also=also)

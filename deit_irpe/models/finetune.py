@@ -119,7 +119,9 @@ def load_pretrained_weights(
 
     Args:
         model: any timm model; positions are resampled for Vision Transformers.
+        weights: a state dict; unchanged.
         old_grid: patch grid (height, width) the weights were trained on; ``None`` for a square one.
+        source: where they are from, for messages.
     Returns: a note on each key that was not copied unchanged; see ``load_matching``.
     Raises: BadCheckpoint: any other key (named) is missing, unexpected or of another shape.
     """

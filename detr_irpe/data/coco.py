@@ -24,7 +24,11 @@ class CocoDetection(Dataset):
     (n,) with the original category ids, ``masks`` (n, h, w) bool if requested, ``image_id`` (1,), ``area`` and
     ``iscrowd`` (n,), ``orig_size`` and ``size`` (2,) as height, width. Crowds are left out: regions, not objects.
 
-    Args: root: holds ``annotations/instances_{split}.json`` and ``{split}/`` or ``{split}.zip``.
+    Args:
+        root: holds ``annotations/instances_{split}.json`` and ``{split}/`` or ``{split}.zip``.
+        split: ``train2017`` or ``val2017``.
+        transforms: see ``transforms.py``.
+        return_masks: include ``masks`` in the targets.
     Raises: FileNotFoundError: the annotations, the images, or some of them are missing.
     """
 

@@ -37,7 +37,9 @@ FIGURES = (  # all twelve, in COCO's order: name, short name, IoU, object size, 
 class CocoEvaluator:
     """Collects detections image by image, then scores the images that were seen, on the main process.
 
-    Args: annotations: of the images; with masks for ``segm``. iou_types: ``bbox``, ``segm`` or both.
+    Args:
+        annotations: of the images; with masks for ``segm``.
+        iou_types: ``bbox``, ``segm`` or both.
     """
 
     def __init__(self, annotations: Annotations, iou_types: Sequence[str] = ("bbox",)) -> None:

@@ -20,7 +20,12 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the 
 
 
 class FilesInFolder:
-    """The files ``names`` of one folder: names as the annotations give them, in data set order."""
+    """The files ``names`` of one folder.
+
+    Args:
+        folder: where they are.
+        names: file names as the annotations give them, relative to the folder, in data set order.
+    """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
@@ -44,7 +49,9 @@ class FilesInZip:
     The archive's directory is read once; only the offsets of the images are kept, in shared memory. Every process
     opens the archive itself at its first read, so that workers never move each other's file position.
 
-    Args: archive: ``train2017.zip`` or the like; members may be in a folder with the archive's name, as in COCO's.
+    Args:
+        archive: ``train2017.zip`` or the like; members may be in a folder with the archive's name, as in COCO's.
+        names: file names as the annotations give them, in data set order.
     Raises: BadData: the archive is damaged, or a member's name or size is hostile.
     """
 

@@ -50,6 +50,7 @@ class JsonList:
     """A list of objects in a JSON file, read field by field.
 
     Args:
+        path: the file, for messages.
         place: the list's key in the file, such as ``annotations``.
         entries: the list; None (missing) is an empty one.
         name_of: the name of entry number ``index`` in messages; default ``place[index]``.

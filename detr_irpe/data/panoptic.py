@@ -30,6 +30,7 @@ class CocoPanoptic(Dataset):
         image_root: holds ``{split}/`` or ``{split}.zip``.
         panoptic_root: holds ``annotations/panoptic_{split}.json`` and the segment images in ``panoptic_{split}/`` or
             ``panoptic_{split}.zip``. A pixel's segment id is red + 256 green + 65536 blue.
+        split, transforms, return_masks: as for ``CocoDetection``.
         instances: ``instances_{split}.json`` of the same images, which boxes (and masks) are scored by.
     Raises: FileNotFoundError, ValueError: files are missing, or the annotations have the wrong format.
     """

@@ -83,7 +83,9 @@ def panoptic_quality(images: list[SegmentMatches], categories: set[int]) -> dict
 class PanopticEvaluator:
     """Compares panoptic results with a data set's annotations, image by image, and averages over all processes.
 
-    Args: output_dir: folder for the PNG files and ``predictions.json``; None writes nothing.
+    Args:
+        dataset: where the annotations come from.
+        output_dir: folder for the PNG files and ``predictions.json``; None writes nothing.
     """
 
     def __init__(self, dataset: CocoPanoptic, output_dir: Path | None = None) -> None:

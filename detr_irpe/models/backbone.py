@@ -19,7 +19,9 @@ MICRO = {"stem_width": 8, "channels": (16, 32, 64, 128)}
 def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False) -> nn.Module:
     """Any torchvision ResNet by name, or ``resnet_micro``, with frozen batch norm.
 
-    Args: dilation: the last stage keeps its resolution and dilates instead (DC5): stride 16 instead of 32.
+    Args:
+        dilation: the last stage keeps its resolution and dilates instead (DC5): stride 16 instead of 32.
+        pretrained: start from torchvision's ImageNet weights (downloads them once).
     """
     if name == "resnet_micro":
         if pretrained:

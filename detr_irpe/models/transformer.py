@@ -188,7 +188,12 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder over the feature map, with ``enc_rpe2d`` in every layer, and decoder over the object queries."""
+    """Encoder over the feature map, decoder over the object queries.
+
+    Args:
+        enc_rpe2d: iRPE of every encoder layer, such as ``"rpe-2.0-product-ctx-1-k"``; empty for none.
+        attn_backend: of ``irpe_ops.rpe_attention``, in the encoder.
+    """
 
     def __init__(
         self,
