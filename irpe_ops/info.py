@@ -174,10 +174,7 @@ def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float
             call = _call(2, 2, 6, 7, 1, 64, spec, False, device, dtype, training=True, std=0.2)
             if module_of(name).why_not(call):
                 continue
-            runs = (
-                run(module_of(name).attention, call, True),
-                run(eager.attention, in_double(call), True),
-            )
+            runs = (run(module_of(name).attention, call, True), run(eager.attention, in_double(call), True))
             # The output, and all gradients as one vector.
             ours, exact = ((out, torch.cat([grad.double().flatten() for grad in grads])) for out, *grads in runs)
             # A gradient is a longer sum: on an H200 PyTorch's own fp32 kernel is off by 9 eps.
