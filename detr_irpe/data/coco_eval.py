@@ -8,6 +8,7 @@ import contextlib
 import io
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from detr_irpe.data.segmentations import encode_masks, to_rle
 from irpe_train import distributed
 from irpe_train.state import plain
 
+BACKENDS = ("auto", "faster-coco-eval", "pycocotools")
 FIGURES = (  # all twelve, in COCO's order: name, short name, IoU, object size, number of detections
     ("Average Precision", "AP", "0.50:0.95", "all", 100),
     ("Average Precision", "AP", "0.50", "all", 100),
@@ -38,13 +40,19 @@ class CocoEvaluator:
     """Collects detections image by image, then scores the images that were seen, on the main process.
 
     Args:
-        annotations: of the images; with masks for ``segm``.
+        annotations: ``instances_val2017.json`` or the like, or its ``Annotations`` (with masks for ``segm``).
         iou_types: ``bbox``, ``segm`` or both.
+        backend: the scoring library; ``auto`` takes faster-coco-eval if it is installed.
     """
 
-    def __init__(self, annotations: Annotations, iou_types: Sequence[str] = ("bbox",)) -> None:
-        self._coco, self._coco_eval = _scoring_library()
-        self.annotations, self.iou_types = annotations, tuple(iou_types)
+    def __init__(
+        self, annotations: Path | Annotations, iou_types: Sequence[str] = ("bbox",), *, backend: str = "auto"
+    ) -> None:
+        self._coco, self._coco_eval = _scoring_library(backend)
+        self.iou_types = tuple(iou_types)
+        if not isinstance(annotations, Annotations):
+            annotations = Annotations(Path(annotations), with_masks="segm" in iou_types)
+        self.annotations = annotations
         self._known = set(annotations.image_ids.tolist())
         self._detections: dict[int, dict] = {}
 
@@ -144,16 +152,21 @@ def format_figures(stats: Sequence[float], iou_type: str) -> str:
     return "\n".join([f"IoU metric: {iou_type}", *lines])
 
 
-def _scoring_library() -> tuple[type, type]:
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
+def _scoring_library(name: str) -> tuple[type, type]:
+    if name not in BACKENDS:
+        raise ValueError(f"COCO scoring by {name!r}: unknown; expected one of {', '.join(BACKENDS)}")
+    if name != "pycocotools":
+        try:
+            from faster_coco_eval import COCO, COCOeval_faster
 
-        return COCO, COCOeval_faster
-    except ImportError:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+            return COCO, COCOeval_faster
+        except ImportError as error:
+            if name != "auto":
+                raise ImportError("COCO scoring by faster-coco-eval: pip install faster-coco-eval") from error
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
-        return COCO, COCOeval
+    return COCO, COCOeval
 
 
 def _box_rows(detections: dict[int, dict]) -> np.ndarray:

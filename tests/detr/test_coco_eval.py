@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from detr_irpe.data import coco_eval
-from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
 from detr_irpe.data.segmentations import decode_masks, encode_masks
@@ -55,12 +54,7 @@ def noisy_predictions(root, seed=0, queries=8):
 
 
 def score(root, predictions, iou_types=("bbox",), backend="auto"):
-    annotations = Annotations(annotations_of(root), with_masks="segm" in iou_types)
-    with pytest.MonkeyPatch.context() as patch:
-        if backend == "pycocotools":
-            patch.setitem(sys.modules, "faster_coco_eval", None)  # as if it were not installed
-        evaluator = CocoEvaluator(annotations, iou_types)
-    assert backend in ("auto", evaluator._coco.__module__.partition(".")[0].replace("_", "-"))
+    evaluator = CocoEvaluator(annotations_of(root), iou_types, backend=backend)
     for image_id, found in predictions.items():
         evaluator.update({image_id: found})
     return evaluator.summarize()
@@ -194,6 +188,15 @@ def test_figures_are_printed_as_pycocotools_prints_them(tmp_path, capsys, monkey
     assert format_figures(result.stats, "bbox").splitlines() == ["IoU metric: bbox", *printed]
 
 
+def test_an_unknown_or_missing_library_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'cocoapi': unknown; expected one of auto, faster-coco-eval, pycocotools"):
+        CocoEvaluator(tmp_path, backend="cocoapi")
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ImportError, match="pip install faster-coco-eval"):
+        CocoEvaluator(tmp_path, backend="faster-coco-eval")
+    assert CocoEvaluator(annotations_of(write_tiny_coco(tmp_path)))._coco.__module__ == "pycocotools.coco"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ids_beyond_the_precision_of_a_float_are_kept_apart(tmp_path, backend):
     root, first = write_tiny_coco(tmp_path, val=9), 2**53
@@ -211,11 +214,11 @@ def test_an_image_that_the_annotations_lack_is_named(tmp_path):
     root = write_tiny_coco(tmp_path)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
     with pytest.raises(ValueError, match="instances_val2017.json: image 5 was evaluated but is not in it"):
-        CocoEvaluator(Annotations(annotations_of(root))).update({5: nothing})
+        CocoEvaluator(annotations_of(root)).update({5: nothing})
 
 
 def test_masks_are_not_scored_without_sizes(tmp_path):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "val2017", lambda c: c["images"][2].pop("height"))
     with pytest.raises(ValueError, match="masks are scored at the height and width of images; some lack them"):
-        CocoEvaluator(Annotations(annotations_of(root), with_masks=True), ("segm",)).summarize()
+        CocoEvaluator(annotations_of(root), ("segm",)).summarize()
