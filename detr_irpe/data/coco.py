@@ -36,11 +36,8 @@ class CocoDetection(Dataset):
         self.path = Path(root) / "annotations" / f"instances_{split}.json"
         self.annotations = Annotations(self.path, with_masks=return_masks)
         self.images = open_images(Path(root), split, [name.decode() for name in self.annotations.names], self.path)
+        self.categories = self.annotations.categories
         self.transforms, self.return_masks = transforms, return_masks
-
-    @property
-    def categories(self) -> dict[int, str]:
-        return self.annotations.categories
 
     def __len__(self) -> int:
         return len(self.annotations)
