@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> None:
 
     examples = [(torch.randn(batch, 3, height, width),) for batch in (2, 3)]
     told = {"classes": classes, "mean": MEAN, "std": STD} | {name: getattr(trained, name) for name in MODEL_FLAGS}
-    told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, ""))[1]
+    told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, None))[1]
     metadata = {key: json.dumps(value) for key, value in told.items()}
     export_model(
         model,

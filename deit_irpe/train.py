@@ -175,6 +175,7 @@ def rows_of_banner(
 ) -> dict[str, str]:
     """The banner's rows on data, model and learning rate; ``images``: numbers of training and validation images."""
     height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
+    encoding = args.rpe or ("of the name" if buckets_of(model) else "none")
     with precision.autocast():
         attention = describe(model, batch=batch_size, height=height, width=width, compiled=args.compile)
     mode = f"on, with dropout {args.drop:g} and stochastic depth {args.drop_path:g}"
@@ -184,7 +185,7 @@ def rows_of_banner(
         mode = "off, without dropout or stochastic depth, as the published --finetune"
     return {
         "data": f"{images[0]} training and {images[1]} validation images of {len(classes)} classes",
-        "model": f"{args.model}, encoding {args.rpe or 'of the name'}, {args.input_size} pixels, amp {precision.amp}",
+        "model": f"{args.model}, encoding {encoding}, {args.input_size} pixels, amp {precision.amp}",
         "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
         "training mode": mode,
         "attention": attention,

@@ -147,7 +147,7 @@ def gpu_slots(jobs_at_once: int, gpus_per_run: int) -> list[dict[str, str]]:
         import torch
 
         visible = ",".join(str(i) for i in range(torch.cuda.device_count()))
-    gpus = [gpu for gpu in visible.split(",") if gpu]
+    gpus = [gpu for gpu in visible.split(",") if gpu.strip() and not gpu.strip().startswith("-")]  # -1: none
     groups = [",".join(gpus[i : i + gpus_per_run]) for i in range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)]
     return [{"CUDA_VISIBLE_DEVICES": group} for group in groups] or [{} for _ in range(jobs_at_once)]
 

@@ -50,10 +50,11 @@ def read_checkpoint(path: str | Path) -> dict:
         raise BadCheckpoint(f"checkpoint {path}: the file is empty; use an earlier one")
     check_archive(path, size)
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-        if path.suffix == ".safetensors":  # which torch.load reads too, but for their header
-            contents = {"model": contents} | _told_beside(path)
+        if path.suffix.lower() == ".safetensors":
+            contents = _read_safetensors(path)
+        else:
+            with torch.serialization.safe_globals(SAFE_GLOBALS):
+                contents = torch.load(path, map_location="cpu", weights_only=True)
     except (KeyError, pickle.UnpicklingError) as error:  # a KeyError: of text
         raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error, path)}") from error
     except Exception as error:
@@ -68,9 +69,10 @@ def read_checkpoint(path: str | Path) -> dict:
     return contents
 
 
-def _told_beside(path: Path) -> dict:
-    """What our export wrote beside the weights of a safetensors file: classes or categories, and flags."""
+def _read_safetensors(path: Path) -> dict:
+    """The weights, and what our export wrote beside them: classes or categories, and flags."""
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
     told = {}
     with safe_open(path, "pt") as file:
@@ -82,7 +84,7 @@ def _told_beside(path: Path) -> dict:
     known = {name: told.pop(name) for name in ("classes", "categories") if name in told}
     if isinstance(known.get("categories"), dict):
         known["categories"] = {int(number): name for number, name in known["categories"].items()}
-    return known and known | {"args": told}
+    return {"model": load_file(path)} | (known and known | {"args": told})
 
 
 def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -94,7 +95,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def answer_early(package: str) -> None:
-    """Print help and flag errors of a package's programs before PyTorch is imported, which takes seconds.
+    """Print help and flag errors of a package's programs before PyTorch is imported, which takes seconds; until
+    ``launch``, Ctrl-C ends the process at once.
 
     Called by ``PACKAGE/__init__.py``; does nothing unless Python imports it for ``python -m PACKAGE`` or
     ``python -m PACKAGE.PROGRAM``. The parsers are those of ``PACKAGE/args.py``.
@@ -105,6 +107,8 @@ def answer_early(package: str) -> None:
         return
     program = (" ".join(sys.orig_argv).partition(" -m")[2].split() or [""])[0]
     if program in parsers:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # some imports swallow its exception
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(ConfigError):  # launch reports it
             parse_args(getattr(importlib.import_module(f"{package}.args"), parsers[program])())
 

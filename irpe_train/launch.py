@@ -34,6 +34,8 @@ def launch(
     """
     if sys.stdout is None:  # closed before the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `answer_early`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
         with report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():

@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -257,6 +258,18 @@ def does_not_wait(command, status):
     assert ran.returncode == status and "torch" not in imported and "irpe_train.flags" in imported
 
 
+def test_ctrl_c_during_an_import_that_swallows_it_ends_the_program(tmp_path):
+    stop = "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('swallowed')\n"
+    (tmp_path / "torch.py").write_text(f"import os, signal\n{stop}")
+    ran = subprocess.run(
+        [sys.executable, "-m", "deit_irpe"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"},
+        capture_output=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    assert (ran.returncode, ran.stdout) == (-signal.SIGINT, b"")
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -268,6 +281,7 @@ def does_not_wait(command, status):
 )
 def test_a_value_that_is_called_like_a_package_starts_nothing(monkeypatch, argv):
     """The program is the first word that names the package; ``--out`` is a flag of its export, not of its training."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "orig_argv", ["python", *argv])
     monkeypatch.setattr(sys, "argv", ["-m", *argv[2:]] if argv[0] == "-m" else argv)
     answer_early("deit_irpe")

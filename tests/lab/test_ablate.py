@@ -289,8 +289,9 @@ def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
     assert ablate.gpu_slots(1, 2) == [{"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "5,7"}]
     assert ablate.gpu_slots(1, 3) == [{"CUDA_VISIBLE_DEVICES": "0,2,5"}]  # one is left over
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert ablate.gpu_slots(2, 1) == [{}, {}]
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert ablate.gpu_slots(2, 1) == [{}, {}]
 
 
 def test_a_row_is_told_when_its_state_changes(monkeypatch, capsys):
