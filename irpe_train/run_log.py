@@ -22,7 +22,7 @@ from irpe_train.config import as_yaml
 from irpe_train.distributed import Plain, is_main, logger, world_size
 from irpe_train.errors import RunError, in_one_line
 from irpe_train.state import plain
-from irpe_train.text_files import plain_file, read_text, write_text
+from irpe_train.text_files import naming, plain_file, read_text, write_text
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rpe_ops_cuda")
 
@@ -60,13 +60,10 @@ class RunLog:
         """Append one epoch; ``stats`` has ``epoch`` and, as published, ``train_*``, ``test_*``, ``n_parameters``."""
         if self.path is None:
             return
-        try:
-            with open(plain_file(self.path), "a") as file:
-                file.write(json.dumps(stats) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}") from error
+        with naming(self.path), open(plain_file(self.path), "a") as file:
+            file.write(json.dumps(stats) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if self._board is not None:
             try:
                 for name, value in _scalars(stats):
@@ -166,18 +163,15 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
     if not is_main() or not args.output_dir:
         return
     folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "starts.jsonl").exists():
-            for path in (folder / "config.yaml", folder / "model.json"):
-                if path.is_file():
-                    keep_aside(path)
-        write_text(folder / "config.yaml", as_yaml(parser, args))
-        write_text(folder / "model.json", json.dumps(stats) + "\n")
-        with open(plain_file(folder / "starts.jsonl"), "a") as file:
-            file.write(json.dumps(surroundings()) + "\n")
-    except OSError as error:
-        raise RunError(f"--output_dir {folder}: cannot write there ({error.strerror})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    flags, model, starts = (folder / name for name in ("config.yaml", "model.json", "starts.jsonl"))
+    if not starts.exists():
+        for path in filter(Path.is_file, (flags, model)):
+            keep_aside(path)
+    write_text(flags, as_yaml(parser, args))
+    write_text(model, json.dumps(stats) + "\n")
+    with naming(starts), open(plain_file(starts), "a") as file:
+        file.write(json.dumps(surroundings()) + "\n")
 
 
 def surroundings() -> dict:
