@@ -27,6 +27,16 @@ def test_one_size_for_each_image():
         PostProcess()(outputs, torch.tensor([[10, 20]]))
 
 
+@pytest.mark.parametrize("name", ["pred_logits", "pred_boxes"])
+def test_what_overflows_is_not_scored(name):
+    outputs = {"pred_logits": torch.rand(2, 3, 4), "pred_boxes": torch.rand(2, 3, 4)}
+    outputs["pred_logits"][..., 0] = -torch.inf  # a class that is left out
+    PostProcess()(outputs, torch.tensor([[10, 20]] * 2))
+    outputs[name][1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="scores or boxes are not finite: use an earlier checkpoint, or --amp none"):
+        PostProcess()(outputs, torch.tensor([[10, 20]] * 2))
+
+
 def test_masks_lose_the_padding_and_take_the_original_size():
     masks = torch.full((2, 1, 4, 4), -5.0)
     masks[0, 0, :2] = 5.0  # the upper half of the padded batch, which the first image fills
