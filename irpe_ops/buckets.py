@@ -19,6 +19,7 @@ from irpe_ops.methods import (
     offset_ids,
     piecewise_index,
 )
+from irpe_ops.rpe_index import constant_of_graphs
 
 
 def get_bucket_ids_2d(
@@ -184,20 +185,14 @@ def _kept(ids: Tensor) -> Tensor:
     return ids
 
 
+@constant_of_graphs
 def _table_of_index(ratio: str, device: torch.device) -> Tensor:
-    """The piecewise index of 0, 1, ..., ceil(gamma), int64: a constant of the compiled graph."""
-    return _cached_table(float(ratio), device)
+    """The piecewise index of 0, 1, ..., ceil(gamma), int64."""
 
-
-# torch.compiler.assume_constant_result does this, but imports torch._dynamo first: seconds, in every process.
-_table_of_index._dynamo_marked_constant = True
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_table(ratio: float, device: torch.device) -> Tensor:
     def make() -> Tensor:
-        distances = torch.arange(math.ceil(8 * ratio) + 1, device="cpu")
-        return piecewise_index(distances, ratio, 2 * ratio, 8 * ratio).to(device)
+        alpha = float(ratio)
+        distances = torch.arange(math.ceil(8 * alpha) + 1, device="cpu")
+        return piecewise_index(distances, alpha, 2 * alpha, 8 * alpha).to(device)
 
     # A fresh thread has none of the caller's modes: during export the caller's tensors are fake.
     with ThreadPoolExecutor(max_workers=1) as clean:

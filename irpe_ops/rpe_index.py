@@ -2,6 +2,7 @@
 """The lookup at the heart of iRPE and its adjoint, in plain PyTorch or by the compiled kernels."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,17 +79,24 @@ def has_kernel(tensor: Tensor) -> bool:
     )
 
 
+def constant_of_graphs(function: Callable) -> Callable:
+    """``function``, cached; its result is a constant of a compiled graph.
+
+    torch.compiler.assume_constant_result imports torch._dynamo: seconds, in every process. A mark on the cache itself
+    would be missed.
+    """
+    cached = functools.lru_cache(function)
+
+    def ask(*arguments):
+        return cached(*arguments)
+
+    ask._dynamo_marked_constant, ask.__doc__, ask.__wrapped__ = True, function.__doc__, function
+    return ask
+
+
+@constant_of_graphs
 def built_for(device: int) -> bool:
     """Whether the extension has code for this CUDA device: it is built for some GPU generations, not all."""
-    return _built_for(device)
-
-
-# Called while torch.compile traces. It looks through lru_cache and misses a mark on it: hence two functions.
-built_for._dynamo_marked_constant = True
-
-
-@functools.lru_cache
-def _built_for(device: int) -> bool:
     if not torch.cuda.is_available():  # a fake tensor's device
         return False
     return torch.ops.irpe.has_code_for(device) if hasattr(torch.ops.irpe, "has_code_for") else True

@@ -5,14 +5,12 @@ On CPU: every encoding and mask, in fp32, and no (L, L) tensor unless it is smal
 in half precision, and an (L, L) tensor in backward only, for some heads at a time; see `why_not`.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.buckets import ids_by_lane
-from irpe_ops.rpe_index import is_plain, missing_kernels, under_function_transform
+from irpe_ops.rpe_index import constant_of_graphs, is_plain, missing_kernels, under_function_transform
 
 try:
     from rpe_ops_cuda.attention import Attention, below_autograd
@@ -35,16 +33,9 @@ def missing() -> str | None:
     return reason
 
 
+@constant_of_graphs
 def missing_on_cuda(device: int) -> str | None:
     """Why there are no kernels for this GPU, with the remedy; None if there are."""
-    return _missing_on_cuda(device)
-
-
-missing_on_cuda._dynamo_marked_constant = True  # as in rpe_index.built_for
-
-
-@functools.lru_cache
-def _missing_on_cuda(device: int) -> str | None:
     reason = missing_kernels("cuda", device)
     if reason is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "on CUDA it needs a GPU of compute capability 8.0 (Ampere) or later; use backend='sdpa' or 'eager'"

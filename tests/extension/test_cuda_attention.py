@@ -78,7 +78,7 @@ def test_why_there_are_no_kernels_for_a_gpu(monkeypatch):
     reasons = {"cuda": None}
     monkeypatch.setattr(backend, "missing_kernels", lambda kind, device: reasons["cuda"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    ask = backend._missing_on_cuda.__wrapped__
+    ask = backend.missing_on_cuda.__wrapped__
     assert re.search("compute capability 8.0 .*; use backend='sdpa' or 'eager'", ask(0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert ask(0) is None
