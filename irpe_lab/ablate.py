@@ -200,8 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         ablation.refuse_to_replace(args.logs)
         if not args.table:
             if args.slurm:
-                options = {"gpus_per_node": args.gpus_per_run, **dict(args.slurm_option)}
-                pool = jobs.SlurmPool(ablation.folder / "slurm", **options)
+                options = {"gpus_per_node": args.gpus_per_run} | dict(args.slurm_option)
+                pool = jobs.SlurmPool(ablation.folder / "slurm", options)
             else:
                 pool = jobs.LocalPool(gpu_slots(args.jobs, args.gpus_per_run))
             ablation.work(pool, processes=args.gpus_per_run)

@@ -192,19 +192,22 @@ class LocalPool:
 
 
 class SlurmPool:
-    """SLURM jobs through submitit, one per run; they go on when this runner ends, and are found again by job id."""
+    """SLURM jobs through submitit, one per run; they go on when this runner ends, and are found again by job id.
+
+    Args: options: submitit's parameters, and ``cluster``. Raises: BadFlags: submitit refuses one.
+    """
 
     poll_seconds = 20.0
 
-    def __init__(self, folder: Path, *, cluster: str = "slurm", **parameters):
+    def __init__(self, folder: Path, options: dict):
         try:
             import submitit
         except ImportError as error:
             raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
         self._submitit, self._folder = submitit, folder
         with blamed_on("--slurm, --slurm-option"):
-            self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-            self._executor.update_parameters(**parameters)
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
+            self._executor.update_parameters(**options)
         self._jobs: dict[Path, object] = {}
 
     def free(self) -> bool:

@@ -357,14 +357,14 @@ def test_slurm_jobs_go_through_submitit(place, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     grid = read_grid("grid.yaml", seeds="0", only="none")
     ablation = ablate.Ablation(grid, Path("out").absolute())
-    pool = jobs.SlurmPool(place / "slurm", cluster="local", timeout_min=5)
+    pool = jobs.SlurmPool(place / "slurm", {"cluster": "local", "timeout_min": 5})
     pool.poll_seconds = 0.2
     ablation.work(pool)
     assert [row.figures() for row in ablation.rows()] == [{0: 81.0}]
     assert json.loads((place / "out" / "none_seed0" / "slurm.json").read_text())["job_id"]
 
 
-@pytest.mark.parametrize("option", ["cluster=slurm", "foo=1", "timeout_min=x"])
+@pytest.mark.parametrize("option", ["cluster=slurm", "foo=1", "timeout_min=x", "folder=x", "self=x"])
 def test_what_slurm_does_not_take_is_one_message(place, monkeypatch, option):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "")  # this is not a cluster
