@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.pixels import walk
-from irpe_train.run_log import PACKAGES, surroundings
+from irpe_train.run_log import PACKAGES, processor_name, surroundings
 from irpe_train.text_files import write_text
 from irpe_train.zoo import read_zoo
 
@@ -199,12 +198,7 @@ def hardware() -> str:
     """The name of the GPU, or without one of the processor."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].strip() if names else model
-    return f"{os.cpu_count()} CPUs, {model}"
+    return f"{os.cpu_count()} CPUs, {processor_name()}"
 
 
 def _number(value: float) -> str:

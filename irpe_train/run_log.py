@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -197,6 +198,14 @@ def surroundings() -> dict:
         "platform": platform.platform(),
         "git": git_state(),
     }
+
+
+def processor_name() -> str:
+    """The CPU's model, with its numbers: a virtual machine may hide the rest of its name."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", told, re.MULTILINE))
+    name = fields.get("model name", platform.processor() or platform.machine())
+    return f"{name} family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
 
 
 def git_state() -> str:

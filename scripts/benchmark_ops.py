@@ -17,7 +17,6 @@ training step that keeps the GPU busy. DeiT's batch is 256 there.
 
 import argparse
 import platform
-import re
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends.choice import can_run
 from irpe_ops.rpe_index import rpe_index_adjoint
 from irpe_train.freed_memory import keep_freed_memory
+from irpe_train.run_log import processor_name
 
 SHAPES = {  # batch, heads, height, width, skip, head_dim, spec
     "DeiT-S B16 H6 L197 D64": (16, 6, 14, 14, 1, 64, "rpe-1.9-product-ctx-1-"),
@@ -198,14 +198,6 @@ def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str)
         bench.compare("attention forward", shape, dtype_name, "sdpa", candidates)
     both = {name: (lambda f=f: torch.autograd.grad(f(), f.leaves, grad)) for name, f in candidates.items()}
     bench.compare("attention forward + backward", shape, dtype_name, "sdpa", both)
-
-
-def processor_name() -> str:
-    """CPU model, or family and model if a virtual machine hides the name; and the instruction set of the kernels."""
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", told, re.MULTILINE))
-    name = fields.get("model name", platform.processor() or platform.machine())
-    return f"{name} family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
 
 
 def describe(device: torch.device, bench: Bench | None = None) -> str:
