@@ -59,11 +59,11 @@ def test_safetensors_holds_the_same_network_with_its_flags_and_categories(tmp_pa
 
 
 @pytest.mark.slow
-def test_onnx_runs_at_sizes_that_were_not_traced(tmp_path, capsys, monkeypatch):
-    path = write_checkpoint(tmp_path / "x.pth")
-    formats = ("--formats", "onnx", "pt2")
+@pytest.mark.parametrize(("flags", "formats"), [((), ("onnx", "pt2")), (("--dilation",), ("pt2", "safetensors"))])
+def test_exports_run_at_sizes_that_were_not_traced(tmp_path, capsys, monkeypatch, flags, formats):
+    path = write_checkpoint(tmp_path / "x.pth", *flags)
     monkeypatch.setattr("detr_irpe.export.SIZES", ((2, 64, 96), (3, 128, 64)))
-    run("--resume", path, "--out", tmp_path / "detr.onnx", *formats)
+    run("--resume", path, "--out", tmp_path / "detr.onnx", "--formats", *formats)
     assert len(re.findall("differ from the model's by at most", capsys.readouterr().out)) == 2
 
 

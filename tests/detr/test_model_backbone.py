@@ -10,21 +10,22 @@ from detr_irpe.nested_tensor import NestedTensor
 from tests.helpers.tiny_detr import published_flags, tiny_model
 
 
-def trained_classifier() -> torch.nn.Module:
+def trained_classifier(stride: int = 32) -> torch.nn.Module:
     """As after a classification run: random weights, and batch norm statistics that differ from 0 and 1."""
     torch.manual_seed(0)
-    classifier = timm.create_model("resnet10t", num_classes=4, **MICRO).train()
+    classifier = timm.create_model("resnet10t", num_classes=4, output_stride=stride, **MICRO).train()
     for _ in range(3):
         classifier(torch.rand(8, 3, 32, 32))
     return classifier.eval()
 
 
-def test_classifier_weights_give_the_classifier_features(tmp_path):
-    classifier = trained_classifier()
+@pytest.mark.parametrize("dilation", [False, True])
+def test_classifier_weights_give_the_classifier_features(tmp_path, dilation):
+    classifier = trained_classifier(16 if dilation else 32)
     weights = {f"module.{key}": value for key, value in classifier.state_dict().items()}
     torch.save({"model": weights, "epoch": 3}, tmp_path / "checkpoint.pth")
-    model = create_model("resnet_micro", pretrained_backbone=str(tmp_path / "checkpoint.pth"))
-    images = torch.rand(2, 3, 64, 96)
+    model = create_model("resnet_micro", pretrained_backbone=str(tmp_path / "checkpoint.pth"), dilation=dilation)
+    images = torch.rand(2, 3, 64, 97)
     ours = model.backbone[0](NestedTensor.from_images(list(images)))[-1].tensors
     torch.testing.assert_close(ours, classifier.forward_features(images))
 
