@@ -181,7 +181,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns: 0, or 1 if a run failed."""
+    """Returns: 0, or 1 if a run failed, or was to be run and has no result."""
     parser = get_parser()
     args = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -215,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"{parser.prog}: {error}")
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 1 if any("failed" in row.states for row in ablation.rows()) else 0
+    states = {state for row in ablation.rows() for state in row.states}
+    return int("failed" in states or not args.table and states != {"done"})
 
 
 if __name__ == "__main__":

@@ -243,5 +243,5 @@ def read_json(path: Path) -> dict:
 if __name__ == "__main__":
     try:
         sys.exit(work(Path(sys.argv[1])))
-    except OSError as error:  # a full disk
+    except (OSError, RunError) as error:  # a full disk, or a pipe in place of a file
         sys.exit(f"{sys.argv[1]}: {error}")

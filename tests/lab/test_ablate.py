@@ -406,6 +406,19 @@ def test_a_full_disk_under_a_run_is_one_message(tmp_path):
     assert told.returncode == 1 and re.fullmatch(rb"[^\n]*job.json'\n", told.stderr)
 
 
+def test_a_run_without_a_result_is_no_success(place, capfd):
+    folder = place / "out/none_seed0"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "detail.log")
+    choice = ["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0"]
+    assert main(choice) == 1
+    told = capfd.readouterr().err.replace(str(place) + "/", "")
+    assert re.fullmatch(r"out/none_seed0: out/none_seed0/detail.log: expected a plain file, not a [^\n]*\n", told)
+    (folder / "detail.log").unlink()
+    assert main([*choice, "--table"]) == 0  # nothing was to be run
+    assert main(choice) == 0
+
+
 def test_a_full_disk_keeps_the_copies_that_were_there(tmp_path):
     table, copy = tmp_path / "table.csv", tmp_path / "logs" / "table.csv"
     ablation = SimpleNamespace(folder=tmp_path, published_files=lambda: {table.name: table})
