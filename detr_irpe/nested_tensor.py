@@ -19,6 +19,8 @@ class NestedTensor:
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor):
+        if mask.dtype != torch.bool:  # ~mask means another thing for integers
+            raise ValueError(f"the mask of a batch is bool, True = padding; got {mask.dtype}.")
         self.tensors, self.mask = tensors, mask
 
     @classmethod
@@ -27,9 +29,9 @@ class NestedTensor:
 
         Args: images: a list of them, or images of one size as ``(B, C, h, w)``.
         """
-        if not len(images) or any(image.ndim != 3 for image in images):
+        if len({image.shape[:-2] for image in images}) != 1 or images[0].ndim != 3:
             shapes = [tuple(image.shape) for image in images]
-            raise ValueError(f"a batch is one or more images (C, h, w); got shapes {shapes}.")
+            raise ValueError(f"a batch is one or more images (C, h, w) of one C; got shapes {shapes}.")
         height = max(image.shape[1] for image in images)
         width = max(image.shape[2] for image in images)
         tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)

@@ -207,9 +207,16 @@ def test_images_of_one_size_may_come_as_one_tensor():
             assert isinstance(ours, list) or torch.equal(ours, wanted)
 
 
-def test_a_batch_is_images():
-    with pytest.raises(ValueError, match=r"one or more images \(C, h, w\); got shapes \[\(2, 4\)\]"):
-        NestedTensor.from_images([torch.ones(2, 4)])
+@pytest.mark.parametrize("shapes", [[], [(2, 4)], [(3, 2, 4), (1, 2, 4)], [(1, 3, 2, 4)]])
+def test_a_batch_is_images(shapes):
+    with pytest.raises(ValueError) as error:
+        NestedTensor.from_images([torch.ones(shape) for shape in shapes])
+    assert str(error.value) == f"a batch is one or more images (C, h, w) of one C; got shapes {shapes}."
+
+
+def test_a_mask_of_numbers_is_refused():
+    with pytest.raises(ValueError, match="bool, True = padding; got torch.int64"):
+        NestedTensor(torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64))
 
 
 def test_heads_must_divide_the_width():
