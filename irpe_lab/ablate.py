@@ -28,7 +28,6 @@ from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import complete, writable_folder
-from irpe_train.text_files import read_text
 from irpe_train.zoo import read_zoo
 
 
@@ -86,7 +85,7 @@ class Ablation:
         outcome = read_outcome(folder, self.grid.task.figure, same)
         if outcome.state != "done":
             return outcome
-        if (flags := folder / "flags.yaml").is_file() and read_text(flags) != self._written(run):
+        if (flags := folder / "flags.yaml").is_file() and not jobs.same_flags(flags, self._written(run)):
             return Outcome("failed", reason=f"{folder} holds the results of other flags (see its flags.yaml)")
         self._finished[folder] = outcome
         return outcome

@@ -221,7 +221,7 @@ def _choices(text: str) -> list[list[str]]:
 
 
 def _product(grid: dict, source: str) -> list[tuple[str, dict]]:
-    """All combinations of values. A run is named after its values, ``key=value`` for numbers and switches."""
+    """All combinations of values. A run is named after its values, or ``key=value`` for values that are not text."""
     options, count = [], 1
     for key, values in grid.items():
         values = values if isinstance(values, list) else [values]
@@ -235,7 +235,8 @@ def _product(grid: dict, source: str) -> list[tuple[str, dict]]:
 
 
 def _called(key: str, value: object) -> str:
-    if isinstance(value, str) and not re.match(r"[-+.]?\d", value):
+    if isinstance(value, str):
         return value or "none"
-    shown = ",".join(map(str, value)) if isinstance(value, list) else str(value).lower()
-    return f"{key}={shown}"
+    values = value if isinstance(value, list) else [value]
+    shown = ",".join(repr(one) if isinstance(one, float) else str(one) for one in values)  # 0.10 is 0.1
+    return f"{key}={shown if isinstance(value, list) else shown.lower()}"

@@ -27,6 +27,7 @@ from typing import TextIO
 
 from irpe_lab.console_log import last_words
 from irpe_lab.figures import LARGEST
+from irpe_train.config import parse_yaml
 from irpe_train.errors import Preempted, RunError, blamed_on
 from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
@@ -49,7 +50,7 @@ def prepare(
     job, written = folder / "job.json", folder / "flags.yaml"
     known, wanted = read_json(job), {"command": command, "then": then or {}}
     old = known.get("command")
-    if old == command and written.is_file() and read_text(written) == flags:
+    if old == command and written.is_file() and same_flags(written, flags):
         there = all(evaluation_log(folder, name).exists() for name in wanted["then"])
         if not (there and known.get("then") == wanted["then"] or keep and finished(folder)):
             (folder / "done.json").unlink(missing_ok=True)
@@ -62,6 +63,12 @@ def prepare(
     writable_folder(folder, "-o")
     write_text(written, flags)
     write_text(job, json.dumps(wanted, indent=1) + "\n")
+
+
+def same_flags(written: Path, flags: str) -> bool:
+    """Whether the file ``flags.yaml`` of a run says the same, however its numbers are written."""
+    text = read_text(written)
+    return text == flags or parse_yaml(text, str(written)) == parse_yaml(flags, "flags")
 
 
 def in_folder(command: list[str], folder: Path) -> list[str]:

@@ -135,9 +135,19 @@ def read_yaml(path: Path, source: str) -> dict:
     return values or {}
 
 
+class _Written(float):
+    """A number whose ``str`` is the text that was written, for flags that take text; it is dumped like that too."""
+
+    def __str__(self):
+        return self.text
+
+
+yaml.SafeDumper.add_representer(_Written, lambda dumper, x: dumper.represent_scalar("tag:yaml.org,2002:float", x.text))
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses what `parse_yaml` says. Dates, and numbers that Python would print in another way (``010`` is 8 in YAML
-    1.1, ``1:30`` 90, ``1.10`` 1.1), stay the text that was written, as if it were typed.
+    """Refuses what `parse_yaml` says. Dates, and numbers that YAML 1.1 reads in its own way (``010`` as 8, ``1:30`` as
+    90, ``2024_01`` without the underscore), stay the text that was written, as if it were typed.
     """
 
     source, depth = "", 0
@@ -159,8 +169,13 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def as_typed(self, node: yaml.ScalarNode) -> int | float | str:
+        if re.search(r"[:_xb]|^\+|^-?0\d", node.value):
+            return node.value
         value = yaml.SafeLoader.yaml_constructors[node.tag](self, node)
-        return value if str(value) == node.value else node.value
+        if str(value) != node.value:  # 1.10 would be 1.1
+            value = _Written(value)
+            value.text = node.value
+        return value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.as_typed)

@@ -397,6 +397,15 @@ def test_an_evaluation_whose_output_is_gone_is_run_again(tmp_path):
         console.unlink()
 
 
+def test_a_number_written_in_another_way_is_the_same_flag(tmp_path):
+    jobs.prepare(tmp_path, ["-c", ""], "lr: 5.0e-05\nweight-decay: 0.1\n")
+    assert jobs.work(tmp_path) == 0
+    jobs.prepare(tmp_path, ["-c", ""], "lr: 0.00005\nweight-decay: 0.10\n")
+    assert jobs.finished(tmp_path)
+    with pytest.raises(RunError, match="the results of other flags"):
+        jobs.prepare(tmp_path, ["-c", ""], "lr: 0.0001\nweight-decay: 0.10\n")
+
+
 def test_a_full_disk_under_a_run_is_one_message(tmp_path):
     jobs.prepare(tmp_path / "run", ["-c", ""], "")
     with full_disk(0):

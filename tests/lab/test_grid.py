@@ -91,12 +91,15 @@ def test_where_a_config_is_looked_for(tmp_path, monkeypatch):
 
 
 def test_runs_are_named_after_their_values(tmp_path):
-    text = GRID.replace("grid: {", "grid: {repeated-aug: [true, false], lr: [1.0e-3], opt-betas: [[0.9, 0.95]], ")
+    more = "repeated-aug: [true, false], lr: [1.0e-3, 1e-3], opt-betas: [[0.90, 0.95]], "
+    text = GRID.replace("grid: {", "grid: {" + more)
     text = text.replace("published", "#")
-    assert list(read_grid(written(tmp_path, text)).runs)[:2] == [
-        "repeated-aug=true_lr=1.0e-3_opt-betas=0.9_0.95_none",
-        "repeated-aug=true_lr=1.0e-3_opt-betas=0.9_0.95_rpe-1.9-product-ctx-1-k",
+    names = list(read_grid(written(tmp_path, text)).runs)
+    assert names[:2] == [
+        "repeated-aug=true_lr=0.001_opt-betas=0.9_0.95_none",
+        "repeated-aug=true_lr=0.001_opt-betas=0.9_0.95_rpe-1.9-product-ctx-1-k",
     ]
+    assert names[3] == "repeated-aug=true_1e-3_opt-betas=0.9_0.95_none"  # which YAML reads as text
 
 
 @pytest.mark.parametrize(
