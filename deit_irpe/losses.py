@@ -41,6 +41,10 @@ class DistillationLoss(nn.Module):
         tau: float = 1.0,
     ):
         super().__init__()
+        if kind not in ("none", "soft", "hard"):
+            raise ValueError(f"distillation type {kind!r}: expected none, soft or hard")
+        if kind != "none" and teacher is None:
+            raise ValueError(f"distillation type {kind!r} needs a teacher")
         self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
         self._teacher = [teacher]  # in a list: neither a submodule nor part of any state dict
 

@@ -120,7 +120,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     Args: local_rank: which GPU of this machine this process takes; None for a single process.
     Raises: ValueError: no such device, or more processes than GPUs.
     """
-    if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", name):
+    if not re.fullmatch(r"cpu(:0)?|cuda(:[1-9]?[0-9])?", name):
         raise ValueError(f"--device {name!r}: expected cuda, cuda:N or cpu")
     device = torch.device(name)
     if device.type == "cpu":

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -88,8 +89,8 @@ def main() -> None:
         matrix = args.heads * length * length * 4 / 2**20
         print(f"L = {length}, {args.heads} heads of {args.head_dim}, fp32; one (heads, L, L) tensor: {matrix:,.0f} MiB")
         for candidate in CANDIDATES:
-            with context.Pool(1) as process:
-                megabytes = process.apply(measure, (candidate, (height, width), args))
+            with ProcessPoolExecutor(1, context) as process:  # a Pool would wait for a killed process
+                megabytes = process.submit(measure, candidate, (height, width), args).result()
             print(f"{candidate:10}  {megabytes:8,.0f} MiB  {megabytes / matrix:6.2f} of that tensor", flush=True)
             rows.append([candidate, length, args.heads, args.head_dim, f"{megabytes:.0f}", f"{megabytes / matrix:.3f}"])
     if args.output:

@@ -30,7 +30,8 @@ class PostProcess(nn.Module):
             got = f"got shape {tuple(target_sizes.shape)}."
             raise ValueError(f"target_sizes: expected (height, width) of each of {len(logits)} images; {got}")
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-        if not (scores.isfinite().all() and boxes.isfinite().all()):
+        # A compiled or exported graph cannot ask.
+        if not (torch.compiler.is_compiling() or scores.isfinite().all() and boxes.isfinite().all()):
             raise ValueError("the model's scores or boxes are not finite: use an earlier checkpoint, or --amp none")
         height, width = target_sizes.to(boxes).unbind(-1)
         boxes = box_convert(boxes, "cxcywh", "xyxy") * torch.stack([width, height] * 2, dim=-1)[:, None]

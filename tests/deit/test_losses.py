@@ -59,6 +59,10 @@ def test_the_teacher_is_not_part_of_the_loss_module():
 
 
 def test_distillation_says_what_it_needs():
+    with pytest.raises(ValueError, match="needs a teacher"):
+        DistillationLoss(nn.CrossEntropyLoss(), None, "hard")
+    with pytest.raises(ValueError, match="expected none, soft or hard"):
+        DistillationLoss(nn.CrossEntropyLoss(), None, "warm")
     with pytest.raises(ValueError, match="needs a model with a distillation head"):
         DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "soft")(
             torch.zeros(1), torch.zeros(1, 2), torch.zeros(1).long()

@@ -37,6 +37,12 @@ def test_what_overflows_is_not_scored(name):
         PostProcess()(outputs, torch.tensor([[10, 20]] * 2))
 
 
+def test_boxes_can_be_part_of_an_exported_graph():
+    outputs, sizes = {"pred_logits": torch.rand(2, 3, 4), "pred_boxes": torch.rand(2, 3, 4)}, torch.tensor([[9, 9]] * 2)
+    graph = torch.export.export(PostProcess(), (outputs, sizes)).module()
+    torch.testing.assert_close(graph(outputs, sizes), PostProcess()(outputs, sizes))
+
+
 def test_masks_lose_the_padding_and_take_the_original_size():
     masks = torch.full((2, 1, 4, 4), -5.0)
     masks[0, 0, :2] = 5.0  # the upper half of the padded batch, which the first image fills

@@ -170,6 +170,10 @@ def test_nccl_is_told_the_gpu_of_its_process(monkeypatch):
     assert distributed.start() == joined["device_id"] == torch.device("cuda", 1)
 
 
+def test_the_cpu_has_one_number():
+    assert distributed.choose_device("cpu:0").type == "cpu"
+
+
 def test_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -185,6 +189,7 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
         ("cpu:7", "--device 'cpu:7': expected cuda, cuda:N or cpu"),
         ("mps", "--device 'mps': expected cuda, cuda:N or cpu"),
         ("cuda:999", "--device 'cuda:999': expected cuda, cuda:N or cpu"),
+        ("cuda:٣", "--device 'cuda:٣': expected cuda, cuda:N or cpu"),
         ("banana", "--device 'banana': expected cuda, cuda:N or cpu"),
         ("cuda:-1", "--device 'cuda:-1': expected cuda, cuda:N or cpu"),
         ("", "--device '': expected cuda, cuda:N or cpu"),
