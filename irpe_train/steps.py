@@ -164,7 +164,7 @@ class Steps:
         where = "no --output_dir, so no report"
         if self.checkpoints.folder:
             path = self.checkpoints.folder / "nonfinite_loss.json"
-            where = f"report: {path}"
+            where = f"report: {path}; --resume auto continues from the last checkpoint"
             if is_main():
                 with contextlib.suppress(OSError, RunError):  # a full disk must not hide the reason
                     write_text(path, json.dumps(guilty, indent=2) + "\n")
@@ -172,7 +172,7 @@ class Steps:
         raise NonFiniteLoss(
             f"loss is not finite on rank {', '.join(str(r['rank']) for r in guilty)} at epoch {state.epoch}, step "
             f"{state.step}: {terms}, lr {self._lr:g}. The weights were not changed ({where}). "
-            "Try a lower --lr, gradient clipping, or --amp none; --resume auto continues from the last checkpoint."
+            "Try a lower --lr, gradient clipping, or --amp none."
         )
 
     def _stop_if_too_many_are_bad(self) -> None:

@@ -128,7 +128,8 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, bad):
     one_step(state, steps, precision, loss_of(state.model, next(batches)))
     loss = loss_of(state.model, next(batches)) * bad
     before = [p.detach().clone() for p in state.model.parameters()]
-    words = r"not finite on rank 0 at epoch 4, step 1: loss (nan|inf), loss_giou 3, lr 0.1. The weights were not"
+    words = r"not finite on rank 0 at epoch 4, step 1: loss (nan|inf), loss_giou 3, lr 0.1. The weights were not "
+    words += r"changed \(report: .*nonfinite_loss.json; --resume auto continues from the last checkpoint\). Try a lower"
     with pytest.raises(NonFiniteLoss, match=words):
         one_step(state, steps, precision, loss, terms={"loss_giou": torch.tensor(3.0)})
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
