@@ -138,6 +138,8 @@ def get_export_parser() -> argparse.ArgumentParser:
     """The parser of ``irpe detect export`` and ``python -m detr_irpe.export``."""
     parser = FlagParser("python -m detr_irpe.export", description=EXPORT, allow_abbrev=False)
     add_export_arguments(parser)
+    parser.add_argument("--height", type=int, default=256, help="pixels of the traced example; any size runs later")
+    parser.add_argument("--width", type=int, default=320, help="pixels of the traced example")
     return parser
 
 

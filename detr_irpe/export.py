@@ -14,7 +14,7 @@ from detr_irpe.nested_tensor import NestedTensor
 from irpe_train.export import export_model
 from irpe_train.launch import launch
 
-SIZES = ((2, 256, 320), (3, 320, 288))  # batch, height and width of the images that are tried
+SMALLEST = 64  # pixels: the second example is 32 narrower
 
 
 class TensorsInOut(nn.Module):
@@ -30,12 +30,14 @@ class TensorsInOut(nn.Module):
 
 
 def main(args: argparse.Namespace) -> None:
+    if min(args.height, args.width) < SMALLEST:
+        raise ValueError(f"--height {args.height} --width {args.width}: expected {SMALLEST} pixels or more")
     model, _, trained, categories = load_model(args.resume)
     if trained.masks:
         raise ValueError(f"{args.resume} has a mask head, which is not exported; export the detector it was trained on")
 
     examples = []
-    for batch, height, width in SIZES:
+    for batch, height, width in ((2, args.height, args.width), (3, args.height + 64, args.width - 32)):
         padding = torch.zeros(batch, height, width, dtype=torch.bool)
         padding[-1, :, width - 16 :] = True
         examples.append((torch.randn(batch, 3, height, width), padding))

@@ -232,18 +232,24 @@ def get_parser() -> argparse.ArgumentParser:
     add("logs", nargs="?", type=Path, default=Path("logs"), help="folder (default logs)")
     add("-o", "--output", type=Path, help="write the page and its HTML here, e.g. docs/results.md")
     add("--readme", type=Path, metavar="FILE.md", help="update the tables between the markers of this file")
+    add("--check", action="store_true", help="write nothing; fail if --output or --readme is stale")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write the page, and the tables of another one."""
+def main(argv: list[str] | None = None) -> int:
+    """Returns: 1 if ``--check`` finds a stale file."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if not (args.output or args.readme):
         parser.error("nothing to write: give -o FILE.md, --readme FILE.md or both")
+    stale = []
     try:
         if args.output:
-            print("\n".join(map(str, write_page(Report(args.logs, args.output)))))
+            report = Report(args.logs, args.output)
+            if not args.check:
+                print("\n".join(map(str, write_page(report))))
+            elif not args.output.is_file() or read_text(args.output) != report.markdown():
+                stale.append(args.output)
         if args.readme:
             try:
                 text = plain_file(args.readme).read_bytes().decode()
@@ -253,11 +259,17 @@ def main(argv: list[str] | None = None) -> None:
                 raise RunError(f"--readme {args.readme}: no <!-- results:begin --> with its <!-- results:end --> in it")
             end = "\r\n" if "\r\n" in text else "\n"
             filled = Report(args.logs, args.readme).fill(unix).replace("\n", end)
-            write_text(args.readme.resolve(), filled)  # atomic; a symlink stays one
-            print(args.readme)
+            if not args.check:
+                write_text(args.readme.resolve(), filled)  # atomic; a symlink stays one
+                print(args.readme)
+            elif filled != text:
+                stale.append(args.readme)
     except (RunError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
+    for path in stale:
+        print(f"{path} is stale: update it with irpe report", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

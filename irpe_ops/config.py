@@ -130,7 +130,7 @@ def _check_ratio(ratio: float, method: str) -> float:
     if 2 * ratio < 1:
         raise ValueError(f"ratio {ratio!r} leaves a single bucket for all distances; use at least 0.5")
     if ratio > MAX_BUCKETS or any(count_buckets(name, 2 * ratio, 1) > MAX_BUCKETS for name in maps_of(method)):
-        raise ValueError(f"ratio {ratio!r} asks {method!r} for more buckets than any grid has; use a smaller one")
+        raise ValueError(f"ratio {ratio!r} asks {method!r} for more than {MAX_BUCKETS:,} buckets; use a smaller one")
     return float(ratio)
 
 

@@ -60,10 +60,10 @@ def test_safetensors_holds_the_same_network_with_its_flags_and_categories(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "formats"), [((), ("onnx", "pt2")), (("--dilation",), ("pt2", "safetensors"))])
-def test_exports_run_at_sizes_that_were_not_traced(tmp_path, capsys, monkeypatch, flags, formats):
+def test_exports_run_at_sizes_that_were_not_traced(tmp_path, capsys, flags, formats):
     path = write_checkpoint(tmp_path / "x.pth", *flags)
-    monkeypatch.setattr("detr_irpe.export.SIZES", ((2, 64, 96), (3, 128, 64)))
-    run("--resume", path, "--out", tmp_path / "detr.onnx", "--formats", *formats)
+    sizes = "--height", "64", "--width", "96"
+    run("--resume", path, "--out", tmp_path / "detr.onnx", *sizes, "--formats", *formats)
     assert len(re.findall("differ from the model's by at most", capsys.readouterr().out)) == 2
 
 
@@ -71,3 +71,8 @@ def test_a_mask_head_is_refused(tmp_path):
     path = write_checkpoint(tmp_path / "x.pth", "--masks")
     with pytest.raises(ValueError, match="mask head, which is not exported"):
         run("--resume", path, "--out", tmp_path / "x")
+
+
+def test_sizes_that_cannot_be_traced_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--height 64 --width 8: expected 64 pixels or more"):
+        run("--resume", tmp_path / "x.pth", "--out", tmp_path / "x", "--height", "64", "--width", "8")

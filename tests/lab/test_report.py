@@ -154,14 +154,21 @@ def test_the_page_and_its_html(logs, tmp_path, capsys):
     assert base64.b64encode(b"picture").decode() in offline and "<td>a|b</td>" in offline
     assert '<a href="../logs/log_demo.txt">97.20 top-1 (%)</a>' in offline
     assert '<a href="https://github.com/' in offline and 'src="http' not in offline
-    report.main([str(logs), "-o", str(page)])
+    assert report.main([str(logs), "-o", str(page)]) == 0
     assert page.read_text() == text  # whatever was there before
+    assert report.main([str(logs), "-o", str(page), "--check"]) == 0
+    (logs / "log_demo.txt").write_text(deit_line(0, 98.0) + "\n")
+    assert report.main([str(logs), "-o", str(page), "--check"]) == 1 and page.read_text() == text
+    assert "results.md is stale" in capsys.readouterr().err
 
 
 def test_tables_between_markers(logs, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
-    report.main([str(logs), "--readme", str(readme)])
+    check = [str(logs), "--readme", str(readme), "--check"]
+    assert report.main(check) == 1 and "old" in readme.read_text()
+    report.main(check[:-1])
+    assert report.main(check) == 0
     text = readme.read_text()
     assert text.startswith("before\n<!-- results:begin -->\n**ImageNet-1K") and "old" not in text
     assert "| 0.422 | [0.4213](logs/log_" in text and text.endswith("<!-- results:end -->\nafter\n")
@@ -175,7 +182,7 @@ def test_tables_between_markers(logs, tmp_path):
     windows = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
     readme.write_bytes(windows.replace(b"0.4213", b"old"))
     report.main([str(logs), "--readme", str(readme)])
-    assert readme.read_bytes() == windows
+    assert readme.read_bytes() == windows and report.main(check) == 0
 
 
 def test_the_html_trusts_nothing_it_reads(logs, tmp_path):
