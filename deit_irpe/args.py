@@ -81,7 +81,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
     add("--pretrained", action="store_true", help="start from (or --eval) the published weights of --model")
     add("--finetune", default="", metavar="PATH|URL", help="start from these weights; other heads, tables start fresh")
-    add("--train-mode", default=True, action=argparse.BooleanOptionalAction, help="with dropout, stochastic depth")
+    add(
+        "--train-mode",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="dropout and stochastic depth in training; the published code has neither with --finetune",
+    )
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--opt", default="adamw", help="any timm optimizer")
@@ -93,7 +98,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR", help="holds train/ and val/")
-    add("--data-set", default="IMNET", choices=SETS, help="IMNET: image folders, WDS: WebDataset, HFDS: Hugging Face")
+    add(
+        "--data-set",
+        default="IMNET",
+        choices=SETS,
+        help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
+        "datasets (docs/data.md)",
+    )
     add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out; there is no val/")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to classify")
     add("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
