@@ -42,11 +42,9 @@ class IRPE(nn.Module):
         self.method = find_map(method or config.method)
         self.mode, self.shared_head, self.skip, self.ratio = config.mode, config.shared_head, config.skip, config.ratio
         self.head_dim, self.num_heads, self.role = head_dim, num_heads, role
-        self.on_values = role == "v"  # it maps attention weights to values, rather than vectors to attention scores
         self._coefficients = (repr(self.ratio), int(2 * self.ratio), math.ceil(8 * self.ratio))  # traced_bucket_map
         self.num_buckets = count_buckets(self.method, 2 * self.ratio, self.skip)
         mode = MODES[self.mode]
-        self.uses_tokens = mode.uses_tokens  # the tokens' vectors matter, and not only their positions
         shape = mode.shape(1 if self.shared_head else num_heads, head_dim, self.num_buckets)
         if self.on_values:
             shape = (*shape[:-2], shape[-1], shape[-2])
@@ -58,9 +56,19 @@ class IRPE(nn.Module):
         nn.init.zeros_(self.table)
 
     @property
+    def on_values(self) -> bool:
+        """Whether it maps attention weights to values, rather than vectors to attention scores."""
+        return self.role == "v"
+
+    @property
     def table(self) -> nn.Parameter:
         """The one parameter, whatever the mode calls it."""
         return getattr(self, MODES[self.mode].parameter)
+
+    @property
+    def uses_tokens(self) -> bool:
+        """Whether the tokens' vectors matter, and not only their positions."""
+        return MODES[self.mode].uses_tokens
 
     @property
     def parts(self) -> tuple["IRPE", ...]:
@@ -155,10 +163,15 @@ class IRPESum(nn.Module):
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, role: str) -> None:
         super().__init__()
-        self.role, self.on_values = role, role == "v"
+        self.role = role
         for name in maps_of(config.method):
             part = name.removeprefix(f"{config.method}_")
             self.add_module(f"rp_{part}", IRPE(config, head_dim, num_heads, role, name))
+
+    @property
+    def on_values(self) -> bool:
+        """As in `IRPE`."""
+        return self.role == "v"
 
     @property
     def parts(self) -> tuple[IRPE, ...]:

@@ -44,7 +44,11 @@ class DETR(nn.Module):
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.input_proj = nn.Conv2d(backbone.channels[-1], hidden_dim, kernel_size=1)
         self.backbone = backbone
-        self.num_queries, self.aux_loss = num_queries, aux_loss
+        self.aux_loss = aux_loss
+
+    @property
+    def num_queries(self) -> int:
+        return self.query_embed.num_embeddings
 
     def forward(self, samples: NestedTensor | Sequence[Tensor] | Tensor) -> dict:
         """Detect.

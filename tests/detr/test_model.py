@@ -222,3 +222,9 @@ def test_a_mask_of_numbers_is_refused():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="--hidden_dim 16 is not a multiple of --nheads 3"):
         tiny_model(nheads=3)
+
+
+def test_other_queries_are_counted():
+    model = tiny_model()
+    model.query_embed = torch.nn.Embedding(7, model.query_embed.embedding_dim)
+    assert model.num_queries == 7

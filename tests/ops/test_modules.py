@@ -264,3 +264,12 @@ def test_exports():
     for strict in (False, True):
         assert torch.equal(torch.export.export(rpe_k, (x,), strict=strict).module()(x), rpe_k(x))
     assert isinstance(rpe_k, IRPE)
+
+
+def test_a_model_saved_whole_by_an_earlier_version_runs():
+    """Such a module has the attributes of that version, and no others."""
+    plain = {"method", "mode", "shared_head", "skip", "ratio", "head_dim", "num_heads", "role", "num_buckets"}
+    for spec in ("rpe-1.9-product-ctx-1-k", "rpe-1.9-cross-ctx-1-k"):
+        _, rpe_k, _ = build(spec)
+        for part in {rpe_k, *rpe_k.parts}:
+            assert vars(part).keys() - vars(torch.nn.Module()).keys() <= plain | {"_coefficients"}
