@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from detr_irpe.boxes import paired_giou
 from detr_irpe.models.matcher import HungarianMatcher
 from irpe_train.distributed import reduce_mean
 
@@ -100,9 +101,7 @@ class SetCriterion(nn.Module):
         """L1 distance and ``1 - GIoU`` of the matched boxes, summed over pairs, divided by ``num_boxes``."""
         boxes = outputs["pred_boxes"][matched.image, matched.query].float()
         wanted = torch.cat([target["boxes"] for target in targets])[matched.object].float()
-        # Not torchvision's elementwise loss, which adds 1e-7 to the areas: too much for small normalised boxes.
-        every = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
-        giou = every.diagonal()
+        giou = paired_giou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
         return {"loss_bbox": (boxes - wanted).abs().sum() / num_boxes, "loss_giou": (1 - giou).sum() / num_boxes}
 
     def loss_masks(self, outputs: dict, targets: Sequence[dict], matched: Matched, num_boxes: Tensor) -> Losses:

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from detr_irpe.boxes import scale_to_pixels
+
 
 class PostProcess(nn.Module):
     """Boxes in pixels, with the best class of each query."""
@@ -33,8 +35,7 @@ class PostProcess(nn.Module):
         # A compiled or exported graph cannot ask.
         if not (torch.compiler.is_compiling() or scores.isfinite().all() and boxes.isfinite().all()):
             raise ValueError("the model's scores or boxes are not finite: use an earlier checkpoint, or --amp none")
-        height, width = target_sizes.to(boxes).unbind(-1)
-        boxes = box_convert(boxes, "cxcywh", "xyxy") * torch.stack([width, height] * 2, dim=-1)[:, None]
+        boxes = scale_to_pixels(box_convert(boxes, "cxcywh", "xyxy"), target_sizes)
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
 
 
