@@ -94,6 +94,14 @@ def run_ranks(
     return Ranks(main, get_parser, argv, folder, world_size=world_size, missing=missing).wait(timeout)
 
 
+def wait_for(condition, seconds: float = 60) -> None:
+    """Ask until ``condition()`` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
 def _child(main, get_parser, argv, output, rank, world_size, port, environment):
     os.setpgrp()
     os.environ.clear()

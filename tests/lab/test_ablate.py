@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from irpe_lab.results import Outcome, Row
 from irpe_train.config import ROOT
 from irpe_train.errors import RunError
 from tests.helpers.full_disk import full_disk
+from tests.helpers.processes import wait_for
 from tests.helpers.quick_python import quick_programs
 from tests.helpers.tiny_images import write_images
 
@@ -207,13 +207,6 @@ def run_in_background(place, *more):
     )
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_started_again(place, how):
     """The second run of three is killed in its second epoch; kill -9 leaves its worker, other signals stop it."""
@@ -309,47 +302,11 @@ def test_a_row_is_told_when_its_state_changes(monkeypatch, capsys):
     assert capsys.readouterr().out == "good  2 done  4 epochs  91.00 ± 1.41\n"
 
 
-def test_a_worker_waits_for_a_busy_run(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", "raise SystemExit('started')"], "")
-    with jobs.locked(tmp_path / "run") as lock:
-        assert lock and jobs.busy(tmp_path / "run")
-        worker = subprocess.Popen([sys.executable, "-m", "irpe_lab.jobs", str(tmp_path / "run")], cwd=ROOT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(1)
-        assert not (tmp_path / "run" / "detail.log").exists()
-    assert worker.wait() == 1 and not jobs.busy(tmp_path / "run")
-    assert jobs.done(tmp_path / "run")["reason"] == "started"
-
-
-def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", "import time; print('here', flush=True); time.sleep(1)"], "")
-    worker = subprocess.Popen([sys.executable, "-m", "irpe_lab.jobs", str(tmp_path / "run")], cwd=ROOT)
-    console = tmp_path / "run" / "detail.log"
-    wait_for(lambda: console.exists() and console.read_text() == "here\n")
-    worker.kill()
-    worker.wait()
-    assert jobs.busy(tmp_path / "run")
-    wait_for(lambda: not jobs.busy(tmp_path / "run"))
-
-
 def test_two_runners_share_the_runs(place):
     """Neither starts what the other runs, and both see all of it done."""
     other = run_in_background(place, "--seeds", "0")
     assert main(["grid.yaml", "-o", "out", "--seeds", "0"]) == 0 and other.wait() == 0
     assert sorted(starts(place)) == sorted(f"start {run} 0 0" for run in table(place / "out"))
-
-
-def test_a_preempted_run_has_no_outcome_yet_and_its_time_counts(tmp_path, monkeypatch):
-    jobs.prepare(tmp_path / "run", ["-c", "import os; os._exit(75 if not os.path.exists('run/x') else 0)"], "")
-    monkeypatch.chdir(tmp_path)
-    assert jobs.work(Path("run")) == 75 and jobs.done(tmp_path / "run") is None
-    job = tmp_path / "run" / "job.json"
-    told = json.loads(job.read_text())
-    assert told["seconds"] > 0
-    job.write_text(json.dumps(told | {"seconds": 1000}))
-    (tmp_path / "run" / "x").touch()
-    assert jobs.work(Path("run")) == 0
-    assert 1000 < jobs.done(tmp_path / "run")["seconds"] < 1100  # of both attempts
 
 
 def test_slurm_jobs_go_through_submitit(place, monkeypatch):
@@ -380,41 +337,6 @@ def test_nothing_at_a_time_is_refused(place, flag, capsys):
     assert "expected 1 to 2147483647, got 0" in capsys.readouterr().err
 
 
-def test_a_failed_run_is_not_evaluated(tmp_path):
-    jobs.prepare(tmp_path, ["-c", "raise SystemExit('broke')"], "", {"later": ["-c", "print('evaluated')"]})
-    assert jobs.work(tmp_path) == 1 and jobs.done(tmp_path)["reason"] == "broke"
-    assert not jobs.evaluation_log(tmp_path, "later").exists()
-
-
-def test_an_evaluation_whose_output_is_gone_is_run_again(tmp_path):
-    wanted = ["-c", ""], "", {"later": ["-c", "print('evaluated')"]}
-    console = jobs.evaluation_log(tmp_path, "later")
-    for _ in range(2):
-        jobs.prepare(tmp_path, *wanted)
-        assert jobs.work(tmp_path) == 0 and console.read_text() == "evaluated\n"
-        jobs.prepare(tmp_path, *wanted)
-        assert jobs.finished(tmp_path)
-        console.unlink()
-
-
-def test_a_number_written_in_another_way_is_the_same_flag(tmp_path):
-    jobs.prepare(tmp_path, ["-c", ""], "lr: 5.0e-05\nweight-decay: 0.1\n")
-    assert jobs.work(tmp_path) == 0
-    jobs.prepare(tmp_path, ["-c", ""], "lr: 0.00005\nweight-decay: 0.10\n")
-    assert jobs.finished(tmp_path)
-    with pytest.raises(RunError, match="the results of other flags"):
-        jobs.prepare(tmp_path, ["-c", ""], "lr: 0.0001\nweight-decay: 0.10\n")
-
-
-def test_a_full_disk_under_a_run_is_one_message(tmp_path):
-    jobs.prepare(tmp_path / "run", ["-c", ""], "")
-    with full_disk(0):
-        told = subprocess.run(
-            [sys.executable, "-m", "irpe_lab.jobs", tmp_path / "run"], cwd=ROOT, stderr=subprocess.PIPE
-        )
-    assert told.returncode == 1 and re.fullmatch(rb"[^\n]*job.json'\n", told.stderr)
-
-
 def test_a_run_without_a_result_is_no_success(place, capfd):
     folder = place / "out/none_seed0"
     folder.mkdir(parents=True)
@@ -437,22 +359,6 @@ def test_a_full_disk_keeps_the_copies_that_were_there(tmp_path):
     with full_disk(50), pytest.raises(OSError, match=f"File too large: '{copy}'"):
         ablate.Ablation.publish(ablation, copy.parent)
     assert list(copy.parent.iterdir()) == [copy] and copy.read_text() == "old"
-
-
-ODD_OUTCOMES = [{"seconds": value} for value in ("5", None, float("nan"), -1, 10**400)] + [{"rc": "0"}, {"rc": None}]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "{", "[]", "{}", "\xff"),
-        *(json.dumps({"rc": 0, "seconds": 1.0, "reason": None} | odd) for odd in ODD_OUTCOMES),
-    ],
-)
-def test_a_damaged_outcome_counts_as_missing(tmp_path, text):
-    jobs.prepare(tmp_path, ["-c", ""], "")
-    (tmp_path / "done.json").write_text(text, encoding="latin-1")
-    assert jobs.done(tmp_path) is None and jobs.work(tmp_path) == 0 and jobs.finished(tmp_path)
 
 
 def test_other_results_are_refused_early(tmp_path):

@@ -15,7 +15,7 @@ from irpe_train.errors import Preempted
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.preemption import STOP, Preemption
 from tests.helpers import tiny_run
-from tests.helpers.processes import Ranks, run_ranks
+from tests.helpers.processes import Ranks, run_ranks, wait_for
 
 QUIET = ["--device", "cpu", "--no-tensorboard"]
 
@@ -185,13 +185,6 @@ def test_a_request_to_one_rank_in_evaluation_stops_both_and_both_resume(tmp_path
         for ended in tiny(name, "--resume", "auto"):
             assert ended.code == 0, ended.text
     assert (tmp_path / "cut/log.txt").read_text() == (tmp_path / "whole/log.txt").read_text()
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
 
 
 def test_the_watching_thread_ends_before_python_does():

@@ -15,7 +15,7 @@ from irpe_train.errors import Preempted
 from irpe_train.loader import TrainLoader
 from irpe_train.run_folder import Checkpoints
 from tests.helpers import tiny_run
-from tests.helpers.processes import Ranks, run_ranks
+from tests.helpers.processes import Ranks, run_ranks, wait_for
 
 QUIET = ["--device", "cpu", "--no-tensorboard"]
 
@@ -145,13 +145,6 @@ def test_a_whole_process_group_is_told_to_stop(tmp_path):
     (ended,) = ranks.wait(30)
     assert ended.code == Preempted.EXIT_CODE, ended.text
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]["epoch"] >= 1
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
 
 
 def kill_and_restart(folder, kills, flags):
