@@ -28,7 +28,7 @@ from deit_irpe.args import get_args_parser
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, build_model, create_model
 from irpe_ops.modules import buckets_of
 from irpe_train.config import parse_args
-from irpe_train.errors import RunError
+from irpe_train.errors import RunError, ending_quietly
 from irpe_train.flags import FlagParser
 from irpe_train.metrics import count_parameters
 
@@ -130,4 +130,5 @@ def print_table(models: Sequence[str], rpe: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_quietly():
+        main()

@@ -25,7 +25,7 @@ from irpe_lab.grid import Grid, read_grid
 from irpe_lab.results import Outcome, Row, read_outcome
 from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
-from irpe_train.errors import RunError
+from irpe_train.errors import RunError, ending_quietly
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import complete, writable_folder
 from irpe_train.zoo import read_zoo
@@ -219,4 +219,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_quietly():
+        sys.exit(main())

@@ -23,7 +23,7 @@ from irpe_lab.console_log import read_detail, read_log
 from irpe_lab.figures import DETAILS, TASKS, Figure, Task
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT, read_yaml
-from irpe_train.errors import BadData, RunError
+from irpe_train.errors import BadData, RunError, ending_quietly
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
@@ -272,4 +272,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_quietly():
+        sys.exit(main())

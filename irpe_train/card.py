@@ -20,7 +20,7 @@ import torch
 from irpe_train.config import ROOT
 from irpe_train.distributed import logger
 from irpe_train.download import local_file, sha256
-from irpe_train.errors import RunError
+from irpe_train.errors import RunError, ending_quietly
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.pixels import walk
@@ -231,4 +231,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_quietly():
+        sys.exit(main())

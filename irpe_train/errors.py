@@ -2,6 +2,7 @@
 """The ways a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
 
 import contextlib
+import sys
 
 
 class RunError(RuntimeError):
@@ -10,6 +11,15 @@ class RunError(RuntimeError):
 
 class BadFlags(RunError, ValueError):
     """Flag values that a library refuses."""
+
+
+@contextlib.contextmanager
+def ending_quietly():
+    """Around a command: Ctrl-C ends it with exit status 130, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ import torch
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.distributed import end, report_lost_ranks, stop_printing
-from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line
+from irpe_train.errors import RunError, WorkerLost, blamed_on, ending_quietly, first_line
 from irpe_train.text_files import shown
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
@@ -38,11 +38,10 @@ def launch(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
-        with report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
+        # Ctrl-C raises only outside training, which notes it: see preemption.py.
+        with ending_quietly(), report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
             status = main(parse_args(parser, argv))
             end()
-    except KeyboardInterrupt:  # only outside training, which notes it: see preemption.py
-        sys.exit(130)
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise

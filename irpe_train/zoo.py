@@ -13,7 +13,7 @@ from pathlib import Path
 
 from irpe_train.config import ROOT, ConfigError, read_yaml
 from irpe_train.download import cache_folder, fetch_once, sha256
-from irpe_train.errors import RunError
+from irpe_train.errors import RunError, ending_quietly
 from irpe_train.flags import FlagParser
 from irpe_train.text_files import read_text, write_text
 
@@ -169,4 +169,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_quietly():
+        main()

@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import irpe
 import irpe_ops
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
-from irpe.__main__ import COMMANDS, completion, main, overview
+from irpe.__main__ import COMMANDS, TASKS, completion, main, overview
 from irpe_ops.attention import BACKENDS
 from irpe_train.config import answer_early
 from irpe_train.precision import DTYPES
@@ -59,6 +60,26 @@ def test_an_interrupt_gives_no_traceback(monkeypatch):
     with pytest.raises(SystemExit) as end:
         main(["zoo"])
     assert end.value.code == 130
+
+
+MODULES = [
+    path
+    for package in (*TASKS.values(), "irpe_ops", "irpe_train", "irpe_lab")
+    for path in sorted((REPOSITORY / package).glob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text() and path.stem != "jobs"  # which is no command
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_an_interrupted_module_gives_no_traceback(path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_known_args", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:  # a KeyboardInterrupt would end the whole of pytest
+        runpy.run_module(f"{path.parent.name}.{path.stem}", run_name="__main__")
+    assert getattr(end.value, "code", None) == 130
 
 
 def test_every_command_is_a_module_and_is_in_the_overview(capsys):
