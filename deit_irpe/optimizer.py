@@ -45,7 +45,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Sch
     ``--warmup-lr``.
     """
     noise = dict(noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed)
-    course = f"{args.epochs} epochs, {args.warmup_epochs} of warm-up, from {args.warmup_lr:g} to {args.min_lr:g}"
+    course = f"{args.epochs} epoch(s), {args.warmup_epochs} of warm-up, from {args.warmup_lr:g} to {args.min_lr:g}"
     with blamed_on(f"--sched {args.sched} with {course}"):
         if args.sched == "tanh":
             span = [share * args.epochs for share in args.lr_noise or ()]

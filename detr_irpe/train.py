@@ -212,7 +212,7 @@ def rows_of_banner(
     return {
         "data": f"{len(train_set)} training, {len(val_set)} validation images, {len(train_set.categories)} categories",
         "model": f"{args.backbone}, encoding {args.enc_rpe2d or 'none'}, {num_classes} class ids, amp {precision.amp}",
-        "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epochs",
+        "effective lr": f"{args.lr:g}, backbone {args.lr_backbone:g}, a tenth every {args.lr_drop} epoch(s)",
         "attention": attention,
     }
 

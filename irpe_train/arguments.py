@@ -69,13 +69,15 @@ def _number(kind: type, name: str, wanted: str, valid: Callable[[float], bool]) 
     def parse(text: str) -> float:
         if not valid(value := kind(text)):
             raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}")
+        if kind is int and value > LARGEST_COUNT:
+            raise argparse.ArgumentTypeError(f"expected at most {LARGEST_COUNT}, got {text}")
         return value
 
     parse.__name__ = name  # as argparse calls it
     return parse
 
 
-positive_int = _number(int, "positive_int", f"1 to {LARGEST_COUNT}", lambda n: 1 <= n <= LARGEST_COUNT)
+positive_int = _number(int, "positive_int", "1 or more", lambda n: n >= 1)
 nonnegative_int = _number(int, "nonnegative_int", "0 or more", lambda n: n >= 0)
 number_of_workers = _number(int, "number_of_workers", "0 to 1000 processes", lambda n: 0 <= n <= 1000)
 # 1e30 is far below the largest number of fp32, so that products of such values are finite.

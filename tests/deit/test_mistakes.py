@@ -117,8 +117,8 @@ def test_wrong_flags(colours, tmp_path, flags, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--batch-size", "-4"], "argument --batch-size: expected 1 to 2147483647, got -4"),
-        (["--epochs", "9" * 20], "argument --epochs: expected 1 to 2147483647"),
+        (["--batch-size", "-4"], "argument --batch-size: expected 1 or more, got -4"),
+        (["--epochs", "9" * 20], "argument --epochs: expected at most 2147483647"),
         (["--input-size", "224x"], "argument --input-size: expected pixels, 224 or HEIGHTxWIDTH"),
         (["--drop-path", "2"], "argument --drop-path: expected a fraction from 0 to 1"),
         (["--min-lr", "-1"], "argument --min-lr: expected a number from 0 to 1e30, got -1"),
