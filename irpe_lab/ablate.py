@@ -37,6 +37,7 @@ class Ablation:
     def __init__(self, grid: Grid, folder: Path):
         self.grid, self.folder = grid, folder
         self.folders = {(run, seed): folder / f"{run}_seed{seed}" for run in grid.runs for seed in grid.seeds}
+        self.chosen = {place: folder for place, folder in self.folders.items() if place[0] in grid.chosen}
         # The table is made every second, so finished runs are read only once.
         self._finished: dict[Path, Outcome] = {}
         self._flags = {run: shlex.join(grid.flags(run)) for run in grid.runs}
@@ -53,17 +54,19 @@ class Ablation:
         return [*start, "--output_dir", jobs.FOLDER, "--resume", "auto"], evaluations
 
     def prepare(self, processes: int = 1, *, keep: bool = False) -> None:
-        """Write the files of every run; see `jobs.prepare`."""
-        for (run, seed), folder in self.folders.items():
+        """Write the files of every chosen run; see `jobs.prepare`."""
+        for (run, seed), folder in self.chosen.items():
             command, then = self.commands(seed, processes)
             jobs.prepare(folder, command, self._written(run), then, keep=keep)
 
     def rows(self) -> list[Row]:
-        """The table, as far as results are on disk."""
+        """The table, as far as results are on disk: the chosen runs, and others that have been finished."""
         rows = {}
         for run in self.grid.runs:
             outcomes = {seed: self._outcome(run, seed) for seed in self.grid.seeds}
-            rows[run] = Row(run, self._flags[run], outcomes, self._published.get(run))
+            row = Row(run, self._flags[run], outcomes, self._published.get(run))
+            if run in self.grid.chosen or "done" in row.states:
+                rows[run] = row
         baseline = rows.get(self.grid.baseline)
         return [row if row is baseline else dataclasses.replace(row, baseline=baseline) for row in rows.values()]
 
@@ -93,7 +96,7 @@ class Ablation:
     def work(self, pool: jobs.LocalPool | jobs.SlurmPool, *, processes: int = 1) -> None:
         """Run everything unfinished. Returns when every run has an outcome or was stopped."""
         self.prepare(processes)
-        waiting = [folder for folder in self.folders.values() if not jobs.finished(folder)]
+        waiting = [folder for folder in self.chosen.values() if not jobs.finished(folder)]
         display = tables.Display(self.grid.task.figure)
         try:
             while waiting or pool.working():
@@ -126,10 +129,10 @@ class Ablation:
 
     def refuse_to_replace(self, logs: Path | None) -> None:
         """Raises RunError: tables, or files that ``publish`` copies to ``logs``, would replace other files."""
-        tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.every_run)
+        tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.runs)
         if logs is not None:
             writable_folder(logs, "--logs")
-            tables.refuse_to_replace(logs, self.published_files(), self.grid.every_run)
+            tables.refuse_to_replace(logs, self.published_files(), self.grid.runs)
 
     def publish(self, logs: Path) -> None:
         """Copy tables, logs and flags of the finished runs to ``logs``."""
@@ -166,7 +169,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("grid", type=Path, metavar="GRID.yaml", help="see irpe_lab/grid.py")
     add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
-    add("--only", metavar="GLOB", help="only the runs whose name matches, e.g. '*-product-*'")
+    add("--only", metavar="GLOB", help="start only the runs whose name matches, e.g. '*-product-*'")
     add("--seeds", help="replace the grid's seeds, e.g. 0,1,2")
     add("--set", dest="settings", type=_setting, action="append", default=[], metavar="FLAG=VALUE", help="for all runs")
     add("--jobs", type=positive_int, default=1, help="runs at once on a machine without GPUs")
@@ -191,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         ablation = Ablation(grid, args.output or Path("outputs/ablation") / grid.name)
         if args.dry_run:
             ablation.prepare(args.gpus_per_run, keep=True)
-            for (_, seed), folder in ablation.folders.items():
+            for (_, seed), folder in ablation.chosen.items():
                 command, then = ablation.commands(seed, args.gpus_per_run)
                 for one in (command, *then.values()):
                     print(shlex.join([sys.executable, *jobs.in_folder(one, folder)]))
@@ -214,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"{parser.prog}: {error}")
     finally:
         signal.signal(signal.SIGTERM, before)
-    states = {state for row in ablation.rows() for state in row.states}
+    states = {state for row in ablation.rows() if row.run in grid.chosen for state in row.states}
     return int("failed" in states or not args.table and states != {"done"})
 
 

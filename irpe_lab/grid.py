@@ -45,7 +45,7 @@ MOST_RUNS = 10_000
 class Grid:
     """The content of a grid file: ``runs`` maps each run's name to all its flags, including the config's, in order.
 
-    ``every_run``: all names, including the runs that ``--only`` left out.
+    ``chosen``: the names of the runs to be started, without those that ``--only`` leaves out.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Grid:
     published: dict[str, str] = field(default_factory=dict)
     baseline: str | None = None
     evaluations: dict[str, list[str]] = field(default_factory=dict)  # typed after the run's own flags, with --eval
-    every_run: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     def flags(self, run: str) -> list[str]:
         """A run as a command line, without seed and folder. Raises: ConfigError: an unusable name or value."""
@@ -74,7 +74,7 @@ def read_grid(
     Args:
         extra: flags for all runs, which override the file's.
         seeds: ``"0,1,2"``, replaces the file's.
-        only: a glob; keeps the runs whose name matches.
+        only: a glob; chooses the runs whose name matches.
     Raises: ConfigError: no such file, an unknown key, no runs, two runs with the same name, a run that does not parse.
     """
     source = f"grid {path}"
@@ -89,7 +89,7 @@ def read_grid(
         config = find_config(str(raw["config"]), path.parent, source=f"{source}: config")
         base = read_yaml(config, f"{source}: config {raw['config']}")
     runs = _runs(raw, base, extra or {}, source)
-    kept = {name: flags for name, flags in runs.items() if only is None or fnmatch.fnmatchcase(name, only)}
+    kept = tuple(name for name in runs if only is None or fnmatch.fnmatchcase(name, only))
     if not kept:
         raise ConfigError(f"{source}: no run name matches {only!r}; the runs are {', '.join(runs)}")
     published = {
@@ -108,9 +108,7 @@ def read_grid(
     chosen = _seeds(raw.get("seeds", [0]) if seeds is None else seeds, source)
     if len(kept) * len(chosen) > MOST_RUNS:
         raise ConfigError(f"{source}: {len(kept)} runs with {len(chosen)} seeds; expected at most {MOST_RUNS} in all")
-    rows = {name: row for name, row in published.items() if name in kept}
-    baseline = baseline if baseline in kept else None
-    grid = Grid(path.stem, TASKS[raw["package"]], kept, chosen, rows, baseline, every_run=tuple(runs))
+    grid = Grid(path.stem, TASKS[raw["package"]], runs, chosen, published, baseline, chosen=kept)
     grid = dataclasses.replace(grid, evaluations=_evaluations(raw, grid.parser(), source))
     _parse_all(grid)
     return grid

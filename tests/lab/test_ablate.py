@@ -158,6 +158,20 @@ def test_evaluations_after_training(place, capsys):
     assert table(place / "out")["rpe-1.9-product-bias-1-k"]["reason"] == "at 77: ValueError: no such size"
 
 
+def test_only_some_runs_and_the_table_of_all(place):
+    """``--only`` starts some runs: those that finished earlier stay in the table, and are the baseline."""
+    assert main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0"]) == 0
+    assert list(table(place / "out")) == ["none"]
+    assert main(["grid.yaml", "-o", "out", "--only", "*bias*", "--seeds", "0", "--logs", "logs"]) == 0
+    rows = table(place / "out")
+    assert list(rows) == ["none", "rpe-1.9-product-bias-1-k"] and len(starts(place)) == 2
+    assert rows["rpe-1.9-product-bias-1-k"]["difference"] == "1.5" and (place / "logs" / "log_none_seed0.txt").is_file()
+    assert main(["grid.yaml", "-o", "out", "--only", "none", "--seeds", "0", "--table"]) == 0
+    assert table(place / "out") == rows
+    other = ["--set", "epochs=7", "--only", "*ctx*", "--seeds", "0"]  # the others were run with other flags
+    assert main(["grid.yaml", "-o", "out", *other]) == 0 and list(table(place / "out")) == ["rpe-1.9-product-ctx-1-k"]
+
+
 class OneAfterTheOther:
     """Works in this process, which has imported PyTorch."""
 

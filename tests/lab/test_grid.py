@@ -172,11 +172,12 @@ def test_unreadable_grid_files(tmp_path, monkeypatch):
         read_grid(tmp_path / "grid.yaml")
 
 
-def test_only_keeps_the_baseline_where_it_is_kept(tmp_path):
+def test_only_chooses_runs_and_keeps_the_others_for_the_table(tmp_path):
     grid = written(tmp_path, GRID)
-    assert read_grid(grid).baseline == "none"
+    assert list(read_grid(grid).chosen) == list(read_grid(grid).runs)
     some = read_grid(grid, only="*-ctx-*")
-    assert list(some.runs) == ["rpe-1.9-product-ctx-1-k"] and some.baseline is None
+    assert some.chosen == ("rpe-1.9-product-ctx-1-k",) and some.baseline == "none"
+    assert (some.runs, some.published) == (read_grid(grid).runs, read_grid(grid).published)
     with pytest.raises(ConfigError, match="no run name matches 'x'; the runs are none, rpe-1.9-product-ctx-1-k"):
         read_grid(grid, only="x")
 
