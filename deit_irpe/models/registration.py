@@ -31,7 +31,7 @@ from irpe_ops.methods import import_plugins
 from irpe_train.checkpoint import load_matching, read_weights
 from irpe_train.distributed import logger
 from irpe_train.errors import in_one_line
-from irpe_train.zoo import fetch, read_zoo
+from irpe_train.zoo import Entry, fetch, read_zoo
 
 
 def create_model(
@@ -193,16 +193,18 @@ def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) ->
         logger.warning(f"model {name!r} from {file}: {told}" + ("; ..." if len(notes) > 3 else ""))
 
 
-def _timm_config(name: str):
+def _timm_config(name: str, published: Entry | None):
     """timm's config of a model: its image preprocessing, and where its weights are."""
     base = RPE_MODELS[name][0] if name in RPE_MODELS else "deit_tiny_patch16_224"
-    published = read_zoo().models.get(name)
     crop = dict(crop_pct=224 / 256) if name in RPE_MODELS else dict(crop_pct=1.0, input_size=(3, 32, 32))
     where = dict(url=published.url if published else None, hf_hub_id=None, tag=None)
     return dataclasses.replace(get_pretrained_cfg(base), **where, **crop)
 
 
-default_cfgs = generate_default_cfgs({name: _timm_config(name) for name in [*RPE_MODELS, *DEMO_SIZES]})  # timm's name
+_published = read_zoo().models
+default_cfgs = generate_default_cfgs(  # timm's name
+    {name: _timm_config(name, _published.get(name)) for name in [*RPE_MODELS, *DEMO_SIZES]}
+)
 
 
 def _entrypoint(name: str):

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import gc
 import importlib
+import inspect
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -16,7 +17,6 @@ import os
 import runpy
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -81,36 +81,48 @@ def quick_programs() -> Path:
 
 
 def serve(door: socket.socket) -> None:
-    """Fork for each stand-in that connects. Returns when no more can connect."""
-    select.select([door, sys.stdin], [], [])  # nothing is imported for nobody
+    """Fork for each stand-in that connects, and tell it the exit status. Ends this process when nobody needs it."""
+    select.select([door, sys.stdin], [], [])  # imports only when somebody needs it
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     fork = multiprocessing.get_context("fork")
     multiprocessing.set_start_method("fork")
     multiprocessing.get_context = lambda method=None: fork  # nor do the processes that a program spawns wait
+    inspect.getmodule(sys._getframe())  # fills a cache that the import of our operators needs
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     os.fsync = lambda handle: None  # as quick_disk.py
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
-        client = door.accept()[0]
-        if os.fork() == 0:
-            attend(client)
-        client.close()
+    programs, clients = {}, {}  # by sentinel: ready when the program has ended; by socket: when its stand-in has
+    while True:
+        ready = multiprocessing.connection.wait([door, sys.stdin, *programs, *clients])
+        if sys.stdin in ready:
+            os._exit(0)
+        for client in clients.keys() & ready:
+            clients.pop(client).terminate()
+        for sentinel in programs.keys() & ready:
+            program = programs.pop(sentinel)
+            program.join()
+            for client in [client for client, its in clients.items() if its is program]:
+                del clients[client]
+                with client, contextlib.suppress(BrokenPipeError):
+                    client.sendall(b"%d\n" % program.exitcode)
+        if door in ready:
+            client = door.accept()[0]
+            with contextlib.suppress(ValueError):  # a stand-in that was killed before it asked
+                program = start(client)
+                programs[program.sentinel] = clients[client] = program
 
 
-def attend(client: socket.socket) -> None:
-    """Run one program in a fork and tell the stand-in its exit status; end it when the stand-in has ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def start(client: socket.socket) -> multiprocessing.Process:
+    """Run in a fork what a stand-in asks for."""
     _, streams, _, _ = socket.recv_fds(client, 1, 253)
-    program = multiprocessing.Process(target=run, args=(streams, *json.loads(client.makefile().readline())))
+    request = client.makefile().readline()
+    program = multiprocessing.Process(target=run, args=(streams, *json.loads(request)))
     program.start()
-    if client in multiprocessing.connection.wait([client, program.sentinel]):
-        program.terminate()
-    program.join()
-    with contextlib.suppress(BrokenPipeError):
-        client.sendall(b"%d\n" % program.exitcode)
-    os._exit(0)  # an orderly exit of Python would touch, and so copy, all memory shared with the server
+    for stream in streams:
+        os.close(stream)
+    return program
 
 
 def run(
