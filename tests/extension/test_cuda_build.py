@@ -1,4 +1,4 @@
-"""The extension has its CUDA kernels for every architecture, and they keep their variables in registers. Needs no GPU."""
+"""The extension has the CUDA kernels of every architecture, and their variables are in registers. Needs no GPU."""
 
 import re
 import shutil
