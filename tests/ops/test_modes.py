@@ -165,8 +165,9 @@ def test_under_autocast_no_backend_rounds_the_gradient_of_a_table(backend, rpe_o
     qkv = [strided(8, 2, 50, 8, dtype=torch.float32) for _ in range(3)]
     torch.compiler.reset()  # the tests before this one have compiled the same function, and there is a limit
 
-    def gradients(dtype, name, autocast):
-        attention = torch.compile(rpe_attention, backend="aot_eager", fullgraph=True) if compiles else rpe_attention
+    ours = torch.compile(rpe_attention, backend="aot_eager", fullgraph=True) if compiles else rpe_attention
+
+    def gradients(attention, dtype, name, autocast):
         modules = [None if rpe is None else copy.deepcopy(rpe).to(dtype) for rpe in encodings]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = attention(*(x.bfloat16().to(dtype) for x in qkv), *modules, backend=name)
@@ -176,12 +177,12 @@ def test_under_autocast_no_backend_rounds_the_gradient_of_a_table(backend, rpe_o
         )
 
     torch.manual_seed(1)
-    exact = gradients(torch.float64, "eager", False)
+    exact = gradients(rpe_attention, torch.float64, "eager", False)
     torch.manual_seed(1)
-    for ours, answer, table in zip(gradients(torch.float32, backend, True), exact, tables, strict=True):
-        assert ours.dtype == table.dtype
-        assert (ours != ours.bfloat16()).float().mean() > 0.9  # of a random fp32 number the last 16 bits are not zero
-        assert (ours.double() - answer).norm() < 2**-8 * answer.norm()
+    for grad, answer, table in zip(gradients(ours, torch.float32, backend, True), exact, tables, strict=True):
+        assert grad.dtype == table.dtype
+        assert (grad != grad.bfloat16()).float().mean() > 0.9  # of a random fp32 number the last 16 bits are not zero
+        assert (grad.double() - answer).norm() < 2**-8 * answer.norm()
 
 
 @pytest.mark.parametrize("tables", [1, 3])
