@@ -26,7 +26,7 @@ FILTERS = ("random", "bilinear", "bicubic", "lanczos", "hamming")  # published: 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 EXPORT = """A trained DeiT as ONNX, torch.export or safetensors.
 
-The metadata has classes, image size, mean, standard deviation and encoding, as JSON; predict also runs the ONNX file.
+The metadata holds classes, image size, mean, standard deviation and encoding as JSON. predict also runs the ONNX file.
 """
 CHECK = "Find mistakes in a data set before training on it."
 PREDICT = """The five most likely classes of images, as pictures and JSON.
@@ -36,11 +36,11 @@ PREDICT = """The five most likely classes of images, as pictures and JSON.
 IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.jpg". The model is built from the flags
 in the checkpoint; --model and --rpe give them if it has none; an ONNX file needs none.
 
-Writes DIR/<image>.png and DIR/predictions.json; with --attention also what the chosen patches attend to
-(<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png); with --tables,
-which needs no image, and --attention the learned tables (tables.png). If two images have the same name, their
-results are named after their folders too. Files that predict did not write, or wrote for another image, are
-never replaced.
+Writes DIR/<image>.png and DIR/predictions.json. --attention adds what the chosen patches attend to
+(<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png). --attention, or
+--tables, which needs no image, adds the learned tables (tables.png). If two images have the same name, their
+results are named after their folders too. predict never replaces a file that it did not write, or that it
+wrote for another image.
 """
 
 
@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--sched", default="cosine", type=schedule, metavar="{cosine,tanh,step}", help="learning-rate schedule")
     add("--lr", default=5e-4, type=nonnegative_float, help="learning rate at 512 images per update; scales with them")
     add("--lr-noise", type=fraction, nargs="+", metavar="FRACTION", help="add noise between these points of the run")
-    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="P", help="noise limit, as part of the rate")
+    add("--lr-noise-pct", default=0.67, type=nonnegative_float, metavar="P", help="limit, as a fraction of the rate")
     add("--lr-noise-std", default=1.0, type=nonnegative_float, metavar="STD", help="standard deviation of the noise")
     add("--warmup-lr", default=1e-6, type=nonnegative_float, help="rate at the start of warm-up; not scaled")
     add("--min-lr", default=1e-5, type=nonnegative_float, help="rate at the end of the schedule; not scaled")
@@ -79,13 +79,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model-ema-decay", default=0.99996, type=fraction, help="decay of the average per update")
     add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
-    add("--pretrained", action="store_true", help="start from (or --eval) the published weights of --model")
-    add("--finetune", default="", metavar="PATH|URL", help="start from these weights; other heads, tables start fresh")
+    add("--pretrained", action="store_true", help="start from (or evaluate) the published weights of --model")
+    add("--finetune", default="", metavar="PATH|URL", help="initial weights; heads and tables that differ start fresh")
     add(
         "--train-mode",
         default=True,
         action=argparse.BooleanOptionalAction,
-        help="dropout and stochastic depth in training; the published code has neither with --finetune",
+        help="train with dropout and stochastic depth; with --finetune, the published code has neither",
     )
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -94,7 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--opt-betas", type=float, nargs="+", metavar="BETA", help="default: the optimizer's own")
     add("--clip-grad", type=clipping_norm, metavar="NORM", help="clip the gradient to this norm")
     add("--momentum", default=0.9, type=nonnegative_float, help="momentum of sgd")
-    add("--weight-decay", default=0.05, type=nonnegative_float, help="not on vectors, biases, class token, positions")
+    add("--weight-decay", default=0.05, type=nonnegative_float, help="skips vectors, biases, class token, positions")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="/datasets01/imagenet_full_size/061417/", metavar="DIR", help="holds train/ and val/")
@@ -105,7 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
         "datasets (docs/data.md)",
     )
-    add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out; there is no val/")
+    add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out, without a val/")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to classify")
     add("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
     add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
@@ -128,13 +128,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resplit", action="store_true", help="no effect, as published")
     add("--mixup", default=0.8, type=nonnegative_float, help="alpha; 0 for none")
     add("--cutmix", default=1.0, type=nonnegative_float, help="alpha; 0 for none")
-    add("--cutmix-minmax", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="areas, instead of alpha")
-    add("--mixup-prob", default=1.0, type=fraction, help="probability of either of them")
+    add("--cutmix-minmax", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="area range, instead of alpha")
+    add("--mixup-prob", default=1.0, type=fraction, help="probability of Mixup or CutMix")
     add("--mixup-switch-prob", default=0.5, type=fraction, help="probability of CutMix if both are on")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="which images share one draw")
 
     add = parser.add_argument_group("distillation").add_argument
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="its probabilities or decisions")
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="soft or hard teacher labels")
     add("--teacher-model", default="regnety_160", metavar="NAME", help="a timm model")
     add("--teacher-path", default="", metavar="PATH|URL", help="its weights")
     add("--distillation-alpha", default=0.5, type=fraction, help="weight of the teacher's loss")
@@ -143,7 +143,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError: flags that contradict each other."""
+    """Raises ValueError if flags contradict each other."""
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not args.eval:
         why = "Mixup and CutMix pair the images of a batch, so it must be even (or use --mixup 0 --cutmix 0)"
@@ -155,7 +155,7 @@ def check_args(args: argparse.Namespace) -> None:
     of_classes = [data] if flat else [data / "train", data / "val"]
     folders = args.data_set == "IMNET" and not args.load_tar
     if args.output_dir and folders and any(folder in (out, *out.parents) for folder in of_classes):
-        where = f"among the classes of {args.data_path}, and would become one; choose a folder beside them"
+        where = f"among the classes of {args.data_path}, so it would become one; choose a folder beside them"
         raise ValueError(f"--output_dir {args.output_dir}: {where}")
     keywords(args.model_kwargs)
     if args.smoothing >= 1:
@@ -188,7 +188,7 @@ def get_predict_parser() -> argparse.ArgumentParser:
     parser = FlagParser("python -m deit_irpe.predict", description=PREDICT)
     add_predict_arguments(parser)
     add = parser.add_argument
-    add("--ema", action="store_true", help="use its moving average")
+    add("--ema", action="store_true", help="use the moving average of the weights")
     add("--attention", nargs="*", type=_point, metavar="ROW,COL", help="also draw attention (default: middle patch)")
     add("--model", help="if the checkpoint does not say")
     add("--rpe", help="if the checkpoint does not say")
@@ -244,7 +244,7 @@ def clipping_norm(text: str) -> float:
 
 
 def image_size_text(text: str) -> int | str:
-    """``224`` -> 224; ``224x320`` stays text, so that it can be written down again."""
+    """``224`` -> 224; ``224x320`` stays text, so that it can be saved as a flag."""
     sides = text.lower().split("x")
     if not (1 <= len(sides) <= 2 and all(side.isdigit() and 0 < int(side) < 2**16 for side in sides)):
         raise argparse.ArgumentTypeError(f"expected pixels, 224 or HEIGHTxWIDTH such as 224x320, got {text!r:.40}")

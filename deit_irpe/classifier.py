@@ -54,10 +54,10 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Tensor:
         """The probability of each class, ``(C,)``, on the CPU."""
-        shares = self._model(self.pixels(image)).float().softmax(1)[0].cpu()
-        if not shares.isfinite().all():
+        probabilities = self._model(self.pixels(image)).float().softmax(1)[0].cpu()
+        if not probabilities.isfinite().all():
             raise BadCheckpoint(f"checkpoint {self.source}: its output has values that are NaN or infinite")
-        return shares
+        return probabilities
 
 
 def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | tuple[int, int]]:
@@ -66,10 +66,11 @@ def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | 
     Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``deit_irpe.export`` did not write the file.
     """
     with read_onnx(path, "classifier that deit_irpe.export wrote") as exported:
-        told = {key: json.loads(value) for key, value in exported.metadata.items()}
-        classes, size = stored_classes(told, source=str(path)), stored_size(told["input_size"], source=str(path))
-        if (told["mean"], told["std"]) != (list(MEAN), list(STD)):
-            raise ValueError(f"mean {told['mean']} and std {told['std']} are not those of this program")
+        metadata = {key: json.loads(value) for key, value in exported.metadata.items()}
+        classes = stored_classes(metadata, source=str(path))
+        size = stored_size(metadata["input_size"], source=str(path))
+        if (metadata["mean"], metadata["std"]) != (list(MEAN), list(STD)):
+            raise ValueError(f"mean {metadata['mean']} and std {metadata['std']} are not those of this program")
         if classes is None:
             raise ValueError("it names no classes")
 

@@ -14,7 +14,7 @@ from irpe_train.run_log import keep_aside
 from irpe_train.text_files import read_text, write_text
 
 MOST_CONFUSED = 5000  # classes; a larger table would take a gigabyte
-CORNER = "true \\ predicted"  # first in the matrix, by which it is recognized
+CORNER = "true \\ predicted"  # the first cell of the matrix; marks the file as ours
 MOST_NAMES, MOST_NUMBERS = 60, 15  # with more classes, names and counts do not fit in the picture
 
 
@@ -52,8 +52,8 @@ def class_rows(counts: Tensor, classes: list[str]) -> list[tuple]:
     """
     rows = []
     for index, name in enumerate(classes):
-        images, right, said = int(counts[index].sum()), int(counts[index, index]), int(counts[:, index].sum())
-        rows.append((name, images, right, _percent(right, images), said, _percent(right, said)))
+        images, right, predicted = int(counts[index].sum()), int(counts[index, index]), int(counts[:, index].sum())
+        rows.append((name, images, right, _percent(right, images), predicted, _percent(right, predicted)))
     return rows
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint from other code: entries are renamed, and checked against their model.
+"""Convert a checkpoint from other code: rename its entries, and check them against the model.
 
     python -m deit_irpe.convert theirs.pth ours.pth --model deit_tiny_patch16_224 --rpe SPEC [--prefix backbone.]
     python -m deit_irpe.convert ours.pth plain.pth --model deit_tiny_patch16_224 --drop-zero-tables
 
-For code with the published encoding in its own DeiT or timm ViT: only names are converted.
+For code with the published encoding in its own DeiT or timm ViT: only names change.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def convert(
     Args:
         prefix: cut off the front of each name.
         renames: (old, new) parts of names, replaced in this order, after the prefix.
-        drop_zero_tables: leave out the encodings, whose tables must be zero: then the plain model computes the same.
+        drop_zero_tables: leave out the encodings. Their tables must be zero, so that the plain model computes the same.
     Raises: BadCheckpoint: nothing has the prefix, two entries get the same name, or a table is not zero.
     """
     converted = {}
@@ -92,12 +92,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="THEIRS.pth", help="a state dict, or a checkpoint that holds one")
     add("out", type=Path, metavar="OURS.pth")
-    add("--model", required=True, metavar="NAME", help="the name of its model")
-    add("--rpe", default=None, metavar="SPEC", help="its encoding, if the name of the model does not say")
+    add("--model", required=True, metavar="NAME", help="which model it is")
+    add("--rpe", default=None, metavar="SPEC", help="its encoding, if the model name does not say")
     add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="pixels it was trained on")
     add("--key", default="model", help="the checkpoint's key for the weights (default: model)")
     add("--prefix", default="", help="cut off the front of each name, e.g. backbone.")
-    add("--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="in names; may be repeated")
+    add("--rename", action="append", default=[], type=_rename, metavar="OLD=NEW", help="edit names; may be repeated")
     add("--drop-zero-tables", action="store_true", help="make it a plain model; refused if a table was trained")
     return parser
 

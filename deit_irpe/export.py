@@ -20,9 +20,9 @@ def main(args: argparse.Namespace) -> None:
     height, width = (size, size) if isinstance(size, int) else size
 
     examples = [(torch.randn(batch, 3, height, width),) for batch in (2, 3)]
-    told = {"classes": classes, "mean": MEAN, "std": STD} | {name: getattr(trained, name) for name in MODEL_FLAGS}
-    told["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, None))[1]
-    metadata = {key: json.dumps(value) for key, value in told.items()}
+    facts = {"classes": classes, "mean": MEAN, "std": STD} | {name: getattr(trained, name) for name in MODEL_FLAGS}
+    facts["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, None))[1]
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
     export_model(
         model,
         examples,

@@ -17,20 +17,20 @@ from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
 from irpe_train.run_log import changed_flags
 
-# A checkpoint may come from anyone: only these of its flags are read, which describe the network.
+# A checkpoint may come from anyone, so only its flags that describe the network are read.
 MODEL_FLAGS = dict(model=str | None, rpe=str | None, no_abs_pos=bool, model_kwargs=list, input_size=int | str)
-LARGEST_INPUT = 4096  # pixels per side that a checkpoint may ask for; a larger size must be typed
+LARGEST_INPUT = 4096  # pixels per side that a checkpoint may ask for; a larger size must be given as a flag
 
 
 def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, argparse.Namespace, list[str]]:
-    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing else is downloaded.
+    """The trained model of a checkpoint, in evaluation mode, on the CPU. Nothing but the checkpoint is downloaded.
 
     Args:
         source: path or address; ema: use its moving average.
-        flags: ``model``, ``rpe``, ``input_size``, ... that win over those in the checkpoint, unless None.
+        flags: ``model``, ``rpe``, ``input_size``, ...; they override those in the checkpoint unless None.
     Returns: model, all flags, class names.
     Raises: ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint: its flags describe no model,
-        or one that its weights do not fit; this is found before memory is allocated for it.
+        or one that its weights do not fit; found before memory is allocated for it.
     """
     checkpoint = read_checkpoint(source)
     weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
@@ -52,7 +52,7 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
         shapes = _shapes(args, num_classes, weights)
     except Exception as error:  # the flags may be anything
         raise BadCheckpoint(f"checkpoint {source}: its flags describe no model ({error or repr(error)})") from error
-    if "input_size" in stored:  # another size is wanted: as in evaluation
+    if "input_size" in stored:  # for another size, positions are resampled as in evaluation
         weights, notes = resample_positions(shapes, weights, trained_grid(shapes, checkpoint), source=source)
         for key, note in notes.items():
             logger.info(f"--input-size {args.input_size}: {key} {note}")
@@ -66,7 +66,7 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
 
 
 def _stored_flags(checkpoint: dict, *, source: str) -> dict:
-    """The flags of the network that the checkpoint has."""
+    """The checkpoint's flags that describe the network."""
     stored = argparse.Namespace() if checkpoint.get("args") is None else checkpoint["args"]
     if not isinstance(stored, argparse.Namespace):
         raise BadCheckpoint(f"checkpoint {source}: its 'args' are a {type(stored).__name__}, not flags")

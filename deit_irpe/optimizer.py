@@ -52,7 +52,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Sch
             return TanhLRScheduler(
                 optimizer,
                 args.epochs,
-                lb=-6.0,  # the published bounds; in today's timm -7 and 3
+                lb=-6.0,  # the published bounds; timm now has -7 and 3
                 ub=4.0,
                 lr_min=args.min_lr,
                 warmup_t=args.warmup_epochs,

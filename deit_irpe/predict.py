@@ -49,7 +49,7 @@ def attention_calls(model: VisionTransformer, images: Tensor) -> list[AttentionC
 def attention_maps(call: AttentionCall, row: int, col: int) -> Tensor:
     """The attention weights of the patch at (row, col) on all patches.
 
-    Returns: ``(heads, height, width)``; the remainder to a sum of one is on the leading tokens.
+    Returns: ``(heads, height, width)``; these and the weights on the leading tokens sum to one.
     """
     return _from_patch(attention_weights(call), call, row, col)
 
@@ -70,7 +70,7 @@ def encoding_maps(calls: Sequence[AttentionCall], row: int, col: int) -> dict[st
 
 
 def _from_patch(scores: Tensor, call: AttentionCall, row: int, col: int) -> Tensor:
-    """Of ``(1, H, L, L)`` the row of a patch, without leading tokens: ``(H, height, width)``."""
+    """The row of a patch in ``(1, H, L, L)``, without leading tokens: ``(H, height, width)``."""
     skip = scores.shape[-1] - call.height * call.width
     return scores[0, :, skip + row * call.width + col, skip:].unflatten(-1, (call.height, call.width))
 
@@ -91,7 +91,7 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
+    """Predict for every image of ``args.images``; it refuses to overwrite a file before it does any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or give --tables")
     set_up_logging(0)
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     tables = ["tables.png"] if args.tables or encoded else []
     out.refuse_to_replace(pictures + maps + tables)
 
-    if tables:  # first: a model without any is refused before its images are predicted
+    if tables:  # first, so that a model without any is refused before images are predicted
         _save(draw_tables(classifier.model, *classifier.model.patch_embed.grid_size), out, "tables.png")
     predictions, unreadable = [], []
     for file, name in names.items():
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
         for point in points:
             draw_attention(classifier.seen(image), calls, point, name, out)
     if predictions:
-        if (before := args.out / "predictions.json").exists():  # of an earlier prediction, whose pictures stay too
+        if (before := args.out / "predictions.json").exists():  # from an earlier call, whose pictures stay too
             again = {os.path.abspath(entry["image"]) for entry in predictions}
             earlier = [entry for entry in json.loads(read_text(before)) if isinstance(entry, dict)]
             predictions = [one for one in earlier if os.path.abspath(one["image"]) not in again] + predictions
@@ -147,7 +147,7 @@ def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[
     kinds = {type(model)}
     if isinstance(model, VisionTransformer):
         kinds = {type(getattr(block, "attn", block)) for block in model.blocks}
-    if others := kinds - {Attention, RPEAttention}:  # which may attend in another way
+    if others := kinds - {Attention, RPEAttention}:  # they may compute attention differently
         raise ValueError(f"--attention draws timm's Attention, with or without iRPE, not {others.pop().__name__}")
     height, width = model.patch_embed.grid_size
     for row, col in asked:
@@ -165,10 +165,10 @@ def draw_attention(
     """
     row, col = point
     height, width, heads = calls[-1].height, calls[-1].width, attention_maps(calls[-1], row, col)
-    looks = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}
+    maps = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}
     centre = ((col + 0.5) * seen.width / width, (row + 0.5) * seen.height / height)
     title = f"{name}: attention of patch {row},{col} in the last block"
-    _save(draw_over_image(seen, [centre], [looks], title), out, f"{name}_attention_{row}-{col}.png")
+    _save(draw_over_image(seen, [centre], [maps], title), out, f"{name}_attention_{row}-{col}.png")
     if added := encoding_maps(calls, row, col):
         title = f"{name}: added to the scores of patch {row},{col}, by layer and head"
         figure = draw_maps(added, mark=(row, col), signed=True, title=title)

@@ -175,7 +175,7 @@ def rows_of_banner(
 ) -> dict[str, str]:
     """The banner's rows on data, model and learning rate; ``images``: numbers of training and validation images."""
     height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
-    encoding = args.rpe or ("of the name" if buckets_of(model) else "none")
+    encoding = args.rpe or ("from the name" if buckets_of(model) else "none")
     with precision.autocast():
         attention = describe(model, batch=batch_size, height=height, width=width, compiled=args.compile)
     mode = f"on, with dropout {args.drop:g} and stochastic depth {args.drop_path:g}"

@@ -19,7 +19,7 @@ from irpe_train.flags import FlagParser
 
 FIRST = "config", "coco_path", "output_dir", "enc_rpe2d", "backbone", "batch_size", "epochs", "lr", "finetune", "resume"
 BACKENDS = ("auto", "eager", "sdpa", "compiled", "triton")  # of irpe_ops, which would import PyTorch
-# A checkpoint may come from anyone: only these of its flags are read, which describe the network.
+# A checkpoint may come from anyone, so only its flags that describe the network are read.
 MODEL_FLAGS = (
     *("backbone", "dilation", "position_embedding", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim"),
     *("nheads", "num_queries", "pre_norm", "masks", "enc_rpe2d", "dataset_file", "image_size"),
@@ -27,10 +27,10 @@ MODEL_FLAGS = (
 EXPORT = """A trained DETR as ONNX, torch.export or safetensors.
 
 The exported network takes images and their padding, and returns logits and boxes; the image size may vary. Its metadata
-has categories, image size, mean, standard deviation and encoding; predict also runs the ONNX file.
+holds categories, image size, mean, standard deviation and encoding. predict also runs the ONNX file.
 """
 CHECK = "Find mistakes in a data set before training on it."
-PREDICT = """Detect objects in images of your own: pictures with boxes (and masks), and the same as JSON.
+PREDICT = """Detect objects in your own images: pictures with boxes (and masks), and the same as JSON.
 
     irpe detect predict IMG... --resume X.pth --out DIR [--attention]
 
@@ -39,8 +39,8 @@ IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.
 Writes DIR/NAME.png and DIR/NAME.json for each image; boxes are [x0, y0, x1, y1] in pixels, categories have the ids
 and names of the data set the checkpoint was trained on. A photograph is rotated by its EXIF orientation, as people see
 it, and "frame" in the JSON says so. --annotations draws the ground truth beside the prediction, in the frame of its
-height and width. --attention adds DIR/NAME_attention.png, the last encoder layer's attention at chosen points, and,
-as --tables does without images, DIR/tables.png, what the encodings learned for each offset.
+height and width. --attention adds DIR/NAME_attention.png, the last encoder layer's attention at chosen points.
+--attention, or --tables, which needs no image, adds DIR/tables.png, what the encodings learned for each offset.
 """
 
 
@@ -53,11 +53,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     data("--dataset_file", default="coco", choices=("coco", "coco_panoptic"), help="kind of annotations")
     data("--coco_path", metavar="DIR", help="holds annotations/ and train2017/, val2017/ (or .zip of each)")
     data("--coco_panoptic_path", metavar="DIR", help="holds annotations/panoptic_*.json and panoptic_*2017/ (or .zip)")
-    data("--remove_difficult", action="store_true", help="kept from the published command, which does not use it")
+    data("--remove_difficult", action="store_true", help="no effect, as published")
     data("--num_classes", default="auto", type=_auto_or_positive_int, metavar="N", help="largest category id plus one")
     data("--image_size", default=800, type=positive_int, metavar="PIXELS", help="short side; all sizes scale with it")
     data("--augment", default="published", choices=("published", "none"), help="none: images as in evaluation")
-    data("--eval_batch_size", default=1, type=positive_int, help="images per process; beyond 1 scores change slightly")
+    data("--eval_batch_size", default=1, type=positive_int, help="images per process; above 1 scores change slightly")
 
     model = parser.add_argument_group("model").add_argument
     spec = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
@@ -105,7 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError: flags that contradict each other; says what to change."""
+    """Raises ValueError if flags contradict each other, and says what to change."""
     if not args.coco_path:
         raise ValueError("--coco_path is needed: the folder that holds annotations/, train2017/ and val2017/")
     if args.dataset_file == "coco_panoptic" and not args.coco_panoptic_path:

@@ -14,7 +14,7 @@ def scale_to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
 def paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
     """Generalised IoU of box ``i`` with box ``i``: the diagonal of ``torchvision.ops.generalized_box_iou``.
 
-    Of all pairs, six layers with 2,400 objects in a batch would take 2 GB. torchvision's own elementwise loss adds
+    All pairs would take 2 GB for six layers with 2,400 objects in a batch. torchvision's own elementwise loss adds
     1e-7 to the areas, which changes the result for small normalised boxes.
 
     Args: boxes, others: ``(n, 4)`` corners.

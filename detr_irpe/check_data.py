@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m detr_irpe.check_data --coco_path DIR``: find mistakes in a data set before training on it.
 
-The same checks, on a few images of each split instead of all, run whenever training starts (``quick_check``).
+The same checks run whenever training starts, on a few images of each split (``quick_check``).
 """
 
 import argparse

@@ -60,7 +60,7 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
     Raises: BadCheckpoint: the same names have other ids, so that correct predictions would count as wrong.
     """
     if not trained:
-        logger.info(f"checkpoint {source} does not name its classes: it is not checked that its ids mean the same here")
+        logger.info(f"checkpoint {source} does not name its classes, so nothing checks that its ids mean the same here")
         return
     ids = {plain_name(name): i for i, name in trained.items()}
     moved = [
@@ -80,7 +80,7 @@ def compare_for_resume(
 ) -> None:
     """Raises BadCheckpoint: a run would continue with other classes than it started with.
 
-    Args: same_run: it is that run; else other categories are only a warning.
+    Args: same_run: it is the same run; otherwise other categories are only a warning.
     """
     other = differences(trained, here) + [f"{i} {name!r} is there only" for i, name in trained.items() if i not in here]
     if trained and other:

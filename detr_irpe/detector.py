@@ -41,7 +41,7 @@ class Detector:
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
         """The detections in an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
-        pixels), and with a mask head ``masks`` ``(N, height, width)``. Labels that are no category are left out."""
+        pixels), and with a mask head ``masks`` ``(N, height, width)``. Labels without a category are left out."""
         pixels = prepare_image(image, self.flags.image_size).to(self.device)
         outputs = self.model([pixels])
         size = torch.tensor([[image.height, image.width]])
@@ -57,7 +57,7 @@ class Detector:
 
 
 def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:
-    """An exported detector, to be called like a DETR, with one image; the flags that prediction needs; categories.
+    """An exported detector, called like a DETR with one image; the flags that prediction needs; the categories.
 
     Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``detr_irpe.export`` did not write the file.
     """

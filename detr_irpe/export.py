@@ -41,8 +41,8 @@ def main(args: argparse.Namespace) -> None:
         padding = torch.zeros(batch, height, width, dtype=torch.bool)
         padding[-1, :, width - 16 :] = True
         examples.append((torch.randn(batch, 3, height, width), padding))
-    told = {"categories": categories, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    told |= {name: getattr(trained, name) for name in MODEL_FLAGS}
+    facts = {"categories": categories, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    facts |= {name: getattr(trained, name) for name in MODEL_FLAGS}
     export_model(
         TensorsInOut(model),
         examples,
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         formats=args.formats,
         inputs={"images": {0: "batch", 2: "height", 3: "width"}, "padding": {0: "batch", 1: "height", 2: "width"}},
         outputs=["pred_logits", "pred_boxes"],
-        metadata={name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()},
+        metadata={name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()},
     )
 
 

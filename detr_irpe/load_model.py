@@ -16,7 +16,7 @@ LARGEST_IMAGE_SIZE = 10_000  # pixels; a larger photo does not fit in memory
 
 
 def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.Namespace, dict[int, str]]:
-    """The trained model of a checkpoint, in evaluation mode, on the CPU; nothing else is downloaded.
+    """The trained model of a checkpoint, in evaluation mode, on the CPU. Nothing but the checkpoint is downloaded.
 
     Args: source: path or address.
     Returns: model (without auxiliary outputs), post-processors, the flags it was built from, and its categories.

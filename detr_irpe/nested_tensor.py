@@ -19,7 +19,7 @@ class NestedTensor:
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor):
-        if mask.dtype != torch.bool:  # ~mask means another thing for integers
+        if mask.dtype != torch.bool:  # ~mask is bitwise for integers
             raise ValueError(f"the mask of a batch is bool, True = padding; got {mask.dtype}.")
         self.tensors, self.mask = tensors, mask
 
@@ -31,7 +31,7 @@ class NestedTensor:
         """
         if len({image.shape[:-2] for image in images}) != 1 or images[0].ndim != 3:
             shapes = [tuple(image.shape) for image in images]
-            raise ValueError(f"a batch is one or more images (C, h, w) of one C; got shapes {shapes}.")
+            raise ValueError(f"a batch is one or more images (C, h, w) with the same C; got shapes {shapes}.")
         height = max(image.shape[1] for image in images)
         width = max(image.shape[2] for image in images)
         tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
@@ -61,8 +61,8 @@ class NestedTensor:
 class Targets(list):
     """The targets of a batch; their small tensors leave a worker process as values.
 
-    In shared memory, PyTorch's default, each takes a file descriptor and a mapping: eight per image, more time than
-    reading a small image, and soon "too many open files".
+    In shared memory, PyTorch's default, each takes a file descriptor and a mapping. Eight per image take longer
+    than reading a small image, and soon end in "too many open files".
     """
 
     def __reduce__(self):

@@ -33,7 +33,7 @@ MOST_POINTS = 3  # query points of attention, if none are given: the centres of 
 
 
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``; overwriting a file is refused before any work."""
+    """Predict for every image of ``args.images``; it refuses to overwrite a file before it does any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or give --tables")
     if args.point and not args.attention:
@@ -124,7 +124,7 @@ class Truth:
 
         Raises: ValueError: there is none, or more than one.
         """
-        for place in (os.path.abspath(path), os.path.realpath(path)):  # a link may have the name, or what it leads to
+        for place in (os.path.abspath(path), os.path.realpath(path)):  # a link or its target may have the name
             whole = normalize("NFC", place)  # macOS decomposes accents
             if fitting := [i for i, name in enumerate(self.files) if whole.endswith("/" + name)]:
                 break

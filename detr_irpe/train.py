@@ -191,8 +191,8 @@ def agree_on_classes(
     resumed = checkpoint if checkpoint is not None and "optimizer" in checkpoint.contents else None  # else a new run
     if checkpoint is not None and not args.eval:
         trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
-        goes_on = resumed is not None and "categories" in resumed.contents  # else they may be a guess
-        compare_for_resume(trained, sets[-1].categories, source=checkpoint.source, same_run=goes_on)
+        continues = resumed is not None and "categories" in resumed.contents  # else they may be a guess
+        compare_for_resume(trained, sets[-1].categories, source=checkpoint.source, same_run=continues)
     if args.num_classes != "auto":
         return args.num_classes
     if source := checkpoint or start or frozen if args.eval else resumed or frozen:

@@ -11,7 +11,7 @@ from pathlib import Path
 import irpe
 
 TASKS = {"classify": "deit_irpe", "detect": "detr_irpe"}
-COMMANDS = {  # its module, and its line in the overview
+COMMANDS = {  # module, and line in the overview
     "classify train": ("deit_irpe.train", "train DeiT, or any timm ViT, with or without an encoding"),
     "classify eval": ("deit_irpe.train", "evaluate a checkpoint: top-1 and top-5"),
     "classify predict": ("deit_irpe.predict", "predict the classes of images"),
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for anything still to be flushed when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes as it exits
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"irpe: {error}")
 
 

@@ -60,7 +60,7 @@ class Ablation:
             jobs.prepare(folder, command, self._written(run), then, keep=keep)
 
     def rows(self) -> list[Row]:
-        """The table, as far as results are on disk: the chosen runs, and others that have been finished."""
+        """The table, from the results on disk: the chosen runs, and any others that have finished."""
         rows = {}
         for run in self.grid.runs:
             outcomes = {seed: self._outcome(run, seed) for seed in self.grid.seeds}
@@ -81,7 +81,7 @@ class Ablation:
         then, now = jobs.read_json(folder / "job.json").get("then"), self.commands(seed)[1]
         old = then if isinstance(then, dict) else {}
 
-        def is_same(name: str) -> bool:  # however many processes it has, its command ends alike
+        def is_same(name: str) -> bool:  # the command ends the same with any number of processes
             return name not in old or isinstance(old[name], list) and old[name][-len(now[name]) :] == now[name]
 
         same = tuple(filter(is_same, now))
@@ -101,7 +101,7 @@ class Ablation:
         try:
             while waiting or pool.working():
                 while waiting and pool.free():
-                    folder = min(waiting, key=jobs.busy)  # last, what another runner's worker is still running
+                    folder = min(waiting, key=jobs.busy)  # last come runs that another runner's worker still runs
                     waiting.remove(folder)
                     pool.start(folder)
                 display.show(self.rows())
@@ -183,11 +183,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns: 0, or 1 if a run failed, or was to be run and has no result."""
+    """Returns: 1 if a run failed, or should have run and has no result; else 0."""
     parser = get_parser()
     args = parser.parse_args(argv)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # So that the runs are asked to save.
+    # An exit asks the runs to save; the default would end the runner at once.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         grid = read_grid(args.grid, dict(args.settings), seeds=args.seeds, only=args.only)

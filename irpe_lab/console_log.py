@@ -44,7 +44,7 @@ def read_log(run: str | Path) -> list[dict]:
 
 
 def read_detail(path: str | Path) -> list[dict]:
-    """The evaluations of a console log, in the keys of ``log.txt``: ``epoch``, ``test_acc1``, ``test_acc5``,
+    """The evaluations of a console log, under the keys of ``log.txt``: ``epoch``, ``test_acc1``, ``test_acc5``,
     ``test_loss``, or ``test_coco_eval_bbox`` (only its first figure), and ``n_parameters`` if it was printed.
 
     An evaluation belongs to the epoch announced before it; if an epoch was run twice, the last one counts.

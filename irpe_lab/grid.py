@@ -37,7 +37,7 @@ from irpe_train.config import ConfigError, find_config, flags_of, read_yaml, ref
 from irpe_train.zoo import read_zoo
 
 KEYS = ("package", "config", "flags", "grid", "runs", "seeds", "baseline", "published", "evaluations")
-RUNNERS_OWN = ("seed", "output_dir", "resume", "eval", "config", "print_config")  # set by the runner for each run
+SET_BY_RUNNER = ("seed", "output_dir", "resume", "eval", "config", "print_config")  # for each run
 MOST_RUNS = 10_000
 
 
@@ -147,7 +147,7 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
 
 def _refuse_odd_names(flags: dict, where: str) -> None:
     refuse_repeated(map(same_name, map(str, flags)), where)
-    if own := [key for key in flags if same_name(str(key)) in RUNNERS_OWN]:
+    if own := [key for key in flags if same_name(str(key)) in SET_BY_RUNNER]:
         raise ConfigError(f"{where}: {own[0]} is set by the runner (see 'seeds' and --output)")
 
 
@@ -161,8 +161,8 @@ def _merged(*layers: dict) -> dict:
 
 
 def _parse_all(grid: Grid) -> None:
-    """Raise ConfigError for the first run or evaluation whose flags the package would refuse, or whose name is longer
-    than that of a file can be.
+    """Raise ConfigError for the first run or evaluation whose flags the package would refuse, or whose name is too
+    long for a file.
     """
     parser = grid.parser()
     for run, flags in grid.runs.items():

@@ -8,8 +8,8 @@
     FOLDER/eval_*.log    the console output of each evaluation after it
     FOLDER/log.txt, ...  the files of the run itself
 
-A worker process of its own handles each folder and holds ``FOLDER/lock``, as the run itself does, so that killing the
-ablation runner neither loses a run nor starts it twice: the next runner's worker waits for the lock.
+Each folder has its own worker process, which holds ``FOLDER/lock``, as the run itself does. So killing the ablation
+runner neither loses a run nor starts it twice: the next runner's worker waits for the lock.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def prepare(
 
 
 def same_flags(written: Path, flags: str) -> bool:
-    """Whether the file ``flags.yaml`` of a run says the same, however its numbers are written."""
+    """Whether a run's ``flags.yaml`` says the same, however its numbers are written."""
     text = read_text(written)
     return text == flags or parse_yaml(text, str(written)) == parse_yaml(flags, "flags")
 
@@ -96,8 +96,9 @@ def busy(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[TextIO | None]:
-    """Lock ``folder/lock``, which is free once all its holders have ended; yields the file, without ``wait`` None if it
-    is taken.
+    """Lock ``folder/lock``, which is free once all its holders have ended.
+
+    Yields the file; without ``wait``, None if the lock is taken.
     """
     with open(plain_file(folder / "lock"), "w") as lock:
         try:
@@ -142,7 +143,7 @@ def evaluation_log(folder: Path, name: str) -> Path:
 
 
 def slug(name: str) -> str:
-    """``name`` made fit for a file name."""
+    """``name`` as a valid file name."""
     return re.sub(r"[^\w.=+-]+", "_", name).strip("_")
 
 
@@ -191,7 +192,7 @@ class LocalPool:
         return {folder for _, folder in self._workers.values()}
 
     def stop(self) -> None:
-        """Ask all to save and end, and wait for them."""
+        """Ask all runs to save and exit, and wait for them."""
         for worker, _ in self._workers.values():
             worker.terminate()
         for worker, _ in self._workers.values():

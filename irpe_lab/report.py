@@ -30,7 +30,7 @@ from irpe_train.text_files import plain_file, read_text, write_text
 from irpe_train.zoo import Entry, Zoo, read_zoo
 
 NOT_RUN = "not run"
-TITLE = "# Results\n\nMade by `python -m irpe_lab.report`"  # of every page, by which it is recognized
+TITLE = "# Results\n\nMade by `python -m irpe_lab.report`"  # opens every page, and marks it as ours
 MARKED = re.compile(r"(<!-- results:begin -->\n).*?(<!-- results:end -->)", re.DOTALL)
 PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Results</title>
 <style>body{{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
@@ -220,7 +220,7 @@ def write_page(report: Report) -> list[Path]:
         raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")
     writable_folder(page.parent, "-o")
     text = report.markdown()
-    write_text(page, text)  # first: it marks its twin as ours, even if a kill comes between
+    write_text(page, text)  # first: it marks the HTML as ours, even if a kill comes between
     pictures = [path for folder in report.ablations() if report.inside(path := folder / "table.png")]
     write_text(twin, to_html(text, {report.address(path): path for path in pictures}))
     return [page, twin]

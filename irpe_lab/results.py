@@ -114,7 +114,7 @@ class Row:
         return [figure - theirs[seed] for seed, figure in self.figures(evaluation).items() if seed in theirs]
 
 
-FEWEST_SEEDS = 5  # with an interval: of normal values it then covers the mean 83 times in 100, with two of them 50
+FEWEST_SEEDS = 5  # for an interval: with normal values it covers the mean 83 times in 100; with two seeds, 50 times
 
 
 def spread(values: list[float]) -> float | None:

@@ -66,8 +66,8 @@ def difference(values: Sequence[float], figure: Figure) -> str:
     """The mean over seeds of run minus baseline, and its bootstrap interval; ``[-]`` for too few seeds."""
     if not values:
         return "-"
-    told = [statistics.fmean(values), *(bootstrap_interval(values) or ())]
-    mean, *interval = (f"{'-' if value < 0 else '+'}{figure.text(abs(value))}" for value in told)
+    numbers = [statistics.fmean(values), *(bootstrap_interval(values) or ())]
+    mean, *interval = (f"{'-' if value < 0 else '+'}{figure.text(abs(value))}" for value in numbers)
     return f"{mean} [{', '.join(interval) or '-'}]"
 
 

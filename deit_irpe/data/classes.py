@@ -29,8 +29,8 @@ def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
 
 
 def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] = ("train", "val")) -> None:
-    """Raises ValueError, naming the classes, unless both lists (of the two data sets ``names``) have the same ones, and
-    more than one: with a single folder around all classes, accuracy would be 100%.
+    """Raises ValueError, naming the classes, unless both lists (of the data sets ``names``) have the same classes, and
+    more than one: a single folder around all classes would give an accuracy of 100%.
     """
     only = []
     for name, missing in ((names[0], set(one) - set(other)), (names[1], set(other) - set(one))):

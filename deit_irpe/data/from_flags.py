@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of a command line: sets, batches, and how images are mixed."""
+"""Builds the data sets, their loaders and Mixup from the flags."""
 
 import argparse
 from pathlib import Path
@@ -51,7 +51,7 @@ def training_set(args: argparse.Namespace) -> Dataset:
 def _images(args: argparse.Namespace, train: bool, transform) -> Dataset:
     if args.val_split is not None:
         written = Path(args.output_dir, "val_split.txt") if args.output_dir else None
-        starts = not args.eval and args.resume in ("", "auto")  # from --finetune, unless it has a list of its own
+        starts = not args.eval and args.resume in ("", "auto")  # uses the list of --finetune, unless it has its own
         source = args.finetune if starts else args.resume or args.finetune
         trained = None if source in ("", "auto") else Path(source).parent / "val_split.txt"
         if starts and trained and (written and written.exists() or not lists_images(trained, Path(args.data_path))):
@@ -69,7 +69,7 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.
 
 
 def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
-    """Batches of training images; a set smaller than the batch gives one batch per epoch, not none."""
+    """Batches of training images; a set smaller than the batch gives one smaller batch per epoch."""
     rank, world_size = distributed.rank(), distributed.world_size()
     if args.repeated_aug:
         sampler = repeated_augmentation_sampler(train_set, world_size, rank)

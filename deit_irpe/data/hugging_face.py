@@ -26,10 +26,10 @@ class HuggingFaceImages(LabelledImages):
         from timm.data.readers.reader_hfds import ReaderHfds
 
         with _explained(root):
-            there = datasets.get_dataset_split_names(str(root))
-        self.root, self.split = root, next((name for name in SPLITS[train] if name in there), None)
+            available = datasets.get_dataset_split_names(str(root))
+        self.root, self.split = root, next((name for name in SPLITS[train] if name in available), None)
         if self.split is None:
-            raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; it has {', '.join(there)}")
+            raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; it has {', '.join(available)}")
         with _explained(root):
             features = datasets.load_dataset(str(root), split=self.split).features
         if missing := {"image", "label"} - features.keys():
@@ -57,22 +57,22 @@ class HuggingFaceImages(LabelledImages):
 def _explained(root: Path):
     try:
         yield
-    except Exception as error:  # datasets and pyarrow have dozens, and most do not name the folder
-        cause = error.__cause__ or error  # of "An error occurred while generating the dataset"
+    except Exception as error:  # datasets and pyarrow raise dozens of types; most do not name the folder
+        cause = error.__cause__ or error  # behind "An error occurred while generating the dataset"
         reason = f"{type(cause).__name__}: {in_one_line(cause)}"
         raise ValueError(f"{root}: Hugging Face datasets cannot load it ({reason})") from error
 
 
 def _refuse_mixed_folders(folders: set[Path], root: Path) -> None:
-    """``datasets`` takes the last folder of a path for the class, and any called ``train`` or ``val`` for a split.
+    """``datasets`` takes the last folder of a path as the class, and any called ``train`` or ``val`` as a split.
 
-    Raises: ValueError: ``folders``, those of one split, do not lie side by side.
+    Raises: ValueError: the ``folders`` of one split do not have the same parent.
     """
     above = sorted({folder.parent for folder in folders})
     if len(above) > 1:
-        instead = "Leave out --data-set HFDS: class folders are then read as they lie"
+        instead = "Leave out --data-set HFDS: class folders are then read as they are"
         raise ValueError(
-            f"{root}: {above[0]} and {above[1]} both have folders that datasets takes for classes. {instead}"
+            f"{root}: {above[0]} and {above[1]} both have folders that datasets takes as classes. {instead}"
         )
 
 

@@ -16,7 +16,7 @@ from irpe_train.distributed import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
 from irpe_train.text_files import shown
 
-MOST_CLASSES = 100_000  # if classes are numbers; a larger one is a mistake or an attack on memory
+MOST_CLASSES = 100_000  # if classes are numbers; a larger number is a mistake or an attack on memory
 
 
 def same_text(name: str) -> str:
@@ -77,7 +77,7 @@ class FolderImages(LabelledImages):
     Hidden files and folders (``.ipynb_checkpoints``, ``._x.jpg``) are left out.
 
     Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or something else
-        in place of an image (a pipe, a broken symlink, a symlink to a folder already read, also of another class).
+        in place of an image (a pipe, a broken symlink, a symlink to a folder already read, even in another class).
     """
 
     def __init__(self, root: Path, transform=None):
@@ -90,8 +90,8 @@ class FolderImages(LabelledImages):
         folders, flat = _entries(root, unread)
         report_hidden(root, {name for name in os.listdir(root) if is_hidden([name])})
         if not folders:
-            wanted = f"Images lie in one folder for each class ({root}/<class>/x.jpg)"
-            wanted += "; the images here lie flat" if flat else ""
+            wanted = f"Put images in one folder per class ({root}/<class>/x.jpg)"
+            wanted += "; the images here are in no class folder" if flat else ""
             raise ValueError(f"{root}: no class folders in it. {wanted}")
         names, labels, seen = [], [], {_identity(root): str(root)}
         for label, folder in enumerate(folders):
@@ -114,7 +114,7 @@ def _images_below(folder: str, seen: dict[tuple[int, int], str], unread: list[st
     while waiting:
         folder = waiting.pop()
         if (here := _identity(folder)) in seen:
-            raise ValueError(f"{folder}: a symlink to a folder already read, or what it leads to; remove the link")
+            raise ValueError(f"{folder}: a symlink to a folder already read, or its target; remove the link")
         seen[here] = folder
         folders, images = _entries(folder, unread)
         yield from images
@@ -151,13 +151,13 @@ def report_hidden(where: Path, names: set[str]) -> None:
 
 
 def read_a_sample(images: Dataset, size: int = 16) -> None:
-    """Read images spread over a validation set. Raises: UnreadableImage: before the first epoch, not after it."""
+    """Read images spread over a validation set, so that UnreadableImage is raised before the first epoch, not after."""
     for index in range(0, len(images), max(1, -(-len(images) // size))):
         images[index]
 
 
 def warn_of_odd_sets(train: Dataset | None, val: Dataset) -> None:
-    """Warn if folders or archives are read for both sets, as through a symlink, and if classes have no training image,
+    """Warn of folders or archives that both sets read, as through a symlink, and of classes without a training image,
     as in shards that skip numbers.
     """
     empty = sorted(set(range(len(train.classes))) - set(train.labels)) if isinstance(train, LabelledImages) else []
@@ -215,6 +215,6 @@ def _listed(file: Path, key: str) -> list:
 
 def _index(category_id: int | str) -> int:
     number = int(str(category_id))  # 0.5 and true are refused
-    if number < 0:  # a list takes -1 as its last
+    if number < 0:  # -1 would be the last of a list
         raise IndexError(f"category {number}")
     return number

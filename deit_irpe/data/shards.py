@@ -22,10 +22,10 @@ class ShardImages(LabelledImages):
     """Uncompressed WebDataset shards: samples of ``key.jpg`` (or .jpeg, .png, .webp) and ``key.cls``, a class number.
 
     Only offsets are kept, and bytes are read in place, as in ``TarImages``: an interrupted run resumes at exactly the
-    next image, which a stream of shards cannot do. The order is that of the shards' names.
+    next image, which a stream of shards cannot do. Shards are ordered by name.
 
-    Args: root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, ``train`` and ``val`` each a
-        word of its own, and perhaps ``classes.txt``, the names of the classes in order.
+    Args: root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, with ``train`` or ``val`` as
+        a word of the name, and perhaps ``classes.txt``, the names of the classes in order.
     Raises: FileNotFoundError, ValueError: no shards, a damaged one, or a sample without an image or class.
     """
 
@@ -34,7 +34,7 @@ class ShardImages(LabelledImages):
         if not self.files:
             word = SPLITS[train][0]
             raise FileNotFoundError(
-                f"{root}: no *{word}*.tar there (--data-set WDS reads uncompressed shards, with {word} as a word of "
+                f"{root}: no *{word}*.tar there (--data-set WDS reads uncompressed shards, with {word} as a word in "
                 f"their names: imagenet-{word}-0000.tar)"
             )
         places: dict[str, Path] = {}

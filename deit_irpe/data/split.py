@@ -26,16 +26,16 @@ def split_folder(
     The same share of each class is held out, at least one image; which ones depends only on the names and ``seed``.
 
     Args:
-        written: a file that lists the held-out images, one per line. If it exists it is followed, so that images added
-            later are trained on and the held-out ones stay held out; else it is written.
-        trained: such a file of the run that the weights are from; it has priority.
-    Raises: ValueError: nothing or everything of a class would be held out; there is a validation folder, or a name
-        with a line break; a file on the list is gone.
+        written: a file that lists the held-out images, one per line. If it exists, it decides: its images stay held
+            out, and images added later are trained on. Otherwise it is written.
+        trained: such a file from the run that the weights come from; it takes precedence.
+    Raises: ValueError: all or none of a class would be held out; there is a validation folder, or a name with a line
+        break; a file on the list is gone.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"--val-split {fraction:g}: give the share of images to hold out, such as 0.2")
     if (root / "val").exists():
-        raise ValueError(f"--val-split: {root / 'val'} is there already; leave out --val-split, or move that folder")
+        raise ValueError(f"--val-split: {root / 'val'} already exists; leave out --val-split, or move that folder")
     folder = folder_to_split(root)
     images = FolderImages(folder, transform)
     names = [same_text(Path(images.name(index)).relative_to(folder).as_posix()) for index in range(len(images))]
@@ -46,7 +46,7 @@ def split_folder(
         listed = set(filter(None, same_text(read_text(file, errors="surrogateescape")).splitlines()))
         if gone := sorted(listed - set(names)):
             raise ValueError(
-                f"{file}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not: put back or unlist them"
+                f"{file}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not: restore or unlist them"
             )
         held_out = np.array([name in listed for name in names])
         for label, name in enumerate(images.classes):
@@ -58,7 +58,7 @@ def split_folder(
             logger.info(f"--val-split: {held_out.sum()} of {len(images)} images are held out, as {file} lists")
     else:
         if trained is not None and not train:
-            logger.warning(f"{trained}: no such list, so --seed {seed} holds images out; some may have been trained on")
+            logger.warning(f"{trained}: no such list, so --seed {seed} holds out images; some may have been trained on")
         held_out = _draw(images, fraction, seed)
     if written is not None and not os.path.lexists(written) and is_main():
         written.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def folder_to_split(root: Path) -> Path:
 
 
 def lists_images(file: Path, root: Path) -> bool:
-    """Whether the list ``file`` is there and names an image of ``root``, and is not one of other data."""
+    """Whether ``file`` exists and lists images of ``root``, not of other data."""
     names = read_text(file, errors="surrogateescape").splitlines() if file.is_file() else []
     return any((folder_to_split(root) / name).is_file() for name in names)
 

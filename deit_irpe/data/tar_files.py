@@ -34,7 +34,7 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
             if not tar.offset:  # no members: tarfile of Python 3.10 would look for the next one before the start
                 tar.fileobj.seek(0)
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps them all
+                tar.members.clear()  # tarfile would keep them all
                 path = str(PurePosixPath(member.name))
                 if problem := _problem(member, path):
                     raise ValueError(f"{where}: {path!r} {problem}")

@@ -31,7 +31,7 @@ def build_transform(
     Images of up to 32 pixels are shifted in training, neither cropped nor scaled, as published.
 
     Args:
-        interpolation: of crops, and of rotations as far as Pillow can.
+        interpolation: of crops, and of rotations where Pillow supports it.
         input_size: pixels, one number or (height, width). Evaluation resizes the short side to 256/224 of it (of its
             longer side if it is not square), then crops the centre.
     Raises: ValueError: timm has no such policy, or a number is out of range.
@@ -47,11 +47,11 @@ def build_transform(
             erasing = dict(re_prob=reprob, re_mode=remode, re_count=recount)
             steps = create_transform(size, is_training=True, **how, **erasing).transforms
         except Exception as error:  # timm asserts on its policies
-            raise ValueError(f"the augmentation cannot be made (--aa {aa}, --reprob {reprob}, ...): {error}") from error
+            raise ValueError(f"cannot build the augmentation (--aa {aa}, --reprob {reprob}, ...): {error}") from error
         if geometry != interpolation:
             steps[0].interpolation = str_to_interp_mode(interpolation)
         for step in steps:
-            _let_posterize_keep_no_bits(step)
+            _allow_posterizing_to_no_bits(step)
         return transforms.Compose([to_size, transforms.RandomCrop(size, padding=4), *steps[1:]] if small else steps)
     resize = _ResizeShortSide(int(256 / 224 * max(size)), transforms.InterpolationMode.BICUBIC)
     cut = [to_size] if small else [resize, transforms.CenterCrop(size)]
@@ -68,7 +68,7 @@ class _ResizeShortSide(transforms.Resize):
         return super().forward(image)
 
 
-def _let_posterize_keep_no_bits(policy) -> None:
+def _allow_posterizing_to_no_bits(policy) -> None:
     """timm's policies ask for 0 bits at magnitude 10, which gave a black image until Pillow began to refuse it."""
     subpolicies = getattr(policy, "policy", [getattr(policy, "ops", [])])
     for op in itertools.chain.from_iterable(subpolicies):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from another run: other resolution, other classes, other encoding."""
+"""Weights from a run with another resolution, other classes or another encoding."""
 
 import contextlib
 import math
@@ -45,7 +45,7 @@ def fit_classes(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights with class heads for the classes ``ours``, in that order; heads for other classes are left out.
 
-    Args: theirs: the classes of ``weights``; None if they are not named, and the heads then stay unchanged.
+    Args: theirs: the classes of ``weights``; None if unknown; the heads then stay unchanged.
     Returns: a new state dict, and a note on each changed key.
     """
     heads = head_prefixes(model)
@@ -57,7 +57,7 @@ def fit_classes(
         return {key: value for key, value in weights.items() if key not in keys}, notes
     order = [theirs.index(name) for name in ours]
     keys = [key for key in keys if weights[key].shape[:1] == (len(order),)]  # others are not heads of these classes
-    notes = dict.fromkeys(keys, "is reordered to the classes of the data")
+    notes = dict.fromkeys(keys, "is reordered to match the classes of the data")
     return {key: value[order] if key in keys else value for key, value in weights.items()}, notes
 
 
@@ -112,7 +112,7 @@ def resample_positions(
 def load_pretrained_weights(
     model: nn.Module, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None, *, source: str | Path
 ) -> dict[str, str]:
-    """Start ``model`` from the weights of another run: other resolution, other classes, other encoding.
+    """Start ``model`` from a run with another resolution, other classes or another encoding.
 
     The position embedding is resampled, or left out where it is fixed; a head with other classes and encodings with
     other tables start fresh.
@@ -120,7 +120,7 @@ def load_pretrained_weights(
     Args:
         model: any timm model; positions are resampled for Vision Transformers.
         weights: a state dict; unchanged.
-        old_grid: patch grid (height, width) the weights were trained on; ``None`` for a square one.
+        old_grid: patch grid (height, width) the weights were trained on; ``None``: a square one.
         source: where they are from, for messages.
     Returns: a note on each key that was not copied unchanged; see ``load_matching``.
     Raises: BadCheckpoint: any other key (named) is missing, unexpected or of another shape.

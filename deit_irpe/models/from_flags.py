@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a command line, its initial weights, and its teacher."""
+"""Builds the model, its initial weights and its teacher from the flags."""
 
 import argparse
 import inspect
@@ -20,7 +20,7 @@ from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
 from irpe_train.zoo import fetch
 
-FLAGS = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}  # for timm's arguments
+FLAGS = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}  # by timm's argument
 OTHERWISE = {  # not allowed in --model-kwargs, and what to use instead
     "pretrained": "give --pretrained",
     "pretrained_cfg": "give --finetune FILE",
@@ -39,7 +39,7 @@ SWITCHES = {name for name, p in inspect.signature(VisionTransformer).parameters.
 
 
 def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool = False) -> nn.Module:
-    """The model of the flags ``args``; missing flags have their default.
+    """The model of the flags ``args``; missing flags take their defaults.
 
     Raises: ValueError: see ``create_model``; a flag that this model cannot use.
     """
@@ -100,7 +100,7 @@ def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: boo
                 fresh.append(note)
     if fresh and args.eval:
         raise ValueError(f"--eval: the class head was never trained: {fresh[0]}; leave out --eval to train it")
-    if hasattr(model, "set_distilled_training"):  # otherwise both heads are averaged in training, as in evaluation
+    if hasattr(model, "set_distilled_training"):  # otherwise training would average both heads, as evaluation does
         model.set_distilled_training(args.distillation_type != "none")
     return model
 
@@ -127,7 +127,7 @@ def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
 
 
 def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device) -> nn.Module | None:
-    """The frozen ``--teacher-model`` with the weights of ``--teacher-path``, its positions resampled to the images;
+    """The frozen ``--teacher-model`` with the weights of ``--teacher-path``, its positions resampled to the image size;
     None without distillation.
     """
     if args.distillation_type == "none":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of names: the plain model of each, and its encoding."""
+"""The table of names: the plain model and the encoding of each."""
 
-# Every published name in full, so that it can be searched: its plain DeiT and its encoding.
+# Every published name is spelled in full, so that a search finds it.
 RPE_MODELS = {
     # 7 x 7 buckets and one for the class token = 50
     "deit_tiny_patch16_224_ctx_product_50_shared_k": ("deit_tiny_patch16_224", "rpe-1.9-product-ctx-1-k"),

@@ -19,8 +19,8 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
-from timm.models._builder import resolve_pretrained_cfg  # what timm itself does with its arguments of these names
-from timm.models._features import FeatureGetterNet  # what timm itself wraps a ViT with for features_only
+from timm.models._builder import resolve_pretrained_cfg  # how timm itself merges its two arguments of this name
+from timm.models._features import FeatureGetterNet  # timm's own wrapper for features_only
 from torch import nn
 
 from deit_irpe.models.finetune import load_pretrained_weights
@@ -56,14 +56,14 @@ def create_model(
     """
     if rpe is not None and rpe_config is not None:
         raise ValueError(f"model {name!r}: rpe={rpe!r} and rpe_config={rpe_config!r} are the same argument; give one")
-    import_plugins()  # which may register models with timm
+    import_plugins()  # they may register models with timm
     rpe = rpe_config if rpe is None else rpe
     base, named_rpe = RPE_MODELS.get(name, (name, None))
     timm_kwargs = {key: value for key, value in timm_kwargs.items() if value is not None}
     checkpoint_path = timm_kwargs.pop("checkpoint_path", None)
     registered = name in RPE_MODELS or name in DEMO_SIZES
     wanted_features, config, cache_dir = None, None, None
-    if registered:  # what timm's builder does for its own names is done here, when the encoding is in its place
+    if registered:  # timm's builder does this for its own names; ours need the encoding in place first
         if timm_kwargs.pop("features_only", False):
             wanted_features = timm_kwargs.pop("out_indices", 3)
         given = [timm_kwargs.pop(key, None) for key in ("pretrained_cfg", "pretrained_cfg_overlay")]
@@ -90,7 +90,7 @@ def create_model(
 
 
 class UnknownArgument(ValueError, TypeError):
-    """An argument that timm's model does not take: the ValueError of a flag, and the TypeError that timm promises."""
+    """timm's model does not take this argument. A ValueError, as for any flag, and the TypeError that timm raises."""
 
     def __init__(self, message: str, argument: str | None):
         super().__init__(message)
@@ -109,7 +109,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
             f"for an encoding), of IRPE_PLUGINS, or one of {', '.join([*RPE_MODELS, *DEMO_SIZES])}"
         )
     may_lack = is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
-    of_plugin = not elsewhere and not model_entrypoint(base).__module__.startswith("timm.")  # it knows by itself
+    of_plugin = not elsewhere and not model_entrypoint(base).__module__.startswith("timm.")  # it may handle this itself
     if timm_kwargs.get("pos_embed") == "none" and not may_lack and not of_plugin:
         raise ValueError(f"model {name!r}: timm cannot build it without its position embedding (--no-abs-pos)")
     fixed = timm_kwargs.get("pos_embed") == "sincos"
@@ -125,7 +125,7 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         raise ValueError(f"model {name!r}: images of {timm_kwargs.get('img_size')} pixels are smaller than its patches")
     if base.startswith("deit_") and not pretrained:
         if getattr(model, "cls_token", None) is not None:
-            trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm's own start is 1e-6
+            trunc_normal_(model.cls_token, std=0.02)  # as DeiT was trained; timm starts at 1e-6
         if size and model.pos_embed is not None:
             # DeiT's 0.02 is tiny beside the patch embedding, and a demo has only hundreds of steps to grow it.
             trunc_normal_(model.pos_embed, std=0.5)
@@ -140,7 +140,7 @@ def _named(name: str, arguments: dict):
         yield
     except (UnknownArgument, OSError, ImportError, MemoryError):
         raise
-    except Exception as error:  # what timm's models raise for sizes that do not fit: AssertionError, ...
+    except Exception as error:  # timm's models raise AssertionError and others for sizes that do not fit
         given = ", ".join(f"{key}={value!r:.50}" for key, value in arguments.items())
         raise ValueError(
             f"model {name!r} cannot be built with these arguments ({given}): {in_one_line(error)}"
@@ -157,8 +157,8 @@ def _fix_positions(model: VisionTransformer) -> None:
 
 
 def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
-    """timm's model; ``img_size`` is dropped if it is not an argument. One forward pass checks that size: only Vision
-    Transformers refuse at once what they cannot take.
+    """timm's model, without ``img_size`` if it takes none. A forward pass then checks that size: only Vision
+    Transformers reject a bad one when they are built.
     """
     size = timm_kwargs.get("img_size")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The problems of annotations that show without opening an image."""
+"""Problems in annotations that can be found without opening an image."""
 
 import filecmp
 import math
@@ -16,7 +16,7 @@ from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.panoptic import CocoPanoptic
 
-MOST = 0.5  # the fraction of wrong boxes or images that stops training; fewer, which COCO has too, are dropped
+MOST = 0.5  # the fraction of wrong boxes or images that stops training; a few, as in COCO, are dropped
 FRACTIONS = 0.9  # if this fraction of all boxes lies within one pixel, the unit is not pixels
 OUTSIDE = 0.1  # if this fraction of boxes reaches outside, and all could be in another format, they are
 
@@ -52,7 +52,7 @@ Found = list[tuple[Path, Problem]]  # each with its file
 def annotation_problems(
     annotations: Annotations, num_classes: int | None = None, *, train: bool = True, masks: bool = False
 ) -> list[Problem]:
-    """The problems that show without opening an image."""
+    """The problems that can be found without opening an image."""
     boxes, labels = annotations.boxes, annotations.labels
     owner = annotations.image_of_object()
     x, y, width, height = boxes.unbind(1)

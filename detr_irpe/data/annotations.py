@@ -127,8 +127,8 @@ def read_categories(entries: JsonList) -> dict[int, str]:
     if not 0 <= ids.min() <= ids.max() <= LARGEST_CATEGORY_ID:
         wrong = [i for i in ids.tolist() if i not in CATEGORY_IDS]
         raise ValueError(
-            f"{entries.path}: category ids {_first(np.array(wrong))}: 0 to {LARGEST_CATEGORY_ID} are taken: the model "
-            "has an output for each id up to the largest. Number the categories from 1 on."
+            f"{entries.path}: category ids {_first(np.array(wrong))}: expected 0 to {LARGEST_CATEGORY_ID}: the model "
+            "has an output for each id up to the largest. Number the categories from 1."
         )
     refuse_repeated(entries.path, "category ids", ids)
     for entry in entries.entries:  # a number may be a name too

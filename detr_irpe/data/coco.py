@@ -77,7 +77,7 @@ def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[in
 def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
     """An encoded image in RGB, in the frame of its annotated ``size`` (height, width).
 
-    That is as stored, as published, unless the annotated size is that of the image rotated by its EXIF orientation.
+    As published, it stays as stored, unless the annotated size is that of the image after its EXIF rotation.
     """
     image = decode_image(data, name)
     if tuple(size) == image.size != image.size[::-1]:
@@ -88,7 +88,7 @@ def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
 def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tensor], name: str) -> tuple[Tensor, dict]:
     """The item after ``transforms``, without empty boxes.
 
-    Raises: RuntimeError: they failed. That is not the image's fault, so it must not be skipped as unreadable.
+    Raises: RuntimeError: a transform failed. That is not the image's fault, so it must not be skipped as unreadable.
     """
     try:
         return transforms(image, drop_empty_boxes(target))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO average precision over all processes: each collects the detections of its images, the whole set is scored once.
+"""COCO average precision over all processes: each collects its images' detections, and the whole set is scored once.
 
 Scoring is done by pycocotools, or by faster-coco-eval if that is installed (the same figures, faster).
 """

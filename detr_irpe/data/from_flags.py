@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of a command line: sets, their class ids, and batches."""
+"""Builds the data sets and their loaders from the flags, and counts class ids."""
 
 import argparse
 from pathlib import Path

@@ -123,7 +123,7 @@ def open_images(
 
 
 def _as_stored(names: Sequence[str], stored: Collection[str]) -> list[str]:
-    """``names`` as they are among ``stored``, which may write accents differently: macOS decomposes them."""
+    """``names`` as spelled in ``stored``, which may write accents differently: macOS decomposes them."""
     variants = {unicodedata.normalize("NFC", name): name for name in stored}
     return [name if name in stored else variants.get(unicodedata.normalize("NFC", name), name) for name in names]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The problems of a data set's images, masks and segment images."""
+"""Problems in a data set's images, masks and segment images."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def image_problems(
     allowed: float,
     num_workers: int,
 ) -> list[Problem]:
-    """The problems that show when decoding: unreadable files, sizes that differ from the annotated, rotated photos."""
+    """Problems found by decoding: unreadable files, sizes other than annotated, rotated photos."""
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
     turned = Problem("photos that are read as stored but shown rotated (EXIF)", allowed=math.inf)
@@ -50,7 +50,7 @@ def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: i
 
 
 def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
-    """Masks mostly beside the box of their object: one is in another format or scale, of another object, or empty."""
+    """Masks mostly outside their object's box: of another format, scale or object, or empty."""
     beside = Problem("masks that lie less than half in the box of their object", allowed=1)
     for index in looked_at:
         size, objects = annotations.sizes[index].tolist(), annotations.of_image(index)

@@ -20,7 +20,7 @@ _LARGEST = float(np.finfo(np.float32).max)  # boxes and areas become float32
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """For reading millions of entries, which have no cycles: looking for some would take longer than reading them."""
+    """For reading millions of entries, which form no cycles: searching for cycles would take longer than reading."""
     collecting = gc.isenabled()
     gc.disable()
     try:

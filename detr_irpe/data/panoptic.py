@@ -31,7 +31,7 @@ class CocoPanoptic(Dataset):
         panoptic_root: holds ``annotations/panoptic_{split}.json`` and the segment images in ``panoptic_{split}/`` or
             ``panoptic_{split}.zip``. A pixel's segment id is red + 256 green + 65536 blue.
         split, transforms, return_masks: as for ``CocoDetection``.
-        instances: ``instances_{split}.json`` of the same images, which boxes (and masks) are scored by.
+        instances: ``instances_{split}.json`` of the same images, for scoring boxes (and masks).
     Raises: FileNotFoundError, ValueError: files are missing, or the annotations have the wrong format.
     """
 

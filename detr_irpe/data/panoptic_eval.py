@@ -48,7 +48,7 @@ def match_segments(
             continue
         unlabelled = overlap.get((0, found_id), 0)
         iou = pixels / (truth_area[true_id] + found_area[found_id] - pixels - unlabelled)
-        if iou > 0.5:  # hence at most one partner each
+        if iou > 0.5:  # so each has at most one match
             result.matched.append((category[true_id], iou))
             matched_truth.add(true_id)
             matched_found.add(found_id)
@@ -107,7 +107,7 @@ class PanopticEvaluator:
             self._predictions[image_id] = {"image_id": image_id, "file_name": name, "segments_info": segments}
 
     def summarize(self) -> dict[str, dict[str, float]] | None:
-        """Panoptic quality ``{"All", "Things", "Stuff"}`` on the main process, None on others; call it on every one."""
+        """Panoptic quality ``{"All", "Things", "Stuff"}`` on the main process, None on others; all must call it."""
         gathered = distributed.gather((self._matches, self._predictions))
         if not distributed.is_main():
             return None

@@ -32,7 +32,7 @@ def train_transforms(image_size: int = 800) -> nn.Module:
         return [max(round(side * image_size / 800), 1) for side in sides]
 
     to_random_size = RandomShortSide(scaled(*range(480, 801, 32)), max_size=_max_size(image_size))
-    # 1 x 3000 pixels would become 600 x 1,800,000: the limit, which is ours, begins at 1 x 32.
+    # Without our limit, 1 x 3000 pixels would become 600 x 1,800,000. It applies from 1 x 32 on.
     enlarged = RandomShortSide(scaled(400, 500, 600), max_size=scaled(32 * 600)[0])
     cropped = v2.Compose([enlarged, RandomSizeCrop(*scaled(384, 600)), to_random_size])
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([to_random_size, cropped]), ToModelInput()])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a command line, its losses, and its initial weights."""
+"""Builds the model, its losses and its initial weights from the flags."""
 
 import argparse
 from collections.abc import Collection
@@ -22,7 +22,7 @@ from irpe_train.run_folder import Checkpoint
 
 # Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
-MAY_CHANGE = {"num_queries", "masks", "dataset_file", "image_size"}  # flags, between a detector and what starts from it
+MAY_CHANGE = {"num_queries", "masks", "dataset_file", "image_size"}  # between a detector and a run that starts from it
 PUBLISHED_THINGS = range(91)
 SIZES = (  # flags with the names of `create_model`
     *("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout", "pre_norm"),
@@ -37,12 +37,12 @@ def build_model(
     """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU.
 
     Args:
-        filled: a checkpoint will fill the model, so that ``--backbone_weights`` are not needed; None asks the flags.
+        filled: a checkpoint will fill the model, so ``--backbone_weights`` is not needed; None: as the flags say.
         things: the countable categories of a panoptic set.
     """
     if filled is None:
         filled = any(getattr(args, flag, None) for flag in FILL)
-    given = getattr(args, "num_classes", None)  # "auto", or not there, in namespaces that are not of a run
+    given = getattr(args, "num_classes", None)  # "auto" or missing in namespaces from elsewhere
     num_classes = given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
     model = create_model(
         args.backbone,

@@ -32,7 +32,7 @@ class PostProcess(nn.Module):
             got = f"got shape {tuple(target_sizes.shape)}."
             raise ValueError(f"target_sizes: expected (height, width) of each of {len(logits)} images; {got}")
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-        # A compiled or exported graph cannot ask.
+        # A compiled or exported graph cannot check values.
         if not (torch.compiler.is_compiling() or scores.isfinite().all() and boxes.isfinite().all()):
             raise ValueError("the model's scores or boxes are not finite: use an earlier checkpoint, or --amp none")
         boxes = scale_to_pixels(box_convert(boxes, "cxcywh", "xyxy"), target_sizes)

@@ -16,7 +16,7 @@ from irpe_ops.backends.eager import attention_weights
 
 
 class MultiheadAttention(nn.Module):
-    """Multi-head attention under the parameter names of ``torch.nn.MultiheadAttention``; batch first, no weights."""
+    """Multi-head attention under the parameter names of ``torch.nn.MultiheadAttention``; batch first."""
 
     def __init__(self, d_model: int, nhead: int, dropout: float):
         super().__init__()

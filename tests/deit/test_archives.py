@@ -337,7 +337,7 @@ def test_links_to_folders_are_followed(tmp_path):
         ("a/again", ".", "val/a/again: a symlink to a folder already read"),
         ("a/up", "../..", "val/a/up/val: a symlink to a folder already read"),
         ("a/second", "deep", "val/a/second: a symlink to a folder already read"),
-        ("a/other", "../b", "val/b: a symlink to a folder already read, or what it leads to"),
+        ("a/other", "../b", "val/b: a symlink to a folder already read, or its target"),
         ("c", "b", "val/c: a symlink to a folder already read"),
         ("a/lost.png", "nowhere", "val/a/lost.png: neither a file nor a folder"),
         ("a/lost", "nowhere", "val/a/lost: a broken link"),

@@ -83,7 +83,7 @@ def test_number_of_classes_comes_from_the_data_for_tar_too(colours, tmp_path):
             ValueError,
             r"val/b: no images in this class folder",
         ),
-        (lambda root: write_images(root, {"val": 2}), ValueError, "no class folders.*the images here lie flat"),
+        (lambda root: write_images(root, {"val": 2}), ValueError, "class folders.*images here are in no class folder"),
     ],
 )
 def test_a_wrong_folder_is_named(tmp_path, damage, error, words):

@@ -48,7 +48,7 @@ def test_an_empty_class_and_a_flat_val_folder(tmp_path):
     (tmp_path / "val" / "a" / "0.png").rename(tmp_path / "val" / "0.png")
     (tmp_path / "val" / "a").rmdir()
     (tmp_path / "val" / "b").rmdir()
-    explained(tmp_path, tmp_path, "the images here lie flat")
+    explained(tmp_path, tmp_path, "the images here are in no class folder")
 
 
 def test_classes_that_differ(tmp_path):
@@ -101,7 +101,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
         (("--opt-betas", "0.9"), "--opt adamw with lr"),
         (("--opt-betas", "0.9", "1.5"), "--opt adamw with lr"),
         (("--opt", "adahessian"), "it needs second derivatives"),
-        (("--aa", "foo"), "the augmentation cannot be made (--aa foo"),
+        (("--aa", "foo"), "cannot build the augmentation (--aa foo"),
         (("--smoothing", "1"), "--smoothing 1: nothing would be left of the label"),
         (("--cutmix-minmax", "0.8", "0.2"), "--cutmix-minmax 0.8 0.2: expected the smaller one first, a pixel apart"),
         (("--cutmix-minmax", "0.5", "0.51"), "a pixel apart in images of 32"),

@@ -44,7 +44,7 @@ def test_what_was_held_out_stays_so_when_images_are_added(tmp_path, monkeypatch)
     assert len(split_folder(tmp_path, True, 0.5, written=written)) == 34
     (tmp_path / "train/a/0.png").unlink()
     written.write_text("a/0.png\n")
-    with pytest.raises(ValueError, match="val_split.txt: a/0.png is not in .*train; 1 of 1 are not: put back or"):
+    with pytest.raises(ValueError, match="val_split.txt: a/0.png is not in .*train; 1 of 1 are not: restore or"):
         split_folder(tmp_path, True, 0.5, written=written)
 
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--val-split: class 'b' has one image"):
         split_folder(tmp_path / "one", True, 0.2)
     write_images(tmp_path / "two/val", {"a": 2})
-    with pytest.raises(ValueError, match="two/val is there already; leave out --val-split"):
+    with pytest.raises(ValueError, match="two/val already exists; leave out --val-split"):
         split_folder(tmp_path / "two", True, 0.2)
     for fraction in (0, 1, float("nan")):
         with pytest.raises(ValueError, match="--val-split .*: give the share of images to hold out"):
@@ -209,6 +209,6 @@ def test_from_a_folder_to_the_figures_of_its_classes(tmp_path):
     assert ended.code == 1 and "checkpoint .: a folder; give the file in it" in ended.text
     moved = (tmp_path / "moved").mkdir() or best.rename(tmp_path / "moved/x.pth")
     text = deit_ok(tmp_path / "photos", tmp_path / "new", *flags, "--eval", "--resume", moved)
-    assert f"warning: {tmp_path}/moved/val_split.txt: no such list, so --seed 0 holds images out; some may" in text
+    assert f"warning: {tmp_path}/moved/val_split.txt: no such list, so --seed 0 holds out images; some may" in text
     with open(tmp_path / "out/eval_classes.csv", newline="") as file:
         assert [row["images"] for row in csv.DictReader(file)] == ["2", "2"]

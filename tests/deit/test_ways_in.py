@@ -256,7 +256,7 @@ def test_a_head_of_another_shape_is_not_a_head_of_these_classes(shape):
     stored = model.state_dict() | {"head.bias": torch.zeros(shape)}
     weights, notes = fit_classes(model, stored, ["x", "y"], ["y", "x"])
     started = load_pretrained_weights(model, weights, source="x.pth") | notes
-    assert started["head.weight"] == "is reordered to the classes of the data"
+    assert started["head.weight"] == "is reordered to match the classes of the data"
     assert started["head.bias"].startswith("starts fresh")
     if shape:
         with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: its head has \d outputs without class names"):

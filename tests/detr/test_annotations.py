@@ -128,7 +128,7 @@ def test_area_is_that_of_the_box_where_it_is_missing(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c["categories"].append({"id": 20_001, "name": "x"}), "category ids 20001: 0 to 20000 are taken"),
+        (lambda c: c["categories"].append({"id": 20_001, "name": "x"}), "category ids 20001: expected 0 to 20000"),
         (lambda c: c["categories"].append({"id": -1, "name": "x"}), "category ids -1"),
         (lambda c: c["categories"].append({"id": 3, "name": "x"}), r"duplicate category ids: 1 \(3\)"),
         (lambda c: c.update(categories=None), "no 'categories'"),

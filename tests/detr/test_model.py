@@ -211,7 +211,7 @@ def test_images_of_one_size_may_come_as_one_tensor():
 def test_a_batch_is_images(shapes):
     with pytest.raises(ValueError) as error:
         NestedTensor.from_images([torch.ones(shape) for shape in shapes])
-    assert str(error.value) == f"a batch is one or more images (C, h, w) of one C; got shapes {shapes}."
+    assert str(error.value) == f"a batch is one or more images (C, h, w) with the same C; got shapes {shapes}."
 
 
 def test_a_mask_of_numbers_is_refused():
