@@ -61,8 +61,9 @@ def attention(call: AttentionCall) -> Tensor:
     if lookups or blocked:
         mask = _Mask.apply(q.dtype, of_queries, added, excluded, *(x for pair in lookups for x in pair))
         mask = mask.expand(*q.shape[:3], q.shape[2])
-        if mask.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
-            # If only the tables need gradients, PyTorch's CUDA kernel would not save what its backward pass reads.
+        if mask.requires_grad and not (q.shape[0] and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            # If only the tables need gradients, PyTorch's CUDA kernel would not save what its backward pass reads. An
+            # empty batch gives the mask no gradient at all.
             link = mask[..., :1, :1]
             q = q + link.masked_fill(torch.ones_like(link, dtype=torch.bool), 0.0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)

@@ -86,9 +86,13 @@ def test_scale(backend):
     close(out, oracles.attention(*arguments, 2, 3, scale=0.7))
 
 
-def test_an_empty_batch(backend):
-    arguments = example(batch=0)
-    assert rpe_attention(*arguments, height=2, width=3, backend=backend).shape == (0, 2, 7, 4)
+@pytest.mark.parametrize("backend", ["eager", "auto", "sdpa"])
+def test_an_empty_batch_gives_tables_gradients_of_zero(backend):
+    q, k, v, *encodings = example(f"rpe-1.9-cross-ctx-1-qk{'v' * (backend != 'sdpa')}", batch=0)
+    out = rpe_attention(q.requires_grad_(), k, v, *encodings, height=2, width=3, backend=backend)
+    assert out.shape == (0, 2, 7, 4)
+    out.sum().backward()
+    assert not any(part.table.grad.any() for rpe in encodings if rpe for part in rpe.parts)
 
 
 def test_strided_inputs(backend):
