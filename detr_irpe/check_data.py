@@ -49,18 +49,18 @@ def problems_of(
         only: the indices of the images to check, as a sample; default: all.
         num_workers: processes that decode images.
     """
-    known, path, looked_at = dataset.annotations, dataset.path, range(len(dataset)) if only is None else only
-    unreadable = min(max_bad * len(dataset), MOST * len(looked_at)) if train else 0
+    known, path, checked = dataset.annotations, dataset.path, range(len(dataset)) if only is None else only
+    unreadable = min(max_bad * len(dataset), MOST * len(checked)) if train else 0
     found = []
     if isinstance(dataset, CocoPanoptic):
         found += [(path, problem) for problem in panoptic_problems(dataset, num_classes, train=train)]
-        found += [(path, problem) for problem in segment_image_problems(dataset, looked_at, unreadable)]
+        found += [(path, problem) for problem in segment_image_problems(dataset, checked, unreadable)]
         if known is not None:
             found += naming_problems(dataset.categories, known.categories, path, known.path)
     else:
         how = dict(masks=masks, allowed=unreadable, num_workers=num_workers)
-        found += [(path, problem) for problem in image_problems(known, dataset.images, looked_at, **how)]
-        found += [(path, mask_problem(known, looked_at))] if known.without_mask is not None else []  # masks were read
+        found += [(path, problem) for problem in image_problems(known, dataset.images, checked, **how)]
+        found += [(path, mask_problem(known, checked))] if known.without_mask is not None else []  # masks were read
     if known is not None:
         problems = annotation_problems(known, num_classes, train=train, masks=masks)
         found = [(known.path, problem) for problem in problems] + found

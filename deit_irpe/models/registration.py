@@ -189,8 +189,8 @@ def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) ->
         file = fetch(name) if published and config["url"] == published.url else config["url"]
     notes = load_pretrained_weights(model, read_weights(file), source=file)
     if notes:
-        told = "; ".join(f"{key} {note}" for key, note in list(notes.items())[:3])
-        logger.warning(f"model {name!r} from {file}: {told}" + ("; ..." if len(notes) > 3 else ""))
+        changes = "; ".join(f"{key} {note}" for key, note in list(notes.items())[:3])
+        logger.warning(f"model {name!r} from {file}: {changes}" + ("; ..." if len(notes) > 3 else ""))
 
 
 def _timm_config(name: str, published: Entry | None):

@@ -21,7 +21,7 @@ from irpe_train.pixels import is_turned
 def image_problems(
     annotations: Annotations,
     images: FilesInFolder | FilesInZip,
-    looked_at: Sequence[int],
+    checked: Sequence[int],
     *,
     masks: bool,
     allowed: float,
@@ -29,10 +29,10 @@ def image_problems(
 ) -> list[Problem]:
     """Problems found by decoding: unreadable files, sizes other than annotated, rotated photos."""
     unreadable = Problem("unreadable images", allowed=allowed)
-    other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(looked_at))
+    other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(checked))
     turned = Problem("photos that are read as stored but shown rotated (EXIF)", allowed=math.inf)
-    decoded = try_all(partial(_seen, annotations, images), looked_at, num_workers)
-    for index, (found, error) in zip(looked_at, decoded, strict=True):
+    decoded = try_all(partial(_seen, annotations, images), checked, num_workers)
+    for index, (found, error) in zip(checked, decoded, strict=True):
         name, wanted = annotations.names[index].decode(), annotations.sizes[index].tolist()
         if error:
             unreadable.add(error)
@@ -49,10 +49,10 @@ def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: i
     return [image.height, image.width, is_turned(image)]
 
 
-def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
+def mask_problem(annotations: Annotations, checked: Sequence[int]) -> Problem:
     """Masks mostly outside their object's box: of another format, scale or object, or empty."""
     beside = Problem("masks that lie less than half in the box of their object", allowed=1)
-    for index in looked_at:
+    for index in checked:
         size, objects = annotations.sizes[index].tolist(), annotations.of_image(index)
         shapes = annotations.segmentations_of_image(index)
         for box, number, shape in zip(objects["boxes"].tolist(), objects["ids"].tolist(), shapes, strict=True):
@@ -67,7 +67,7 @@ def mask_problem(annotations: Annotations, looked_at: Sequence[int]) -> Problem:
     return beside
 
 
-def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allowed: float) -> list[Problem]:
+def segment_image_problems(dataset: CocoPanoptic, checked: Sequence[int], allowed: float) -> list[Problem]:
     """Segment images that are unreadable, or do not fit their image or ``segments_info``."""
     unreadable = Problem("unreadable segment images", allowed=allowed)
     other_size = Problem("segment images of another size than their image")
@@ -77,7 +77,7 @@ def segment_image_problems(dataset: CocoPanoptic, looked_at: Sequence[int], allo
     if known is not None:
         sizes = dict(zip(known.image_ids.tolist(), known.sizes.tolist(), strict=True))
     scored_size = Problem(f"images of another size in {known and known.path.name}, by which boxes are scored")
-    for index in looked_at:
+    for index in checked:
         name = dataset.segment_images.name(index)
         try:
             ids, segments = dataset.truth(index)

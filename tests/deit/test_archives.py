@@ -252,7 +252,7 @@ def test_a_pipe_or_folder_named_like_a_shard_or_the_list_of_classes_is_refused(t
 
 
 def test_the_key_of_a_sample_ends_at_the_first_dot_of_its_file(tmp_path):
-    """As in WebDataset: ``seg.png`` is another part of the sample, and dots of folders are the folder's."""
+    """As in WebDataset: ``seg.png`` is another part of the sample, and dots in folder names do not count."""
     members = [("v1.0/7.jpg", b"image"), ("v1.0/7.seg.png", b"mask"), ("v1.0/7.cls", b"1"), ("v1.0/8.x.jpg", b"?")]
     file = tar_of(tmp_path / "x-val-0.tar", *members[:3])
     data = ShardImages(tmp_path, False)
@@ -305,7 +305,7 @@ def test_a_list_of_classes_names_each_once(tmp_path, text, words):
 
 def test_a_list_of_classes_from_windows(tmp_path):
     (shards(tmp_path, "x-val-0.tar") / "classes.txt").write_bytes("\ufeffchat\x0cnoir\r\nchien\r\n\r\n".encode())
-    assert ShardImages(tmp_path, False).classes == ["chat\x0cnoir", "chien"]  # a line is what ends with a line break
+    assert ShardImages(tmp_path, False).classes == ["chat\x0cnoir", "chien"]  # only a line break ends a line
 
 
 def test_pictures_that_predict_wrote_are_not_training_images(tmp_path):

@@ -79,7 +79,7 @@ def test_heads_follow_the_names_of_the_classes():
     assert list(notes) == heads
     for key in heads:
         assert torch.equal(permuted[key], weights[key][[2, 0, 1]])
-    fresh, notes = fit_classes(model, weights, ["a", "b", "c"], ["a", "b", "d"])  # as many, and others
+    fresh, notes = fit_classes(model, weights, ["a", "b", "c"], ["a", "b", "d"])  # as many, but different ones
     assert weights.keys() - fresh.keys() == set(heads)
     assert notes["head.weight"] == "starts fresh: different classes, 3 there, 3 here"
 
@@ -196,7 +196,7 @@ def test_labels_count_from_zero_to_the_last_name():
             _numbered([0, label], ["a", "b"], "set")
     with pytest.raises(ValueError, match="set: no images"):
         _numbered([], None, "set")
-    for empty in ("", " "):  # as unlabelled images have in a table
+    for empty in ("", " "):  # as unlabelled images in a table have
         with pytest.raises(ValueError, match=f"set: image 1 has the label '{empty}'; expected"):
             _numbered(["a", empty], None, "set")
 

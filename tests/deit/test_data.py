@@ -269,7 +269,7 @@ def test_a_failing_augmentation_is_not_taken_for_an_unreadable_image(colours):
 def test_small_images_are_shifted_and_not_scaled():
     _, shift, *others = build_transform(True, 32).transforms
     assert isinstance(shift, transforms.RandomCrop) and (shift.size, shift.padding) == ((32, 32), 4)
-    large = build_transform(True, 33).transforms  # as for these, but for the crop
+    large = build_transform(True, 33).transforms  # the same but for the crop
     assert [type(step) for step in others] == [type(step) for step in large[1:]]
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))

@@ -47,7 +47,7 @@ def write_parquet(folder: Path, out: Path) -> Path:
         }
         (out / "data").mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(out / "data" / f"{name}-00000-of-00001.parquet")
-    shutil.copy(out / "data/train-00000-of-00001.parquet", out / "data/test-00000-of-00001.parquet")  # is not requested
+    shutil.copy(out / "data/train-00000-of-00001.parquet", out / "data/test-00000-of-00001.parquet")  # never requested
     return out
 
 

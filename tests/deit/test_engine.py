@@ -82,7 +82,7 @@ def test_an_epoch_that_was_interrupted_counts_on(capsys):
 
 
 class Seven(torch.nn.Module):
-    """The images are the scores of seven classes; in training none of them."""
+    """Returns its input as the scores of seven classes; zeros in training."""
 
     def forward(self, images):
         self.seen = images.dtype if not torch.is_autocast_enabled("cpu") else torch.get_autocast_dtype("cpu")

@@ -76,7 +76,7 @@ def test_fine_tuning_holds_out_what_its_weights_were_not_trained_on(tmp_path, mo
     begun = "--output_dir", tmp_path / "two", "--resume", "auto", *finetune
     assert held(*finetune) == held(*begun) == before
     (tmp_path / "two/val_split.txt").write_text("a/1.png\nb/1.png\n")
-    assert len(held(*begun)) == 2  # it goes on as it began
+    assert len(held(*begun)) == 2  # the run keeps its split
     assert len(held("--finetune", tmp_path / "published.pth")) == 20
     (tmp_path / "one/val_split.txt").write_text("x/1.png\n")  # of other photographs
     assert len(held(*finetune)) == 20
@@ -196,7 +196,7 @@ def test_from_a_folder_to_the_figures_of_its_classes(tmp_path):
     flags = ["--val-split", "0.25", "--epochs", "1"]
     assert "4 of 16 images are held out" in deit_ok(tmp_path / "photos", tmp_path / "out", *flags)
     best = tmp_path / "out" / "best.pth"
-    # --finetune as a config may have it: the checkpoint that is evaluated replaces it, and nothing is read
+    # A config may set --finetune: the evaluated checkpoint replaces it, and its file is not read
     text = deit_ok(
         tmp_path / "photos", tmp_path / "out", *flags, "--eval", "--resume", best, "--finetune", tmp_path / "no.pth"
     )

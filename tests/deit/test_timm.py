@@ -1,6 +1,6 @@
 """timm's own tools take our models: names, configs, feature maps, data pipeline, optimizers, averages, checkpoints.
 
-timm's train.py and validate.py are in its repository, not in its package; what they are made of is tested here.
+timm's train.py and validate.py are in its repository, not in its package; their parts are tested here.
 """
 
 import fnmatch

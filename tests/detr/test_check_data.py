@@ -290,7 +290,7 @@ def test_splits_that_name_classes_otherwise_are_refused(tmp_path, capsys, names)
         ),
         (lambda s: [[min(side + 30, 60) for side in s[0]]], "less than half in the box of their object: 6"),
         (lambda s: [[side + 6 for side in s[0]]], "less than half in the box of their object: 6"),  # centre and size
-        (lambda s: s + [[side / 56 for side in s[0]]], None),  # one of two parts does
+        (lambda s: s + [[side / 56 for side in s[0]]], None),  # one of two parts is enough
     ],
 )
 def test_masks_beside_their_boxes_are_not_trained_on(tmp_path, capsys, change, words):

@@ -179,7 +179,7 @@ def run_page(page: Path, folder: Path) -> list[str]:
         if any(re.match(pattern, text) for pattern in ELSEWHERE):
             continue
         if "NODE_RANK=1" not in text and (trained := trained_into(text)):
-            shutil.rmtree(folder / trained, ignore_errors=True)  # the things' run is there; a reader's folder is new
+            shutil.rmtree(folder / trained, ignore_errors=True)  # `things` made a run there; a reader's folder is new
         command = Command(text, folder)
         if "NODE_RANK=0" in text:
             first_node = command

@@ -69,7 +69,7 @@ def test_more_than_2_to_the_31_elements():
     last = table[-1:].gather(-1, index.long().expand(1, 6, -1, -1))
     assert torch.equal(out[-1:], last)
     sums = rpe_index_adjoint(out, index, 50)
-    # Alone, its rows start at other places in 16 bytes, and are added in another order.
+    # Alone, its rows are aligned differently to 16 bytes, and are added in another order.
     torch.testing.assert_close(sums[-1:], rpe_index_adjoint(last, index, 50), rtol=1e-3, atol=1e-6)
 
 

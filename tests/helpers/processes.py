@@ -38,7 +38,7 @@ class Ranks:
     """``world_size`` processes of one run, started at once.
 
     Args:
-        main, get_parser: what ``launch`` runs; functions of a module, as pickle sends them.
+        main, get_parser: what ``launch`` runs; functions of a module, so that pickle can send them.
         argv: the flags, the same on each rank.
         missing: ranks that are not started.
     """

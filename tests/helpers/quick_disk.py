@@ -1,4 +1,4 @@
-"""No fsync: only a power cut could tell, and every test run would wait several times."""
+"""No fsync: it matters only in a power cut, and every run would wait for it several times."""
 
 import os
 

@@ -39,7 +39,7 @@ def extra_flags(command: str) -> str:
 
 
 def smaller(command: str) -> str:
-    """``command`` without its comment, with flags appended: a repeated one wins."""
+    """``command`` without its comment, with flags appended: the last of a repeated flag wins."""
     command = command.partition("  #")[0]
     for program, flags in reversed(BEHIND.items()):
         if f"{program} " in f"{command} ":

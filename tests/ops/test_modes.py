@@ -133,7 +133,7 @@ class Seen(TorchDispatchMode):
         (8, None, torch.bfloat16, True),
         (8, None, torch.float32, False),
         (7, None, torch.bfloat16, False),  # T4, V100: PyTorch has no such product there
-        (9, "7.0", torch.bfloat16, False),  # ROCm neither
+        (9, "7.0", torch.bfloat16, False),  # nor has ROCm
     ],
 )
 def test_on_a_gpu_the_product_of_halves_is_asked_for_in_fp32(monkeypatch, capability, hip, dtype, wide):

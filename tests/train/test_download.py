@@ -76,6 +76,6 @@ def test_one_process_fetches_and_the_others_wait(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(downloads, "download", download)
-    with ThreadPoolExecutor(4) as pool:  # the lock is of an open folder, so threads are kept apart like processes
+    with ThreadPoolExecutor(4) as pool:  # the lock is on an open folder, so it keeps threads apart as it does processes
         found = list(pool.map(downloads.local_file, ["https://example.org/a.pth"] * 4))
     assert len(asked) == 1 and set(found) == {tmp_path / "hub" / "checkpoints" / "a.pth"}

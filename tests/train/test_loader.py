@@ -53,7 +53,7 @@ def test_any_start_and_any_workers_give_the_same_batches():
     assert batches(draws(), 4, start=5) == whole[5:]
     assert batches(draws(), 4, start=6) == []
     order = [[batch[0] for batch in batches(draws(), epoch)] for epoch in (4, 5)]
-    assert order[0] != order[1]  # not the noise alone: the images come in another order
+    assert order[0] != order[1]  # the images come in another order too, not only the noise
 
 
 @pytest.mark.parametrize("differs", ["epoch", "position", "seed"])

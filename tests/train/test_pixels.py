@@ -195,7 +195,7 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
         ["photos/**/*.png", str(tmp_path / "photos/a"), "elsewhere/../photos/b"], besides=Path("x/../photos/out")
     ) == [*found, linked]  # each once, by its shortest name
     (tmp_path / "[x].png").touch()
-    assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a name before it is a pattern
+    assert files_of(["[x].png"], besides=Path("out")) == [Path("[x].png")]  # a file's name wins over a pattern
     for text, words in (
         ("photos/*.jpg", r"photos/\*.jpg: no image matches this pattern"),
         ("empty", "empty: no image in"),

@@ -27,7 +27,7 @@ def tiny(folder, *flags, main=tiny_run.main, **options):
 
 
 def assert_same(a, b, where=""):
-    """Equal bit for bit, through all containers; the flags are left out, they say how often a run was resumed."""
+    """Equal bit for bit, through all containers; flags are left out, because they count the resumes."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape, where
@@ -339,7 +339,7 @@ def main_killed_before_the_second_name(args):
 def test_a_kill_between_writing_and_naming_is_repaired(tmp_path):
     tiny(tmp_path / "cut", "--epochs", "1", main=main_killed_before_the_second_name)
     assert not (tmp_path / "cut" / "best.pth").exists()
-    (ended,) = tiny(tmp_path / "cut", "--resume", "auto", "--epochs", "1")  # which has nothing left to do
+    (ended,) = tiny(tmp_path / "cut", "--resume", "auto", "--epochs", "1")  # nothing is left to do
     assert ended.code == 0, ended.text
     assert (tmp_path / "cut/best.pth").samefile(tmp_path / "cut/checkpoint.pth")
 

@@ -193,7 +193,7 @@ def test_wandb_gets_the_same_figures_and_goes_on_after_a_resume(tmp_path, monkey
     wandb.teardown()  # ends the process that writes the files, so they are whole
     one, other = ([*(tmp_path / name).glob("wandb/offline-run-*/run-*.wandb")] for name in ("one", "other"))
     names = [{file.name for file in files} for files in (one, other)]
-    assert len(one) == 2 and len(names[0]) == 1 and names[0] != names[1]  # a resumed run is the same run there
+    assert len(one) == 2 and len(names[0]) == 1 and names[0] != names[1]  # a resumed run stays one run there
     for files, losses in ((one, (b"0.5", b"1.5")), (other, (b"2.5",))):
         content = b"".join(file.read_bytes() for file in files)
         assert b"irpe-test" in content and re.search(rb"test_coco_eval_bbox_AP[^a-z]*0\.4", content)

@@ -192,7 +192,7 @@ def test_a_position_that_was_counted_with_another_seed_is_the_epochs_start():
 def test_saves_by_the_clock(tmp_path, monkeypatch):
     from irpe_train import steps as steps_module
 
-    now = iter(range(0, 10_000, 50))  # each reading of the clock is 50 s later
+    now = iter(range(0, 10_000, 50))  # the clock advances 50 s at each reading
     monkeypatch.setattr(steps_module.time, "monotonic", lambda: next(now))
     state, steps, precision = set_up(tmp_path, count=16, save_interval="2m")
     saved = []

@@ -188,7 +188,7 @@ def test_an_endless_answer_is_cut_off(server, zoo, tmp_path, monkeypatch, announ
     with pytest.raises(ValueError, match="more than 5242880 bytes; that is not a checkpoint"):
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert list((tmp_path / "hub").iterdir()) == []
-    assert server.sent < 40  # the limit, and what the system holds on the way
+    assert server.sent < 40  # the limit, and what the system buffers
     with pytest.raises(ValueError, match="more than 100 bytes"):
         fetch("net", folder=tmp_path / "hub", zoo=with_entry(zoo, size=100))
 
