@@ -5,13 +5,11 @@ import gc
 import os
 
 import pytest
-import torch
 
 import tests.helpers.quick_disk  # noqa: F401
-from irpe_train.preemption import STOP
 from tests.helpers.quick_python import quick_programs
 
-torch.set_num_threads(1)
+# PyTorch is imported below: the process that hands out the tests can do without.
 
 
 def pytest_configure():
@@ -26,6 +24,9 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
+    torch.set_num_threads(1)
     items.sort(key=lambda item: "long" not in item.keywords)  # the longest begin first: no worker waits for them
     if torch.cuda.is_available():
         return
@@ -37,5 +38,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def signals_as_they_were():
     """A test may call the main function of a tree in this process, which then notes signals."""
+    from irpe_train.preemption import STOP
+
     yield
     STOP.uninstall()
