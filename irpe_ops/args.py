@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    what = "Which backends exist here, why the others are missing, whether their results are correct, and how fast."
+    what = "List the backends available here and why others are missing, check their results, and time them."
     parser = kind("python -m irpe_ops.info", description=what)
     parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
-    parser.add_argument("--benchmark", type=Path, metavar="DIR", help="write times at full batches as a CSV")
+    parser.add_argument("--benchmark", type=Path, metavar="DIR", help="time full batches and write a CSV")
     return parser
 
 

@@ -42,11 +42,11 @@ def rpe_attention(
         backend: ``auto`` (see `irpe_ops.backends.choice`), ``eager`` (the definition), ``sdpa`` (PyTorch's fused
             attention), ``compiled`` (CPU; on CUDA DeiT's calls in half precision) or ``triton`` (CUDA).
     Returns: ``(B, H, L, D)``. A query whose keys are all masked gets zeros. Under autocast, inputs are cast to its
-        dtype and the softmax is fp32. Lookups and sums over buckets are fp32 in ``eager``, and on CPUs in
-        ``compiled``; on a GPU all others add in fp32 and round the results to that dtype, as a linear layer does. The
-        gradient of an fp32 table is summed in fp32 and stays fp32 in every backend.
-    Raises: ValueError: for arguments that do not fit together, or a call that the named backend cannot run;
-        ImportError: for a named backend that does not exist on this machine.
+        dtype and the softmax is fp32. Lookups and sums over buckets are fp32 in ``eager``, and in ``compiled`` on
+        CPUs; on a GPU the others accumulate in fp32 and round to that dtype, as a linear layer does. The gradient of
+        an fp32 table is summed in fp32 and stays fp32 in every backend.
+    Raises: ValueError: for inconsistent arguments, or a call that the named backend cannot run;
+        ImportError: for a named backend that is not available here.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if kind := None if x is None and name.endswith("mask") else not_dense(x):
@@ -71,14 +71,14 @@ def rpe_attention(
     if backend == "auto":
         return module_of(choose(call)).attention(call)
     if reason := missing_backend(backend):
-        raise ImportError(f"backend={backend!r} does not exist here: {reason} (python -m irpe_ops.info says more)")
+        raise ImportError(f"backend={backend!r} is not available here: {reason} (python -m irpe_ops.info says more)")
     if reason := module_of(backend).why_not(call):
         raise ValueError(f"backend={backend!r} cannot run this call: {reason} (backend='auto' picks one that can)")
     return module_of(backend).attention(call)
 
 
 def missing_backend(name: str) -> str | None:
-    """Why the backend ``name`` does not exist on this machine, with the remedy; None if it does."""
+    """Why the backend ``name`` is not available here, with the remedy; None if it is."""
     return module_of(name).missing()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of `rpe_attention`, as every backend gets it: arguments checked and defaults filled in."""
+"""One call of `rpe_attention`, as backends receive it: arguments checked, defaults filled in."""
 
 from typing import NamedTuple
 

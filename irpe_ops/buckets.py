@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From two positions on a grid to a bucket number: maps of whole grids, on any device, kept in one cache."""
+"""Bucket ids for pairs of positions on a grid: maps of whole grids, on any device, in one cache."""
 
 import functools
 import math
@@ -44,7 +44,7 @@ def get_bucket_ids_2d(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"get_bucket_ids_2d: {name} must be an integer of at least {least}, not {value!r}")
     bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
-    # A map first made during evaluation must also work in training, where inference tensors cannot.
+    # A map built during evaluation must also work in training, where inference tensors do not.
     with torch.inference_mode(False), torch.no_grad():
         ids = _pair_ids(method, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
     return ids, count_buckets(method, beta, skip)
@@ -80,9 +80,9 @@ def traced_bucket_map(
 
 
 def ids_by_lane(ids: Tensor) -> Tensor:
-    """A uint8 map ``(L, L)`` in the order in which a GPU's lanes read it: `Ids` of rpe_ops_cuda's attention_kernels.h.
+    """A uint8 map ``(L, L)`` in the order a GPU's lanes read it: `Ids` of rpe_ops_cuda's attention_kernels.h.
 
-    Made once for a map, and kept with it. Treat it as read-only.
+    Computed once per map and kept with it. Treat it as read-only.
     Returns: ``(2, M, M, 32, 8)``, M x M blocks of 16 x 16, padded with zeros: by query, and by key.
     """
     if torch.compiler.is_compiling() or type(ids) is not Tensor:
@@ -105,8 +105,8 @@ def _ordered_by_lane(ids: Tensor) -> Tensor:
 def offset_map(method: str, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
     """The bucket of every offset between two tokens, flattened; cached, so read-only.
 
-    Offset (rows, columns) is at ``rows * (2 width - 1) + columns``, counted from the smallest one. As many again,
-    and one more, follow for pairs with a leading token.
+    Offset (rows, columns) is at ``rows * (2 width - 1) + columns``, counted from the smallest. As many entries
+    again, plus one, follow for pairs with a leading token.
     """
     if type(torch.empty(0)) is not Tensor:
         return _make_offsets(bucket_map_named(method), ratio, height, width, device)
@@ -147,9 +147,9 @@ def _sent(ids: Tensor, device: torch.device) -> Tensor:
 
 
 def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
-    """`get_bucket_ids_2d` for grids that change from step to step: offsets are few, and the device makes the pairs.
+    """`get_bucket_ids_2d` for grids that change from step to step.
 
-    Only ``(2 height - 1)(2 width - 1)`` ids are computed and sent to the device, asynchronously.
+    Only ``(2 height - 1)(2 width - 1)`` ids are computed and sent, asynchronously; the device expands them to pairs.
     """
     num_buckets = row.num_buckets(int(2 * ratio)) + (1 if skip else 0)
     with torch.inference_mode(False), torch.no_grad():
@@ -162,7 +162,7 @@ def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, 
 
 
 def _settled(ids: Tensor) -> Tensor:
-    """``ids``, synchronized if the caller uses a CUDA stream of its own: another stream may find them in the cache."""
+    """``ids``, synchronized if the caller uses its own CUDA stream: another stream may find them in the cache."""
     if ids.device.type == "cuda":
         stream = torch.cuda.current_stream(ids.device)
         if stream != torch.cuda.default_stream(ids.device):
@@ -179,7 +179,7 @@ _read_by_graphs: set[Tensor] = set()
 
 
 def _kept(ids: Tensor) -> Tensor:
-    """``ids``, kept forever if a CUDA graph is being captured: its replays read it, cached or not."""
+    """``ids``, kept forever if a CUDA graph is being captured: replays read them, cached or not."""
     if ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _read_by_graphs.add(ids)
     return ids

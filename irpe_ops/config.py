@@ -9,7 +9,7 @@ from irpe_ops.buckets import count_buckets
 from irpe_ops.methods import find_method, maps_of
 from irpe_ops.modes import MODES
 
-MAX_BUCKETS = 1 << 16  # in one table, as rpe_ops_cuda's kernels take; more can only be a typo
+MAX_BUCKETS = 1 << 16  # per table, the limit of rpe_ops_cuda's kernels; more can only be a typo
 RPE_ON = ("q", "k", "v", "qk", "qv", "kv", "qkv")
 SPEC_FORMAT = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backends exist here, why the others are missing, whether their results are correct, and how fast they are."""
+"""Lists the backends available here and why others are missing, checks their results, and times them."""
 
 import csv
 import datetime
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         list(_rows(batch=1 if _best_device() == "cpu" else None))
     if args.benchmark:
         setup = f"{_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {datetime.date.today()}"
-        rows = itertools.chain([FIELDS], _rows())  # takes minutes: the file is opened first
+        rows = itertools.chain([FIELDS], _rows())  # slow, so the file is opened first
         try:
             print(write_csv(args.benchmark, "attention", _device(), f"{setup}, medians", rows))
         except OSError as error:
@@ -101,7 +101,7 @@ def _best_device() -> str:
 
 
 def _rows(batch: int | None = None) -> Iterator[list[str]]:
-    """Every candidate at every shape, checked and timed as in `choice`: printed, and as rows of a CSV.
+    """Check and time every candidate at every shape, as in `choice`; print the results and yield CSV rows.
 
     Args: batch: replaces the shape's own.
     """
@@ -130,7 +130,7 @@ def _rows(batch: int | None = None) -> Iterator[list[str]]:
 def _call(
     batch, heads, height, width, skip, head_dim, spec, padded, device, dtype, training, std=0.02
 ) -> AttentionCall:
-    """A call with random inputs, and tables of this standard deviation."""
+    """A call with random inputs, and tables of standard deviation ``std``."""
     generator = torch.Generator().manual_seed(0)
     length = height * width + skip
     packed = torch.randn(batch, length, 3, heads, head_dim, generator=generator).to(device, dtype)

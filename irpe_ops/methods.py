@@ -57,7 +57,7 @@ class BucketMap(NamedTuple):
 
 
 def one_signed_axis(beta: int) -> int:
-    """The buckets of a signed distance."""
+    """The number of buckets of a signed distance."""
     return 2 * beta + 1
 
 
@@ -82,7 +82,7 @@ def _rows_by_columns(drow, dcol, index, beta):
     return (index(drow) + beta) * (2 * beta + 1) + index(dcol) + beta
 
 
-# A method with several maps is the sum of as many encodings. Map "part" of method "name" is called "name_part".
+# A method with several maps is the sum of one encoding per map. Map "part" of method "name" is called "name_part".
 METHODS: dict[str, BucketMap | dict[str, BucketMap]] = {
     "euc": BucketMap(_euclidean, one_signed_axis),
     "quant": BucketMap(_squared, one_signed_axis),
@@ -178,7 +178,7 @@ def import_plugins() -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ValueError(f"IRPE_PLUGINS={module}: {error}; put its folder on PYTHONPATH") from error
-        except (Exception, SystemExit) as error:  # of the module itself, which may be a program
+        except (Exception, SystemExit) as error:  # raised by the module itself, which may be a script
             raise ValueError(f"IRPE_PLUGINS={module}: {type(error).__name__}: {error}") from error
 
 
@@ -210,7 +210,7 @@ def ids_of(
         raise ValueError(f"{name}: ids must broadcast to {tuple(shape)}, as drow and dcol do, got {tuple(ids.shape)}")
     wanted = f"{name}: ids must lie in [0, {count}) for beta={beta}"
     if torch.compiler.is_compiling():
-        if row.ids not in _PUBLISHED_IDS and not torch.compiler.is_exporting():  # exported gathers check by themselves
+        if row.ids not in _PUBLISHED_IDS and not torch.compiler.is_exporting():  # exported gathers check their indices
             torch._assert_async((ids.min() >= 0) & (ids.max() < count), wanted)
     elif type(ids) is Tensor and not (int(ids.min()) >= 0 and int(ids.max()) < count):  # a fake tensor has no values
         raise ValueError(f"{wanted}, got {int(ids.min())} to {int(ids.max())}")

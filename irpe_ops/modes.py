@@ -64,10 +64,10 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _is_packed(x: Tensor) -> bool:
-    """Whether ``x (B, H, L, D)`` is many tokens on a GPU, each with its heads adjacent in memory.
+    """Whether ``x (B, H, L, D)`` holds many tokens on a GPU, each with its heads adjacent in memory.
 
-    All heads are then one product with a block-diagonal table of the heads' tables: multiplying the zeros costs less
-    there than copying ``x`` head by head.
+    All heads then share one product with a block-diagonal matrix of their tables: multiplying the zeros costs less
+    than copying ``x`` head by head.
     """
     if not x.is_cuda or x.shape[1] == 1 or x.shape[1] * x.shape[3] > 512 or x.shape[0] * x.shape[2] < 4096:
         return False
@@ -80,7 +80,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Autograd would round the table's gradient, a sum of 300,000 rows in DeiT-S, to half precision."""
+    """Autograd would round the table's gradient, a sum over 300,000 rows in DeiT-S, to half precision."""
 
     @staticmethod
     def forward(ctx, x: Tensor, table: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class IRPESum(nn.Module):
 def build_rpe(
     config: RPEConfig | None, head_dim: int, num_heads: int
 ) -> tuple[IRPE | IRPESum | None, IRPE | IRPESum | None, IRPE | IRPESum | None]:
-    """The modules ``(rpe_q, rpe_k, rpe_v)`` that a config asks for, None for those it does not ask for.
+    """The modules ``(rpe_q, rpe_k, rpe_v)`` that a config asks for; the others are None.
 
     Raises: ValueError: for a head_dim or num_heads below 1; TypeError: for a config of another type.
     """

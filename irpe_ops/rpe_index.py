@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lookup at the heart of iRPE and its adjoint, in plain PyTorch or by the compiled kernels."""
+"""The lookup at the heart of iRPE and its adjoint, in plain PyTorch or with the compiled kernels."""
 
 import functools
 from collections.abc import Callable
@@ -69,21 +69,21 @@ def rpe_index_adjoint(grad: Tensor, index: Tensor, num_buckets: int) -> Tensor:
 
 
 def has_kernel(tensor: Tensor) -> bool:
-    """Whether the lookup of this tensor goes through rpe_ops_cuda; else it is plain PyTorch."""
+    """Whether the lookup of this tensor goes through rpe_ops_cuda, rather than plain PyTorch."""
     return (
         tensor.device.type in compiled_devices
         and (tensor.device.type != "cuda" or built_for(tensor.device.index))
         and tensor.dtype in DTYPES
         and not under_function_transform()
-        and not torch.compiler.is_exporting()  # exported programs run where our operators are unknown: plain gathers
+        and not torch.compiler.is_exporting()  # exported programs run where our operators are unknown
     )
 
 
 def constant_of_graphs(function: Callable) -> Callable:
     """``function``, cached; its result is a constant of a compiled graph.
 
-    torch.compiler.assume_constant_result imports torch._dynamo: seconds, in every process. A mark on the cache itself
-    would be missed.
+    torch.compiler.assume_constant_result would import torch._dynamo, which takes seconds in every process. Dynamo
+    would miss a mark on the cache itself.
     """
     cached = functools.lru_cache(function)
 
@@ -103,7 +103,7 @@ def built_for(device: int) -> bool:
 
 
 def missing_kernels(device_type: str, device: int = 0) -> str | None:
-    """Why rpe_ops_cuda has no kernels for CPUs, or for this GPU, with the remedy; None if it has."""
+    """Why rpe_ops_cuda has no kernels for CPUs, or for this GPU, with the remedy; None if it has them."""
     build = "pip install ./rpe_ops_cuda"
     if extension_error:
         return f"rpe_ops_cuda does not load ({extension_error}); build it: {build}"
@@ -134,10 +134,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def not_dense(x: object) -> str | None:
-    """What ``x`` is, if not a tensor with a strided layout; None if it is."""
+    """What ``x`` is instead of a strided tensor; None if it is one."""
     if not isinstance(x, Tensor):
         return type(x).__name__
-    if torch.compiler.is_compiling():  # which refuses to read a layout in backward
+    if torch.compiler.is_compiling():  # Dynamo refuses to read a layout in backward
         return None
     return "nested" if x.is_nested else None if x.layout == torch.strided else str(x.layout)
 

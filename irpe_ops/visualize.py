@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw encodings: buckets around a patch, learned tables, and maps of attention. Needs matplotlib.
+"""Draw encodings: buckets around a patch, learned tables, and attention maps. Needs matplotlib.
 
 To draw a trained model, use ``python -m deit_irpe.predict`` and ``python -m detr_irpe.predict`` (``--tables``,
 ``--attention``), which call the functions in this file. Each returns a matplotlib figure: save it as PNG, PDF or SVG,
@@ -77,7 +77,7 @@ def draw_maps(
         rows: ``(heads, height, width)`` by name. Names and ``title`` are shown literally (`plain_text`).
         mark: (row, col) of the query, outlined in every map.
         signed: values may be negative: zero is white, blue is below and red above. Else zero is the darkest colour.
-        numbers: these are bucket ids, not heads: write each into its cell if there is room.
+        numbers: values are bucket ids, without heads: write each into its cell if there is room.
     """
     columns = max(values.shape[0] for values in rows.values())
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
@@ -89,7 +89,7 @@ def draw_maps(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
         values = values.detach().float().cpu()
-        most = float(values.abs().max()) or 1.0  # so that a table of zeros gets the colour of zero
+        most = float(values.abs().max()) or 1.0  # a table of zeros gets the colour of zero
         scale = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}
         for head, axis in enumerate(line):
             if head >= values.shape[0]:
@@ -181,12 +181,12 @@ def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
 
 
 def plain_text(text: str) -> str:
-    """Escaped for matplotlib, which reads text between two dollars as a formula and cannot draw invalid UTF-8."""
+    """``text`` escaped for matplotlib, which reads ``$...$`` as a formula and cannot draw invalid UTF-8."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("$", r"\$")
 
 
 def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
-    """Write a figure in the format of its suffix (PNG, PDF, SVG ...; none is PNG); the same figure gives the same file.
+    """Write a figure in the format of its suffix (PNG, PDF, SVG...; default PNG); the same figure gives the same file.
 
     Returns: the path written. Raises: OSError: if it cannot be written; ValueError: for an unknown suffix.
     """
@@ -196,7 +196,7 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     path = path if path.suffix else path.with_suffix(".png")
-    known = figure.canvas.get_supported_filetypes().keys() - {"pgf"}  # which runs LaTeX
+    known = figure.canvas.get_supported_filetypes().keys() - {"pgf"}  # it runs LaTeX
     if (kind := path.suffix[1:].lower()) not in known:
         raise ValueError(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
@@ -208,7 +208,7 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """A figure that belongs to no window and no notebook's backend."""
+    """A figure without a window or a notebook backend."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -224,7 +224,7 @@ def _write_numbers(axis, values: Tensor, is_light) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line of the module's docstring."""
+    """``python -m irpe_ops.visualize``."""
     parser = get_visualize_parser()
     args = parser.parse_args(argv)
     try:

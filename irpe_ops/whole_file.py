@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files are whole or not there: a kill or a full disk leaves what was there before."""
+"""Files are written whole or not at all: a kill or a full disk leaves the old one."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A hidden path of this name to write to, which becomes ``path`` at the end; an OSError inside names ``path``."""
+    """A hidden path to write to, renamed to ``path`` at the end; an OSError inside names ``path``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part_", dir=path.parent) as hidden:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file for each way to compute `rpe_attention`, with ``eager.py`` as the definition; and the choice among them.
+"""One file for each way to compute `rpe_attention` (``eager.py`` is the definition), and the choice among them.
 
-A backend is a module with ``missing() -> str | None`` (why it does not exist on this machine), ``why_not(call) -> str |
-None`` (why it cannot run this call) and ``attention(call) -> Tensor``.
+A backend is a module with ``missing() -> str | None`` (why it is not available here), ``why_not(call) -> str | None``
+(why it cannot run this call) and ``attention(call) -> Tensor``.
 """
 
 NAMES = ("eager", "sdpa", "compiled", "triton")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend ``auto`` takes: by a fixed order, or on a GPU the fastest correct one, checked and timed once.
+"""How ``auto`` picks a backend: by a fixed order, or on a GPU the fastest correct one, checked and timed once.
 
 On CUDA the first call of each kind (see `_kind`) runs every candidate forward and backward on a small grid against the
 definition in fp64, then times it at the call's own shape. A candidate that fails to compile, runs out of memory or
 differs is left out with one warning. The result is cached in the process and in the user's cache folder, by GPU,
-PyTorch, Triton and version of the backends; within a process group the rank that measures first tells the others.
+PyTorch, Triton and backend version; within a process group the rank that measures first tells the others.
 Under deterministic algorithms the first correct one is taken: times vary, and two runs must choose alike.
 ``IRPE_ATTENTION_TUNING=0`` keeps to the fixed order, as do ``torch.compile``, export and CUDA graphs without a warm-up,
 because nothing can be measured inside them.
@@ -70,13 +70,13 @@ def _by_dtype(call: AttentionCall) -> tuple[str, ...]:
 
 
 def can_run(name: str, call: AttentionCall) -> bool:
-    """Whether a backend exists here and can run the call."""
+    """Whether a backend is available and can run the call."""
     return module_of(name).missing() is None and module_of(name).why_not(call) is None
 
 
 def may_measure(call: AttentionCall) -> bool:
     """Whether measuring is possible (an ordinary eager call) and not switched off."""
-    if not is_plain(call.q) or under_function_transform():  # a mode that records operators must not see the measuring
+    if not is_plain(call.q) or under_function_transform():  # a mode that records operators must not record ours
         return False
     return call.q.numel() > 0 and os.environ.get("IRPE_ATTENTION_TUNING") != "0"
 
@@ -121,7 +121,7 @@ def _kind(call: AttentionCall) -> str:
 
 
 def _agreed(kind: str, find: Callable[[], Measurement]) -> Measurement:
-    """The measurement that all ranks use: from the rank that is first, shared through the process group's store.
+    """The measurement that all ranks use: from the first rank to make it, shared through the process group's store.
 
     No rank waits for another: ranks with images of other sizes may never ask for this kind.
     """
@@ -161,7 +161,7 @@ def _entries(path: Path) -> dict:
 
 
 def cache_file() -> Path:
-    """Where measurements are kept: a file per GPU, PyTorch, Triton, these backends and build of rpe_ops_cuda."""
+    """Where measurements are kept: one file per GPU, PyTorch, Triton, backend version and rpe_ops_cuda build."""
     try:
         import triton
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rpe_attention` by the kernels of rpe_ops_cuda.
+"""`rpe_attention` with the kernels of rpe_ops_cuda.
 
 On CPU: every encoding and mask, in fp32, and no (L, L) tensor unless it is small enough to keep. On CUDA: DeiT's calls,
 in half precision, and an (L, L) tensor in backward only, for some heads at a time; see `why_not`.
@@ -27,7 +27,7 @@ HEAD_DIM, MAX_BUCKETS = 64, 56
 
 
 def missing() -> str | None:
-    """Why this backend does not exist here, with the remedy; None if it does."""
+    """Why this backend is not available here, with the remedy; None if it is."""
     if not (reason := missing_kernels("cpu")) and Attention is None:
         return "rpe_ops_cuda is older than this irpe_ops; rebuild it: pip install ./rpe_ops_cuda"
     return reason
@@ -58,7 +58,7 @@ def why_not(call: AttentionCall) -> str | None:
     for rpe in call.encodings:
         for part in rpe.parts:
             if part.mode not in MODES:
-                return f"it knows the modes {' and '.join(MODES)}, not {part.mode!r}; use backend='eager'"
+                return f"it supports the modes {' and '.join(MODES)}, not {part.mode!r}; use backend='eager'"
             if part.table.dtype == torch.float64:
                 return "it computes in float32, and a table is float64; use backend='eager'"
     return None
@@ -80,7 +80,7 @@ def _why_not_on_cuda(call: AttentionCall) -> str | None:
         return f"on CUDA its scale must be positive, got {call.scale}{otherwise}"
     first, *others = [part for rpe in call.encodings for part in rpe.parts]
     if first.mode != "ctx" or len(call.rpe_k.parts) > 1:
-        return f"on CUDA it knows encodings of mode ctx with one map, not cross or bias{otherwise}"
+        return f"on CUDA it supports encodings of mode ctx with one map, not cross or bias{otherwise}"
     if first.num_buckets > MAX_BUCKETS:
         return f"on CUDA it holds up to {MAX_BUCKETS} buckets, ratio={first.ratio:g} has {first.num_buckets}{otherwise}"
     for part in others:

@@ -12,7 +12,7 @@ from irpe_ops.modules import autocast_dtype
 
 
 def missing() -> None:
-    """It exists everywhere."""
+    """It is available everywhere."""
 
 
 def why_not(call: AttentionCall) -> None:

@@ -18,7 +18,7 @@ ALLOWED = 4.0  # times the error of plain PyTorch in the same dtype
 
 
 class Measurement(NamedTuple):
-    """The result for one kind of call: milliseconds of each correct candidate, and why the others are left out."""
+    """The result for one kind of call: milliseconds of each correct candidate, and why others are left out."""
 
     ms: dict[str, float]
     left_out: dict[str, str]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rpe_attention` by PyTorch's own fused attention, with the encodings as its additive mask: any device, plain PyTorch.
+"""`rpe_attention` with PyTorch's fused attention and the encodings as its additive mask: any device, plain PyTorch.
 
 The mask is a ``(B, H, L, L)`` tensor, so memory grows with L squared, but the definition holds several such tensors.
 """
@@ -21,7 +21,7 @@ ROW_MULTIPLE = 8
 
 
 def missing() -> str | None:
-    """None: this backend exists everywhere."""
+    """None: this backend is available everywhere."""
     return None
 
 
@@ -50,7 +50,7 @@ def attention(call: AttentionCall) -> Tensor:
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, None, :]
         excluded = padding if excluded is None else excluded | padding
-    # Queries without a key get zeros; fused kernels give NaN, zeros or the mean of all values: let them see every key.
+    # Queries without a key get zeros, but fused kernels may give NaN or the mean of all values: show them every key.
     empty = None
     blocked = [x for x in (excluded, None if added is None else added == -math.inf) if x is not None]
     if blocked:

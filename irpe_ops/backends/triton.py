@@ -40,7 +40,7 @@ _MISSING = _find_missing()
 
 
 def missing() -> str | None:
-    """Why this backend does not exist on this machine; None if it does."""
+    """Why this backend is not available here; None if it is."""
     return _MISSING
 
 

@@ -18,24 +18,24 @@ def equip(
 
     Args:
         model: a timm ``VisionTransformer`` or ``Eva`` (rotary positions; class, distillation and register tokens, or
-            none; any grid); of Hugging Face ``transformers`` ViT, DeiT, DINOv2, DETR and RT-DETR (their encoders); of
-            torchvision ``VisionTransformer``; or a ``torch.nn.TransformerEncoder`` over a grid of tokens.
-        spec_or_config: a spec string or a config; its ``skip`` gives way to the model's number of leading tokens, where
-            the model has such a number (a ``TransformerEncoder`` has none).
+            none; any grid); a Hugging Face ``transformers`` ViT, DeiT, DINOv2, DETR or RT-DETR (its encoder);
+            torchvision's ``VisionTransformer``; or a ``torch.nn.TransformerEncoder`` over a grid of tokens.
+        spec_or_config: a spec string or a config; its ``skip`` is replaced by the model's number of leading tokens, if
+            it has one (a ``TransformerEncoder`` does not).
         backend: of `rpe_attention`; every attention keeps it as ``attn_backend``.
-        grid: height and width in tokens, for a ``TransformerEncoder`` alone (default: square). Where sizes change, tell
+        grid: height and width in tokens, for a ``TransformerEncoder`` alone (default: square). If sizes change, call
             ``model.token_grid.remember(height, width)`` before each forward pass.
-    Returns: ``model``. Weights, their names and (tables start at zero) outputs are what they were; the tables come as
-        ``rpe_{q,k,v}`` of each attention, after its other weights, with their dtype and device.
-    Raises: TypeError: for a spec of another type; ValueError: for a malformed spec, a model with iRPE already in it,
-        and models with an unknown attention, which it names.
+    Returns: ``model``. Its weights, their names and its outputs do not change (tables start at zero). Each attention
+        gets ``rpe_{q,k,v}`` after its other weights, with their dtype and device.
+    Raises: TypeError: for a spec of another type; ValueError: for a malformed spec, a model that already has
+        iRPE, or one with an unknown attention (named).
     """
     config = parse_rpe_spec(spec_or_config) if isinstance(spec_or_config, str) else spec_or_config
     if not isinstance(config, RPEConfig):
         raise TypeError(f"equip: expected a spec string or a config, not a {type(config).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    inner = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped
+    inner = getattr(model, "_orig_mod", model)  # the model inside torch.compile's wrapper
     if grid is not None and not isinstance(inner, nn.TransformerEncoder):
         raise ValueError(f"equip: grid is for a torch.nn.TransformerEncoder, not for a {type(inner).__name__}")
     if grid is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of Hugging Face ``transformers``, through its own interface for attention functions. Needs transformers >= 5.
+"""Hugging Face ``transformers`` models, through the library's own attention interface. Needs transformers >= 5.
 
 An equipped model asks for the attention implementation ``irpe``. Attention without encodings that shares the model's
 config (a decoder's) goes to PyTorch's fused attention, as before.
@@ -23,7 +23,7 @@ _DETRS = ("Detr", "RTDetr")
 
 
 def is_pretrained_model(model: nn.Module) -> bool:
-    """Whether it is a model of ``transformers``, which is not imported."""
+    """Whether it is a ``transformers`` model; ``transformers`` is not imported."""
     return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
@@ -33,7 +33,7 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     from transformers.masking_utils import sdpa_mask
 
     if not hasattr(model, "set_attn_implementation"):
-        raise ValueError("equip: models of transformers need transformers >= 5; pip install -U transformers")
+        raise ValueError("equip: transformers models need transformers >= 5; pip install -U transformers")
     AttentionInterface.register("irpe", irpe_attention)
     AttentionMaskInterface.register("irpe", sdpa_mask)
     names = {type(module).__name__: module for module in model.modules()}
@@ -41,12 +41,12 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     family = "RTDetr" if "RTDetrAIFILayer" in names else family
     if not family:
         known = f"known are {', '.join((*_VITS, *_DETRS))}. {HELP}"
-        raise ValueError(f"equip: {type(model).__name__} of transformers is not known here; {known}")
+        raise ValueError(f"equip: unknown transformers model {type(model).__name__}; {known}")
     if any(hasattr(module, "rpe_k") for module in model.modules()):
         raise ValueError("equip: this model has iRPE already; equip a fresh model")
     if sum(type(module).__name__.removesuffix("Embeddings") in _VITS for module in model.modules()) > 1:
         raise ValueError(f"equip: {type(model).__name__} holds several vision transformers; equip each by itself")
-    # Encoders, and of each the module that is given its image or map, and the size of its patches.
+    # For each encoder: the module that takes its image or feature map, and its patch size.
     layer, attention, skip = f"{family}EncoderLayer", f"{family}SelfAttention", 0
     if family in _VITS:
         embeddings = names[f"{family}Embeddings"]
@@ -87,12 +87,12 @@ def _add_to_layers(
         grid.follow(layer)
         heads = attention.o_proj.in_features // attention.head_dim
         add_encodings(attention, attention.o_proj.weight, build_rpe(config, attention.head_dim, heads), grid, backend)
-        attention.config._attn_implementation = {"": "irpe"}  # of a ViT within another model, it is not the model's
+        attention.config._attn_implementation = {"": "irpe"}  # a ViT inside another model has its own config
         attention.register_forward_pre_hook(_refuse_other_attention)
 
 
 def _refuse_other_attention(attention: nn.Module, inputs: tuple) -> None:
-    """Any other attention function of ``transformers`` would silently leave out the encodings."""
+    """Any other attention function of ``transformers`` would silently drop the encodings."""
     if (name := attention.config._attn_implementation) != "irpe":
         raise ValueError(
             f"equipped attention: the model was set to the attention implementation {name!r}, which leaves encodings "
@@ -110,7 +110,7 @@ def irpe_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """An attention function of ``transformers``: ``(B, H, L, D)`` three times to ``(B, L, H, D)``, and no weights."""
+    """An attention function of ``transformers``: three ``(B, H, L, D)`` to one ``(B, L, H, D)``, and no weights."""
     if not hasattr(module, "rpe_k"):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -127,7 +127,7 @@ def irpe_attention(
 
 
 def _init_weights(others: Callable[[nn.Module], None], module: nn.Module) -> None:
-    """``from_pretrained`` calls this for modules that the checkpoint lacks; it would leave tables as memory was."""
+    """``from_pretrained`` calls this for modules that the checkpoint lacks; it would leave tables uninitialized."""
     if isinstance(module, IRPE):
         module.reset_parameters()
     else:
@@ -135,5 +135,5 @@ def _init_weights(others: Callable[[nn.Module], None], module: nn.Module) -> Non
 
 
 def _remember(grid: TokenGrid, patch_size: tuple[int, int], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Forward pre-hook of a module that takes an image or a map ``(B, C, height, width)``: its grid of patches."""
+    """Forward pre-hook of a module that takes ``(B, C, height, width)``: remember its grid of patches."""
     grid.remember(*(side // of for side, of in zip(inputs[0].shape[-2:], patch_size, strict=True)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models made of `torch.nn.MultiheadAttention`: torchvision's ViT, `torch.nn.TransformerEncoder` over a grid."""
+"""Models built on `torch.nn.MultiheadAttention`: torchvision's ViT, `torch.nn.TransformerEncoder` over a grid."""
 
 import dataclasses
 
@@ -73,9 +73,9 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`, for batches. Raises: ValueError: for cross-attention, which has no grid."""
         if query is not key or key is not value or query.dim() != 3:
-            raise ValueError("equipped attention: query, key and value must be one batch of tokens of one grid")
+            raise ValueError("equipped attention: query, key and value must be the same tokens of one grid")
         if is_causal and attn_mask is None:  # as in nn.MultiheadAttention, it is a hint about the mask
-            raise ValueError("equipped attention: is_causal without a mask masks nothing; give the causal mask too")
+            raise ValueError("equipped attention: is_causal without a mask masks nothing; pass the causal mask too")
         x = query if self.batch_first else query.transpose(0, 1)  # (B, L, C)
         batch, length, _ = x.shape
         height, width = self.grid.of(length) if self.grid.by_length else (None, None)

@@ -116,7 +116,7 @@ def _find_attentions(model: nn.Module) -> list[nn.Module]:
     missing = [name for name in ("patch_embed", "num_prefix_tokens") if not hasattr(model, name)]
     if missing or not hasattr(model.patch_embed, "grid_size"):
         raise ValueError(
-            f"equip: {kind} does not say its token grid ({', '.join(missing) or 'patch_embed.grid_size'} missing); "
+            f"equip: {kind} does not report its token grid ({', '.join(missing) or 'patch_embed.grid_size'} missing); "
             f"expected a timm VisionTransformer. {HELP}"
         )
     if getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0:

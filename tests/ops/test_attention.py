@@ -396,7 +396,7 @@ def test_a_missing_backend_says_why(name):
     reason = missing_backend(name)
     if reason is None:
         pytest.skip(f"{name} exists here")
-    with pytest.raises(ImportError, match=re.escape(f"backend='{name}' does not exist here: {reason}")):
+    with pytest.raises(ImportError, match=re.escape(f"backend='{name}' is not available here: {reason}")):
         rpe_attention(Q, Q, Q, backend=name)
 
 

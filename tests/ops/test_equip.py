@@ -251,7 +251,7 @@ def test_tables_learn():
         (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer has no blocks"),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1), "its Attention has unknown parts"),
-        (lambda: timm.create_model("mixer_s32_224"), "does not say its token grid"),
+        (lambda: timm.create_model("mixer_s32_224"), "does not report its token grid"),
         (lambda: timm.create_model("cait_xxs24_224", depth=1), "its attention is a TalkingHeadAttn"),
         (lambda: make(patch_drop_rate=0.5), "patch_drop_rate > 0 drops tokens"),
     ],

@@ -238,9 +238,9 @@ def test_an_encoder_on_grids_of_one_length():
     layer = model.layers[0].self_attn
     out, weights = layer(x, x, x)
     assert weights.shape == (2, 12, 12) and torch.allclose(weights.sum(-1), torch.ones(()))
-    with pytest.raises(ValueError, match="query, key and value must be one batch of tokens of one grid"):
+    with pytest.raises(ValueError, match="query, key and value must be the same tokens of one grid"):
         layer(x, x.clone(), x)
-    with pytest.raises(ValueError, match="is_causal without a mask masks nothing; give the causal mask too"):
+    with pytest.raises(ValueError, match="is_causal without a mask masks nothing; pass the causal mask too"):
         model(x, is_causal=True)
 
 
@@ -356,12 +356,12 @@ def test_two_threads_with_two_image_sizes(name):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: hugging_face("BeitForImageClassification"), "BeitForImageClassification of transformers is not known"),
+        (lambda: hugging_face("BeitForImageClassification"), "unknown transformers model BeitForImageClassification"),
         (
             lambda: torch.ao.quantization.quantize_dynamic(hugging_face("ViTForImageClassification"), {nn.Linear}),
             "its o_proj is not a torch.nn.Linear but of torch.ao.nn.quantized",
         ),
-        (lambda: hugging_face_detr().model.encoder, "DetrEncoder of transformers is not known here"),
+        (lambda: hugging_face_detr().model.encoder, "unknown transformers model DetrEncoder"),
         (lambda: hugging_face("ViTForImageClassification", num_hidden_layers=0), "has no ViTLayer to equip"),
         (lambda: hugging_face_rt_detr(encoder_layers=0), "has no RTDetrEncoderLayer to equip"),
         (lambda: nn.TransformerEncoder(nn.Identity(), 1), "a layer is a Identity, not a torch.nn.TransformerEncoder"),

@@ -55,7 +55,7 @@ def test_the_backend_without_it_says_so():
     qkv, encodings, grid = example()
     if missing_backend("compiled"):
         pytest.skip(missing_backend("compiled"))
-    with pytest.raises(ValueError, match="it knows the modes ctx and bias, not 'both'; use backend='eager'"):
+    with pytest.raises(ValueError, match="it supports the modes ctx and bias, not 'both'; use backend='eager'"):
         rpe_attention(*qkv, *encodings, **grid, backend="compiled")
 
 
