@@ -5,8 +5,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-LARGEST_SEED = 2**63 - 1  # of PyTorch
-LARGEST_COUNT = 2**31 - 1  # of C
+LARGEST_SEED = 2**63 - 1  # PyTorch's
+LARGEST_COUNT = 2**31 - 1  # C's
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of each export format
 
 
@@ -16,10 +16,10 @@ def add_runtime_arguments(
     """Add the group "run" to ``parser``: where and how to run, resume and log; nothing about what is trained.
 
     Args: seed, num_workers, amp: the tree's published defaults.
-    Returns: the group, for a tree's own additions.
+    Returns: the group, so that a tree can add to it.
     """
     parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' per line; typed flags win")
-    parser.add_argument("--print-config", action="store_true", help="print every flag as such a file, and exit")
+    parser.add_argument("--print-config", action="store_true", help="print every flag as YAML, and exit")
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default="", metavar="DIR", help="for checkpoints and logs; empty: nothing is written")
@@ -50,7 +50,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("images", nargs="*", metavar="IMG", help="image files, folders of them, or patterns")
     add("--resume", required=True, metavar="FILE|URL", help="checkpoint, ours or published, or an exported .onnx")
     out = Path("predictions")
-    add("--out", type=Path, default=out, metavar="DIR", help=f"folder of the results (default {out})")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder for the results (default {out})")
     add("--tables", action="store_true", help="also draw the learned tables (needs no image)")
     add("--device", default="cuda", help="cuda (the CPU if there is none), cuda:N or cpu")
 
@@ -80,7 +80,7 @@ def _number(kind: type, name: str, wanted: str, valid: Callable[[float], bool]) 
 positive_int = _number(int, "positive_int", "1 or more", lambda n: n >= 1)
 nonnegative_int = _number(int, "nonnegative_int", "0 or more", lambda n: n >= 0)
 number_of_workers = _number(int, "number_of_workers", "0 to 1000 processes", lambda n: 0 <= n <= 1000)
-# 1e30 is far below the largest number of fp32, so that products of such values are finite.
+# 1e30 is far below fp32's largest number, so products of such values stay finite.
 nonnegative_float = _number(float, "nonnegative_float", "a number from 0 to 1e30", lambda x: 0 <= x <= 1e30)
 positive_float = _number(float, "positive_float", "a number above 0, at most 1e30", lambda x: 0 < x <= 1e30)
 fraction = _number(float, "fraction", "a fraction from 0 to 1", lambda x: 0 <= x <= 1)

@@ -2,7 +2,7 @@
 """The reproduction card: a figure measured here beside the published one, and PASS, partial or FAIL.
 
 Both command lines make one with ``--eval --expect``: the figure, the published figure, the difference, the verdict
-by the tolerance in ``configs/model_zoo.yaml``, the hashes of checkpoint and data set, versions, hardware.
+under the tolerance in ``configs/model_zoo.yaml``, the hashes of checkpoint and data set, versions, hardware.
 
     python -m irpe_train.card [NAME ...] [-o logs/cards]     only figures that need no data: parameters, MACs, buckets
 """
@@ -85,15 +85,15 @@ def choose(wanted: str, candidates: Iterable[str]) -> str:
 
 
 class Expected:
-    """``--expect``: the published row for an evaluation. Made beforehand, so that a mistake shows at once.
+    """``--expect``: the published row for an evaluation. Built beforehand, so that a mistake shows at once.
 
     Args:
         wanted: the row, or ``auto``, see `choose`. source: path or address of the checkpoint, empty for none.
-        name: of the model, which may name a row.
+        name: of the model, perhaps also of a row.
         figure: what the evaluation measures, such as ``acc1``.
         data: the validation folder or file.
     Raises: ValueError: see `choose`, or the row has no such figure; FileNotFoundError: the checkpoint or data that the
-        card will name are not there.
+        card will name do not exist.
     """
 
     def __init__(self, wanted: str, source: str, name: str, *, figure: str, data: Path):
@@ -110,7 +110,7 @@ class Expected:
     def meet(self, measured: Mapping[str, float], output_dir: str | Path) -> int:
         """Print the card and save it as ``card.json`` and ``.md``.
 
-        Args: measured: see `compare`. output_dir: empty: nothing is saved.
+        Args: measured: see `compare`. output_dir: if empty, nothing is saved.
         Returns: the exit status: 1 if a figure failed.
         """
         card = make_card(self.row, measured, checkpoint=self.checkpoint, data=[self.data])
@@ -181,7 +181,7 @@ def fingerprint(path: Path) -> dict:
     for folder, files in walk(path):
         for file in sorted(files):
             file = os.path.join(folder, file)
-            size = os.stat(file, follow_symlinks=os.path.exists(file)).st_size  # of a broken link its own
+            size = os.stat(file, follow_symlinks=os.path.exists(file)).st_size  # a broken link's own size
             digest.update(f"{Path(file).relative_to(path).as_posix()} {size}\n".encode())
             count, total = count + 1, total + size
     of = "sha256 of names and sizes"
@@ -195,7 +195,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The name of the GPU, or without one of the processor."""
+    """The name of the GPU, or of the processor if there is none."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPUs, {processor_name()}"

@@ -18,7 +18,7 @@ from irpe_train.download import local_file
 from irpe_train.errors import BadCheckpoint, RunError, first_line
 from irpe_train.sealed_archive import USE_ANOTHER, check_archive, save_sealed
 
-# The published checkpoints hold a Namespace, with a path in it if submitit ran. Python 3.13 moved the module of paths.
+# The published checkpoints hold a Namespace, with a path in it if submitit ran. Python 3.13 moved path classes.
 # All become pure paths, which cannot touch a disk and exist on every system.
 SAFE_GLOBALS = [argparse.Namespace] + [
     (pure, f"{module}.{name}")
@@ -31,13 +31,13 @@ ORDINARY = {
     *(torch.int64, torch.int32, torch.int16, torch.int8),
 }
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
-TIMM_KEYS = {"model": "state_dict", "model_ema": "state_dict_ema"}  # where timm keeps them; Lightning has the first
+TIMM_KEYS = {"model": "state_dict", "model_ema": "state_dict_ema"}  # timm's names; Lightning uses the first too
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """The contents of a checkpoint, on the CPU; only tensors, numbers, text and ``argparse.Namespace``.
 
-    Args: path: a file, or an ``https://`` address as the published evaluation commands use (kept in torch's cache).
+    Args: path: a file, or an ``https://`` address, as in the published evaluation commands (kept in torch's cache).
     Raises: BadCheckpoint: missing, empty, truncated, failing its checksum, claiming more than the file holds, or
         containing anything that could run, or tensors that are not plain numbers.
     """
@@ -55,7 +55,7 @@ def read_checkpoint(path: str | Path) -> dict:
         else:
             with torch.serialization.safe_globals(SAFE_GLOBALS):
                 contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (KeyError, pickle.UnpicklingError) as error:  # a KeyError: of text
+    except (KeyError, pickle.UnpicklingError) as error:  # a KeyError: a text file
         raise BadCheckpoint(f"checkpoint {path}: {_why_refused(error, path)}") from error
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise BadCheckpoint(f"checkpoint {path}: expected a dict with a 'model', got {type(contents).__name__}")
     _refuse_odd_contents(contents, path, size)
     flags = contents.get("args")
-    if isinstance(flags, dict) and all(isinstance(name, str) for name in flags):  # as other programs keep them
+    if isinstance(flags, dict) and all(isinstance(name, str) for name in flags):  # as other programs store them
         contents["args"] = argparse.Namespace(**flags)
     return contents
 
@@ -74,17 +74,17 @@ def _read_safetensors(path: Path) -> dict:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    told = {}
+    metadata = {}
     with safe_open(path, "pt") as file:
         for name, text in (file.metadata() or {}).items():
             try:
-                told[name] = json.loads(text)
-            except ValueError:  # text as it is
-                told[name] = text
-    known = {name: told.pop(name) for name in ("classes", "categories") if name in told}
+                metadata[name] = json.loads(text)
+            except ValueError:  # keep the text
+                metadata[name] = text
+    known = {name: metadata.pop(name) for name in ("classes", "categories") if name in metadata}
     if isinstance(known.get("categories"), dict):
         known["categories"] = {int(number): name for number, name in known["categories"].items()}
-    return {"model": load_file(path)} | (known and known | {"args": told})
+    return {"model": load_file(path)} | (known and known | {"args": metadata})
 
 
 def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
@@ -169,11 +169,11 @@ def load_matching(
         weights: a state dict; unchanged.
         source: where it is from, for messages.
         may_start_fresh: whether a key may be missing, unexpected or of another shape; the model keeps its own value.
-    Returns: a note on each key that was not copied, as ``{"head.bias": "starts fresh: (4,) there, (9,) here"}``.
+    Returns: a note on each key that was not copied, such as ``{"head.bias": "starts fresh: (4,) there, (9,) here"}``.
     Raises: BadCheckpoint: any other key does not fit (named); nothing is loaded.
     """
     own = model.state_dict()
-    # Counters of batch norm: published backbones, where it is frozen, have none; checkpoints from elsewhere may.
+    # Batch norm counters: published backbones have frozen batch norm and no counters; other checkpoints may have them.
     weights = {key: value for key, value in weights.items() if key in own or not key.endswith("num_batches_tracked")}
     odd = {key: ("missing", key, "starts fresh: not in the checkpoint") for key in own if key not in weights}
     for key, value in weights.items():
@@ -189,13 +189,13 @@ def load_matching(
         if not may_start_fresh(key):
             problems[kind].append(text)
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {_some(texts)}" for kind, texts in problems.items() if texts)
+        detail = "; ".join(f"{kind}: {_some(texts)}" for kind, texts in problems.items() if texts)
         size = ", --input-size too" if any("pos_embed" in text for text in problems["other shapes"]) else ""
-        told += f". Build the model with the flags it was trained with{size}."
+        detail += f". Build the model with the flags it was trained with{size}."
         pairs = ((name, key) for name in weights for key in own if name.endswith(f".{key}"))
         if not own.keys() & weights.keys() and (pair := next(pairs, None)):
-            told += f" Its names begin with {pair[0].removesuffix(pair[1])!r}: cut that off (docs/reproduce.md)."
-        raise BadCheckpoint(f"checkpoint {source} is of another model than {type(model).__name__} here; {told}")
+            detail += f" Its names begin with {pair[0].removesuffix(pair[1])!r}: cut that off (docs/reproduce.md)."
+        raise BadCheckpoint(f"checkpoint {source} does not fit this {type(model).__name__}; {detail}")
     model.load_state_dict(own | {key: value for key, value in weights.items() if key not in odd})
     return {key: note for key, (_, _, note) in odd.items()}
 
@@ -248,7 +248,7 @@ def link(path: Path, copy: Path) -> None:
             shutil.copyfile(path, temporary)
         os.replace(temporary, copy)
     finally:
-        temporary.unlink(missing_ok=True)  # also if both names were already one file: then nothing is replaced
+        temporary.unlink(missing_ok=True)  # replace does nothing if both names were already one file
 
 
 def _sync_folder(folder: Path) -> None:

@@ -82,7 +82,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         file = find_config(path, source=source)
         values = read_yaml(file, source)
         if "output_dir" in values and file.name == "config.yaml" and (file.parent / "starts.jsonl").exists():
-            # A run's own flags: it may have been moved or copied, and then must not write where it was.
+            # A run's own flags: a moved or copied run must not write to its old folder.
             values["output_dir"] = str(file.parent)
         written = _with_home(flags_of(parser, values, source))
     args = parser.parse_args(written + argv)
@@ -95,7 +95,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def answer_early(package: str) -> None:
-    """Print help and flag errors of a package's programs before PyTorch is imported, which takes seconds; until
+    """Print help and flag errors of a package's programs before PyTorch is imported, which takes seconds. Until
     ``launch``, Ctrl-C ends the process at once.
 
     Called by ``PACKAGE/__init__.py``; does nothing unless Python imports it for ``python -m PACKAGE`` or
@@ -136,7 +136,7 @@ def read_yaml(path: Path, source: str) -> dict:
 
 
 class _Written(float):
-    """A number whose ``str`` is the text that was written, for flags that take text; it is dumped like that too."""
+    """A number whose ``str`` is the text as written, for flags that take text; it is dumped that way too."""
 
     def __str__(self):
         return self.text
@@ -146,8 +146,8 @@ yaml.SafeDumper.add_representer(_Written, lambda dumper, x: dumper.represent_sca
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what `parse_yaml` says. Dates, and numbers that YAML 1.1 reads in its own way (``010`` as 8, ``1:30`` as
-    90, ``2024_01`` without the underscore), stay the text that was written, as if it were typed.
+    """Refuses what `parse_yaml` lists. Dates, and numbers that YAML 1.1 reads in its own way (``010`` as 8, ``1:30`` as
+    90, ``2024_01`` without the underscore), stay text, as if typed.
     """
 
     source, depth = "", 0
@@ -202,7 +202,7 @@ def refuse_repeated(names: Iterable[str], source: str) -> None:
     """Raises: ConfigError: one of the names comes twice; begins with ``source``."""
     for name, count in Counter(names).items():
         if count > 1:
-            raise ConfigError(f"{source}: {name:.80} is there {count} times; keep one")
+            raise ConfigError(f"{source}: {name:.80} appears {count} times; keep one")
 
 
 def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
@@ -268,7 +268,7 @@ def same_name(name: str) -> str:
 
 
 def as_yaml(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """Every flag's value as the text of a file with which ``--config FILE`` gives ``args`` again."""
+    """Every flag's value as the text of a file from which ``--config FILE`` restores ``args``."""
     values = {}
     for action in parser._actions:
         value = getattr(args, action.dest, None)

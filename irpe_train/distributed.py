@@ -44,7 +44,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
     Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or the variables of ``srun``.
 
     Args:
-        device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are taken as they are.
+        device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are used as given.
         dist_url: where the processes meet.
         timeout: seconds after which a missing or silent process ends the others.
     Raises:
@@ -54,7 +54,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
     my_rank, world, local_rank = _place_in_the_world()
     set_up_logging(my_rank)
     if len(lone := {"RANK", "WORLD_SIZE"} & os.environ.keys()) == world == 1:
-        logger.warning(f"{lone.pop()} is set without the other of RANK and WORLD_SIZE: this is a single process")
+        logger.warning(f"{lone.pop()} is set without the other of RANK and WORLD_SIZE: running as a single process")
     chosen = choose_device(device, local_rank if world > 1 else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -72,7 +72,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
             gpu = chosen if chosen.type == "cuda" else None
             dist.init_process_group(backend, store=groups, rank=my_rank, world_size=world, timeout=limit, device_id=gpu)
             dist.barrier()
-        except ValueError as error:  # of PyTorch, about a port or an address
+        except ValueError as error:  # PyTorch's, about a port or an address
             raise ValueError(f"--dist_url {dist_url}, MASTER_ADDR, MASTER_PORT: {error}") from error
         except RuntimeError as error:
             STOP.leave_if_asked()
@@ -84,7 +84,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
 
 
 def end() -> None:
-    """Leave the process group, if there is one, once no rank asks the store any more: it ends with rank 0."""
+    """Leave the process group, if there is one, once no rank needs the store, which ends with rank 0."""
     if dist.is_initialized():
         STOP.end_watch()
         dist.barrier()
@@ -92,7 +92,7 @@ def end() -> None:
 
 
 def _place_in_the_world() -> tuple[int, int, int]:
-    """Rank, world size and local rank, from the environment. Raises: BadFlags: its variables make no sense."""
+    """Rank, world size and local rank, from the environment. Raises: BadFlags: its variables are inconsistent."""
     env, place = os.environ, (0, 1, 0)
     with blamed_on("environment (RANK, WORLD_SIZE, ..., which torchrun or srun set; unset them for one process)"):
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -115,7 +115,7 @@ def first_host(node_list: str) -> str:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device ``name``; the CPU, with a note, if CUDA is requested and absent.
+    """The device ``name``; the CPU, with a note, if CUDA is requested but absent.
 
     Args: local_rank: which GPU of this machine this process takes; None for a single process.
     Raises: ValueError: no such device, or more processes than GPUs.
@@ -159,7 +159,7 @@ def wrap(
 
 
 def gather(value) -> list:
-    """``value`` (anything that can be pickled) of every rank, in the order of ranks, on every rank."""
+    """Every rank's ``value`` (anything that can be pickled), in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -169,7 +169,7 @@ def gather(value) -> list:
 
 
 def from_main(value):
-    """``value`` as rank 0 has it, on every rank."""
+    """Rank 0's ``value``, on every rank."""
     values = [value]
     if world_size() > 1:
         with report_lost_ranks("broadcast"):
@@ -189,7 +189,7 @@ def reduce_mean(value: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def report_lost_ranks(where: str):
-    """Turns an error of gloo, NCCL or the store about a dead or silent peer, but no other, into ``RankLost``."""
+    """Turns an error of gloo, NCCL or the store into ``RankLost`` if it is about a dead or silent peer."""
     try:
         yield
     except RuntimeError as error:
@@ -230,7 +230,7 @@ def stop_printing() -> None:
 
 
 def set_up_logging(my_rank: int) -> None:
-    """Rank 0 prints everything; the others print warnings only, with their rank in front.
+    """Rank 0 prints everything; the others print only warnings, prefixed with their rank.
 
     A record with ``extra={"only": "file"}`` is not printed; one with ``"console"`` does not go to the file.
     """

@@ -20,7 +20,7 @@ from irpe_train.text_files import plain_file, read_text, write_text
 
 CHUNK = 1 << 20
 LARGEST_FILE = 4 << 30  # bytes; if no size is known, a response is cut off here
-PATIENCE = 120.0  # seconds until a response has begun
+PATIENCE = 120.0  # seconds until a response begins
 
 
 def cache_folder() -> Path:
@@ -68,7 +68,7 @@ def local_file(path: str | Path) -> Path:
         fetch_once(url, target, check=check_new)
     except OSError as error:
         with contextlib.suppress(OSError):
-            origin.unlink()  # of a file that was deleted
+            origin.unlink()  # its file was deleted
         raise BadCheckpoint(f"checkpoint {url}: download failed ({error}). Put it here by hand: {target}") from error
     return target
 
@@ -118,7 +118,7 @@ def download(url: str, part: Path, *, most: int) -> None:
 
 
 def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
-    """The response headers, within ``PATIENCE``: a server may send "100 Continue" without end."""
+    """The response headers, within ``PATIENCE``: a server may send "100 Continue" forever."""
     answer: Future = Future()
 
     def ask() -> None:

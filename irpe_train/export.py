@@ -36,11 +36,11 @@ def export_model(
     """Write ``model`` in each format, run what was written, and print by how much its outputs differ.
 
     Args:
-        model: takes tensors, returns a tensor or a tuple of tensors. It is exported as in evaluation.
+        model: takes tensors, returns a tensor or a tuple of tensors. It is exported in evaluation mode.
         examples: inputs. The first is traced; all are compared, so they should differ in every dynamic dimension.
-        out: a suffix of any of the formats is replaced by that of each; to another name (``m_lr0.1``) it is added.
+        out: each format's suffix replaces that of another format, and is appended to other names (``m_lr0.1``).
         formats: keys of ``SUFFIX``.
-        inputs: by name, ``{dimension: name}`` of those dimensions that may vary. outputs: their names.
+        inputs: by name, ``{dimension: name}`` of the dimensions that may vary. outputs: their names.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
     Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already,
@@ -59,7 +59,7 @@ def export_model(
     model = model.eval()
     with torch.no_grad():
         expected = [_as_tuple(model(*example)) for example in examples]
-        # One name is one size, in whichever inputs it stands; torch finds the equalities itself.
+        # A name is the same size in every input; torch finds the equalities itself.
         shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in inputs.values())
         program = None
         for format, path in paths.items():

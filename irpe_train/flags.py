@@ -16,7 +16,7 @@ class FlagParser(argparse.ArgumentParser):
 
     Args: first: the most common flags, without dashes. ``--help`` shows these and ``--help-all`` all of them; without
         ``first`` there is only one help, with everything.
-    Attributes: others: parsers of other commands by name; a flag that one of them knows is named as such.
+    Attributes: others: parsers of other commands by name, to say which of them has an unknown flag.
     """
 
     def __init__(self, prog: str | None = None, *, first: Sequence[str] = (), description: str = "", **kwargs) -> None:
@@ -33,10 +33,10 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument(*names, action="help", help="show every flag")
 
     def parse_known_args(self, args=None, namespace=None):
-        if hasattr(sys.stdout, "reconfigure"):  # letters that the console lacks, as of a file's name, are escaped
+        if hasattr(sys.stdout, "reconfigure"):  # escape what the console lacks, such as letters of a file's name
             sys.stdout.reconfigure(errors="backslashreplace")
         words = sys.argv[1:] if args is None else list(args)
-        end = words.index("--") if "--" in words else len(words)  # what follows are no flags, whatever they look like
+        end = words.index("--") if "--" in words else len(words)  # what follows is not a flag, whatever it looks like
         return super().parse_known_args([*map(self._spelt_as_known, words[:end]), *words[end:]], namespace)
 
     def error(self, message: str) -> NoReturn:

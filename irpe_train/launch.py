@@ -38,7 +38,7 @@ def launch(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
-        # Ctrl-C raises only outside training, which notes it: see preemption.py.
+        # Ctrl-C raises only outside training: see preemption.py.
         with ending_quietly(), report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
             status = main(parse_args(parser, argv))
             end()
@@ -121,7 +121,7 @@ class SlurmJob:
         end()
 
     def checkpoint(self, *unused_args, **unused_kwargs):
-        """submitit calls this on preemption or timeout, after our own handler has saved: the job to requeue."""
+        """The job to requeue: submitit asks on preemption or timeout, after our own handler has saved."""
         import submitit
 
         self.args.resume = "auto"

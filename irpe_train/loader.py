@@ -28,13 +28,13 @@ TRIES = 16  # neighbours that may stand in for an unreadable training image
 
 
 class TrainLoader:
-    """Batches of an epoch from any step on, always the same ones however often the run was interrupted.
+    """Batches of an epoch from any step on, the same however often the run was interrupted.
 
     Args:
         dataset: map-style; its method ``name(index)``, if it has one, names images in messages.
         sampler: any sampler of indices; ``set_epoch`` is called if it has one, and the generators are seeded from
             (seed, epoch), so that it may use ``torch.randperm`` or ``random`` freely.
-        batch_size: per rank. A smaller last batch is left out.
+        batch_size: per rank. A smaller last batch is dropped.
         seed: the run's seed; each sample is made under generators seeded from (seed, epoch, position).
     """
 
@@ -74,7 +74,7 @@ class TrainLoader:
         for batch, bad in _start(self._loader):
             for name, reason in bad:
                 if name not in self.bad:
-                    logger.warning(f"unreadable training image, its neighbour was taken: {name} ({reason})")
+                    logger.warning(f"unreadable training image, replaced by its neighbour: {name} ({reason})")
                 self.bad[name] = reason
             if batch is None:
                 last = f"{bad[-1][0]} ({bad[-1][1]}). Fix or remove them."
@@ -152,7 +152,7 @@ def _loader(read: Callable, batches: Iterable, collate_fn: Callable, **how) -> D
 
 
 def _begin_worker(worker_id: int) -> None:
-    # multiprocessing calls it in a thread of its own if the main process ends while it fetches a tensor from here.
+    # multiprocessing calls it in its own thread if the main process ends while fetching a tensor from here.
     sys.excepthook = lambda *_: None
     ignore_signals_from_others()
 
@@ -194,7 +194,7 @@ class _Order(Sampler):
 
 
 class _Read(Dataset):
-    """A set whose item ``key``, of any type, is ``read(key)``."""
+    """A dataset whose item ``key``, of any type, is ``read(key)``."""
 
     def __init__(self, read: Callable):
         self.read = read

@@ -16,7 +16,7 @@ from irpe_train.distributed import gather, is_main, logger
 
 # These show their last value; everything else shows median and mean.
 LAST_VALUE = {"lr": "{value:.6f}", "class_error": "{value:.2f}"}
-# The terms that the console shows; the file of details has all (see run_log.log_details).
+# The terms that the console shows; the detail log has all (see run_log.log_details).
 FEW = ("lr", "class_error", "loss", "acc1")
 
 
@@ -95,7 +95,7 @@ class MetricLogger:
     def averages(self) -> dict[str, float]:
         """Name to mean over all iterations of all ranks; call it on every rank. A rank may have no values.
 
-        They are also printed in the published form: all of them, unless a file of details has them.
+        They are also printed in the published form: all of them, unless a detail log has them.
         """
         totals: dict[str, list[float]] = {}
         for of_rank in gather({name: (meter.total, meter.count) for name, meter in self.meters.items()}):
@@ -116,7 +116,7 @@ class MetricLogger:
         return {name: {"total": m.total, "count": m.count, "window": list(m.window)} for name, m in meters}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from ``state``; call it before the first update."""
+        """Continue from ``state``; call it before the first update."""
         for name, saved in state.items():
             meter = self._meter(name)
             meter.total, meter.count = saved["total"], saved["count"]
@@ -137,7 +137,7 @@ class MetricLogger:
     ) -> Iterator:
         """Yield from ``iterable`` and report every ``every`` steps.
 
-        Lines have ``FEW`` terms on the console and, as published, all terms in the file of details.
+        Lines have ``FEW`` terms on the console and, as published, all terms in the detail log.
 
         Args:
             iterable: has a ``len``, the steps of the whole epoch.

@@ -36,7 +36,7 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
 
 @contextlib.contextmanager
 def complete(*ends: Path) -> Iterator[list[Path]]:
-    """Hidden paths to write to, which get the names ``ends`` (of one folder) once all are complete, or are removed."""
+    """Hidden paths to write to, renamed to ``ends`` (in one folder) once all are complete, else removed."""
     with naming(ends[0]), tempfile.TemporaryDirectory(prefix=".part_", dir=ends[0].parent) as hidden:
         parts = [Path(hidden, end.name) for end in ends]  # an archive may keep its file's name
         yield parts
@@ -75,7 +75,7 @@ class OutputFolder:
     def refuse_to_replace(self, names: Iterable[str]) -> None:
         """Call it before any work.
 
-        Raises: RunError: a file cannot be written, comes twice, has too long a name, or exists and belongs to another
+        Raises: RunError: a file cannot be written, appears twice, has too long a name, or exists and belongs to another
             image or program.
         """
         names = list(names)
@@ -93,14 +93,14 @@ class OutputFolder:
             raise RunError(f"{self.folder / others[0]}{more}: already there, and not a result of predict; {remedy}")
         for name, image in self._images.items():
             if self._state(name) and self._image_of[name] != image:
-                raise RunError(f"{self.folder / name}: already there, of {self._image_of[name]}; give another --out")
+                raise RunError(f"{self.folder / name}: already there, from {self._image_of[name]}; give another --out")
 
     def results(self) -> list[str]:
         """The files in it that were written by ``predict``, and not changed since."""
         return [name for name, state in self.written.items() if self._state(name) == state]
 
     def wrote(self, *names: str) -> None:
-        """These files are written, and may be replaced by a later prediction."""
+        """Note that these files are written: a later prediction may replace them."""
         path = plain_file(self.folder / LIST)
         with naming(path), open(path, "a") as file:  # another process may write here too
             file.writelines(f"\n{json.dumps([name, self._state(name), self._images.get(name)])}" for name in names)

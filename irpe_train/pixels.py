@@ -20,7 +20,7 @@ SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # older Pillow opens their 16-bit grey ima
 UNREAD = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".dng", ".cr2", ".nef", ".arw"}
 PACKED = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
 # Folders that macOS, NAS devices, Windows and Linux create beside a user's own, some with pictures in them.
-OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 class UnreadableImage(OSError):
@@ -30,8 +30,8 @@ class UnreadableImage(OSError):
 def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
     """The images that files, folders and patterns name, each once, even if symlinks lead to their folder again.
 
-    Args: besides: the folder of results. Its files, if it lies within the searched folder, and what predict wrote
-        elsewhere are skipped in searches.
+    Args: besides: the folder of results. Searches skip its files, if it lies within the searched folder, and what
+        predict wrote elsewhere.
     Raises: ValueError: one of them names no image.
     """
     files: dict[Path, Path] = {}
@@ -96,14 +96,14 @@ def report_unread(where: str | Path, names: Iterable[str]) -> None:
     """Warn about pictures among ``names`` that the published list of suffixes leaves out, and about archives."""
     counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREAD | PACKED)
     if counts:
-        told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
+        counted = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
         remedy = "save pictures as .jpg, unpack archives"
-        logger.warning(f"{where}: left out because their format is not read: {told}; {remedy}")
+        logger.warning(f"{where}: left out because their format is not read: {counted}; {remedy}")
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
     """Whether a file or one of its folders belongs to a program: ``.ipynb_checkpoints``, ``._x.jpg``, ``@eaDir``."""
-    return any(part.startswith(".") or part in OF_SYSTEMS for part in parts)
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts)
 
 
 def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:

@@ -36,7 +36,7 @@ class Precision:
     def update(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], *, clip: float | None = None
     ) -> None:
-        """Update the weights with the accumulated gradients, then clear these.
+        """Update the weights with the accumulated gradients, then clear them.
 
         Args: clip: largest gradient norm; None or 0 for no clipping.
         """

@@ -3,8 +3,8 @@
 
 The handler only notes the signal. During training ``Steps`` saves and stops all ranks after the same step; evaluation
 stops between two batches. Anything else, such as listing the data or building the model, is ended by a thread after
-``GRACE`` seconds, because the state on disk is complete. The threads share the request through the ranks' store, so
-that all ranks stop together.
+``GRACE`` seconds, which is safe: the state on disk is complete. The threads share the request through the ranks' store,
+so that all ranks stop together.
 """
 
 import atexit
@@ -63,7 +63,7 @@ class Preemption:
         return self
 
     def end_watch(self) -> None:
-        """Ask the ranks' store no more."""
+        """Stop using the ranks' store."""
         self._uninstalled.set()
         if self._watcher is not None:
             self._watcher.join(5)
@@ -93,7 +93,7 @@ class Preemption:
             self._writing = False
 
     def leave_if_asked(self) -> None:
-        """A point where the state on disk is complete and the run can leave."""
+        """Leave here if asked to: the state on disk is complete."""
         if self.signal is not None:
             self.leave()
 
@@ -111,7 +111,7 @@ class Preemption:
         self.signal = number
 
     def _watch(self, pipe: int, uninstalled: threading.Event) -> None:
-        unheeded_since, interrupts = None, 0
+        ignored_since, interrupts = None, 0
         while not uninstalled.is_set():
             if select.select([pipe], [], [], PAUSE)[0]:
                 numbers = [number for number in os.read(pipe, 99) if number in self._before]
@@ -121,10 +121,10 @@ class Preemption:
                     os._exit(128 + signal.SIGINT)
             self._talk()
             if self.signal is None or self.training or self._writing:
-                unheeded_since = None
-            elif unheeded_since is None:
-                unheeded_since = time.monotonic()
-            elif time.monotonic() - unheeded_since > GRACE:
+                ignored_since = None
+            elif ignored_since is None:
+                ignored_since = time.monotonic()
+            elif time.monotonic() - ignored_since > GRACE:
                 self._cut_short()
 
     def _talk(self) -> None:

@@ -72,7 +72,7 @@ def warn_of_other_flags(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
     checkpoint: Checkpoint,
-    what_then: str,
+    advice: str,
     *,
     ignore: tuple[str, ...] = (),
     only: Iterable[str] | None = None,
@@ -82,7 +82,7 @@ def warn_of_other_flags(
     stored = vars(there) if isinstance(there, argparse.Namespace) else {}
     stored = {name: value for name, value in stored.items() if only is None or name in only}
     if others := changed_flags(parser, args, PLACES + ignore, stored):
-        logger.warning(f"flags differ from the checkpoint's: {', '.join(others)}. {what_then}")
+        logger.warning(f"flags differ from the checkpoint's: {', '.join(others)}. {advice}")
 
 
 class Run:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: locked for one run; this file writes and finds its checkpoints."""
+"""A run's folder: locks it for one run, and writes and finds its checkpoints."""
 
 import errno
 import fcntl
@@ -49,14 +49,14 @@ class Checkpoints:
         self.keys = keys
 
     def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
-        """Write the state; call it on every rank, the main one writes.
+        """Write the state; call it on every rank; only rank 0 writes.
 
         Args: also: further names in the same folder, for instance ``best.pth``.
         """
         if self.folder is None:
             return
         contents = state.to_dict(self.keys)
-        contents["progress"]["also"] = list(also)  # in case a kill comes before the naming: see _name_again
+        contents["progress"]["also"] = list(also)  # in case of a kill before the naming: see _name_again
         if is_main():
             with STOP.writing():
                 names = tuple(self.folder / name for name in also)
@@ -103,7 +103,7 @@ class Checkpoints:
         return sorted(name for name in names if re.fullmatch(r"best\.pth|checkpoint(\d+|_previous)?\.pth", name))
 
     def _claim(self, where: str) -> None:
-        """Lock the folder until this process ends, and begin its log of details.
+        """Lock the folder until this process ends, and start its detail log.
 
         A folder is refused if another run's checkpoints would be replaced.
         """
@@ -117,7 +117,7 @@ class Checkpoints:
     def _name_again(self, found: Checkpoint) -> None:
         """Give the checkpoint its further names, such as ``best.pth``, if the run died before naming it.
 
-        A previous one that is fallen back to replaces the damaged one, which would else replace it at the next save.
+        After a fallback the previous checkpoint replaces the damaged one; else the next save would do the opposite.
         """
         names = found.contents.get("progress", {}).get("also", [])
         for name in [self.NAME, *(names if isinstance(names, list) else [])]:

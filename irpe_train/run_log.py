@@ -31,13 +31,13 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pycocotools", "scipy", "rp
 class RunLog:
     """``OUTPUT_DIR/log.txt``: one JSON object per epoch, each epoch once; and the same in TensorBoard, if installed.
 
-    Make it after ``Checkpoints.open``. Only the main rank writes; nothing is written without an ``output_dir``.
+    Create it after ``Checkpoints.open``. Only the main rank writes; nothing is written without an ``output_dir``.
 
     Args:
-        epoch: where this run continues; lines from there on belong to an interrupted try and are dropped. A log of
+        epoch: where this run continues; lines from there on belong to an interrupted attempt and are dropped. A log of
             another run, found at the start of a new one, is moved to ``log.1.txt``.
         wandb: project of Weights & Biases that gets the same figures; a resumed run continues there too.
-    Raises: ImportError: ``wandb`` is requested and not installed; RunError: or refuses, or there is no ``output_dir``.
+    Raises: ImportError: ``wandb`` is requested but not installed; RunError: it refuses, or there is no ``output_dir``.
     """
 
     def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True, wandb: str = ""):
@@ -107,7 +107,7 @@ def _epoch_of(line: str) -> float:
 
 
 def _scalars(stats: dict) -> Iterator[tuple[str, float]]:
-    """The figures of an epoch to plot; of COCO's twelve the first, AP."""
+    """The figures of an epoch to plot; of COCO's twelve only the first, AP."""
     for name, value in stats.items():
         if isinstance(value, (int, float)) and name != "epoch":
             yield name, value
@@ -120,7 +120,7 @@ def _wandb_run(project: str, folder: Path, resumed: bool):
         import wandb
     except ImportError as error:
         raise ImportError(f"--wandb {project} needs Weights & Biases: pip install wandb") from error
-    file = folder / "wandb_id.txt"  # makes a resumed run the same one there
+    file = folder / "wandb_id.txt"  # a resumed run continues the same one there
     if not (resumed and file.exists()):
         write_text(file, uuid.uuid4().hex[:8])
     try:
@@ -202,8 +202,8 @@ def surroundings() -> dict:
 
 def processor_name() -> str:
     """The CPU's model, with its numbers: a virtual machine may hide the rest of its name."""
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", told, re.MULTILINE))
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
     name = fields.get("model name", platform.processor() or platform.machine())
     return f"{name} family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``torch.save`` writes, with a checksum of the whole file at its end: zip's leave out headers, torch has none."""
+"""``torch.save`` with a checksum of the whole file at its end: zip's checksums skip headers, and torch has none."""
 
 import os
 import struct
@@ -44,7 +44,7 @@ def check_archive(path: Path, size: int) -> None:
         raise BadCheckpoint(f"checkpoint {path}: damaged or truncated ({first_line(error)}){USE_ANOTHER}") from error
     if not any(name.endswith("/data.pkl") for name in names) or any(name.endswith("constants.pkl") for name in names):
         kind = "an exported or scripted model, or another archive"
-        raise BadCheckpoint(f"checkpoint {path}: no file of weights that torch.save wrote, but {kind}")
+        raise BadCheckpoint(f"checkpoint {path}: not weights that torch.save wrote, but {kind}")
     if claimed > size:
         raise BadCheckpoint(f"checkpoint {path}: refused: its members claim {claimed:,} bytes in a file of {size:,}")
     ending = _ending(comment)

@@ -22,7 +22,7 @@ class TrainState:
     Args:
         model: the plain module: neither wrapped nor compiled.
         optimizer, lr_scheduler: anything with ``state_dict``.
-        ema: the moving average, an object with ``.module`` (timm's); None without.
+        ema: the moving average, an object with ``.module`` (timm's), or None.
         scaler: ``Precision.scaler``.
         flags: of the run, kept in each checkpoint, as published.
         extra: plain values that users of the checkpoint need (class names and the like), kept as top-level keys.
@@ -58,7 +58,7 @@ class TrainState:
         self.meters = MetricLogger()
 
     def fit_to(self, steps: int, recipe: int) -> None:
-        """Go back to the epoch's start if a restored position counts other steps than this run's.
+        """Go back to the epoch's start if a restored position counts different steps than this run.
 
         Args: steps: per epoch. recipe: a number that differs if the same step has other samples.
         """
@@ -92,7 +92,7 @@ class TrainState:
     def load_dict(self, checkpoint: dict, *, source: str | Path) -> bool:
         """Restore from a checkpoint, ours or a published one.
 
-        Returns: whether it had a position too, and not only weights.
+        Returns: whether it had a position and not only weights.
         Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
         """
         there = {name for name, value in checkpoint.items() if not isinstance(value, dict | None) or value}

@@ -10,13 +10,13 @@ from irpe_train.errors import RunError
 
 
 def shown(text: object) -> str:
-    """Text with the name of somebody's file, for the console: line breaks and control characters are escaped."""
+    """Text that may contain a file's name, for the console: line breaks and control characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside names ``path``: that of a full disk names no file, others a temporary one."""
+    """Makes an OSError inside name ``path``: a full disk's names no file, others a temporary one."""
     try:
         yield
     except OSError as error:

@@ -2,7 +2,7 @@
 """The published model zoo: its checkpoints, where they are kept, and how to download them.
 
 ``configs/model_zoo.yaml`` is the one home of the names, addresses and published figures; this module reads it. If it
-has no hash, that of the first download is kept beside the file, ``FILE.sha256``, and later uses are compared with it.
+has no hash, the first download's is kept beside the file as ``FILE.sha256`` and checked on later use.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, entry in zoo.models.items():
                 print(f"{'here' if (folder / entry.file).is_file() else '-':5} {name}  {entry.url}")
         names = list(zoo.models) if args.names == ["all"] else args.names
-        entries = [zoo.find(name) for name in names]  # every name before the first byte
+        entries = [zoo.find(name) for name in names]  # check every name before the first download
         for entry in entries:
             print(folder / entry.file if args.where else fetch(entry.name, folder=folder, zoo=zoo))
     except (RunError, ValueError, OSError) as error:

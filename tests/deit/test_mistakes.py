@@ -75,7 +75,7 @@ def test_a_truncated_training_image_is_named_and_too_many_stop_the_run(tmp_path)
     text = explained(tmp_path, tmp_path, "--max-bad 0.001 allows 0", "--no-repeated-aug")
     assert str(broken) in text
     (ended,) = deit(tmp_path, tmp_path / "fine", "--epochs", "1", "--no-repeated-aug", "--max-bad", "0.1")
-    assert ended.code == 0 and f"its neighbour was taken: {broken}" in ended.text, ended.text
+    assert ended.code == 0 and f"replaced by its neighbour: {broken}" in ended.text, ended.text
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,7 @@ def test_pictures_show_the_classes_best_first_and_the_patch_that_looks(checkpoin
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [(("--attention", "0,4"), "outside the 4x4 patches"), (("--rpe", "none"), "is of another model")],
+    ("flags", "words"), [(("--attention", "0,4"), "outside the 4x4 patches"), (("--rpe", "none"), "does not fit this")]
 )
 def test_mistakes_are_explained(checkpoint, tmp_path, flags, words):
     write_images(tmp_path, {"images": 1})

@@ -102,7 +102,7 @@ def test_a_checkpoint_path_is_loaded_after_the_encoding(tmp_path):
     torch.save(mine.state_dict(), tmp_path / "mine.pth")
     options = dict(checkpoint_path=tmp_path / "mine.pth", **SMALL)
     assert same(deit_irpe.create_model("deit_tiny_patch16_224", "rpe-1.9-product-ctx-1-q", **options), mine)
-    with pytest.raises(BadCheckpoint, match="mine.pth is of another model.*unexpected: blocks.0.attn.rpe_q"):
+    with pytest.raises(BadCheckpoint, match="mine.pth does not fit this .*unexpected: blocks.0.attn.rpe_q"):
         deit_irpe.create_model("deit_tiny_patch16_224", **options)
 
 

@@ -46,9 +46,9 @@ def test_flags_of_a_stranger_download_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"hidden_dim": 2**20}, "is of another model than DETR here; .*other shapes"),
-        ({"dim_feedforward": 2**40}, "of another model|do not describe a DETR"),
-        ({"num_queries": 2**50}, "of another model|do not describe a DETR"),
+        ({"hidden_dim": 2**20}, "does not fit this DETR; .*other shapes"),
+        ({"dim_feedforward": 2**40}, "does not fit|do not describe a DETR"),
+        ({"num_queries": 2**50}, "does not fit|do not describe a DETR"),
         ({"enc_layers": 10**9}, "more layers than it has weights"),
         ({"hidden_dim": "16"}, "its flag hidden_dim is '16', not int"),
         ({"hidden_dim": True}, "its flag hidden_dim is True"),

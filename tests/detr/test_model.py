@@ -65,7 +65,7 @@ def test_counters_of_batch_norm_are_dropped():
     model, weights = tiny_model(), tiny_model(seed=1).state_dict()
     load_matching(model, weights | {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(1)}, source="x.pth")
     assert torch.equal(model.class_embed.weight, weights["class_embed.weight"])
-    with pytest.raises(ValueError, match="x.pth is of another model than DETR here; unexpected: .*fc.bias"):
+    with pytest.raises(ValueError, match="x.pth does not fit this DETR; unexpected: .*fc.bias"):
         load_matching(model, weights | {"backbone.0.body.fc.bias": torch.tensor(1)}, source="x.pth")
 
 

@@ -39,7 +39,7 @@ def test_a_plain_state_dict_of_torchvision_fits_its_resnet(tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), tmp_path / "resnet18.pth")
-    with pytest.raises(ValueError, match=r"resnet18.pth is of another model than ResNet here; missing: conv1"):
+    with pytest.raises(ValueError, match=r"resnet18.pth does not fit this ResNet; missing: conv1"):
         create_model("resnet_micro", pretrained_backbone=str(tmp_path / "resnet18.pth"))
 
 

@@ -108,7 +108,7 @@ def test_other_files_are_named(tmp_path, contents, words):
 def test_other_archives_are_not_called_damaged(tmp_path, write):
     with open(tmp_path / "a.pth", "wb") as file:
         write(file)
-    with pytest.raises(BadCheckpoint, match="a.pth: no file of weights that torch.save wrote, but an exported or"):
+    with pytest.raises(BadCheckpoint, match="a.pth: not weights that torch.save wrote, but an exported or"):
         read_checkpoint(tmp_path / "a.pth")
 
 

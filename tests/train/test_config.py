@@ -92,11 +92,11 @@ def test_values_reach_their_flags(tmp_path, text, name, value):
         ("batch-size: {a: 1}", "expected one value or a list, got nested names"),
         ("lr: !!float 3", "line 1: the tag 'tag:yaml.org,2002:float' is refused"),
         ("a: &x 1\nlr: *x", r"line 2: aliases \(\*name\) are refused"),
-        ("lr: 1\nlr: 2", "lr is there 2 times"),
+        ("lr: 1\nlr: 2", "lr appears 2 times"),
         ("- lr", "expected 'name: value' lines, got a list"),
         ("lr: [", "not valid YAML"),
         ("[" * 1100, "line 1: more than 20 nested lists"),
-        ("batch-size: 1\nBatch_size: 2", "batch_size is there 2 times; keep one"),
+        ("batch-size: 1\nBatch_size: 2", "batch_size appears 2 times; keep one"),
     ],
 )
 def test_invalid_lines_are_refused(tmp_path, text, words):

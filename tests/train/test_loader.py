@@ -107,7 +107,7 @@ def test_unreadable_training_image_is_replaced_counted_and_named(workers, capsys
     assert set(loader.bad) == {"a/5.png", "a/6.png"}
     printed = capsys.readouterr().out
     assert printed.count("a/5.png") == 1
-    assert "unreadable training image, its neighbour was taken: a/5.png (OSError: image file is truncated" in printed
+    assert "unreadable training image, replaced by its neighbour: a/5.png (OSError: image file is truncated" in printed
     assert loader.samples(1) == ["a/4.png", "a/5.png", "a/6.png", "a/7.png"]
     batches(loader, 1, start=2)
     assert loader.bad == {}  # of the epoch that is read

@@ -43,7 +43,7 @@ def test_images_of_one_name_in_two_predictions(tmp_path):
     (out.folder / "1.png").write_text("")
     out.wrote("1.png")
     OutputFolder(tmp_path / "out", first).refuse_to_replace(["1.png"])
-    with pytest.raises(RunError, match=f"out/1.png: already there, of {tmp_path}/one/1.jpg; give another --out"):
+    with pytest.raises(RunError, match=f"out/1.png: already there, from {tmp_path}/one/1.jpg; give another --out"):
         OutputFolder(tmp_path / "out", second).refuse_to_replace(["1.png", "2.png"])
 
 
