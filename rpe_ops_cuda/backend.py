@@ -36,7 +36,7 @@ get_requires_for_build_sdist = get_requires_for_build_editable = get_requires_fo
 
 
 def __getattr__(name: str):
-    # The other hooks are setuptools' own; it is imported late because pip may only have installed it after those above.
+    # The other hooks are setuptools' own; it is imported late because pip may install it only after those above.
     if name.startswith(("build_", "prepare_metadata_")):
         import setuptools.build_meta
 

@@ -6,8 +6,8 @@ Usage:
 
 Peers: `clone()` of the lookup's output, `gather`, `scatter_add` for the lookup; for attention
 `scaled_dot_product_attention` without encoding ("sdpa", the base of the ratios) and with the encoding as a float mask
-("sdpa + mask", timed with making the mask, which each input needs anew), and plain PyTorch ("eager").
-Every round runs each candidate once, so a slow moment of the machine affects all; it prints medians, and their ratio
+("sdpa + mask", including making the mask, which each input needs), and plain PyTorch ("eager").
+Every round runs each candidate once, so a slow moment of the machine affects all. It prints medians, and their ratio
 beside that of the fastest rounds.
 On a CPU with one thread the clock is the CPU time of this process, which other programs cannot stretch. The C library
 keeps freed memory for every candidate, as in a trainer: otherwise one would fault in what another has freed.
@@ -226,10 +226,10 @@ def write_csv(
 def begin(parser: argparse.ArgumentParser, rounds: int, queued: bool = False) -> tuple[argparse.Namespace, Bench]:
     """Read the command line, with the flags that every benchmark has, and print the conditions."""
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the tensors, or of autocast in a model")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="dtype of the tensors or of autocast")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds")
-    parser.add_argument("--quick", action="store_true", help="one round: does it run?")
+    parser.add_argument("--quick", action="store_true", help="one round, as a test")
     parser.add_argument("--output", type=Path, help="folder to write a CSV into")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -2,7 +2,7 @@
 """The detection half of the demo data: handwritten digits on crops of photographs, with exact boxes and masks.
 
 Everything comes with scikit-learn: its 1,797 handwritten digits (8 x 8) and its two photographs (``china.jpg``,
-``flower.jpg``). Digits and parts of the photographs that are seen in training never occur in validation.
+``flower.jpg``). No digit and no part of a photograph is in both training and validation.
 
 ``coco_digits/`` is a COCO-layout set, as folders and as archives: 1 to 3 digits of 28 to 44 pixels per image, all
 images 64 x 80 pixels so that no figure depends on how a batch is padded. ``digits_on_photos/`` has single digits on

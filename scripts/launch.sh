@@ -62,8 +62,8 @@ start() {
     if [[ -n "${DRY_RUN:-}" ]]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
-# prepare MODULE FOLDER FLAG CONFIG ARGS...: CONFIG and its NAME, and RUN, the command up to ARGS. It has (FLAG $DATA);
-# an error if none of DATA, config and ARGS names it
+# prepare MODULE FOLDER FLAG CONFIG ARGS...: set CONFIG, NAME and RUN, the command up to ARGS, with FLAG $DATA if set.
+# Fails if neither DATA, the config nor ARGS names the data
 prepare() {
     local module="$1" folder="$2" flag="$3" data=()
     (($# >= 4)) || usage 2 >&2

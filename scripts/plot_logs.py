@@ -19,7 +19,7 @@ from irpe_train.errors import RunError  # noqa: E402
 
 
 def drawn(run: str) -> bool:
-    """Whether it has curves: not a table among the runs of an ablation, nor a run of it that failed or waits."""
+    """Whether it has curves: not a table beside an ablation's runs, nor a run that failed or waits."""
     folder = Path(run)
     return folder.name not in NAMES and ((folder / "log.txt").exists() or not (folder / "flags.yaml").exists())
 

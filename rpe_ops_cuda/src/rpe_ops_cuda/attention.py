@@ -77,7 +77,7 @@ class Attention(torch.autograd.Function):
 
 
 def below_autograd(*inputs) -> tuple[Tensor, ...]:
-    """The operator without gradients, also where they are enabled."""
+    """The operator without gradients, even where they are enabled."""
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.attention(*inputs)
 
