@@ -214,7 +214,7 @@ def write_page(report: Report) -> list[Path]:
     """
     page, twin = report.page, report.page.parent / f"{report.page.stem}.html"
     if page == twin:
-        raise RunError(f"report: -o {page}: is written beside the page; name the page, {page.with_suffix('.md')}")
+        raise RunError(f"report: -o {page}: HTML is written beside the page; name the page, {page.with_suffix('.md')}")
     ours = page.is_file() and read_text(page).startswith(TITLE)
     if found := [] if ours else [path for path in (page, twin) if os.path.lexists(path)]:
         raise RunError(f"{found[0]}: already there, and not made by report; give another -o, or move it away")

@@ -105,8 +105,8 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean {close[0]}? Expected" if close else "expected"
         raise ValueError(
-            f"model {name!r}: unknown; {hint} a name of timm, such as deit_small_patch16_224 (with --rpe SPEC "
-            f"for an encoding), of IRPE_PLUGINS, or one of {', '.join([*RPE_MODELS, *DEMO_SIZES])}"
+            f"model {name!r}: unknown; {hint} a timm model, such as deit_small_patch16_224 (with --rpe SPEC "
+            f"for an encoding), one of IRPE_PLUGINS, or one of {', '.join([*RPE_MODELS, *DEMO_SIZES])}"
         )
     may_lack = is_model_in_modules(base, ("deit", "vision_transformer")) and "distilled" not in base
     of_plugin = not elsewhere and not model_entrypoint(base).__module__.startswith("timm.")  # it may handle this itself

@@ -131,7 +131,7 @@ def test_a_model_without_a_class_head_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("xx", None), "model 'xx': unknown; expected a name of timm, .* or one of deit_tiny_patch16_224_ctx"),
+        (("xx", None), "model 'xx': unknown; expected a timm model, .* or one of deit_tiny_patch16_224_ctx"),
         (("deit_small_patch16_224_ctx_euc_20_shared", None), r"mean deit_small_patch16_224_ctx_euc_20_shared_k\?"),
         (("vit_tiny_patch16_24", None), r"did you mean vit_tiny_patch16_224\?"),
         (("resnet10t", "rpe-1.9-product-ctx-1-k"), "'resnet10t' is a ResNet; iRPE needs a Vision Transformer"),

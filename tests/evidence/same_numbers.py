@@ -19,10 +19,10 @@ from tests.helpers.trajectories import Difference, differences, replay
 CASES: dict[str, dict] = json.loads((Path(__file__).parent / "trajectories.json").read_text())["cases"]
 HEAD = """# The same numbers as the published code
 
-Whole training runs of the published code, on tiny models with inputs made by NumPy alone, repeated here: same
-pictures, same weights, same order of the samples, nothing random. `tests/evidence/trajectories.json` holds the
-published results at every step (PyTorch 2.15, timm 1.0.31, CPU); `tests/helpers/trajectories.py` makes the inputs and
-compares. The test suite runs all cases. This page is written by
+Whole training runs of the published code, on tiny models with inputs made by NumPy alone, are repeated here with the
+same pictures, weights and order of samples, and nothing random. `tests/evidence/trajectories.json` holds the published
+results at every step (PyTorch 2.15, timm 1.0.31, CPU); `tests/helpers/trajectories.py` makes the inputs and compares.
+The test suite runs all cases. This command writes the page:
 
 ```bash
 python -m tests.evidence.same_numbers -o docs/same_numbers.md
@@ -40,9 +40,9 @@ to the published distance from the start. Largest differences are rounded up; th
 The keys of the log and their order, the counts of steps and tensors, the tensors that changed, and the epoch must match
 exactly.
 
-Why these tolerances: two runs of the published code whose starting weights differ by a relative 2e-7 (rounding) end as
-far as 2e-6 (losses) and 5e-5 (weights) apart for DeiT, 2e-5 and 1.4e-3 for DETR, whose matching amplifies rounding. The
-tolerances are 3.5 to 20 times that, and still small enough for the changes below to show.
+Why these tolerances: two runs of the published code whose starting weights differ by a relative 2e-7 (rounding) end up
+to 2e-6 (losses) and 5e-5 (weights) apart for DeiT, and 2e-5 and 1.4e-3 for DETR, whose matching amplifies rounding. The
+tolerances are 3.5 to 20 times that, and still small enough to show the changes below.
 
 ## What a change of the recipe does
 
