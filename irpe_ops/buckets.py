@@ -89,7 +89,7 @@ def ids_by_lane(ids: Tensor) -> Tensor:
         return _ordered_by_lane(ids)
     if not hasattr(ids, "_irpe_by_lane"):
         with torch.inference_mode(False), torch.no_grad():
-            ids._irpe_by_lane = _settled(_ordered_by_lane(ids))
+            ids._irpe_by_lane = _synchronized(_ordered_by_lane(ids))
     return ids._irpe_by_lane
 
 
@@ -131,14 +131,14 @@ def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Ten
 def _make_offsets(row: BucketMap, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         ids = offset_ids(row, ratio, height, width, "bucket map")
-        return _sent(_with_leading(ids, row.num_buckets(int(2 * ratio))), device)
+        return _to_device(_with_leading(ids, row.num_buckets(int(2 * ratio))), device)
 
 
 def _with_leading(ids: Tensor, bucket: int) -> Tensor:
     return F.pad(ids.flatten(), (0, ids.numel() + 1), value=bucket).to(_id_dtype(bucket + 1))
 
 
-def _sent(ids: Tensor, device: torch.device) -> Tensor:
+def _to_device(ids: Tensor, device: torch.device) -> Tensor:
     """``ids`` copied to the device, asynchronously on CUDA."""
     # On other devices, such as MPS, the copy might read this memory after it is freed. Fake tensors cannot be pinned.
     if device.type != "cuda" or type(ids) is not Tensor:
@@ -154,14 +154,14 @@ def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, 
     num_buckets = row.num_buckets(int(2 * ratio)) + (1 if skip else 0)
     with torch.inference_mode(False), torch.no_grad():
         ids = offset_ids(row, ratio, height, width, "bucket map").to(_id_dtype(num_buckets))
-        offsets = _sent(ids, device)
+        offsets = _to_device(ids, device)
         # Key (0, 0) has offset (r, c) from query (r, c), and later keys have smaller ones: windows of the flipped map.
         windows = offsets.flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (height, width, height, width)
         ids = windows.flip(0, 1).reshape(height * width, height * width)
         return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1) if skip else ids
 
 
-def _settled(ids: Tensor) -> Tensor:
+def _synchronized(ids: Tensor) -> Tensor:
     """``ids``, synchronized if the caller uses its own CUDA stream: another stream may find them in the cache."""
     if ids.device.type == "cuda":
         stream = torch.cuda.current_stream(ids.device)
@@ -171,8 +171,8 @@ def _settled(ids: Tensor) -> Tensor:
 
 
 # 32 maps of a 1,764-token DETR grid are 100 MB at one byte per id; a training run has too many sizes to keep them all.
-_cached_map = functools.lru_cache(maxsize=32)(lambda *key: _settled(_make_map(*key)))
-_cached_offsets = functools.lru_cache(maxsize=256)(lambda *key: _settled(_make_offsets(*key)))
+_cached_map = functools.lru_cache(maxsize=32)(lambda *key: _synchronized(_make_map(*key)))
+_cached_offsets = functools.lru_cache(maxsize=256)(lambda *key: _synchronized(_make_offsets(*key)))
 
 
 _read_by_graphs: set[Tensor] = set()

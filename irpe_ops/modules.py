@@ -97,7 +97,7 @@ class IRPE(nn.Module):
         """What every bucket would add to the scores of every token, for an encoding on queries or keys.
 
         Args:
-            x: ``(B, H, L, D)``; for k the queries, for q the keys. scale: of ``x``, applied to the table instead.
+            x: ``(B, H, L, D)``; for k the queries, for q the keys. scale: factor of ``x``, applied to the table.
             dtype: of the product; None means the table's.
             columns_multiple: N is padded with zeros to a multiple of this.
         Returns: ``(B, H, L, N)``, or broadcastable to it; column ``N - 1`` is for leading tokens, if there are any.

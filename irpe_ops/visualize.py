@@ -38,10 +38,10 @@ def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) 
     if not (0 <= row < height and 0 <= col < width):
         raise ValueError(f"query {row},{col}: outside the {height}x{width} grid (rows and columns count from 0)")
     rows, cols = (slice(side - 1 - at, 2 * side - 1 - at) for side, at in ((height, row), (width, col)))
-    return {name: _seen_from_middle(name, config.ratio, height, width)[rows, cols] for name in maps_of(config.method)}
+    return {name: _centred_ids(name, config.ratio, height, width)[rows, cols] for name in maps_of(config.method)}
 
 
-def _seen_from_middle(name: str, ratio: float, height: int, width: int) -> Tensor:
+def _centred_ids(name: str, ratio: float, height: int, width: int) -> Tensor:
     """The bucket of every offset, ``(2 height - 1, 2 width - 1)``: the keys around a query in the middle."""
     return offset_ids(bucket_map_named(name), ratio, height, width, name).flip(0, 1)  # an offset is query minus key
 
@@ -57,7 +57,7 @@ def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tenso
         if isinstance(module, IRPE):
             table = module.table.detach().float().cpu()
             strength = table.norm(dim=2 if module.on_values else 1) if table.dim() == 3 else table  # (H or 1, N)
-            maps[name] = strength[:, _seen_from_middle(module.method, module.ratio, height, width)]
+            maps[name] = strength[:, _centred_ids(module.method, module.ratio, height, width)]
     if not maps:
         raise ValueError("this model has no relative position encoding")
     return maps
@@ -165,7 +165,7 @@ def draw_overview(ratio: float = 1.9, reach: int = 5) -> "Figure":
     side = 2 * reach + 1
     names = [name for method in ("product", "euc", "quant", "cross") for name in maps_of(method)]
     for axis, name in zip(axes, names, strict=True):
-        ids = _seen_from_middle(name, ratio, reach + 1, reach + 1)
+        ids = _centred_ids(name, ratio, reach + 1, reach + 1)
         values = ids.unique(return_inverse=True)[1]  # 0, 1, ...: neighbouring ids get neighbouring colours
         axis.pcolormesh(values.numpy(), cmap="viridis", edgecolors="face", linewidth=0.2)
         rows, cols = (ids[1:] != ids[:-1]).nonzero().T

@@ -37,9 +37,9 @@ class Agreement:
         with report_lost_ranks("step"):
             self._work = dist.all_reduce(self._message, async_op=True) if world_size() > 1 else None
         if loss.device.type == "cuda":
-            self._copy_beside_the_backward_pass()
+            self._copy_during_backward()
 
-    def _copy_beside_the_backward_pass(self) -> None:
+    def _copy_during_backward(self) -> None:
         device = self._message.device
         if self._side is None:
             self._side = torch.cuda.Stream(device)

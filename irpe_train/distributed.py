@@ -51,7 +51,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
         RankLost: not all processes arrived within ``timeout``.
         ValueError: more processes than GPUs on this machine.
     """
-    my_rank, world, local_rank = _place_in_the_world()
+    my_rank, world, local_rank = _rank_from_environment()
     set_up_logging(my_rank)
     if len(lone := {"RANK", "WORLD_SIZE"} & os.environ.keys()) == world == 1:
         logger.warning(f"{lone.pop()} is set without the other of RANK and WORLD_SIZE: running as a single process")
@@ -91,7 +91,7 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def _place_in_the_world() -> tuple[int, int, int]:
+def _rank_from_environment() -> tuple[int, int, int]:
     """Rank, world size and local rank, from the environment. Raises: BadFlags: its variables are inconsistent."""
     env, place = os.environ, (0, 1, 0)
     with blamed_on("environment (RANK, WORLD_SIZE, ..., which torchrun or srun set; unset them for one process)"):
@@ -198,7 +198,7 @@ def report_lost_ranks(where: str):
         STOP.leave_if_asked()  # the peer has left first
         raise RankLost(
             f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {where}: "
-            f"{first_line(error)}). Look for the first error of the other ranks; restart with --resume auto."
+            f"{first_line(error)}). Look for the first error on the other ranks; restart with --resume auto."
         ) from error
 
 

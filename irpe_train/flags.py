@@ -37,7 +37,7 @@ class FlagParser(argparse.ArgumentParser):
             sys.stdout.reconfigure(errors="backslashreplace")
         words = sys.argv[1:] if args is None else list(args)
         end = words.index("--") if "--" in words else len(words)  # what follows is not a flag, whatever it looks like
-        return super().parse_known_args([*map(self._spelt_as_known, words[:end]), *words[end:]], namespace)
+        return super().parse_known_args([*map(self._known_spelling, words[:end]), *words[end:]], namespace)
 
     def error(self, message: str) -> NoReturn:
         message = message.replace("unrecognized arguments", "unexpected argument")
@@ -58,7 +58,7 @@ class FlagParser(argparse.ArgumentParser):
         formatter.end_section()
         return formatter.format_help()
 
-    def _spelt_as_known(self, word: str) -> str:
+    def _known_spelling(self, word: str) -> str:
         name, equals, value = word.partition("=")
         options = self._option_string_actions
         if not name.startswith("--") or name == "--" or name in options:

@@ -147,11 +147,11 @@ def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:
 
 def _loader(read: Callable, batches: Iterable, collate_fn: Callable, **how) -> DataLoader:
     """Batches of (samples as ``collate_fn`` made them, unreadable images); ``batches`` are lists of what is read."""
-    how |= dict(worker_init_fn=_begin_worker, generator=torch.Generator())
+    how |= dict(worker_init_fn=_init_worker, generator=torch.Generator())
     return DataLoader(_Read(read), batch_sampler=batches, collate_fn=partial(_collate_and_report, collate_fn), **how)
 
 
-def _begin_worker(worker_id: int) -> None:
+def _init_worker(worker_id: int) -> None:
     # multiprocessing calls it in its own thread if the main process ends while fetching a tensor from here.
     sys.excepthook = lambda *_: None
     ignore_signals_from_others()

@@ -104,7 +104,7 @@ class Preemption:
         if callable(before := self._before.get(self.signal)):  # None on a rank that saw no signal itself
             before(self.signal, None)  # rank 0 leaves here under submitit, once the job is queued again
             time.sleep(20)  # the others must not leave first: SLURM might then kill rank 0 in mid-request
-        self._say()
+        self._announce()
         raise Preempted
 
     def _note(self, number, frame) -> None:
@@ -119,15 +119,15 @@ class Preemption:
                 interrupts += numbers.count(signal.SIGINT)
                 if interrupts > 1:
                     os._exit(128 + signal.SIGINT)
-            self._talk()
+            self._sync_with_ranks()
             if self.signal is None or self.training or self._writing:
                 ignored_since = None
             elif ignored_since is None:
                 ignored_since = time.monotonic()
             elif time.monotonic() - ignored_since > GRACE:
-                self._cut_short()
+                self._force_exit()
 
-    def _talk(self) -> None:
+    def _sync_with_ranks(self) -> None:
         """Pass a request on to the other ranks, or take one from them."""
         if (store := self._store) is None:
             return
@@ -143,14 +143,14 @@ class Preemption:
             self._all_heard.set()
             self._store = None
 
-    def _cut_short(self) -> None:
-        self._say()
+    def _force_exit(self) -> None:
+        self._announce()
         if callable(before := self._before.get(self.signal)):
             with contextlib.suppress(BaseException):
                 before(self.signal, None)
         os._exit(Preempted.EXIT_CODE)
 
-    def _say(self) -> None:
+    def _announce(self) -> None:
         name = signal.Signals(self.signal or signal.SIGTERM).name
         logger.warning(f"stopped by {name}; the same command with --resume auto continues")
 

@@ -56,7 +56,7 @@ class Checkpoints:
         if self.folder is None:
             return
         contents = state.to_dict(self.keys)
-        contents["progress"]["also"] = list(also)  # in case of a kill before the naming: see _name_again
+        contents["progress"]["also"] = list(also)  # in case of a kill before the naming: see _restore_names
         if is_main():
             with STOP.writing():
                 names = tuple(self.folder / name for name in also)
@@ -85,7 +85,7 @@ class Checkpoints:
                 if self.folder is not None and evaluate:
                     writable_folder(self.folder, "--output_dir")
                 if found is not None and where == "auto" and not evaluate:
-                    self._name_again(found)
+                    self._restore_names(found)
             except RunError as error:
                 problem = error
         source, problem = from_main((found and found.source, problem))
@@ -114,7 +114,7 @@ class Checkpoints:
             raise RunError(f"--output_dir {self.folder} holds {', '.join(old)} of another run. {remedy}")
         log_details(self.folder)
 
-    def _name_again(self, found: Checkpoint) -> None:
+    def _restore_names(self, found: Checkpoint) -> None:
         """Give the checkpoint its further names, such as ``best.pth``, if the run died before naming it.
 
         After a fallback the previous checkpoint replaces the damaged one; else the next save would do the opposite.

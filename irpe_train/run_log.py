@@ -53,7 +53,7 @@ class RunLog:
             try:
                 self._board = _summary_writer(self.path.parent / "tensorboard", epoch)
             except OSError as error:
-                self._go_on_without_tensorboard(error)
+                self._drop_tensorboard(error)
         if wandb:
             self._wandb = _wandb_run(wandb, self.path.parent, resumed)
 
@@ -71,11 +71,11 @@ class RunLog:
                     self._board.add_scalar(name, value, stats["epoch"])
                 self._board.flush()
             except OSError as error:
-                self._go_on_without_tensorboard(error)
+                self._drop_tensorboard(error)
         if self._wandb is not None:
             self._wandb.log(dict(_scalars(stats)), step=stats["epoch"])
 
-    def _go_on_without_tensorboard(self, error: OSError) -> None:
+    def _drop_tensorboard(self, error: OSError) -> None:
         self._board = None
         logger.warning(f"TensorBoard: cannot write to {self.path.parent / 'tensorboard'} ({error}); continuing without")
 

@@ -55,7 +55,7 @@ class Steps:
         self.save_steps, self.save_seconds = parse_save_interval(save_interval) if save_interval else (None, None)
         self._last_save = time.monotonic()
         self._agreement, self._agreed = Agreement(), Votes(0, 0, 0, 0)
-        self._bad_looked_at = 0
+        self._bad_seen = 0
         state.fit_to(len(loader), mix(loader.batch_size, accumulate, seed))
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Steps:
 
     def __iter__(self):
         state = self.state
-        self._bad_looked_at = 0
+        self._bad_seen = 0
         STOP.training = True
         if self._trained_at is not None:
             self._between = time.monotonic() - self._trained_at
@@ -121,7 +121,7 @@ class Steps:
         self._agreed = self._agreement.answer()
         if self._agreed.not_finite:
             self._stop_for_nonfinite_loss()
-        if self._agreed.bad_samples > max(self.max_bad * len(self.loader.dataset), self._bad_looked_at):
+        if self._agreed.bad_samples > max(self.max_bad * len(self.loader.dataset), self._bad_seen):
             self._stop_if_too_many_are_bad()
 
     def finish_training(self, stats: dict, also: tuple[str, ...] = ()) -> None:
@@ -176,7 +176,7 @@ class Steps:
         )
 
     def _stop_if_too_many_are_bad(self) -> None:
-        self._bad_looked_at = self._agreed.bad_samples
+        self._bad_seen = self._agreed.bad_samples
         bad = {name: reason for of_rank in gather(self.loader.bad) for name, reason in of_rank.items()}
         allowed = self.max_bad * len(self.loader.dataset)
         if len(bad) > allowed:

@@ -50,7 +50,7 @@ def measure(
         torch.inference_mode(False),
         torch.set_grad_enabled(training),
         unhooked,
-        _any_algorithm(),
+        _nondeterministic(),
     ):
         small = _small_copy(call, training)
         with torch.autocast(device.type, enabled=False):
@@ -73,7 +73,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _any_algorithm() -> Iterator[None]:
+def _nondeterministic() -> Iterator[None]:
     """Deterministic algorithms off: plain PyTorch, the reference, may have no deterministic ones."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)

@@ -130,7 +130,7 @@ def _attend(*arguments):
                        log_sums=log_sums, out=out)  # fmt: skip
         if on_v:
             launch.sum(chunk, kept, sums, peaks, log_sums)
-        del pairs_k, pairs_q, kept, peaks  # before there is room for the next chunk
+        del pairs_k, pairs_q, kept, peaks  # freed before the next chunk needs room
     return out, sums, log_sums
 
 
@@ -159,7 +159,7 @@ def _differentiate(grad_out, grad_sums, out, sums, log_sums, *arguments):
             launch.sum(chunk, kept, grad_lookup_k)
         if pairs_q is not None:
             launch.sum(chunk, pairs_q, grad_lookup_q)
-        del pairs_k, pairs_q, pairs_v, kept  # before there is room for the next chunk
+        del pairs_k, pairs_q, pairs_v, kept  # freed before the next chunk needs room
     return grads
 
 

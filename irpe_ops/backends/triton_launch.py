@@ -14,7 +14,7 @@ from irpe_ops.buckets import count_buckets
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COLUMN_MULTIPLE = 8  # half-precision rows then start at multiples of 16 bytes, as loads and products need
-CHUNK_BYTES = 64 << 20  # of values for pairs of tokens at a time, at least; and at least one plane
+CHUNK_BYTES = 64 << 20  # of pair values per chunk, at least; a chunk has at least one plane
 
 
 class Arguments(NamedTuple):

@@ -159,7 +159,7 @@ def test_the_gpu_of_a_single_process_is_made_the_current_one(monkeypatch):
 
 def test_nccl_is_told_the_gpu_of_its_process(monkeypatch):
     joined = {}
-    monkeypatch.setattr(distributed, "_place_in_the_world", lambda: (1, 2, 1))
+    monkeypatch.setattr(distributed, "_rank_from_environment", lambda: (1, 2, 1))
     monkeypatch.setattr(distributed, "choose_device", lambda name, local_rank: torch.device("cuda", local_rank))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(distributed.STOP, "share", lambda *args: None)
@@ -249,7 +249,7 @@ def test_place_under_slurm(monkeypatch):
         monkeypatch.setenv(name, "")  # so that what is set below is undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script's own shell: one process
-    assert distributed._place_in_the_world() == (0, 1, 0)
+    assert distributed._rank_from_environment() == (0, 1, 0)
     for name, value in (
         ("STEP_NUM_TASKS", "8"),
         ("PROCID", "5"),
@@ -260,7 +260,7 @@ def test_place_under_slurm(monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     for visible, local_rank in ((0, 1), (8, 1), (1, 0)):  # srun --gpus-per-task=1: each process sees only its own
         monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
-        assert distributed._place_in_the_world() == (5, 8, local_rank)
+        assert distributed._rank_from_environment() == (5, 8, local_rank)
     assert os.environ["MASTER_ADDR"] == "n3" and 20000 <= int(os.environ["MASTER_PORT"]) < 60000
     monkeypatch.delenv("MASTER_ADDR")
     monkeypatch.delenv("MASTER_PORT")
