@@ -18,6 +18,7 @@ from irpe_ops.methods import (
     ids_of,
     offset_ids,
     piecewise_index,
+    whole_number,
 )
 from irpe_ops.rpe_index import constant_of_graphs
 
@@ -40,9 +41,8 @@ def get_bucket_ids_2d(
     """
     method = find_map(method)
     check_coefficients(alpha, beta, gamma)
-    for name, value, least in (("height", height, 1), ("width", width, 1), ("skip", skip, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"get_bucket_ids_2d: {name} must be an integer of at least {least}, not {value!r}")
+    sizes = (("height", height, 1), ("width", width, 1), ("skip", skip, 0))
+    height, width, skip = (whole_number(f"get_bucket_ids_2d: {name}", value, least) for name, value, least in sizes)
     bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     # A map built during evaluation must also work in training, where inference tensors do not.
     with torch.inference_mode(False), torch.no_grad():

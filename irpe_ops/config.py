@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from irpe_ops.buckets import count_buckets
-from irpe_ops.methods import find_method, maps_of
+from irpe_ops.methods import find_method, maps_of, whole_number
 from irpe_ops.modes import MODES
 
 MAX_BUCKETS = 1 << 16  # per table, the limit of rpe_ops_cuda's kernels; more can only be a typo
@@ -51,9 +51,8 @@ class RPEConfig:
             )
         if not (isinstance(self.shared_head, bool) or self.shared_head in (0, 1)):
             raise ValueError(f"shared_head is True or False (1 or 0 in a spec), not {self.shared_head!r}")
-        if not isinstance(self.skip, int) or isinstance(self.skip, bool) or self.skip < 0:
-            raise ValueError(f"skip is the number of leading tokens, 0 or more, not {self.skip!r}")
-        checked = {"ratio": _check_ratio(self.ratio, method), "method": method, "mode": mode, "rpe_on": rpe_on}
+        skip = whole_number("skip, the number of leading tokens,", self.skip, 0)
+        checked = dict(ratio=_check_ratio(self.ratio, method), method=method, mode=mode, rpe_on=rpe_on, skip=skip)
         for name, value in {**checked, "shared_head": bool(self.shared_head)}.items():
             object.__setattr__(self, name, value)
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The piecewise index and the methods built on it: a method is one row of `METHODS`, yours included."""
 
+import contextlib
 import importlib
 import math
+import operator
 import os
 import re
 import sys
@@ -31,6 +33,20 @@ def piecewise_index(distance: Tensor, alpha: float, beta: float, gamma: float) -
     # Clipped after rounding, at a bound that need not be an integer: ratio 1.9 clips 4 to 3.8, which truncates to 3.
     far = far.round().clamp(max=beta)
     return (torch.where(size <= alpha, size.round(), far) * distance.sign()).long()
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """``value`` as an int, also NumPy's, or a size that is being traced.
+
+    Raises: ValueError: naming ``name``, if it is not one, or below ``least``.
+    """
+    number = value
+    if not isinstance(value, (int, torch.SymInt)):
+        with contextlib.suppress(TypeError):
+            number = operator.index(value)
+    if isinstance(value, bool) or not isinstance(number, (int, torch.SymInt)) or number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+    return number
 
 
 def check_coefficients(alpha: float, beta: float, gamma: float) -> None:
@@ -201,9 +217,8 @@ def ids_of(
     Raises: ValueError: naming ``name``, unless they are int64, of a fitting shape, in ``[0, num_buckets(beta))``;
         RuntimeError: for wrong values of a registered method under ``torch.compile``, when the graph runs.
     """
-    ids, count, shape = row.ids(drow, dcol, index, beta), row.num_buckets(beta), (drow + dcol).shape
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}: num_buckets(beta) must be a positive integer, not {count!r}")
+    ids, shape = row.ids(drow, dcol, index, beta), (drow + dcol).shape
+    count = whole_number(f"{name}: num_buckets(beta)", row.num_buckets(beta), 1)
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise ValueError(f"{name}: ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
     if ids.dim() > len(shape) or any(a not in (1, b) for a, b in zip(ids.shape[::-1], shape[::-1], strict=False)):

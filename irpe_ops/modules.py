@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from irpe_ops.buckets import bucket_map, count_buckets, offset_map, traced_bucket_map, traced_offset_map
 from irpe_ops.config import RPEConfig
-from irpe_ops.methods import find_map, maps_of
+from irpe_ops.methods import find_map, maps_of, whole_number
 from irpe_ops.modes import MODES, product, without_autocast
 from irpe_ops.rpe_index import not_dense, rpe_index, rpe_index_adjoint
 
@@ -194,9 +194,8 @@ def build_rpe(
         return None, None, None
     if not isinstance(config, RPEConfig):
         raise TypeError(f"build_rpe: expected get_rpe_config(...) or parse_rpe_spec(...), got {config!r}")
-    for name, value in (("head_dim", head_dim), ("num_heads", num_heads)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"build_rpe: {name} must be a positive integer, not {value!r}")
+    head_dim = whole_number("build_rpe: head_dim", head_dim, 1)
+    num_heads = whole_number("build_rpe: num_heads", num_heads, 1)
     kind = IRPE if len(maps_of(config.method)) == 1 else IRPESum
     return tuple(kind(config, head_dim, num_heads, role) if role in config.rpe_on else None for role in "qkv")
 
@@ -215,10 +214,8 @@ def resolve_grid(length: int, height: int | None, width: int | None, skip: int, 
             remedy = "pass height and width (equip: grid=(height, width)), or build the encoding with the right skip"
             raise ValueError(f"{name}: L={length} minus skip={skip} leading tokens is not a square grid; {remedy}")
         return side, side
-    for side, value in (("height", height), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise ValueError(f"{name}: {side} is the number of patches on that side, an integer, not {value!r}")
-    if height < 1 or width < 1 or height * width + skip != length:
+    height, width = whole_number(f"{name}: height", height, 1), whole_number(f"{name}: width", width, 1)
+    if height * width + skip != length:
         raise ValueError(
             f"{name}: height={height}, width={width} gives {height * width} tokens and the table expects skip={skip} "
             f"leading ones; got L={length}, not {height * width + skip}"

@@ -7,6 +7,7 @@ from irpe_ops.attention import BACKENDS
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.equip import hugging_face, multihead, timm_vit
 from irpe_ops.equip.token_grid import TokenGrid
+from irpe_ops.methods import whole_number
 
 __all__ = ["TokenGrid", "equip"]
 
@@ -39,9 +40,9 @@ def equip(
     if grid is not None and not isinstance(inner, nn.TransformerEncoder):
         raise ValueError(f"equip: grid is for a torch.nn.TransformerEncoder, not for a {type(inner).__name__}")
     if grid is not None:
-        sizes = grid if isinstance(grid, (tuple, list)) else ()
-        if [type(size) for size in sizes] != [int, int] or min(sizes) < 1:
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
             raise ValueError(f"equip: grid is (height, width) in tokens, not {grid!r}")
+        grid = tuple(whole_number("equip: a side of grid", size, 1) for size in grid)
     if isinstance(inner, nn.TransformerEncoder):
         multihead.equip_encoder(inner, config, backend, grid)
     elif multihead.is_torchvision_vit(inner):

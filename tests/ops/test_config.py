@@ -100,8 +100,8 @@ def test_wrong_specs_say_what_is_wrong(spec, words):
         ({"ratio": 10**400}, "more than 65,536 buckets"),
         ({"shared_head": "yes"}, "shared_head is True or False"),
         ({"shared_head": 2}, "shared_head is True or False"),
-        ({"skip": -1}, "skip is the number of leading tokens, 0 or more, not -1"),
-        ({"skip": 1.0}, "skip is the number of leading tokens"),
+        ({"skip": -1}, "skip, the number of leading tokens, must be an integer of at least 0, not -1"),
+        ({"skip": 1.0}, "skip, the number of leading tokens, must be an integer of at least 0, not 1.0"),
     ],
 )
 def test_wrong_fields_say_what_is_wrong(fields, words):

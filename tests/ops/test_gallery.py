@@ -5,12 +5,13 @@ import io
 import re
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
-from irpe_ops import equip, parse_rpe_spec
+from irpe_ops import build_rpe, equip, get_bucket_ids_2d, parse_rpe_spec
 from irpe_ops.equip.timm_vit import RPEAttention
 from tests import oracles
 
@@ -382,10 +383,29 @@ def test_a_model_that_was_compiled_before_is_equipped_inside(build):
     assert equip(model, SPEC) is model and any("rpe_k" in name for name, _ in inside.named_parameters())
 
 
-@pytest.mark.parametrize("grid", [3, "34", (0, 12), (3.0, 4), (3, 4, 1), (True, 12)])
+@pytest.mark.parametrize("grid", [3, "34", (3, 4, 1)])
 def test_a_grid_is_two_numbers_of_tokens(grid):
     with pytest.raises(ValueError, match=re.escape(f"equip: grid is (height, width) in tokens, not {grid!r}")):
         equip(encoder(), SPEC, grid=grid)
+
+
+@pytest.mark.parametrize("side", [0, 3.0, True, "3", np.float64(3), np.array([3, 4]), torch.tensor(3.0)])
+def test_sides_of_a_grid_are_whole_numbers(side):
+    wanted = re.escape(f"must be an integer of at least 1, not {side!r}")
+    with pytest.raises(ValueError, match=f"equip: a side of grid {wanted}"):
+        equip(encoder(), SPEC, grid=(side, 4))
+    with pytest.raises(ValueError, match=f"rpe_k: height {wanted}"):
+        build_rpe(parse_rpe_spec(SPEC), 8, 2)[1](torch.zeros(1, 2, 12, 8), side, 4)
+
+
+def test_whole_numbers_of_numpy_are_taken():
+    three, four, skip = np.int64(3), np.uint8(4), np.int32(1)
+    assert equip(encoder(), SPEC, grid=(three, four))(torch.zeros(1, 12, 16)).shape == (1, 12, 16)
+    rpe = build_rpe(parse_rpe_spec(SPEC, skip), np.int16(8), np.int8(2))[1]
+    x = torch.randn(1, 2, 13, 8)
+    assert rpe(x, three, four).equal(rpe(x, 3, 4))
+    ours, wanted = (get_bucket_ids_2d("product", *sizes, 1.9, 3.8, 15.2) for sizes in ((three, four, skip), (3, 4, 1)))
+    assert ours[0].equal(wanted[0]) and ours[1] == wanted[1]
 
 
 def test_an_encoder_without_layers_is_refused():
