@@ -19,7 +19,7 @@ class Votes(NamedTuple):
 
 
 class Agreement:
-    """``ask`` sends this rank's votes, ``answer`` waits for the sum over all ranks; call both on every rank."""
+    """``ask`` sends this rank's votes, ``answer`` waits for the sum over all ranks. Call both on every rank."""
 
     def __init__(self):
         self._message = self._work = self._arrived = None

@@ -199,7 +199,7 @@ def parse_yaml(text: str, source: str) -> object:
 
 
 def refuse_repeated(names: Iterable[str], source: str) -> None:
-    """Raises: ConfigError: one of the names comes twice; begins with ``source``."""
+    """Raises: ConfigError: a name appears twice; begins with ``source``."""
     for name, count in Counter(names).items():
         if count > 1:
             raise ConfigError(f"{source}: {name:.80} appears {count} times; keep one")

@@ -152,8 +152,8 @@ def wrap(
         model = torch.compile(model)
     if world_size() == 1:
         return model
-    # DistributedDataParallel reorders its buckets after the first step, unless it looks for unused parameters; a
-    # resumed run would sum its first step in a different order from the uninterrupted one, and differ in the last bit.
+    # DistributedDataParallel reorders its buckets after the first step, unless it looks for unused parameters. A
+    # resumed run would then sum its first step in another order than the uninterrupted one, and differ in the last bit.
     devices = [device] if device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(model, devices, find_unused_parameters=deterministic)
 

@@ -146,7 +146,7 @@ def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:
 
 
 def _loader(read: Callable, batches: Iterable, collate_fn: Callable, **how) -> DataLoader:
-    """Batches of (samples as ``collate_fn`` made them, unreadable images); ``batches`` are lists of what is read."""
+    """Batches of (samples as ``collate_fn`` made them, unreadable images); ``batches`` are lists of keys to read."""
     how |= dict(worker_init_fn=_init_worker, generator=torch.Generator())
     return DataLoader(_Read(read), batch_sampler=batches, collate_fn=partial(_collate_and_report, collate_fn), **how)
 

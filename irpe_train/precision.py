@@ -26,7 +26,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def autocast(self) -> torch.autocast:
-        """The context for the model's forward pass; losses that must stay in fp32 leave it again."""
+        """The context for the model's forward pass; losses that need fp32 leave it again."""
         return torch.autocast(self.device.type, dtype=DTYPES[self.amp], enabled=self.amp != "none")
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1, SIGUSR2.
 
-The handler only notes the signal. During training ``Steps`` saves and stops all ranks after the same step; evaluation
+The handler only notes the signal. During training ``Steps`` saves and stops all ranks after the same step. Evaluation
 stops between two batches. Anything else, such as listing the data or building the model, is ended by a thread after
 ``GRACE`` seconds, which is safe: the state on disk is complete. The threads share the request through the ranks' store,
 so that all ranks stop together.
