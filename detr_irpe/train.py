@@ -187,7 +187,7 @@ def agree_on_classes(
     start: Checkpoint | None,
     frozen: Checkpoint | None,
 ) -> int:
-    """The number of class ids of the head: the checkpoint's, if the head is not trained, or trained further."""
+    """The number of class ids of the head: the checkpoint's, unless the run trains a new head."""
     resumed = checkpoint if checkpoint is not None and "optimizer" in checkpoint.contents else None  # else a new run
     if checkpoint is not None and not args.eval:
         trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)

@@ -71,7 +71,7 @@ class Ablation:
         return [row if row is baseline else dataclasses.replace(row, baseline=baseline) for row in rows.values()]
 
     def _written(self, run: str) -> str:
-        """Its ``flags.yaml``."""
+        """The run's ``flags.yaml``."""
         return yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
 
     def _outcome(self, run: str, seed: int) -> Outcome:

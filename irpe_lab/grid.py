@@ -11,7 +11,7 @@ runs:                                  # and/or single runs: a name and its flag
   small images: {input-size: 112, rpe: none}
 seeds: [0, 1, 2]
 baseline: none                         # the run that others are compared with, seed by seed; by default "none"
-published: {rpe-1.9-product-ctx-1-k: NAME OF THE MODEL ZOO}
+published: {rpe-1.9-product-ctx-1-k: NAME IN THE MODEL ZOO}
 evaluations:                           # of every trained run, without training again: a name and its flags
   at 288 pixels: {input-size: 288}
 
@@ -169,14 +169,14 @@ def _parse_all(grid: Grid) -> None:
         source = f"grid {grid.name}: run {run}"
         argv = flags_of(parser, flags, source)
         for name, more in {"": [], **grid.evaluations}.items():
-            file, said = f"detail_{slug(name)}_{run}_seed{max(grid.seeds)}.log", io.StringIO()
+            file, errors = f"detail_{slug(name)}_{run}_seed{max(grid.seeds)}.log", io.StringIO()
             if len(file.encode()) > 255:
                 raise ConfigError(f"{source}, {name}: a file would be called {file:.100}...; expected shorter names")
             try:
-                with contextlib.redirect_stderr(said):
+                with contextlib.redirect_stderr(errors):
                     parser.parse_args([*argv, *more])
             except SystemExit as error:
-                reason = said.getvalue().strip().splitlines()[-1:] or ["refused"]
+                reason = errors.getvalue().strip().splitlines()[-1:] or ["refused"]
                 where = f"{source}, {name}" if name else source
                 raise ConfigError(f"{where}: {reason[0].partition('error: ')[2] or reason[0]}") from error
 

@@ -2,7 +2,7 @@
 """One run of an ablation: a folder with its command, console output and outcome; and pools that work through many.
 
     FOLDER/flags.yaml    its flags, a --config file
-    FOLDER/job.json      the command and the evaluations after it; after a try also the seconds of all tries
+    FOLDER/job.json      the command and the evaluations after it; after the first try also the seconds of all tries
     FOLDER/detail.log    its console output
     FOLDER/done.json     how it ended, written at the end
     FOLDER/eval_*.log    the console output of each evaluation after it
@@ -200,7 +200,7 @@ class LocalPool:
 
 
 class SlurmPool:
-    """SLURM jobs through submitit, one per run; they go on when this runner ends, and are found again by job id.
+    """SLURM jobs through submitit, one per run; they continue after this runner ends, and are found again by job id.
 
     Args: options: submitit's parameters, and ``cluster``. Raises: BadFlags: submitit refuses one.
     """
@@ -236,7 +236,7 @@ class SlurmPool:
         return set(self._jobs)
 
     def stop(self) -> None:
-        """Nothing: the jobs belong to the queue."""
+        """Does nothing: the queue keeps the jobs."""
 
 
 def read_json(path: Path) -> dict:

@@ -73,8 +73,8 @@ def annotation_problems(
     quarter = len(boxes) > 3 and (sized & (x + width <= image_width / 2) & (y + height <= image_height / 2)).all()
     rows = np.column_stack([owner, labels, boxes])
     order = np.lexsort(rows.T)  # equal rows are neighbours, in the order of the file
-    again = torch.zeros(len(rows), dtype=torch.bool)
-    again[order[1:][(rows[order[1:]] == rows[order[:-1]]).all(1)]] = True
+    repeated = torch.zeros(len(rows), dtype=torch.bool)
+    repeated[order[1:][(rows[order[1:]] == rows[order[:-1]]).all(1)]] = True
     names = Counter(name.decode() for name in annotations.names)
     twice = [name for name, count in names.items() if count > 1]
     unsized = annotations.unsized() if masks else []
@@ -101,7 +101,7 @@ def annotation_problems(
         boxes_that("empty boxes, which are dropped", torch.minimum(width, height) == 0),
         boxes_that("boxes that reach outside their image, and are clipped to it", outside),
         Problem("duplicate file names", len(annotations) - len(names), twice[:3]),
-        boxes_that("duplicate objects (same image, category and box)", again),
+        boxes_that("duplicate objects (same image, category and box)", repeated),
         nothing_to_learn(int(learnable.sum()), len(annotations), train),
         Problem("objects without a mask; --masks needs one for each", masks and annotations.without_mask or 0),
         Problem("images without height and width; --masks needs them", len(unsized), unsized[:3]),
@@ -113,7 +113,7 @@ def panoptic_problems(dataset: CocoPanoptic, num_classes: int | None = None, *, 
     known = dataset.annotations
     listed = set() if known is None else set(known.image_ids.tolist())
     unknown = [] if known is None else [str(i) for i in dataset.image_ids.tolist() if i not in listed]
-    unlisted = f"images missing in {known and known.path.name}, by which boxes are scored"
+    unlisted = f"images missing in {known and known.path.name}, used to score boxes"
     return [
         *class_problems(dataset.labels, num_classes),
         nothing_to_learn(int((dataset.iscrowd == 0).sum()), len(dataset), train),
@@ -126,7 +126,7 @@ def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
     beyond = labels[labels >= (num_classes if num_classes is not None else torch.iinfo(torch.int64).max)]
     ids = [str(i) for i in beyond.unique().tolist()]
     how = "the largest id plus one, or auto; a checkpoint has its own"
-    out = f"--num_classes {num_classes} ({how}) leaves out objects by their category ids"
+    out = f"--num_classes {num_classes} ({how}) has no output for the ids of some objects"
     return [Problem(out, len(beyond), ids[:3])]
 
 

@@ -29,7 +29,7 @@ class FilesInFolder:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
-        present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # a pipe would never end
+        present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # reading a pipe would never end
         names = _as_stored(names, present)
         self._names = PackedStrings(os.fsencode(name) for name in names)
         # Path.is_file raises for a name that is too long.
@@ -117,7 +117,7 @@ def open_images(
         raise FileNotFoundError(f'{flag} {root}: no {split}/ or {split}.zip there. See README, "Data".')
     if images.missing:
         first = ", ".join(images.missing[:3]) + (", ..." if len(images.missing) > 3 else "")
-        missing = f"images that {listed_in} names are missing: {len(images.missing)} ({first})"
+        missing = f"missing images that {listed_in} lists: {len(images.missing)} ({first})"
         raise FileNotFoundError(f"{images.path}: {missing}. Extract or download the set again.")
     return images
 

@@ -51,7 +51,7 @@ def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: i
 
 def mask_problem(annotations: Annotations, checked: Sequence[int]) -> Problem:
     """Masks mostly outside their object's box: of another format, scale or object, or empty."""
-    beside = Problem("masks that lie less than half in the box of their object", allowed=1)
+    beside = Problem("masks less than half inside their object's box", allowed=1)
     for index in checked:
         size, objects = annotations.sizes[index].tolist(), annotations.of_image(index)
         shapes = annotations.segmentations_of_image(index)
@@ -72,11 +72,11 @@ def segment_image_problems(dataset: CocoPanoptic, checked: Sequence[int], allowe
     unreadable = Problem("unreadable segment images", allowed=allowed)
     other_size = Problem("segment images of another size than their image")
     unlisted = Problem("segment images with ids that 'segments_info' does not list")
-    absent = Problem("segments that 'segments_info' lists but no pixel has")
+    absent = Problem("segments in 'segments_info' without a pixel")
     known, sizes = dataset.annotations, {}
     if known is not None:
         sizes = dict(zip(known.image_ids.tolist(), known.sizes.tolist(), strict=True))
-    scored_size = Problem(f"images of another size in {known and known.path.name}, by which boxes are scored")
+    scored_size = Problem(f"images of another size in {known and known.path.name}, used to score boxes")
     for index in checked:
         name = dataset.segment_images.name(index)
         try:

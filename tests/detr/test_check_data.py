@@ -72,7 +72,7 @@ def test_a_good_set_passes(tmp_path, capsys, zips):
         (lambda c: c["images"][1].update(height=30), "another size than annotated: 1 .*44 x 56, annotated 30 x 56"),
         (
             lambda c: c["images"][1].update(file_name="nowhere.jpg"),
-            r"images that .*_train2017.json names are missing: 1 \(nowhere.jpg\)",
+            r"missing images that .*_train2017.json lists: 1 \(nowhere.jpg\)",
         ),
         (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] lacks 'bbox'"),
     ],
@@ -155,7 +155,7 @@ def grey_segments(root):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (grey_segments, r"panoptic_val2017.json: segments that 'segments_info' lists but no pixel has: 4 \(1 of"),
+        (grey_segments, r"panoptic_val2017.json: segments in 'segments_info' without a pixel: 4 \(1 of"),
         (
             lambda root: edit_annotations(root, "val2017", lambda c: c["categories"][0].update(name="pink")),
             "3 is 'red' in panoptic_val2017.json and 'pink' in instances_val2017.json",
@@ -205,7 +205,7 @@ def test_few_bad_boxes_in_a_large_set_are_a_warning(tmp_path, capsys):
     assert status == 0 and "warning: instances_train2017.json: empty boxes, which are dropped: 1" in text
     status, text = check(root, capsys, "--num_classes", "3")
     assert status == 1 and "--num_classes 3 (the largest id plus one, or auto; a checkpoint has its own)" in text
-    assert "leaves out objects by their category ids: 1500" in text
+    assert "has no output for the ids of some objects: 1500" in text
     edit_annotations(root, "train2017", lambda c: c["annotations"][7].update(category_id=9))
     status, text = check(root, capsys, "--num_classes", "9")  # one in 1,500 is one too many where it cannot be learned
     assert status == 1 and "error: instances_train2017.json: --num_classes 9 (the largest" in text
@@ -286,10 +286,10 @@ def test_splits_that_name_classes_otherwise_are_refused(tmp_path, capsys, names)
     [
         (
             lambda s: [[side / 56 for side in s[0]]],
-            "less than half in the box of their object: 6 .annotation 1 of 000000000101.jpg,",
+            "less than half inside their object's box: 6 .annotation 1 of 000000000101.jpg,",
         ),
-        (lambda s: [[min(side + 30, 60) for side in s[0]]], "less than half in the box of their object: 6"),
-        (lambda s: [[side + 6 for side in s[0]]], "less than half in the box of their object: 6"),  # centre and size
+        (lambda s: [[min(side + 30, 60) for side in s[0]]], "less than half inside their object's box: 6"),
+        (lambda s: [[side + 6 for side in s[0]]], "less than half inside their object's box: 6"),  # centre and size
         (lambda s: s + [[side / 56 for side in s[0]]], None),  # one of two parts is enough
     ],
 )
@@ -322,7 +322,7 @@ def test_boxes_of_a_smaller_copy_of_the_images_are_a_warning(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", each("annotations", "bbox", lambda box: [side / 2 for side in box]))
     status, text = check(root, capsys)
-    assert status == 1 and "instances_train2017.json: masks that lie less than half" in text
+    assert status == 1 and "instances_train2017.json: masks less than half inside" in text
     edit_annotations(root, "train2017", each("annotations", "segmentation", lambda _: []))
     status, text = check(root, capsys)
     assert status == 0 and "instances_train2017.json: boxes all in the top left quarter of their images; " in text

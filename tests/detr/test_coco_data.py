@@ -221,11 +221,11 @@ def test_missing_files_are_named(tmp_path):
         CocoDetection(root, "train2017", PLAIN)
     os.rename(root / "elsewhere", root / "train2017")
     (root / "train2017/000000000103.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"images .* are missing: 1 \(000000000103.jpg\)"):
+    with pytest.raises(FileNotFoundError, match=r"missing images that .* lists: 1 \(000000000103.jpg\)"):
         CocoDetection(root, "train2017", PLAIN)
     listed = root / "annotations/instances_train2017.json"
     listed.write_text(listed.read_text().replace("000000000103.jpg", "x" * 300))  # longer than a file's name can be
-    with pytest.raises(FileNotFoundError, match=r"images .* are missing: 1 \(x+\)"):
+    with pytest.raises(FileNotFoundError, match=r"missing images that .* lists: 1 \(x+\)"):
         CocoDetection(root, "train2017", PLAIN)
     listed.write_text("{not json")
     with pytest.raises(ValueError, match="not valid JSON"):
