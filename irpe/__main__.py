@@ -69,7 +69,7 @@ def overview(task: str = "") -> str:
 
 
 def nearest(argv: list[str]) -> str:
-    """The command probably meant by an unknown one."""
+    """The commands that an unknown one probably meant."""
     verbs = [name for name in COMMANDS if name.endswith(f" {argv[0]}")]
     close = verbs or difflib.get_close_matches(" ".join(argv[:2]), [*COMMANDS, *TASKS], n=1)
     close = close or difflib.get_close_matches(argv[0], [*COMMANDS, *TASKS], n=1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of each task: the only table keyed by task, for grids, reports, plots and console logs.
 
-A new task is a row of ``TASKS`` and, if it logs figures of its own, a row of ``PANELS``.
+A new task is a row of ``TASKS`` and, if it logs its own figures, a row of ``PANELS``.
 """
 
 import math
@@ -102,7 +102,7 @@ TASKS = {
     )
 }
 
-# Curves: title of a panel, and the log keys that may fill it: training, test. A panel without data is left out.
+# Curves: a panel's title, and its log keys for training and test. A panel without data is left out.
 PANELS = (
     ("loss", "train_loss", "test_loss"),
     ("top-1 accuracy (%)", None, "test_acc1"),
