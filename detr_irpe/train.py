@@ -30,7 +30,7 @@ from irpe_train.loader import EvalLoader
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
-from irpe_train.run import open_run, warn_of_other_flags
+from irpe_train.run import open_run, refuse_other_flags, warn_of_other_flags
 from irpe_train.run_folder import Checkpoint, Checkpoints
 from irpe_train.seeding import seed_everything
 from irpe_train.state import TrainState
@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> int | None:
     # --- device and seed
     STOP.install()
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
+    refuse_other_flags(args)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
     precision = Precision(args.amp, device)
 

@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Iterable
 
@@ -18,6 +19,20 @@ from irpe_train.steps import Steps
 
 # Flags that say where a run happens, not what it does.
 PLACES = ("config", "output_dir", "device", "num_workers", "resume", "tensorboard", "world_size", "dist_url")
+
+
+def refuse_other_flags(args: argparse.Namespace) -> None:
+    """Call it on every rank, first. Files and folders, and `PLACES`, may differ between machines.
+
+    Raises: RunError: on every rank, if a flag of some rank differs; names it.
+    """
+    flags = {name: str(value) for name, value in vars(args).items() if name not in PLACES}
+    first, *others = gather({name: text for name, text in flags.items() if not os.path.exists(text)})
+    for number, other in enumerate(others, 1):
+        for name in filter(other.__contains__, first):
+            if first[name] != other[name]:
+                different = f"--{name} is {first[name]!r} on rank 0 and {other[name]!r} on rank {number}"
+                raise RunError(f"{different}: start every rank with the same flags")
 
 
 def open_run(

@@ -1,8 +1,10 @@
 """Several gloo processes: all stop together, none hangs, and evaluation counts each image once."""
 
+import importlib
 import json
 import os
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +41,22 @@ def test_loss_not_finite_on_one_rank_stops_both(tmp_path):
     # The checkpoint is the one before the bad step, and training resumes from there.
     progress = read_checkpoint(tmp_path / "run" / "checkpoint.pth")["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 3)
+
+
+def with_another_rpe_on_rank_1(package, args):
+    """Paths may differ: each machine has its own."""
+    args.rpe = args.enc_rpe2d = "rpe-1.9-product-ctx-1-k" if os.environ["RANK"] == "1" else ""
+    args.data_path = args.coco_path = __file__ if os.environ["RANK"] == "1" else "/"
+    importlib.import_module(f"{package}.train").main(args)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("package", "flag"), [("deit_irpe", "rpe"), ("detr_irpe", "enc_rpe2d")])
+def test_ranks_with_different_flags_all_name_the_flag(tmp_path, package, flag):
+    parser = importlib.import_module(f"{package}.args").get_args_parser
+    for ended in run_ranks(partial(with_another_rpe_on_rank_1, package), parser, QUIET, tmp_path, world_size=2):
+        assert ended.code == 1 and "Traceback" not in ended.text, ended.text
+        assert f"RunError: --{flag} is '' on rank 0 and 'rpe-1.9-product-ctx-1-k' on rank 1: start e" in ended.text
 
 
 @pytest.mark.distributed
