@@ -24,8 +24,8 @@ from irpe_train.errors import RunError, ending_quietly
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.pixels import walk
-from irpe_train.run_log import PACKAGES, processor_name, surroundings
-from irpe_train.text_files import write_text
+from irpe_train.run_log import PACKAGES, keep_aside, processor_name, surroundings
+from irpe_train.text_files import read_text, write_text
 from irpe_train.zoo import read_zoo
 
 NOT_RUN = "not run"
@@ -162,10 +162,22 @@ def to_markdown(card: Mapping) -> str:
 
 
 def write_card(card: Mapping, path: Path) -> None:
-    """Write ``path`` + ``.json`` and ``path`` + ``.md``."""
+    """Write ``path`` + ``.json`` and ``path`` + ``.md``. Files there are renamed, unless ``card`` has their figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
-    write_text(path.with_name(path.name + ".md"), to_markdown(card))
+    files = data, text = [path.with_name(path.name + kind) for kind in (".json", ".md")]
+    try:
+        old = json.loads(read_text(data))
+        renewed = old["name"] == card["name"] and _figures_run(old) <= _figures_run(card)
+    except (OSError, RunError, ValueError, KeyError, TypeError):  # there is none, or it is no card
+        renewed = False
+    for file in () if renewed else filter(os.path.lexists, files):
+        keep_aside(file)
+    write_text(data, json.dumps(card, indent=1) + "\n")
+    write_text(text, to_markdown(card))
+
+
+def _figures_run(card: Mapping) -> set[str]:
+    return {line["figure"] for line in card["figures"] if line["here"] is not None}
 
 
 def fingerprint(path: Path) -> dict:

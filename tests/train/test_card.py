@@ -122,6 +122,22 @@ def test_expect_prints_and_saves(tmp_path, caplog, monkeypatch):
     assert card.Expected("auto", "", name, **about).meet(measured | {"acc1": 70.0}, "") == 1
 
 
+def test_figures_that_a_new_card_lacks_are_kept(tmp_path):
+    """The card of another row, one with figures that need data, and files of another program."""
+    name, counted = "deit_tiny_patch16_224_ctx_product_50_shared_k", {"n_parameters": 5755816}
+    for written in (counted, counted | {"acc1": 73.6}, counted | {"acc1": 73.7}):
+        card.write_card(card.make_card(name, written), tmp_path / "card")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "card.md"]
+    best = (tmp_path / "card.md").read_text()
+    card.write_card(card.make_card(name, counted), tmp_path / "card")
+    card.write_card(card.make_card("rpe-1.9-product-ctx-1-k", {"AP": 0.4}), tmp_path / "card")
+    assert (tmp_path / "card.1.md").read_text() == best and "5,755,816" in (tmp_path / "card.2.md").read_text()
+    assert (tmp_path / "card.md").read_text().startswith("# rpe-1.9-product-ctx-1-k: ")
+    (tmp_path / "card.json").write_text("[]")
+    card.write_card(card.make_card(name, counted), tmp_path / "card")
+    assert (tmp_path / "card.3.json").read_text() == "[]" and (tmp_path / "card.3.md").exists()
+
+
 def test_what_the_card_will_name_is_looked_for_before_the_evaluation(tmp_path):
     name, file = "deit_tiny_patch16_224_ctx_product_50_shared_k", tmp_path / "x.pth"
     with pytest.raises(FileNotFoundError, match="--expect: the card would name .*x.pth, which does not exist"):
