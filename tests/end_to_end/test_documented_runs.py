@@ -47,7 +47,7 @@ ELSEWHERE = {  # a command that is not run here, and what runs it
     r"python -m pytest": "runs these tests",
     r"python -m tests\.evidence": "test_same_numbers.py does what it does",
     r"git clone|pip install": "CI, and test_packaging.py",
-    r"python scripts/make_demo_data\.py --out demo_data --task": "test_demo_data.py; detect.md's writes the digits too",
+    r".*make_demo_data\.py --out demo_data --task classification$": "test_demo_data.py; detect.md's does more",
     r".*(--slurm|run_with_submitit)": "needs SLURM: test_distributed.py and test_launch.py imitate it",
     r"scripts/gpu_report\.sh": "needs a GPU",
     r"irpe info --check": "scripts/test.sh and test_info.py",

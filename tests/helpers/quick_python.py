@@ -82,7 +82,8 @@ def quick_programs() -> Path:
 
 def serve(door: socket.socket) -> None:
     """Fork for each stand-in that connects, and tell it the exit status. Ends this process when nobody needs it."""
-    select.select([door, sys.stdin], [], [])  # imports only when somebody needs it
+    if sys.stdin in select.select([door, sys.stdin], [], [])[0]:  # imports only when somebody needs it
+        return
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -97,6 +98,8 @@ def serve(door: socket.socket) -> None:
     while True:
         ready = multiprocessing.connection.wait([door, sys.stdin, *programs, *clients])
         if sys.stdin in ready:
+            for program in programs.values():  # those of a test session that was interrupted
+                program.terminate()
             os._exit(0)
         for client in clients.keys() & ready:
             clients.pop(client).terminate()
@@ -117,11 +120,13 @@ def serve(door: socket.socket) -> None:
 def start(client: socket.socket) -> multiprocessing.Process:
     """Run in a fork what a stand-in asks for."""
     _, streams, _, _ = socket.recv_fds(client, 1, 253)
-    request = client.makefile().readline()
-    program = multiprocessing.Process(target=run, args=(streams, *json.loads(request)))
-    program.start()
-    for stream in streams:
-        os.close(stream)
+    try:
+        request = client.makefile().readline()
+        program = multiprocessing.Process(target=run, args=(streams, *json.loads(request)))
+        program.start()
+    finally:
+        for stream in streams:
+            os.close(stream)
     return program
 
 
