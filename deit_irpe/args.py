@@ -105,7 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="IMNET: any image folder; CIFAR: CIFAR-100; WDS: WebDataset shards; HFDS: a folder of Hugging Face "
         "datasets (docs/data.md)",
     )
-    add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out, without a val/")
+    add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out if there is no val/")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to classify")
     add("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
     add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")

@@ -69,7 +69,7 @@ def evaluate(
         predictions.
     Returns: ``loss``, the mean over equally weighted batches; ``acc1`` and ``acc5`` in percent. With fewer than five
         classes ``acc5`` is 100.
-    Raises: ValueError: on every process, if an output of any is NaN or infinite.
+    Raises: ValueError: on every process, if the loss is not finite.
     """
     model.eval()
     meters = MetricLogger()

@@ -91,7 +91,7 @@ def draw_top(image: Image.Image, names: Sequence[str], shares: Sequence[float]) 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``; it refuses to overwrite a file before it does any work."""
+    """Predict for every image of ``args.images``. A file that it may not replace is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or give --tables")
     set_up_logging(0)

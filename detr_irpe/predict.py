@@ -33,7 +33,7 @@ MOST_POINTS = 3  # query points of attention, if none are given: the centres of 
 
 
 def main(args: argparse.Namespace) -> None:
-    """Predict for every image of ``args.images``; it refuses to overwrite a file before it does any work."""
+    """Predict for every image of ``args.images``. A file that it may not replace is refused before any work."""
     if not (args.images or args.tables):
         raise ValueError("nothing to predict: name images, or give --tables")
     if args.point and not args.attention:

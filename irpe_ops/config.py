@@ -19,7 +19,7 @@ class RPEConfig:
     """One encoding, checked and in lower case.
 
     Attributes:
-        ratio: ``alpha, beta, gamma = ratio * (1, 2, 8)``, in patches; at least 0.5, so that neighbours get their own.
+        ratio: ``alpha, beta, gamma = ratio * (1, 2, 8)``, in patches; at least 0.5: below, all share one bucket.
         method: how two positions become a bucket: ``euc``, ``quant``, ``cross``, ``product`` or a registered one.
         mode: ``ctx`` (the token's vector times the table; alias ``contextual``) or ``bias`` (the table alone).
         shared_head: one table for all heads, or one for each.

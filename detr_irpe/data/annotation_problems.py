@@ -113,7 +113,7 @@ def panoptic_problems(dataset: CocoPanoptic, num_classes: int | None = None, *, 
     known = dataset.annotations
     listed = set() if known is None else set(known.image_ids.tolist())
     unknown = [] if known is None else [str(i) for i in dataset.image_ids.tolist() if i not in listed]
-    unlisted = f"images missing in {known and known.path.name}, used to score boxes"
+    unlisted = f"images missing in {known and known.path.name}, which is used to score boxes"
     return [
         *class_problems(dataset.labels, num_classes),
         nothing_to_learn(int((dataset.iscrowd == 0).sum()), len(dataset), train),

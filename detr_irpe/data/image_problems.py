@@ -76,7 +76,7 @@ def segment_image_problems(dataset: CocoPanoptic, checked: Sequence[int], allowe
     known, sizes = dataset.annotations, {}
     if known is not None:
         sizes = dict(zip(known.image_ids.tolist(), known.sizes.tolist(), strict=True))
-    scored_size = Problem(f"images of another size in {known and known.path.name}, used to score boxes")
+    scored_size = Problem(f"images of another size in {known and known.path.name}, which is used to score boxes")
     for index in checked:
         name = dataset.segment_images.name(index)
         try:
