@@ -39,8 +39,8 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
 def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argparse.Namespace:
     trained = checkpoint.get("args")
     if not isinstance(trained, argparse.Namespace) or not hasattr(trained, "backbone"):  # the published ones have it
-        why = "the flags it was trained with say how to build the model. Use one that a training run wrote."
-        raise BadCheckpoint(f"checkpoint {source} has no 'args': {why}")
+        why = "these say how to build the model. Use one that training a DETR wrote; a classifier is for irpe classify"
+        raise BadCheckpoint(f"checkpoint {source} has no 'args' with the flags of a DETR: {why}")
     args = get_args_parser().parse_args([])
     for name in MODEL_FLAGS:
         default, value = getattr(args, name), getattr(trained, name, getattr(args, name))
