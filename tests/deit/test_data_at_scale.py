@@ -142,7 +142,7 @@ def test_class_folders_that_datasets_would_read_otherwise_are_refused(tmp_path, 
     write_images(tmp_path / "good", {"train/cat": 2, "train/dog": 1, "val/dog": 1})
     assert build_dataset(tmp_path / "good", True, data_set="HFDS").classes == ["cat", "dog"]
     write_images(tmp_path / "bad", {"train/cat/2023" if "2024" in other else "train/cat": 1, other: 1})
-    with pytest.raises(ValueError, match="that datasets takes for classes. Leave out --data-set HFDS"):
+    with pytest.raises(ValueError, match="that datasets takes as classes. Leave out --data-set HFDS"):
         build_dataset(tmp_path / "bad", True, data_set="HFDS")
 
 
