@@ -17,6 +17,7 @@ import os
 import runpy
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -94,27 +95,31 @@ def serve(door: socket.socket) -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     os.fsync = lambda handle: None  # as quick_disk.py
-    programs, clients = {}, {}  # by sentinel: ready when the program has ended; by socket: when its stand-in has
+    # A program tells its end by SIGCHLD: multiprocessing's sentinel may have a number that it needs for its own files.
+    ended, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakes.fileno())
+    programs, clients = [], {}  # clients: the program of each stand-in, ready when the stand-in has ended
     while True:
-        ready = multiprocessing.connection.wait([door, sys.stdin, *programs, *clients])
+        ready = multiprocessing.connection.wait([door, sys.stdin, ended, *clients])
         if sys.stdin in ready:
-            for program in programs.values():  # those of a test session that was interrupted
+            for program in programs:  # those of a test session that was interrupted
                 program.terminate()
             os._exit(0)
+        if ended in ready:
+            ended.recv(4096)
         for client in clients.keys() & ready:
             clients.pop(client).terminate()
-        for sentinel in programs.keys() & ready:
-            program = programs.pop(sentinel)
-            program.join()
-            for client in [client for client, its in clients.items() if its is program]:
-                del clients[client]
-                with client, contextlib.suppress(BrokenPipeError):
-                    client.sendall(b"%d\n" % program.exitcode)
+        for client in [client for client, program in clients.items() if program.exitcode is not None]:
+            with client, contextlib.suppress(BrokenPipeError):
+                client.sendall(b"%d\n" % clients.pop(client).exitcode)
+        programs = [program for program in programs if program.exitcode is None]
         if door in ready:
             client = door.accept()[0]
             with contextlib.suppress(ValueError):  # a stand-in that was killed before it asked
-                program = start(client)
-                programs[program.sentinel] = clients[client] = program
+                clients[client] = start(client)
+                programs.append(clients[client])
 
 
 def start(client: socket.socket) -> multiprocessing.Process:
@@ -134,6 +139,8 @@ def run(
     streams: list[int], numbers: list[int], stand_in: str, words: list[str], folder: str, environment: dict[str, str]
 ) -> None:
     """What ``python WORDS`` does."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
