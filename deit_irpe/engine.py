@@ -69,7 +69,6 @@ def evaluate(
         predictions.
     Returns: ``loss``, the mean over equally weighted batches; ``acc1`` and ``acc5`` in percent. With fewer than five
         classes ``acc5`` is 100.
-    Raises: ValueError: on every process, if the loss is not finite.
     """
     model.eval()
     meters = MetricLogger()
@@ -92,6 +91,6 @@ def evaluate(
     top1, top5, total = (sum(column) for column in zip(*counts, strict=True))
     stats = {**meters.averages(), "acc1": 100 * top1 / total, "acc5": 100 * top5 / total}
     if not math.isfinite(stats["loss"]):
-        raise ValueError("the model's outputs are not finite: use an earlier checkpoint, or --amp none")
+        logger.warning("the outputs for some images are NaN or infinite, so these figures mean nothing")
     logger.info(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     return stats

@@ -2,6 +2,7 @@
 """``main(args)``: a run of DeiT, from the flags to the last line of its log."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -135,6 +136,8 @@ def evaluate_only(
     if args.output_dir and number <= MOST_CONFUSED:
         confusion = torch.zeros(number, number, dtype=torch.int64)
     stats = evaluate(model, val_loader, precision, confusion)
+    if not math.isfinite(stats["loss"]):  # in training one image must not end the run
+        raise ValueError("the model's outputs are not finite: use an earlier checkpoint, or --amp none")
     logger.info(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
     if confusion is not None and args.dist_eval:  # otherwise every process has counted all images
         confusion = sum(distributed.gather(confusion))

@@ -152,6 +152,15 @@ def test_a_checkpoint_without_names_needs_as_many_classes(trained, tmp_path):
     assert ended.code == 1 and "its head has 4 outputs without class names; the data have 2" in ended.text
 
 
+def test_outputs_that_are_not_finite_are_no_result(colours, trained, tmp_path):
+    broken = torch.load(trained, weights_only=False)
+    broken["model"]["head.weight"].fill_(3e38)  # finite, but no product with it is
+    torch.save(broken, tmp_path / "broken.pth")
+    (ended,) = deit(colours, tmp_path / "out", "--eval", "--resume", tmp_path / "broken.pth")
+    assert ended.code == 1 and "outputs are not finite: use an earlier checkpoint, or --amp none" in ended.text
+    assert "Traceback" not in ended.text and not list((tmp_path / "out").glob("confusion*"))
+
+
 def test_resuming_in_another_order_is_refused():
     with pytest.raises(BadCheckpoint, match="x.pth: the training data have its classes in another order"):
         check_resumed_classes(["a", "b"], ["b", "a"], source="x.pth")

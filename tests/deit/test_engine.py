@@ -101,7 +101,6 @@ def test_the_figures_of_an_evaluation(amp, capsys):
     assert stats == {"loss": pytest.approx(sum(losses) / 2), "acc1": 40.0, "acc5": 80.0}
     assert losses[0] != pytest.approx(losses[1])
     assert model.seen == (torch.bfloat16 if amp == "bf16" else torch.float32)
-    capsys.readouterr()
-    with pytest.raises(ValueError, match="outputs are not finite: use an earlier checkpoint, or --amp none"):
-        evaluate(model, [(scores / 0, torch.arange(5))], precision)
-    assert "Acc@1" not in capsys.readouterr().out
+    assert "NaN" not in capsys.readouterr().out
+    evaluate(model, [(scores / 0, torch.arange(5))], precision)
+    assert "warning: the outputs for some images are NaN or infinite, so these figures" in capsys.readouterr().out
