@@ -34,7 +34,8 @@ def built() -> list[tuple[str, str, str, int, int]]:
         (arch, source, name, int(registers), int(stack) + int(local))
         for arch, functions in re.findall(r"arch = sm_(\d+)\n(.*?)(?=\nFatbin|\Z)", listing, re.DOTALL)
         for source, name, registers, stack, local in re.findall(
-            r"Function \w+?_\d+_(\w+?)_cu_[0-9a-f]{8}\d+(\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
+            r"Function \w+?__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}\d+(\w+):\s+"
+            r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
             functions,
         )
     ]
