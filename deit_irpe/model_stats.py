@@ -28,7 +28,7 @@ from deit_irpe.args import get_args_parser
 from deit_irpe.models import DEMO_SIZES, RPE_MODELS, build_model, create_model
 from irpe_ops.modules import buckets_of
 from irpe_train.config import parse_args
-from irpe_train.errors import RunError, ending_quietly
+from irpe_train.errors import reported_by
 from irpe_train.flags import FlagParser
 from irpe_train.metrics import count_parameters
 
@@ -109,10 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = FlagParser("deit_irpe.model_stats", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: every registered one and the plain DeiTs")
     parser.add_argument("--rpe", help="this encoding instead of the one in the name, e.g. rpe-2.0-product-ctx-1-k")
-    try:
+    with reported_by(parser.prog):
         print_table(**vars(parser.parse_args(argv)))
-    except (RunError, ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 def print_table(models: Sequence[str], rpe: str | None) -> None:
@@ -130,5 +128,4 @@ def print_table(models: Sequence[str], rpe: str | None) -> None:
 
 
 if __name__ == "__main__":
-    with ending_quietly():
-        main()
+    main()

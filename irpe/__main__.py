@@ -4,11 +4,11 @@
 import difflib
 import importlib
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import irpe
+from irpe_train.errors import reported_by
 
 TASKS = {"classify": "deit_irpe", "detect": "detr_irpe"}
 COMMANDS = {  # module, and line in the overview
@@ -32,18 +32,9 @@ COMMANDS = {  # module, and line in the overview
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run ``irpe ARGV``; neither a closed console, as in ``irpe info | head -1``, nor Ctrl-C gives a traceback."""
-    try:
+    """Run ``irpe ARGV``."""
+    with reported_by("irpe"):
         _main(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:  # None if it was closed before the start
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        if os.environ.get("IRPE_TRACEBACK"):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes as it exits
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"irpe: {error}")
 
 
 def _main(argv: list[str]) -> None:

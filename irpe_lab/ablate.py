@@ -25,7 +25,7 @@ from irpe_lab.grid import Grid, read_grid
 from irpe_lab.results import Outcome, Row, read_outcome
 from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
-from irpe_train.errors import RunError, ending_quietly
+from irpe_train.errors import RunError, reported_by
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import complete, writable_folder
 from irpe_train.zoo import read_zoo
@@ -185,7 +185,11 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns: 1 if a run failed, or should have run and has no result; else 0."""
     parser = get_parser()
-    args = parser.parse_args(argv)
+    with reported_by(parser.prog):
+        return _ablate(parser.parse_args(argv))
+
+
+def _ablate(args: argparse.Namespace) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # An exit asks the runs to save; the default would end the runner at once.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -212,9 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.logs:
             ablation.publish(args.logs)
     except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: stopped; the same command continues")
-    except (RunError, OSError, ImportError, ValueError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        raise RunError("stopped; the same command continues") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     states = {state for row in ablation.rows() if row.run in grid.chosen for state in row.states}
@@ -222,5 +224,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with ending_quietly():
-        sys.exit(main())
+    sys.exit(main())

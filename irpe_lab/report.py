@@ -23,7 +23,7 @@ from irpe_lab.console_log import read_detail, read_log
 from irpe_lab.figures import DETAILS, TASKS, Figure, Task
 from irpe_lab.tables import markdown
 from irpe_train.config import ROOT, read_yaml
-from irpe_train.errors import BadData, RunError, ending_quietly
+from irpe_train.errors import BadData, RunError, reported_by
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
@@ -239,11 +239,11 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns: 1 if ``--check`` finds a stale file."""
     parser = get_parser()
-    args = parser.parse_args(argv)
-    if not (args.output or args.readme):
-        parser.error("nothing to write: give -o FILE.md, --readme FILE.md or both")
     stale = []
-    try:
+    with reported_by(parser.prog):
+        args = parser.parse_args(argv)
+        if not (args.output or args.readme):
+            parser.error("nothing to write: give -o FILE.md, --readme FILE.md or both")
         if args.output:
             report = Report(args.logs, args.output)
             if not args.check:
@@ -264,13 +264,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(args.readme)
             elif filled != text:
                 stale.append(args.readme)
-    except (RunError, OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: {error}")
     for path in stale:
         print(f"{path} is stale: update it with irpe report", file=sys.stderr)
     return 1 if stale else 0
 
 
 if __name__ == "__main__":
-    with ending_quietly():
-        sys.exit(main())
+    sys.exit(main())

@@ -5,12 +5,18 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+
+def _parser(kind: type, module: str, what: str) -> argparse.ArgumentParser:
+    front_door = sys.argv[0] if sys.argv[0].startswith("irpe ") else ""
+    return kind(front_door or f"python -m irpe_ops.{module}", description=what)
 
 
 def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
     what = "List the backends available here and why others are missing, check their results, and time them."
-    parser = kind("python -m irpe_ops.info", description=what)
+    parser = _parser(kind, "info", what)
     parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
     parser.add_argument("--benchmark", type=Path, metavar="DIR", help="time full batches and write a CSV")
     return parser
@@ -20,7 +26,7 @@ def get_visualize_parser(kind: type = argparse.ArgumentParser) -> argparse.Argum
     what = (
         "Draw an encoding's buckets, as PNG, PDF or SVG. Trained tables: irpe classify predict --tables --resume FILE."
     )
-    parser = kind("python -m irpe_ops.visualize", description=what)
+    parser = _parser(kind, "visualize", what)
     add = parser.add_argument
     add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
     add("--grid", type=_pair("x", "HxW"), metavar="HxW", help="patches (default 14x14)")

@@ -4,6 +4,7 @@
 import csv
 import datetime
 import itertools
+import os
 import platform
 import re
 import sys
@@ -202,6 +203,11 @@ def _device() -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except BrokenPipeError:  # `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes as it exits
+        status = 1
+    sys.exit(status)

@@ -20,7 +20,7 @@ import torch
 from irpe_train.config import ROOT
 from irpe_train.distributed import logger
 from irpe_train.download import local_file, sha256
-from irpe_train.errors import RunError, ending_quietly
+from irpe_train.errors import RunError, reported_by
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.pixels import walk
@@ -226,9 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = FlagParser("python -m irpe_train.card", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows of configs/model_zoo.yaml (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("logs/cards"), help="folder (default logs/cards)")
-    args = parser.parse_args(argv)
-    zoo, failed = read_zoo(), 0
-    try:
+    with reported_by(parser.prog):
+        args = parser.parse_args(argv)
+        zoo, failed = read_zoo(), 0
         writable_folder(args.output, "-o")
         for entry in [zoo.find(name) for name in args.names or zoo.models]:
             count = importlib.import_module(f"{entry.package}.model_stats").stats_of_flags
@@ -237,11 +237,8 @@ def main(argv: list[str] | None = None) -> int:
             write_card(card, args.output / entry.name)
             print(to_markdown(card))
             failed += card["verdict"] == "FAIL"
-    except (RunError, ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    with ending_quietly():
-        sys.exit(main())
+    sys.exit(main())

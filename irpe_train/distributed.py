@@ -14,7 +14,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from irpe_train.errors import RankLost, RunError, blamed_on, first_line
+from irpe_train.errors import RankLost, RunError, blamed_on, first_line, stop_printing
 from irpe_train.freed_memory import keep_freed_memory
 from irpe_train.preemption import STOP
 from irpe_train.text_files import shown
@@ -221,12 +221,6 @@ class _Console(logging.StreamHandler):
     def format(self, record):
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def stop_printing() -> None:
-    """The console was closed, or its disk is full: print nothing more, instead of failing at every line."""
-    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def set_up_logging(my_rank: int) -> None:

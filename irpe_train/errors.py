@@ -2,6 +2,7 @@
 """The ways a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
 
 import contextlib
+import os
 import sys
 
 
@@ -13,13 +14,39 @@ class BadFlags(RunError, ValueError):
     """Flag values that a library refuses."""
 
 
+def flush_console() -> None:
+    """Print what is buffered, or nothing more."""
+    try:
+        if sys.stdout is not None:  # it was closed before the start
+            sys.stdout.flush()
+    except OSError:
+        stop_printing()
+
+
+def stop_printing() -> None:
+    """The console was closed, or its disk is full: print nothing more, instead of failing at every line."""
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
-def ending_quietly():
-    """Around a command: Ctrl-C ends it with exit status 130, without a traceback."""
+def reported_by(program: str):
+    """Around a command: an error that the user can fix ends it with one message, which begins with ``program``.
+
+    Ctrl-C ends it without a message, with exit status 130, and so does a closed console, as in ``irpe zoo | head -1``,
+    with 1. ``IRPE_TRACEBACK=1`` shows where a message comes from.
+    """
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RunError, ValueError, OSError, ImportError) as error:
+        if os.environ.get("IRPE_TRACEBACK"):
+            raise
+        flush_console()
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"{program}: {error}")
 
 
 def in_one_line(error: BaseException) -> str:

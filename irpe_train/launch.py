@@ -17,8 +17,8 @@ import torch
 
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
-from irpe_train.distributed import end, report_lost_ranks, stop_printing
-from irpe_train.errors import RunError, WorkerLost, blamed_on, ending_quietly, first_line
+from irpe_train.distributed import end, report_lost_ranks
+from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line, flush_console
 from irpe_train.text_files import shown
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
@@ -38,17 +38,15 @@ def launch(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
-        # Ctrl-C raises only outside training: see preemption.py.
-        with ending_quietly(), report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
+        with report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
             status = main(parse_args(parser, argv))
             end()
+    except KeyboardInterrupt:  # outside training: see preemption.py
+        sys.exit(130)
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise
-        try:
-            sys.stdout.flush()
-        except OSError:
-            stop_printing()
+        flush_console()
         print(f"{parser.prog}: {type(error).__name__}: {shown(error)}", file=sys.stderr, flush=True)
         if isinstance(error, WorkerLost):
             os._exit(1)  # the loader's cleanup would raise it again, with a traceback

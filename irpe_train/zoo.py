@@ -13,7 +13,7 @@ from pathlib import Path
 
 from irpe_train.config import ROOT, ConfigError, read_yaml
 from irpe_train.download import cache_folder, fetch_once, sha256
-from irpe_train.errors import RunError, ending_quietly
+from irpe_train.errors import reported_by
 from irpe_train.flags import FlagParser
 from irpe_train.text_files import read_text, write_text
 
@@ -154,8 +154,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """List the zoo, or download from it."""
     parser = get_parser()
-    args = parser.parse_args(argv)
-    try:
+    with reported_by(parser.prog):
+        args = parser.parse_args(argv)
         zoo, folder = read_zoo(args.zoo), args.folder or cache_folder()
         if not args.names:
             for name, entry in zoo.models.items():
@@ -164,10 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         entries = [zoo.find(name) for name in names]  # check every name before the first download
         for entry in entries:
             print(folder / entry.file if args.where else fetch(entry.name, folder=folder, zoo=zoo))
-    except (RunError, ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":
-    with ending_quietly():
-        main()
+    main()
