@@ -17,7 +17,7 @@ from detr_irpe.data.coco import read_image, transformed
 from detr_irpe.data.image_files import open_images
 from detr_irpe.data.json_columns import FLAG, JsonList, read_json, without_garbage_collection
 from detr_irpe.data.packed_strings import PackedStrings
-from detr_irpe.models.postprocess import ids_of_colours
+from detr_irpe.segment_ids import ids_of_colours
 from irpe_train.pixels import decode_image
 
 SEGMENT_IDS = range(1, 2**24)  # what three bytes of colour can hold; 0 is "nothing"

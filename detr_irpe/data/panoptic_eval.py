@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from detr_irpe.data.panoptic import CocoPanoptic
-from detr_irpe.models.postprocess import decode_ids
+from detr_irpe.segment_ids import decode_ids
 from irpe_train import distributed
 from irpe_train.text_files import naming, write_text
 

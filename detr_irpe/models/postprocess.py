@@ -3,7 +3,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from detr_irpe.boxes import scale_to_pixels
+from detr_irpe.segment_ids import encode_ids
 
 
 class PostProcess(nn.Module):
@@ -132,24 +132,6 @@ class PostProcessPanoptic(nn.Module):
             ids = torch.tensor(merged, device=ids.device)[ids]
         image = Image.fromarray(ids.cpu().numpy().astype(np.int32))
         return np.asarray(image.resize(size[::-1], resample=Image.Resampling.NEAREST))
-
-
-def encode_ids(ids: np.ndarray) -> bytes:
-    """Segment ids ``(height, width)``, below ``2 ** 24``, as a PNG: red is the lowest byte, blue the highest."""
-    colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
-    with BytesIO() as buffer:
-        Image.fromarray(colours).save(buffer, format="PNG")
-        return buffer.getvalue()
-
-
-def decode_ids(png: bytes) -> np.ndarray:
-    """The inverse of ``encode_ids``: int64 ``(height, width)``."""
-    return ids_of_colours(Image.open(BytesIO(png)).convert("RGB"))
-
-
-def ids_of_colours(image: Image.Image) -> np.ndarray:
-    """Segment ids, int64 ``(height, width)``, of an RGB image in the format of ``encode_ids``."""
-    return np.asarray(image).astype(np.int64) @ np.array([1, 256, 65536])
 
 
 def _areas(ids: np.ndarray, count: int) -> list[int]:

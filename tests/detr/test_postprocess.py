@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from detr_irpe.models.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm, decode_ids, encode_ids
+from detr_irpe.models.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
+from detr_irpe.segment_ids import decode_ids, encode_ids
 
 NO_OBJECT = 3  # of the classes 0, 1, 2 only the first is countable
 THINGS = {0: True, 1: False, 2: False}
