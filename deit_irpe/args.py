@@ -45,8 +45,9 @@ wrote for another image.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; ``irpe_train.config.parse_args`` reads ``--config`` files with it."""
-    parser = FlagParser("deit_irpe", first=FIRST, description="Train and evaluate DeiT with iRPE (ICCV 2021).")
+    """The parser of ``python -m deit_irpe``."""
+    what = "Train and evaluate DeiT with image relative position encoding."
+    parser = FlagParser("python -m deit_irpe", first=FIRST, description=what)
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="fp16")  # fp16 autocast on CUDA, as published
 
     add = parser.add_argument_group("length and learning rate").add_argument

@@ -106,7 +106,7 @@ def stats_of_flags(argv: Sequence[str]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = FlagParser("deit_irpe.model_stats", description=__doc__)
+    parser = FlagParser("python -m deit_irpe.model_stats", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: every registered one and the plain DeiTs")
     parser.add_argument("--rpe", help="this encoding instead of the one in the name, e.g. rpe-2.0-product-ctx-1-k")
     with reported_by(parser.prog):

@@ -150,7 +150,7 @@ def submit(
     slurm.add_argument("--use_volta32", action="store_true", help="only on nodes with the feature volta32gb")
     slurm.add_argument("--comment", default="", help="passed to SLURM, for priority")
     slurm.add_argument("--executor", default="slurm", choices=("slurm", "local"), help="local: try it on this machine")
-    launch(partial(_queue, main, parser.prog), parser, argv)
+    launch(partial(_queue, main, parser.prog.split()[-1]), parser, argv)
 
 
 def _queue(main: Callable[[argparse.Namespace], None], name: str, args: argparse.Namespace) -> None:

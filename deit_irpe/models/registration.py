@@ -213,7 +213,7 @@ def _entrypoint(name: str):
 
     build.__name__ = name
     build.__module__ = __name__
-    build.__doc__ = f"{name}: see the tables in deit_irpe/models/registration.py."
+    build.__doc__ = f"{name}: see the table in deit_irpe/models/names.py."
     return build
 
 
