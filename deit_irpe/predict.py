@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import time
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,8 @@ from irpe_train.launch import launch
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, files_of, read_image
 from irpe_train.text_files import read_text, shown
+
+PAUSE = 30.0  # seconds between two writes of predictions.json
 
 
 def attention_calls(model: VisionTransformer, images: Tensor) -> list[AttentionCall]:
@@ -109,34 +112,46 @@ def main(args: argparse.Namespace) -> None:
 
     if tables:  # first, so that a model without any is refused before images are predicted
         _save(draw_tables(classifier.model, *classifier.model.patch_embed.grid_size), out, "tables.png")
-    predictions, unreadable = [], []
-    for file, name in names.items():
-        try:
-            image = read_image(file)
-        except UnreadableImage as error:  # the other images are still predicted
-            logger.error(str(error))
-            unreadable.append(str(error))
-            continue
-        shares, numbers = classifier(image).topk(min(5, len(classifier.classes)))
-        top = [(classifier.classes[n], n, share) for n, share in zip(numbers.tolist(), shares.tolist(), strict=True)]
-        _save(draw_top(image, [label for label, *_ in top], shares.tolist()), out, f"{name}.png")
-        entries = [{"class": label, "number": number, "probability": share} for label, number, share in top]
-        predictions.append({"image": str(file), "top": entries})
-        logger.info(f"{shown(file)}: " + ", ".join(f"{label} {share:.1%}" for label, _, share in top))
-        calls = attention_calls(classifier.model, classifier.pixels(image)) if points else []
-        for point in points:
-            draw_attention(classifier.seen(image), calls, point, name, out)
-    if predictions:
-        if (before := args.out / "predictions.json").exists():  # from an earlier call, whose pictures stay too
-            again = {os.path.abspath(entry["image"]) for entry in predictions}
-            earlier = [entry for entry in json.loads(read_text(before)) if isinstance(entry, dict)]
-            predictions = [one for one in earlier if os.path.abspath(one["image"]) not in again] + predictions
-        with out.writing("predictions.json") as (file,):
-            file.write_text(json.dumps(predictions, indent=1) + "\n")
+    predictions, unreadable, written_at = [], [], time.monotonic()
+    try:
+        for file, name in names.items():
+            try:
+                image = read_image(file)
+            except UnreadableImage as error:  # the other images are still predicted
+                logger.error(str(error))
+                unreadable.append(str(error))
+                continue
+            shares, numbers = (best.tolist() for best in classifier(image).topk(min(5, len(classifier.classes))))
+            labels = [classifier.classes[number] for number in numbers]
+            _save(draw_top(image, labels, shares), out, f"{name}.png")
+            top = [
+                {"class": label, "number": number, "probability": share}
+                for label, number, share in zip(labels, numbers, shares, strict=True)
+            ]
+            predictions.append({"image": os.path.abspath(file), "top": top})
+            logger.info(f"{shown(file)}: " + ", ".join(f"{one['class']} {one['probability']:.1%}" for one in top))
+            calls = attention_calls(classifier.model, classifier.pixels(image)) if points else []
+            for point in points:
+                draw_attention(classifier.seen(image), calls, point, name, out)
+            if time.monotonic() - written_at > PAUSE:  # for a kill
+                _add(predictions, out)
+                written_at = time.monotonic()
+    finally:  # for an error or Ctrl-C
+        _add(predictions, out)
     if predictions or tables:
         logger.info(f"{'pictures and predictions.json are' if predictions else 'tables.png is'} in {args.out}")
     if unreadable:
         raise BadData(f"{len(unreadable)} of {len(names)} images could not be predicted: {'; '.join(unreadable[:3])}")
+
+
+def _add(predictions: list[dict], out: OutputFolder) -> None:
+    """Add to ``predictions.json``, if there are any; an earlier call's remain, as its pictures do."""
+    if predictions:
+        before, again = out.folder / "predictions.json", {entry["image"] for entry in predictions}
+        earlier = json.loads(read_text(before)) if before.exists() else []
+        kept = [one for one in earlier if os.path.abspath(one["image"]) not in again]
+        with out.writing(before.name) as (file,):
+            file.write_text(json.dumps(kept + predictions, indent=1) + "\n")
 
 
 MAPS = ("attention", "encoding")  # the pictures of a patch

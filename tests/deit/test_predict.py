@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,46 @@ def test_a_second_prediction_adds_to_the_first(checkpoint, tmp_path):
     predict(tmp_path, tmp_path / "two/2.png", tmp_path / "one/1.png", "--resume", checkpoint)
     images = [one["image"] for one in json.loads((tmp_path / "out/predictions.json").read_text())]
     assert images == [str(tmp_path / name) for name in ("one/0.png", "two/2.png", "one/1.png")]
+
+
+def end_at_the_third_image(args, number):
+    pictures, prediction.PAUSE = [], 0.0
+    real = prediction.draw_top
+
+    def draw(*shown):
+        pictures.append(shown)
+        if len(pictures) == 3:
+            os.kill(os.getpid(), number)
+        return real(*shown)
+
+    prediction.draw_top = draw
+    main(args)
+
+
+def main_killed(args):
+    end_at_the_third_image(args, signal.SIGKILL)
+
+
+def main_interrupted(args):
+    end_at_the_third_image(args, signal.SIGINT)
+
+
+@pytest.mark.parametrize(("main", "code"), [(main_killed, -9), (main_interrupted, 130)])
+def test_what_was_predicted_is_kept_whatever_ends_the_program(checkpoint, tmp_path, main, code):
+    write_images(tmp_path, {"one": 4})
+    argv = [str(tmp_path / "one"), "--resume", str(checkpoint), "--device", "cpu", "--out", str(tmp_path / "out")]
+    (ended,) = run_ranks(main, get_predict_parser, argv, tmp_path / "outputs")
+    kept = [Path(one["image"]).stem for one in json.loads((tmp_path / "out/predictions.json").read_text())]
+    assert ended.code == code and kept == ["0", "1"] == sorted(x.stem for x in (tmp_path / "out").glob("?.png"))
+
+
+def test_an_image_is_listed_once_from_whichever_folder_it_is_named(checkpoint, tmp_path, monkeypatch):
+    write_images(tmp_path, {"one": 1, "other": 1})
+    for folder, image in (("one", "0.png"), ("other", "../one/0.png")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert predict(tmp_path, image, "--resume", checkpoint).code == 0
+    (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert entry["image"] == str(tmp_path / "one/0.png")
 
 
 def test_names_with_dollars_and_other_letters(checkpoint, tmp_path):
