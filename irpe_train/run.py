@@ -77,7 +77,8 @@ def open_run(
         "other than default": "\n".join(changed_flags(parser, args, PLACES + data_flags)) or "nothing",
     }
     banner("run", rows)
-    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed, tensorboard=args.tensorboard, wandb=args.wandb)
+    boards = dict(tensorboard=args.tensorboard, wandb=args.wandb)
+    log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed and checkpoints.own, **boards)
     given = dict(seed=args.seed, epochs=args.epochs, accumulate=args.accumulate, max_bad=args.max_bad)
     steps = Steps(loader, state, checkpoints, save_interval=args.save_interval, **given)
     return Run(state, checkpoints, log, steps)

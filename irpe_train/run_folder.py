@@ -40,13 +40,15 @@ class Checkpoints:
     Args:
         output_dir: "" for a run that writes nothing.
         keys: the published keys, in the published order.
+
+    Attributes: own: whether this run continues the one in the folder.
     """
 
     NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "best.pth"
 
     def __init__(self, output_dir: str | Path, keys: tuple[str, ...]):
         self.folder = Path(output_dir) if str(output_dir) else None
-        self.keys = keys
+        self.keys, self.own = keys, False
 
     def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
         """Write the state; call it on every rank; only rank 0 writes.
@@ -84,7 +86,7 @@ class Checkpoints:
                     raise BadCheckpoint(f"--resume auto: no {self.NAME} in {self.folder}{others}")
                 if self.folder is not None and evaluate:
                     writable_folder(self.folder, "--output_dir")
-                if found is not None and where == "auto" and not evaluate:
+                if found is not None and self.own and (where == "auto" or Path(where).name == self.NAME):
                     self._restore_names(found)
             except RunError as error:
                 problem = error
@@ -108,8 +110,8 @@ class Checkpoints:
         A folder is refused if another run's checkpoints would be replaced.
         """
         self._lock = lock(self.folder)
-        own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
-        if (old := self.there()) and not own:
+        self.own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
+        if (old := self.there()) and not self.own:
             remedy = "Continue it with --resume auto, or choose another folder."
             raise RunError(f"--output_dir {self.folder} holds {', '.join(old)} of another run. {remedy}")
         log_details(self.folder)

@@ -34,8 +34,8 @@ class RunLog:
     Create it after ``Checkpoints.open``. Only the main rank writes; nothing is written without an ``output_dir``.
 
     Args:
-        epoch: where this run continues; lines from there on belong to an interrupted attempt and are dropped. A log of
-            another run, found at the start of a new one, is moved to ``log.1.txt``.
+        epoch: where this run continues; resumed: whether the folder's log is its own. Lines from there on then belong
+            to an interrupted attempt and are dropped. A log of another run is moved to ``log.1.txt``.
         wandb: project of Weights & Biases that gets the same figures; a resumed run continues there too.
     Raises: ImportError: ``wandb`` is requested but not installed; RunError: it refuses, or there is no ``output_dir``.
     """

@@ -336,12 +336,24 @@ def main_killed_before_the_second_name(args):
     tiny_run.main(args)
 
 
-def test_a_kill_between_writing_and_naming_is_repaired(tmp_path):
+@pytest.mark.parametrize("where", ["auto", "cut/checkpoint.pth"])
+def test_a_kill_between_writing_and_naming_is_repaired(tmp_path, where, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tiny(tmp_path / "cut", "--epochs", "1", main=main_killed_before_the_second_name)
     assert not (tmp_path / "cut" / "best.pth").exists()
-    (ended,) = tiny(tmp_path / "cut", "--resume", "auto", "--epochs", "1")  # nothing is left to do
+    (ended,) = tiny(tmp_path / "cut", "--resume", where, "--epochs", "1")  # nothing is left to do
     assert ended.code == 0, ended.text
     assert (tmp_path / "cut/best.pth").samefile(tmp_path / "cut/checkpoint.pth")
+
+
+def test_a_run_continued_elsewhere_keeps_the_log_that_is_there(tmp_path):
+    tiny(tmp_path / "one", "--epochs", "1")
+    (tmp_path / "two").mkdir()
+    old = '{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n'
+    (tmp_path / "two/log.txt").write_text(old)
+    (ended,) = tiny(tmp_path / "two", "--resume", str(tmp_path / "one/checkpoint.pth"), "--epochs", "2")
+    assert ended.code == 0 and (tmp_path / "two/log.1.txt").read_text() == old, ended.text
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "two/log.txt").read_text().splitlines()] == [1]
 
 
 @pytest.mark.parametrize("name", ["../out.pth", "/tmp/out.pth", "notes.txt", 3, "folder/x.pth"])
