@@ -70,16 +70,11 @@ def rpe_attention(
     )  # fmt: skip
     if backend == "auto":
         return module_of(choose(call)).attention(call)
-    if reason := missing_backend(backend):
+    if reason := module_of(backend).missing():
         raise ImportError(f"backend={backend!r} is not available here: {reason} (python -m irpe_ops.info says more)")
     if reason := module_of(backend).why_not(call):
         raise ValueError(f"backend={backend!r} cannot run this call: {reason} (backend='auto' picks one that can)")
     return module_of(backend).attention(call)
-
-
-def missing_backend(name: str) -> str | None:
-    """Why the backend ``name`` is not available here, with the remedy; None if it is."""
-    return module_of(name).missing()
 
 
 def _resolve_encodings(

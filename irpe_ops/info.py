@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from irpe_ops.args import get_info_parser
-from irpe_ops.attention import missing_backend
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import NAMES, choice, eager, module_of
 from irpe_ops.backends.measure import in_double, run
@@ -44,16 +43,17 @@ class Backend:
 
 def backends() -> list[Backend]:
     """All backends, slow and simple ones first."""
-    compiled = missing_backend("compiled") or module_of("compiled").missing_on_cuda(0)
-    triton = missing_backend("triton") or module_of("triton").too_old(torch.device(_best_device(), 0))
+    compiled, triton = module_of("compiled"), module_of("triton")
+    compiled_on_cuda = compiled.missing() or compiled.missing_on_cuda(0)
+    triton_on_cuda = triton.missing() or triton.too_old(torch.device(_best_device(), 0))
     return [
         Backend("plain PyTorch", None, lambda: _check_attention("eager", "cpu")),
         Backend("sdpa attention", None, lambda: _check_attention("sdpa", _best_device())),
         Backend("compiled rpe_index, CPU", missing_kernels("cpu"), lambda: _check_lookup("cpu")),
         Backend("compiled rpe_index, CUDA", missing_kernels("cuda"), lambda: _check_lookup("cuda")),
-        Backend("compiled attention, CPU", missing_backend("compiled"), lambda: _check_attention("compiled", "cpu")),
-        Backend("compiled attention, CUDA", compiled, lambda: _check_attention("compiled", "cuda")),
-        Backend("triton attention, CUDA", triton, lambda: _check_attention("triton", "cuda")),
+        Backend("compiled attention, CPU", compiled.missing(), lambda: _check_attention("compiled", "cpu")),
+        Backend("compiled attention, CUDA", compiled_on_cuda, lambda: _check_attention("compiled", "cuda")),
+        Backend("triton attention, CUDA", triton_on_cuda, lambda: _check_attention("triton", "cuda")),
     ]
 
 

@@ -16,13 +16,15 @@ from torch import Tensor
 from irpe_ops.attention_call import AttentionCall, Encoding
 from irpe_ops.backends.triton_launch import COLUMN_MULTIPLE, INTERPRETED, Arguments, Launch, generation
 from irpe_ops.modes import product, without_autocast
-from irpe_ops.rpe_index import is_plain, under_function_transform
+from irpe_ops.rpe_index import constant_of_graphs, is_plain, under_function_transform
 
 # `sum_kernel` holds a row of buckets in registers, the other kernels a row of q.
 MAX_BUCKETS, MAX_HEAD_DIM = 256, {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
-def _find_missing() -> str | None:
+@constant_of_graphs
+def missing() -> str | None:
+    """Why this backend is not available here; None if it is."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -34,14 +36,6 @@ def _find_missing() -> str | None:
     if torch.version.hip is not None:
         return "it is written for NVIDIA GPUs"
     return None
-
-
-_MISSING = _find_missing()
-
-
-def missing() -> str | None:
-    """Why this backend is not available here; None if it is."""
-    return _MISSING
 
 
 def too_old(device: torch.device) -> str | None:

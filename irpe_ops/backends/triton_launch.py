@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from irpe_ops.buckets import count_buckets
+from irpe_ops.rpe_index import constant_of_graphs
 
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -150,12 +151,10 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES if INTERPRETED else max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
+@constant_of_graphs
 def generation(device: torch.device) -> int:
     """The first number of the GPU's compute capability: 8 is Ampere and Ada, 9 Hopper, 10 and 12 Blackwell."""
     return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
-
-
-generation._dynamo_marked_constant = True  # called while torch.compile traces
 
 
 def constants(dtype: torch.dtype, head_dim: int, generation: int) -> dict:

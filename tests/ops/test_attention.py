@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irpe_ops import build_rpe, parse_rpe_spec, rpe_attention
-from irpe_ops.attention import missing_backend
+from irpe_ops.backends import module_of
 from tests import oracles
 
 
@@ -353,8 +353,8 @@ def test_wrong_arguments_say_what_is_wrong(case):
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "compiled", "auto"])
 @pytest.mark.parametrize("change", [{"dtype": torch.float16}, {"dtype": torch.float64}, {"device": "meta"}])
 def test_every_backend_refuses_the_same_tables(backend, change):
-    if backend != "auto" and missing_backend(backend):
-        pytest.skip(missing_backend(backend))
+    if backend != "auto" and module_of(backend).missing():
+        pytest.skip(module_of(backend).missing())
     with pytest.raises(ValueError, match="rpe_k: its table is "):
         rpe_attention(Q, Q, Q, rpe_k=example()[4].to(**change), height=2, width=3, backend=backend)
 
@@ -393,7 +393,7 @@ def test_a_named_backend_never_falls_back(fake_backend):
 
 @pytest.mark.parametrize("name", ["compiled", "triton"])
 def test_a_missing_backend_says_why(name):
-    reason = missing_backend(name)
+    reason = module_of(name).missing()
     if reason is None:
         pytest.skip(f"{name} exists here")
     with pytest.raises(ImportError, match=re.escape(f"backend='{name}' is not available here: {reason}")):

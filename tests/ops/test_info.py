@@ -34,7 +34,7 @@ def test_lists_every_backend_and_a_reason_for_each_missing_one(capsys):
 
 def test_a_gpu_too_old_for_triton_is_a_reason_and_no_failure(monkeypatch):
     triton = info.module_of("triton")
-    monkeypatch.setattr(info, "missing_backend", lambda name: None)
+    monkeypatch.setattr(triton, "missing", lambda: None)
     monkeypatch.setattr(triton, "generation", lambda device: 7)
     assert "compute capability 8.0" in info.backends()[-1].missing
     monkeypatch.setattr(triton, "generation", lambda device: 9)

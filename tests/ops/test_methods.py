@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, register_bucket_method, rpe_attention
-from irpe_ops.attention import missing_backend
+from irpe_ops.backends import module_of
 from irpe_ops.methods import METHODS, BucketMap, maps_of
 from tests.helpers.quick_python import quick_programs
 
@@ -57,8 +57,8 @@ def test_ids_of_a_method_of_ones_own():
 @pytest.mark.parametrize("spec", ["rpe-1.9-ring-ctx-1-qkv", "rpe-2.0-above-bias-0-qk"])
 @pytest.mark.parametrize("backend", ["eager", "compiled", "torch.compile"])
 def test_every_backend_takes_it(spec, backend):
-    if backend == "compiled" and missing_backend("compiled"):
-        pytest.skip(missing_backend("compiled"))
+    if backend == "compiled" and module_of("compiled").missing():
+        pytest.skip(module_of("compiled").missing())
     config = parse_rpe_spec(spec, skip=1)
     assert config.spec.split("-")[2] == config.method
     encodings = build_rpe(config, 8, 2)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from irpe_ops import build_rpe, modes, parse_rpe_spec, rpe_attention
-from irpe_ops.attention import missing_backend
+from irpe_ops.backends import module_of
 from irpe_ops.modes import MODES, Mode, _Product, product
 
 SPEC = "rpe-1.9-product-both-0-qk"
@@ -53,8 +53,8 @@ def test_it_is_the_sum_of_ctx_and_bias():
 @pytest.mark.usefixtures("both")
 def test_the_backend_without_it_says_so():
     qkv, encodings, grid = example()
-    if missing_backend("compiled"):
-        pytest.skip(missing_backend("compiled"))
+    if module_of("compiled").missing():
+        pytest.skip(module_of("compiled").missing())
     with pytest.raises(ValueError, match="it supports the modes ctx and bias, not 'both'; use backend='eager'"):
         rpe_attention(*qkv, *encodings, **grid, backend="compiled")
 
@@ -157,7 +157,7 @@ def test_on_a_gpu_the_product_of_halves_is_asked_for_in_fp32(monkeypatch, capabi
 @pytest.mark.parametrize("rpe_on", ["qk", "qkv"])
 @pytest.mark.parametrize("compiles", [False, True])
 def test_under_autocast_no_backend_rounds_the_gradient_of_a_table(backend, rpe_on, compiles):
-    if missing_backend(backend) or (backend, rpe_on) == ("sdpa", "qkv"):
+    if module_of(backend).missing() or (backend, rpe_on) == ("sdpa", "qkv"):
         pytest.skip("does not exist here")
     torch.manual_seed(0)
     encodings = build_rpe(parse_rpe_spec(f"rpe-1.9-product-ctx-1-{rpe_on}", skip=1), 8, 2)
