@@ -92,6 +92,6 @@ def attention_maps(layer: torch.nn.Module, inputs: tuple, token: int) -> dict[st
 
     Args: layer: an ``RPESelfAttention``; inputs: the arguments of its call.
     """
-    query_key, _, padding, height, width = inputs
-    weights = layer.weights(query_key, padding, height, width)[0, :, token].unflatten(-1, (height, width))
+    query_key, _, mask = inputs
+    weights = layer.weights(query_key, mask)[0, :, token].unflatten(-1, mask.shape[1:])
     return {"mean of heads": weights.mean(0)} | {f"head {head}": values for head, values in enumerate(weights)}

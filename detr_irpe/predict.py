@@ -163,7 +163,7 @@ def draw_attention(
     image: Image.Image, layer: nn.Module, inputs: tuple, points: Sequence[tuple[float, float]], name: str, path: Path
 ) -> None:
     """Save the attention of an encoder layer, called with ``inputs``, at ``points``."""
-    grid = inputs[3:]
+    grid = inputs[2].shape[1:]
     maps = [attention_maps(layer, inputs, cell_of(point, image.size, *grid)) for point in points]
     title = f"{name}: attention of each point in the last encoder layer ({grid[0]} x {grid[1]})"
     save(draw_over_image(image, points, maps, title), path)

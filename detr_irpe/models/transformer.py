@@ -41,20 +41,21 @@ class MultiheadAttention(nn.Module):
             q, k, v = (F.linear(x, weight, bias) for x, weight, bias in parts)
         return tuple(x.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for x in (q, k, v))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Heads to heads; an image that is all padding is treated as if it had none: meaningless, but finite."""
         visible = None
-        if key_padding_mask is not None:
-            visible = (~key_padding_mask | key_padding_mask.all(-1, keepdim=True))[:, None, None]  # (B, 1, 1, S)
+        if mask is not None:
+            padding = mask.flatten(1)
+            visible = (~padding | padding.all(-1, keepdim=True))[:, None, None]  # (B, 1, 1, S)
         return F.scaled_dot_product_attention(q, k, v, visible, self.dropout if self.training else 0.0)
 
     def merge(self, heads: Tensor) -> Tensor:
         """``(B, nhead, L, head_dim)`` -> ``(B, L, d_model)``, projected."""
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """``(B, L, d_model)``, ``(B, S, d_model)`` twice, and ``(B, S)`` with True = ignored -> ``(B, L, d_model)``."""
-        return self.merge(self.attend(*self.project(query, key, value), key_padding_mask))
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B, L, d_model)``, ``(B, h * w, d_model)`` twice, mask ``(B, h, w)`` or None -> ``(B, L, d_model)``."""
+        return self.merge(self.attend(*self.project(query, key, value), mask))
 
 
 class RPESelfAttention(MultiheadAttention):
@@ -70,20 +71,20 @@ class RPESelfAttention(MultiheadAttention):
         self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(config, d_model // nhead, nhead)
         self.attn_backend = attn_backend
 
-    def weights(self, query_key: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
+    def weights(self, query_key: Tensor, mask: Tensor) -> Tensor:
         """The attention weights ``(B, nhead, L, L)`` that ``forward`` uses but does not keep; for pictures."""
         q, k, v = self.project(query_key, query_key, query_key)
-        scale = q.shape[-1] ** -0.5
-        call = AttentionCall(q, k, v, self.rpe_q, self.rpe_k, None, height, width, key_padding_mask, scale=scale)
-        return attention_weights(call)
+        encodings, grid = (self.rpe_q, self.rpe_k, None), mask.shape[1:]
+        return attention_weights(AttentionCall(q, k, v, *encodings, *grid, mask.flatten(1), scale=q.shape[-1] ** -0.5))
 
-    def forward(self, query_key: Tensor, value: Tensor, key_padding_mask: Tensor, height: int, width: int) -> Tensor:
-        """``(B, height * width, d_model)`` twice and ``(B, height * width)`` -> ``(B, height * width, d_model)``."""
+    def forward(self, query_key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """``(B, h * w, d_model)`` twice and ``(B, h, w)``, True = padding -> ``(B, h * w, d_model)``."""
         q, k, v = self.project(query_key, query_key, value)
         if not self.has_rpe:
-            return self.merge(self.attend(q, k, v, key_padding_mask))
+            return self.merge(self.attend(q, k, v, mask))
+        height, width = mask.shape[1:]
         dropout_p = self.dropout if self.training else 0.0
-        options = dict(height=height, width=width, key_padding_mask=key_padding_mask, backend=self.attn_backend)
+        options = dict(height=height, width=width, key_padding_mask=mask.flatten(1), backend=self.attn_backend)
         encodings = (self.rpe_q, self.rpe_k, self.rpe_v)
         return self.merge(rpe_attention(q, k, v, *encodings, dropout_p=dropout_p, **options))
 
@@ -125,8 +126,8 @@ class TransformerEncoderLayer(TransformerLayer):
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
 
-    def forward(self, src: Tensor, pos: Tensor, padding: Tensor, height: int, width: int) -> Tensor:
-        src = self.residual(src, self.norm1, lambda x: self.self_attn(x + pos, x, padding, height, width))
+    def forward(self, src: Tensor, pos: Tensor, mask: Tensor) -> Tensor:
+        src = self.residual(src, self.norm1, lambda x: self.self_attn(x + pos, x, mask))
         return self.residual(src, self.norm2, self.feed_forward)
 
 
@@ -147,9 +148,9 @@ class TransformerDecoderLayer(TransformerLayer):
         query_key = x + query_pos
         return self.self_attn(query_key, query_key, x)
 
-    def forward(self, tgt: Tensor, query_pos: Tensor, memory_key: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, tgt: Tensor, query_pos: Tensor, memory_key: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         tgt = self.residual(tgt, self.norm1, lambda x: self.self_attention(x, query_pos))
-        tgt = self.residual(tgt, self.norm2, lambda x: self.multihead_attn(x + query_pos, memory_key, memory, padding))
+        tgt = self.residual(tgt, self.norm2, lambda x: self.multihead_attn(x + query_pos, memory_key, memory, mask))
         return self.residual(tgt, self.norm3, self.feed_forward)
 
 
@@ -161,10 +162,10 @@ class TransformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, src: Tensor, pos: Tensor, padding: Tensor, height: int, width: int) -> Tensor:
-        """``src``, ``pos``: ``(B, height * width, d_model)``; ``padding``: ``(B, height * width)``, True = ignored."""
+    def forward(self, src: Tensor, pos: Tensor, mask: Tensor) -> Tensor:
+        """``src``, ``pos``: ``(B, h * w, d_model)``; ``mask``: ``(B, h, w)``, True = padding."""
         for layer in self.layers:
-            src = layer(src, pos, padding, height, width)
+            src = layer(src, pos, mask)
         return src if self.norm is None else self.norm(src)
 
 
@@ -176,13 +177,15 @@ class TransformerDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, query_pos: Tensor, pos: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-        """Queries ``(B, Q, d_model)``, image ``(B, L, d_model)`` and its positions -> ``(layers, B, Q, d_model)``."""
+    def forward(self, query_pos: Tensor, pos: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """Queries ``(B, Q, d_model)``, image ``(B, h * w, d_model)`` and its positions, mask ``(B, h, w)`` ->
+        ``(layers, B, Q, d_model)``.
+        """
         tgt = torch.zeros_like(query_pos)
         memory_key = memory + pos
         outputs = []
         for layer in self.layers:
-            tgt = layer(tgt, query_pos, memory_key, memory, padding)
+            tgt = layer(tgt, query_pos, memory_key, memory, mask)
             outputs.append(self.norm(tgt))
         return torch.stack(outputs)
 
@@ -227,9 +230,7 @@ class Transformer(nn.Module):
             query_embed: ``(Q, d_model)``.
         Returns: decoder outputs ``(layers, B, Q, d_model)`` and the encoded map ``(B, d_model, h, w)``.
         """
-        batch, _, height, width = src.shape
         tokens, pos = (x.flatten(2).transpose(1, 2) for x in (src, pos_embed))  # (B, h * w, d_model)
-        padding = mask.flatten(1)
-        memory = self.encoder(tokens, pos, padding, height, width)
-        hs = self.decoder(query_embed.expand(batch, -1, -1), pos, memory, padding)
-        return hs, memory.transpose(1, 2).unflatten(2, (height, width))
+        memory = self.encoder(tokens, pos, mask)
+        hs = self.decoder(query_embed.expand(len(src), -1, -1), pos, memory, mask)
+        return hs, memory.transpose(1, 2).unflatten(2, src.shape[2:])

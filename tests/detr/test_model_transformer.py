@@ -16,19 +16,19 @@ def random_map(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """Features and positions as tokens, and a mask with padding on the right of the second image."""
     torch.manual_seed(1)
     src, pos = torch.randn(2, batch, HEIGHT * WIDTH, 16, dtype=torch.float64)
-    padding = torch.zeros(batch, HEIGHT, WIDTH, dtype=torch.bool)
-    padding[-1, :, -1] = True
-    return src, pos, padding.flatten(1)
+    mask = torch.zeros(batch, HEIGHT, WIDTH, dtype=torch.bool)
+    mask[-1, :, -1] = True
+    return src, pos, mask
 
 
-def exact_attention(attention: nn.Module, query_key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+def exact_attention(attention: nn.Module, query_key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Encoder attention with the loops of tests/oracles.py."""
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     q, k, v = (
         F.linear(x, w, b).unflatten(-1, (attention.nhead, -1)).transpose(1, 2)
         for x, w, b in zip((query_key, query_key, value), weights, biases, strict=True)
     )
-    excluded = padding[:, None, None].expand(-1, attention.nhead, padding.shape[1], -1)
+    excluded = mask.flatten(1)[:, None, None].expand(-1, attention.nhead, q.shape[2], -1)
     heads = oracles.attention(
         q, k, v, attention.rpe_q, attention.rpe_k, attention.rpe_v, HEIGHT, WIDTH, excluded=excluded
     )
@@ -40,19 +40,19 @@ def exact_attention(attention: nn.Module, query_key: Tensor, value: Tensor, padd
 def test_encoder_layer_is_the_formula(enc_rpe2d, pre_norm):
     layer = tiny_transformer(enc_rpe2d, pre_norm=pre_norm).encoder.layers[0]
     nn.init.normal_(layer.self_attn.in_proj_bias)
-    src, pos, padding = random_map()
+    src, pos, mask = random_map()
 
     def feed_forward(x: Tensor) -> Tensor:
         return layer.linear2(layer.linear1(x).relu())
 
     if pre_norm:
         x = layer.norm1(src)
-        x = src + exact_attention(layer.self_attn, x + pos, x, padding)
+        x = src + exact_attention(layer.self_attn, x + pos, x, mask)
         expected = x + feed_forward(layer.norm2(x))
     else:
-        x = layer.norm1(src + exact_attention(layer.self_attn, src + pos, src, padding))
+        x = layer.norm1(src + exact_attention(layer.self_attn, src + pos, src, mask))
         expected = layer.norm2(x + feed_forward(x))
-    torch.testing.assert_close(layer(src, pos, padding, HEIGHT, WIDTH), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer(src, pos, mask), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -65,8 +65,9 @@ def test_without_encoding_the_encoder_is_torch_own(pre_norm):
         enable_nested_tensor=False,
     ).eval()
     theirs.load_state_dict(transformer.encoder.state_dict())
-    src, _, padding = random_map()
-    ours = transformer.encoder(src, torch.zeros_like(src), padding, HEIGHT, WIDTH)
+    src, _, mask = random_map()
+    ours = transformer.encoder(src, torch.zeros_like(src), mask)
+    padding = mask.flatten(1)
     visible = ~padding
     torch.testing.assert_close(ours[visible], theirs(src, src_key_padding_mask=padding)[visible], rtol=1e-9, atol=1e-9)
 
@@ -77,11 +78,11 @@ def test_without_positions_the_decoder_layer_is_torch_own(pre_norm):
     ours = TransformerDecoderLayer(16, 2, 24, 0.0, pre_norm).eval().double()
     theirs = nn.TransformerDecoderLayer(16, 2, 24, batch_first=True, norm_first=pre_norm, dtype=torch.float64).eval()
     theirs.load_state_dict(ours.state_dict())
-    memory, _, padding = random_map()
+    memory, _, mask = random_map()
     tgt = torch.randn(2, 5, 16, dtype=torch.float64)
     torch.testing.assert_close(
-        ours(tgt, torch.zeros_like(tgt), memory, memory, padding),
-        theirs(tgt, memory, memory_key_padding_mask=padding),
+        ours(tgt, torch.zeros_like(tgt), memory, memory, mask),
+        theirs(tgt, memory, memory_key_padding_mask=mask.flatten(1)),
         rtol=1e-9,
         atol=1e-9,
     )
@@ -92,28 +93,28 @@ def test_attention_with_positions_is_torch_own():
     ours = MultiheadAttention(16, 4, 0.0).eval().double()
     theirs = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).eval()
     theirs.load_state_dict(ours.state_dict())
-    memory, pos, padding = random_map()
+    memory, pos, mask = random_map()
     query = torch.randn(2, 5, 16, dtype=torch.float64)
-    expected, _ = theirs(query, memory + pos, memory, key_padding_mask=padding)
-    torch.testing.assert_close(ours(query, memory + pos, memory, padding), expected, rtol=1e-9, atol=1e-9)
+    expected, _ = theirs(query, memory + pos, memory, key_padding_mask=mask.flatten(1))
+    torch.testing.assert_close(ours(query, memory + pos, memory, mask), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_decoder_adds_query_positions_to_queries_and_keys_but_not_to_values():
     torch.manual_seed(0)
     layer = TransformerDecoderLayer(16, 2, 24, 0.0, pre_norm=False).eval().double()
-    memory, pos, padding = random_map()
+    memory, pos, mask = random_map()
     tgt, query_pos = torch.randn(2, 2, 5, 16, dtype=torch.float64)
     x = layer.norm1(tgt + layer.self_attn(tgt + query_pos, (tgt + query_pos).clone(), tgt))
-    x = layer.norm2(x + layer.multihead_attn(x + query_pos, memory + pos, memory, padding))
+    x = layer.norm2(x + layer.multihead_attn(x + query_pos, memory + pos, memory, mask))
     x = layer.norm3(x + layer.linear2(layer.linear1(x).relu()))
-    torch.testing.assert_close(layer(tgt, query_pos, memory + pos, memory, padding), x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer(tgt, query_pos, memory + pos, memory, mask), x, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("enc_rpe2d", SPECS)
 def test_what_is_in_the_padding_is_invisible(enc_rpe2d):
     transformer = tiny_transformer(enc_rpe2d)
     src, pos = torch.randn(2, 2, 16, HEIGHT, WIDTH, dtype=torch.float64)
-    mask = random_map()[2].view(2, HEIGHT, WIDTH)
+    mask = random_map()[2]
     queries = torch.randn(5, 16, dtype=torch.float64)
     hs, memory = transformer(src, mask, queries, pos)
     assert hs.shape == (2, 2, 5, 16) and memory.shape == src.shape
@@ -129,13 +130,8 @@ def test_zero_tables_change_nothing():
     for name, parameter in encoded.named_parameters():
         if "lookup_table" in name:
             nn.init.zeros_(parameter)
-    src, pos, padding = random_map()
-    torch.testing.assert_close(
-        encoded.encoder(src, pos, padding, HEIGHT, WIDTH),
-        plain.encoder(src, pos, padding, HEIGHT, WIDTH),
-        rtol=1e-10,
-        atol=1e-10,
-    )
+    src, pos, mask = random_map()
+    torch.testing.assert_close(encoded.encoder(src, pos, mask), plain.encoder(src, pos, mask), rtol=1e-10, atol=1e-10)
 
 
 def test_tables_start_by_xavier_as_published():
@@ -163,15 +159,15 @@ def test_compiles_whole_for_sizes_that_change():
 
 def test_dropout_acts_in_training_only():
     transformer = tiny_transformer("rpe-2.0-product-ctx-1-k", dropout=0.5)
-    src, pos, padding = random_map()
-    once, again = (transformer.encoder(src, pos, padding, HEIGHT, WIDTH) for _ in range(2))
+    src, pos, mask = random_map()
+    once, again = (transformer.encoder(src, pos, mask) for _ in range(2))
     assert torch.equal(once, again)
     transformer.train()
-    once, again = (transformer.encoder(src, pos, padding, HEIGHT, WIDTH) for _ in range(2))
+    once, again = (transformer.encoder(src, pos, mask) for _ in range(2))
     assert not torch.equal(once, again)
 
 
 def test_a_backend_is_passed_on():
     transformer = tiny_transformer("rpe-2.0-product-ctx-1-k", attn_backend="nonsense")
     with pytest.raises(ValueError, match="nonsense"):
-        transformer.encoder(*random_map(), HEIGHT, WIDTH)
+        transformer.encoder(*random_map())

@@ -182,9 +182,9 @@ def test_the_attention_drawn_is_the_attention_used(enc_rpe2d):
     layer = tiny_transformer(enc_rpe2d).encoder.layers[0].self_attn
     torch.manual_seed(0)
     query_key, value = torch.randn(2, 1, 6, 16, dtype=torch.float64)
-    padding = torch.tensor([[False] * 5 + [True]])
-    inputs = (query_key, value, padding, 2, 3)
-    weights = layer.weights(query_key, padding, 2, 3)
+    mask = torch.tensor([[[False] * 3, [False, False, True]]])
+    inputs = (query_key, value, mask)
+    weights = layer.weights(query_key, mask)
     heads = weights @ layer.project(query_key, query_key, value)[2]
     torch.testing.assert_close(layer.merge(heads), layer(*inputs))
     maps = attention_maps(layer, inputs, token=4)
