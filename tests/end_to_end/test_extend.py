@@ -13,12 +13,13 @@ import pytest
 
 from irpe_train.checkpoint import read_checkpoint
 from tests.helpers.quick_python import quick_programs
-from tests.helpers.smaller import DEIT, TINY_VIT
+from tests.helpers.smaller import DEIT, TINY_VIT, extra_flags
 from tests.helpers.snippets import REPOSITORY
+from tests.helpers.tiny_coco import write_tiny_coco
 from tests.helpers.tiny_images import write_images
 
 PAGE = REPOSITORY / "docs" / "extend.md"
-PACKAGES = ("deit_irpe", "irpe_ops", "irpe_train", "irpe_lab")
+PACKAGES = ("deit_irpe", "detr_irpe", "irpe_ops", "irpe_train", "irpe_lab")
 
 
 def blocks_of(title: str) -> list[tuple[str, str]]:
@@ -52,14 +53,14 @@ def carry_out(title: str, folder: Path, *flags: str) -> None:
             apply_diff(content, folder)
         elif named := re.match(r"# (\S+)\n", content):
             (folder / named[1]).write_text(content)
+    commands = "".join(content for language, content in blocks if language == "bash")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), *([] if fork else [str(REPOSITORY)])]),
         "PATH": f"{quick_programs()}:{os.environ['PATH']}",
-        "IRPE_EXTRA_FLAGS": " ".join([DEIT, *TINY_VIT, *flags]),
+        "IRPE_EXTRA_FLAGS": " ".join(flags) if "detr_irpe" in commands else " ".join([DEIT, *TINY_VIT, *flags]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    commands = "".join(content for language, content in blocks if language == "bash")
     fewer = "irpe_lab.ablate rings.yaml --seeds 0 --gpus-per-run 1 --only '*rings*'"  # one run of three
     commands = commands.replace("irpe_lab.ablate rings.yaml", fewer)
     ran = subprocess.run(["bash", "-e", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True)
@@ -99,6 +100,14 @@ def test_an_attention_of_your_own_trains(folder):
 def test_a_mode_trains(folder):
     carry_out("A mode", folder)
     assert all(math.isfinite(loss) for loss in losses(folder / "outputs" / "dir"))
+
+
+def test_a_decoder_for_detr_trains(tmp_path):
+    write_tiny_coco(tmp_path / "coco_data")
+    carry_out("A decoder for DETR", tmp_path, extra_flags("irpe detect train "))
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "outputs" / "crossing"))
+    weights = read_checkpoint(tmp_path / "outputs" / "crossing" / "checkpoint.pth")["model"]
+    assert weights["transformer.decoder.layers.1.multihead_attn.rpe_k.lookup_table_weight"].shape == (1, 8, 81)
 
 
 def test_a_loss_trains(folder):
