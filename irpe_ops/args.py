@@ -5,13 +5,31 @@
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
 def _parser(kind: type, module: str, what: str) -> argparse.ArgumentParser:
     front_door = sys.argv[0] if sys.argv[0].startswith("irpe ") else ""
     return kind(front_door or f"python -m irpe_ops.{module}", description=what)
+
+
+def end_with(main: Callable[[], int | None]) -> None:
+    """Run a module's ``main`` and exit; neither Ctrl-C nor a closed or full console gives a traceback."""
+    try:
+        try:
+            status = main()
+        except SystemExit as error:  # of --help, for instance
+            status = error.code
+        print(end="", flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes as it exits
+        status = 1 if isinstance(error, BrokenPipeError) else f"{sys.argv[0]}: {error}"  # `| head -1`
+    sys.exit(status)
 
 
 def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@
 import csv
 import datetime
 import itertools
-import os
 import platform
 import re
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from irpe_ops.args import get_info_parser
+from irpe_ops.args import end_with, get_info_parser
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import NAMES, choice, eager, module_of
 from irpe_ops.backends.measure import in_double, run
@@ -202,12 +201,4 @@ def _device() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes as it exits
-        status = 1
-    sys.exit(status)
+    end_with(main)

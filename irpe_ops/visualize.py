@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from irpe_ops.args import get_visualize_parser
+from irpe_ops.args import end_with, get_visualize_parser
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
 from irpe_ops.modules import IRPE
@@ -248,7 +248,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    end_with(main)

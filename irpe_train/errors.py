@@ -17,8 +17,7 @@ class BadFlags(RunError, ValueError):
 def flush_console() -> None:
     """Print what is buffered, or nothing more."""
     try:
-        if sys.stdout is not None:  # it was closed before the start
-            sys.stdout.flush()
+        print(end="", flush=True)  # does nothing if the console was closed before the start
     except OSError:
         stop_printing()
 
@@ -37,9 +36,12 @@ def reported_by(program: str):
     with 1. ``IRPE_TRACEBACK=1`` shows where a message comes from.
     """
     try:
-        yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        try:
+            yield
+        except SystemExit:  # of --help, for instance
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except (RunError, ValueError, OSError, ImportError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from irpe_train.config import same_name
+from irpe_train.errors import reported_by
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -38,6 +39,10 @@ class FlagParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         end = words.index("--") if "--" in words else len(words)  # what follows is not a flag, whatever it looks like
         return super().parse_known_args([*map(self._known_spelling, words[:end]), *words[end:]], namespace)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        with reported_by(self.prog):
+            super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         message = message.replace("unrecognized arguments", "unexpected argument")

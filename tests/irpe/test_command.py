@@ -40,18 +40,28 @@ def message(capsys, *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command",
-    [["irpe", "--help"], ["irpe", "zoo"], ["irpe", "classify", "train", "--print-config"], ["irpe_train.zoo"]],
-    ids=" ".join,
+    ("command", "unbuffered"),
+    [
+        (["irpe", "--help"], True),
+        (["irpe", "zoo"], True),
+        (["irpe", "classify", "train", "--print-config"], True),
+        (["irpe_train.zoo"], True),
+        (["irpe", "classify", "train", "--print-config"], False),  # written as Python exits
+        (["irpe", "visualize", "-o", "OUT.png"], False),
+        (["detr_irpe", "--help"], False),
+        (["irpe_ops.info", "--help"], False),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(("console", "told"), [("closed", ""), ("/dev/full", "No space left on device")])
-def test_a_closed_or_full_console_gives_no_traceback(command, console, told):
+def test_a_closed_or_full_console_gives_no_traceback(command, unbuffered, console, told, tmp_path):
     """As in ``irpe zoo | head -1``, or on a full disk."""
     reading, writing = os.pipe()
     os.close(reading)
     out = writing if console == "closed" else os.open(console, os.O_WRONLY)
-    words = [sys.executable, "-u", "-m", *command]
-    ended = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    words = [sys.executable, "-m", *(word.replace("OUT", str(tmp_path / "x")) for word in command)]
+    env = os.environ | {"PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    ended = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr and "Exception" not in ended.stderr
     assert len(ended.stderr.splitlines()) == bool(told) and told in ended.stderr
 
