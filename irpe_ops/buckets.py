@@ -14,6 +14,7 @@ from irpe_ops.methods import (
     BucketMap,
     bucket_map_named,
     check_coefficients,
+    coefficients,
     find_map,
     ids_of,
     offset_ids,
@@ -46,13 +47,7 @@ def get_bucket_ids_2d(
     bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     # A map built during evaluation must also work in training, where inference tensors do not.
     with torch.inference_mode(False), torch.no_grad():
-        ids = _pair_ids(method, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
-    return ids, count_buckets(method, beta, skip)
-
-
-def count_buckets(method: str, beta: float, skip: int) -> int:
-    """``N`` of one map, e.g. ``2 int(beta) + 1`` per signed axis; one more with leading tokens."""
-    return bucket_map_named(method).num_buckets(int(beta)) + (1 if skip else 0)
+        return _pair_ids(method, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
 
 
 def bucket_map(method: str, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
@@ -72,11 +67,11 @@ def traced_bucket_map(
 
     A compiler may round a logarithm differently, so the piecewise index is a precomputed table; it is constant from
     gamma on. ``ratio`` is the number's ``repr``, because a float may be traced as a symbol, but the table must not
-    depend on one; ``beta`` is ``int(2 * ratio)`` and ``gamma`` ``ceil(8 * ratio)``.
+    depend on one; ``beta`` is rounded down and ``gamma`` up.
     """
     bucket_of = _traced_index(ratio, gamma, device)
-    ids = _pair_ids(method, height, width, skip, beta, bucket_of, device)
-    return ids.to(_id_dtype(count_buckets(method, beta, skip)))
+    ids, num_buckets = _pair_ids(method, height, width, skip, beta, bucket_of, device)
+    return ids.to(_id_dtype(num_buckets))
 
 
 def ids_by_lane(ids: Tensor) -> Tensor:
@@ -131,7 +126,7 @@ def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Ten
 def _make_offsets(row: BucketMap, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         ids = offset_ids(row, ratio, height, width, "bucket map")
-        return _to_device(_with_leading(ids, row.num_buckets(int(2 * ratio))), device)
+        return _to_device(_with_leading(ids, row.buckets(ratio, skip=0)), device)
 
 
 def _with_leading(ids: Tensor, bucket: int) -> Tensor:
@@ -151,7 +146,7 @@ def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, 
 
     Only ``(2 height - 1)(2 width - 1)`` ids are computed and sent, asynchronously; the device expands them to pairs.
     """
-    num_buckets = row.num_buckets(int(2 * ratio)) + (1 if skip else 0)
+    num_buckets = row.buckets(ratio, skip)
     with torch.inference_mode(False), torch.no_grad():
         ids = offset_ids(row, ratio, height, width, "bucket map").to(_id_dtype(num_buckets))
         offsets = _to_device(ids, device)
@@ -190,9 +185,9 @@ def _table_of_index(ratio: str, device: torch.device) -> Tensor:
     """The piecewise index of 0, 1, ..., ceil(gamma), int64."""
 
     def make() -> Tensor:
-        alpha = float(ratio)
-        distances = torch.arange(math.ceil(8 * alpha) + 1, device="cpu")
-        return piecewise_index(distances, alpha, 2 * alpha, 8 * alpha).to(device)
+        alpha, beta, gamma = coefficients(float(ratio))
+        distances = torch.arange(math.ceil(gamma) + 1, device="cpu")
+        return piecewise_index(distances, alpha, beta, gamma).to(device)
 
     # A fresh thread has none of the caller's modes: during export the caller's tensors are fake.
     with ThreadPoolExecutor(max_workers=1) as clean:
@@ -211,11 +206,12 @@ def _pair_ids(
     centre: int,
     bucket_of: Callable[[Tensor], Tensor],
     device: torch.device,
-) -> Tensor:
-    """``(L, L)`` int64; ``bucket_of`` maps signed int64 distances to ``[-centre, centre]``."""
+) -> tuple[Tensor, int]:
+    """``(L, L)`` int64, and ``N``; ``bucket_of`` maps signed int64 distances to ``[-centre, centre]``."""
     rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
     drow = (rows[:, None] - rows)[:, None, :, None]  # (height, 1, height, 1)
     dcol = (cols[:, None] - cols)[None, :, None, :]  # (1, width, 1, width)
     row, num_patches = bucket_map_named(method), height * width
     ids = ids_of(row, drow, dcol, bucket_of, centre, f"bucket map {method!r}").reshape(num_patches, num_patches)
-    return F.pad(ids, (skip, 0, skip, 0), value=row.num_buckets(centre)) if skip else ids
+    num_buckets = row.num_buckets(centre)
+    return (F.pad(ids, (skip, 0, skip, 0), value=num_buckets), num_buckets + 1) if skip else (ids, num_buckets)

@@ -5,8 +5,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from irpe_ops.buckets import count_buckets
-from irpe_ops.methods import find_method, maps_of, whole_number
+from irpe_ops.methods import coefficients, find_method, maps_of, whole_number
 from irpe_ops.modes import MODES
 
 MAX_BUCKETS = 1 << 16  # per table, the limit of rpe_ops_cuda's kernels; more can only be a typo
@@ -59,22 +58,22 @@ class RPEConfig:
     @property
     def alpha(self) -> float:
         """Where the exact part of the piecewise index ends, in patches."""
-        return self.ratio
+        return coefficients(self.ratio)[0]
 
     @property
     def beta(self) -> float:
         """The largest bucket."""
-        return 2 * self.ratio
+        return coefficients(self.ratio)[1]
 
     @property
     def gamma(self) -> float:
         """The distance at which ``beta`` is reached, in patches."""
-        return 8 * self.ratio
+        return coefficients(self.ratio)[2]
 
     @property
     def num_buckets(self) -> int:
         """``N``, including the bucket of the leading tokens; summed over the tables of a method with several."""
-        return sum(count_buckets(name, self.beta, self.skip) for name in maps_of(self.method))
+        return sum(row.buckets(self.ratio, self.skip) for row in maps_of(self.method).values())
 
     @property
     def rpe_q(self) -> "RPEConfig | None":
@@ -126,9 +125,9 @@ def _check_ratio(ratio: float, method: str) -> float:
     """``ratio`` as a float; ValueError unless it is finite, with at least one bucket per side and no huge table."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")
-    if 2 * ratio < 1:
+    if coefficients(ratio)[1] < 1:
         raise ValueError(f"ratio {ratio!r} leaves a single bucket for all distances; use at least 0.5")
-    if ratio > MAX_BUCKETS or any(count_buckets(name, 2 * ratio, 1) > MAX_BUCKETS for name in maps_of(method)):
+    if ratio > MAX_BUCKETS or any(row.buckets(ratio, skip=1) > MAX_BUCKETS for row in maps_of(method).values()):
         raise ValueError(f"ratio {ratio!r} asks {method!r} for more than {MAX_BUCKETS:,} buckets; use a smaller one")
     return float(ratio)
 

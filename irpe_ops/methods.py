@@ -35,6 +35,11 @@ def piecewise_index(distance: Tensor, alpha: float, beta: float, gamma: float) -
     return (torch.where(size <= alpha, size.round(), far) * distance.sign()).long()
 
 
+def coefficients(ratio: float) -> tuple[float, float, float]:
+    """``alpha, beta, gamma`` of `piecewise_index`, as published."""
+    return ratio, 2 * ratio, 8 * ratio
+
+
 def whole_number(name: str, value: object, least: int) -> int:
     """``value`` as an int, also NumPy's, or a size that is being traced.
 
@@ -70,6 +75,10 @@ class BucketMap(NamedTuple):
 
     ids: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], Tensor]
     num_buckets: Callable[[int], int]
+
+    def buckets(self, ratio: float, skip: int) -> int:
+        """``N`` of an encoding's table: one more with leading tokens."""
+        return self.num_buckets(int(coefficients(ratio)[1])) + (1 if skip else 0)
 
 
 def one_signed_axis(beta: int) -> int:
@@ -203,10 +212,11 @@ def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str)
 
     Raises: ValueError: see `ids_of`.
     """
-    index = partial(piecewise_index, alpha=ratio, beta=2 * ratio, gamma=8 * ratio)
+    alpha, beta, gamma = coefficients(ratio)
+    index = partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     drow = torch.arange(1 - height, height, device="cpu")[:, None]
     dcol = torch.arange(1 - width, width, device="cpu")[None, :]
-    return ids_of(row, drow, dcol, index, int(2 * ratio), name)
+    return ids_of(row, drow, dcol, index, int(beta), name)
 
 
 def ids_of(

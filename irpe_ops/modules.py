@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irpe_ops.buckets import bucket_map, count_buckets, offset_map, traced_bucket_map, traced_offset_map
+from irpe_ops.buckets import bucket_map, offset_map, traced_bucket_map, traced_offset_map
 from irpe_ops.config import RPEConfig
-from irpe_ops.methods import find_map, maps_of, whole_number
+from irpe_ops.methods import bucket_map_named, find_map, maps_of, whole_number
 from irpe_ops.modes import MODES, product, without_autocast
 from irpe_ops.rpe_index import not_dense, rpe_index, rpe_index_adjoint
 
@@ -42,8 +42,8 @@ class IRPE(nn.Module):
         self.method = find_map(method or config.method)
         self.mode, self.shared_head, self.skip, self.ratio = config.mode, config.shared_head, config.skip, config.ratio
         self.head_dim, self.num_heads, self.role = head_dim, num_heads, role
-        self._coefficients = (repr(self.ratio), int(2 * self.ratio), math.ceil(8 * self.ratio))  # traced_bucket_map
-        self.num_buckets = count_buckets(self.method, 2 * self.ratio, self.skip)
+        self._coefficients = (repr(self.ratio), int(config.beta), math.ceil(config.gamma))  # traced_bucket_map
+        self.num_buckets = bucket_map_named(self.method).buckets(self.ratio, self.skip)
         mode = MODES[self.mode]
         shape = mode.shape(1 if self.shared_head else num_heads, head_dim, self.num_buckets)
         if self.on_values:

@@ -113,8 +113,8 @@ def benchmark_lookup(bench: Bench, shape: str, sizes: tuple, dtype_name: str) ->
     """`rpe_index` and its adjoint at the shape of one attention layer."""
     batch, heads, height, width, skip, _, spec = sizes
     dtype, config = DTYPES[dtype_name], parse_rpe_spec(spec + "k", skip=skip)
-    ratios = (config.ratio, 2 * config.ratio, 8 * config.ratio)
-    ids, buckets = get_bucket_ids_2d(config.method, height, width, skip, *ratios)
+    where = (config.alpha, config.beta, config.gamma)
+    ids, buckets = get_bucket_ids_2d(config.method, height, width, skip, *where)
     ids = ids.to(bench.device)
     length = ids.shape[0]
     input = torch.randn(batch, heads, length, buckets, device=bench.device).to(dtype)

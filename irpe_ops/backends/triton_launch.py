@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from irpe_ops.buckets import count_buckets
+from irpe_ops.methods import bucket_map_named
 from irpe_ops.rpe_index import constant_of_graphs
 
 # Triton's interpreter runs the kernels on the CPU, for tests without a GPU. Triton reads this when it is imported.
@@ -42,7 +42,7 @@ class Arguments(NamedTuple):
     def columns(self) -> int:
         """Columns of a lookup, over all parts."""
         methods, ratio = self.name.split(":")
-        counts = [count_buckets(method, 2 * float(ratio), self.skip) for method in methods.split(",")]
+        counts = [bucket_map_named(method).buckets(float(ratio), self.skip) for method in methods.split(",")]
         return sum(n + -n % COLUMN_MULTIPLE for n in counts)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irpe_ops import buckets, build_rpe, get_bucket_ids_2d, get_rpe_config
-from irpe_ops.buckets import _cached_map, bucket_map, count_buckets, piecewise_index, traced_bucket_map
+from irpe_ops.buckets import _cached_map, bucket_map, piecewise_index, traced_bucket_map
+from irpe_ops.methods import bucket_map_named
 from tests import oracles
 
 CPU = torch.device("cpu")
@@ -86,7 +87,7 @@ def test_the_published_example():
 )  # fmt: skip
 def test_numbers_of_buckets_are_the_published_ones(method, ratio, skip, num_buckets):
     ids, count = get_bucket_ids_2d(method, 14, 14, skip, ratio, 2 * ratio, 8 * ratio)
-    assert count == count_buckets(method, 2 * ratio, skip) == num_buckets
+    assert count == bucket_map_named(method).buckets(ratio, skip) == num_buckets
     assert ids.shape == (196 + skip, 196 + skip)
     assert ids.min() >= 0 and ids.max() < num_buckets
 
