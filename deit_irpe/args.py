@@ -145,8 +145,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError if flags contradict each other."""
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixes and args.batch_size % 2 and not args.eval:
+    if mixes(args) and args.batch_size % 2 and not args.eval:
         why = "Mixup and CutMix pair the images of a batch, so it must be even (or use --mixup 0 --cutmix 0)"
         raise ValueError(f"--batch-size {args.batch_size}: {why}")
     if args.val_split is not None and (args.data_set != "IMNET" or args.load_tar):
@@ -182,6 +181,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--pretrained and --finetune both say what to start from; give one")
     if args.expect is not None and not args.eval:
         raise ValueError("--expect compares an evaluation with the published figures: add --eval")
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed, by Mixup or CutMix; batches must then be even."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def get_predict_parser() -> argparse.ArgumentParser:

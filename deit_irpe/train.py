@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from deit_irpe.args import check_args, get_args_parser
+from deit_irpe.args import check_args, get_args_parser, mixes
 from deit_irpe.confusion import MOST_CONFUSED, write_confusion
 from deit_irpe.data import from_flags as data
 from deit_irpe.data.classes import check_resumed_classes, check_same_classes, renumber, stored_classes
@@ -19,12 +19,10 @@ from deit_irpe.load_model import MODEL_FLAGS
 from deit_irpe.losses import DistillationLoss, classification_loss
 from deit_irpe.model_stats import count
 from deit_irpe.models import from_flags as models
-from deit_irpe.models.finetune import resample_positions, trained_grid
 from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
-from irpe_train.checkpoint import load_matching
 from irpe_train.distributed import logger
 from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader
@@ -121,12 +119,8 @@ def evaluate_only(
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
         weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
-        models.check_number_of_classes(model, weights, len(val_set.classes), source=checkpoint.source)
-        old_grid = trained_grid(model, checkpoint.contents)
-        weights, notes = resample_positions(model, weights, old_grid, source=checkpoint.source)
-        load_matching(model, weights, source=checkpoint.source)
-        for key, note in notes.items():
-            logger.info(f"--input-size {args.input_size}: {key} {note}")
+        where = dict(source=checkpoint.source, flag=f"--input-size {args.input_size}")
+        models.load_classifier(model, weights, checkpoint.contents, len(val_set.classes), **where)
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect is not None:
@@ -198,7 +192,7 @@ def rows_of_banner(
 
 def build_criterion(args: argparse.Namespace, classes: list[str], device: torch.device) -> DistillationLoss:
     """The loss that goes with the augmentation, and with the teacher if there is one."""
-    base = classification_loss(mixes=data.mixes(args), smoothing=args.smoothing)
+    base = classification_loss(mixes=mixes(args), smoothing=args.smoothing)
     how = args.distillation_type, args.distillation_alpha, args.distillation_tau
     return DistillationLoss(base, models.build_teacher(args, classes, device), *how)
 

@@ -8,7 +8,7 @@ import torch
 from timm.data import Mixup
 from torch.utils.data import Dataset, DistributedSampler
 
-from deit_irpe.args import image_size
+from deit_irpe.args import image_size, mixes
 from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
 from deit_irpe.data.split import folder_to_split, lists_images, split_folder
 from deit_irpe.data.transforms import build_transform
@@ -85,11 +85,6 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
 
 def _loading(args: argparse.Namespace, device: torch.device) -> dict:
     return dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == "cuda")
-
-
-def mixes(args: argparse.Namespace) -> bool:
-    """Whether images are mixed, by Mixup or CutMix; batches must then be even."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:

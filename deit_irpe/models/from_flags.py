@@ -110,13 +110,22 @@ def starting_weights(args: argparse.Namespace) -> str:
     return str(fetch(args.model)) if args.pretrained and args.model in RPE_MODELS else args.finetune
 
 
-def check_number_of_classes(model: nn.Module, weights: dict[str, Tensor], number: int, *, source: str) -> None:
-    """Raises BadCheckpoint if the class head in ``weights`` has another size."""
+def load_classifier(
+    model: nn.Module, weights: dict[str, Tensor], checkpoint: dict, number: int, *, source: str, flag: str
+) -> None:
+    """Load all ``weights`` of a checkpoint; positions are resampled to the model's grid, and ``flag`` named in the log.
+
+    Raises: BadCheckpoint: the class head in it has not ``number`` outputs, or a key does not fit.
+    """
     for prefix in head_prefixes(model):
         bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:
             has = f"its head has {bias.numel()} outputs without class names"
             raise BadCheckpoint(f"checkpoint {source}: {has}; the data have {number}")
+    weights, notes = resample_positions(model, weights, trained_grid(model, checkpoint), source=source)
+    load_matching(model, weights, source=source)
+    for key, note in notes.items():
+        logger.info(f"{flag}: {key} {note}")
 
 
 def build_ema(args: argparse.Namespace, model: nn.Module) -> ModelEmaV2 | None:
@@ -140,9 +149,5 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
         raise ValueError(f"--teacher-path {source}: the training data have its classes in another order")
     teacher = create_model(args.teacher_model, num_classes=len(classes), img_size=image_size(args.input_size))
     weights = model_weights(checkpoint, source=source)
-    check_number_of_classes(teacher, weights, len(classes), source=source)
-    weights, notes = resample_positions(teacher, weights, trained_grid(teacher, checkpoint), source=source)
-    for key, note in notes.items():
-        logger.info(f"--teacher-path: {key} {note}")
-    load_matching(teacher, weights, source=source)
+    load_classifier(teacher, weights, checkpoint, len(classes), source=source, flag="--teacher-path")
     return teacher.to(device).eval().requires_grad_(False)

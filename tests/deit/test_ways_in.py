@@ -260,7 +260,7 @@ def test_a_head_of_another_shape_is_not_a_head_of_these_classes(shape):
     assert started["head.bias"].startswith("starts fresh")
     if shape:
         with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: its head has \d outputs without class names"):
-            from_flags.check_number_of_classes(model, stored, 2, source="x.pth")
+            from_flags.load_classifier(model, stored, {}, 2, source="x.pth", flag="--resume")
 
 
 # --- flags in a stranger's checkpoint are data
