@@ -48,7 +48,7 @@ class RPEConfig:
                 f"mode {mode!r} with rpe_on {rpe_on!r}: a bias is added to attention scores, and values have none; "
                 "use mode 'ctx', or leave v out of rpe_on"
             )
-        if not (isinstance(self.shared_head, bool) or self.shared_head in (0, 1)):
+        if self.shared_head not in (0, 1):
             raise ValueError(f"shared_head is True or False (1 or 0 in a spec), not {self.shared_head!r}")
         skip = whole_number("skip, the number of leading tokens,", self.skip, 0)
         checked = dict(ratio=_check_ratio(self.ratio, method), method=method, mode=mode, rpe_on=rpe_on, skip=skip)

@@ -55,7 +55,6 @@ class Steps:
         self.save_steps, self.save_seconds = parse_save_interval(save_interval) if save_interval else (None, None)
         self._last_save = time.monotonic()
         self._agreement, self._agreed = Agreement(), Votes(0, 0, 0, 0)
-        self._bad_seen = 0
         state.fit_to(len(loader), mix(loader.batch_size, accumulate, seed))
 
     def __len__(self) -> int:

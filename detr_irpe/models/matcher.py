@@ -55,11 +55,10 @@ class HungarianMatcher:
         """Cost of every query for every object of the batch: ``(layers, B, Q, sum of n)``, fp32, finite."""
         labels = torch.cat([target["labels"] for target in targets])
         wanted = torch.cat([target["boxes"] for target in targets]).float()
-        with torch.autocast(logits.device.type, enabled=False):
-            probability = logits.float().softmax(-1)[..., labels]
-            boxes = boxes.float().flatten(0, 2)
-            distance = torch.cdist(boxes, wanted, p=1)
-            giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
-            cost = self.cost_bbox * distance - self.cost_giou * giou
-            cost = cost.view(*logits.shape[:3], -1) - self.cost_class * probability
-        return cost.nan_to_num(nan=WORST, posinf=WORST, neginf=-WORST)
+        probability = logits.float().softmax(-1)[..., labels]
+        boxes = boxes.float().flatten(0, 2)
+        distance = torch.cdist(boxes, wanted, p=1)
+        giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
+        cost = self.cost_bbox * distance - self.cost_giou * giou
+        cost = cost.view(*logits.shape[:3], -1) - self.cost_class * probability
+        return cost.nan_to_num(nan=WORST)

@@ -68,6 +68,12 @@ def test_against_loops(counts):
         assert loss.item() == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
 
 
+def test_the_class_error_of_one_object():
+    outputs, targets = random_outputs(1, 1), random_targets([1])
+    outputs["pred_logits"][..., targets[0]["labels"]] = 9.0
+    assert criterion()(outputs, targets)["class_error"] == 0
+
+
 def test_the_class_loss_has_a_deterministic_kernel_on_cuda(monkeypatch):
     """One row per query: with a third dimension PyTorch takes nll_loss2d, which raises under --deterministic."""
     seen, real = [], torch.nn.functional.cross_entropy
@@ -80,21 +86,21 @@ def test_mask_losses_against_loops():
     torch.manual_seed(0)
     outputs = random_outputs(2, 4) | {"pred_masks": torch.randn(2, 4, 3, 3)}
     targets = random_targets([2, 1])
-    targets[0]["masks"], targets[1]["masks"] = torch.rand(2, 6, 4) > 0.5, torch.rand(1, 5, 6) > 0.5
+    targets[0]["masks"], targets[1]["masks"] = torch.rand(2, 6, 4) > 0.5, torch.rand(1, 5, 8) > 0.5
     losses = criterion(masks=True)(outputs, targets)
     focal = dice = 0.0
     for image, match in enumerate(HungarianMatcher()(outputs, targets)):
         for q, i in zip(*map(torch.Tensor.tolist, match), strict=True):
-            mask = torch.nn.functional.interpolate(  # the masks of the batch are padded to 6 x 6
-                outputs["pred_masks"][image, q].double()[None, None], size=(6, 6), mode="bilinear"
+            mask = torch.nn.functional.interpolate(  # the masks of the batch are padded to 6 x 8
+                outputs["pred_masks"][image, q].double()[None, None], size=(6, 8), mode="bilinear"
             )[0, 0]
-            wanted = torch.zeros(6, 6, dtype=torch.float64)
+            wanted = torch.zeros(6, 8, dtype=torch.float64)
             given = targets[image]["masks"][i]
             wanted[: given.shape[0], : given.shape[1]] = given
             p = mask.sigmoid()
             for pixel, truth in zip(p.flatten().tolist(), wanted.flatten().tolist(), strict=True):
                 agreed = pixel if truth else 1 - pixel
-                focal += (0.25 if truth else 0.75) * (1 - agreed) ** 2 * -math.log(agreed) / 36
+                focal += (0.25 if truth else 0.75) * (1 - agreed) ** 2 * -math.log(agreed) / 48
             dice += (1 - (2 * (p * wanted).sum() + 1) / (p.sum() + wanted.sum() + 1)).item()
     assert losses["loss_mask"].item() == pytest.approx(focal / 3, rel=1e-5)
     assert losses["loss_dice"].item() == pytest.approx(dice / 3, rel=1e-5)

@@ -79,23 +79,25 @@ def test_one_transfer_to_the_cpu_for_all_layers(monkeypatch):
     assert calls == ["cpu"]
 
 
-def test_half_precision_is_matched_in_fp32():
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_is_matched_in_fp32(autocast):
     torch.manual_seed(0)
     outputs, targets = random_outputs(2, 20), random_targets([10, 9])
-    half = {key: value.bfloat16() for key, value in outputs.items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = HungarianMatcher()(half, targets)
-    expected = HungarianMatcher()({key: value.float() for key, value in half.items()}, targets)
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(ours, expected, strict=True))
+    logits, boxes = (value.bfloat16()[None] for value in outputs.values())
+    double = [{**target, "boxes": target["boxes"].double()} for target in targets]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ours = HungarianMatcher().costs(logits, boxes, double)
+    assert torch.equal(ours, HungarianMatcher().costs(logits.float(), boxes.float(), targets))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_predictions_that_are_not_finite_are_still_matched(value):
+def test_predictions_that_are_not_finite_are_matched_last(value):
     outputs = random_outputs(1, 4)
     outputs["pred_boxes"][0, 1] = value
     outputs["pred_logits"][0, 2] = value
-    ((queries, objects),) = HungarianMatcher()(outputs, random_targets([4]))
-    assert sorted(queries.tolist()) == sorted(objects.tolist()) == [0, 1, 2, 3]
+    for count, expected in ((2, [0, 3]), (4, [0, 1, 2, 3])):
+        ((queries, objects),) = HungarianMatcher()(outputs, random_targets([count]))
+        assert queries.tolist() == expected and sorted(objects.tolist()) == list(range(count))
 
 
 def test_something_must_cost():

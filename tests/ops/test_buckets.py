@@ -186,7 +186,9 @@ def test_a_map_made_for_fake_tensors_is_not_kept():
         (("euc", 2, 2, -1, 1, 2, 8), "skip must be an integer of at least 0, not -1"),
         (("euc", 2, 2, 0, 0, 0, 0), "expected 0 < alpha < beta < gamma, got alpha=0, beta=0, gamma=0"),
         (("euc", 2, 2, 0, -1, -2, -8), "expected 0 < alpha < beta < gamma"),
+        (("euc", 2, 2, 0, 0, 2, 8), "expected 0 < alpha < beta < gamma"),
         (("euc", 2, 2, 0, 2, 2, 8), "expected 0 < alpha < beta < gamma"),
+        (("euc", 2, 2, 0, 1, 2, 2), "expected 0 < alpha < beta < gamma"),
     ],
 )
 def test_wrong_arguments_say_what_is_wrong(arguments, words):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from irpe_ops import get_rpe_config, parse_rpe_spec
@@ -16,6 +17,9 @@ def test_defaults_are_the_promised_ones():
 
 def test_spec_and_arguments_name_the_same_config():
     assert parse_rpe_spec("rpe-2.0-quant-bias-0-qk", skip=1) == get_rpe_config(2.0, "quant", "bias", False, 1, "qk")
+    assert repr(get_rpe_config(2, "quant", "bias", 0, np.int64(1))) == repr(
+        get_rpe_config(2.0, "quant", "bias", False, 1)
+    )
 
 
 @pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
@@ -27,7 +31,7 @@ def test_spec_round_trip(rpe_on, ratio):
 
 
 def test_any_case_and_the_long_name_of_ctx():
-    assert parse_rpe_spec("RPE-1.9-Product-CONTEXTUAL-1-QK") == get_rpe_config(rpe_on="qk")
+    assert parse_rpe_spec(" RPE-1.9-Product-CONTEXTUAL-1-QK\n") == get_rpe_config(rpe_on="qk")
     assert get_rpe_config(mode="BIAS").mode == "bias"
     assert get_rpe_config(mode="Contextual").mode == "ctx"
     assert get_rpe_config(method="EUC").method == "euc"
@@ -37,6 +41,7 @@ def test_any_case_and_the_long_name_of_ctx():
 def test_the_parts_of_a_config_have_their_published_names():
     config = get_rpe_config(2.0, "cross", "ctx", False, 1, "qv")
     assert config.rpe_k is None and config.rpe_q == get_rpe_config(2.0, "cross", "ctx", False, 1, "q")
+    assert get_rpe_config().rpe_k == get_rpe_config()
     assert config.rpe_v.rpe_on == "v" and config.rpe_v.rpe_v == config.rpe_v
     assert config.rpe_q.num_buckets == 2 * (9 + 1)
     assert [get_rpe_config(r, m).num_buckets for r, m in ((1.9, "product"), (2, "product"), (20, "euc"))] == [
@@ -96,6 +101,7 @@ def test_wrong_specs_say_what_is_wrong(spec, words):
         ({"method": ["product"]}, "unknown method ['product']"),
         ({"ratio": "1.9"}, "ratio is a positive number, not '1.9'"),
         ({"ratio": float("inf")}, "not inf"),
+        ({"ratio": True}, "ratio is a positive number, not True"),
         ({"ratio": 1e9}, "ratio 1000000000.0 asks 'product' for more than 65,536 buckets; use a smaller one"),
         ({"ratio": 10**400}, "more than 65,536 buckets"),
         ({"shared_head": "yes"}, "shared_head is True or False"),

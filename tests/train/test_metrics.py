@@ -31,8 +31,13 @@ def test_window_statistics():
 def test_tensors_are_read_when_someone_looks():
     meters = MetricLogger()
     for step in range(3):
-        meters.update(a=torch.tensor(float(step)), b=torch.tensor(1, dtype=torch.int64), c=torch.tensor([2.0]).half())
+        meters.update(
+            a=torch.tensor(float(step)),
+            b=torch.tensor(1, dtype=torch.int64),
+            c=torch.tensor([2.0], requires_grad=True).half(),
+        )
     assert len(meters._pending) == 9 and meters._meters["a"].count == 0
+    assert not any(values.requires_grad for _, _, values in meters._pending)  # or they would keep the graph
     assert meters.meters["a"].count == 3 and not meters._pending
     assert meters.averages() == {"a": 1.0, "b": 1.0, "c": 2.0}
 
@@ -49,8 +54,8 @@ def test_state_goes_on_bit_for_bit():
     whole, first, second = MetricLogger(), MetricLogger(), MetricLogger()
     for i, value in enumerate(values):
         whole.update(x=torch.tensor(value), n=3)
-        (first if i < 23 else second).update(x=torch.tensor(value), n=3)
-        if i == 22:
+        (first if i < 40 else second).update(x=torch.tensor(value), n=3)
+        if i == 39:
             second.load_state_dict(first.state_dict())
     assert second.state_dict() == whole.state_dict() and second.averages() == whole.averages()
 
@@ -59,9 +64,10 @@ def test_averages_are_printed_in_the_published_words(capsys):
     set_up_logging(0)
     meters = MetricLogger()
     for loss in (1.0, 2.0, 6.0):
-        meters.update(lr=0.5, loss=loss)
+        meters.update(lr=0.5, loss=loss, loss_giou=2 * loss)
     meters.averages()
-    assert capsys.readouterr().out == "Averaged stats: lr: 0.500000  loss: 2.0000 (3.0000)\n"
+    printed = capsys.readouterr().out
+    assert printed == "Averaged stats: lr: 0.500000  loss: 2.0000 (3.0000)  loss_giou: 4.0000 (6.0000)\n"
 
 
 def test_lines_without_a_terminal_fit_one_and_the_file_has_every_term_as_published(capsys, tmp_path):
@@ -99,6 +105,30 @@ def test_lines_without_a_terminal(capsys):
     assert re.search(r"eta: 0:00:0\d  loss: 0.0000 \(0.0000\)  \d+ img/s$", lines[0])
     assert re.search(r"\d+ img/s  max mem: \d+$", lines[-2])
     assert re.search(r"Total time: 0:00:00 \(0\.\d+ s / it\)$", lines[-1])
+
+
+def test_times_are_those_of_the_clock(capsys, tmp_path, monkeypatch):
+    set_up_logging(0)
+    log_details(tmp_path)
+    now = [100.0]
+    monkeypatch.setattr("irpe_train.metrics.time.monotonic", lambda: now[0])
+
+    class Slow:
+        def __len__(self):
+            return 60
+
+        def __iter__(self):
+            for _ in range(57, 60):
+                now[0] += 1
+                yield
+
+    options = dict(every=57, header="E", start=57, images_per_step=9, later=lambda step_time: 600 * step_time)
+    for _ in MetricLogger().log_every(Slow(), **options):
+        now[0] += 2
+    first, _, total = capsys.readouterr().out.splitlines()
+    assert first == "E  [57/60]  eta: 0:00:06  3 img/s  run: 0:30:06"
+    assert total == "E Total time: 0:00:09 (3.0000 s / it)"
+    assert "time: 3.0000  data: 1.0000" in (tmp_path / f"detail_{tmp_path.name}.log").read_text().splitlines()[0]
 
 
 def test_interrupted_epoch_counts_on(capsys):

@@ -1,12 +1,14 @@
 """One step: the finite check before the update, accumulation, clipping, loss scaling, saves in between."""
 
 import json
+import weakref
 
 import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
 from irpe_train.arguments import parse_save_interval
+from irpe_train.distributed import set_up_logging
 from irpe_train.errors import BadData, NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.precision import Precision
@@ -138,6 +140,26 @@ def test_loss_that_is_not_finite_stops_before_the_update(tmp_path, bad):
     assert (report["epoch"], report["step"], report["lr"], report["terms"]["loss_giou"]) == (4, 1, 0.1, 3.0)
 
 
+def test_the_reason_is_given_even_if_there_is_nowhere_to_write_the_report(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("irpe_train.steps.write_text", full)
+    for folder, words in (("", "no --output_dir, so no report"), (tmp_path, "report: ")):
+        state, steps, precision = set_up(folder)
+        with pytest.raises(NonFiniteLoss, match=rf"The weights were not changed \({words}"):
+            one_step(state, steps, precision, loss_of(state.model, next(iter(steps))) * float("nan"))
+
+
+def test_the_graph_of_a_loss_is_not_kept_for_the_report():
+    state, steps, _ = set_up()
+    loss = loss_of(state.model, next(iter(steps)))
+    steps.watch(loss, lr=0.1, terms={"loss": loss})
+    kept = weakref.ref(loss)
+    del loss
+    assert kept() is None
+
+
 @pytest.mark.parametrize(("unreadable", "max_bad", "stops"), [((3,), 0.2, False), ((3, 7), 0.2, True), ((3,), 0, True)])
 def test_too_many_unreadable_images_stop_the_run(unreadable, max_bad, stops):
     state, steps, precision = set_up(count=8, unreadable=unreadable, max_bad=max_bad)
@@ -174,12 +196,13 @@ def test_each_step_draws_other_numbers_and_the_same_ones_again():
     assert len({tuple(drawn) for drawn in numbers.values()}) == 6 and numbers[1, 2] == draws(1, 2)
 
 
-def test_saves_within_the_epoch_fall_on_updates(tmp_path, monkeypatch):
-    state, steps, precision = set_up(tmp_path, count=24, batch_size=2, accumulate=2, save_interval="3")
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [3, 6, 9]), (2, [4, 8])])
+def test_saves_within_the_epoch_fall_on_updates(tmp_path, monkeypatch, accumulate, expected):
+    state, steps, precision = set_up(tmp_path, count=24, batch_size=2, accumulate=accumulate, save_interval="3")
     saved = []
     monkeypatch.setattr(steps.checkpoints, "save", lambda state, also=(): saved.append(state.step))
     train(state, steps, precision)
-    assert saved == [4, 8]  # every 3 batches is every 2 updates of 2; at 12 the epoch's end saves
+    assert saved == expected  # every 3 batches is every 2 updates of 2; at 12 the epoch's end saves
 
 
 def test_a_position_that_was_counted_with_another_seed_is_the_epochs_start():
@@ -201,6 +224,20 @@ def test_saves_by_the_clock(tmp_path, monkeypatch):
     assert saved == [3, 6]
 
 
+def test_the_remaining_time_is_that_of_later_epochs_and_of_all_that_lies_between_them(monkeypatch):
+    now, asked = [0.0], {}
+    monkeypatch.setattr("irpe_train.steps.time.monotonic", lambda: now[0])
+    state, steps, _ = set_up(count=12, batch_size=2, epochs=5)
+    state.epoch, state.step = 2, 1
+    steps.finish_training({})
+    now[0] = 7.0  # seconds until the next epoch begins
+    next(iter(steps))
+    monkeypatch.setattr(state.meters, "log_every", lambda steps, **options: asked.update(options))
+    steps.log_every(4)
+    assert (asked["every"], asked["start"], asked["images_per_step"]) == (4, 1, 2)
+    assert asked["later"](2.0) == 2 * (6 * 2.0) + 3 * 7.0
+
+
 @pytest.mark.parametrize("text", ["0", "-5", "often", "0m", "m", ""])
 def test_save_interval_that_means_nothing_is_refused(text):
     with pytest.raises(ValueError, match=f"--save-interval '{text}': expected a number of steps"):
@@ -212,11 +249,13 @@ def test_save_interval():
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "none"])
-def test_number_formats(amp):
+def test_number_formats(amp, capsys):
+    set_up_logging(0)
     precision = Precision(amp, CPU)
     with precision.autocast():
         out = torch.nn.Linear(3, 2)(torch.ones(1, 3))
     assert out.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)  # fp16 is fp32 on the CPU, as published
+    assert ("--amp fp16 needs CUDA; on the CPU this runs in fp32" in capsys.readouterr().out) == (amp == "fp16")
     assert precision.scaler.state_dict() == {}
 
 
