@@ -13,10 +13,10 @@ from deit_irpe.args import get_check_parser
 from deit_irpe.data.classes import check_same_classes
 from deit_irpe.data.datasets import build_dataset
 from deit_irpe.data.split import split_folder
-from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
 from irpe_train.launch import launch
 from irpe_train.loader import try_all
+from irpe_train.logger import logger, set_up_logging
 
 MOST_SHOWN = 5  # unreadable images to name
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 
-from irpe_train.distributed import gather, logger
+from irpe_train.distributed import gather
+from irpe_train.logger import logger
 from irpe_train.metrics import MetricLogger
 from irpe_train.precision import Precision
 from irpe_train.steps import Steps

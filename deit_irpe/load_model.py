@@ -13,8 +13,8 @@ from deit_irpe.data.classes import stored_classes
 from deit_irpe.models import build_model
 from deit_irpe.models.finetune import head_prefixes, resample_positions, trained_grid
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
-from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
+from irpe_train.logger import logger
 from irpe_train.run_log import changed_flags
 
 # A checkpoint may come from anyone, so only its flags that describe the network are read.

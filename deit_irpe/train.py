@@ -23,9 +23,9 @@ from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
-from irpe_train.distributed import logger
 from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader
+from irpe_train.logger import logger
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP

@@ -22,9 +22,9 @@ from detr_irpe.data.annotation_problems import (
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.data.image_problems import image_problems, mask_problem, segment_image_problems
 from detr_irpe.data.panoptic import CocoPanoptic
-from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import RunError
 from irpe_train.launch import launch
+from irpe_train.logger import logger, set_up_logging
 
 SAMPLE = 8  # images per split to check when training starts
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
+from irpe_train.logger import logger
 
 
 def classes_in(weights: Mapping[str, Tensor], *, source: str) -> int:

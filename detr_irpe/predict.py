@@ -21,9 +21,10 @@ from detr_irpe.data.segmentations import encode_masks
 from detr_irpe.detector import Detector
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from irpe_ops.visualize import draw_over_image, draw_tables, save
-from irpe_train.distributed import choose_device, logger, set_up_logging
+from irpe_train.distributed import choose_device
 from irpe_train.errors import BadData
 from irpe_train.launch import launch
+from irpe_train.logger import logger, set_up_logging
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import files_of, is_turned, read_image
 from irpe_train.text_files import shown

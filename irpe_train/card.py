@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from irpe_train.config import ROOT
-from irpe_train.distributed import logger
 from irpe_train.download import local_file, sha256
 from irpe_train.errors import RunError, reported_by
 from irpe_train.flags import FlagParser
+from irpe_train.logger import logger
 from irpe_train.outputs import writable_folder
 from irpe_train.pixels import walk
 from irpe_train.run_log import PACKAGES, keep_aside, processor_name, surroundings

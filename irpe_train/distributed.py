@@ -6,20 +6,16 @@ Every function also works in a single process, so callers need not check.
 
 import contextlib
 import datetime
-import logging
 import os
 import re
-import sys
 
 import torch
 import torch.distributed as dist
 
-from irpe_train.errors import RankLost, RunError, blamed_on, first_line, stop_printing
+from irpe_train.errors import RankLost, RunError, blamed_on, first_line
 from irpe_train.freed_memory import keep_freed_memory
+from irpe_train.logger import logger, set_up_logging
 from irpe_train.preemption import STOP
-from irpe_train.text_files import shown
-
-logger = logging.getLogger("irpe")
 
 LOST_RANK = re.compile(  # in the words of gloo, NCCL and the store
     r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|nccl|connect\(\) failed", re.IGNORECASE
@@ -200,50 +196,3 @@ def report_lost_ranks(where: str):
             f"rank {rank()} of {world_size()}: another process died or was silent for too long (in {where}: "
             f"{first_line(error)}). Look for the first error on the other ranks; restart with --resume auto."
         ) from error
-
-
-class _Console(logging.StreamHandler):
-    """Writes to the current ``sys.stdout``, so that redirecting works. File names need not be encodable there."""
-
-    def __init__(self):
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self):
-        return sys.stdout
-
-    def handleError(self, record):
-        if isinstance(sys.exc_info()[1], OSError):
-            stop_printing()
-        else:
-            super().handleError(record)
-
-    def format(self, record):
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def set_up_logging(my_rank: int) -> None:
-    """Rank 0 prints everything; the others print only warnings, prefixed with their rank.
-
-    A record with ``extra={"only": "file"}`` is not printed; one with ``"console"`` does not go to the file.
-    """
-    logger.handlers = [_Console()]
-    logger.propagate = False
-    logger.setLevel(logging.INFO if my_rank == 0 else logging.WARNING)
-    prefix = "" if my_rank == 0 else f"[rank {my_rank}] "
-    logger.handlers[0].setFormatter(Plain(prefix))
-    logger.handlers[0].addFilter(lambda record: getattr(record, "only", "console") == "console")
-
-
-class Plain(logging.Formatter):
-    """``message`` for information; ``warning: message`` and so on, in one line, for the rest."""
-
-    def __init__(self, prefix: str):
-        super().__init__()
-        self.prefix = prefix
-
-    def formatMessage(self, record):
-        if record.levelno <= logging.INFO:
-            return f"{self.prefix}{record.message}"
-        return f"{self.prefix}{record.levelname.lower()}: {shown(record.message)}"

@@ -17,8 +17,9 @@ from zipfile import BadZipFile
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from irpe_train.distributed import logger, rank, world_size
+from irpe_train.distributed import rank, world_size
 from irpe_train.errors import BadData
+from irpe_train.logger import logger
 from irpe_train.preemption import STOP, held_back, ignore_signals_from_others
 from irpe_train.seeding import sample_randomness
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from irpe_train.distributed import gather, is_main, logger
+from irpe_train.distributed import gather, is_main
+from irpe_train.logger import logger
 
 # These show their last value; everything else shows median and mean.
 LAST_VALUE = {"lr": "{value:.6f}", "class_error": "{value:.2f}"}
-# The terms that the console shows; the detail log has all (see run_log.log_details).
+# The terms that the console shows; the detail log has all (see logger.log_details).
 FEW = ("lr", "class_error", "loss", "acc1")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from irpe_train.distributed import logger
+from irpe_train.logger import logger
 from irpe_train.outputs import OutputFolder
 
 ORIENTATION = ExifTags.Base.Orientation

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from irpe_train.distributed import logger
+from irpe_train.logger import logger
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 

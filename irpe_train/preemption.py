@@ -9,7 +9,6 @@ so that all ranks stop together.
 
 import atexit
 import contextlib
-import logging
 import os
 import select
 import signal
@@ -17,8 +16,7 @@ import threading
 import time
 
 from irpe_train.errors import Preempted
-
-logger = logging.getLogger("irpe")
+from irpe_train.logger import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 3.0  # seconds for a run to reach a point where it can stop by itself

@@ -12,11 +12,11 @@ from typing import NamedTuple, TextIO
 import torch
 
 from irpe_train.checkpoint import link, model_weights, read_checkpoint, write_checkpoint
-from irpe_train.distributed import from_main, is_main, logger
+from irpe_train.distributed import from_main, is_main
 from irpe_train.errors import BadCheckpoint, RunError
+from irpe_train.logger import log_details, logger
 from irpe_train.outputs import writable_folder
 from irpe_train.preemption import STOP
-from irpe_train.run_log import log_details
 from irpe_train.state import TrainState, progress_of
 from irpe_train.text_files import naming, plain_file
 

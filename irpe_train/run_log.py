@@ -4,7 +4,6 @@
 import argparse
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import re
@@ -20,8 +19,9 @@ from pathlib import Path
 import torch
 
 from irpe_train.config import as_yaml
-from irpe_train.distributed import Plain, is_main, logger, world_size
+from irpe_train.distributed import is_main, world_size
 from irpe_train.errors import RunError, in_one_line
+from irpe_train.logger import logger
 from irpe_train.state import plain
 from irpe_train.text_files import naming, plain_file, read_text, write_text
 
@@ -142,16 +142,6 @@ def _summary_writer(folder: Path, epoch: int):
 
     threading.excepthook = show_others
     return SummaryWriter(str(folder), purge_step=epoch)
-
-
-def log_details(folder: Path) -> None:
-    """From now on, also write console output to ``folder/detail_NAME.log``, there with all terms of each step."""
-    path = plain_file(folder / f"detail_{folder.resolve().name}.log")
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(Plain(""))
-    handler.addFilter(lambda record: getattr(record, "only", "file") == "file")
-    handler.handleError = lambda record: None  # a full disk: not worth stopping or a traceback
-    logger.addHandler(handler)
 
 
 def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stats: dict[str, float]) -> None:

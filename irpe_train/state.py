@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from irpe_train.checkpoint import TIMM_KEYS, load_matching, model_weights
-from irpe_train.distributed import gather, logger, rank, world_size
+from irpe_train.distributed import gather, rank, world_size
 from irpe_train.errors import BadCheckpoint, in_one_line
+from irpe_train.logger import logger
 from irpe_train.metrics import MetricLogger
 from irpe_train.state_check import MISFITS, load_checked
 

@@ -4,8 +4,8 @@
 from torch.utils.data import Dataset
 
 from deit_irpe.data.images import same_text
-from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
+from irpe_train.logger import logger
 
 
 def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:

@@ -13,9 +13,9 @@ from deit_irpe.data.datasets import build_dataset, repeated_augmentation_sampler
 from deit_irpe.data.split import folder_to_split, lists_images, split_folder
 from deit_irpe.data.transforms import build_transform
 from irpe_train import distributed
-from irpe_train.distributed import logger
 from irpe_train.errors import blamed_on
 from irpe_train.loader import EvalLoader, TrainLoader
+from irpe_train.logger import logger
 
 
 def validation_set(args: argparse.Namespace) -> Dataset:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from irpe_train import outputs
-from irpe_train.distributed import logger
+from irpe_train.logger import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
 from irpe_train.text_files import shown
 

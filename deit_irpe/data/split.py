@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from deit_irpe.data.images import FolderImages, same_text
-from irpe_train.distributed import is_main, logger
+from irpe_train.distributed import is_main
+from irpe_train.logger import logger
 from irpe_train.text_files import read_text, write_text
 
 

@@ -16,8 +16,8 @@ from deit_irpe.models.finetune import fit_classes, head_prefixes, resample_posit
 from deit_irpe.models.names import RPE_MODELS
 from deit_irpe.models.registration import UnknownArgument, create_model
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
-from irpe_train.distributed import logger
 from irpe_train.errors import BadCheckpoint
+from irpe_train.logger import logger
 from irpe_train.zoo import fetch
 
 FLAGS = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}  # by timm's argument

@@ -29,8 +29,8 @@ from irpe_ops import equip
 from irpe_ops.equip.timm_vit import RPEAttention
 from irpe_ops.methods import import_plugins
 from irpe_train.checkpoint import load_matching, read_weights
-from irpe_train.distributed import logger
 from irpe_train.errors import in_one_line
+from irpe_train.logger import logger
 from irpe_train.zoo import Entry, fetch, read_zoo
 
 

@@ -15,8 +15,9 @@ from detr_irpe.models.matcher import HungarianMatcher
 from detr_irpe.models.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
 from irpe_train import zoo
 from irpe_train.checkpoint import load_matching, read_checkpoint
-from irpe_train.distributed import is_main, logger
+from irpe_train.distributed import is_main
 from irpe_train.errors import BadCheckpoint
+from irpe_train.logger import logger
 from irpe_train.run import warn_of_other_flags
 from irpe_train.run_folder import Checkpoint
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.utils.data import SequentialSampler, TensorDataset
 
 from deit_irpe.engine import evaluate, train_one_epoch
-from irpe_train.distributed import set_up_logging
 from irpe_train.loader import TrainLoader
+from irpe_train.logger import set_up_logging
 from irpe_train.precision import Precision
 from irpe_train.run_folder import Checkpoints
 from irpe_train.state import TrainState

@@ -16,6 +16,7 @@ from irpe_train.arguments import add_runtime_arguments
 from irpe_train.checkpoint import load_matching
 from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader, TrainLoader
+from irpe_train.logger import logger
 from irpe_train.metrics import MetricLogger
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
@@ -164,7 +165,7 @@ def main(args):
         run.finish_epoch(test_stats, figure=test_stats["acc1"])
     run.close()
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
-    distributed.logger.info(f"done {digest[:16]} best {state.best:.2f}")
+    logger.info(f"done {digest[:16]} best {state.best:.2f}")
 
 
 if __name__ == "__main__":

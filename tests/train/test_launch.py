@@ -11,9 +11,9 @@ import sys
 import pytest
 from torch.utils.data import DataLoader
 
-from irpe_train.distributed import logger, set_up_logging
 from irpe_train.errors import BadData, RunError, WorkerLost
 from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
+from irpe_train.logger import logger, set_up_logging
 from tests.helpers import tiny_run
 
 

@@ -98,7 +98,7 @@ def test_a_smaller_last_batch_is_left_out():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_training_image_is_replaced_counted_and_named(workers, capsys):
-    from irpe_train.distributed import set_up_logging
+    from irpe_train.logger import set_up_logging
 
     set_up_logging(0)
     data = Draws(12, unreadable=(5, 6))
@@ -114,7 +114,7 @@ def test_unreadable_training_image_is_replaced_counted_and_named(workers, capsys
 
 
 def test_an_image_that_comes_again_is_named_once(capsys):
-    from irpe_train.distributed import set_up_logging
+    from irpe_train.logger import set_up_logging
 
     set_up_logging(0)
     batches(TrainLoader(Draws(6, unreadable=(5,)), [5, 5, 5], batch_size=1, seed=0), 0)

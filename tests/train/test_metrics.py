@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from irpe_train.distributed import logger, set_up_logging
+from irpe_train.logger import logger, set_up_logging
 from irpe_train.metrics import MetricLogger, SmoothedValue
 from irpe_train.run_log import log_details
 
@@ -151,7 +151,7 @@ def test_empty_loader(capsys):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_other_ranks_print_warnings_alone_with_their_rank(rank, capsys):
-    from irpe_train.distributed import logger
+    from irpe_train.logger import logger
 
     set_up_logging(rank)
     logger.info("* Acc@1 73.700")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from irpe_train.config import parse_args
-from irpe_train.distributed import set_up_logging
 from irpe_train.errors import RunError
+from irpe_train.logger import set_up_logging
 from irpe_train.run import Run
 from irpe_train.run_folder import lock
 from irpe_train.run_log import RunLog, banner, changed_flags, git_state, log_details, record_start

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from irpe_train.checkpoint import read_checkpoint
-from irpe_train.distributed import set_up_logging
 from irpe_train.errors import BadCheckpoint
+from irpe_train.logger import set_up_logging
 from irpe_train.run_folder import Checkpoints
 from irpe_train.state import TrainState, plain
 
