@@ -6,9 +6,8 @@ import re
 import pytest
 import torch
 
-from irpe_train.logger import logger, set_up_logging
+from irpe_train.logger import log_details, logger, set_up_logging
 from irpe_train.metrics import MetricLogger, SmoothedValue
-from irpe_train.run_log import log_details
 
 
 def test_means_are_over_iterations_or_over_images():

@@ -14,10 +14,10 @@ import torch
 
 from irpe_train.config import parse_args
 from irpe_train.errors import RunError
-from irpe_train.logger import set_up_logging
+from irpe_train.logger import log_details, set_up_logging
 from irpe_train.run import Run
 from irpe_train.run_folder import lock
-from irpe_train.run_log import RunLog, banner, changed_flags, git_state, log_details, record_start
+from irpe_train.run_log import RunLog, banner, changed_flags, git_state, record_start
 from tests.helpers import tiny_run
 
 
