@@ -17,6 +17,7 @@ from irpe_train.outputs import writable_folder
 from irpe_train.text_files import read_text, write_text
 
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
+NOT_PUBLISHED = "not published here"
 NAMES = tuple(f"table.{kind}" for kind in ("csv", "md", "tex", "png", "pdf"))
 
 
@@ -41,7 +42,8 @@ def cells(row: Row, figure: Figure, *, baseline: str | None = None, evaluations:
         if baseline is not None:
             shown[f"minus {baseline}{where} [95%]"] = difference(row.differences(evaluation), figure)
     shown["seeds"] = f"{row.states.count('done')}/{len(row.states)}"
-    return shown | {"published": "-" if row.published is None else figure.text(row.published)}
+    shown["published"] = NOT_PUBLISHED if row.published is None else figure.text(row.published)
+    return shown
 
 
 def result(row: Row, figure: Figure) -> str:
@@ -122,8 +124,7 @@ def write(
     write_text(paths[0], text.getvalue())  # first: it marks the others as ours
     baseline = next((row.baseline.run for row in rows if row.baseline is not None), None)
     body = [cells(row, figure, baseline=baseline, evaluations=evaluations) for row in rows]
-    header = [title for title in body[0] if title != "published" or any(row.published is not None for row in rows)]
-    lines = [[line[title] for title in header] for line in body]
+    header, lines = list(body[0]), [list(line.values()) for line in body]
     write_text(paths[1], markdown(header, lines))
     write_text(paths[2], latex(header, lines, ["failed" in row.states for row in rows]))
     canvas = plot_intervals(rows, title=title, figure=figure, evaluations=evaluations)
