@@ -1,6 +1,7 @@
 """Imports point down only: which package may import which (docs/design.md)."""
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -55,3 +56,20 @@ def test_nothing_imports_scripts():
     for package in ALLOWED:
         for path in (REPO / package).rglob("*.py"):
             assert "import scripts" not in path.read_text() and "from scripts" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("irpe_ops", "build_rpe equip get_bucket_ids_2d get_rpe_config parse_rpe_spec rpe_attention rpe_index"),
+        ("deit_irpe", "create_model"),
+        ("deit_irpe.args", "get_args_parser"),
+        ("deit_irpe.data", "build_dataset"),
+        ("detr_irpe", "build_model create_model"),
+        ("detr_irpe.args", "get_args_parser"),
+        ("detr_irpe.data.coco", "CocoDetection"),
+        ("detr_irpe.data.coco_eval", "CocoEvaluator"),
+    ],
+)
+def test_the_names_that_scripts_import_stay(module, names):
+    assert all(callable(getattr(importlib.import_module(module), name)) for name in names.split())

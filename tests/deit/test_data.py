@@ -14,9 +14,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from deit_irpe.data import datasets, images
+from deit_irpe.data import build_dataset, datasets, images
 from deit_irpe.data.classes import check_same_classes
-from deit_irpe.data.datasets import build_dataset
 from deit_irpe.data.tar_files import TarImages
 from deit_irpe.data.transforms import _posterize, build_transform
 from irpe_train.pixels import UnreadableImage
