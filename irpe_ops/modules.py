@@ -46,7 +46,7 @@ class IRPE(nn.Module):
         self.num_buckets = bucket_map_named(self.method).buckets(self.ratio, self.skip)
         mode = MODES[self.mode]
         shape = mode.shape(1 if self.shared_head else num_heads, head_dim, self.num_buckets)
-        if self.on_values:
+        if role == "v":
             shape = (*shape[:-2], shape[-1], shape[-2])
         self.register_parameter(mode.parameter, nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
@@ -54,11 +54,6 @@ class IRPE(nn.Module):
     def reset_parameters(self) -> None:
         """Zero the table; also called for models first built on the device ``meta``."""
         nn.init.zeros_(self.table)
-
-    @property
-    def on_values(self) -> bool:
-        """Whether it maps attention weights to values, rather than vectors to attention scores."""
-        return self.role == "v"
 
     @property
     def table(self) -> nn.Parameter:
@@ -125,7 +120,7 @@ class IRPE(nn.Module):
         self._check(x)
         length = x.shape[2]
         ids = self.bucket_ids(length, height, width, x.device)
-        if not self.on_values:
+        if self.role != "v":
             return rpe_index(self.lookup(x), ids)  # (B, H, L, L)
         with without_autocast(x.device):
             sums = rpe_index_adjoint(x.to(self.table.dtype), ids, self.num_buckets)  # (B, H, L, N)
@@ -135,10 +130,10 @@ class IRPE(nn.Module):
         name = f"rpe_{self.role}"
         if kind := not_dense(x):
             raise ValueError(f"{name}: expected a dense tensor, not {kind}")
-        last = "L" if self.on_values else "D"
-        if x.dim() != 4 or (self.on_values and x.shape[2] != x.shape[3]):
+        last = "L" if self.role == "v" else "D"
+        if x.dim() != 4 or (last == "L" and x.shape[2] != x.shape[3]):
             raise ValueError(f"{name}: expected (B, H, L, {last}), got {tuple(x.shape)}")
-        if not self.on_values and x.shape[3] != self.head_dim:
+        if last == "D" and x.shape[3] != self.head_dim:
             raise ValueError(f"{name}: built for head_dim={self.head_dim}, got {tuple(x.shape)} with D={x.shape[3]}")
         if not self.shared_head and x.shape[1] != self.num_heads:
             raise ValueError(f"{name}: built for {self.num_heads} heads, got {tuple(x.shape)} with H={x.shape[1]}")
@@ -167,11 +162,6 @@ class IRPESum(nn.Module):
         for name in maps_of(config.method):
             part = name.removeprefix(f"{config.method}_")
             self.add_module(f"rp_{part}", IRPE(config, head_dim, num_heads, role, name))
-
-    @property
-    def on_values(self) -> bool:
-        """As in `IRPE`."""
-        return self.role == "v"
 
     @property
     def parts(self) -> tuple[IRPE, ...]:

@@ -56,7 +56,7 @@ def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tenso
     for name, module in model.named_modules():
         if isinstance(module, IRPE):
             table = module.table.detach().float().cpu()
-            strength = table.norm(dim=2 if module.on_values else 1) if table.dim() == 3 else table  # (H or 1, N)
+            strength = table.norm(dim=2 if module.role == "v" else 1) if table.dim() == 3 else table  # (H or 1, N)
             maps[name] = strength[:, _centred_ids(module.method, module.ratio, height, width)]
     if not maps:
         raise ValueError("this model has no relative position encoding")

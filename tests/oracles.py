@@ -67,7 +67,7 @@ def encode(rpe: nn.Module, x: Tensor, height: int, width: int) -> Tensor:
         ids = bucket_ids(part.method, height, width, part.skip, part.ratio)
         table = part.table.detach().double()
         batch, heads, length, width_of_x = x.shape
-        output = torch.zeros(batch, heads, length, table.shape[-1] if part.on_values else length, dtype=torch.float64)
+        output = torch.zeros(batch, heads, length, table.shape[-1] if part.role == "v" else length, dtype=torch.float64)
         for b in range(batch):
             for h in range(heads):
                 of_head = table[0 if part.shared_head else h]
@@ -76,7 +76,7 @@ def encode(rpe: nn.Module, x: Tensor, height: int, width: int) -> Tensor:
                         n = ids[i, j]
                         if part.mode == "bias":
                             output[b, h, i, j] = of_head[n]
-                        elif part.on_values:
+                        elif part.role == "v":
                             output[b, h, i] += x[b, h, i, j].double() * of_head[n]
                         else:
                             for d in range(width_of_x):

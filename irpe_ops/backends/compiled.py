@@ -117,4 +117,4 @@ def _table_and_maps(
     maps = [part.bucket_ids(length, height, width, device) for part in rpe.parts]
     if len(rpe.parts) == 1:
         return rpe.parts[0].table, maps
-    return torch.cat([part.table for part in rpe.parts], -2 if rpe.on_values else -1), maps
+    return torch.cat([part.table for part in rpe.parts], -2 if rpe.role == "v" else -1), maps

@@ -98,19 +98,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _copy(call: AttentionCall, training: bool) -> AttentionCall:
-    """A copy of the call with its own leaf tensors and modules, so that the run's graph is not touched."""
-    q, k, v = (x.detach().clone().requires_grad_(training) for x in (call.q, call.k, call.v))
+def _copy(call: AttentionCall, training: bool, copied: Callable[[Tensor], Tensor] = torch.clone) -> AttentionCall:
+    """The call with its own leaf tensors and modules, so that the run's graph is not touched."""
+    q, k, v = (copied(x.detach()).requires_grad_(training) for x in (call.q, call.k, call.v))
     mask = call.attn_mask
-    mask = None if mask is None else mask.detach().clone().requires_grad_(mask.requires_grad)
-    return AttentionCall(q, k, v, *_own_encodings(call), *call[6:9], mask, *call[10:])
+    if mask is not None and mask.dtype != torch.bool:
+        mask = copied(mask.detach()).requires_grad_(mask.requires_grad)
+    return call._replace(q=q, k=k, v=v, attn_mask=mask, **_own_encodings(call, copied))
 
 
-def _own_encodings(call: AttentionCall, copied: Callable[[Tensor], Tensor] = torch.clone) -> list[Encoding | None]:
+def _own_encodings(call: AttentionCall, copied: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, Encoding | None]:
     """Copies of rpe_q, rpe_k and rpe_v. Their tables may be non-leaf tensors: replicas, views of one flat parameter."""
     tables = [part.table for rpe in call.encodings for part in rpe.parts]
     own = {id(t): nn.Parameter(copied(t.detach()), requires_grad=t.requires_grad) for t in tables}
-    return [copy.deepcopy(rpe, own) for rpe in call[3:6]]
+    return {name: copy.deepcopy(getattr(call, name), own) for name in ("rpe_q", "rpe_k", "rpe_v")}
 
 
 def _small_copy(call: AttentionCall, training: bool) -> AttentionCall:
@@ -135,24 +136,18 @@ def _small_copy(call: AttentionCall, training: bool) -> AttentionCall:
         mask = torch.randn(length, length, generator=generator, device="cpu").to(call.q.device)
         mask = mask > 1 if call.attn_mask.dtype == torch.bool else mask.to(call.attn_mask.dtype)
         mask.requires_grad_(call.attn_mask.requires_grad)
-    encodings = _own_encodings(call)
+    sizes = {"height": height, "width": width, "key_padding_mask": padding, "attn_mask": mask, "scale": call.scale}
+    small = AttentionCall(q, k, v, **_own_encodings(call), **sizes)
     with torch.no_grad():
-        for rpe in filter(None, encodings):
+        for rpe in small.encodings:
             for part in rpe.parts:
                 part.table.copy_(normal(part.table, *part.table.shape) * 0.2)
-    return AttentionCall(q, k, v, *encodings, height, width, padding, mask, 0.0, call.scale)
+    return small
 
 
 def in_double(call: AttentionCall) -> AttentionCall:
     """The same call in fp64, with its own leaf tensors and modules."""
-
-    def double(x: Tensor | None) -> Tensor | None:
-        exact = x is None or x.dtype == torch.bool
-        return x if exact else x.detach().double().requires_grad_(x.requires_grad)
-
-    q, k, v = (double(x) for x in (call.q, call.k, call.v))
-    encodings = _own_encodings(call, torch.Tensor.double)
-    return AttentionCall(q, k, v, *encodings, *call[6:9], double(call.attn_mask), *call[10:])
+    return _copy(call, call.q.requires_grad, Tensor.double)
 
 
 def run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, training: bool) -> list[Tensor]:

@@ -51,7 +51,7 @@ def test_by_hand_equals_the_loops(spec, height, width, skip):
 def test_encodings_are_where_they_were_requested(rpe_on):
     encodings = build_rpe(get_rpe_config(rpe_on=rpe_on), 4, 2)
     assert [rpe is not None for rpe in encodings] == [place in rpe_on for place in "qkv"]
-    assert [rpe.on_values for rpe in encodings if rpe is not None] == [place == "v" for place in rpe_on]
+    assert [rpe.role for rpe in encodings if rpe is not None] == list(rpe_on)
     assert build_rpe(None, 4, 2) == (None, None, None)
 
 
@@ -87,8 +87,8 @@ def test_the_state_dict_has_the_published_names_and_nothing_else(spec, names):
 
 def test_attributes_that_others_read():
     rpe_k = build_rpe(get_rpe_config(2.0, "quant", "bias", False, 1, "k"), 8, 4)[1]
-    names = ("method", "mode", "shared_head", "skip", "ratio", "head_dim", "num_heads", "num_buckets", "on_values")
-    assert [getattr(rpe_k, name) for name in names] == ["quant", "bias", False, 1, 2.0, 8, 4, 10, False]
+    names = ("method", "mode", "shared_head", "skip", "ratio", "head_dim", "num_heads", "num_buckets", "role")
+    assert [getattr(rpe_k, name) for name in names] == ["quant", "bias", False, 1, 2.0, 8, 4, 10, "k"]
     assert rpe_k.parts == (rpe_k,) and rpe_k.table is rpe_k.lookup_table_bias
     cross = build_rpe(get_rpe_config(method="cross"), 8, 4)[1]
     assert isinstance(cross, IRPESum) and [part.method for part in cross.parts] == ["cross_rows", "cross_cols"]
@@ -130,7 +130,7 @@ def test_gradients_numerically(spec):
     for rpe in build(spec, skip=1):
         if rpe is None:
             continue
-        x = torch.rand(1, 2, 5, 5 if rpe.on_values else 3, dtype=torch.float64, requires_grad=True)
+        x = torch.rand(1, 2, 5, 5 if rpe.role == "v" else 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda x, *tables, rpe=rpe: rpe(x).sin(), (x, *rpe.parameters()))
 
 
@@ -163,7 +163,7 @@ def test_the_value_encoding_never_stores_a_vector_per_pair():
 @pytest.mark.parametrize("spec", ["rpe-1.9-product-ctx-1-k", "rpe-1.9-cross-ctx-0-v", "rpe-2.0-euc-bias-0-k"])
 def test_copies_compute_the_same(spec):
     rpe = next(rpe for rpe in build(spec, skip=1) if rpe is not None)
-    x = torch.rand(1, 2, 5, 5 if rpe.on_values else 3, dtype=torch.float64)
+    x = torch.rand(1, 2, 5, 5 if rpe.role == "v" else 3, dtype=torch.float64)
     assert torch.equal(copy.deepcopy(rpe)(x), rpe(x))
 
 
@@ -254,7 +254,7 @@ def test_compiles_whole_with_sizes_that_change(spec):
         compiled = torch.compile(rpe, fullgraph=True, backend="aot_eager", dynamic=True)
         for height, width in [(2, 3), (3, 5)]:
             length = height * width + 1
-            x = torch.rand(1, 2, length, length if rpe.on_values else 3, dtype=torch.float64)
+            x = torch.rand(1, 2, length, length if rpe.role == "v" else 3, dtype=torch.float64)
             assert torch.equal(compiled(x, height, width), rpe(x, height, width))
 
 
