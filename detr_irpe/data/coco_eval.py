@@ -86,7 +86,7 @@ class CocoEvaluator:
         detections = {image_id: found for part in gathered for image_id, found in part.items()}
         # The libraries get numbers from 1 in the order of the ids: as a float, a large id would become another one.
         numbers = {image_id: number for number, image_id in enumerate(self.annotations.image_ids.tolist(), 1)}
-        numbered = {numbers[image_id]: detections[image_id] for image_id in sorted(detections)}
+        numbered = {numbers[image_id]: found for image_id, found in detections.items()}
         truth = self._ground_truth()
         results = {iou_type: self._score(truth, numbered, iou_type) for iou_type in self.iou_types}
         for result in results.values():
@@ -173,7 +173,7 @@ def _box_rows(detections: dict[int, dict]) -> np.ndarray:
     """(detections, 7): image number, x, y, width, height, score, label, in float64, in which the libraries compute."""
     blocks = [
         np.column_stack([np.full(len(found["scores"]), image_id), found["boxes"], found["scores"], found["labels"]])
-        for image_id, found in sorted(detections.items())
+        for image_id, found in detections.items()
     ]
     return np.concatenate(blocks).astype(np.float64) if blocks else np.zeros((0, 7))
 
@@ -181,6 +181,6 @@ def _box_rows(detections: dict[int, dict]) -> np.ndarray:
 def _mask_entries(detections: dict[int, dict]) -> list[dict]:
     return [
         {"image_id": image_id, "category_id": int(label), "segmentation": mask, "score": float(score)}
-        for image_id, found in sorted(detections.items())
+        for image_id, found in detections.items()
         for mask, label, score in zip(found["masks"], found["labels"], found["scores"], strict=True)
     ]

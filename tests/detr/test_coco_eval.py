@@ -112,7 +112,7 @@ def test_both_libraries_give_the_same_twelve_figures(tmp_path, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_nothing_detected_scores_zero(tmp_path, backend, iou_type):
+def test_nothing_detected_scores_zero_and_the_libraries_are_silent(tmp_path, backend, iou_type, capsys):
     root = write_tiny_coco(tmp_path)
     nothing = {
         "boxes": torch.zeros(0, 4),
@@ -122,6 +122,20 @@ def test_nothing_detected_scores_zero(tmp_path, backend, iou_type):
     }
     stats = score(root, {i: nothing for i in truth(root)}, (iou_type,), backend)[iou_type].stats
     assert [stats[i] for i in (0, 1, 2, 3, 6, 7, 8, 9)] == [0] * 8
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_are_scored_by_their_pixels(tmp_path, backend):
+    root = write_tiny_coco(tmp_path, val=9)
+    images = json.loads(annotations_of(root).read_text())["images"]
+    size = {image["id"]: (image["height"], image["width"]) for image in images}
+    found = {
+        i: {"boxes": b, "labels": c, "scores": torch.ones(len(b)), "masks": torch.zeros(len(b), 1, *size[i])}
+        for i, (b, c) in truth(root).items()
+    }
+    results = score(root, found, ("bbox", "segm"), backend)
+    assert results["bbox"].stats[0] == pytest.approx(1) and results["segm"].stats[0] == 0
 
 
 def test_only_the_images_that_were_seen_count(tmp_path):
@@ -130,13 +144,15 @@ def test_only_the_images_that_were_seen_count(tmp_path):
     assert score(root, {102: exact[102]})["bbox"].stats[0] == pytest.approx(1)
 
 
-def test_the_order_of_images_changes_nothing(tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_order_of_images_changes_nothing(tmp_path, backend):
     root = write_tiny_coco(tmp_path, val=12)
     predictions = noisy_predictions(root)
     for found in predictions.values():  # ties between images are where order could matter
         found["scores"] = (found["scores"] * 4).round() / 4
     backwards = dict(reversed(predictions.items()))
-    assert score(root, predictions)["bbox"].stats == score(root, backwards)["bbox"].stats
+    first, second = (score(root, found, backend=backend)["bbox"] for found in (predictions, backwards))
+    assert first.stats == second.stats and first.eval["params"]["imgIds"] == second.eval["params"]["imgIds"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
