@@ -73,7 +73,6 @@ def has_kernel(tensor: Tensor) -> bool:
     return (
         tensor.device.type in compiled_devices
         and (tensor.device.type != "cuda" or built_for(tensor.device.index))
-        and tensor.dtype in DTYPES
         and not under_function_transform()
         and not torch.compiler.is_exporting()  # exported programs run where our operators are unknown
     )

@@ -191,7 +191,8 @@ def test_exports():
     ("change", "words"),
     [
         (lambda x, i: (x[0], i), "expected input (B, H, L_query, N) and index (L_query, L_key); got input (3, 4, 5)"),
-        (lambda x, i: (x, i[0]), "and index (6,)"),
+        (lambda x, i: (x, i[0]), "got input (2, 3, 4, 5) and index (6,)"),
+        (lambda x, i: (x, i[..., None]), "expected input (B, H, L_query, N) and index (L_query, L_key); got"),
         (lambda x, i: (x, i[:3]), "input (2, 3, 4, 5) and index (3, 6) differ in L_query"),
         (lambda x, i: (x, i.double()), "must be uint8, int16, int32 or int64, not torch.float64; use index.long()"),
         (lambda x, i: (x, i > 0), "not torch.bool"),
@@ -254,6 +255,25 @@ def test_a_gpu_that_the_extension_was_not_built_for_gets_plain_pytorch(monkeypat
     assert MODULE.has_kernel(tensor) is built
 
 
+def test_missing_kernels_are_named_with_the_remedy(monkeypatch):
+    build = "pip install ./rpe_ops_cuda"
+    monkeypatch.setattr(MODULE, "extension_error", "no such file")
+    for kind in ("cpu", "cuda"):
+        assert MODULE.missing_kernels(kind) == f"rpe_ops_cuda does not load (no such file); build it: {build}"
+    monkeypatch.setattr(MODULE, "extension_error", "")
+    monkeypatch.setattr(MODULE, "compiled_devices", ("cpu",))
+    assert MODULE.missing_kernels("cpu") is None
+    assert MODULE.missing_kernels("cuda").endswith(f"without CUDA; with a CUDA toolkit installed: FORCE_CUDA=1 {build}")
+    monkeypatch.setattr(MODULE, "compiled_devices", ("cpu", "cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no CUDA device" in MODULE.missing_kernels("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device))
+    monkeypatch.setattr(MODULE, "built_for", lambda device: device == 1)
+    assert MODULE.missing_kernels("cuda", 9).endswith(f"other GPUs; build it here: TORCH_CUDA_ARCH_LIST=8.9 {build}")
+    assert MODULE.missing_kernels("cuda", 1) is None
+
+
 def test_asking_what_the_extension_was_built_for_is_a_constant_of_the_graph(monkeypatch):
     """Dynamo traces through lru_cache even if it is marked, and an operator that returns a bool cannot be traced."""
     with torch.library._scoped_library("irpe_of_a_test", "DEF") as library:
@@ -262,4 +282,4 @@ def test_asking_what_the_extension_was_built_for_is_a_constant_of_the_graph(monk
         cuda, ops = SimpleNamespace(is_available=lambda: True), SimpleNamespace(irpe=torch.ops.irpe_of_a_test)
         monkeypatch.setattr(MODULE, "torch", SimpleNamespace(cuda=cuda, ops=ops))
         compiled = torch.compile(lambda x: x + MODULE.built_for(7), backend="eager", fullgraph=True)
-        assert compiled(torch.zeros(())) == 1
+        assert compiled(torch.zeros(())) == 1 and not MODULE.built_for(8)
