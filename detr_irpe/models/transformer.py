@@ -232,5 +232,6 @@ class Transformer(nn.Module):
         """
         tokens, pos = (x.flatten(2).transpose(1, 2) for x in (src, pos_embed))  # (B, h * w, d_model)
         memory = self.encoder(tokens, pos, mask)
-        hs = self.decoder(query_embed.expand(len(src), -1, -1), pos, memory, mask)
+        queries = query_embed.expand(src.shape[0], -1, -1)  # len(src) would fix the batch of an exported model
+        hs = self.decoder(queries, pos, memory, mask)
         return hs, memory.transpose(1, 2).unflatten(2, src.shape[2:])

@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+from torch.export import Dim
 
 from detr_irpe.args import get_args_parser as training_parser
 from detr_irpe.export import get_export_parser, main
 from detr_irpe.load_model import load_model
 from detr_irpe.models import build_model
+from detr_irpe.models.transformer import Transformer
 from irpe_train.config import parse_args
 
 SMALL = [
@@ -56,6 +58,17 @@ def test_safetensors_holds_the_same_network_with_its_flags_and_categories(tmp_pa
     assert vars(flags) == vars(same_flags) and flags.dilation and names == same_names == {2: "hat"}
     image = torch.rand(3, 64, 96)
     assert torch.equal(model([image])["pred_boxes"], same([image])["pred_boxes"])
+
+
+def test_the_transformer_is_traced_for_any_batch_and_grid():
+    """The part of an export whose sizes our code computes; the whole one is slow."""
+    model = Transformer(8, 2, 1, 1, 8, enc_rpe2d="rpe-2.0-product-ctx-1-k").eval()
+    src, mask, queries = torch.randn(2, 8, 4, 5), torch.zeros(2, 4, 5, dtype=torch.bool), torch.randn(3, 8)
+    grid, batch = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
+    shapes = batch | grid, batch | {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}, None, batch | grid
+    traced = torch.export.export(model, (src, mask, queries, src), dynamic_shapes=shapes).module()
+    other = torch.randn(3, 8, 6, 4), torch.zeros(3, 6, 4, dtype=torch.bool)
+    torch.testing.assert_close(traced(*other, queries, other[0]), model(*other, queries, other[0]))
 
 
 @pytest.mark.slow
