@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from irpe_ops.args import end_with, get_info_parser
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends import NAMES, choice, eager, module_of
-from irpe_ops.backends.measure import in_double, run
+from irpe_ops.backends.measure import distance, in_double, run
 from irpe_ops.config import parse_rpe_spec
 from irpe_ops.modules import build_rpe
 from irpe_ops.rpe_index import missing_kernels, rpe_index
@@ -162,9 +162,10 @@ def _check_lookup(device: str) -> Iterator[tuple[str, float, float]]:
         grad = torch.randn(2, 3, 197, 197, generator=generator).to(device, dtype)
         ids = index.long().expand(2, 3, -1, -1)
         output = rpe_index(input, index)
-        yield f"lookup {_short(dtype)}", _relative(output, input.gather(-1, ids)), 0.0
+        yield f"lookup {_short(dtype)}", distance([output.detach()], [input.detach().gather(-1, ids)]), 0.0
         sums = torch.zeros(2, 3, 197, 50, dtype=torch.float64, device=device).scatter_add(-1, ids, grad.double())
-        yield f"gradient {_short(dtype)}", _relative(torch.autograd.grad(output, input, grad)[0], sums), _allowed(dtype)
+        found = torch.autograd.grad(output, input, grad)
+        yield f"gradient {_short(dtype)}", distance(found, [sums]), _allowed(dtype)
 
 
 def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float]]:
@@ -179,13 +180,7 @@ def _check_attention(name: str, device: str) -> Iterator[tuple[str, float, float
             ours, exact = ((out, torch.cat([grad.double().flatten() for grad in grads])) for out, *grads in runs)
             # A gradient is a longer sum: on an H200 PyTorch's own fp32 kernel is off by 9 eps.
             for what, eps, got, wanted in zip(("forward", "backward"), (8, 16), ours, exact, strict=True):
-                yield f"{spec} {what} {_short(dtype)}", _relative(got, wanted), _allowed(dtype, eps)
-
-
-def _relative(ours: Tensor, exact: Tensor) -> float:
-    """The distance between two vectors, relative to the length of the exact one."""
-    ours, exact = ours.detach().double(), exact.detach().double()
-    return float((ours - exact).norm() / exact.norm())
+                yield f"{spec} {what} {_short(dtype)}", distance([got], [wanted]), _allowed(dtype, eps)
 
 
 def _allowed(dtype: torch.dtype, eps: int = 8) -> float:

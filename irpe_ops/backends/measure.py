@@ -55,10 +55,10 @@ def measure(
         small = _small_copy(call, training)
         with torch.autocast(device.type, enabled=False):
             exact = run(eager, in_double(small), training)
-        allowed = ALLOWED * max(_distance(run(eager, small, training), exact), torch.finfo(call.q.dtype).eps)
+        allowed = ALLOWED * max(distance(run(eager, small, training), exact), torch.finfo(call.q.dtype).eps)
         for name, attention in candidates.items():
             try:
-                error = _distance(run(attention, small, training), exact)
+                error = distance(run(attention, small, training), exact)
                 if not error <= allowed:  # not `>`, which a NaN would pass
                     raise ArithmeticError(f"relative error {error:.1e}; {allowed:.1e} is allowed")
                 ms[name] = _milliseconds(functools.partial(run, attention, _copy(call, training), training), device)
@@ -160,12 +160,10 @@ def run(attention: Callable[[AttentionCall], Tensor], call: AttentionCall, train
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-def _distance(ours: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest relative error of an output or gradient, in the L2 norm."""
-    return max(
-        float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
-        for x, y in zip(ours, exact, strict=True)
-    )
+def distance(ours: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative error of a tensor, in the L2 norm; NaN if any is, which Python's ``max`` may drop."""
+    pairs = [(x.double(), y.double()) for x, y in zip(ours, exact, strict=True)]
+    return float(torch.stack([(x - y).norm() / y.norm().clamp_min(1e-30) for x, y in pairs]).max())
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:

@@ -69,6 +69,12 @@ def nan(call):
     return eager_attention(call) * float("nan")
 
 
+def nan_gradient(call):
+    v = call.v.clone()
+    v.register_hook(lambda grad: grad * float("nan"))
+    return eager_attention(call._replace(v=v))
+
+
 def raising(call):
     raise RuntimeError("ptxas fatal: out of registers\nand a page of assembly")
 
@@ -81,7 +87,7 @@ def out_of_memory_at_real_size(call):
 
 FAKES = {
     "eager": eager_attention, "slow": slow, "wrong": wrong, "wrong_backward": wrong_backward, "nan": nan,
-    "raising": raising, "big": out_of_memory_at_real_size,
+    "nan_gradient": nan_gradient, "raising": raising, "big": out_of_memory_at_real_size,
 }  # fmt: skip
 
 
@@ -90,7 +96,7 @@ def test_right_candidates_are_timed_and_the_others_named():
     assert found.ms == {"eager": pytest.approx(1), "slow": pytest.approx(7)}  # the median of calls 4 to 8, and 1
     assert found.left_out["raising"] == "RuntimeError: ptxas fatal: out of registers"
     assert found.left_out["big"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 40 GiB"
-    for name in ("wrong", "wrong_backward", "nan"):
+    for name in ("wrong", "wrong_backward", "nan", "nan_gradient"):
         assert found.left_out[name].startswith("ArithmeticError: relative error")
 
 
