@@ -89,7 +89,9 @@ def move_a_sum(run):
         ("learning rates and weight decay", lambda run: run.groups[1].__setitem__(2, 1e-9)),
         ("weights", move_a_sum),
         ("weights", lambda run: run.model["cls_token"].__setitem__(2, run.model["cls_token"][2] * 1.0011)),
+        ("weights", lambda run: run.model["cls_token"].__setitem__(1, float("nan"))),
         ("moving average", lambda run: run.model_ema["pos_embed"].__setitem__(1, 10.13538)),
+        ("moving average", lambda run: run.model_ema["pos_embed"].__setitem__(2, float("nan"))),
     ],
 )
 def test_the_comparison_sees_one_wrong_number(kind, fault):

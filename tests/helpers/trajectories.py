@@ -357,13 +357,16 @@ def _of_rate(ours: float, published: float) -> float:
 
 
 def _of_change(ours: list[float], published: list[float]) -> float:
-    """The largest difference in sum, norm and change, as a part of the change; 2e-7 of the value is rounding."""
+    """The largest difference in sum, norm and change, as a part of the change; 2e-7 of the value is rounding.
+
+    NaN if any is: Python's ``max`` keeps a NaN only if it comes first.
+    """
     change, scales = published[2], (math.sqrt(published[3]), 1.0, 1.0)
     excess = [
-        max(0.0, abs(a - b) - 2e-7 * abs(b)) / (scale * change)
+        max(abs(a - b) - 2e-7 * abs(b), 0.0) / (scale * change)
         for a, b, scale in zip(ours[:3], published[:3], scales, strict=True)
     ]
-    return max(excess)
+    return max(excess, key=lambda part: (math.isnan(part), part))
 
 
 def _largest(kind: str, named: list[tuple], tolerance: float, measure: Callable | None = None) -> Difference:
