@@ -137,14 +137,14 @@ def test_zero_tables_change_nothing():
 def test_tables_start_by_xavier_as_published():
     """The bound of 33 * 81 fans is sqrt(6 / (33 * 81)) = 0.0474, and the largest entry is just under it."""
     torch.manual_seed(0)
-    table = (
-        Transformer(enc_rpe2d="rpe-2.0-product-ctx-1-k", num_encoder_layers=1, num_decoder_layers=0, dim_feedforward=8)
-        .encoder.layers[0]
-        .self_attn.rpe_k.lookup_table_weight
-    )
-    assert table.shape == (1, 32, 81)
-    bound = math.sqrt(6 / (33 * 81))
-    assert round(bound, 4) == 0.0474 and 0.98 * bound < table.abs().max() <= bound
+    (layer,) = Transformer(
+        enc_rpe2d="rpe-2.0-product-ctx-1-k", num_encoder_layers=1, num_decoder_layers=0, dim_feedforward=8
+    ).encoder.layers
+    table, linear = layer.self_attn.rpe_k.lookup_table_weight, layer.linear1.weight
+    assert table.shape == (1, 32, 81) and linear.shape == (8, 256)
+    for parameter, bound in ((table, math.sqrt(6 / (33 * 81))), (linear, math.sqrt(6 / (8 + 256)))):
+        assert 0.98 * bound < parameter.abs().max() <= bound
+    assert not layer.self_attn.in_proj_bias.any() and not layer.self_attn.out_proj.bias.any()
 
 
 def test_compiles_whole_for_sizes_that_change():
@@ -157,14 +157,15 @@ def test_compiles_whole_for_sizes_that_change():
             torch.testing.assert_close(ours, expected)
 
 
-def test_dropout_acts_in_training_only():
-    transformer = tiny_transformer("rpe-2.0-product-ctx-1-k", dropout=0.5)
+@pytest.mark.parametrize("enc_rpe2d", ["", "rpe-2.0-product-ctx-1-k"])
+def test_dropout_acts_in_training_only(enc_rpe2d):
+    transformer = tiny_transformer(enc_rpe2d, dropout=0.5)
     src, pos, mask = random_map()
-    once, again = (transformer.encoder(src, pos, mask) for _ in range(2))
-    assert torch.equal(once, again)
-    transformer.train()
-    once, again = (transformer.encoder(src, pos, mask) for _ in range(2))
-    assert not torch.equal(once, again)
+    attention = transformer.encoder.layers[0].self_attn
+    for run in (lambda: transformer.encoder(src, pos, mask), lambda: attention(src + pos, src, mask)):
+        for training in (False, True):
+            transformer.train(training)
+            assert torch.equal(run(), run()) != training
 
 
 def test_a_backend_is_passed_on():
