@@ -141,7 +141,7 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
         twice = next(name for name in stored if WRAPPERS.sub("", name) != name)
         raise BadCheckpoint(f"checkpoint {source}: {key!r} holds a weight twice, as {twice} and without the prefix")
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise BadCheckpoint(f"checkpoint {source}: {name} has values that are NaN or infinite; use an earlier one")
     return weights
 

@@ -90,10 +90,9 @@ def resample_positions(
     Args: see ``load_pretrained_weights``.
     Raises: BadCheckpoint: the positions do not form a grid.
     """
-    own = model.state_dict()
     weights = dict(weights)
     notes = {}
-    if "pos_embed" in weights and "pos_embed" in own and isinstance(model, (VisionTransformer, Eva)):
+    if "pos_embed" in weights and isinstance(model, (VisionTransformer, Eva)):
         new_grid = tuple(model.patch_embed.grid_size)
         leading = 0 if model.no_embed_class else model.num_prefix_tokens  # DeiT-III adds positions only to patches
         shape = tuple(weights["pos_embed"].shape)

@@ -49,5 +49,5 @@ def attention_weights(call: AttentionCall) -> Tensor:
     if attn_mask is None and key_padding_mask is None:
         return scores.softmax(-1)
     # The softmax of an all -inf row is NaN, and so is its gradient: mask such rows before and after.
-    empty = scores.detach().amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1)
+    empty = scores.amax(-1, keepdim=True) == -math.inf  # (B, H, L, 1)
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

@@ -74,6 +74,16 @@ def test_losses_are_computed_in_fp32_for_bf16_outputs():
     assert loss(torch.zeros(1), torch.zeros(1, 2, dtype=torch.bfloat16), torch.tensor([0])).dtype == torch.float32
 
 
+def test_a_teacher_in_half_precision_is_compared_in_fp32():
+    scores = torch.randn(4, 5).bfloat16()
+    images, outputs, targets = torch.zeros(4), (torch.randn(4, 5), torch.randn(4, 5)), torch.arange(4)
+    half, full = (
+        DistillationLoss(nn.CrossEntropyLoss(), lambda _, answer=answer: answer, "soft")(images, outputs, targets)
+        for answer in (scores, scores.float())
+    )
+    assert torch.equal(half, full)
+
+
 def test_a_teacher_is_asked_in_evaluation_mode_and_never_learns(tmp_path):
     """Batch norm shows it: in training mode an output would depend on the others, and its means change."""
     torch.manual_seed(0)

@@ -271,6 +271,11 @@ def test_oblong_positions_of_the_same_grid_stay_as_they_are():
     assert torch.equal(new.pos_embed, old.pos_embed)
 
 
+def test_positions_of_other_families_are_not_resampled():
+    model = timm.models.Cait(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, depth_token_only=1)
+    assert load_pretrained_weights(model, model.state_dict(), source="a.pth") == {}
+
+
 def test_weights_of_another_model_are_refused_with_their_keys():
     with pytest.raises(ValueError, match=r"a.pth does not fit .*unexpected: blocks.2.norm1.weight.* and 4 more"):
         load_pretrained_weights(tiny(), tiny(depth=3).state_dict(), source="a.pth")

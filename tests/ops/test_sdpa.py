@@ -42,6 +42,10 @@ MASKS = {
     "float": {"attn_mask": torch.linspace(-1, 1, 7)},
     "gradient": {"attn_mask": torch.ones(1, 2, 7, 7, dtype=torch.float64, requires_grad=True)},
     "row excluded": {"attn_mask": torch.zeros(7, 7).index_fill(0, torch.tensor([3]), -math.inf)},
+    "both bool": {
+        "key_padding_mask": torch.tensor([[False] * 6 + [True]] * 2),
+        "attn_mask": torch.ones(7, 7, dtype=torch.bool).triu(1),
+    },
     "both": {
         "key_padding_mask": torch.tensor([[False] * 6 + [True]] * 2),
         "attn_mask": torch.full((2, 1, 1, 7), 0.5, dtype=torch.float64),

@@ -124,8 +124,9 @@ def test_missing_file_and_wrong_contents_are_named(tmp_path):
         read_checkpoint(tmp_path / "list.pth")
     with pytest.raises(BadCheckpoint, match="no 'model' in it; it has: weights"):
         model_weights({"weights": 3}, source="a.pth")
-    with pytest.raises(BadCheckpoint, match="'model' is not a dict of tensors"):
-        model_weights({"model": {"a": 1}}, source="a.pth")
+    for odd in (3, {}, {"a": 1}, {"a": torch.ones(1), "b": 1}):
+        with pytest.raises(BadCheckpoint, match="'model' is not a dict of tensors"):
+            model_weights({"model": odd}, source="a.pth")
 
 
 def test_layout_of_timm_is_read_and_weights_do_not_stand_in_for_their_average():
@@ -170,7 +171,7 @@ def test_another_model_is_refused_with_keys_named_and_nothing_changed():
     with pytest.raises(
         BadCheckpoint,
         match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
-        r"not \(2, 3\)",
+        r"not \(2, 3\). Build the model with the flags it was trained with\.$",
     ):
         load_matching(model, weights, source="a.pth")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -264,6 +265,7 @@ def test_no_flipped_bit_and_no_cut_loads_silently(tmp_path, ours):
     ("make", "words"),
     [
         (lambda: torch.zeros(1).expand(10**5, 10**5), "model.w.0 has 10,000,000,000 elements, and the file stores"),
+        (lambda: torch.zeros(1).expand(3), "has 3 elements, and the file stores 4 bytes of it; save a contiguous copy"),
         (lambda: torch.eye(4).to_sparse(), "model.w.0 is sparse_coo, float32, on cpu; expected a dense tensor"),
         (lambda: torch.eye(4).to_sparse_csr(), "model.w.0 is sparse_csr"),
         (lambda: torch.empty(9, device="meta"), "model.w.0 is strided, float32, on meta"),
@@ -332,3 +334,5 @@ def test_quantised_weights_are_refused():
     weights = model.state_dict() | {"weight": torch.ones(2, 2, dtype=torch.int8)}
     with pytest.raises(BadCheckpoint, match=r"a\.pth: weight holds torch\.int8; quantised"):
         load_matching(model, weights, source="a.pth")
+    norm = torch.nn.BatchNorm1d(2)  # its counter is an integer on both sides
+    assert load_matching(norm, norm.state_dict(), source="a.pth") == {}

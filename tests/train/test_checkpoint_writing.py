@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 
 import pytest
 import torch
@@ -17,6 +18,21 @@ def test_the_one_before_is_kept_and_other_names_are_the_same_contents(tmp_path):
         write_checkpoint({"epoch": epoch}, path, previous=previous, also=(tmp_path / "best.pth",) if epoch == 1 else ())
     assert [read_checkpoint(p)["epoch"] for p in (path, previous, tmp_path / "best.pth")] == [2, 1, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "checkpoint.pth", "previous.pth"]
+
+
+def test_the_contents_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    path, events, replace = tmp_path / "new" / "folder" / "checkpoint.pth", [], os.replace
+
+    def fsync(handle):
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        events.append("folder" if is_folder else os.fstat(handle).st_size)
+        if is_folder:
+            raise OSError("not on this file system")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("os.replace", lambda *names: events.append("named") or replace(*names))
+    write_checkpoint({"epoch": 1}, path)
+    assert events == [path.stat().st_size, "named", "folder"]
 
 
 @pytest.mark.parametrize("fails", ["", "link", "replace"])
