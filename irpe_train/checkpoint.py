@@ -71,20 +71,19 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def _read_safetensors(path: Path) -> dict:
     """The weights, and what our export wrote beside them: classes or categories, and flags."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    metadata = {}
-    with safe_open(path, "pt") as file:
-        for name, text in (file.metadata() or {}).items():
-            try:
-                metadata[name] = json.loads(text)
-            except ValueError:  # keep the text
-                metadata[name] = text
+    data, metadata = path.read_bytes(), {}  # not by its name, which need not be UTF-8
+    weights, header = load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    for name, text in header.get("__metadata__", {}).items():
+        try:
+            metadata[name] = json.loads(text)
+        except ValueError:  # keep the text
+            metadata[name] = text
     known = {name: metadata.pop(name) for name in ("classes", "categories") if name in metadata}
     if isinstance(known.get("categories"), dict):
         known["categories"] = {int(number): name for number, name in known["categories"].items()}
-    return {"model": load_file(path)} | (known and known | {"args": metadata})
+    return {"model": weights} | (known and known | {"args": metadata})
 
 
 def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:

@@ -90,7 +90,8 @@ class OnnxModel:
     def __init__(self, path: Path):
         import onnxruntime
 
-        self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        # The bytes, not the path: its name need not be UTF-8.
+        self._session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def run(self, outputs: Sequence[str], **inputs: Tensor) -> list[Tensor]:
@@ -130,11 +131,11 @@ def _save_onnx(program, path: Path, metadata: dict, inputs: dict, outputs: Seque
 def _save_pt2(program, path: Path, metadata: dict, *_) -> Callable:
     torch.export.save(program, archive := io.BytesIO(), extra_files={"metadata.json": json.dumps(metadata)})
     path.write_bytes(archive.getbuffer())  # PyTorch's own writer ends the process if the disk is full
-    return torch.export.load(path).module()
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
 def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | None) -> nn.Module:
-    from safetensors.torch import load_file, save
+    from safetensors.torch import load, save
 
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     # Named as in checkpoints: without the prefix of a wrapper around the model.
@@ -144,7 +145,7 @@ def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | N
     with torch.no_grad():
         for tensor in fresh.state_dict().values():
             tensor.zero_()
-    fresh.load_state_dict({wrapper + name: tensor for name, tensor in load_file(path).items()})
+    fresh.load_state_dict({wrapper + name: tensor for name, tensor in load(path.read_bytes()).items()})
     return fresh
 
 

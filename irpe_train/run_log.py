@@ -52,7 +52,7 @@ class RunLog:
         if tensorboard:
             try:
                 self._board = _summary_writer(self.path.parent / "tensorboard", epoch)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a ValueError: the folder's name is not UTF-8
                 self._drop_tensorboard(error)
         if wandb:
             self._wandb = _wandb_run(wandb, self.path.parent, resumed)
@@ -75,7 +75,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(dict(_scalars(stats)), step=stats["epoch"])
 
-    def _drop_tensorboard(self, error: OSError) -> None:
+    def _drop_tensorboard(self, error: Exception) -> None:
         self._board = None
         logger.warning(f"TensorBoard: cannot write to {self.path.parent / 'tensorboard'} ({error}); continuing without")
 

@@ -1,5 +1,6 @@
 """An exported model computes the same as the trained one, for sizes that were never traced."""
 
+import os
 import re
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import RunError
 from irpe_train.export import export_model
 from tests.helpers.full_disk import full_disk
@@ -53,6 +55,16 @@ def test_all_formats_agree_with_the_model(tmp_path, capsys):
     assert [kind for kind, _ in told] == ["onnx", "pt2", "safetensors"] and all(float(most) < 1e-6 for _, most in told)
     assert {p.name for p in tmp_path.iterdir()} >= {"m.onnx", "m.pt2", "m.safetensors"}
     assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
+def test_a_name_need_not_be_utf_8(tmp_path, format, monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda text: None)  # the parser of a command makes the console escape it
+    export(Scores(), tmp_path / os.fsdecode(b"\xff"), [format])
+    (file,) = tmp_path.iterdir()
+    assert os.fsencode(file.name) == b"\xff." + format.encode()
+    if format == "safetensors":
+        assert read_checkpoint(file)["model"].keys() == {"linear.weight", "linear.bias"}
 
 
 def test_a_dot_in_a_name_is_not_a_suffix(tmp_path):

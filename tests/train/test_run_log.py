@@ -100,6 +100,14 @@ def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch, cap
     assert "Traceback" not in captured.err
 
 
+def test_a_folder_that_tensorboard_cannot_name_is_one_warning(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    set_up_logging(0)
+    folder = tmp_path / os.fsdecode(b"not UTF-8: \xff")
+    RunLog(folder, epoch=0, resumed=False).write({"epoch": 0})
+    assert epochs(folder) == [0] and "warning: TensorBoard: cannot write to" in capsys.readouterr().out
+
+
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     log = RunLog(tmp_path, epoch=0, resumed=True, tensorboard=False)
     (tmp_path / "log.txt").symlink_to("unmounted/log.txt")
