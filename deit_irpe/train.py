@@ -24,7 +24,7 @@ from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
 from irpe_train.launch import launch
-from irpe_train.loader import EvalLoader
+from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.logger import logger
 from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int | None:
 
     # --- evaluate only
     if args.eval:
-        return evaluate_only(args, model, checkpoint, val_set, val_loader, precision)
+        return evaluate_only(args, model, checkpoint, val_loader, precision)
 
     # --- optimizer
     loader = data.training_loader(args, train_set, device)
@@ -87,9 +87,9 @@ def main(args: argparse.Namespace) -> int | None:
     extra = {"classes": list(classes)}
     state = TrainState(model, optimizer, lr_scheduler, ema=ema, scaler=precision.scaler, flags=flags, extra=extra)
     state.epoch = args.start_epoch
-    rows = rows_of_banner(args, model, precision, (len(train_set), len(val_set)), classes, loader.batch_size, lr)
-    stats, parser, paths = count(model), get_args_parser(), ("data_path",)
-    run = open_run(args, parser, state, loader, checkpoints, checkpoint, rows=rows, stats=stats, data_flags=paths)
+    rows = rows_of_banner(args, model, precision, loader, val_set, lr)
+    about = dict(rows=rows, stats=count(model), data_flags=("data_path",))
+    run = open_run(args, get_args_parser(), state, loader, checkpoints, checkpoint, **about)
 
     # --- loop
     while state.epoch < args.epochs:
@@ -108,35 +108,31 @@ def main(args: argparse.Namespace) -> int | None:
 
 
 def evaluate_only(
-    args: argparse.Namespace,
-    model: nn.Module,
-    checkpoint: Checkpoint | None,
-    val_set: Dataset,
-    val_loader: EvalLoader,
-    precision: Precision,
+    args: argparse.Namespace, model: nn.Module, checkpoint: Checkpoint | None, loader: EvalLoader, precision: Precision
 ) -> int | None:
     """``--eval``: the weights of ``--resume`` (or of ``--pretrained``, ``--finetune``) on the validation set."""
+    classes = loader.dataset.classes
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
         weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
         where = dict(source=checkpoint.source, flag=f"--input-size {args.input_size}")
-        models.load_classifier(model, weights, checkpoint.contents, len(val_set.classes), **where)
+        models.load_classifier(model, weights, checkpoint.contents, len(classes), **where)
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect is not None:
         source = checkpoint.source if checkpoint is not None else models.starting_weights(args)
         expected = card.Expected(args.expect, source, args.model, figure="acc1", data=data.validation_data(args))
-    number, confusion = len(val_set.classes), None
-    if args.output_dir and number <= MOST_CONFUSED:
-        confusion = torch.zeros(number, number, dtype=torch.int64)
-    stats = evaluate(model, val_loader, precision, confusion)
+    confusion = None
+    if args.output_dir and len(classes) <= MOST_CONFUSED:
+        confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    stats = evaluate(model, loader, precision, confusion)
     if not math.isfinite(stats["loss"]):  # in training one image must not end the run
         raise ValueError("the model's outputs are not finite: use an earlier checkpoint, or --amp none")
-    logger.info(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
+    logger.info(f"Accuracy of the network on the {len(loader.dataset)} test images: {stats['acc1']:.1f}%")
     if confusion is not None and args.dist_eval:  # otherwise every process has counted all images
         confusion = sum(distributed.gather(confusion))
     if confusion is not None and distributed.is_main():
-        files = write_confusion(confusion, list(val_set.classes), Path(args.output_dir))
+        files = write_confusion(confusion, list(classes), Path(args.output_dir))
         logger.info(f"confusion matrix: {', '.join(map(str, files))}")
     if args.expect is not None and distributed.is_main():
         return expected.meet({"acc1": stats["acc1"], "acc5": stats["acc5"], **count(model)}, args.output_dir)
@@ -163,26 +159,21 @@ def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, v
 
 
 def rows_of_banner(
-    args: argparse.Namespace,
-    model: nn.Module,
-    precision: Precision,
-    images: tuple[int, int],
-    classes: list[str],
-    batch_size: int,
-    lr: float,
+    args: argparse.Namespace, model: nn.Module, precision: Precision, loader: TrainLoader, val_set: Dataset, lr: float
 ) -> dict[str, str]:
-    """The banner's rows on data, model and learning rate; ``images``: numbers of training and validation images."""
+    """The banner's rows on data, model and learning rate."""
+    train_set = loader.dataset
     height, width = getattr(getattr(model, "patch_embed", None), "grid_size", (1, 1))  # only a ViT has an encoding
     encoding = args.rpe or ("from the name" if buckets_of(model) else "none")
     with precision.autocast():
-        attention = describe(model, batch=batch_size, height=height, width=width, compiled=args.compile)
+        attention = describe(model, batch=loader.batch_size, height=height, width=width, compiled=args.compile)
     mode = f"on, with dropout {args.drop:g} and stochastic depth {args.drop_path:g}"
     if args.finetune and (args.drop or args.drop_path):
         mode += " (the published --finetune: off, --no-train-mode)"
     if not args.train_mode:
         mode = "off, without dropout or stochastic depth, as the published --finetune"
     return {
-        "data": f"{images[0]} training and {images[1]} validation images of {len(classes)} classes",
+        "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes",
         "model": f"{args.model}, encoding {encoding}, {args.input_size} pixels, amp {precision.amp}",
         "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
         "training mode": mode,

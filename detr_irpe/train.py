@@ -91,8 +91,8 @@ def main(args: argparse.Namespace) -> int | None:
     state = TrainState(model, optimizer, lr_scheduler, scaler=precision.scaler, flags=flags, extra=extra)
     state.epoch = args.start_epoch
     rows = rows_of_banner(args, model, precision, sets, num_classes)
-    stats, parser, paths = count(model), get_args_parser(), ("coco_path", "coco_panoptic_path")
-    run = open_run(args, parser, state, loader, checkpoints, checkpoint, rows=rows, stats=stats, data_flags=paths)
+    about = dict(rows=rows, stats=count(model), data_flags=("coco_path", "coco_panoptic_path"))
+    run = open_run(args, get_args_parser(), state, loader, checkpoints, checkpoint, **about)
 
     # --- loop
     while state.epoch < args.epochs:
