@@ -58,6 +58,8 @@ def open_run(
     """
     resumed = checkpoint is not None and state.load_dict(checkpoint.contents, source=checkpoint.source)
     if resumed:
+        if checkpoints.folder and not (checkpoints.folder / Checkpoints.BEST).exists():
+            state.best = None  # the best epoch's checkpoint is elsewhere: this folder gets the best from here on
         then = ", to be evaluated" if state.train_stats is not None else ""
         logger.info(f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}{then}")
         then = "Its optimizer and schedule continue unchanged"

@@ -351,8 +351,10 @@ def test_a_run_continued_elsewhere_keeps_the_log_that_is_there(tmp_path):
     (tmp_path / "two").mkdir()
     old = '{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n'
     (tmp_path / "two/log.txt").write_text(old)
-    (ended,) = tiny(tmp_path / "two", "--resume", str(tmp_path / "one/checkpoint.pth"), "--epochs", "2")
+    flags = ["--resume", str(tmp_path / "one/checkpoint.pth"), "--lr", "0", "--epochs", "2"]  # no epoch is better
+    (ended,) = tiny(tmp_path / "two", *flags)
     assert ended.code == 0 and (tmp_path / "two/log.1.txt").read_text() == old, ended.text
+    assert (tmp_path / "two/best.pth").samefile(tmp_path / "two/checkpoint.pth")
     assert [json.loads(line)["epoch"] for line in (tmp_path / "two/log.txt").read_text().splitlines()] == [1]
 
 
