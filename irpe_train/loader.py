@@ -28,6 +28,13 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 TRIES = 16  # neighbours that may stand in for an unreadable training image
 
 
+def fitting_batch(wanted: int, samples: int) -> int:
+    """The batch size ``wanted``, or with a warning ``samples``, if there are no more per process and epoch."""
+    if samples < wanted:
+        logger.warning(f"{samples} training samples per process: the batch is {samples}, not {wanted}")
+    return min(samples, wanted)
+
+
 class TrainLoader:
     """Batches of an epoch from any step on, the same however often the run was interrupted.
 

@@ -14,8 +14,7 @@ from deit_irpe.data.split import folder_to_split, lists_images, split_folder
 from deit_irpe.data.transforms import build_transform
 from irpe_train import distributed
 from irpe_train.errors import blamed_on
-from irpe_train.loader import EvalLoader, TrainLoader
-from irpe_train.logger import logger
+from irpe_train.loader import EvalLoader, TrainLoader, fitting_batch
 
 
 def validation_set(args: argparse.Namespace) -> Dataset:
@@ -75,11 +74,9 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
         sampler = repeated_augmentation_sampler(train_set, world_size, rank)
     else:
         sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    batch_size = min(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
+    batch_size = fitting_batch(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
     if batch_size < 1:
         raise ValueError("one training image per process, but Mixup and CutMix mix two: add --mixup 0 --cutmix 0")
-    if batch_size < args.batch_size:
-        logger.warning(f"{len(sampler)} training samples per process: the batch is {batch_size}, not {args.batch_size}")
     return TrainLoader(train_set, sampler, batch_size=batch_size, seed=args.seed, **_loading(args, device))
 
 

@@ -13,7 +13,7 @@ from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.transforms import eval_transforms, train_transforms
 from detr_irpe.nested_tensor import collate
 from irpe_train import distributed
-from irpe_train.loader import EvalLoader, TrainLoader
+from irpe_train.loader import EvalLoader, TrainLoader, fitting_batch
 
 
 def build_dataset(args: argparse.Namespace, split: str, transforms: nn.Module) -> Dataset:
@@ -43,9 +43,10 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset, device: torch.
 
 
 def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.device) -> TrainLoader:
-    """Batches of ``--batch_size`` images, shuffled; a smaller last one is left out."""
+    """Batches of images, shuffled; a set smaller than the batch gives one smaller batch per epoch."""
     sampler = DistributedSampler(train_set, distributed.world_size(), distributed.rank(), seed=args.seed)
-    return TrainLoader(train_set, sampler, batch_size=args.batch_size, seed=args.seed, **_loading(args, device))
+    batch_size = fitting_batch(args.batch_size, len(sampler))
+    return TrainLoader(train_set, sampler, batch_size=batch_size, seed=args.seed, **_loading(args, device))
 
 
 def _loading(args: argparse.Namespace, device: torch.device) -> dict:
