@@ -11,6 +11,7 @@ from deit_irpe.data import from_flags
 from deit_irpe.data.datasets import build_dataset
 from deit_irpe.models.from_flags import build_ema
 from irpe_train import loader as loaders
+from irpe_train.config import ConfigError, parse_args
 
 CPU = torch.device("cpu")
 
@@ -80,6 +81,11 @@ def test_distillation(monkeypatch):
     words = "--distillation-type soft --distillation-alpha 0.3 --distillation-tau 4"
     loss = train.build_criterion(flags(*words.split()), ["a"], CPU)
     assert (loss.kind, loss.alpha, loss.tau, loss._teacher) == ("soft", 0.3, 4.0, ["teacher"])
+
+
+def test_a_config_flag_in_capitals_is_not_ignored():
+    with pytest.raises(ConfigError, match="--config a.yaml: write --config in lower case, so that it is read first"):
+        parse_args(get_args_parser(), ["--CONFIG", "a.yaml"])
 
 
 def test_training_batches(colours):

@@ -22,6 +22,7 @@ def get_parser():
     parser.add_argument("--no_aux_loss", dest="aux_loss", action="store_false")
     parser.add_argument("--repeated-aug", action="store_true")
     parser.add_argument("--no-repeated-aug", action="store_false", dest="repeated_aug")
+    parser.add_argument("--always", action="store_true", default=True)
     parser.set_defaults(repeated_aug=True)
     parser.add_argument("--model", default="tiny", choices=("tiny", "base"))
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="none")
@@ -85,6 +86,8 @@ def test_values_reach_their_flags(tmp_path, text, name, value):
         ("batchsize: 8", "unknown name 'batchsize'; did you mean .*batch-size"),
         ("zzzzqqq: 1", "unknown name 'zzzzqqq'; see --help"),
         ("config: other.yaml", "unknown name 'config'"),
+        ("help: true", "unknown name 'help'"),
+        ("always: false", "always: False: no flag switches this off; leave it out"),
         ("load-tar: 'no'", "load-tar: 'no': this is a switch: expected true or false"),
         ("batch-size: true", "batch-size: True: expected a value"),
         ("batch-size: [1, 2]", "expected one value, got a list"),

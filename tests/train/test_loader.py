@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
 from irpe_train import loader as loader_module
 from irpe_train.errors import BadData
@@ -133,6 +133,19 @@ def test_a_worker_prints_no_traceback_if_the_main_process_is_gone(capfd):
     data = Orphaned(6)
     loader = TrainLoader(data, RandomSampler(data), batch_size=3, seed=7, num_workers=1)
     assert len(batches(loader, 0)) == 2 and capfd.readouterr().err == ""
+
+
+def test_an_error_without_words_is_reported_too():
+    loader = TrainLoader(Draws(4, unreadable=(1,), error=OSError()), [0, 1], batch_size=2, seed=0)
+    batches(loader, 0)
+    assert loader.bad == {"a/1.png": "OSError: no details"}
+
+
+def test_a_sampler_for_several_processes_is_told_the_epoch():
+    data = Draws(12)
+    loader = TrainLoader(data, DistributedSampler(data, 1, 0), batch_size=12, seed=0)
+    first, second = (batches(loader, epoch)[0][0] for epoch in (0, 1))
+    assert first != second and sorted(first) == sorted(second)
 
 
 def test_many_unreadable_training_images_in_a_row_stop(capsys):

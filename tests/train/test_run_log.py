@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import importlib.metadata
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 import types
@@ -115,8 +117,34 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         log.write({"epoch": 0})
 
 
+def test_a_line_is_on_the_disk_when_it_is_said_to_be(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    RunLog(tmp_path, epoch=0, resumed=False, tensorboard=False).write({"epoch": 0})
+    assert synced == [(tmp_path / "log.txt").stat().st_size]
+
+
+def test_the_state_of_git_is_the_commit_and_whether_files_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr("irpe_train.run_log.__file__", str(tmp_path / "run_log.py"))
+    assert git_state() == "unknown"
+
+    def git(*words):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(["git", "-C", tmp_path, *name, *words], check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "run_log.py").write_text("")
+    for words in (("init",), ("add", "."), ("commit", "-m", "first")):
+        git(*words)
+    commit = git("rev-parse", "HEAD").strip()
+    assert len(commit) == 40 and git_state() == commit
+    (tmp_path / "run_log.py").write_text("changed")
+    assert git_state() == f"{commit} with local changes"
+
+
 def test_start_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("IRPE_PLUGINS", "mine")
+    monkeypatch.setattr("irpe_train.run_log.PACKAGES", ("torch", "none_such"))
+    monkeypatch.setattr("irpe_train.run_log.git_state", lambda: "a commit")
     parser = tiny_run.get_parser()
     args = parse_args(parser, ["--output_dir", str(tmp_path), "--lr", "0.25", "--nan-at", "1", "2", "3"])
     record_start(parser, args, {"n_parameters": 7})
@@ -126,7 +154,8 @@ def test_start_is_recorded(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "model.json").read_text()) == {"n_parameters": 7}
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert len(starts) == 2 and {"torch", "python", "git", "command", "gpus", "world_size"} <= set(starts[0])
-    assert starts[0]["git"] == git_state() and starts[0]["environment"]["IRPE_PLUGINS"] == "mine"
+    assert starts[0]["git"] == "a commit" and starts[0]["environment"]["IRPE_PLUGINS"] == "mine"
+    assert starts[0]["torch"] == importlib.metadata.version("torch") and starts[0]["none_such"] is None
 
 
 def test_a_config_that_a_user_put_into_the_folder_is_kept(tmp_path, capsys):
@@ -206,6 +235,19 @@ def test_wandb_gets_the_same_figures_and_goes_on_after_a_resume(tmp_path, monkey
         content = b"".join(file.read_bytes() for file in files)
         assert b"irpe-test" in content and re.search(rb"test_coco_eval_bbox_AP[^a-z]*0\.4", content)
         assert all(re.search(rb"train_loss[^a-z]*" + re.escape(loss), content) for loss in losses)
+
+
+def test_wandb_is_told_the_run_and_the_epoch(tmp_path, monkeypatch):
+    told = []
+    run = types.SimpleNamespace(log=lambda figures, step: told.append((figures, step)))
+    module = types.SimpleNamespace(init=lambda **options: told.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for resumed in (False, True, False):
+        log = RunLog(tmp_path, epoch=3, resumed=resumed, tensorboard=False, wandb="irpe")
+        log.write({"train_loss": 0.5, "epoch": 3})
+    (first, figures), (second, _), (third, _) = zip(told[::2], told[1::2], strict=True)
+    assert figures == ({"train_loss": 0.5}, 3) and first["resume"] == "allow"
+    assert first["id"] == second["id"] != third["id"]
 
 
 def test_wandb_that_refuses_is_one_message(tmp_path, monkeypatch):

@@ -214,6 +214,7 @@ def test_epoch_is_the_finished_one(tmp_path):
 
 def test_checkpoint_of_a_newer_program_is_refused():
     contents = a_state().to_dict(DETR)
+    assert contents["progress"]["format"] == 1
     contents["progress"]["format"] = 99
     with pytest.raises(BadCheckpoint, match=r"newer version of this program \(format 99, expected at most 1\)"):
         a_state().load_dict(contents, source="a.pth")
