@@ -117,7 +117,8 @@ def _kind(call: AttentionCall) -> str:
     masks = f"padding={call.key_padding_mask is not None} mask={mask} dropout={call.dropout_p > 0}"
     sizes = f"D={head_dim} L<={1 << (length - 1).bit_length()} planes<={1 << (batch * heads - 1).bit_length()}"
     work = "training" if trains(call) else "inference"
-    return f"{_device_name(call.q.device)} {call.q.dtype} {sizes} {' '.join(encodings)} {masks} {work}"
+    device = _gpu_name(call.q.device.index) if call.q.is_cuda else call.q.device.type
+    return f"{device} {call.q.dtype} {sizes} {' '.join(encodings)} {masks} {work}"
 
 
 def _agreed(kind: str, find: Callable[[], Measurement]) -> Measurement:
@@ -170,15 +171,10 @@ def cache_file() -> Path:
         compiler = "none"
     files = [*sorted(Path(__file__).parent.glob("*.py")), *filter(None, [extension_file])]
     code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files))
-    name = f"{_device_name()} torch {torch.__version__} triton {compiler} {code.hexdigest()[:12]}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    name = f"{device} torch {torch.__version__} triton {compiler} {code.hexdigest()[:12]}"
     folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(folder) / "irpe_ops" / f"attention {name}.json".replace("/", "_").replace(" ", "_")
-
-
-def _device_name(device: torch.device | None = None) -> str:
-    if torch.cuda.is_available() if device is None else device.type == "cuda":  # evaluated at every call
-        return _gpu_name(torch.cuda.current_device() if device is None else device.index)
-    return "cpu" if device is None else device.type
 
 
 @functools.lru_cache
