@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging(0)
     names = result_names(files_of(args.images, besides=args.out))
     out = OutputFolder(args.out, names)
-    pictures = [f"{name}.png" for name in names.values()] + ["predictions.json"][: len(names)]
+    pictures = [f"{name}.png" for name in names.values()] + (["predictions.json"] if names else [])
     out.refuse_to_replace(pictures)
     flags = dict(ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size)
     classifier = Classifier(args.resume, choose_device(args.device), **flags)

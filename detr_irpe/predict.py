@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--point is the query point of --attention: add --attention")
     set_up_logging(0)
     names = result_names(files_of(args.images, besides=args.out))
-    suffixes = (".png", ".json", "_attention.png")[: 3 if args.attention else 2]
+    suffixes = (".png", ".json", *(["_attention.png"] if args.attention else []))
     results = [name + suffix for name in names.values() for suffix in suffixes]
     out = OutputFolder(args.out, names)
     out.refuse_to_replace(results + (["tables.png"] if args.tables or args.attention else []))

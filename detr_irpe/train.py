@@ -105,7 +105,8 @@ def main(args: argparse.Namespace) -> int | None:
             kept = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
             run.steps.finish_training(train_stats, also=(f"checkpoint{epoch:04}.pth",) if kept else ())
         test_stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
-        write_eval(args.output_dir, curves, ("eval/latest.pth", f"eval/{epoch:03}.pth")[: 1 + (epoch % 50 == 0)])
+        rare = [f"eval/{epoch:03}.pth"] if epoch % 50 == 0 else []
+        write_eval(args.output_dir, curves, ("eval/latest.pth", *rare))
         run.finish_epoch(test_stats, figure=test_stats["coco_eval_bbox"][0])
     run.close()
 

@@ -35,7 +35,9 @@ class Figure:
             value = value[place] if place < len(value) else None
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
-        return value if -LARGEST < value < LARGEST or value != value else math.copysign(math.inf, value > 0 or -1)
+        if abs(value) < LARGEST or value != value:  # NaN is kept
+            return value
+        return math.inf if value > 0 else -math.inf
 
     def text(self, value: float) -> str:
         """Percentages with two decimals, fractions with three, counts as integers."""

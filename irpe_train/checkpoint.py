@@ -83,7 +83,7 @@ def _read_safetensors(path: Path) -> dict:
     known = {name: metadata.pop(name) for name in ("classes", "categories") if name in metadata}
     if isinstance(known.get("categories"), dict):
         known["categories"] = {int(number): name for number, name in known["categories"].items()}
-    return {"model": weights} | (known and known | {"args": metadata})
+    return {"model": weights} | (known | {"args": metadata} if known else {})
 
 
 def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:

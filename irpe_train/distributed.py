@@ -49,7 +49,8 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
     """
     my_rank, world, local_rank = _rank_from_environment()
     set_up_logging(my_rank)
-    if len(lone := {"RANK", "WORLD_SIZE"} & os.environ.keys()) == world == 1:
+    lone = {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    if world == 1 and len(lone) == 1:
         logger.warning(f"{lone.pop()} is set without the other of RANK and WORLD_SIZE: running as a single process")
     chosen = choose_device(device, local_rank if world > 1 else None)
     if chosen.type == "cuda":

@@ -141,10 +141,11 @@ def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:
 
 def split_problems(train: CocoDetection | CocoPanoptic, val: CocoDetection | CocoPanoptic) -> Found:
     """Problems between two splits: different names, or the same file for both."""
-    same = Problem(f"the same annotations as {val.path.name}: evaluation is on training images", allowed=math.inf)
-    same.count = int(filecmp.cmp(train.path, val.path, shallow=False))
     found = naming_problems(train.categories, val.categories, train.path, val.path)
-    return [(train.path, same)] * same.count + found
+    if filecmp.cmp(train.path, val.path, shallow=False):
+        same = f"the same annotations as {val.path.name}: evaluation is on training images"
+        found.insert(0, (train.path, Problem(same, 1, allowed=math.inf)))
+    return found
 
 
 def naming_problems(ours: dict[int, str], theirs: dict[int, str], our_file: Path, their_file: Path) -> Found:
