@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils.data import SequentialSampler, TensorDataset
 
 from deit_irpe.engine import evaluate, train_one_epoch
+from irpe_train.errors import NonFiniteLoss
 from irpe_train.loader import TrainLoader
 from irpe_train.logger import set_up_logging
 from irpe_train.precision import Precision
@@ -52,6 +53,28 @@ def test_the_average_is_updated_once_for_each_update_and_after_it(accumulate, up
     weights = [start, *average.seen]
     assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
     assert list(stats) == ["lr", "loss"] and stats["lr"] == 0.1 and model.training
+
+
+def test_the_model_sees_mixed_images_and_the_loss_mixed_targets():
+    model, seen = torch.nn.Linear(3, 2), []
+    optimizer, steps = started(model)
+
+    def noted(images, outputs, targets):
+        seen.append((images, targets))
+        return F.cross_entropy(outputs, targets)
+
+    mixed = torch.full((2, 3), 7.0), torch.full((2, 2), 0.5)
+    train_one_epoch(model, noted, steps, optimizer, CPU, mixup=lambda images, targets: mixed)
+    assert len(seen) == 5 and all(images is mixed[0] and targets is mixed[1] for images, targets in seen)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    model = torch.nn.Linear(3, 2)
+    optimizer, steps = started(model)
+    before = model.weight.detach().clone()
+    with pytest.raises(NonFiniteLoss):
+        train_one_epoch(model, lambda *all: criterion(*all) * float("nan"), steps, optimizer, CPU)
+    assert torch.equal(model.weight, before)
 
 
 def test_the_gradient_is_clipped_at_each_update():

@@ -44,9 +44,15 @@ def test_learned_columns_then_rows():
             assert torch.equal(positions[1, :, row, column], expected)
 
 
-def test_learned_positions_end_at_fifty():
-    with pytest.raises(ValueError, match="reach 50 rows and columns; the map is 51 x 2. Use --position_emb"):
-        PositionEmbeddingLearned(4)(map_with_padding((51, 2)))
+@pytest.mark.parametrize("size", [(51, 2), (2, 51)])
+def test_learned_positions_end_at_fifty(size):
+    with pytest.raises(ValueError, match="reach 50 rows and columns; the map is {} x {}. Use --pos".format(*size)):
+        PositionEmbeddingLearned(4)(map_with_padding(size))
+
+
+def test_learned_positions_start_between_zero_and_one():
+    for parameter in PositionEmbeddingLearned(8).parameters():
+        assert 0 <= parameter.min() < 0.1 and 0.9 < parameter.max() <= 1
 
 
 def test_names():

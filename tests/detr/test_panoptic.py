@@ -97,6 +97,10 @@ def test_unlabelled_pixels_and_crowds_are_forgiven():
     # Six of the found segment's pixels are unlabelled: they are out of its union.
     result = match_segments(columns((1, 4), (0, 6)), segments((1, 3, 0)), columns((7, 10)), segments((7, 3, 0)))
     assert result.matched == [(3, 1.0)]
+    # Not if fewer than half are; a segment of which no pixel is seen is nothing.
+    found = segments((7, 3, 0), (8, 9, 0))
+    result = match_segments(columns((0, 3), (1, 7)), segments((1, 4, 0)), columns((7, 10)), found)
+    assert result.false_alarms == [3] and result.missed == [4]
     # Mostly on unlabelled pixels, or on a crowd of its category: not a false alarm. A missed crowd is not a miss.
     result = match_segments(columns((0, 6), (1, 4)), segments((1, 4, 0)), columns((7, 10)), segments((7, 3, 0)))
     assert result.false_alarms == [] and result.missed == [4]
@@ -144,6 +148,9 @@ def test_evaluation_writes_pictures_and_predictions(tmp_path):
     assert [p["file_name"] for p in predictions] == [f"{i:012d}.png" for i in range(100, 105)]
     assert (tmp_path / "out/panoptic_eval/000000000104.png").is_file()
     assert "All     100.0 100.0 100.0" in format_quality(result)
+    unwritten = PanopticEvaluator(dataset, None)
+    unwritten.update(image_id, encode_ids(ids), infos)
+    assert unwritten.summarize()["All"]["pq"] == 1
 
 
 def edit(root, change):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,15 @@ def test_mask_head_is_the_published_stack_for_each_query():
         x = adapter(finer[1:]) + F.interpolate(x, size=finer.shape[-2:], mode="nearest")
         x = F.relu(F.group_norm(layer(x), 8, norm.weight, norm.bias))
     torch.testing.assert_close(masks[1, 2], head.out_lay(x)[0, 0])
+
+
+def test_the_head_starts_as_published():
+    torch.manual_seed(0)
+    head, attention = MaskHeadSmallConv(16 + 8, [12, 10, 6], 128), MHAttentionMap(8, 2)
+    for conv in (head.lay1, head.lay5, head.adapter2):
+        bound = math.sqrt(3 / conv.weight[0].numel())  # Kaiming with a slope of 1
+        assert 0.97 * bound < conv.weight.abs().max() <= bound and not conv.bias.any()
+    assert not attention.q_linear.bias.any() and not attention.k_linear.bias.any()
 
 
 @pytest.mark.parametrize("freeze_detr", [False, True])

@@ -166,6 +166,8 @@ def test_a_map_made_in_inference_mode_serves_training():
         rpe_k(x, 2, 3)
     rpe_k(x, 2, 3).sum().backward()
     assert rpe_k.lookup_table_weight.grad is not None
+    with torch.inference_mode():
+        assert not get_bucket_ids_2d("euc", 2, 3, 0, 1, 2, 8)[0].is_inference()
 
 
 def test_a_map_made_for_fake_tensors_is_not_kept():

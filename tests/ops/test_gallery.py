@@ -101,7 +101,7 @@ def make(name, equipped=False, spec=SPEC):
     torch.manual_seed(0)
     model = build().eval()
     for name_, parameter in model.named_parameters():  # some heads and scales start near zero, and would hide a change
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 or name_.endswith("q_bias"):
             nn.init.normal_(parameter, std=0.2)
         elif "gamma" in name_:
             nn.init.ones_(parameter)
@@ -222,6 +222,18 @@ def test_masks_of_an_encoder(name, grad):
             torch.testing.assert_close(out[kept], expected[kept], rtol=1e-4, atol=1e-5)
         oracles.fill_tables(model, std=3.0)
         assert not torch.allclose(model(x), before[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_and_a_mask_for_each_head_are_those_of_torch(average):
+    torch.manual_seed(0)
+    model, x = encoder(), torch.randn(2, 9, 16)
+    mask = torch.randn(2 * 2, 9, 9)  # batch times heads
+    options = {"attn_mask": mask, "average_attn_weights": average}
+    expected = model.layers[0].self_attn(x, x, x, **options)
+    found = equip(model, SPEC).layers[0].self_attn(x, x, x, **options)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoder_on_grids_of_one_length():

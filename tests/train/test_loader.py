@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler, RandomSampler, SequentialSample
 from irpe_train import loader as loader_module
 from irpe_train.errors import BadData
 from irpe_train.loader import EvalLoader, TrainLoader
-from irpe_train.seeding import mix, sample_randomness, seed_step
+from irpe_train.seeding import mix, sample_randomness, seed_everything, seed_step
 
 
 class Draws:
@@ -72,6 +72,24 @@ def test_loading_leaves_the_generators_of_the_process_alone():
     seed_step(0, rank=0, step=0)
     next(draws().batches(0))
     assert (random.random(), np.random.rand(), torch.rand(())) == expected
+
+
+def test_the_seed_of_a_run_is_that_of_every_generator(monkeypatch):
+    def drawn(seed):
+        seed_everything(seed)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    one, other = drawn(-1), drawn(2)
+    assert drawn(-1) == one and not set(one) & set(other)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        seed_everything(0, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_seeds_differ_between_neighbours_and_kinds():
