@@ -27,7 +27,7 @@ from irpe_train.errors import BadData, RunError, reported_by
 from irpe_train.flags import FlagParser
 from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
-from irpe_train.zoo import Entry, Zoo, read_zoo
+from irpe_train.zoo import Entry, read_zoo
 
 NOT_RUN = "not run"
 TITLE = "# Results\n\nMade by `python -m irpe_lab.report`"  # opens every page, and marks it as ours
@@ -70,10 +70,10 @@ def find_runs(folder: Path) -> dict[str, Run]:
 class Report:
     """One logs folder as Markdown, with links relative to the page."""
 
-    def __init__(self, logs: Path, page: Path, zoo: Zoo | None = None):
+    def __init__(self, logs: Path, page: Path):
         if not logs.is_dir():
             raise RunError(f"report: no folder {logs}; give the one with log_<name>.txt in it")
-        self.logs, self.page, self.zoo = logs, page, zoo or read_zoo()
+        self.logs, self.page, self.zoo = logs, page, read_zoo()
         self.runs = find_runs(logs)
         if not (self.runs or self.ablations() or (logs / "cards").is_dir()):
             hint = f"for an ablation, irpe ablate GRID --table --logs {logs / 'NAME'} puts its runs there"
