@@ -102,8 +102,9 @@ def _copy(call: AttentionCall, training: bool, copied: Callable[[Tensor], Tensor
     """The call with its own leaf tensors and modules, so that the run's graph is not touched."""
     q, k, v = (copied(x.detach()).requires_grad_(training) for x in (call.q, call.k, call.v))
     mask = call.attn_mask
-    if mask is not None and mask.dtype != torch.bool:
-        mask = copied(mask.detach()).requires_grad_(mask.requires_grad)
+    if mask is not None:
+        change = torch.clone if mask.dtype == torch.bool else copied
+        mask = change(mask.detach()).requires_grad_(mask.requires_grad)
     return call._replace(q=q, k=k, v=v, attn_mask=mask, **_own_encodings(call, copied))
 
 
