@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.confusion import class_rows, draw_confusion, write_confusion
@@ -142,8 +143,20 @@ def test_tables_and_picture(tmp_path):
     assert [file.name for file in files] == ["eval_confusion.csv", "eval_classes.csv", "eval_confusion.png"]
     with open(files[0], newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert list(csv.reader(file))[:2] == [["true \\ predicted", *names], ["a,b", "3", "1", "0"]]
-    shares = draw_confusion(COUNTS, ["a", "b", "c"]).axes[0].images[0].get_array()
+    with open(files[1], newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert list(csv.reader(file))[:2] == [
+            ["class", "images", "correct", "recall", "predicted", "precision"],
+            ["a,b", "4", "3", "75.00", "3", "100.00"],
+        ]
+    with Image.open(files[2]) as picture:
+        assert min(picture.size) > 900  # 300 dots an inch
+    axis = draw_confusion(COUNTS, ["a", "b", "c"]).axes[0]
+    shares = axis.images[0].get_array()
     assert shares[0].tolist() == [0.75, 0.25, 0.0] and shares.mask[2].all()  # a class without images is blank
+    numbers = {text.get_position(): (text.get_text(), text.get_color()) for text in axis.texts}
+    assert numbers == {(0, 0): ("3", "black"), (1, 0): ("1", "white"), (1, 1): ("2", "black")}  # (column, row)
+    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["a", "b", "c"]
 
 
 def test_tables_replace_only_tables(tmp_path):

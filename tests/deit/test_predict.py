@@ -249,6 +249,20 @@ def test_an_image_called_like_a_flag_and_a_class_name_without_end():
     assert bars.get_yticklabels()[0].get_text() == "x" * 60
 
 
+def test_bars_are_percentages_with_the_best_on_top():
+    bars = prediction.draw_top(Image.new("RGB", (4, 4)), ["red, scarlet", "green"], [0.75, 0.25]).axes[1]
+    assert [bar.get_width() for bar in bars.patches] == [75, 25] and bars.get_xlim() == (0, 100)
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["red", "green"] and bars.yaxis_inverted()
+
+
+def test_the_patch_in_the_middle_looks_unless_others_are_named():
+    model = timm.create_model("deit_tiny_patch16_224", img_size=(64, 96), depth=1)
+    assert points_of(model, []) == [(2, 3)] and points_of(model, [(3, 5), (0, 0), (3, 5)]) == [(3, 5), (0, 0)]
+    for row, col in ((4, 0), (0, 6)):
+        with pytest.raises(ValueError, match=f"--attention {row},{col}: outside the 4x6 patches"):
+            points_of(model, [(row, col)])
+
+
 def test_an_image_called_like_another_result(checkpoint, tmp_path):
     write_images(tmp_path, {"images": 1})
     (tmp_path / "images/0.png").rename(tmp_path / "images/tables.png")

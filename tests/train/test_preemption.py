@@ -13,7 +13,7 @@ import irpe_train.preemption
 from irpe_train import distributed
 from irpe_train.errors import Preempted
 from irpe_train.loader import EvalLoader, TrainLoader
-from irpe_train.preemption import STOP, Preemption
+from irpe_train.preemption import STOP, Preemption, held_back
 from tests.helpers import tiny_run
 from tests.helpers.processes import Ranks, run_ranks, wait_for
 
@@ -34,6 +34,13 @@ def test_a_signal_is_noted_and_heeded_where_the_run_can_leave(preemption):
     with pytest.raises(Preempted) as end:
         preemption.leave_if_asked()
     assert end.value.code == 75
+
+
+def test_signals_are_held_back_no_longer_than_workers_start():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with held_back():
+        assert {signal.SIGTERM, signal.SIGINT} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_a_handler_that_was_there_is_called_once_the_state_is_saved(preemption):

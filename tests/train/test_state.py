@@ -204,6 +204,16 @@ def test_a_run_goes_on_with_or_without_loss_scaling(before, now):
     assert new.scaler.get_scale() == (8 if before and now else 4 if now else 1)
 
 
+def test_the_means_of_an_epoch_go_on():
+    old, new = a_state(), a_state()
+    old.meters.update(loss=2.0)
+    old.model(torch.ones(1, 3)).sum().backward()
+    old.optimizer.step()
+    new.load_dict(old.to_dict(DETR), source="a.pth")
+    new.meters.update(loss=3.0)
+    assert new.meters.averages() == {"loss": 2.5}
+
+
 def test_epoch_is_the_finished_one(tmp_path):
     state = a_state()
     state.epoch = 3
