@@ -211,6 +211,7 @@ def test_no_damaged_run_length_reaches_the_decoder():
         ({"size": [40, 56], "counts": "zzzz"}, "not counts of pixels"),
         ({"size": [40, 56], "counts": ""}, "not counts of pixels"),
         ({"size": [40, 56], "counts": "ü"}, "not counts of pixels"),
+        ({"size": [40, 56], "counts": "PV2p"}, "not counts of pixels"),  # the first three are 2240
         ({"size": [40, 56], "counts": "\ud800"}, "not counts of pixels"),
         ({"size": [40, 56], "counts": "oooooooooooooooooooooooooooo0"}, "not counts of pixels"),
         # Its last number, -16, is written in seven letters, which pycocotools reads as -8.
@@ -224,6 +225,13 @@ def test_masks_that_do_not_fit_are_refused_by_their_place(tmp_path, shape, words
     with pytest.raises(ValueError, match=rf"segmentation of annotation 2 of image 102: .*{words}"):
         read(root, with_masks=True)
     read(root)  # it does not check boxes
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 10), (10, 40)])
+def test_a_polygon_may_reach_beyond_its_image_on_each_side(height, width):
+    assert problem_of([[-width, -height, 2 * width, -height, 2 * width, 2 * height]], height, width) is None
+    for x, y in ((2 * width + 1, 0), (-width - 1, 0), (0, 2 * height + 1), (0, -height - 1)):
+        assert "far outside" in problem_of([[0, 0, x, y, 1, 1]], height, width)
 
 
 COORDINATES = st.sampled_from(

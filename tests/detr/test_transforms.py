@@ -55,6 +55,7 @@ def test_evaluation_is_the_short_side_800_and_normalised():
     assert type(target["boxes"]) is torch.Tensor and type(target["masks"]) is torch.Tensor
     assert target["masks"].dtype == torch.bool and target["masks"].shape == (1, 800, 1066)
     assert torch.equal(image, prepare_image(sample(480, 640)[0]))
+    assert eval_transforms(80)(*sample(40, 100))[0].shape == (3, 53, 132)  # not 80 x 200
     white, _ = eval_transforms(32)(Image.new("RGB", (32, 32), (255, 255, 255)), sample(32, 32, [])[1])
     wanted = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     torch.testing.assert_close(white[:, 0, 0], wanted)
@@ -107,6 +108,10 @@ def test_crops_are_within_bounds_and_drop_what_is_outside():
         assert torch.equal(target["area"], target["masks"].flatten(1).sum(1).float())
         seen |= {tuple(target["labels"].tolist())}
     assert len(seen) > 2 and max(map(len, seen)) > 1  # some crops have several objects, so the lines above saw some
+    for seed in range(30):
+        torch.manual_seed(seed)
+        image, _ = RandomSizeCrop(3, 4)(Image.new("RGB", (6, 5), "white"), sample(5, 6, [])[1])
+        assert np.asarray(image).min() == 255  # outside the image it would be black
     small, _ = RandomSizeCrop(300, 500)(*sample())
     assert small.size == (90, 60)  # a side shorter than the least crop is kept whole
 

@@ -2,6 +2,7 @@
 
 from irpe_lab import tables
 from irpe_lab.figures import TASKS
+from irpe_lab.results import Outcome, Row
 
 ACC1, AP = (task.figure for task in TASKS.values())
 
@@ -28,3 +29,33 @@ def test_cells_stay_cells_in_markdown_and_latex():
     assert "50\\%\\_of \\$x\\textasciicircum{}2 $\\pm$ 1\\textbackslash{} \\\\" in text
     assert "\\textcolor{red}{bad}" in text
     assert text.startswith("% \\usepackage{booktabs, xcolor}\n\\begin{tabular}{l}\n")
+
+
+def test_a_row_has_medians_of_its_finished_seeds_and_each_evaluation():
+    model = {"n_parameters": 1234, "buckets": 50, "macs_M": 1234.56}
+    outcomes = {
+        0: Outcome("done", 2, 80.0, 81.0, None, 60.0, 100.0, 5, model, {"at 48": 40.0}),
+        1: Outcome("done", 2, 82.0, 85.0, None, 120.0, 200.0, 9, model, {"at 48": 42.0}),
+        2: Outcome("failed", reason="x", seconds=9999.0),
+    }
+    baseline = Row("none", "", {0: Outcome("done", 2, 79.0, 79.0, evaluations={"at 48": 39.5})})
+    row = Row("irpe", "", outcomes, published=80.9, baseline=baseline)
+    assert tables.cells(row, ACC1, baseline="none", evaluations=("at 48",)) == {
+        "run": "irpe",
+        "buckets": "50",
+        "parameters": "1,234",
+        "MACs (M)": "1234.6",
+        "img/s": "150",
+        "memory (MiB)": "7",
+        "time": "0:01:30",
+        "top-1 (%), last epoch": "81.00 ± 1.41, failed: x",
+        "best epoch": "83.00",
+        "minus none [95%]": "+1.00 [-]",
+        "top-1 (%) at 48": "41.00 ± 1.41",
+        "minus none at 48 [95%]": "+0.50 [-]",
+        "seeds": "2/3",
+        "published": "80.90",
+    }
+    assert set(tables.cells(Row("irpe", "", {0: Outcome("waiting")}), ACC1).values()) == {
+        "irpe", "-", "not run", "0/1", tables.NOT_PUBLISHED
+    }  # fmt: skip
