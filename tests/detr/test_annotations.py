@@ -211,7 +211,7 @@ def test_no_damaged_run_length_reaches_the_decoder():
         ({"size": [40, 56], "counts": "zzzz"}, "not counts of pixels"),
         ({"size": [40, 56], "counts": ""}, "not counts of pixels"),
         ({"size": [40, 56], "counts": "ü"}, "not counts of pixels"),
-        ({"size": [40, 56], "counts": "PV2p"}, "not counts of pixels"),  # the first three are 2240
+        ({"size": [40, 56], "counts": "QR2\x0f"}, "not counts of pixels"),  # its bits would be 2113 and 127
         ({"size": [40, 56], "counts": "\ud800"}, "not counts of pixels"),
         ({"size": [40, 56], "counts": "oooooooooooooooooooooooooooo0"}, "not counts of pixels"),
         # Its last number, -16, is written in seven letters, which pycocotools reads as -8.

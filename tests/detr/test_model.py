@@ -153,6 +153,8 @@ def test_build_model_with_masks():
         published_flags(masks=True, dataset_file="coco_panoptic", frozen_weights="detr.pth")
     )
     assert set(postprocessors) == {"bbox", "segm", "panoptic"}
+    is_thing = postprocessors["panoptic"].is_thing_map
+    assert len(is_thing) == 250 and is_thing[1] and not is_thing[249]
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"bbox_attention", "mask_head"}
     assert {name: w for name, w in criterion.weight_dict.items() if "_0" not in name} == {
@@ -162,6 +164,18 @@ def test_build_model_with_masks():
         "loss_mask": 1,
         "loss_dice": 1,
     }
+
+
+@pytest.mark.parametrize(("aux_loss", "layers"), [(True, ("", "_0", "_1")), (False, ("",))])
+def test_each_cost_and_weight_is_that_of_its_flag(aux_loss, layers):
+    costs = {"set_cost_class": 2, "set_cost_bbox": 3, "set_cost_giou": 4, "eos_coef": 0.3}
+    weights = {"bbox_loss_coef": 6, "giou_loss_coef": 7, "mask_loss_coef": 8, "dice_loss_coef": 9}
+    args = published_flags(masks=True, aux_loss=aux_loss, dec_layers=3, **costs, **weights)
+    _, criterion, _ = build_model(args)
+    matcher = criterion.matcher
+    assert (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou, criterion.eos_coef) == (2, 3, 4, 0.3)
+    expected = {"loss_ce": 1, "loss_bbox": 6, "loss_giou": 7, "loss_mask": 8, "loss_dice": 9}
+    assert criterion.weight_dict == {name + layer: weight for layer in layers for name, weight in expected.items()}
 
 
 def test_targets_leave_a_worker_unchanged():
