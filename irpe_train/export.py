@@ -142,9 +142,6 @@ def _save_safetensors(model: nn.Module, path: Path, metadata: dict[str, str] | N
     wrapper = "model." if all(name.startswith("model.") for name in weights) else ""
     path.write_bytes(save({name.removeprefix(wrapper): tensor for name, tensor in weights.items()}, metadata))
     fresh = copy.deepcopy(model)
-    with torch.no_grad():
-        for tensor in fresh.state_dict().values():
-            tensor.zero_()
     fresh.load_state_dict({wrapper + name: tensor for name, tensor in load(path.read_bytes()).items()})
     return fresh
 

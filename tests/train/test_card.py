@@ -164,3 +164,20 @@ def test_rows_that_need_no_data_pass(tmp_path):
     assert [line["verdict"] for line in detr["figures"]] == ["not run"] * 6 + ["PASS"] * 2
     with pytest.raises(SystemExit, match="no published checkpoint 'nope'"):
         card.main(["nope"])
+
+
+def test_a_row_that_fails_is_the_exit_status(tmp_path, monkeypatch):
+    failed = {**json.loads((card.ROOT / "logs/cards/rpe-2.0-product-ctx-1-k.json").read_text()), "verdict": "FAIL"}
+    monkeypatch.setattr(card, "make_card", lambda name, measured: failed)
+    assert card.main(["rpe-2.0-product-ctx-1-k", "-o", str(tmp_path)]) == 1
+
+
+def test_numbers_are_short_and_whole_ones_exact():
+    shown = {
+        22050664: "22,050,664",
+        80.9: "80.9",
+        4.6e9: "4,600,000,000",
+        0.1234567: "0.123457",
+        73.70000000001: "73.7",
+    }
+    assert {value: card._number(value) for value in shown} == shown

@@ -27,8 +27,12 @@ class Scores(nn.Module):
 class Traced(nn.Module):
     """Computes something else when it is exported than when it is run."""
 
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
     def forward(self, x):
-        return x * 2 if torch.compiler.is_exporting() else x * 3
+        return self.scale * x * (2 if torch.compiler.is_exporting() else 3)
 
 
 class NaNWhenTraced(nn.Module):
@@ -73,7 +77,7 @@ def test_a_dot_in_a_name_is_not_a_suffix(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"m_lr0.{i}.safetensors" for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("model", [Traced(), NaNWhenTraced()])
+@pytest.mark.parametrize("model", [Traced(1.0), Traced(1e-6), NaNWhenTraced()])
 def test_a_difference_is_an_error(model, tmp_path):
     with pytest.raises(ValueError, match="outputs differ from the model's"):
         export(model, tmp_path / "m", ["pt2"])
