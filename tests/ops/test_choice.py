@@ -384,3 +384,10 @@ def test_the_banner_without_measuring(monkeypatch):
     torch.testing.assert_close(
         rpe_attention(q, q, q, rpe_k=layer.rpe_k, height=3, width=4), rpe_attention(q, q, q, backend="eager")
     )
+
+
+def test_an_empty_batch_is_not_measured(monkeypatch):
+    monkeypatch.delenv("IRPE_ATTENTION_TUNING", raising=False)
+    call = make_call()
+    assert choice.may_measure(call)
+    assert not choice.may_measure(call._replace(q=call.q[:0], k=call.k[:0], v=call.v[:0]))

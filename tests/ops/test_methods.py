@@ -132,6 +132,10 @@ def test_a_cell_run_twice_replaces_and_another_function_does_not():
             ("flat", lambda drow, dcol, index, beta: index(drow).flatten() + beta),
             "'flat': ids must broadcast to (7, 9)",
         ),
+        (
+            ("narrow", lambda drow, dcol, index, beta: (index(drow) + beta).expand(-1, 3)),
+            "'narrow': ids must broadcast to (7, 9), as drow and dcol do, got (7, 3)",
+        ),
         (("halves", ring, lambda beta: 2.0 * beta), "num_buckets(beta) must be an integer of at least 1, not 2.0"),
         (("counted", ring, lambda beta: None), "num_buckets(beta) must be an integer of at least 1, not None"),
         (("few", ring, lambda beta: 1), "'few': ids must lie in [0, 1) for beta=1, got 0 to 1"),
