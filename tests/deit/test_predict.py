@@ -202,6 +202,7 @@ def main_killed(args):
 
 
 def main_interrupted(args):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     end_at_the_third_image(args, signal.SIGINT)
 
 
