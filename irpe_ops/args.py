@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of ``irpe info`` and ``irpe visualize``, which the command reads before PyTorch is imported.
+"""The flags of ``irpe info`` and ``irpe visualize``, and how both end; read before PyTorch is imported.
 
 ``kind`` is the parser class: the command has its own.
 """
