@@ -28,11 +28,15 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 TRIES = 16  # neighbours that may stand in for an unreadable training image
 
 
-def fitting_batch(wanted: int, samples: int) -> int:
-    """The batch size ``wanted``, or with a warning ``samples``, if there are no more per process and epoch."""
-    if samples < wanted:
-        logger.warning(f"{samples} training samples per process: the batch is {samples}, not {wanted}")
-    return min(samples, wanted)
+def fitting_batch(wanted: int, samples: int, multiple: int = 1) -> int:
+    """The batch size ``wanted``; if an epoch has fewer ``samples`` per process, with a warning what they fill.
+
+    Args: multiple: of which the batch must be one, as ``wanted`` is. Returns: 0 if the samples do not fill one.
+    """
+    size = min(wanted, samples - samples % multiple)
+    if 0 < size < wanted:
+        logger.warning(f"{samples} training samples per process: the batch is {size}, not {wanted}")
+    return size
 
 
 class TrainLoader:

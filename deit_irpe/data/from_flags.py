@@ -74,7 +74,7 @@ def training_loader(args: argparse.Namespace, train_set: Dataset, device: torch.
         sampler = repeated_augmentation_sampler(train_set, world_size, rank)
     else:
         sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    batch_size = fitting_batch(args.batch_size, len(sampler) - len(sampler) % 2 if mixes(args) else len(sampler))
+    batch_size = fitting_batch(args.batch_size, len(sampler), multiple=2 if mixes(args) else 1)
     if batch_size < 1:
         raise ValueError("one training image per process, but Mixup and CutMix mix two: add --mixup 0 --cutmix 0")
     return TrainLoader(train_set, sampler, batch_size=batch_size, seed=args.seed, **_loading(args, device))

@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler, RandomSampler, SequentialSample
 
 from irpe_train import loader as loader_module
 from irpe_train.errors import BadData
-from irpe_train.loader import EvalLoader, TrainLoader
+from irpe_train.loader import EvalLoader, TrainLoader, fitting_batch
 from irpe_train.seeding import mix, sample_randomness, seed_everything, seed_step
 
 
@@ -218,3 +218,18 @@ def test_sizes_that_cannot_work_are_refused():
     data = Draws(2)
     with pytest.raises(ValueError, match="2 training samples per process and epoch do not fill a batch of 3"):
         TrainLoader(data, SequentialSampler(data), batch_size=3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "samples", "multiple", "size", "told"),
+    [
+        (4, 5, 2, 4, ""),
+        (8, 5, 2, 4, "5 training samples per process: the batch is 4, not 8"),
+        (8, 5, 1, 5, "5 training samples per process: the batch is 5, not 8"),
+        (8, 1, 2, 0, ""),
+    ],
+)
+def test_a_batch_is_no_larger_than_the_samples(wanted, samples, multiple, size, told, monkeypatch):
+    said = []
+    monkeypatch.setattr(loader_module.logger, "warning", said.append)
+    assert fitting_batch(wanted, samples, multiple) == size and said == [told] * bool(told)
