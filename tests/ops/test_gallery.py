@@ -2,122 +2,28 @@
 
 import copy
 import io
-import re
 import threading
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
 from irpe_ops import build_rpe, equip, get_bucket_ids_2d, parse_rpe_spec
 from irpe_ops.equip.timm_vit import RPEAttention
 from tests import oracles
-
-SPEC = "rpe-1.9-product-ctx-1-qkv"
-
-
-def rotary(name, **kwargs):
-    sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    return timm.create_model(name, **{**sizes, **kwargs})
-
-
-def torchvision_vit():
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
-
-
-def hugging_face(name, **kwargs):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    sizes |= {"image_size": 32, "patch_size": 8, "num_labels": 5}
-    config = getattr(transformers, f"{name.partition('For')[0]}Config")(**sizes | kwargs)
-    return getattr(transformers, name)(config)
-
-
-def resnet_config():
-    from transformers import ResNetConfig
-
-    return ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"])
-
-
-def hugging_face_detr(name="DetrForObjectDetection"):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes |= {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 3, "num_labels": 4}
-    config = transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=resnet_config(), **sizes
-    )
-    return getattr(transformers, name)(config)
-
-
-def hugging_face_rt_detr(**kwargs):
-    transformers = pytest.importorskip("transformers")
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = transformers.RTDetrConfig(
-        backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[8, 16, 16], encoder_ffn_dim=16,
-        encoder_attention_heads=2, num_attention_heads=2, d_model=16, decoder_in_channels=[16, 16, 16], num_queries=5,
-        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, num_labels=4, eval_size=None,
-        **kwargs,
-    )  # fmt: skip
-    return transformers.RTDetrForObjectDetection(config)
-
-
-def encoder(norm_first=False, batch_first=True):
-    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=norm_first, batch_first=batch_first, dropout=0.0)
-    return nn.TransformerEncoder(layer, 2)
-
-
-# The model, its input, and which submodules are to have encodings.
-MODELS = {
-    "timm EVA-02": (lambda: rotary("eva02_tiny_patch14_224", patch_size=16), (2, 3, 64, 64), 2),
-    "timm EVA, separate biases": (lambda: rotary("eva02_tiny_patch14_224", patch_size=16, qkv_fused=False), (2, 3, 64, 64), 2),  # noqa: E501
-    "timm ViT with axial RoPE": (lambda: rotary("vit_small_patch16_rope_224"), (2, 3, 64, 64), 2),
-    "timm ViT with mixed RoPE": (lambda: rotary("vit_small_patch16_rope_mixed_224"), (2, 3, 64, 64), 2),
-    "timm DINOv3": (lambda: rotary("vit_small_patch16_dinov3"), (2, 3, 64, 64), 2),
-    "torchvision ViT": (torchvision_vit, (2, 3, 32, 32), 2),
-    "TransformerEncoder": (encoder, (2, 12, 16), 2),
-    "TransformerEncoder, norm first": (lambda: encoder(True, False), (12, 2, 16), 2),
-    "transformers ViT": (lambda: hugging_face("ViTForImageClassification"), (2, 3, 32, 32), 2),
-    "transformers DeiT": (lambda: hugging_face("DeiTForImageClassification"), (2, 3, 32, 32), 2),
-    "transformers DINOv2": (lambda: hugging_face("Dinov2ForImageClassification", mlp_ratio=2), (2, 3, 32, 40), 2),
-    "transformers DINOv2 with registers": (
-        lambda: hugging_face("Dinov2WithRegistersForImageClassification", mlp_ratio=2, num_register_tokens=3),
-        (2, 3, 40, 32), 2,
-    ),
-    "transformers DETR": (hugging_face_detr, (2, 3, 64, 96), 2),
-    "transformers RT-DETR": (hugging_face_rt_detr, (2, 3, 64, 96), 1),
-}  # fmt: skip
-GRIDS = {"TransformerEncoder": (3, 4), "TransformerEncoder, norm first": (3, 4)}
-
-
-def make(name, equipped=False, spec=SPEC):
-    build, shape, layers = MODELS[name]
-    torch.manual_seed(0)
-    model = build().eval()
-    for name_, parameter in model.named_parameters():  # some heads and scales start near zero, and would hide a change
-        if parameter.dim() > 1 or name_.endswith("q_bias"):
-            nn.init.normal_(parameter, std=0.2)
-        elif "gamma" in name_:
-            nn.init.ones_(parameter)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    if equipped:
-        equip(model, spec, grid=GRIDS.get(name))
-    return model, x
-
-
-def answer(model, x):
-    out = model(x)
-    return out if torch.is_tensor(out) else out.logits
-
-
-def attentions(model):
-    return [module for module in model.modules() if hasattr(module, "rpe_k")]
+from tests.helpers.gallery import (
+    GRIDS,
+    MODELS,
+    SPEC,
+    answer,
+    attentions,
+    encoder,
+    hugging_face,
+    make,
+    rotary,
+    torchvision_vit,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -366,48 +272,11 @@ def test_two_threads_with_two_image_sizes(name):
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: hugging_face("BeitForImageClassification"), "unknown transformers model BeitForImageClassification"),
-        (
-            lambda: torch.ao.quantization.quantize_dynamic(hugging_face("ViTForImageClassification"), {nn.Linear}),
-            "its o_proj is not a torch.nn.Linear but of torch.ao.nn.quantized",
-        ),
-        (lambda: hugging_face_detr().model.encoder, "unknown transformers model DetrEncoder"),
-        (lambda: hugging_face("ViTForImageClassification", num_hidden_layers=0), "has no ViTLayer to equip"),
-        (lambda: hugging_face_rt_detr(encoder_layers=0), "has no RTDetrEncoderLayer to equip"),
-        (lambda: nn.TransformerEncoder(nn.Identity(), 1), "a layer is a Identity, not a torch.nn.TransformerEncoder"),
-        (lambda: nn.Transformer(16, 2), "Transformer has no blocks"),
-        (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer has no blocks"),
-    ],
-)
-def test_what_cannot_be_equipped_says_why(build, words):
-    with pytest.raises(ValueError, match=words):
-        equip(build(), SPEC)
-
-
 @pytest.mark.parametrize("build", [torchvision_vit, lambda: hugging_face("ViTForImageClassification")])
 def test_a_model_that_was_compiled_before_is_equipped_inside(build):
     inside = build()
     model = torch.compile(inside, backend="eager")
     assert equip(model, SPEC) is model and any("rpe_k" in name for name, _ in inside.named_parameters())
-
-
-@pytest.mark.parametrize("grid", [3, "34", (3, 4, 1)])
-def test_a_grid_is_two_numbers_of_tokens(grid):
-    with pytest.raises(ValueError, match=re.escape(f"equip: grid is (height, width) in tokens, not {grid!r}")):
-        equip(encoder(), SPEC, grid=grid)
-
-
-@pytest.mark.parametrize("side", [0, 3.0, True, "3", np.float64(3), np.array([3, 4]), torch.tensor(3.0)])
-def test_sides_of_a_grid_are_whole_numbers(side):
-    wanted = re.escape(f"must be an integer of at least 1, not {side!r}")
-    with pytest.raises(ValueError, match=f"equip: a side of grid {wanted}"):
-        equip(encoder(), SPEC, grid=(side, 4))
-    with pytest.raises(ValueError, match=f"rpe_k: height {wanted}"):
-        build_rpe(parse_rpe_spec(SPEC), 8, 2)[1](torch.zeros(1, 2, 12, 8), side, 4)
 
 
 def test_whole_numbers_of_numpy_are_taken():
@@ -418,54 +287,6 @@ def test_whole_numbers_of_numpy_are_taken():
     assert rpe(x, three, four).equal(rpe(x, 3, 4))
     ours, wanted = (get_bucket_ids_2d("product", *sizes, 1.9, 3.8, 15.2) for sizes in ((three, four, skip), (3, 4, 1)))
     assert ours[0].equal(wanted[0]) and ours[1] == wanted[1]
-
-
-def test_an_encoder_without_layers_is_refused():
-    empty = torchvision_vit()
-    empty.encoder.layers = nn.Sequential()
-    for model in (nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16), 0), empty):
-        with pytest.raises(ValueError, match="this model has no layers"):
-            equip(model, SPEC)
-
-
-def test_attention_with_a_learned_key_is_refused():
-    model = encoder()
-    model.layers[1].self_attn = nn.MultiheadAttention(16, 2, add_bias_kv=True, batch_first=True)
-    with pytest.raises(ValueError, match="it attends to a learned or zero key"):
-        equip(model, SPEC)
-    assert not attentions(model)  # refused before anything was changed
-    with pytest.raises(ValueError, match="grid is for a torch.nn.TransformerEncoder, not for a VisionTransformer"):
-        equip(torchvision_vit(), SPEC, grid=(4, 4))
-
-
-def hooked(attention):
-    attention.register_forward_hook(lambda module, inputs, output: None)
-
-
-def replaced(attention):
-    attention.forward = lambda *args, **kwargs: args[0]
-
-
-def subclassed(attention):
-    """With the same class name, as people choose."""
-    kind = type(attention)
-    attention.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x, *args, **kwargs: x})
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [(hooked, "it has hooks; equip the model first"), (replaced, "its forward was replaced"), (subclassed, " is a ")],
-)
-@pytest.mark.parametrize("name", ["timm DeiT", "transformers ViT", "torchvision ViT", "TransformerEncoder"])
-def test_attention_that_computes_something_else_is_refused(name, change, words):
-    if name == "transformers ViT" and change is subclassed:
-        pytest.skip("its attention stays, whatever it computes")
-    model = rotary("deit_tiny_patch16_224") if name == "timm DeiT" else make(name)[0]
-    named = ("Attention", "ViTAttention", "MultiheadAttention")
-    change([module for module in model.modules() if type(module).__name__ in named][-1])
-    with pytest.raises(ValueError, match=words):
-        equip(model, SPEC)
-    assert not attentions(model)  # refused before anything was changed
 
 
 def test_subclasses_of_models_and_layers_are_what_they_were():
