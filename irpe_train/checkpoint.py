@@ -190,7 +190,7 @@ def load_matching(
     if any(problems.values()):
         detail = "; ".join(f"{kind}: {_some(texts)}" for kind, texts in problems.items() if texts)
         size = ", --input-size too" if any("pos_embed" in text for text in problems["other shapes"]) else ""
-        detail += f". Build the model with the flags it was trained with{size}."
+        detail += f". Build the model with the flags it was trained with{size}: a run has them in config.yaml."
         pairs = ((name, key) for name in weights for key in own if name.endswith(f".{key}"))
         if not own.keys() & weights.keys() and (pair := next(pairs, None)):
             detail += f" Its names begin with {pair[0].removesuffix(pair[1])!r}: cut that off (docs/reproduce.md)."

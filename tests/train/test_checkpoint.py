@@ -171,7 +171,7 @@ def test_another_model_is_refused_with_keys_named_and_nothing_changed():
     with pytest.raises(
         BadCheckpoint,
         match=r"missing: 1.bias; unexpected: head.bias; other shapes: 0.weight \(4, 3\), "
-        r"not \(2, 3\). Build the model with the flags it was trained with\.$",
+        r"not \(2, 3\). Build the model with the flags it was trained with: a run has them in config.yaml\.$",
     ):
         load_matching(model, weights, source="a.pth")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
