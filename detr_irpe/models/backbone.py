@@ -33,8 +33,8 @@ def build_resnet(name: str, *, dilation: bool = False, pretrained: bool = False)
 
         stride = 16 if dilation else 32
         micro = timm.create_model("resnet10t", norm_layer=norm, zero_init_last=False, output_stride=stride, **MICRO)
-        if dilation:  # the same as timm's pooling, whose padding a .pt2 file cannot hold
-            micro.layer4[0].downsample[0] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, stride=1))
+        if dilation:  # the same as timm's pooling, whose padding .pt2 cannot hold; onnxruntime 1.23 needs it even
+            micro.layer4[0].downsample[0] = nn.Sequential(nn.AvgPool2d(2, 1, padding=1), nn.ZeroPad2d((-1, 0, -1, 0)))
         return micro
     if name not in resnet_names():
         raise ValueError(f"--backbone {name!r}: expected resnet_micro or one of {', '.join(resnet_names())}.")
