@@ -52,7 +52,7 @@ class Annotations:
         ids = images.integers("id")
         order = np.argsort(ids, kind="stable")
         self.image_ids = shared(ids[order])
-        names = images.texts("file_name")
+        names = images.paths("file_name")
         self.names = PackedStrings(names[i].encode() for i in order)
         sizes = np.stack([images.integers(side, default=0, valid=SIDES) for side in ("height", "width")], axis=1)
         self.sizes = shared(sizes[order])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files of one split, read from a folder, or in place from a zip archive."""
 
+import contextlib
 import os
 import struct
 import unicodedata
@@ -144,6 +145,9 @@ def members_of(path: Path) -> dict[str, tuple[int, int, int, int, int]]:
         raise BadData(f"{path}: damaged, or not a .zip archive ({error})") from error
     members = {}
     for info in infos:
+        if not info.flag_bits & 0x800:  # Info-ZIP and macOS write UTF-8 without saying so; zipfile takes it for cp437
+            with contextlib.suppress(UnicodeError):
+                info.filename = info.filename.encode("cp437").decode()
         size, stored, parts = info.file_size, info.compress_size, PurePosixPath(info.filename.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or ":" in info.filename[:2]:
             raise BadData(f"{path}: refused: member {info.filename!r} points outside the archive")
@@ -151,7 +155,7 @@ def members_of(path: Path) -> dict[str, tuple[int, int, int, int, int]]:
             raise BadData(f"{path}: refused: member {info.filename!r} claims {size:,} bytes, stored in {stored:,}")
         if info.is_dir():
             continue
-        name = info.filename.removeprefix(path.stem + "/")
+        name = str(parts).removeprefix(path.stem + "/")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadData(f"{path}: member {name!r} is encrypted or packed in an unusual way; pack it again")
         if name in members:

@@ -94,6 +94,10 @@ class JsonList:
         """Nonempty text of every entry."""
         return self._parsed(field, None, _text, "text")
 
+    def paths(self, field: str) -> list[str]:
+        """A path of every entry, without ``./``."""
+        return [re.sub(r"(?<![^/])\./+", "", path) for path in self.texts(field)]
+
     def _parsed(self, field: str, default, parse: Callable, wanted: str) -> list:
         """``parse`` of every value. Raises ValueError if any is None, with the first places."""
         values = self._values(field, default)

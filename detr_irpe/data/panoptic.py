@@ -61,7 +61,7 @@ class CocoPanoptic(Dataset):
         if other := sorted(set(ids.tolist()) ^ set(owners.tolist())):
             raise ValueError(f"{path}: images and annotations do not pair up: image id {other[0]} has only one of them")
         image_order, entry_order = np.argsort(ids), np.argsort(owners)
-        names, maps = images.texts("file_name"), entries.texts("file_name")
+        names, maps = images.paths("file_name"), entries.paths("file_name")
         names, maps = [names[i] for i in image_order], [maps[i] for i in entry_order]
         segments = self._read_segments([entries.entries[i] for i in entry_order])
         self.labels = torch.tensor([s["category_id"] for of_image in segments for s in of_image], dtype=torch.int64)

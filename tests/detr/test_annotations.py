@@ -89,6 +89,12 @@ def test_what_is_not_text_is_refused(value):
         column([value]).texts("x")
 
 
+def test_paths_lose_dots_that_mean_nothing():
+    names = ["./a.jpg", "x/././/a.jpg", "../a.jpg", ".a/b./a.jpg", "http://a.jpg", ".//a.jpg"]
+    wanted = ["a.jpg", "x/a.jpg", "../a.jpg", ".a/b./a.jpg", "http://a.jpg", "a.jpg"]
+    assert column(names).paths("x") == wanted
+
+
 @pytest.mark.parametrize(
     "content", [b"[1]", b"{}", b'{"images": 5}', b"{", b"\xff", b"[" * 100_000, b'{"images": [1]}']
 )

@@ -25,6 +25,18 @@ def test_plain_archives_pass_and_are_read(tmp_path):
     assert images.read(0) == b"x" * 100 and images.missing == ["2.jpg"]
 
 
+@pytest.mark.parametrize("stored", ["./s/é.jpg", "a//s/é.jpg", "a\\s\\é.jpg", "./a/./s/é.jpg"])  # in a.zip
+@pytest.mark.parametrize("says_utf8", [True, False])  # Info-ZIP and macOS do not
+def test_a_member_is_found_however_its_packer_spells_the_path(tmp_path, stored, says_utf8):
+    path = write_zip(tmp_path / "a.zip", stored.replace("é", "_" * len("é".encode())))
+    contents = path.read_bytes().replace(b"__", "é".encode())
+    entry = contents.rindex(b"PK\x01\x02")
+    contents = contents[: entry + 9] + bytes([8 * says_utf8]) + contents[entry + 10 :]
+    path.write_bytes(contents)
+    assert list(members_of(path)) == ["s/é.jpg"]
+    assert FilesInZip(path, ["s/é.jpg"]).read(0) == b"x" * 100
+
+
 @pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/passwd", "a\\..\\..\\evil", "C:/evil.png"])
 def test_members_that_point_outside_are_refused(tmp_path, name):
     with pytest.raises(BadData, match="points outside the archive"):

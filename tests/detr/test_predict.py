@@ -336,10 +336,11 @@ def test_names_with_dollars(tmp_path, photo):
     assert (tmp_path / "out" / "costs $5_and_$6_attention.png").is_file()
 
 
-def test_images_of_one_name_have_their_own_annotations(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "./", "././/"])
+def test_images_of_one_name_have_their_own_annotations(tmp_path, prefix):
     names = ["a/x.png", "b/x.png", "c/y.png", "b/z.png", "z.png"]
     truth = {
-        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "images": [{"id": i, "file_name": prefix + name} for i, name in enumerate(names)],
         "categories": [{"id": 1, "name": "seven"}],
         "annotations": [],
     }
