@@ -164,9 +164,14 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if isinstance(node, yaml.MappingNode):
-            refuse_repeated([str(key.value) for key, _ in node.value], self.source)
         return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            refuse_repeated([str(key.value) for key, _ in node.value], self.source)
+            raise ConfigError(f"{self.source}: two names are equal in YAML, as 1 and 1.0, or yes and on: quote them")
+        return values
 
     def as_typed(self, node: yaml.ScalarNode) -> int | float | str:
         if re.search(r"[:_xb]|^\+|^-?0\d", node.value):

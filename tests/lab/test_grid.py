@@ -113,6 +113,8 @@ def test_runs_are_named_after_their_values(tmp_path):
         ("package: [\n", "not valid YAML"),
         ("a: &x [1]\nb: [*x, *x]\n", "aliases"),
         ("grid: {a: 1, a: 2}\n", "a appears 2 times"),
+        (GRID + "runs: {1: {epochs: 1}, 1.0: {epochs: 2}}\n", "two names are equal in YAML, .* quote them"),
+        (GRID + "runs: {yes: {epochs: 1}, on: {epochs: 2}}\n", "two names are equal in YAML, .* quote them"),
         ("x: " + "1" * 2_000_000, "bytes at most"),
         ("package: deit_irpe\nconfig: nope.yaml\n", "config: no file nope.yaml in .*grid|config: no file nope.yaml"),
         ("package: deit_irpe\nconfig: [" + "1, " * 9999 + "]\nruns: {a: {}}\n", "config: no file .1, 1, 1"),
