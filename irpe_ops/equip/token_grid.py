@@ -115,5 +115,5 @@ def why_changed(attention: nn.Module) -> str | None:
 def add_encodings(attention: nn.Module, weight: Tensor, encodings: tuple, grid: TokenGrid, backend: str) -> None:
     """Add the attributes of every equipped attention: ``rpe_q, rpe_k, rpe_v``, ``grid`` and ``attn_backend``."""
     for role, rpe in zip("qkv", encodings, strict=True):
-        setattr(attention, f"rpe_{role}", None if rpe is None else rpe.to(weight))
+        setattr(attention, f"rpe_{role}", None if rpe is None else rpe.to(weight).train(attention.training))
     attention.grid, attention.attn_backend = grid, backend

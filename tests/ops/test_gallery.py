@@ -32,6 +32,7 @@ def test_zero_tables_change_nothing_and_filled_ones_do(name):
     with torch.no_grad():
         before, weights = answer(model, x), copy.deepcopy(model.state_dict())
         equip(model, SPEC, grid=GRIDS.get(name))
+        assert not any(module.training for module in model.modules())  # it was in evaluation mode
         torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-5)
         after = model.state_dict()
         assert [key for key in after if "rpe_" not in key] == list(weights)
