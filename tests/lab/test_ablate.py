@@ -116,7 +116,8 @@ def test_a_table_from_a_grid(place, capsys):
     assert "\\textcolor{red}{a\\_bad\\_one}" in (place / "out" / "table.tex").read_text()
     assert (place / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
     assert (place / "out" / "table.pdf").read_bytes().startswith(b"%PDF")
-    assert "a_bad_one" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a_bad_one" in told and re.search("^other +2 done", told, re.MULTILINE)  # of the run that ended last
     # Again: only failed runs are retried. What finished is published under the zoo's names.
     before = starts(place)
     assert main(["grid.yaml", "-o", "out", "--logs", "logs/mini"]) == 1
@@ -137,9 +138,9 @@ def test_evaluations_after_training(place, capsys):
     assert main(["grid.yaml", "-o", "out", "--only", "*k", "--seeds", "0", "--dry-run"]) == 0
     command = capsys.readouterr().out.splitlines()[1]
     folder = "out/rpe-1.9-product-ctx-1-k_seed0"
-    assert command.endswith(
-        f"-m deit_irpe --config {folder}/flags.yaml --seed 0 --input-size=288 --eval --resume {folder}/checkpoint.pth "
-        "--output_dir ''"
+    assert command == (
+        f"{sys.executable} -m deit_irpe --config {folder}/flags.yaml --seed 0 --input-size=288 --eval --resume "
+        f"{folder}/checkpoint.pth --output_dir ''"
     )
     assert main(["grid.yaml", "-o", "out", "--only", "*k", "--logs", "logs"]) == 0
     assert (place / "logs" / "eval_at_288_rpe-1.9-product-ctx-1-k_seed1.log").is_file()
@@ -228,7 +229,7 @@ def test_killed_and_started_again(place, how):
     runner = run_in_background(place, "--seeds", "0")
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) == 1)
     runner.send_signal(how)
-    runner.wait()
+    assert runner.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 1}[how]
     assert main(["grid.yaml", "-o", "out", "--seeds", "0"]) == 0
     names = ["none", "rpe-1.9-product-ctx-1-k", "rpe-1.9-product-bias-1-k"]
     assert [row["figures"] for row in table(place / "out").values()] == ["81.0", "81.0", "82.5"]
@@ -264,6 +265,10 @@ def test_a_folder_that_was_moved_goes_on(place):
         assert main([*choice, "-o", folder]) == 0
         row = table(place / "kept")["none"]
         assert (row["mean"], row["at 288: mean"]) == ("81.0", "28.8") and starts(place) == began
+    job = json.loads((place / "kept/none_seed0/job.json").read_text())
+    job["then"]["at 288"][:0] = ["-m", "torch.distributed.run"]  # by two processes
+    (place / "kept/none_seed0/job.json").write_text(json.dumps(job))
+    assert main([*choice, "-o", "kept", "--table"]) == 0 and table(place / "kept")["none"]["at 288: mean"] == "28.8"
     (place / "kept/none_seed0/done.json").unlink()
     assert main([*choice, "-o", "kept"]) == 0 and starts(place) != began and not (place / "out").exists()
 
@@ -277,8 +282,9 @@ def test_a_dry_run_with_another_evaluation_leaves_a_finished_run_finished(place)
     assert main(choice) == 0 and table(place / "out")["none"]["at 288: mean"] == "28.8"
 
 
-def test_dry_run(place, capsys):
+def test_dry_run(place, capsys, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("PYTHONPATH", "theirs")
     assert main(["grid.yaml", "-o", "out", "--dry-run", "--gpus-per-run", "4", "--set", "epochs=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and not list(place.rglob("log.txt"))
@@ -290,6 +296,7 @@ def test_dry_run(place, capsys):
     shared = yaml.safe_load((ROOT / "configs" / "deit" / "small.yaml").read_text())
     assert written == shared | {"rpe": "none", "epochs": 3}
     assert signal.getsignal(signal.SIGTERM) is handler  # a caller keeps its own
+    assert os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}theirs"  # runs import what was imported here
 
 
 def test_gpus_are_shared_out(monkeypatch):
@@ -299,6 +306,16 @@ def test_gpus_are_shared_out(monkeypatch):
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert ablate.gpu_slots(2, 1) == [{}, {}]
+
+
+def test_runs_at_once_and_processes_of_a_run(place, monkeypatch):
+    seen = []
+    monkeypatch.setattr(jobs, "LocalPool", lambda slots: slots)
+    monkeypatch.setattr(ablate.Ablation, "work", lambda self, pool, processes: seen.append((len(pool), processes)))
+    monkeypatch.setattr(ablate.Ablation, "write", lambda self: [])
+    for flags in ([], ["--jobs", "3"], ["--gpus-per-run", "2"]):
+        assert main(["grid.yaml", "-o", "out", *flags]) == 1  # nothing has run
+    assert seen == [(1, 1), (3, 1), (1, 2)]
 
 
 def test_a_row_is_told_when_its_state_changes(monkeypatch, capsys):
