@@ -61,12 +61,12 @@ def annotation_problems(
     outside = sized & ((x < -1) | (y < -1) | (x + width > image_width + 1) | (y + height > image_height + 1))
     lost = sized & ((x >= image_width) | (y >= image_height) | (x + width <= 0) | (y + height <= 0))
     learnable = (width > 0) & (height > 0) & ~lost & (annotations.iscrowd == 0)
-    fractions = len(boxes) > 0 and ((boxes >= 0) & (boxes <= 1)).all(1).float().mean() >= FRACTIONS
+    fractions = ((boxes >= 0) & (boxes <= 1)).all(1).float().mean() >= FRACTIONS
     as_corners = (x >= 0) & (y >= 0) & (x < width) & (y < height)
     as_corners &= (width <= image_width + 1) & (height <= image_height + 1)
     as_centres = (x >= width / 2 - 1) & (y >= height / 2 - 1)
     as_centres &= (x + width / 2 <= image_width + 1) & (y + height / 2 <= image_height + 1)
-    often_outside = len(boxes) > 0 and outside.float().mean() >= OUTSIDE
+    often_outside = outside.float().mean() >= OUTSIDE
     corners = often_outside and as_corners.all()
     # A few careless boxes in the lower right corner pass for centres, too.
     centres = often_outside and as_centres.all() and not corners and outside.sum() > 3
