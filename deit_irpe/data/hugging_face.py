@@ -26,10 +26,10 @@ class HuggingFaceImages(LabelledImages):
         from timm.data.readers.reader_hfds import ReaderHfds
 
         with _explained(root):
-            available = datasets.get_dataset_split_names(str(root))
-        self.root, self.split = root, next((name for name in SPLITS[train] if name in available), None)
+            files = {str(name): of for name, of in datasets.load_dataset_builder(str(root)).config.data_files.items()}
+        self.root, self.split = root, next((name for name in SPLITS[train] if name in files), None)
         if self.split is None:
-            raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; it has {', '.join(available)}")
+            raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; it has {', '.join(files)}")
         with _explained(root):
             features = datasets.load_dataset(str(root), split=self.split).features
         if missing := {"image", "label"} - features.keys():
@@ -38,9 +38,10 @@ class HuggingFaceImages(LabelledImages):
             self.reader = ReaderHfds(str(root), split=self.split)
         labels = list(self.reader.dataset.select_columns("label")[:]["label"])
         names = getattr(features["label"], "names", None)
+        _refuse_other_names(files[self.split], names)
         if names and self.reader.dataset.info.builder_name == "imagefolder":
-            files = self.reader.dataset.select_columns("image")[:]["image"]
-            _refuse_mixed_folders({Path(file["path"]).parent for file in files}, root)
+            images = self.reader.dataset.select_columns("image")[:]["image"]
+            _refuse_mixed_folders({Path(image["path"]).parent for image in images}, root)
         classes, labels = _numbered(labels, names, f"{root}: {self.split}")
         super().__init__(classes, [""] * len(labels), labels, transform)
 
@@ -61,6 +62,23 @@ def _explained(root: Path):
         cause = error.__cause__ or error  # behind "An error occurred while generating the dataset"
         reason = f"{type(cause).__name__}: {in_one_line(cause)}"
         raise ValueError(f"{root}: Hugging Face datasets cannot load it ({reason})") from error
+
+
+def _refuse_other_names(files: list[str], names: list[str] | None) -> None:
+    """``datasets`` takes the names of the classes from one file, and applies them to the numbers in all others.
+
+    Raises: ValueError: one of the ``files`` has names of its own.
+    """
+    from datasets import Features
+    from pyarrow import ArrowInvalid, ipc, parquet
+
+    for file in (file for file in files if file.endswith((".parquet", ".arrow"))):
+        with contextlib.suppress(ArrowInvalid):  # a variant of Arrow that has no names
+            schema = parquet.read_schema(file) if file.endswith(".parquet") else ipc.open_stream(file).schema
+            own = getattr(Features.from_arrow_schema(schema).get("label"), "names", names)
+            if own != names:
+                how = "renumber its labels (Dataset.align_labels_with_mapping)"
+                raise ValueError(f"{file}: its classes are {own!s:.80}, those of other files {names!s:.80}; {how}")
 
 
 def _refuse_mixed_folders(folders: set[Path], root: Path) -> None:

@@ -198,6 +198,27 @@ def test_hugging_face_labels_as_text_are_the_classes_of_the_folder(tmp_path, mon
             build_dataset(written(labels, name), True, data_set="HFDS")
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_hugging_face_classes_are_those_of_each_file(tmp_path, monkeypatch, form):
+    """``datasets`` applies the names of the training file to the numbers of validation: its c would be a b."""
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets: pip install datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sets = datasets.DatasetDict()
+    for split, names in (("train", ["a", "b", "c"]), ("validation", ["a", "c"])):
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [{"bytes": b"x", "path": None}] * 2, "label": [0, 1]}
+        sets[split] = datasets.Dataset.from_dict(rows, features=kinds)
+    (tmp_path / "set").mkdir()
+    if form == "arrow":
+        sets.save_to_disk(tmp_path / "set")
+    else:
+        for split in sets:
+            sets[split].to_parquet(tmp_path / f"set/{split}-0.parquet")
+    assert build_dataset(tmp_path / "set", True, data_set="HFDS").classes == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"set/validation.*: its classes are \['a', 'c'\], those of other files"):
+        build_dataset(tmp_path / "set", False, data_set="HFDS")
+
+
 def test_labels_count_from_zero_to_the_last_name():
     assert _numbered([1, 0], ["a", "b"], "set") == (["a", "b"], [1, 0])
     for label in (2, -1, True, "a"):
