@@ -228,16 +228,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("logs/cards"), help="folder (default logs/cards)")
     with reported_by(parser.prog):
         args = parser.parse_args(argv)
-        zoo, failed = read_zoo(), 0
+        zoo, cards = read_zoo(), []
         writable_folder(args.output, "-o")
         for entry in [zoo.find(name) for name in args.names or zoo.models]:
             count = importlib.import_module(f"{entry.package}.model_stats").stats_of_flags
             counted = count(["--config", str(ROOT / entry.config)])
-            card = make_card(entry.name, {name: value for name, value in counted.items() if name in entry.expect})
-            write_card(card, args.output / entry.name)
+            measured = {name: value for name, value in counted.items() if name in entry.expect}
+            cards.append(make_card(entry.name, measured))
+        for card in cards:  # after all are made, as each says whether files differ from the commit
+            write_card(card, args.output / card["name"])
             print(to_markdown(card))
-            failed += card["verdict"] == "FAIL"
-    return 1 if failed else 0
+    return int(any(card["verdict"] == "FAIL" for card in cards))
 
 
 if __name__ == "__main__":

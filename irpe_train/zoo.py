@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         zoo, folder = read_zoo(args.zoo), args.folder or cache_folder()
         if not args.names:
             for name, entry in zoo.models.items():
-                print(f"{'here' if (folder / entry.file).is_file() else '-':5} {name}  {entry.url}")
+                print(f"{'here' if (folder / entry.file).is_file() else 'not here':8}  {name}  {entry.url}")
         names = list(zoo.models) if args.names == ["all"] else args.names
         entries = [zoo.find(name) for name in names]  # check every name before the first download
         for entry in entries:

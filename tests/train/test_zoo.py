@@ -284,7 +284,7 @@ def test_command_line(server, zoo, tmp_path, capsys):
     main(common)
     out = capsys.readouterr().out.splitlines()
     assert out[:2] == [str(tmp_path / "hub" / "net.pth")] * 2
-    assert out[2].startswith("here  net  http://")
+    assert out[2].startswith("here      net  http://")
     with pytest.raises(SystemExit, match="no published checkpoint 'nope'"):
         main(["nope", *common])
 
