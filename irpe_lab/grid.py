@@ -15,7 +15,7 @@ published: {rpe-1.9-product-ctx-1-k: NAME IN THE MODEL ZOO}
 evaluations:                           # of every trained run, without training again: a name and its flags
   at 288 pixels: {input-size: 288}
 
-Names and values are those of a ``--config`` file; each run is written as one. All are parsed before any starts.
+Names and values are those of a ``--config`` file; each run is written as one. All are checked before any starts.
 """
 
 import argparse
@@ -161,9 +161,11 @@ def _merged(*layers: dict) -> dict:
 
 
 def _parse_all(grid: Grid) -> None:
-    """Raise ConfigError for the first run or evaluation whose flags the package would refuse, or whose name is too
+    """Raise ConfigError for the first run or evaluation whose flags or encoding would be refused, or whose name is too
     long for a file.
     """
+    from irpe_ops import parse_rpe_spec  # imports PyTorch
+
     parser = grid.parser()
     for run, flags in grid.runs.items():
         source = f"grid {grid.name}: run {run}"
@@ -174,11 +176,13 @@ def _parse_all(grid: Grid) -> None:
                 raise ConfigError(f"{source}, {name}: a file would be called {file:.100}...; expected shorter names")
             try:
                 with contextlib.redirect_stderr(errors):
-                    parser.parse_args([*argv, *more])
-            except SystemExit as error:
-                reason = errors.getvalue().strip().splitlines()[-1:] or ["refused"]
+                    parsed = vars(parser.parse_args([*argv, *more]))
+                for spec in {parsed.get("rpe"), parsed.get("enc_rpe2d")} - {None, "", "none"}:
+                    parse_rpe_spec(spec)
+            except (SystemExit, ValueError) as error:
+                reason = (errors.getvalue() or str(error)).strip().splitlines()[-1]
                 where = f"{source}, {name}" if name else source
-                raise ConfigError(f"{where}: {reason[0].partition('error: ')[2] or reason[0]}") from error
+                raise ConfigError(f"{where}: {reason.partition('error: ')[2] or reason}") from error
 
 
 def _mapping(raw: dict, key: str, source: str) -> dict:

@@ -45,9 +45,9 @@ args.rpe = yaml.safe_load(open(args.config))["rpe"]
 out = pathlib.Path(args.output_dir)
 out.mkdir(parents=True, exist_ok=True)
 (out / "model.json").write_text(json.dumps({"n_parameters": 7, "macs_M": 1.5, "buckets": 50}))
-if args.rpe == "boom":
+if args.rpe == "rpe-9-cross-ctx-0-q":
     print("first words")
-    sys.exit("ValueError: no such encoding 'boom'")
+    sys.exit("ValueError: no such encoding here")
 log = out / "log.txt"
 begin = len(log.read_text().splitlines()) if log.exists() else 0
 with open("trace.txt", "a") as trace:
@@ -92,7 +92,9 @@ def table(folder):
 
 
 def test_a_table_from_a_grid(place, capsys):
-    (place / "grid.yaml").write_text(GRID + "runs: {a bad one: {rpe: boom}, other: {rpe: x}}\n")
+    (place / "grid.yaml").write_text(
+        GRID + "runs: {a bad one: {rpe: rpe-9-cross-ctx-0-q}, other: {rpe: rpe-2-product-ctx-1-k}}\n"
+    )
     assert main(["grid.yaml", "-o", "out", "--jobs", "2"]) == 1
     rows = table(place / "out")
     assert list(rows) == ["none", "rpe-1.9-product-ctx-1-k", "rpe-1.9-product-bias-1-k", "a_bad_one", "other"]
@@ -106,12 +108,12 @@ def test_a_table_from_a_grid(place, capsys):
     assert (bias["difference"], bias["low"], bias["high"]) == ("1.5", "", "")
     assert product["difference"] == "0.0" and rows["none"]["difference"] == rows["a_bad_one"]["difference"] == ""
     bad = rows["a_bad_one"]
-    assert bad["states"] == "failed failed" and bad["reason"] == "ValueError: no such encoding 'boom'"
+    assert bad["states"] == "failed failed" and bad["reason"] == "ValueError: no such encoding here"
     text = (place / "out" / "table.md").read_text()
     time = tables.duration(float(product["seconds"]))
     figures = "81.50 ± 0.71 | 82.50 | +0.00 [-]"
     assert f"| rpe-1.9-product-ctx-1-k | 50 | 7 | 1.5 | 100 | 51 | {time} | {figures} | 2/2 | 80.90 |" in text
-    failed = "failed: ValueError: no such encoding 'boom'"
+    failed = "failed: ValueError: no such encoding here"
     assert f"| a_bad_one | - | - | - | - | - | - | {failed} | - | - | 0/2 | not published here |" in text
     assert "\\textcolor{red}{a\\_bad\\_one}" in (place / "out" / "table.tex").read_text()
     assert (place / "out" / "table.png").read_bytes().startswith(b"\x89PNG")

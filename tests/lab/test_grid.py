@@ -128,6 +128,8 @@ def test_runs_are_named_after_their_values(tmp_path):
         (GRID + "runs: {a: {lr: {b: 1}}}\n", "run a: lr: .*got nested names"),
         (GRID + "runs: {a: {opt-betas: [0.9, --eval]}}\n", "would be read as a flag"),
         (GRID + "runs: {a: {amp: none2}}\n", "run a: argument --amp: invalid choice"),
+        (GRID + "runs: {a: {rpe: rpe-1.9-prodct-ctx-1-k}}\n", "run a: rpe spec .*unknown method 'prodct'"),
+        ("package: detr_irpe\nruns: {a: {enc_rpe2d: rpe-x}}\n", "run a: rpe spec 'rpe-x': expected six parts"),
         (GRID + "flags: {seed: 3}\n", "seed is set by the runner"),
         (GRID + "flags: {eval: true}\n", "eval is set by the runner"),
         (GRID + "runs: {a: {input-size: 32, Input_Size: 48}}\n", "a: input_size appears 2 times; keep one"),
