@@ -172,10 +172,11 @@ def rows_of_banner(
         mode += " (the published --finetune: off, --no-train-mode)"
     if not args.train_mode:
         mode = "off, without dropout or stochastic depth, as the published --finetune"
+    warmup = f" after {args.warmup_epochs} epoch(s) of warm-up from {args.warmup_lr:g}" if args.warmup_epochs else ""
     return {
         "data": f"{len(train_set)} training and {len(val_set)} validation images of {len(train_set.classes)} classes",
         "model": f"{args.model}, encoding {encoding}, {args.input_size} pixels, amp {precision.amp}",
-        "effective lr": f"{lr:g} at the peak, {args.warmup_lr:g} at the start",
+        "effective lr": f"{lr:g}{warmup}",
         "training mode": mode,
         "attention": attention,
     }

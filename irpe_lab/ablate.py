@@ -167,7 +167,7 @@ def _setting(text: str) -> tuple[str, object]:
 def get_parser() -> argparse.ArgumentParser:
     parser = FlagParser("python -m irpe_lab.ablate", description=__doc__)
     add = parser.add_argument
-    add("grid", type=Path, metavar="GRID.yaml", help="see irpe_lab/grid.py")
+    add("grid", type=Path, metavar="GRID.yaml", help="see docs/ablate.md")
     add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
     add("--only", metavar="GLOB", help="start only the runs whose name matches, e.g. '*-product-*'")
     add("--seeds", help="replace the grid's seeds, e.g. 0,1,2")

@@ -179,5 +179,5 @@ class Display:
     def _line(self, row: Row, longest: int) -> str:
         counts = {state: row.states.count(state) for state in ("done", "running", "waiting", "failed")}
         states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        text = f"{row.run:{longest}}  {states}  {row.epochs} epoch(s)  {result(row, self.figure)}"
+        text = f"{row.run:{longest}}  {states}  {row.epochs} epoch(s) in all  {result(row, self.figure)}"
         return f"{RED}{text}{PLAIN}" if "failed" in row.states and sys.stdout.isatty() else text

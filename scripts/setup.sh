@@ -48,7 +48,7 @@ build_extension() {
     local sources=() file
     while IFS= read -r file; do sources+=("$file"); done < <(find "$REPO/rpe_ops_cuda" -type f \
         \( -name '*.py' -o -name '*.toml' -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu*' \) -not -path '*/build/*' | sort)
-    say "building the compiled extension rpe_ops_cuda (a minute or so the first time)"
+    say "building the compiled extension rpe_ops_cuda (minutes the first time)"
     if ! install_once extension "$REPO/requirements.txt" "${sources[@]}" -- \
         "$VENV/bin/pip" install --quiet --disable-pip-version-check --force-reinstall --no-deps "$REPO/rpe_ops_cuda"; then
         [ "${IRPE_EXTENSION:-}" = require ] && die "rpe_ops_cuda did not build: see the compiler's message above"

@@ -327,12 +327,13 @@ def test_a_row_is_told_when_its_state_changes(monkeypatch, capsys):
     display = tables.Display(TASKS["deit_irpe"].figure)
     display.show([good, bad])
     assert capsys.readouterr().out == (
-        "good  1 done, 1 running  3 epoch(s)  90.00\n\x1b[31mbad   1 failed  0 epoch(s)  failed: it broke\x1b[0m\n"
+        "good  1 done, 1 running  3 epoch(s) in all  90.00\n"
+        "\x1b[31mbad   1 failed  0 epoch(s) in all  failed: it broke\x1b[0m\n"
     )
     better = Row("good", "", {0: Outcome("done", 2, 90.0, 90.0), 1: Outcome("done", 2, 92.0, 92.0)})
     for _ in range(2):
         display.show([better, bad])
-    assert capsys.readouterr().out == "good  2 done  4 epoch(s)  91.00 ± 1.41\n"
+    assert capsys.readouterr().out == "good  2 done  4 epoch(s) in all  91.00 ± 1.41\n"
 
 
 def test_two_runners_share_the_runs(place):
