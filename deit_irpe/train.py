@@ -149,6 +149,9 @@ def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, v
     stored = stored_classes(checkpoint.contents, source=checkpoint.source) if checkpoint is not None else None
     if train_set is None:
         classes = stored or val_set.classes
+        if checkpoint is not None and stored is None:
+            assumed = f"the order of the data is taken for its own: {', '.join(classes[:3])}, ..."
+            logger.info(f"checkpoint {checkpoint.source} does not name its classes; {assumed}")
     else:
         classes = train_set.classes
         check_same_classes(classes, val_set.classes)

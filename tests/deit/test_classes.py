@@ -13,7 +13,9 @@ from deit_irpe.data.hugging_face import _numbered
 from deit_irpe.data.images import LabelledImages
 from deit_irpe.models import create_model
 from deit_irpe.models.finetune import fit_classes
+from deit_irpe.train import agree_on_classes
 from irpe_train.errors import BadCheckpoint
+from irpe_train.run_folder import Checkpoint
 from tests.deit.test_archives import tar_of
 from tests.helpers.deit_runs import deit, deit_ok
 from tests.helpers.tiny_images import write_images
@@ -217,6 +219,15 @@ def test_hugging_face_classes_are_those_of_each_file(tmp_path, monkeypatch, form
     assert build_dataset(tmp_path / "set", True, data_set="HFDS").classes == ["a", "b", "c"]
     with pytest.raises(ValueError, match=r"set/validation.*: its classes are \['a', 'c'\], those of other files"):
         build_dataset(tmp_path / "set", False, data_set="HFDS")
+
+
+def test_the_order_of_numbers_as_names_is_shown_where_a_checkpoint_has_no_names(caplog):
+    caplog.set_level("INFO", logger="irpe")
+    numbers = LabelledImages(["0", "1", "10", "2"], ["x.png"], [0])  # folders in alphabetical order
+    assert agree_on_classes(Checkpoint("x.pth", {"classes": ["0", "1", "2", "10"]}), None, numbers)[2] == "2"
+    assert "does not name" not in caplog.text
+    agree_on_classes(Checkpoint("x.pth", {}), None, numbers)
+    assert "x.pth does not name its classes; the order of the data is taken for its own: 0, 1, 10, ..." in caplog.text
 
 
 def test_labels_count_from_zero_to_the_last_name():
