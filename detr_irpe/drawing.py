@@ -38,7 +38,7 @@ def draw_objects(
         picture = to_pil_image(draw_segmentation_masks(pil_to_tensor(picture), enlarged, alpha=0.5, colors=colours))
     canvas, font, line = ImageDraw.Draw(picture), font_for(picture), max(2, min(picture.size) // 240)
     edge = torch.tensor([picture.width - 1, picture.height - 1] * 2)
-    corners = (boxes.float().cpu() * factor).minimum(edge).clamp(min=0).round().int().tolist()
+    corners = (boxes * factor).minimum(edge).clamp(min=0).round().int().tolist()
     for (x0, y0, x1, y1), colour in zip(corners, colours, strict=True):
         x1, y1 = max(x0, x1), max(y0, y1)
         canvas.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=ink_on(colour), width=line + 2)  # visible anywhere

@@ -3,6 +3,7 @@ import logging
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
@@ -11,8 +12,8 @@ from pycocotools import mask as coco_mask
 from detr_irpe import build_model, export
 from detr_irpe.data.coco import CocoDetection
 from detr_irpe.detector import Detector
-from detr_irpe.drawing import PALETTE, attention_maps, cell_of, draw_objects, font_for, side_by_side
-from detr_irpe.predict import Truth, class_indices, get_predict_parser, main, read_in_frame
+from detr_irpe.drawing import PALETTE, attention_maps, cell_of, draw_objects, font_for, ink_on, side_by_side
+from detr_irpe.predict import Truth, centres, class_indices, get_predict_parser, main, read_in_frame
 from irpe_train.errors import BadCheckpoint, BadData, RunError
 from irpe_train.launch import launch
 from tests.helpers.tiny_detr import published_flags, tiny_transformer
@@ -175,6 +176,9 @@ def test_cells():
     assert cell_of((0, 0), (60, 40), 2, 3) == 0
     assert cell_of((59.9, 39.9), (60, 40), 2, 3) == 5
     assert cell_of((20, 19), (60, 40), 2, 3) == 1
+    for point in ((60, 0), (0, 40), (-0.1, 0), (0, -0.1)):
+        with pytest.raises(ValueError, match="is outside the image of 60 x 40 pixels"):
+            cell_of(point, (60, 40), 2, 3)
 
 
 @pytest.mark.parametrize("enc_rpe2d", ["", "rpe-2.0-product-ctx-1-qk", "rpe-2.0-cross-bias-0-k"])
@@ -193,13 +197,66 @@ def test_the_attention_drawn_is_the_attention_used(enc_rpe2d):
     assert maps["mean of heads"][1, 2] == 0
 
 
+def test_a_box_is_drawn_on_its_corners_and_its_label_above_it_or_within():
+    size, colour = (900, 600), ImageColor.getrgb(PALETTE[1])
+    box = torch.tensor([[300, 200, 500, 400], [-9, 250, 299, 350], [870.4, 3, 2000, 2000]])
+    picture = draw_objects(Image.new("RGB", size, "gray"), box, [1, 10, 21], ["Hg", "Hg", "Hg Hg Hg"])
+    line, white, gray = [colour] * 2, [(255, 255, 255)], [(128, 128, 128)]  # two pixels between white ones
+    assert [picture.getpixel((x, 380)) for x in range(298, 304)] == [*gray, *white, *line, *white, *gray]
+    assert [picture.getpixel((x, 380)) for x in range(497, 503)] == [*gray, *white, *line, *white, *gray]
+    assert [picture.getpixel((400, y)) for y in range(397, 403)] == [*gray, *white, *line, *white, *gray]
+    assert [picture.getpixel((480, y)) for y in range(197, 203)] == [*gray * 2, *white, *line, *white]
+    other = [ImageColor.getrgb(PALETTE[0])] * 2  # a bright colour has black beside it
+    assert [picture.getpixel((x, 300)) for x in range(4)] == [*other, (0, 0, 0), *gray]  # clipped to the image
+    assert min(picture.crop((0, 235, 20, 250)).convert("L").tobytes()) < 30
+    assert [picture.getpixel((x, 300)) for x in range(867, 874)] == [*gray * 2, *white, *line, *white, *gray]
+    assert [picture.getpixel((880, y)) for y in range(596, 600)] == [*gray, *white, *line]
+    assert [picture.getpixel((x, 300)) for x in range(896, 900)] == [*gray, *white, *line]
+
+    def label(x0, y0, x1, y1):
+        """The left and upper end of a label in a part of the picture, and the text's distance from each side."""
+        part = np.array(picture.crop((x0, y0, x1, y1)))
+        field = np.argwhere((part == colour).all(-1))
+        top, left = field.min(0)
+        text = np.argwhere((part[top:, left : field[:, 1].max() + 1] != colour).any(-1))
+        lower, right = [y1 - y0, field[:, 1].max()] - (text.max(0) + [top, left])
+        return left + x0, top + y0, [*text.min(0), lower, right]
+
+    # The upper ends of the box and of the image; the other end of the second is the image's.
+    for part, end in (((250, 150, 450, 199), {0: 300}), ((700, 3, 900, 19), {1: 3})):
+        *ends, margins = label(*part)
+        assert all(ends[axis] == wanted for axis, wanted in end.items()) and {*margins} <= {2, 3}, margins
+    assert [ink_on(colour) for colour in ("red", "lime", "blue", "#808080", "#7e7e7e")] == [
+        "white", "black", "white", "black", "white"
+    ]  # fmt: skip
+
+
+def test_a_mask_is_enlarged_with_its_image_and_blended_with_it():
+    masks = torch.zeros(1, 20, 30, dtype=torch.bool)
+    masks[0, 5:10, 5:15] = True
+    picture = draw_objects(Image.new("RGB", (30, 20)), torch.tensor([[20, 15, 22, 17]]), [0], [""], masks)
+    assert picture.size == (720, 480)  # 24 times
+    inside, half = picture.crop((120, 120, 360, 240)), tuple(part // 2 for part in ImageColor.getrgb(PALETTE[0]))
+    assert inside.getcolors() == [(240 * 120, half)]
+    assert picture.crop((0, 0, 120, 480)).getcolors() == [(120 * 480, (0, 0, 0))]
+    assert picture.crop((0, 0, 720, 120)).getcolors() == [(720 * 120, (0, 0, 0))]
+
+
+def test_attention_is_drawn_at_the_centres_of_the_best_detections():
+    image = Image.new("RGB", (60, 40))
+    boxes = torch.tensor([[0, 0, 20, 10], [0, 0, 20, 10], [50, 30, 90, 70], [1, 1, 3, 3]]).float()
+    assert centres(boxes, image) == [(10, 5), (59, 39)]  # of three, two are the same
+    assert centres(boxes[:1] - 30, image) == [(0, 0)] and centres(boxes[:0], image) == [(30, 20)]
+
+
 def test_lines_and_text_grow_with_the_image_up_to_a_limit():
     def drawn(width, height):
         image = Image.new("RGB", (width, height), "white")
         return draw_objects(image, torch.tensor([[0.2, 0.4, 0.8, 0.9]]) * torch.tensor([width, height] * 2), [0], [""])
 
     for size, line in (((640, 480), 2), ((1920, 1080), 4)):
-        column = [drawn(*size).getpixel((size[0] // 2, y)) for y in range(size[1])]
+        picture = drawn(*size)
+        column = [picture.getpixel((size[0] // 2, y)) for y in range(size[1])]
         assert column.count(ImageColor.getrgb(PALETTE[0])) == 2 * line  # the upper and the lower edge
     assert [font_for(Image.new("RGB", size)).size for size in ((640, 480), (1920, 1080))] == [12, 27]
     assert drawn(600, 4).size == (1800, 12) and drawn(3000, 2).size == (3000, 2)
