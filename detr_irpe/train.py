@@ -170,8 +170,8 @@ def score(
 
 def refuse_to_replace(file: Path) -> None:
     """Raises RunError: where `write_eval` would write, there is a checkpoint."""
-    with contextlib.suppress(BadCheckpoint):  # curves that the published code wrote are not read
-        if file.is_file() and "precision" not in read_checkpoint(file):
+    with contextlib.suppress(BadCheckpoint):  # no file, or curves that the published code wrote
+        if "precision" not in read_checkpoint(file):
             raise RunError(f"{file} is not a result of an evaluation: move it away, or give another --output_dir")
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from pycocotools.cocoeval import Params
 
 from detr_irpe import build_model, engine, train
 from detr_irpe.args import get_args_parser
@@ -87,6 +88,7 @@ def test_a_run_writes_the_published_files(trained):
         "4 steps, 8 samples",
         "hidden_dim=16 (default: 256)",
         "Average Precision  (AP) @[ IoU=0.50:0.95",
+        "Training time 0:0",
     ):
         assert words in text
     assert f"number of params: {log_of(folder)[0]['n_parameters']}\nnumber of buckets: 81\n" in text
@@ -132,6 +134,8 @@ def test_a_checkpoint_with_the_name_of_a_result_is_kept(trained, data, tmp_path,
     with pytest.raises(RunError, match=f"{name} is not a result of an evaluation: move it away"):
         main(args)
     assert "model" in read_checkpoint(tmp_path / name)
+    torch.save({"params": Params(), "precision": torch.zeros(3)}, tmp_path / name)
+    train.refuse_to_replace(tmp_path / name)  # as the published code writes it
 
 
 def test_evaluation_needs_the_validation_split_only(trained, tmp_path):
@@ -200,7 +204,7 @@ def test_evaluation_is_the_same_in_any_number_of_processes(trained, data, tmp_pa
 
 
 def test_masks_and_panoptic(trained, data, tmp_path):
-    detr_ok(
+    text = detr_ok(
         data,
         tmp_path / "run",
         "--dec_layers",
@@ -218,7 +222,8 @@ def test_masks_and_panoptic(trained, data, tmp_path):
     (line,) = log_of(tmp_path / "run")
     wanted = [*keys_of_log(6, masks=True), "test_coco_eval_masks", "test_PQ_all", "test_PQ_th", "test_PQ_st"]
     assert list(line) == [*wanted, "epoch", "n_parameters"]
-    assert list(line["test_PQ_all"]) == ["pq", "sq", "rq", "n"]
+    assert list(line["test_PQ_all"]) == ["pq", "sq", "rq", "n"] and "   PQ    SQ    RQ     N\nAll " in text
+    assert not (tmp_path / "run/checkpoint0000.pth").exists()  # the learning rate has not dropped
     predictions = json.loads((tmp_path / "run/panoptic_eval/predictions.json").read_text())
     assert len(predictions["annotations"]) == 5
     before = read_checkpoint(trained[0] / "checkpoint.pth")["model"]
