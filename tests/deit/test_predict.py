@@ -234,7 +234,7 @@ def test_names_with_dollars_and_other_letters(checkpoint, tmp_path):
 def test_the_photographs_are_never_replaced(checkpoint, tmp_path):
     write_images(tmp_path, {"out": 1})
     photograph = (tmp_path / "out/0.png").read_bytes()
-    ended = predict(tmp_path, tmp_path / "out/0.png", "--resume", checkpoint)
+    ended = predict(tmp_path, tmp_path / "out/0.png", "--resume", tmp_path / "nothing.pth")  # not even opened
     assert ended.code == 1 and f"{tmp_path / 'out/0.png'}: already there, and not a result of predict" in ended.text
     assert (tmp_path / "out/0.png").read_bytes() == photograph and len(list((tmp_path / "out").iterdir())) == 1
     (tmp_path / "out/predictions.json").write_text("[]")

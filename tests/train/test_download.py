@@ -29,6 +29,8 @@ def test_a_fetched_file_is_held_against_the_hash_in_its_name(tmp_path, monkeypat
         with pytest.raises(BadCheckpoint, match="unlike its name") if name == "wrong" else contextlib.nullcontext():
             assert read_weights(f"https://example.org/a/{file}?download=1")["w"].sum() == 3
     assert asked == [f"https://example.org/a/{file}?download=1"] * (2 if name == "wrong" else 1)
+    if name == "right":  # is the same file wherever it comes from
+        assert downloads.local_file(f"https://mirror.example.org/{file}").is_file() and len(asked) == 1
 
 
 def test_another_address_with_the_same_last_part_is_another_file(tmp_path, monkeypatch):
