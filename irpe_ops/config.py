@@ -2,6 +2,7 @@
 """Which relative position encoding: a frozen config, and the spec strings that name one."""
 
 import math
+import numbers
 import re
 from dataclasses import dataclass, replace
 
@@ -123,13 +124,14 @@ def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
 
 def _check_ratio(ratio: float, method: str) -> float:
     """``ratio`` as a float; ValueError unless it is finite, with at least one bucket per side and no huge table."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 0 < ratio < math.inf:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")
-    if coefficients(ratio)[1] < 1:
+    size = float(min(ratio, MAX_BUCKETS + 1) if isinstance(ratio, int) else ratio)  # an int may be too large for it
+    if coefficients(size)[1] < 1:
         raise ValueError(f"ratio {ratio!r} leaves a single bucket for all distances; use at least 0.5")
-    if ratio > MAX_BUCKETS or any(row.buckets(ratio, skip=1) > MAX_BUCKETS for row in maps_of(method).values()):
+    if size > MAX_BUCKETS or any(row.buckets(size, skip=1) > MAX_BUCKETS for row in maps_of(method).values()):
         raise ValueError(f"ratio {ratio!r} asks {method!r} for more than {MAX_BUCKETS:,} buckets; use a smaller one")
-    return float(ratio)
+    return size
 
 
 def _number(text: str) -> float:

@@ -22,6 +22,14 @@ def test_spec_and_arguments_name_the_same_config():
     )
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.uint8, np.int64])
+def test_a_ratio_may_be_numpys(kind):
+    config = get_rpe_config(kind(40), "euc")
+    assert config == get_rpe_config(40.0, "euc") and type(config.ratio) is float
+    with pytest.raises(ValueError, match=r"ratio .*200.* asks 'product' for more than 65,536 buckets"):
+        get_rpe_config(kind(200), "product")
+
+
 @pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
 @pytest.mark.parametrize("ratio", ["1.9", "20", "2.0", "1e1", "5e-1", "3.3333333333333335"])
 def test_spec_round_trip(rpe_on, ratio):
