@@ -77,6 +77,7 @@ def open_run(
     rows = rows | {
         "effective batch": f"{images * args.accumulate} images per update: {product}",
         "an epoch": f"{len(loader)} steps, {len(loader) * images} samples",
+        "output": args.output_dir or "none: without --output_dir nothing is written",
         "other than default": "\n".join(changed_flags(parser, args, PLACES + data_flags)) or "nothing",
     }
     banner("run", rows)

@@ -68,7 +68,7 @@ def test_the_start_says_what_will_happen(trained):
         "8 images per update: 8 x 1 process(es) x 1",
         "effective lr        0.0046875\n",
         "6 steps, 48 samples",
-        "batch_size=8 (default: 64)",
+        "run\n  other than default  batch_size=8 (default: 64)",
         "mixup=0.0 (default: 0.8)",
     ):
         assert words in text
@@ -271,8 +271,10 @@ def test_gradient_accumulation_equals_the_larger_batch(colours, tmp_path):
 def test_fewer_images_than_a_batch_still_train(tmp_path):
     for split, count in (("train", 3), ("val", 1)):
         write_images(tmp_path / split, {"a": count, "b": count})
-    warmup = "--warmup-epochs", "1", "--warmup-lr", "1e-4"
-    text = deit_ok(tmp_path, tmp_path / "run", "--epochs", "1", "--batch-size", "64", *warmup)
+    others = "--warmup-epochs", "1", "--warmup-lr", "1e-4", "--output_dir", ""
+    text = deit_ok(tmp_path, tmp_path / "run", "--epochs", "1", "--batch-size", "64", *others)
+    assert "  output              none: without --output_dir nothing is written\n" in text
+    assert not (tmp_path / "run").exists()
     assert re.search(r"effective lr +\S+ after 1 epoch\(s\) of warm-up from 0\.0001$", text, flags=re.MULTILINE)
     assert "6 training samples per process: the batch is 6, not 64" in text and "1 steps, 6 samples" in text
 
