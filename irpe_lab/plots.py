@@ -52,7 +52,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     if not panels:
         raise BadData(f"none of {', '.join(map(str, runs))} has a figure that can be drawn")
     styles = {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)] or None}
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
         for i, name in enumerate(groups)
     }
     columns = min(len(panels), 3)

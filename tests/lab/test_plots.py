@@ -76,7 +76,9 @@ def test_both_published_formats(tmp_path):
     ]
     with Image.open(tmp_path / "out" / "x.png") as picture:
         assert picture.size == tuple(round(300 * inches) for inches in drawn.get_size_inches())
-    assert titles(plot_runs([a])) == ["loss", "top-1 accuracy (%)", "learning rate"]
+    assert drawn.axes[-1].get_subplotspec().get_geometry()[:2] == (3, 3)
+    assert titles(alone := plot_runs([a])) == ["loss", "top-1 accuracy (%)", "learning rate"]
+    assert alone.axes[0].get_subplotspec().get_geometry()[:2] == (1, 3)
 
 
 def test_seeds_are_one_line_in_a_band_training_solid_and_test_dashed(tmp_path):
@@ -111,9 +113,13 @@ def test_a_seed_that_has_come_less_far_counts_as_far_as_it_has(tmp_path):
 
 
 def test_runs_of_one_name_in_two_folders_are_two_runs(tmp_path):
-    runs = [write(tmp_path / f / f"log_x_seed{i}.txt", map(deit, range(2))) for f in "ab" for i in (0, 1)]
-    texts = [text.get_text() for text in plot_runs(runs).legends[0].get_texts()]
-    assert texts == ["a/x", "b/x", "train", "test"]
+    runs = [write(tmp_path / f / f"log_x_seed{i}.txt", map(deit, range(3))) for f in "abcdefgh" for i in (0, 1)]
+    drawn = plot_runs(runs)
+    texts = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert texts == [*(f"{f}/x" for f in "abcdefgh"), "train", "test"]
+    first, *others, last = drawn.axes[0].lines[::2]  # more runs than colours: a marker tells two of one colour apart
+    assert (first.get_color(), last.get_color()) == (COLOURS[0],) * 2 and len({x.get_color() for x in others}) == 6
+    assert [x.get_marker() for x in (first, *others)] == ["None"] * 7 and last.get_marker() == "o"
 
 
 def test_a_figure_of_ones_own_in_the_format_of_the_suffix(tmp_path):

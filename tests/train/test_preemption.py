@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -92,9 +93,20 @@ def test_a_closed_terminal_is_a_request_unless_started_under_nohup(preemption):
 
 def test_uninstalled_handlers_are_as_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    STOP.install().uninstall()
+    STOP.install().install().uninstall()  # the second changes nothing
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert STOP.signal is None
+
+
+def test_a_file_that_is_being_written_is_finished_first(preemption, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(preemption, "_force_exit", ended.set)
+    monkeypatch.setattr(irpe_train.preemption, "GRACE", 0.02)
+    preemption.install()
+    with preemption.writing():
+        signal.raise_signal(signal.SIGTERM)
+        assert not ended.wait(0.3)
+    assert ended.wait(5)
 
 
 def busy(args):
