@@ -18,6 +18,8 @@ def _parser(kind: type, module: str, what: str) -> argparse.ArgumentParser:
 
 def end_with(main: Callable[[], int | None]) -> None:
     """Run a module's ``main`` and exit; neither Ctrl-C nor a closed or full console gives a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # escape what the console lacks, such as letters of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             status = main()

@@ -1,5 +1,6 @@
 """The pictures of irpe_ops.visualize: their data, and that a file is written."""
 
+import io
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from irpe_ops import build_rpe, get_bucket_ids_2d, parse_rpe_spec, visualize
+from irpe_ops.args import end_with
 from tests.helpers.full_disk import full_disk
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "irpe.svg"
@@ -184,3 +186,11 @@ def test_matplotlib_is_only_needed_to_draw():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install matplotlib" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_console_without_the_letters_of_a_name_shows_them_escaped(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit) as ended:
+        end_with(lambda: print("öut.png"))
+    assert not ended.value.code and console.buffer.getvalue() == b"\\xf6ut.png\n"
