@@ -132,6 +132,13 @@ def test_hugging_face_mistakes_are_named(tmp_path, monkeypatch):
         build_dataset(tmp_path / "set", True, data_set="HFDS")
     with pytest.raises(ValueError, match="no split validation or val or test; it has train"):
         build_dataset(tmp_path / "set", False, data_set="HFDS")
+    for name in ("empty", "damaged", "numbers"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "damaged/train.parquet").write_bytes(b"nothing")
+    datasets.Dataset.from_dict({"image": [1], "label": [0]}).to_parquet(tmp_path / "numbers/train.parquet")
+    for name, reason in (("empty", "EmptyDatasetError"), ("damaged", "ArrowInvalid"), ("numbers", "Arrow.*cast")):
+        with pytest.raises(ValueError, match=rf"{name}: Hugging Face datasets cannot load it \({reason}"):
+            build_dataset(tmp_path / name, True, data_set="HFDS")
 
 
 @pytest.mark.parametrize("other", ["train/dog/2024", "val/train"])

@@ -152,7 +152,7 @@ def test_a_damaged_file_is_named(data):
         decode_image(data, "x.png")
 
 
-def test_pipes_and_folders_are_refused(tmp_path):
+def test_pipes_and_folders_are_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     for name, reason in (
@@ -164,6 +164,13 @@ def test_pipes_and_folders_are_refused(tmp_path):
             read_image(tmp_path / name)
     (tmp_path / "x.png").write_bytes(PHOTO)
     assert np.array_equal(read_image(tmp_path / "x.png"), NOISE[..., :3])
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(UnreadableImage, match=r"x.png: cannot be read \(Input/output error\)"):
+        read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +210,8 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=words):
             files_of([text], besides=Path("out"))
+    (tmp_path / "empty/X.PNG").touch()
+    assert files_of(["empty"], besides=Path("out")) == [Path("empty/X.PNG")]
 
 
 def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
