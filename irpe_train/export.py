@@ -46,7 +46,7 @@ def export_model(
     Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already,
         or PyTorch cannot write this model. ValueError: the outputs differ.
     """
-    if not Path(out).name or Path(out).is_dir():
+    if Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
     out = Path(out)
     stem = out.stem if out.suffix in SUFFIX.values() else out.name

@@ -139,6 +139,7 @@ def test_what_is_there_already_stays(tmp_path, formats):
     assert (tmp_path / "m.safetensors").read_text() == "trained weights"
 
 
-def test_an_empty_name_is_refused():
-    with pytest.raises(RunError, match="expected the name of a file"):
-        export(Scores(), "", ["safetensors"])
+def test_an_empty_name_or_a_folder_is_refused(tmp_path):
+    for out in ("", "/", tmp_path):
+        with pytest.raises(RunError, match=f"--out '{out}': expected the name of a file"):
+            export(Scores(), out, ["safetensors"])
