@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     model("--pre_norm", action="store_true", help="normalise before each block, not after")
     model("--masks", action="store_true", help="train the segmentation head")
     model("--frozen_weights", metavar="FILE", help="a trained detector: only the segmentation head is trained on it")
-    model("--finetune", default="", metavar="FILE", help="start from these weights; parts that cannot fit start fresh")
+    model("--finetune", default="", metavar="FILE", help="initial weights; only classes, queries and masks may differ")
     model("--pretrained", default="", metavar="NAME", help="start from (or --eval) a published checkpoint of the zoo")
     model("--attn-backend", default="auto", choices=BACKENDS, help="backend for the encoder's attention")
 
