@@ -314,6 +314,8 @@ def test_an_exported_file_is_tried_before_it_is_used(tmp_path):
     bad.pixels = lambda image: torch.full((1, 3, 32, 32), torch.nan)
     with pytest.raises(BadCheckpoint, match="X.ONNX: its output has values that are NaN"):
         bad(None)
+    with pytest.raises(BadCheckpoint, match="none.onnx: no such file"):
+        load_onnx(tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import os
 import re
 import sys
+from collections import OrderedDict
 
 import onnx
 import pytest
+import safetensors
 import torch
 from torch import nn
 
@@ -50,6 +52,7 @@ def export(model, out, formats):
         formats=formats,
         inputs={"x": {0: "batch"}},
         outputs=["y"],
+        metadata={"classes": "three"},
     )
 
 
@@ -58,7 +61,13 @@ def test_all_formats_agree_with_the_model(tmp_path, capsys):
     told = re.findall(r"/m\.(\w+): its outputs differ from the model's by at most (\S+) of", capsys.readouterr().out)
     assert [kind for kind, _ in told] == ["onnx", "pt2", "safetensors"] and all(float(most) < 1e-6 for _, most in told)
     assert {p.name for p in tmp_path.iterdir()} >= {"m.onnx", "m.pt2", "m.safetensors"}
-    assert onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    exported, extra = onnx.load(tmp_path / "m.onnx"), {"metadata.json": ""}
+    assert exported.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert ("classes", "three") in [(entry.key, entry.value) for entry in exported.metadata_props]
+    torch.export.load(tmp_path / "m.pt2", extra_files=extra)
+    assert extra == {"metadata.json": '{"classes": "three"}'}
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert file.metadata() == {"classes": "three"}
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
@@ -69,6 +78,13 @@ def test_a_name_need_not_be_utf_8(tmp_path, format, monkeypatch):
     assert os.fsencode(file.name) == b"\xff." + format.encode()
     if format == "safetensors":
         assert read_checkpoint(file)["model"].keys() == {"linear.weight", "linear.bias"}
+
+
+@pytest.mark.parametrize(("parts", "prefix"), [(["model"], ""), (["model", "head"], "model.")])
+def test_weights_lose_the_prefix_of_a_wrapper_that_all_have(tmp_path, parts, prefix):
+    export(nn.Sequential(OrderedDict((part, nn.Linear(4, 4)) for part in parts)), tmp_path / "m", ["safetensors"])
+    names = read_checkpoint(tmp_path / "m.safetensors")["model"]
+    assert f"{prefix}weight" in names and len(names) == 2 * len(parts)
 
 
 def test_a_dot_in_a_name_is_not_a_suffix(tmp_path):
