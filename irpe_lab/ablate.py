@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ablation runner: a grid file in, trained runs and one table out.
 
-    python -m irpe_lab.ablate configs/ablation/demo.yaml [-o outputs/ablation/demo] [--seeds 0,1,2]
-
 Each run is ``python -m deit_irpe`` or ``python -m detr_irpe`` with its own folder. Kill it whenever you like and start
 it again: finished runs are not repeated, interrupted ones resume from a checkpoint, failed ones are tried once more.
 A failed run is a red row with its reason. Beside the runs: table.csv, table.md, table.tex, table.png, table.pdf.

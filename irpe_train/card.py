@@ -233,8 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         for entry in [zoo.find(name) for name in args.names or zoo.models]:
             count = importlib.import_module(f"{entry.package}.model_stats").stats_of_flags
             counted = count(["--config", str(ROOT / entry.config)])
-            measured = {name: value for name, value in counted.items() if name in entry.expect}
-            cards.append(make_card(entry.name, measured))
+            cards.append(make_card(entry.name, {name: counted[name] for name in counted if name in entry.expect}))
         for card in cards:  # after all are made, as each says whether files differ from the commit
             write_card(card, args.output / card["name"])
             print(to_markdown(card))
