@@ -30,7 +30,12 @@ class FilesInFolder:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
-        present = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # reading a pipe would never end
+        named = {os.path.dirname(name) for name in names}
+        named |= {unicodedata.normalize("NFD", below) for below in named}  # as macOS stores accents
+        entries = (
+            (below, one) for below in named if os.path.isdir(folder / below) for one in os.scandir(folder / below)
+        )
+        present = {os.path.join(below, one.name) for below, one in entries if one.is_file()}  # a pipe would never end
         names = _as_stored(names, present)
         self._names = PackedStrings(os.fsencode(name) for name in names)
         # Path.is_file raises for a name that is too long.

@@ -127,11 +127,14 @@ def test_a_zip_archive_reads_as_the_folder_does(tmp_path):
     assert ours.name(1).endswith("train2017.zip:000000000101.jpg")
 
 
+@pytest.mark.parametrize("name", ["\u00e9.jpg", "a/\u00e9.jpg", "\u00e9/\u00e9.jpg"])
 @pytest.mark.parametrize("zips", [False, True])
-def test_accents_may_be_written_in_two_ways(tmp_path, zips):
+def test_accents_may_be_written_in_two_ways(tmp_path, zips, name):
     root = write_tiny_coco(tmp_path)
-    (root / "val2017/000000000101.jpg").rename(root / "val2017/e\u0301.jpg")  # as macOS and its archives do
-    edit_annotations(root, "val2017", lambda c: c["images"][1].update(file_name="\u00e9.jpg"))
+    stored = root / "val2017" / name.replace("\u00e9", "e\u0301")  # as macOS and its archives do
+    stored.parent.mkdir(exist_ok=True)
+    (root / "val2017/000000000101.jpg").rename(stored)
+    edit_annotations(root, "val2017", lambda c: c["images"][1].update(file_name=name))
     if zips:
         zip_split(root, "val2017")
     dataset = CocoDetection(root, "val2017", PLAIN)

@@ -1,6 +1,7 @@
 """COCO-layout sets of a few small images with coloured rectangles on them, quick to write."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -77,11 +78,10 @@ def write_tiny_coco(
 def zip_split(root: Path, split: str) -> None:
     """Replace the folder ``split`` by an archive, half of the members stored and half deflated."""
     with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
-        for index, file in enumerate(sorted((root / split).iterdir())):
+        for index, file in enumerate(sorted((root / split).rglob("*"))):
             kind = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[index % 2]
-            archive.write(file, f"{split}/{file.name}", compress_type=kind)
-            file.unlink()
-    (root / split).rmdir()
+            archive.write(file, file.relative_to(root), compress_type=kind)
+    shutil.rmtree(root / split)
 
 
 def edit_annotations(root: Path, split: str, change) -> None:
