@@ -185,12 +185,12 @@ class INatImages(LabelledImages):
         names, labels, numbers, file = [], [], {}, trained
         try:
             for entry in annotations:
-                numbers.setdefault(ranks[_index(entry["category_id"])][category], len(numbers))
+                numbers.setdefault(same_text(ranks[_index(entry["category_id"])][category]), len(numbers))
             file = listed
             for entry in images:
                 top, _, category_id, name = entry["file_name"].split("/")  # train_val2018/Birds/1234/x.jpg
                 names.append(str(root / top / category_id / name))  # the published layout has no folder for Birds
-                labels.append(numbers[ranks[_index(category_id)][category]])
+                labels.append(numbers[same_text(ranks[_index(category_id)][category])])
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: {str(entry)[:200]}: not in iNaturalist's format ({error!r})") from error
         super().__init__(list(numbers), names, labels, transform)

@@ -268,4 +268,9 @@ def test_the_mistakes_of_inaturalist_files_are_named(tmp_path):
         with pytest.raises(ValueError, match="train2018.json: .*not in iNaturalist.s format"):
             build_dataset(tmp_path, False, data_set="INAT")
     write(train2018={"annotations": [{"category_id": "0"}], "images": [image]})
+    for name in (None, 7, ["a"]):
+        write(categories=[{"name": name}])
+        with pytest.raises(ValueError, match="train2018.json: .*not in iNaturalist.s format"):
+            build_dataset(tmp_path, False, data_set="INAT")
+    write(categories=[{"name": "a"}])
     np.testing.assert_array_equal(build_dataset(tmp_path, False, data_set="INAT").labels, [0])
