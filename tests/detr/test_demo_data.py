@@ -1,6 +1,7 @@
 """The demo's detection data: real loader, exact boxes and masks, the same bytes every time."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ def demo():
 @pytest.fixture(scope="module")
 def out(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    demo.write_detection_data(folder)
+    counts = {"coco_digits/train2017": 12, "coco_digits/val2017": 5}
+    assert demo.write_detection_data(folder) == counts | {"digits_on_photos/train": 30, "digits_on_photos/val": 10}
     return folder
 
 
@@ -57,6 +59,39 @@ def test_boxes_are_the_tightest_around_the_masks_and_objects_do_not_overlap(out)
             assert mask.sum() == area
 
 
+def test_the_objects_never_change(out):
+    """Image, category, box and area as the script wrote them with Pillow 13.0.0, scikit-learn 1.9.1, NumPy 2.4.6."""
+    for split, first, last in (
+        ("train", [(1, 2, 19, 9, 23, 31, 512), (2, 13, 51, 20, 28, 37, 550)], [53, 18, 23, 31]),
+        ("val", [(1, 17, 0, 15, 25, 33, 467), (1, 5, 50, 14, 28, 38, 673)], [37, 4, 20, 33]),
+    ):
+        content = json.loads((out / f"coco_digits/annotations/instances_{split}2017.json").read_text())
+        objects = content["annotations"]
+        assert [(o["image_id"], o["category_id"], *o["bbox"], o["area"]) for o in objects[:2]] == first
+        assert objects[-1]["bbox"] == last and [o["id"] for o in objects] == [*range(1, len(objects) + 1)]
+        assert [category["id"] for category in content["categories"]] == [2, 3, 5, 7, 11, 13, 17, 19, 23, 29]
+
+
+def test_digits_are_painted_in_the_colour_that_contrasts_most(demo):
+    source, image = demo.Source("train"), np.full((4, 4, 3), 100, np.uint8)
+    source.rng = np.random.RandomState(7)
+    source.paint(image, np.array([[255, 51], [0, 255]], np.uint8), 1, 1)
+    colour = max(np.random.RandomState(7).randint(0, 256, (5, 3)), key=lambda colour: abs(colour - 100).sum())
+    assert (image[1, 1] == colour).all() and (image[2, 2] == colour).all()
+    assert (image[1, 2] == np.round(100 * 0.8 + colour * 0.2)).all() and (image != 100).any(-1).sum() == 3
+
+
+def test_what_is_painted_is_what_the_masks_and_classes_say(demo, out):
+    source, same = demo.Source("val"), demo.Source("val")
+    image, ((_, mask),) = source.scene(1)
+    painted = (image != same.background(*image.shape[:2])).any(-1)
+    assert not painted[~mask].any() and painted[mask].mean() > 0.95
+    source = demo.Source("train")
+    ink, label = source.digit()
+    saved = np.asarray(Image.open(out / f"digits_on_photos/train/{label}/00000.jpg")).astype(int)
+    assert (abs(saved - source.background(54, 54)) > 60).any(-1).sum() > 0.5 * (ink > 128).sum()
+
+
 def test_archives_hold_the_same_images(out, tmp_path):
     folder = CocoDetection(out / "coco_digits", "val2017", eval_transforms(64))
     root = tmp_path / "zipped"
@@ -77,9 +112,11 @@ def test_the_same_bytes_every_time(demo, out, tmp_path):
 
 def test_nothing_of_training_is_in_validation(demo):
     train, val = demo.Source("train"), demo.Source("val")
-    assert len(train.digits) + len(val.digits) == 1797
+    assert (len(train.digits), len(val.digits)) == (1347, 450)
+    assert np.unique(train.digits).tolist() == [round(grey * 255 / 16) for grey in range(17)]
     assert not {d.tobytes() for d in train.digits} & {d.tobytes() for d in val.digits}
-    assert [a.shape[1] + b.shape[1] for a, b in zip(train.photos, val.photos, strict=True)] == [640, 640]
+    widths = [(a.shape[1], b.shape[1]) for a, b in zip(train.photos, val.photos, strict=True)]
+    assert widths == [(448, 192)] * 2  # of 640
 
 
 def test_classes_are_folders_of_images_of_one_size(out):
