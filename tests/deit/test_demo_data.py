@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from deit_irpe.data import images
 from deit_irpe.data.tar_files import TarImages
@@ -32,7 +33,8 @@ def test_the_split_is_stratified_and_fixed(digits):
     number = {Path(one.name(i)).name for one in (train, val) for i in range(len(one))}
     assert len(number) == 1797
     assert Path(train.name(0)).name == "digit_0020.png" and Path(val.name(0)).name == "digit_0000.png"
-    assert train[0][0].size == (32, 32)
+    image, digit = train[0][0], load_digits().images[20]  # 16 is white
+    assert image.size == (32, 32) and np.asarray(image).mean() == pytest.approx(digit.mean() * 255 / 16, abs=2)
 
 
 def test_the_tar_files_hold_the_same_images(digits):
