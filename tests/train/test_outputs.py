@@ -19,6 +19,9 @@ def test_only_what_was_written_before_is_replaced(tmp_path):
     (tmp_path / "new" / "out" / "b.json").write_text("mine")
     with pytest.raises(RunError, match=r"b.json: already there, and not a result of predict; nothing was written"):
         OutputFolder(tmp_path / "new" / "out").refuse_to_replace(["a.json", "b.json"])
+    (tmp_path / "new" / "out" / "c.json").write_text("mine too")
+    with pytest.raises(RunError, match=r"b.json and 1 more: already there"):
+        OutputFolder(tmp_path / "new" / "out").refuse_to_replace(["a.json", "b.json", "c.json"])
 
 
 def test_two_predictions_at_once_and_one_that_was_killed(tmp_path):
