@@ -150,7 +150,7 @@ def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, v
     if train_set is None:
         classes = stored or val_set.classes
         if checkpoint is not None and stored is None:
-            assumed = f"the order of the data is taken for its own: {', '.join(classes[:3])}, ..."
+            assumed = f"they are assumed to be in the data's order: {', '.join(classes[:3])}, ..."
             logger.info(f"checkpoint {checkpoint.source} does not name its classes; {assumed}")
     else:
         classes = train_set.classes

@@ -225,7 +225,7 @@ def test_the_order_of_numbers_as_names_is_shown_where_a_checkpoint_has_no_names(
     caplog.set_level("INFO", logger="irpe")
     numbers = LabelledImages(["0", "1", "10", "2"], ["x.png"], [0])  # folders in alphabetical order
     agree_on_classes(Checkpoint("x.pth", {}), None, numbers)
-    assert "x.pth does not name its classes; the order of the data is taken for its own: 0, 1, 10, ..." in caplog.text
+    assert "x.pth does not name its classes; they are assumed to be in the data's order: 0, 1, 10, ..." in caplog.text
     caplog.clear()
     assert agree_on_classes(Checkpoint("x.pth", {"classes": ["0", "1", "2", "10"]}), None, numbers)[2] == "2"
     assert "does not name" not in caplog.text
