@@ -221,6 +221,7 @@ def run_in_background(place, *more):
         env=environment,
         stdout=subprocess.DEVNULL,
         cwd=place,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 
