@@ -24,6 +24,7 @@ COMMANDS = {  # module, and line in the overview
     "detect check": ("detr_irpe.check_data", "find mistakes in annotations and images"),
     "ablate": ("irpe_lab.ablate", "train a grid of runs, resumable, and make its table"),
     "report": ("irpe_lab.report", "make tables from logs, beside the published figures"),
+    "plot": ("irpe_lab.plots", "draw the curves of runs over each other"),
     "visualize": ("irpe_ops.visualize", "draw an encoding's buckets"),
     "info": ("irpe_ops.info", "show which backends this machine has, and why others are missing"),
     "zoo": ("irpe_train.zoo", "list and download the published checkpoints"),

@@ -4,6 +4,7 @@
 Every function returns its own ``matplotlib.figure.Figure``: a notebook's backend stays as it is.
 """
 
+import argparse
 import math
 import re
 import statistics
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING
 from irpe_lab.console_log import read_log
 from irpe_lab.figures import PANELS, Figure
 from irpe_lab.results import FEWEST_SEEDS, Row, bootstrap_interval, spread
-from irpe_train.errors import BadData
+from irpe_train.errors import BadData, reported_by
+from irpe_train.flags import FlagParser
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -152,3 +154,31 @@ def _labels(runs: Sequence[str | Path]) -> list[str]:
         length = next((n for n in range(1, len(own)) if all(own == p or own[-n:] != p[-n:] for p in parts)), len(own))
         labels.append("/".join(own[-length:]))
     return labels
+
+
+def drawn(run: Path) -> bool:
+    """Whether it has curves: not a table beside an ablation's runs, nor a run that failed or waits."""
+    return not run.name.startswith("table.") and ((run / "log.txt").exists() or not (run / "flags.yaml").exists())
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = FlagParser("python -m irpe_lab.plots", description=(
+        "Draw the curves of runs over each other: solid training, dashed test. Seeds of a run\n(x_seed0, x_seed1, ...) "
+        "are drawn as their mean, in a band from lowest to highest."))  # fmt: skip
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder or its log.txt, published or ours; of an "
+        "ablation outputs/ablation/NAME/*: runs without a log yet are left out")  # fmt: skip
+    add("-o", "--output", type=Path, required=True, metavar="FILE.{png,pdf,svg}", help="write the picture here")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = get_parser()
+    with reported_by(parser.prog):
+        args = parser.parse_args(argv)
+        canvas = plot_runs(list(filter(drawn, args.runs)) or args.runs, args.output)
+        print(f"{args.output}: {', '.join(axis.get_title() for axis in canvas.axes)}")
+
+
+if __name__ == "__main__":
+    main()

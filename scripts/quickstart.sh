@@ -28,7 +28,7 @@ train_and_evaluate() {
     say "$module: evaluating $output/best.pth"
     "$PYTHON" -m "$module" --config "$config" "$data_flag" "$data" --output_dir "$output" --eval \
         --resume "$output/best.pth" "$@"
-    "$PYTHON" scripts/plot_logs.py "$output" -o "$output/plot.png"
+    "$PYTHON" -m irpe_lab.plots "$output" -o "$output/plot.png"
 }
 
 say "demo data in $DATA"

