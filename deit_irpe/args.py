@@ -48,6 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m deit_irpe``."""
     what = "Train and evaluate DeiT with image relative position encoding."
     parser = FlagParser("python -m deit_irpe", first=FIRST, description=what)
+    on_off = argparse.BooleanOptionalAction  # a flag --x and its opposite --no-x
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="fp16")  # fp16 autocast on CUDA, as published
 
     add = parser.add_argument_group("length and learning rate").add_argument
@@ -75,8 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--input-size", default=224, type=image_size_text, metavar="N|HxW", help="image size in pixels")
     add("--drop", default=0.0, type=fraction, help="dropout")
     add("--drop-path", default=0.1, type=fraction, help="stochastic depth rate of the last block")
-    add("--model-ema", default=True, action="store_true", help="keep a moving average of the weights")
-    add("--no-model-ema", dest="model_ema", action="store_false", help="no moving average")
+    add("--model-ema", default=True, action=on_off, help="keep a moving average of the weights")
     add("--model-ema-decay", default=0.99996, type=fraction, help="decay of the average per update")
     add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
     add("--eval-ema", action="store_true", help="evaluate the moving average instead of the weights")
@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--train-mode",
         default=True,
-        action=argparse.BooleanOptionalAction,
+        action=on_off,
         help="train with dropout and stochastic depth; with --finetune, the published code has neither",
     )
 
@@ -109,12 +109,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--val-split", type=fraction, metavar="FRACTION", help="share of every class to hold out if there is no val/")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="iNaturalist: the rank to classify")
     add("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
-    add("--dist-eval", default=True, action="store_true", help="each process evaluates its share")
-    add("--no-dist-eval", dest="dist_eval", action="store_false", help="each process evaluates everything")
-    add("--pin-mem", default=True, action="store_true", help="pinned memory for batches")
-    add("--no-pin-mem", dest="pin_mem", action="store_false", help="no pinned memory")
-    add("--repeated-aug", default=True, action="store_true", help="three augmented copies of an image per update")
-    add("--no-repeated-aug", dest="repeated_aug", action="store_false", help="each image once per epoch")
+    add("--dist-eval", default=True, action=on_off, help="each process evaluates its share, not everything")
+    add("--pin-mem", default=True, action=on_off, help="pinned memory for batches")
+    add(
+        "--repeated-aug",
+        default=True,
+        action=on_off,
+        help="three copies of an image per update, not each once per epoch",
+    )
 
     add = parser.add_argument_group("augmentation (training)").add_argument
     add("--color-jitter", default=0.4, type=nonnegative_float, help="used if --aa is off")

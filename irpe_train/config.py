@@ -219,7 +219,7 @@ def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list
     refuse_repeated(map(same_name, map(str, values)), source)
     for key, value in values.items():
         action, spelling = _find(parser, str(key), source)
-        argv += _flags(parser, action, spelling, str(key), value, source)
+        argv += _flags(action, spelling, str(key), value, source)
     return argv
 
 
@@ -235,7 +235,7 @@ def _find(parser: argparse.ArgumentParser, key: str, source: str) -> tuple[argpa
     raise ConfigError(f"{source}: unknown name {key!r}; {hint}")
 
 
-def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[str]:
+def _flags(action, spelling: str, key: str, value, source: str) -> list[str]:
     def refuse(wanted: str):
         raise ConfigError(f"{source}: {key}: {value!r:.200}: {wanted}")
 
@@ -251,10 +251,9 @@ def _flags(parser, action, spelling: str, key: str, value, source: str) -> list[
     if action.nargs == 0:
         is_dest = same_name(key) == same_name(action.dest) and same_name(spelling.lstrip("-")) != same_name(key)
         wanted = value if is_dest else (action.const if value else not action.const)
-        for other in parser._actions:
-            if other.dest == action.dest and other.nargs == 0 and other.const == wanted:
-                return [other.option_strings[-1]]
-        return [] if parser.get_default(action.dest) == wanted else refuse("no flag switches this off; leave it out")
+        if wanted == action.const:
+            return [action.option_strings[-1]]
+        return [] if wanted == action.default else refuse("no flag switches this off; leave it out")
     if isinstance(value, bool):
         refuse("expected a value, got true or false; quote it if you mean the word")
     if action.nargs not in ("+", "*") and not isinstance(action.nargs, int):

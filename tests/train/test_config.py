@@ -20,10 +20,8 @@ def get_parser():
     parser.add_argument("--drop_block", default=None, type=float)
     parser.add_argument("--load-tar", action="store_true")
     parser.add_argument("--no_aux_loss", dest="aux_loss", action="store_false")
-    parser.add_argument("--repeated-aug", action="store_true")
-    parser.add_argument("--no-repeated-aug", action="store_false", dest="repeated_aug")
+    parser.add_argument("--repeated-aug", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--always", action="store_true", default=True)
-    parser.set_defaults(repeated_aug=True)
     parser.add_argument("--model", default="tiny", choices=("tiny", "base"))
     add_runtime_arguments(parser, seed=0, num_workers=10, amp="none")
     return parser
