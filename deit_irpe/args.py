@@ -164,9 +164,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--smoothing {args.smoothing:g}: nothing would be left of the label; give less than 1")
     if args.lr_noise and args.lr_noise_pct <= args.lr_noise_std / 1000:  # timm draws until it is within the limit
         raise ValueError(f"--lr-noise-pct {args.lr_noise_pct:g}: expected more than a thousandth of --lr-noise-std")
-    size = image_size(args.input_size)
     low, high = args.cutmix_minmax or (0, 1)
-    if any(int(side * low) >= int(side * high) for side in (size if isinstance(size, tuple) else (size,))):
+    if any(int(side * low) >= int(side * high) for side in image_size(args.input_size)):
         wanted = f"expected the smaller one first, a pixel apart in images of {args.input_size}"
         raise ValueError(f"--cutmix-minmax {low:g} {high:g}: {wanted}")
     if args.distillation_type != "none" and not args.teacher_path:
@@ -258,12 +257,10 @@ def image_size_text(text: str) -> int | str:
     return int(text) if len(sides) == 1 else text.lower()
 
 
-def image_size(value: int | str) -> int | tuple[int, int]:
-    """``--input-size`` as a number or (height, width)."""
-    if isinstance(value, int):
-        return value
-    height, width = value.split("x")
-    return int(height), int(width)
+def image_size(value: int | str) -> tuple[int, int]:
+    """``--input-size`` as (height, width)."""
+    height, _, width = str(value).partition("x")
+    return int(height), int(width or height)
 
 
 def _keyword(text: str) -> str:

@@ -60,8 +60,8 @@ class Classifier:
         return probabilities
 
 
-def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | tuple[int, int]]:
-    """An exported classifier: a function from images to logits, its classes, and the size of its images.
+def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], tuple[int, int]]:
+    """An exported classifier: a function from images to logits, its classes, and the height and width of its images.
 
     Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``deit_irpe.export`` did not write the file.
     """
@@ -77,7 +77,6 @@ def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], int | 
         def model(images: Tensor) -> Tensor:
             return exported.run(["logits"], images=images)[0]
 
-        sides = size if isinstance(size, tuple) else (size, size)
-        if (answer := model(torch.zeros(1, 3, *sides)).shape) != (1, len(classes)):
+        if (answer := model(torch.zeros(1, 3, *size)).shape) != (1, len(classes)):
             raise ValueError(f"it has {len(classes)} classes, but its output for one image is {tuple(answer)}")
     return model, classes, size

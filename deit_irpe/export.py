@@ -16,9 +16,7 @@ from irpe_train.launch import launch
 
 def main(args: argparse.Namespace) -> None:
     model, trained, classes = load_model(args.resume, ema=args.eval_ema, model=args.model, rpe=args.rpe)
-    size = image_size(trained.input_size)
-    height, width = (size, size) if isinstance(size, int) else size
-
+    height, width = image_size(trained.input_size)
     examples = [(torch.randn(batch, 3, height, width),) for batch in (2, 3)]
     facts = {"classes": classes, "mean": MEAN, "std": STD} | {name: getattr(trained, name) for name in MODEL_FLAGS}
     facts["rpe"] = trained.rpe or RPE_MODELS.get(trained.model, (None, None))[1]

@@ -80,13 +80,13 @@ def _stored_flags(checkpoint: dict, *, source: str) -> dict:
     return flags
 
 
-def stored_size(size: object, *, source: str) -> int | tuple[int, int]:
+def stored_size(size: object, *, source: str) -> tuple[int, int]:
     """The ``input_size`` of a checkpoint or exported file, as `image_size` gives it. Raises: BadCheckpoint."""
     try:
         sides = image_size(image_size_text(str(size)))
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise BadCheckpoint(f"checkpoint {source}: its input_size: {error}; give --input-size") from error
-    if max(sides if isinstance(sides, tuple) else (sides,)) > LARGEST_INPUT:
+    if max(sides) > LARGEST_INPUT:
         raise BadCheckpoint(f"checkpoint {source}: its input_size is {size}; if that is right, give --input-size")
     return sides
 

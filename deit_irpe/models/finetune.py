@@ -77,7 +77,6 @@ def trained_grid(model: nn.Module, checkpoint: Mapping) -> tuple[int, int] | Non
     """The patch grid (height, width) that a checkpoint was trained on; None if it, or the model, does not say."""
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         sides, patch = image_size(checkpoint["args"].input_size), model.patch_embed.patch_size
-        sides = (sides, sides) if isinstance(sides, int) else sides
         return sides[0] // patch[0], sides[1] // patch[1]
     return None
 

@@ -53,7 +53,8 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
             raise ValueError(f"--model-kwargs {name}={value}: expected true or false")
     if extra.get("global_pool", "token") == "":
         raise ValueError("--model-kwargs global_pool='': without pooling there is one output per patch, not per image")
-    size = image_size(args.input_size)
+    height, width = image_size(args.input_size)
+    size = height if height == width else (height, width)
     if extra.get("img_size", size) != size:
         raise ValueError(f"--model-kwargs img_size={extra['img_size']}: give --input-size, here {args.input_size}")
     options = dict(num_classes=num_classes, img_size=size, drop_path_rate=args.drop_path or None, pretrained=pretrained)

@@ -45,9 +45,9 @@ def test_augmentation(monkeypatch):
     wanted = dict(color_jitter=0.1, aa=None, hflip=0.2, interpolation="random", reprob=0.3, remode="rand", recount=4)
     assert made == [((True, (64, 96)), wanted)]
     from_flags.training_set(flags("--no-aug"))
-    assert made[1][0] == (False, 224) and made[1][1]["aa"] == "rand-m9-mstd0.5-inc1"
+    assert made[1][0] == (False, (224, 224)) and made[1][1]["aa"] == "rand-m9-mstd0.5-inc1"
     from_flags.validation_set(flags("--input-size", 64))
-    assert made[2] == ((False, 64), {})
+    assert made[2] == ((False, (64, 64)), {})
 
 
 def test_optimizer_and_schedule(monkeypatch):
