@@ -142,9 +142,8 @@ class Truth:
         objects, known = self.annotations.of_image(number), self.annotations.categories
         ids = {name: i for i, name in names.items()}
         labels = [known[i] for i in objects["labels"].tolist()]
-        boxes = torch.cat([objects["boxes"][:, :2], objects["boxes"][:, :2] + objects["boxes"][:, 2:]], 1)
         chosen = [ids.get(label, i) for label, i in zip(labels, objects["labels"].tolist(), strict=True)]
-        return draw_objects(image, boxes, class_indices(chosen, names), labels)
+        return draw_objects(image, box_convert(objects["boxes"], "xywh", "xyxy"), class_indices(chosen, names), labels)
 
 
 def draw_found(image: Image.Image, found: dict[str, Tensor], names: dict[int, str]) -> Image.Image:

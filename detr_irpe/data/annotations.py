@@ -13,7 +13,6 @@ from detr_irpe.data.packed_strings import PackedStrings, shared
 from detr_irpe.data.segmentations import MOST_PIXELS, problem_of
 
 LARGEST_CATEGORY_ID = 20_000  # the model has an output for each id up to the largest; no published set has more
-CATEGORY_IDS = range(LARGEST_CATEGORY_ID + 1)
 SIDES = range(2**20)  # pixels of an image
 
 
@@ -124,10 +123,10 @@ def read_categories(entries: JsonList) -> dict[int, str]:
     if len(entries) == 0:
         raise ValueError(f"{entries.path}: no 'categories'; without them the classes have neither ids nor names")
     ids = entries.integers("id")
-    if not 0 <= ids.min() <= ids.max() <= LARGEST_CATEGORY_ID:
-        wrong = [i for i in ids.tolist() if i not in CATEGORY_IDS]
+    wrong = ids[(ids < 0) | (ids > LARGEST_CATEGORY_ID)]
+    if len(wrong):
         raise ValueError(
-            f"{entries.path}: category ids {_first(np.array(wrong))}: expected 0 to {LARGEST_CATEGORY_ID}: the model "
+            f"{entries.path}: category ids {_first(wrong)}: expected 0 to {LARGEST_CATEGORY_ID}: the model "
             "has an output for each id up to the largest. Number the categories from 1."
         )
     refuse_repeated(entries.path, "category ids", ids)

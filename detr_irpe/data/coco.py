@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import box_convert, clip_boxes_to_image
 
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.image_files import FilesInFolder, FilesInZip, open_images
@@ -66,7 +67,7 @@ class CocoDetection(Dataset):
         return self.images.name(index)
 
 
-def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[int] = (0, 0)) -> Image.Image:
+def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[int]) -> Image.Image:
     """Image number ``index`` in RGB, in the frame of its boxes; see ``decode_in_frame``.
 
     Raises: OSError: it cannot be read or decoded; the message names it.
@@ -98,7 +99,5 @@ def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tens
 
 def corners_inside(boxes: Tensor, height: int, width: int) -> tv_tensors.BoundingBoxes:
     """Boxes (n, 4) from x, y, width, height to corners, clipped to the image."""
-    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-    corners[:, 0::2].clamp_(0, width)
-    corners[:, 1::2].clamp_(0, height)
+    corners = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width))
     return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))

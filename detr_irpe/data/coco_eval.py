@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.segmentations import encode_masks, to_rle
@@ -66,8 +67,7 @@ class CocoEvaluator:
         for image_id, found in predictions.items():
             if image_id not in self._known:
                 raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated but is not in it")
-            corners = found["boxes"].float().cpu()
-            boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+            boxes = box_convert(found["boxes"].float().cpu(), "xyxy", "xywh")
             scores, labels = found["scores"].float().cpu().numpy(), found["labels"].cpu().numpy()
             packed = {"boxes": boxes.numpy(), "scores": scores, "labels": labels}
             if "segm" in self.iou_types:

@@ -16,7 +16,7 @@ from detr_irpe.data.annotations import Annotations, read_categories, refuse_repe
 from detr_irpe.data.coco import read_image, transformed
 from detr_irpe.data.image_files import open_images
 from detr_irpe.data.json_columns import FLAG, JsonList, read_json, without_garbage_collection
-from detr_irpe.data.packed_strings import PackedStrings
+from detr_irpe.data.packed_strings import PackedStrings, shared
 from detr_irpe.segment_ids import ids_of_colours
 from irpe_train.pixels import decode_image
 
@@ -67,7 +67,7 @@ class CocoPanoptic(Dataset):
         self.labels = torch.tensor([s["category_id"] for of_image in segments for s in of_image], dtype=torch.int64)
         self.iscrowd = torch.tensor([s["iscrowd"] for of_image in segments for s in of_image], dtype=torch.int64)
         self._segments = PackedStrings(json.dumps(of_image).encode() for of_image in segments)
-        self.image_ids = torch.from_numpy(ids[image_order]).share_memory_()
+        self.image_ids = shared(ids[image_order])
 
         self.images = open_images(Path(image_root), split, names, path)
         where = (Path(panoptic_root), f"panoptic_{split}", maps, path)
