@@ -25,7 +25,8 @@ from irpe_train.arguments import positive_int
 from irpe_train.config import ROOT, ConfigError, parse_yaml
 from irpe_train.errors import RunError, reported_by
 from irpe_train.flags import FlagParser
-from irpe_train.outputs import complete, writable_folder
+from irpe_train.outputs import writable_folder
+from irpe_train.text_files import complete
 from irpe_train.zoo import read_zoo
 
 

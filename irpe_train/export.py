@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from irpe_train.arguments import SUFFIX
 from irpe_train.errors import BadCheckpoint, RunError, first_line, in_one_line
-from irpe_train.outputs import complete, refuse_existing
+from irpe_train.outputs import refuse_existing
+from irpe_train.text_files import complete
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
 # fp32 sums in another order: observed differences are 1e-6 of the largest output; a wrong table is off by far more.

@@ -4,13 +4,12 @@
 import contextlib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from irpe_train.errors import RunError
-from irpe_train.text_files import naming, plain_file, read_text
+from irpe_train.text_files import complete, naming, plain_file, read_text
 
 LIST = ".written_by_predict"
 
@@ -32,16 +31,6 @@ def refuse_existing(file: Path, flag: str = "--out") -> None:
     if os.path.lexists(file):
         raise RunError(f"{flag} {file}: already there; give another name, or remove it")
     writable_folder(file.parent, flag)
-
-
-@contextlib.contextmanager
-def complete(*ends: Path) -> Iterator[list[Path]]:
-    """Hidden paths to write to, renamed to ``ends`` (in one folder) once all are complete, else removed."""
-    with naming(ends[0]), tempfile.TemporaryDirectory(prefix=".part_", dir=ends[0].parent) as hidden:
-        parts = [Path(hidden, end.name) for end in ends]  # an archive may keep its file's name
-        yield parts
-        for part, end in zip(parts, ends, strict=True):
-            os.replace(part, end)
 
 
 def result_names(files: Sequence[Path]) -> dict[Path, str]:

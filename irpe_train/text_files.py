@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files of runs and reports: UTF-8, with or without a byte-order mark, written atomically."""
+"""Files of runs and reports: written whole or not at all; text is UTF-8, with or without a byte-order mark."""
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def complete(*ends: Path) -> Iterator[list[Path]]:
+    """Hidden paths to write to, renamed to ``ends`` (in one folder) once all are complete, else removed."""
+    with naming(ends[0]), tempfile.TemporaryDirectory(prefix=".part_", dir=ends[0].parent) as hidden:
+        parts = [Path(hidden, end.name) for end in ends]  # an archive may keep its file's name
+        yield parts
+        for part, end in zip(parts, ends, strict=True):
+            os.replace(part, end)
+
+
 def plain_file(path: Path) -> Path:
     """``path``, to be opened. Raises RunError: a pipe, which may never end, a device or a folder has this name."""
     if path.exists() and not path.is_file():
@@ -40,11 +51,5 @@ def write_text(path: Path, text: str, *, errors: str = "replace") -> None:
     """Replace ``path`` atomically: a kill or a full disk leaves the old file. Text that UTF-8 cannot encode becomes
     ``?``, or as ``errors`` says.
     """
-    temporary = plain_file(path).with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # whatever it is: never write through a symlink
-        with naming(path):
-            temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with complete(plain_file(path)) as (part,):
+        part.write_text(text, encoding="utf-8", errors=errors, newline="")

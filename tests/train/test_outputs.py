@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from irpe_train.errors import RunError
-from irpe_train.outputs import LIST, OutputFolder, complete, refuse_existing, result_names, writable_folder
+from irpe_train.outputs import LIST, OutputFolder, refuse_existing, result_names, writable_folder
 from irpe_train.run_folder import LOCK, lock
-from irpe_train.text_files import write_text
+from irpe_train.text_files import complete, write_text
 from tests.helpers.full_disk import full_disk
 
 
