@@ -118,14 +118,12 @@ class SlurmJob:
         self.main(self.args)
         end()
 
-    def checkpoint(self, *unused_args, **unused_kwargs):
+    def checkpoint(self):
         """The job to requeue: submitit asks on preemption or timeout, after our own handler has saved."""
         import submitit
 
         self.args.resume = "auto"
-        return submitit.helpers.DelayedSubmission(type(self)(self.main, self.args))
-
-    __submitit_checkpoint__ = checkpoint
+        return submitit.helpers.DelayedSubmission(self)
 
 
 def submit(

@@ -40,12 +40,12 @@ class Preemption:
         self._before: dict[int, object] = {}
         self._writing = False
         self._store = self._watcher = None
-        self._uninstalled, self._all_heard = threading.Event(), threading.Event()
+        self._ended, self._all_heard = threading.Event(), threading.Event()
 
-    def install(self) -> "Preemption":
+    def install(self) -> None:
         """Note signals from now on. Call it in the main thread; a second call changes nothing."""
         if self._before:
-            return self
+            return
         for number in SIGNALS:
             before = signal.getsignal(number)
             if number == signal.SIGTERM and callable(before) or number == signal.SIGHUP and before == signal.SIG_IGN:
@@ -55,26 +55,15 @@ class Preemption:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)  # tells the thread at once; this one may be waiting for other ranks
-        self._watcher = threading.Thread(target=self._watch, args=(reading, self._uninstalled), daemon=True)
+        self._watcher = threading.Thread(target=self._watch, args=(reading, self._ended), daemon=True)
         self._watcher.start()
         atexit.register(self.end_watch)  # a thread still inside the store at exit aborts the process
-        return self
 
     def end_watch(self) -> None:
         """Stop using the ranks' store."""
-        self._uninstalled.set()
+        self._ended.set()
         if self._watcher is not None:
             self._watcher.join(5)
-
-    def uninstall(self) -> None:
-        """Undo ``install`` and forget any request."""
-        self._uninstalled.set()
-        if self._before:
-            os.close(signal.set_wakeup_fd(-1))
-        for number, before in self._before.items():
-            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, before or default)
-        self.__init__()
 
     def share(self, store, rank: int, world_size: int) -> None:
         """Share requests with the other ranks through a ``torch.distributed`` store."""
@@ -108,9 +97,9 @@ class Preemption:
     def _note(self, number, frame) -> None:
         self.signal = number
 
-    def _watch(self, pipe: int, uninstalled: threading.Event) -> None:
+    def _watch(self, pipe: int, ended: threading.Event) -> None:
         ignored_since, interrupts = None, 0
-        while not uninstalled.is_set():
+        while not ended.is_set():
             if select.select([pipe], [], [], PAUSE)[0]:
                 numbers = [number for number in os.read(pipe, 99) if number in self._before]
                 self.signal = numbers[-1] if numbers else self.signal

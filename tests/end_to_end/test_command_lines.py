@@ -20,6 +20,7 @@ import detr_irpe.train
 from irpe_train.launch import launch
 from irpe_train.preemption import STOP
 from tests.helpers import deit_runs, detr_runs
+from tests.helpers.signals import uninstall
 from tests.helpers.tiny_coco import CATEGORIES, write_tiny_coco
 from tests.helpers.tiny_images import write_images
 
@@ -119,7 +120,7 @@ def test_any_flags_of_any_command_end_in_a_result_or_a_message(place, command, l
         outcomes.append(code)
         assert {path: path.read_bytes() for path in mine} == mine, f"{words} changed what was there"
         torch.use_deterministic_algorithms(False)
-        STOP.uninstall()
+        uninstall(STOP)
 
     mine = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     fuzz()

@@ -20,6 +20,7 @@ from irpe_train.preemption import STOP
 from tests.helpers import deit_runs, detr_runs
 from tests.helpers.processes import Ranks, run_ranks
 from tests.helpers.sabotage import be_stopped, change_a_loss, make_infinite
+from tests.helpers.signals import uninstall
 from tests.helpers.tiny_coco import write_tiny_coco
 from tests.helpers.tiny_images import write_images
 
@@ -210,7 +211,7 @@ def test_any_command_line_on_data_that_is_there_is_run_or_ends_in_a_message(
         assert code in (0, 1, 2) and (code == 0 or "rror: " in error or "Bad" in error), (argv, error)
         trained.append(code == 0)
         torch.use_deterministic_algorithms(False)
-        STOP.uninstall()
+        uninstall(STOP)
 
     fuzz()
     assert any(trained) and not all(trained)

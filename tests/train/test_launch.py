@@ -116,7 +116,6 @@ def test_slurm_job_runs_and_comes_back_resuming(tmp_path, monkeypatch, capsys):
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("1", "2", "first")
     again = job.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission) and again.function.args.resume == "auto"
-    assert SlurmJob.__submitit_checkpoint__ is SlurmJob.checkpoint
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.preemption import STOP, Preemption, held_back
 from tests.helpers import tiny_run
 from tests.helpers.processes import Ranks, run_ranks, wait_for
+from tests.helpers.signals import uninstall
 
 QUIET = ["--device", "cpu", "--no-tensorboard"]
 
@@ -25,11 +26,12 @@ QUIET = ["--device", "cpu", "--no-tensorboard"]
 def preemption():
     made = Preemption()
     yield made
-    made.uninstall()
+    uninstall(made)
 
 
 def test_a_signal_is_noted_and_heeded_where_the_run_can_leave(preemption):
-    preemption.install().leave_if_asked()
+    preemption.install()
+    preemption.leave_if_asked()
     signal.raise_signal(signal.SIGINT)  # Ctrl-C is a request like the others
     assert preemption.signal == signal.SIGINT
     with pytest.raises(Preempted) as end:
@@ -59,7 +61,8 @@ def test_a_handler_that_was_there_is_called_once_the_state_is_saved(preemption):
     try:
         signal.signal(signal.SIGUSR2, requeue)
         signal.signal(signal.SIGTERM, ignore)
-        preemption.install().training = True
+        preemption.install()
+        preemption.training = True
         signal.raise_signal(signal.SIGUSR2)
         assert called == [] and preemption.signal == signal.SIGUSR2
         with pytest.raises(SystemExit) as end:
@@ -67,7 +70,7 @@ def test_a_handler_that_was_there_is_called_once_the_state_is_saved(preemption):
         assert end.value.code == 3 and called == [signal.SIGUSR2]
         signal.raise_signal(signal.SIGTERM)
         assert called[1:] == ["ignored"]
-        preemption.uninstall()
+        uninstall(preemption)
         assert signal.getsignal(signal.SIGUSR2) is requeue
     finally:
         for number, handler in before.items():
@@ -81,19 +84,21 @@ def test_a_closed_terminal_is_a_request_unless_started_under_nohup(preemption):
         preemption.install()
         signal.raise_signal(signal.SIGHUP)
         assert preemption.signal is None
-        preemption.uninstall()
+        uninstall(preemption)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         preemption.install()
         signal.raise_signal(signal.SIGHUP)
         assert preemption.signal == signal.SIGHUP
     finally:
-        preemption.uninstall()
+        uninstall(preemption)
         signal.signal(signal.SIGHUP, before)
 
 
 def test_uninstalled_handlers_are_as_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    STOP.install().install().uninstall()  # the second changes nothing
+    STOP.install()
+    STOP.install()  # changes nothing
+    uninstall(STOP)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert STOP.signal is None
 
@@ -131,7 +136,8 @@ def test_what_takes_long_is_cut_short_on_all_ranks(tmp_path, world_size, told):
 
 
 def stubborn(args):
-    STOP.install().training = True
+    STOP.install()
+    STOP.training = True
     print("at it")
     time.sleep(30)
     time.sleep(30)
@@ -158,7 +164,8 @@ def stopped_while_workers_start(args):
             # The whole group, as torchrun and SLURM do: the first worker too. What its parent sends, it obeys.
             subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], check=True)
 
-    STOP.install().training = not args.eval
+    STOP.install()
+    STOP.training = not args.eval
     os.register_at_fork(before=before_fork)
     data = tiny_run.Points(16, train=True)
     if args.eval:
