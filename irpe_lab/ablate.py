@@ -41,7 +41,7 @@ class Ablation:
         self._finished: dict[Path, Outcome] = {}
         self._flags = {run: shlex.join(grid.flags(run)) for run in grid.runs}
         zoo = read_zoo() if grid.published else None
-        self._published = {run: zoo.find(name).expect[grid.task.main] for run, name in grid.published.items()}
+        self._published = {run: zoo.find(name).expect[grid.task.figure.name] for run, name in grid.published.items()}
 
     def commands(self, seed: int, processes: int = 1) -> tuple[list[str], dict[str, list[str]]]:
         """The command line of a run, and those of its evaluations by name; without the interpreter, see `jobs`."""

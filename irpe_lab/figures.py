@@ -4,6 +4,8 @@
 A new task is a row of ``TASKS`` and, if it logs its own figures, a row of ``PANELS``.
 """
 
+import argparse
+import importlib
 import math
 import re
 from dataclasses import dataclass
@@ -50,20 +52,23 @@ class Task:
 
     Args:
         title: of its published table.
-        figures: the columns of its published table. main: the name of the one that ablations compare.
+        figures: the columns of its published table; the first is the one that ablations compare.
         evaluation: finds an evaluation in a console log; its groups are keys of ``log.txt``.
     """
 
     package: str
     title: str
-    main: str
     figures: tuple[Figure, ...]
     evaluation: re.Pattern
 
     @property
     def figure(self) -> Figure:
         """The figure that ablations compare."""
-        return next(figure for figure in self.figures if figure.name == self.main)
+        return self.figures[0]
+
+    def parser(self) -> argparse.ArgumentParser:
+        """The parser of its training command."""
+        return importlib.import_module(f"{self.package}.args").get_args_parser()
 
 
 BY_SIZE = ("AP_small", "AP_medium", "AP_large")
@@ -75,7 +80,6 @@ TASKS = {
         Task(
             package="deit_irpe",
             title="ImageNet-1K, 224 x 224, 300 epochs",
-            main="acc1",
             figures=(
                 Figure("acc1", "top-1 (%)", "test_acc1"),
                 Figure("acc5", "top-5 (%)", "test_acc5"),
@@ -90,7 +94,6 @@ TASKS = {
         Task(
             package="detr_irpe",
             title="COCO 2017 val, boxes",
-            main="AP",
             figures=(
                 *(Figure(name, name.replace("_", " "), "test_coco_eval_bbox", at) for at, name in enumerate(COCO)),
                 Figure("n_parameters", "parameters"),

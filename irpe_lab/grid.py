@@ -20,9 +20,7 @@ Names and values are those of a ``--config`` file; each run is written as one. A
 
 import argparse
 import contextlib
-import dataclasses
 import fnmatch
-import importlib
 import io
 import itertools
 import math
@@ -59,11 +57,7 @@ class Grid:
 
     def flags(self, run: str) -> list[str]:
         """A run as a command line, without seed and folder. Raises: ConfigError: an unusable name or value."""
-        return flags_of(self.parser(), self.runs[run], f"grid {self.name}: run {run}")
-
-    def parser(self) -> argparse.ArgumentParser:
-        """The parser of the package that the grid trains."""
-        return importlib.import_module(f"{self.task.package}.args").get_args_parser()
+        return flags_of(self.task.parser(), self.runs[run], f"grid {self.name}: run {run}")
 
 
 def read_grid(
@@ -108,8 +102,9 @@ def read_grid(
     chosen = _seeds(raw.get("seeds", [0]) if seeds is None else seeds, source)
     if len(kept) * len(chosen) > MOST_RUNS:
         raise ConfigError(f"{source}: {len(kept)} runs with {len(chosen)} seeds; expected at most {MOST_RUNS} in all")
-    grid = Grid(path.stem, TASKS[raw["package"]], runs, chosen, published, baseline, chosen=kept)
-    grid = dataclasses.replace(grid, evaluations=_evaluations(raw, grid.parser(), source))
+    task = TASKS[raw["package"]]
+    evaluations = _evaluations(raw, task.parser(), source)
+    grid = Grid(path.stem, task, runs, chosen, published, baseline, evaluations, kept)
     _parse_all(grid)
     return grid
 
@@ -166,7 +161,7 @@ def _parse_all(grid: Grid) -> None:
     """
     from irpe_ops import parse_rpe_spec  # imports PyTorch
 
-    parser = grid.parser()
+    parser = grid.task.parser()
     for run, flags in grid.runs.items():
         source = f"grid {grid.name}: run {run}"
         argv = flags_of(parser, flags, source)

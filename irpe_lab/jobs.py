@@ -114,7 +114,6 @@ def work(folder: Path) -> int:
 
     Waits for another worker that runs it. Returns: its exit status. A stopped run has no outcome yet: it resumes later.
     """
-    folder = Path(folder)
     with locked(folder, wait=True) as lock:
         if finished(folder):
             return 0
