@@ -81,7 +81,6 @@ def _resolve_encodings(
     q: Tensor, height: int | None, width: int | None, *encodings: Encoding | None
 ) -> tuple[int | None, int | None]:
     """Check the encodings against q and each other; return the grid they agree on."""
-    _, heads, length, head_dim = shape = q.shape
     for role, rpe in zip("qkv", encodings, strict=True):
         if rpe is None:
             continue
@@ -90,12 +89,8 @@ def _resolve_encodings(
         if rpe.role != role:
             raise ValueError(f"rpe_attention: rpe_{role} was given an encoding built as rpe_{rpe.role}")
         for part in rpe.parts:
-            if part.uses_tokens and part.head_dim != head_dim:
-                raise ValueError(f"rpe_{role}: built for head_dim={part.head_dim}, got D={head_dim} in {tuple(shape)}")
-            if not part.shared_head and part.num_heads != heads:
-                raise ValueError(f"rpe_{role}: built for {part.num_heads} heads, got H={heads} in {tuple(shape)}")
-            part.check_table(q)
-            height, width = resolve_grid(length, height, width, part.skip, f"rpe_{role}")
+            part.check_fits(q, tokens=part.uses_tokens)
+            height, width = resolve_grid(q.shape[2], height, width, part.skip, f"rpe_{role}")
     return height, width
 
 

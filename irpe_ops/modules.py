@@ -133,15 +133,17 @@ class IRPE(nn.Module):
         last = "L" if self.role == "v" else "D"
         if x.dim() != 4 or (last == "L" and x.shape[2] != x.shape[3]):
             raise ValueError(f"{name}: expected (B, H, L, {last}), got {tuple(x.shape)}")
-        if last == "D" and x.shape[3] != self.head_dim:
-            raise ValueError(f"{name}: built for head_dim={self.head_dim}, got {tuple(x.shape)} with D={x.shape[3]}")
-        if not self.shared_head and x.shape[1] != self.num_heads:
-            raise ValueError(f"{name}: built for {self.num_heads} heads, got {tuple(x.shape)} with H={x.shape[1]}")
-        self.check_table(x)
+        self.check_fits(x, tokens=self.role != "v")
 
-    def check_table(self, x: Tensor) -> None:
-        """Raises: ValueError: the table is on another device than ``x``, or has another dtype without autocast."""
-        name, table = f"rpe_{self.role}", self.table
+    def check_fits(self, x: Tensor, *, tokens: bool) -> None:
+        """Raises: ValueError: ``x (B, H, L, ...)`` has not the heads or the device of the table, or its dtype without
+        autocast; or it has ``tokens`` in its last dimension, of another D.
+        """
+        name, table, (_, heads, _, dim) = f"rpe_{self.role}", self.table, x.shape
+        if tokens and dim != self.head_dim:
+            raise ValueError(f"{name}: built for head_dim={self.head_dim}, got D={dim} in {tuple(x.shape)}")
+        if not self.shared_head and heads != self.num_heads:
+            raise ValueError(f"{name}: built for {self.num_heads} heads, got H={heads} in {tuple(x.shape)}")
         if x.device != table.device:
             raise ValueError(f"{name}: its table is on {table.device} and its input on {x.device}; move one of them")
         if x.dtype != table.dtype and autocast_dtype(x.device) is None:

@@ -198,8 +198,8 @@ def test_autocast_looks_up_in_fp32():
         (0, (1, 2, 6, 3), (2, None), "got height=2 and width=None; give both, or neither for a square grid"),
         (0, (1, 2, 6, 3), (None, 3), "got height=None and width=3"),
         (0, (1, 2, 6, 3), (-2, -3), "height must be an integer of at least 1, not -2"),
-        (0, (1, 2, 4, 5), (2, 2), "built for head_dim=3, got (1, 2, 4, 5) with D=5"),
-        (0, (1, 3, 4, 3), (2, 2), "built for 2 heads, got (1, 3, 4, 3) with H=3"),
+        (0, (1, 2, 4, 5), (2, 2), "built for head_dim=3, got D=5 in (1, 2, 4, 5)"),
+        (0, (1, 3, 4, 3), (2, 2), "built for 2 heads, got H=3 in (1, 3, 4, 3)"),
         (0, (2, 4, 3), (2, 2), "expected (B, H, L, D), got (2, 4, 3)"),
     ],
 )  # fmt: skip
