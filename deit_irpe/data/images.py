@@ -178,20 +178,23 @@ class INatImages(LabelledImages):
     """iNaturalist 2018 or 2019: labels of one taxonomic rank, numbered as they appear in the training annotations."""
 
     def __init__(self, root: Path, train: bool, year: int, category: str, transform=None):
-        ranks, trained = _read_json(root / "categories.json"), root / f"train{year}.json"
+        file, trained = root / "categories.json", root / f"train{year}.json"
+        entry = categories = _read_json(file)
         annotations = _listed(trained, "annotations")
         listed = root / f"{'train' if train else 'val'}{year}.json"
         images = _listed(listed, "images")
-        names, labels, numbers, file = [], [], {}, trained
+        names, labels, numbers = [], [], {}
         try:
+            ranks = {str(number): ranks for number, ranks in enumerate(categories)}  # 0.5, true and -1 are no keys
+            file = trained
             for entry in annotations:
-                numbers.setdefault(same_text(ranks[_index(entry["category_id"])][category]), len(numbers))
+                numbers.setdefault(same_text(ranks[str(entry["category_id"])][category]), len(numbers))
             file = listed
             for entry in images:
                 top, _, category_id, name = entry["file_name"].split("/")  # train_val2018/Birds/1234/x.jpg
                 names.append(str(root / top / category_id / name))  # the published layout has no folder for Birds
-                labels.append(numbers[same_text(ranks[_index(category_id)][category])])
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+                labels.append(numbers[same_text(ranks[category_id][category])])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: {str(entry)[:200]}: not in iNaturalist's format ({error!r})") from error
         super().__init__(list(numbers), names, labels, transform)
 
@@ -211,10 +214,3 @@ def _listed(file: Path, key: str) -> list:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: no list {key!r}, or nothing in it")
     return entries
-
-
-def _index(category_id: int | str) -> int:
-    number = int(str(category_id))  # 0.5 and true are refused
-    if number < 0:  # -1 would be the last of a list
-        raise IndexError(f"category {number}")
-    return number

@@ -272,5 +272,8 @@ def test_the_mistakes_of_inaturalist_files_are_named(tmp_path):
         write(categories=[{"name": name}])
         with pytest.raises(ValueError, match="train2018.json: .*not in iNaturalist.s format"):
             build_dataset(tmp_path, False, data_set="INAT")
+    write(categories="7")
+    with pytest.raises(ValueError, match="categories.json: 7: not in iNaturalist.s format"):
+        build_dataset(tmp_path, False, data_set="INAT")
     write(categories=[{"name": "a"}])
     np.testing.assert_array_equal(build_dataset(tmp_path, False, data_set="INAT").labels, [0])
