@@ -201,14 +201,18 @@ def processor_name() -> str:
 def git_state() -> str:
     """The checked-out commit of this source tree, and whether files differ from it; ``unknown`` without git."""
     folder = Path(__file__).resolve().parent
+    ask = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--exclude=*",
+        "--dirty= with local changes",
+    ]
     try:
-
-        def git(*words):
-            return subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-
-        return git("rev-parse", "HEAD") + (" with local changes" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
