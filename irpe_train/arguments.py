@@ -10,18 +10,14 @@ LARGEST_COUNT = 2**31 - 1  # C's
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of each export format
 
 
-def add_runtime_arguments(
-    parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str
-) -> argparse._ArgumentGroup:
+def add_runtime_arguments(parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str) -> None:
     """Add the group "run" to ``parser``: where and how to run, resume and log; nothing about what is trained.
 
     Args: seed, num_workers, amp: the tree's published defaults.
-    Returns: the group, so that a tree can add to it.
     """
     parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' per line; typed flags win")
     parser.add_argument("--print-config", action="store_true", help="print every flag as YAML, and exit")
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", metavar="DIR", help="for checkpoints and logs; empty: nothing is written")
     add("--device", default="cuda", help="cuda (the CPU if there is no GPU), cuda:N or cpu")
     add("--seed", default=seed, type=int, help="random seed")
@@ -41,7 +37,6 @@ def add_runtime_arguments(
     add("--world_size", default=1, type=int, help="set by torchrun or SLURM; kept from the published command")
     add("--dist_url", default="env://", help="rendezvous address of the processes")
     add("--dist_timeout", default=600.0, type=positive_float, metavar="SECONDS", help="how long to wait for a rank")
-    return group
 
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from itertools import chain
 from zipfile import BadZipFile
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from irpe_train.distributed import rank, world_size
 from irpe_train.errors import BadData
@@ -123,8 +123,7 @@ class EvalLoader:
     ):
         self.dataset, self.batch_size = dataset, batch_size
         first, stride = (rank(), world_size()) if shard else (0, 1)
-        batches = [range(at, min(at + batch_size, len(dataset))) for at in range(0, len(dataset), batch_size)]
-        self.batches = [list(batch) for batch in batches[first::stride]]
+        self.batches = list(BatchSampler(range(len(dataset)), batch_size, drop_last=False))[first::stride]
         how = dict(num_workers=num_workers, pin_memory=pin_memory)
         self._loader = _loader(partial(_read_named, dataset), self.batches, collate_fn, **how)
 

@@ -14,8 +14,8 @@ from irpe_train.text_files import complete, naming, plain_file, read_text
 LIST = ".written_by_predict"
 
 
-def writable_folder(folder: Path, flag: str = "--out") -> Path:
-    """``folder``, created if needed; call it before any work. Raises RunError: it cannot be written; names ``flag``."""
+def writable_folder(folder: Path, flag: str = "--out") -> None:
+    """Create ``folder`` if needed; call it before any work. Raises RunError: it cannot be written; names ``flag``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -23,7 +23,6 @@ def writable_folder(folder: Path, flag: str = "--out") -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{flag} {folder}: cannot write there ({reason}); expected a folder") from error
-    return folder
 
 
 def refuse_existing(file: Path, flag: str = "--out") -> None:
