@@ -200,19 +200,10 @@ def processor_name() -> str:
 
 def git_state() -> str:
     """The checked-out commit of this source tree, and whether files differ from it; ``unknown`` without git."""
-    folder = Path(__file__).resolve().parent
-    ask = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        "--dirty= with local changes",
-    ]
+    ask = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with local changes"]
+    here = Path(__file__).resolve().parent
     try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(ask, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
