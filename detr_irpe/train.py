@@ -13,7 +13,7 @@ from detr_irpe.args import MODEL_FLAGS, check_args, get_args_parser
 from detr_irpe.check_data import quick_check
 from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume
 from detr_irpe.data import from_flags as data
-from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
+from detr_irpe.data.coco_eval import CocoEvaluator
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
 from detr_irpe.engine import evaluate, train_one_epoch
 from detr_irpe.model_stats import count
@@ -159,7 +159,7 @@ def score(
     if scored is not None:
         for kind, name in (("bbox", "coco_eval_bbox"), ("segm", "coco_eval_masks")):
             if kind in scored:
-                logger.info(format_figures(scored[kind].stats, kind))
+                logger.info(f"IoU metric: {kind}\n{scored[kind].text}")
                 stats[name] = scored[kind].stats
     quality = panoptic.summarize() if panoptic is not None else None
     if quality is not None:

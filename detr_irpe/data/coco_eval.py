@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
@@ -21,20 +22,6 @@ from irpe_train import distributed
 from irpe_train.state import plain
 
 BACKENDS = ("auto", "faster-coco-eval", "pycocotools")
-FIGURES = (  # all twelve, in COCO's order: name, short name, IoU, object size, number of detections
-    ("Average Precision", "AP", "0.50:0.95", "all", 100),
-    ("Average Precision", "AP", "0.50", "all", 100),
-    ("Average Precision", "AP", "0.75", "all", 100),
-    ("Average Precision", "AP", "0.50:0.95", "small", 100),
-    ("Average Precision", "AP", "0.50:0.95", "medium", 100),
-    ("Average Precision", "AP", "0.50:0.95", "large", 100),
-    ("Average Recall", "AR", "0.50:0.95", "all", 1),
-    ("Average Recall", "AR", "0.50:0.95", "all", 10),
-    ("Average Recall", "AR", "0.50:0.95", "all", 100),
-    ("Average Recall", "AR", "0.50:0.95", "small", 100),
-    ("Average Recall", "AR", "0.50:0.95", "medium", 100),
-    ("Average Recall", "AR", "0.50:0.95", "large", 100),
-)
 
 
 class CocoEvaluator:
@@ -77,8 +64,9 @@ class CocoEvaluator:
     def summarize(self) -> dict[str, Namespace] | None:
         """Score the detections of all processes; every process must call it.
 
-        Returns: ``{iou_type: Namespace(stats, eval)}`` on the main process, None on the others. ``stats`` has the
-            twelve figures, -1.0 if nothing of that size exists; ``eval`` is the content of ``eval.pth`` (``as_saved``).
+        Returns: ``{iou_type: Namespace(stats, text, eval)}`` on the main process, None on the others. ``stats`` has the
+            twelve figures, -1.0 if nothing of that size exists, and ``text`` a line for each, as published; ``eval`` is
+            the content of ``eval.pth`` (``as_saved``).
         """
         gathered = distributed.gather(self._detections)
         if not distributed.is_main():
@@ -101,8 +89,9 @@ class CocoEvaluator:
             scorer.params.imgIds = list(detections)
             scorer.evaluate()
             scorer.accumulate()
-            scorer.summarize()
-        return Namespace(stats=[float(figure) for figure in scorer.stats[:12]], eval=as_saved(scorer.eval))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            COCOeval.summarize(scorer)  # also for faster-coco-eval, which has more than the published figures
+        return Namespace(stats=scorer.stats.tolist(), text=printed.getvalue().rstrip("\n"), eval=as_saved(scorer.eval))
 
     def _ground_truth(self):
         """The annotations in the scoring library's form; images and objects are numbered from 1, because both
@@ -143,15 +132,6 @@ def as_saved(result: dict) -> dict:
     return {"params": params, "counts": counts, "date": str(result["date"])} | arrays
 
 
-def format_figures(stats: Sequence[float], iou_type: str) -> str:
-    """The twelve figures, one per line, as pycocotools prints them."""
-    lines = [
-        f" {name:<18} ({short}) @[ IoU={overlap:<9} | area={area:>6} | maxDets={count:>3} ] = {value:0.3f}"
-        for (name, short, overlap, area, count), value in zip(FIGURES, stats, strict=True)
-    ]
-    return "\n".join([f"IoU metric: {iou_type}", *lines])
-
-
 def _scoring_library(name: str) -> tuple[type, type]:
     if name not in BACKENDS:
         raise ValueError(f"COCO scoring by {name!r}: unknown; expected one of {', '.join(BACKENDS)}")
@@ -164,7 +144,6 @@ def _scoring_library(name: str) -> tuple[type, type]:
             if name != "auto":
                 raise ImportError("COCO scoring by faster-coco-eval: pip install faster-coco-eval") from error
     from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
     return COCO, COCOeval
 

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from detr_irpe.data import coco_eval
 from detr_irpe.data.coco import CocoDetection
-from detr_irpe.data.coco_eval import CocoEvaluator, format_figures
+from detr_irpe.data.coco_eval import CocoEvaluator
 from detr_irpe.data.segmentations import decode_masks, encode_masks
 from detr_irpe.data.transforms import eval_transforms
 from irpe_train.checkpoint import read_checkpoint, write_checkpoint
@@ -196,12 +195,15 @@ def test_masks_are_encoded_and_decoded(tmp_path):
     assert torch.equal(decode_masks(encode_masks(masks * 0.6), *masks.shape[1:]).bool(), masks)
 
 
-def test_figures_are_printed_as_pycocotools_prints_them(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_figures_are_printed_as_published(tmp_path, capsys, backend):
     root = write_tiny_coco(tmp_path, val=12)
-    monkeypatch.setattr(coco_eval.contextlib, "redirect_stdout", lambda _: coco_eval.contextlib.nullcontext())
-    result = score(root, noisy_predictions(root), backend="pycocotools")["bbox"]
-    printed = [line for line in capsys.readouterr().out.splitlines() if "@[" in line]
-    assert format_figures(result.stats, "bbox").splitlines() == ["IoU metric: bbox", *printed]
+    result = score(root, noisy_predictions(root), backend=backend)["bbox"]
+    first, *others = result.text.split("\n")
+    words = " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = "
+    assert first == f"{words}{result.stats[0]:.3f}" and len(others) == 11 and capsys.readouterr().out == ""
+    assert others[-1] == " Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = -1.000"
+    assert [line.rpartition("= ")[2] for line in (first, *others)] == [f"{value:.3f}" for value in result.stats]
 
 
 def test_an_unknown_or_missing_library_is_an_error(tmp_path, monkeypatch):
