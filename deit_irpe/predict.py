@@ -22,12 +22,12 @@ from irpe_ops.equip.timm_vit import RPEAttention
 from irpe_ops.modules import IRPE
 from irpe_ops.visualize import draw_maps, draw_over_image, draw_tables, plain_text, save
 from irpe_train.distributed import choose_device
-from irpe_train.errors import BadData
+from irpe_train.errors import BadData, shown
 from irpe_train.launch import launch
 from irpe_train.logger import logger, set_up_logging
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import UnreadableImage, files_of, read_image
-from irpe_train.text_files import read_text, shown
+from irpe_train.text_files import read_text
 
 PAUSE = 30.0  # seconds between two writes of predictions.json
 

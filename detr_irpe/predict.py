@@ -22,12 +22,11 @@ from detr_irpe.detector import Detector
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.distributed import choose_device
-from irpe_train.errors import BadData
+from irpe_train.errors import BadData, shown
 from irpe_train.launch import launch
 from irpe_train.logger import logger, set_up_logging
 from irpe_train.outputs import OutputFolder, result_names
 from irpe_train.pixels import files_of, is_turned, read_image
-from irpe_train.text_files import shown
 
 REACH = 8  # rows and columns in the pictures of learned tables, including the patch itself
 MOST_POINTS = 3  # query points of attention, if none are given: the centres of the best detections

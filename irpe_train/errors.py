@@ -28,12 +28,17 @@ def stop_printing() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+def shown(text: object) -> str:
+    """Text that may contain a file's name, for the console: line breaks and control characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 @contextlib.contextmanager
 def reported_by(program: str):
     """Around a command: an error that the user can fix ends it with one message, which begins with ``program``.
 
     Ctrl-C ends it without a message, with exit status 130, and so does a closed console, as in ``irpe zoo | head -1``,
-    with 1. ``IRPE_TRACEBACK=1`` shows where a message comes from.
+    with 1. ``IRPE_TRACEBACK=1`` shows where a message comes from; unexpected errors keep their traceback.
     """
     try:
         try:
@@ -48,7 +53,11 @@ def reported_by(program: str):
         if os.environ.get("IRPE_TRACEBACK"):
             raise
         flush_console()
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"{program}: {error}")
+        message = f"{program}: {type(error).__name__}: {shown(error)}"
+        if isinstance(error, WorkerLost):  # the loader's cleanup would raise it again, with a traceback
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(1 if isinstance(error, BrokenPipeError) else message)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -18,8 +18,7 @@ import torch
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.distributed import end, report_lost_ranks
-from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line, flush_console
-from irpe_train.text_files import shown
+from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line, reported_by
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
 
@@ -27,30 +26,18 @@ LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\
 def launch(
     main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> None:
-    """Parse the flags and run ``main``. An error that the user can fix ends in one message and exit status 1.
+    """Parse the flags and run ``main``; its errors end it as `reported_by` says.
 
-    A nonzero return value of ``main`` is the exit status. ``IRPE_TRACEBACK=1`` shows where a message comes
-    from; unexpected errors keep their traceback.
+    A nonzero return value of ``main`` is the exit status.
     """
     if sys.stdout is None:  # closed before the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `answer_early`
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
-        with report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
-            status = main(parse_args(parser, argv))
-            end()
-    except KeyboardInterrupt:  # outside training: see preemption.py
-        sys.exit(130)
-    except (RunError, ValueError, OSError, ImportError) as error:
-        if os.environ.get("IRPE_TRACEBACK"):
-            raise
-        flush_console()
-        print(f"{parser.prog}: {type(error).__name__}: {shown(error)}", file=sys.stderr, flush=True)
-        if isinstance(error, WorkerLost):
-            os._exit(1)  # the loader's cleanup would raise it again, with a traceback
-        sys.exit(1)
+    # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
+    with reported_by(parser.prog), report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
+        status = main(parse_args(parser, argv))
+        end()
     if status:
         sys.exit(status)
 

@@ -5,8 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from irpe_train.errors import stop_printing
-from irpe_train.text_files import plain_file, shown
+from irpe_train.errors import shown, stop_printing
+from irpe_train.text_files import plain_file
 
 logger = logging.getLogger("irpe")
 

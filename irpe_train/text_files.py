@@ -10,11 +10,6 @@ from pathlib import Path
 from irpe_train.errors import RunError
 
 
-def shown(text: object) -> str:
-    """Text that may contain a file's name, for the console: line breaks and control characters are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Makes an OSError inside name ``path``: a full disk's names no file, others a temporary one."""

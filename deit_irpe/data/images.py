@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from irpe_train import outputs
+from irpe_train.errors import shown
 from irpe_train.logger import logger
 from irpe_train.pixels import UnreadableImage, decode_image, is_hidden, report_unread
-from irpe_train.text_files import shown
 
 MOST_CLASSES = 100_000  # if classes are numbers; a larger number is a mistake or an attack on memory
 

@@ -159,11 +159,10 @@ def test_what_cannot_be_predicted(tmp_path, photo):
         predict(photo, "--resume", tmp_path / "bare.pth", "--out", tmp_path / "out")
 
 
-def test_from_the_command_line_a_mistake_is_one_message(tmp_path, photo, capsys):
+def test_from_the_command_line_a_mistake_is_one_message(tmp_path, photo):
     words = [photo, "--resume", tmp_path / "none.pth", "--out", tmp_path / "out", "--device", "cpu"]
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="predict: BadCheckpoint: .*none.pth: no such file"):
         launch(main, get_predict_parser(), list(map(str, words)))
-    assert "none.pth: no such file" in capsys.readouterr().err
 
 
 def test_an_image_without_objects_is_drawn_as_it_is():
@@ -346,13 +345,12 @@ def test_nothing_that_was_there_is_replaced(tmp_path, photo):
     assert photo.read_bytes() == before
 
 
-def test_one_bad_image_does_not_cost_the_others(tmp_path, photo, capsys):
+def test_one_bad_image_does_not_cost_the_others(tmp_path, photo):
     (tmp_path / "bad.png").touch()
     words = [photo, tmp_path / "bad.png", photo.rename(tmp_path / "z.jpg")]
     arguments = ["--resume", write_checkpoint(tmp_path / "x.pth"), "--out", tmp_path / "out", "--device", "cpu"]
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="BadData: 1 of 2 images could not be predicted"):
         launch(main, get_predict_parser(), list(map(str, [*words[1:], *arguments])))
-    assert "1 of 2 images could not be predicted" in capsys.readouterr().err
     assert (tmp_path / "out" / "z.json").is_file()
 
 

@@ -361,7 +361,7 @@ def test_what_slurm_does_not_take_is_one_message(place, monkeypatch, option):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "")  # this is not a cluster
     argv = ["grid.yaml", "--slurm", "--slurm-option", "cluster=local", "--slurm-option", option]
-    with pytest.raises(SystemExit, match="ablate: --slurm, --slurm-option: ."):
+    with pytest.raises(SystemExit, match="ablate: BadFlags: --slurm, --slurm-option: ."):
         main(argv)
 
 
