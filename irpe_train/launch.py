@@ -75,7 +75,7 @@ def report_out_of_memory():
 
 
 def _worker_lost(process: str, how: str) -> str:
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again, at any line
     return (
         f"a data loading worker (process {process}) {how}. Usually memory ran out: try "

@@ -188,7 +188,4 @@ def sum_tiles(dtype: torch.dtype, columns: int, planes: int) -> dict:
 
 def fp32_products() -> str:
     """``ieee``, exact to fp32, unless the user has allowed ``tf32`` by any of PyTorch's switches."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # allow_tf32 raises once the newer switch has been used
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
