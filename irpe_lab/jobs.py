@@ -28,7 +28,7 @@ from typing import TextIO
 from irpe_lab.console_log import last_words
 from irpe_lab.figures import LARGEST
 from irpe_train.config import parse_yaml
-from irpe_train.errors import Preempted, RunError, blamed_on
+from irpe_train.errors import Preempted, RunError, blamed_on, import_optional
 from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
 
@@ -207,13 +207,9 @@ class SlurmPool:
     poll_seconds = 20.0
 
     def __init__(self, folder: Path, options: dict):
-        try:
-            import submitit
-        except ImportError as error:
-            raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
-        self._submitit, self._folder = submitit, folder
+        self._submitit, self._folder = import_optional("submitit", "SLURM jobs go through submitit"), folder
         with blamed_on("--slurm, --slurm-option"):
-            self._executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
+            self._executor = self._submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
             self._executor.update_parameters(**options)
         self._jobs: dict[Path, object] = {}
 

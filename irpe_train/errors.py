@@ -2,8 +2,10 @@
 """The ways a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
 
 import contextlib
+import importlib
 import os
 import sys
+from types import ModuleType
 
 
 class RunError(RuntimeError):
@@ -80,6 +82,14 @@ def blamed_on(flags: str):
         raise
     except (ArithmeticError, AssertionError, LookupError, NameError, RuntimeError, TypeError, ValueError) as error:
         raise BadFlags(f"{flags}: {in_one_line(error)}") from error
+
+
+def import_optional(package: str, what_for: str) -> ModuleType:
+    """A package that not every user needs. Raises: ImportError: it is not installed; begins with ``what_for``."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{what_for}: pip install {package}") from error
 
 
 class BadCheckpoint(RunError, ValueError):

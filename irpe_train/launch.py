@@ -18,7 +18,7 @@ import torch
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.distributed import end, report_lost_ranks
-from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line, reported_by
+from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line, import_optional, reported_by
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
 
@@ -139,10 +139,7 @@ def submit(
 
 
 def _queue(main: Callable[[argparse.Namespace], None], name: str, args: argparse.Namespace) -> None:
-    try:
-        import submitit
-    except ImportError as error:
-        raise ImportError("SLURM jobs go through submitit: pip install submitit") from error
+    submitit = import_optional("submitit", "SLURM jobs go through submitit")
     job_dir = Path(args.job_dir or "submitit/%j").absolute()
     constraint = "volta32gb" if args.use_volta32 else None
     asked = {"slurm_partition": args.partition, "slurm_comment": args.comment, "slurm_constraint": constraint}

@@ -20,7 +20,7 @@ import torch
 
 from irpe_train.config import as_yaml
 from irpe_train.distributed import is_main, world_size
-from irpe_train.errors import RunError, in_one_line
+from irpe_train.errors import RunError, import_optional, in_one_line
 from irpe_train.logger import logger
 from irpe_train.state import plain
 from irpe_train.text_files import naming, plain_file, read_text, write_text
@@ -116,10 +116,7 @@ def _scalars(stats: dict) -> Iterator[tuple[str, float]]:
 
 
 def _wandb_run(project: str, folder: Path, resumed: bool):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(f"--wandb {project} needs Weights & Biases: pip install wandb") from error
+    wandb = import_optional("wandb", f"--wandb {project} needs Weights & Biases")
     file = folder / "wandb_id.txt"  # a resumed run continues the same one there
     if not (resumed and file.exists()):
         write_text(file, uuid.uuid4().hex[:8])

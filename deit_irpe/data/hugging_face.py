@@ -5,7 +5,7 @@ import contextlib
 from pathlib import Path
 
 from deit_irpe.data.images import MOST_CLASSES, LabelledImages
-from irpe_train.errors import in_one_line
+from irpe_train.errors import import_optional, in_one_line
 
 SPLITS = {True: ("train",), False: ("validation", "val", "test")}  # the first that exists
 
@@ -19,10 +19,7 @@ class HuggingFaceImages(LabelledImages):
     """
 
     def __init__(self, root: Path, train: bool, transform=None):
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError("--data-set HFDS reads with Hugging Face datasets: pip install datasets") from error
+        datasets = import_optional("datasets", "--data-set HFDS reads with Hugging Face datasets")
         from timm.data.readers.reader_hfds import ReaderHfds
 
         with _explained(root):
