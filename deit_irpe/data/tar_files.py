@@ -149,4 +149,4 @@ def _listing(file: Path) -> Iterator[tuple[tuple[str, ...], int, int | None]]:
 def _as_walked(member: tuple[tuple[str, ...], int, int]) -> tuple:
     """Sorts paths as ``FolderImages`` lists them: in each folder first its files, then the folders in it."""
     *folders, name = member[0]
-    return *((1, folder) for folder in folders), (0, name)
+    return *((1, same_text(folder)) for folder in folders), (0, name)

@@ -420,6 +420,9 @@ def test_a_name_is_one_class_however_unicode_spells_it(tmp_path, form):
     for data in (FolderImages(write_files(tmp_path / "val", names)), TarImages(tar_of(tmp_path / "val.tar", *names))):
         assert data.classes == ["cafe", "cafz", "caf\u00e9"]
         assert [data.read(index).decode() for index in range(3)] == [names[2], names[1], names[0]]
+    below = [*(f"a/{name}" for name in names), "b/0.png"]
+    for data in (FolderImages(write_files(tmp_path / "x", below)), TarImages(tar_of(tmp_path / "x.tar", *below))):
+        assert [data.read(index).decode() for index in range(3)] == [below[2], below[1], below[0]]
     assert stored_classes({"classes": [names[0]]}, source="x") == ["caf\u00e9/0.png"]
     write_files(tmp_path / "val", ["caf\u00e9/0.png", "cafe\u0301/0.png"])
     with pytest.raises(ValueError, match="two classes are called 'caf\u00e9', in two spellings of Unicode"):
