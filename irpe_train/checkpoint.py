@@ -30,7 +30,7 @@ ORDINARY = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8),
     *(torch.int64, torch.int32, torch.int16, torch.int8),
 }
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|\b_orig_mod\.")
 TIMM_KEYS = {"model": "state_dict", "model_ema": "state_dict_ema"}  # timm's names; Lightning uses the first too
 
 
@@ -124,7 +124,8 @@ def _why_refused(error: BaseException, path: Path) -> str:
 
 def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
     """The state dict in ``checkpoint[key]``, without the prefixes of DistributedDataParallel (``module.``) and
-    ``torch.compile`` (``_orig_mod.``). Also read: timm's names, and unless ``model_ema`` is wanted, a bare state dict.
+    ``torch.compile`` (``_orig_mod.``, also of single blocks). Also read: timm's names, and unless ``model_ema`` is
+    wanted, a bare state dict.
 
     Raises: BadCheckpoint: there is none, or a weight (named) is NaN or infinite, or two have the same name.
     """

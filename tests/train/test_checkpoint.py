@@ -295,10 +295,12 @@ def test_names_that_are_not_text_are_refused(name):
         model_weights({"model": {name: torch.ones(1)}}, source="a.pth")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrapped_and_compiled_models_are_taken_off(prefix):
-    plain_weights = torch.nn.Linear(3, 2).state_dict()
-    weights = {prefix + name: value for name, value in plain_weights.items()}
+@pytest.mark.parametrize(
+    "prefix", ["module.0.", "_orig_mod.0.", "module._orig_mod.0.", "_orig_mod.module.0.", "module.0._orig_mod."]
+)
+def test_prefixes_of_wrapped_and_compiled_models_and_blocks_are_taken_off(prefix):
+    plain_weights = torch.nn.Sequential(torch.nn.Linear(3, 2)).state_dict()
+    weights = {name.replace("0.", prefix): value for name, value in plain_weights.items()}
     assert list(model_weights({"model": weights}, source="a.pth")) == list(plain_weights)
     with pytest.raises(BadCheckpoint, match=f"a.pth: 'model' holds a weight twice, as {prefix}weight"):
         model_weights({"model": weights | plain_weights}, source="a.pth")
