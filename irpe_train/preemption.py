@@ -43,8 +43,10 @@ class Preemption:
         self._ended, self._all_heard = threading.Event(), threading.Event()
 
     def install(self) -> None:
-        """Note signals from now on. Call it in the main thread; a second call changes nothing."""
-        if self._before:
+        """Note signals from now on. A second call changes nothing, nor does one outside the main thread, as of a
+        notebook's widget or a Ray worker: Python notes signals in the main thread alone.
+        """
+        if self._before or threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
             before = signal.getsignal(number)

@@ -103,6 +103,23 @@ def test_uninstalled_handlers_are_as_they_were():
     assert STOP.signal is None
 
 
+def test_training_in_another_thread_leaves_signals_alone(preemption):
+    before, failed = signal.getsignal(signal.SIGINT), []
+
+    def install():
+        try:
+            preemption.install()
+        except ValueError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=install)
+    thread.start()
+    thread.join()
+    assert not failed and signal.getsignal(signal.SIGINT) is before
+    preemption.install()  # the main thread's next run notes them
+    assert signal.getsignal(signal.SIGINT) == preemption._note
+
+
 def test_a_file_that_is_being_written_is_finished_first(preemption, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(preemption, "_force_exit", ended.set)
