@@ -107,8 +107,9 @@ def _rank_from_environment() -> tuple[int, int, int]:
 
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list: ``gpu[07-09,12]`` gives ``gpu07``."""
-    name, number = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list).groups()
-    return name + (number or "")
+    if not (found := re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)):
+        raise ValueError(f"SLURM_STEP_NODELIST is {node_list!r}, which names no host")
+    return found[1] + (found[2] or "")
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:

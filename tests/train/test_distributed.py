@@ -234,6 +234,7 @@ def test_first_host_of_a_slurm_list(nodes, first):
         {"RANK": "-1", "WORLD_SIZE": "2"},
         {"SLURM_STEP_NUM_TASKS": "two"},
         {"SLURM_STEP_NUM_TASKS": "2"},  # srun sets more
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": ""},
     ],
     ids=str,
 )
