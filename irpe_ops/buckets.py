@@ -44,10 +44,12 @@ def get_bucket_ids_2d(
     check_coefficients(alpha, beta, gamma)
     sizes = (("height", height, 1), ("width", width, 1), ("skip", skip, 0))
     height, width, skip = (whole_number(f"get_bucket_ids_2d: {name}", value, least) for name, value, least in sizes)
-    bucket_of = functools.partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
+    row = bucket_map_named(method)
     # A map built during evaluation must also work in training, where inference tensors do not.
     with torch.inference_mode(False), torch.no_grad():
-        return _pair_ids(method, height, width, skip, int(beta), bucket_of, torch.device("cpu"))
+        ids = offset_ids(row, (alpha, beta, gamma), height, width, f"bucket map {method!r}")
+        num_buckets = row.num_buckets(int(beta)) + (1 if skip else 0)
+        return _pairs_of(ids, height, width, skip, num_buckets), num_buckets
 
 
 def bucket_map(method: str, ratio: float, height: int, width: int, skip: int, device: torch.device) -> Tensor:
@@ -69,8 +71,14 @@ def traced_bucket_map(
     gamma on. ``ratio`` is the number's ``repr``, because a float may be traced as a symbol, but the table must not
     depend on one; ``beta`` is rounded down and ``gamma`` up.
     """
-    bucket_of = _traced_index(ratio, gamma, device)
-    ids, num_buckets = _pair_ids(method, height, width, skip, beta, bucket_of, device)
+    rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
+    drow = (rows[:, None] - rows)[:, None, :, None]  # (height, 1, height, 1)
+    dcol = (cols[:, None] - cols)[None, :, None, :]  # (1, width, 1, width)
+    row, bucket_of = bucket_map_named(method), _traced_index(ratio, gamma, device)
+    ids = ids_of(row, drow, dcol, bucket_of, beta, f"bucket map {method!r}").reshape(height * width, height * width)
+    num_buckets = row.num_buckets(beta)
+    if skip:
+        ids, num_buckets = F.pad(ids, (skip, 0, skip, 0), value=num_buckets), num_buckets + 1
     return ids.to(_id_dtype(num_buckets))
 
 
@@ -125,7 +133,7 @@ def _traced_index(ratio: str, gamma: int, device: torch.device) -> Callable[[Ten
 
 def _make_offsets(row: BucketMap, ratio: float, height: int, width: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        ids = offset_ids(row, ratio, height, width, "bucket map")
+        ids = offset_ids(row, coefficients(ratio), height, width, "bucket map")
         return _to_device(_with_leading(ids, row.buckets(ratio, skip=0)), device)
 
 
@@ -148,12 +156,16 @@ def _make_map(row: BucketMap, ratio: float, height: int, width: int, skip: int, 
     """
     num_buckets = row.buckets(ratio, skip)
     with torch.inference_mode(False), torch.no_grad():
-        ids = offset_ids(row, ratio, height, width, "bucket map").to(_id_dtype(num_buckets))
-        offsets = _to_device(ids, device)
-        # Key (0, 0) has offset (r, c) from query (r, c), and later keys have smaller ones: windows of the flipped map.
-        windows = offsets.flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (height, width, height, width)
-        ids = windows.flip(0, 1).reshape(height * width, height * width)
-        return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1) if skip else ids
+        ids = offset_ids(row, coefficients(ratio), height, width, "bucket map").to(_id_dtype(num_buckets))
+        return _pairs_of(_to_device(ids, device), height, width, skip, num_buckets)
+
+
+def _pairs_of(offsets: Tensor, height: int, width: int, skip: int, num_buckets: int) -> Tensor:
+    """The ids of all pairs of tokens, ``(L, L)``, from those of all offsets (see `offset_ids`)."""
+    # Key (0, 0) has offset (r, c) from query (r, c), and later keys have smaller ones: windows of the flipped map.
+    windows = offsets.flip(0, 1).unfold(0, height, 1).unfold(1, width, 1)  # (height, width, height, width)
+    ids = windows.flip(0, 1).reshape(height * width, height * width)
+    return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1) if skip else ids
 
 
 def _synchronized(ids: Tensor) -> Tensor:
@@ -196,22 +208,3 @@ def _table_of_index(ratio: str, device: torch.device) -> Tensor:
 
 def _id_dtype(num_buckets: int) -> torch.dtype:
     return torch.uint8 if num_buckets <= 256 else torch.int32
-
-
-def _pair_ids(
-    method: str,
-    height: int,
-    width: int,
-    skip: int,
-    centre: int,
-    bucket_of: Callable[[Tensor], Tensor],
-    device: torch.device,
-) -> tuple[Tensor, int]:
-    """``(L, L)`` int64, and ``N``; ``bucket_of`` maps signed int64 distances to ``[-centre, centre]``."""
-    rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
-    drow = (rows[:, None] - rows)[:, None, :, None]  # (height, 1, height, 1)
-    dcol = (cols[:, None] - cols)[None, :, None, :]  # (1, width, 1, width)
-    row, num_patches = bucket_map_named(method), height * width
-    ids = ids_of(row, drow, dcol, bucket_of, centre, f"bucket map {method!r}").reshape(num_patches, num_patches)
-    num_buckets = row.num_buckets(centre)
-    return (F.pad(ids, (skip, 0, skip, 0), value=num_buckets), num_buckets + 1) if skip else (ids, num_buckets)

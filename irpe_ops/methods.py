@@ -143,7 +143,7 @@ def register_bucket_method(
     row = BucketMap(ids, num_buckets)
     for ratio in (0.5, 1.9, 20.0):
         for height, width in ((4, 5), (40, 1), (1, 40)):
-            offset_ids(row, ratio, height, width, f"register_bucket_method: {name!r}")
+            offset_ids(row, coefficients(ratio), height, width, f"register_bucket_method: {name!r}")
     METHODS[name] = row
 
 
@@ -207,12 +207,14 @@ def import_plugins() -> None:
             raise ValueError(f"IRPE_PLUGINS={module}: {type(error).__name__}: {error}") from error
 
 
-def offset_ids(row: BucketMap, ratio: float, height: int, width: int, name: str) -> Tensor:
+def offset_ids(
+    row: BucketMap, alpha_beta_gamma: tuple[float, float, float], height: int, width: int, name: str
+) -> Tensor:
     """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)`` int64 on the CPU, smallest offset first.
 
     Raises: ValueError: see `ids_of`.
     """
-    alpha, beta, gamma = coefficients(ratio)
+    alpha, beta, gamma = alpha_beta_gamma
     index = partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     drow = torch.arange(1 - height, height, device="cpu")[:, None]
     dcol = torch.arange(1 - width, width, device="cpu")[None, :]

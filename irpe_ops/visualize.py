@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from irpe_ops.args import end_with, get_visualize_parser
 from irpe_ops.config import RPEConfig, parse_rpe_spec
-from irpe_ops.methods import bucket_map_named, maps_of, offset_ids, piecewise_index
+from irpe_ops.methods import bucket_map_named, coefficients, maps_of, offset_ids, piecewise_index
 from irpe_ops.modules import IRPE
 from irpe_ops.whole_file import whole_file
 
@@ -43,7 +43,8 @@ def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) 
 
 def _centred_ids(name: str, ratio: float, height: int, width: int) -> Tensor:
     """The bucket of every offset, ``(2 height - 1, 2 width - 1)``: the keys around a query in the middle."""
-    return offset_ids(bucket_map_named(name), ratio, height, width, name).flip(0, 1)  # an offset is query minus key
+    ids = offset_ids(bucket_map_named(name), coefficients(ratio), height, width, name)
+    return ids.flip(0, 1)  # an offset is query minus key
 
 
 def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tensor]:
