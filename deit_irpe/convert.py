@@ -19,7 +19,7 @@ from deit_irpe.data.classes import stored_classes
 from deit_irpe.models import create_model
 from deit_irpe.models.finetune import head_prefixes
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, some
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
 from irpe_train.outputs import refuse_existing
@@ -55,7 +55,7 @@ def convert(
             raise BadCheckpoint(f"two entries would be called {new}, the second is {name}; change --rename")
         converted[new] = value
     if not converted:
-        raise BadCheckpoint(f"no entry begins with {prefix!r}; there are {', '.join(list(weights)[:5])}, ...")
+        raise BadCheckpoint(f"no entry begins with {prefix!r}; there are {some(weights)}")
     return converted
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from irpe_train.download import local_file
-from irpe_train.errors import BadCheckpoint, RunError, first_line
+from irpe_train.errors import BadCheckpoint, RunError, first_line, some
 from irpe_train.sealed_archive import USE_ANOTHER, check_archive, save_sealed
 
 # The published checkpoints hold a Namespace, with a path in it if submitit ran. Python 3.13 moved path classes.
@@ -132,7 +132,7 @@ def model_weights(checkpoint: dict, *, source: str | Path, key: str = "model") -
     weights = checkpoint.get(key if key in checkpoint else TIMM_KEYS.get(key))
     if weights is None:
         if key == "model_ema" or not _is_state_dict(checkpoint):
-            raise BadCheckpoint(f"checkpoint {source}: no {key!r} in it; it has: {_some(list(map(str, checkpoint)))}")
+            raise BadCheckpoint(f"checkpoint {source}: no {key!r} in it; it has: {some(checkpoint)}")
         weights = checkpoint
     if not _is_state_dict(weights):
         raise BadCheckpoint(f"checkpoint {source}: {key!r} is not a dict of tensors by name")
@@ -189,7 +189,7 @@ def load_matching(
         if not may_start_fresh(key):
             problems[kind].append(text)
     if any(problems.values()):
-        detail = "; ".join(f"{kind}: {_some(texts)}" for kind, texts in problems.items() if texts)
+        detail = "; ".join(f"{kind}: {some(texts)}" for kind, texts in problems.items() if texts)
         size = ", --input-size too" if any("pos_embed" in text for text in problems["other shapes"]) else ""
         detail += f". Build the model with the flags it was trained with{size}: a run has them in config.yaml."
         pairs = ((name, key) for name in weights for key in own if name.endswith(f".{key}"))
@@ -198,11 +198,6 @@ def load_matching(
         raise BadCheckpoint(f"checkpoint {source} does not fit this {type(model).__name__}; {detail}")
     model.load_state_dict(own | {key: value for key, value in weights.items() if key not in odd})
     return {key: note for key, (_, _, note) in odd.items()}
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    shown = [name if name.isprintable() and len(name) < 100 else ascii(name)[:60] for name in names[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None, also: tuple[Path, ...] = ()) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -33,6 +34,13 @@ def stop_printing() -> None:
 def shown(text: object) -> str:
     """Text that may contain a file's name, for the console: line breaks and control characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def some(names: Iterable[object]) -> str:
+    """The first five of ``names``, escaped where they cannot be printed, and how many more there are."""
+    texts = list(map(str, names))
+    first = [text if text.isprintable() and len(text) < 100 else ascii(text)[:60] for text in texts[:5]]
+    return ", ".join(first) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
 @contextlib.contextmanager

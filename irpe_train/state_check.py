@@ -8,6 +8,8 @@ from collections import defaultdict
 
 import torch
 
+from irpe_train.errors import some
+
 MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -21,7 +23,7 @@ def load_checked(part, given: dict, *, epoch: int) -> None:
     own = part.state_dict()
     _check_form(own, given, "its state")
     if len(own.keys() & given.keys()) < len(own) / 2:
-        raise ValueError(f"its state has no {', '.join(list(own.keys() - given.keys())[:5])}")
+        raise ValueError(f"its state has no {some(sorted(own.keys() - given.keys()))}")
     for key in given:
         if key not in own and (key == "optimizer" or callable(getattr(type(part), str(key), None))):
             raise TypeError(f"{key} is not a value")

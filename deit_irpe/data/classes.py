@@ -4,7 +4,7 @@
 from torch.utils.data import Dataset
 
 from deit_irpe.data.images import same_text
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, some
 from irpe_train.logger import logger
 
 
@@ -35,7 +35,7 @@ def check_same_classes(one: list[str], other: list[str], names: tuple[str, str] 
     only = []
     for name, missing in ((names[0], set(one) - set(other)), (names[1], set(other) - set(one))):
         if missing:
-            only.append(f"only in {name}: {_some(missing)}")
+            only.append(f"only in {name}: {some(sorted(missing))}")
     if only:
         raise ValueError(f"{names[0]} and {names[1]} have different classes; {'; '.join(only)}")
     if len(one) == 1:
@@ -64,12 +64,8 @@ def renumber(dataset: Dataset, classes: list[str], *, whose: str) -> None:
         return
     if unknown := set(own) - set(classes):
         numbered = " Their classes are numbers: name them, see docs/data.md." if all(map(str.isdigit, own)) else ""
-        raise ValueError(f"the validation data have classes that {whose} lacks: {_some(unknown)}.{numbered}")
+        raise ValueError(f"the validation data have classes that {whose} lacks: {some(sorted(unknown))}.{numbered}")
     if not hasattr(dataset, "relabel"):
         raise ValueError(f"the validation data and {whose} have the same classes in another order")
     dataset.relabel(classes)
     logger.info(f"labels are numbered as in {whose}: images of {len(own)} of its {len(classes)} classes")
-
-
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")

@@ -11,6 +11,7 @@ from torch import Tensor
 from detr_irpe.data.json_columns import FLAG, JsonList, read_json, without_garbage_collection
 from detr_irpe.data.packed_strings import PackedStrings, shared
 from detr_irpe.data.segmentations import MOST_PIXELS, problem_of
+from irpe_train.errors import some
 
 LARGEST_CATEGORY_ID = 20_000  # the model has an output for each id up to the largest; no published set has more
 SIDES = range(2**20)  # pixels of an image
@@ -126,7 +127,7 @@ def read_categories(entries: JsonList) -> dict[int, str]:
     wrong = ids[(ids < 0) | (ids > LARGEST_CATEGORY_ID)]
     if len(wrong):
         raise ValueError(
-            f"{entries.path}: category ids {_first(wrong)}: expected 0 to {LARGEST_CATEGORY_ID}: the model "
+            f"{entries.path}: category ids {some(wrong)}: expected 0 to {LARGEST_CATEGORY_ID}: the model "
             "has an output for each id up to the largest. Number the categories from 1."
         )
     refuse_repeated(entries.path, "category ids", ids)
@@ -140,7 +141,7 @@ def refuse_repeated(path: Path, what: str, ids: np.ndarray) -> None:
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         twice = values[counts > 1]
-        raise ValueError(f"{path}: duplicate {what}: {len(twice)} ({_first(twice)}); each must occur once")
+        raise ValueError(f"{path}: duplicate {what}: {len(twice)} ({some(twice)}); each must occur once")
 
 
 def refuse_unknown(path: Path, what: str, used: np.ndarray, listed: np.ndarray) -> None:
@@ -148,8 +149,4 @@ def refuse_unknown(path: Path, what: str, used: np.ndarray, listed: np.ndarray) 
     unknown = np.unique(used[~np.isin(used, listed)])
     if len(unknown):
         number = int(np.isin(used, unknown).sum())
-        raise ValueError(f"{path}: {number} {what} that the file does not list (ids {_first(unknown)})")
-
-
-def _first(values: np.ndarray) -> str:
-    return ", ".join(map(str, values[:3].tolist())) + (", ..." if len(values) > 3 else "")
+        raise ValueError(f"{path}: {number} {what} that the file does not list (ids {some(unknown)})")

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from detr_irpe.data.packed_strings import PackedStrings
-from irpe_train.errors import BadData
+from irpe_train.errors import BadData, some
 
 LARGEST_MEMBER = 2**30  # bytes; far above any image or annotation file of these data sets
 LARGEST_RATIO = 200  # claimed to stored; deflate cannot exceed 1032, images and JSON stay far below this
@@ -122,8 +122,7 @@ def open_images(
     else:
         raise FileNotFoundError(f'{flag} {root}: no {split}/ or {split}.zip there. See README, "Data".')
     if images.missing:
-        first = ", ".join(images.missing[:3]) + (", ..." if len(images.missing) > 3 else "")
-        missing = f"missing images that {listed_in} lists: {len(images.missing)} ({first})"
+        missing = f"missing images that {listed_in} lists: {len(images.missing)} ({some(images.missing)})"
         raise FileNotFoundError(f"{images.path}: {missing}. Extract or download the set again.")
     return images
 

@@ -67,7 +67,7 @@ def test_published_checkpoints_keep_no_classes():
 
 
 def test_many_differences_are_counted():
-    with pytest.raises(ValueError, match=r"only in train: 0, 1, 10, 11, 2, ... \(12 in all\)$"):
+    with pytest.raises(ValueError, match="only in train: 0, 1, 10, 11, 2 and 7 more$"):
         check_same_classes([*map(str, range(12)), "x"], ["x"])
 
 

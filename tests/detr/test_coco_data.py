@@ -228,7 +228,7 @@ def test_missing_files_are_named(tmp_path):
         CocoDetection(root, "train2017", PLAIN)
     listed = root / "annotations/instances_train2017.json"
     listed.write_text(listed.read_text().replace("000000000103.jpg", "x" * 300))  # longer than a file's name can be
-    with pytest.raises(FileNotFoundError, match=r"missing images that .* lists: 1 \(x+\)"):
+    with pytest.raises(FileNotFoundError, match=r"missing images that .* lists: 1 \('x{59}\)"):
         CocoDetection(root, "train2017", PLAIN)
     listed.write_text("{not json")
     with pytest.raises(ValueError, match="not valid JSON"):
