@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from irpe_ops import build_rpe, get_bucket_ids_2d, info, parse_rpe_spec, rpe_attention, rpe_index
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends.choice import can_run
+from irpe_ops.backends.measure import gpu_milliseconds, wait
 from irpe_ops.rpe_index import rpe_index_adjoint
 from irpe_train.freed_memory import keep_freed_memory
 from irpe_train.run_log import processor_name
@@ -45,9 +46,7 @@ GPU_SHAPES = {  # a GPU needs more work than a core; DETR's encoder has two imag
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIELDS = ["operation", "shape", "dtype", "candidate", "median_ms", "fastest_ms", "base", "ratio", "ratio_of_fastest"]
-
-
-PAUSE = 40_000_000  # cycles of a GPU, about 20 ms: longer than Python takes to launch one call
+LAUNCHED_WITHIN = 20  # milliseconds: longer than Python takes to launch one call on a GPU
 
 
 class Bench:
@@ -65,7 +64,7 @@ class Bench:
         warm_up = min(self.rounds, 2)
         for round_ in range(warm_up + self.rounds):
             for name, run in candidates.items():
-                milliseconds = self._device_time(run) if self.queued else self._host_time(run)
+                milliseconds = gpu_milliseconds(run, LAUNCHED_WITHIN, rounds=1) if self.queued else self._host_time(run)
                 if round_ >= warm_up:
                     times[name].append(milliseconds)
         medians = {name: statistics.median(t) for name, t in times.items()}
@@ -79,26 +78,12 @@ class Bench:
     def _host_time(self, run: Callable) -> float:
         # As in GPU training, Python launches one step while another runs.
         repeats = 3 if self.device.type == "cuda" else 1
-        self._wait()
+        wait(self.device)
         start = self.clock()
         for _ in range(repeats):
             run()
-        self._wait()
+        wait(self.device)
         return 1e3 * (self.clock() - start) / repeats
-
-    def _device_time(self, run: Callable) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._wait()
-        torch.cuda._sleep(PAUSE)
-        start.record()
-        run()
-        end.record()
-        self._wait()
-        return start.elapsed_time(end)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def check(name: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -85,7 +85,7 @@ def _nondeterministic() -> Iterator[None]:
 
 def _check_device(device: torch.device, name: str, reason: str) -> None:
     try:
-        _wait(device)
+        wait(device)
     except RuntimeError as error:
         raise RuntimeError(
             f"attention backend {name!r} has left {device} unusable for this process ({reason}); "
@@ -93,7 +93,8 @@ def _check_device(device: torch.device, name: str, reason: str) -> None:
         ) from error
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -173,14 +174,14 @@ def _milliseconds(run: Callable[[], object], device: torch.device, rounds: int =
     for _ in range(rounds + 2):
         start = time.perf_counter()
         run()
-        _wait(device)
+        wait(device)
         times.append(1e3 * (time.perf_counter() - start))
     if device.type == "cuda":
-        return _gpu_milliseconds(run, launched_within=2 * statistics.median(times), rounds=rounds)
+        return gpu_milliseconds(run, launched_within=2 * statistics.median(times), rounds=rounds)
     return statistics.median(times[2:])
 
 
-def _gpu_milliseconds(run: Callable[[], object], launched_within: float, rounds: int) -> float:
+def gpu_milliseconds(run: Callable[[], object], launched_within: float, rounds: int) -> float:
     """The median of a few rounds. The GPU sleeps until each is fully launched, so its queue is full, as in training."""
     times = []
     for _ in range(rounds):

@@ -146,7 +146,7 @@ def test_a_candidate_that_breaks_the_device_ends_the_run_with_its_name(monkeypat
         raise RuntimeError("CUDA error: misaligned address")
 
     broken = []
-    monkeypatch.setattr(measure, "_wait", wait)
+    monkeypatch.setattr(measure, "wait", wait)
     with pytest.raises(RuntimeError, match="'breaks' has left cpu unusable .*misaligned address.*backend='eager'"):
         choice.measure(make_call(), {"breaks": breaks, "eager": eager_attention}, eager_attention)
 
