@@ -82,10 +82,8 @@ fraction = _number(float, "fraction", "a fraction from 0 to 1", lambda x: 0 <= x
 
 
 def save_interval(text: str) -> str:
-    try:
-        parse_save_interval(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from error
+    """``text``, checked: as a flag it is saved as it was typed."""
+    parse_save_interval(text)
     return text
 
 
@@ -97,4 +95,4 @@ def parse_save_interval(text: str) -> tuple[int | None, float | None]:
             return steps, seconds
     except (ValueError, TypeError):
         pass
-    raise ValueError(f"--save-interval {text!r}: expected a number of steps (500) or minutes (10m), above zero")
+    raise argparse.ArgumentTypeError(f"expected a number of steps (500) or minutes (10m), above zero, got {text!r}")

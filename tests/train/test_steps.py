@@ -1,5 +1,6 @@
 """One step: the finite check before the update, accumulation, clipping, loss scaling, saves in between."""
 
+import argparse
 import json
 import weakref
 
@@ -240,7 +241,7 @@ def test_the_remaining_time_is_that_of_later_epochs_and_of_all_that_lies_between
 
 @pytest.mark.parametrize("text", ["0", "-5", "often", "0m", "m", ""])
 def test_save_interval_that_means_nothing_is_refused(text):
-    with pytest.raises(ValueError, match=f"--save-interval '{text}': expected a number of steps"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number of steps .* above zero, got '{text}'"):
         parse_save_interval(text)
 
 
