@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that Hugging Face ``datasets`` loads, through timm's reader: ``--data-set HFDS``."""
+"""Folders that Hugging Face ``datasets`` loads: ``--data-set HFDS``."""
 
 import contextlib
 from pathlib import Path
@@ -20,25 +20,23 @@ class HuggingFaceImages(LabelledImages):
 
     def __init__(self, root: Path, train: bool, transform=None):
         datasets = import_optional("datasets", "--data-set HFDS reads with Hugging Face datasets")
-        from timm.data.readers.reader_hfds import ReaderHfds
-
         with _explained(root):
             files = {str(name): of for name, of in datasets.load_dataset_builder(str(root)).config.data_files.items()}
         self.root, self.split = root, next((name for name in SPLITS[train] if name in files), None)
         if self.split is None:
             raise ValueError(f"{root}: no split {' or '.join(SPLITS[train])}; it has {', '.join(files)}")
         with _explained(root):
-            features = datasets.load_dataset(str(root), split=self.split).features
+            dataset = datasets.load_dataset(str(root), split=self.split)
+        features = dataset.features
         if missing := {"image", "label"} - features.keys():
             raise ValueError(f"{root}: no column {' or '.join(sorted(missing))}; it has {', '.join(features)}")
         with _explained(root):
-            self.reader = ReaderHfds(str(root), split=self.split)
-        labels = list(self.reader.dataset.select_columns("label")[:]["label"])
+            self.images = dataset.cast_column("image", datasets.Image(decode=False)).select_columns("image")
+        labels = list(dataset.select_columns("label")[:]["label"])
         names = getattr(features["label"], "names", None)
         _refuse_other_names(files[self.split], names)
-        if names and self.reader.dataset.info.builder_name == "imagefolder":
-            images = self.reader.dataset.select_columns("image")[:]["image"]
-            _refuse_mixed_folders({Path(image["path"]).parent for image in images}, root)
+        if names and dataset.info.builder_name == "imagefolder":
+            _refuse_mixed_folders({Path(image["path"]).parent for image in self.images[:]["image"]}, root)
         classes, labels = _numbered(labels, names, f"{root}: {self.split}")
         super().__init__(classes, [""] * len(labels), labels, transform)
 
@@ -46,9 +44,8 @@ class HuggingFaceImages(LabelledImages):
         return f"{self.root}: {self.split}, image {index}"
 
     def read(self, index: int) -> bytes:
-        file, _ = self.reader[index]
-        with file:
-            return file.read()
+        image = self.images[index]["image"]
+        return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 @contextlib.contextmanager
