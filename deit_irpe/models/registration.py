@@ -138,8 +138,10 @@ def _plain_model(name: str, *, pretrained: bool, **timm_kwargs) -> nn.Module:
 def _named(name: str, arguments: dict):
     try:
         yield
-    except (UnknownArgument, OSError, ImportError, MemoryError):
+    except (UnknownArgument, ImportError, MemoryError):
         raise
+    except OSError as error:  # huggingface_hub does not say what it could not load
+        raise OSError(f"model {name!r}: {in_one_line(error)}") from error
     except Exception as error:  # timm's models raise AssertionError and others for sizes that do not fit
         given = ", ".join(f"{key}={value!r:.50}" for key, value in arguments.items())
         raise ValueError(

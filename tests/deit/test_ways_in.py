@@ -191,7 +191,7 @@ def test_a_size_that_a_model_cannot_take_is_refused(name, size):
         (dict(model_kwargs=["pretrained=True"]), "--model-kwargs pretrained=...: give --pretrained"),
         (dict(model_kwargs=["pretrained_cfg_overlay={'url': 'x'}"]), "_overlay=...: give --finetune FILE"),
         (dict(model_kwargs=["img_size=64"]), "--model-kwargs img_size=64: give --input-size, here 224"),
-        (dict(model="local-dir:/nowhere"), "/nowhere"),
+        (dict(model="local-dir:/nowhere"), "^model 'local-dir:/nowhere': .*/nowhere"),
     ],
 )
 def test_flags_that_a_model_cannot_take_are_named(flags, words):
