@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import socket
+import weakref
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -105,11 +106,11 @@ class Checkpoints:
         return sorted(name for name in names if re.fullmatch(r"best\.pth|checkpoint(\d+|_previous)?\.pth", name))
 
     def _claim(self, where: str) -> None:
-        """Lock the folder until this process ends, and start its detail log.
+        """Lock the folder as long as this object lives, and start its detail log.
 
         A folder is refused if another run's checkpoints would be replaced.
         """
-        self._lock = lock(self.folder)
+        weakref.finalize(self, lock(self.folder).close)
         self.own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
         if (old := self.there()) and not self.own:
             remedy = "Continue it with --resume auto, or choose another folder."

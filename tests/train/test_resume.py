@@ -1,5 +1,6 @@
 """Exact resume: stopped anywhere and started again, a run equals the uninterrupted one bit for bit."""
 
+import gc
 import json
 import os
 import random
@@ -326,6 +327,14 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended(tmp_pat
     first.processes[0].join()
     (second,) = tiny(tmp_path / "run", "--resume", "auto", "--epochs", "1")
     assert second.code == 0, second.text
+
+
+def test_the_lock_is_closed_with_the_run(tmp_path, recwarn):
+    checkpoints = Checkpoints(tmp_path, tiny_run.KEYS)
+    checkpoints.open("auto")
+    del checkpoints
+    gc.collect()
+    assert not [str(one.message) for one in recwarn if one.category is ResourceWarning]
 
 
 def main_killed_before_the_second_name(args):
