@@ -17,14 +17,6 @@ class BadFlags(RunError, ValueError):
     """Flag values that a library refuses."""
 
 
-def flush_console() -> None:
-    """Print what is buffered, or nothing more."""
-    try:
-        print(end="", flush=True)  # does nothing if the console was closed before the start
-    except OSError:
-        stop_printing()
-
-
 def stop_printing() -> None:
     """The console was closed, or its disk is full: print nothing more, instead of failing at every line."""
     with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
@@ -62,7 +54,10 @@ def reported_by(program: str):
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise
-        flush_console()
+        try:
+            print(end="", flush=True)  # what is buffered; does nothing if the console was closed before the start
+        except OSError:
+            stop_printing()
         message = f"{program}: {type(error).__name__}: {shown(error)}"
         if isinstance(error, WorkerLost):  # the loader's cleanup would raise it again, with a traceback
             print(message, file=sys.stderr, flush=True)
