@@ -50,16 +50,18 @@ class CocoDetection(Dataset):
         objects.pop("ids")
         single = objects["iscrowd"] == 0
         target = {name: values[single] for name, values in objects.items()}
-        target["boxes"] = corners_inside(target["boxes"], image.height, image.width)
+        canvas = (image.height, image.width)
+        corners = clip_boxes_to_image(box_convert(target["boxes"], "xywh", "xyxy"), canvas)
+        target["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=canvas)
         target["image_id"] = self.annotations.image_ids[index : index + 1].clone()
-        target["orig_size"] = torch.tensor([image.height, image.width])
+        target["orig_size"] = torch.tensor(canvas)
         if self.return_masks:
-            if (image.height, image.width) != size:  # the masks have that size
+            if canvas != size:  # the masks have that size
                 annotated = f"annotated {size[0]} x {size[1]}"
                 raise OSError(f"{self.name(index)}: {image.height} x {image.width} pixels, {annotated}")
             segmentations = self.annotations.segmentations_of_image(index)
             chosen = [segmentations[i] for i in single.nonzero().flatten().tolist()]
-            target["masks"] = decode_masks(chosen, image.height, image.width)
+            target["masks"] = decode_masks(chosen, *canvas)
         return transformed(self.transforms, image, target, self.name(index))
 
     def name(self, index: int) -> str:
@@ -95,9 +97,3 @@ def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tens
         return transforms(image, drop_empty_boxes(target))
     except Exception as error:
         raise RuntimeError(f"{name}: the augmentation failed on this image ({error})") from error
-
-
-def corners_inside(boxes: Tensor, height: int, width: int) -> tv_tensors.BoundingBoxes:
-    """Boxes (n, 4) from x, y, width, height to corners, clipped to the image."""
-    corners = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width))
-    return tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
