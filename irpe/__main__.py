@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import irpe
-from irpe_train.errors import reported_by
+from irpe_train.errors import import_optional, reported_by
 
 TASKS = {"classify": "deit_irpe", "detect": "detr_irpe"}
 COMMANDS = {  # module, and line in the overview
@@ -113,10 +113,7 @@ def completion(argv: list[str]) -> str:
 
     from irpe_train.flags import FlagParser
 
-    try:
-        import shtab
-    except ImportError:
-        sys.exit("irpe completion needs shtab: pip install shtab")
+    shtab = import_optional("shtab", "irpe completion needs shtab")
     asked = FlagParser("irpe completion", description="Print a completion script, which says where to put it.")
     asked.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     shell = asked.parse_args(argv).shell

@@ -242,6 +242,12 @@ def test_completion_knows_commands_and_flags(shell):
         assert flag in script
 
 
+def test_completion_without_its_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit, match="irpe completion needs shtab: pip install shtab"):
+        main(["completion", "bash"])
+
+
 def test_the_front_door_hands_on_the_names_of_the_library():
     from irpe import build_rpe, get_rpe_config
 
