@@ -31,7 +31,7 @@ class FilesInFolder:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
         named = {os.path.dirname(name) for name in names}
-        named |= {unicodedata.normalize("NFD", below) for below in named}  # as macOS stores accents
+        named |= {unicodedata.normalize(form, below) for below in named for form in ("NFC", "NFD")}  # macOS stores NFD
         entries = (
             (below, one) for below in named if os.path.isdir(folder / below) for one in os.scandir(folder / below)
         )
