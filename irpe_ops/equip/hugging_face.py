@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face ``transformers`` models, through the library's own attention interface. Needs transformers >= 5.
+"""Hugging Face ``transformers`` models, through the library's own attention interface, of version 5.9 (DINOv2: 5.19).
 
 An equipped model asks for the attention implementation ``irpe``. Attention without encodings that shares the model's
 config (a decoder's) goes to PyTorch's fused attention, as before.
@@ -29,11 +29,14 @@ def is_pretrained_model(model: nn.Module) -> bool:
 
 def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     """Encodings for the encoder of a ViT, DeiT, DINOv2, DETR or RT-DETR, with or without its head."""
+    import transformers
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 9):
+        here = transformers.__version__
+        raise ValueError(f"equip: needs transformers 5.9 or later, and {here} is here; pip install -U transformers")
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if not hasattr(model, "set_attn_implementation"):
-        raise ValueError("equip: transformers models need transformers >= 5; pip install -U transformers")
     AttentionInterface.register("irpe", irpe_attention)
     AttentionMaskInterface.register("irpe", sdpa_mask)
     names = {type(module).__name__: module for module in model.modules()}
@@ -78,7 +81,9 @@ def _add_to_layers(
         if any(kind.__name__ == layer_name for kind in type(layer).__mro__):
             inside = [module for module in layer.modules() if type(module).__name__ == attention_name]
             reason = why_changed(inside[0]) if len(inside) == 1 else f"expected one {attention_name}, got {len(inside)}"
-            if not reason and not isinstance(inside[0].o_proj.weight, Tensor):
+            if not reason and not hasattr(inside[0], "o_proj"):
+                reason = "it has no o_proj, as it has in transformers 5.19 and later; pip install -U transformers"
+            elif not reason and not isinstance(inside[0].o_proj.weight, Tensor):
                 reason = f"its o_proj is not a torch.nn.Linear but of {type(inside[0].o_proj).__module__}"
             if reason:
                 raise ValueError(f"equip: the attention of a {type(layer).__name__}: {reason}. {HELP}")

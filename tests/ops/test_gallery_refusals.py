@@ -44,6 +44,17 @@ def test_what_cannot_be_equipped_says_why(build, words):
         equip(build(), SPEC)
 
 
+def test_an_older_transformers_is_told(monkeypatch):
+    model = hugging_face("ViTForImageClassification")
+    attention = next(module for module in model.modules() if type(module).__name__ == "ViTAttention")
+    attention.projection = attention._modules.pop("o_proj")  # as it was
+    with pytest.raises(ValueError, match="attention of a ViTLayer: it has no o_proj.*pip install -U transformers"):
+        equip(model, SPEC)
+    monkeypatch.setattr("transformers.__version__", "5.8.1")
+    with pytest.raises(ValueError, match="needs transformers 5.9 or later, and 5.8.1 is here; pip install -U"):
+        equip(hugging_face("ViTForImageClassification"), SPEC)
+
+
 @pytest.mark.parametrize("grid", [3, "34", (3, 4, 1)])
 def test_a_grid_is_two_numbers_of_tokens(grid):
     with pytest.raises(ValueError, match=re.escape(f"equip: grid is (height, width) in tokens, not {grid!r}")):

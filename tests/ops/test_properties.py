@@ -47,7 +47,7 @@ def poison(tensor, draw):
     if tensor.numel():
         tensor = tensor.clone()
         for value in draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=2)):
-            tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = value
+            tensor[tuple(draw(st.integers(0, n - 1)) for n in tensor.shape)] = value
     return tensor
 
 
