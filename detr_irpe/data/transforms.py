@@ -130,4 +130,4 @@ def _max_size(image_size: int) -> int:
 
 
 def _normalised(image: Image.Image) -> Tensor:
-    return F.normalize(F.pil_to_tensor(image).float().div_(255), IMAGENET_MEAN, IMAGENET_STD)
+    return F.normalize(F.pil_to_tensor(image).to(torch.get_default_dtype()).div_(255), IMAGENET_MEAN, IMAGENET_STD)

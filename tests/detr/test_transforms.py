@@ -55,6 +55,11 @@ def test_evaluation_is_the_short_side_800_and_normalised():
     assert type(target["boxes"]) is torch.Tensor and type(target["masks"]) is torch.Tensor
     assert target["masks"].dtype == torch.bool and target["masks"].shape == (1, 800, 1066)
     assert torch.equal(image, prepare_image(sample(480, 640)[0]))
+    torch.set_default_dtype(torch.float64)  # as a notebook may: the model's type, as with torchvision's ToTensor
+    try:
+        torch.testing.assert_close(prepare_image(sample(480, 640)[0]), image.double(), rtol=0, atol=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert eval_transforms(80)(*sample(40, 100))[0].shape == (3, 53, 132)  # not 80 x 200
     white, _ = eval_transforms(32)(Image.new("RGB", (32, 32), (255, 255, 255)), sample(32, 32, [])[1])
     wanted = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
