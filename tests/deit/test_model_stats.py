@@ -81,7 +81,7 @@ def test_the_statistics_of_a_model_are_not_changed_by_counting():
     [
         (["deit_tny"], "model 'deit_tny': unknown"),
         (["resnet18"], "model 'resnet18': the rule does not cover every part of this ResNet"),
-        (["local-dir:nowhere"], "deit_irpe.model_stats: FileNotFoundError: Config file not found: nowhere/config.json"),
+        (["local-dir:nowhere"], "OSError: model 'local-dir:nowhere': Config file not found: nowhere/config.json"),
         (["vit_base_patch16_siglip_224"], "does not cover every part of this VisionTransformer: attention pooling"),
         (["vit_dwee_patch16_reg1_gap_256"], "of this VisionTransformer: DiffAttention"),
         (["deit_tiny_patch16_224", "--rpe", "rpe-1-euc"], "rpe spec 'rpe-1-euc'"),
