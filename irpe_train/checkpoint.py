@@ -226,8 +226,9 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
         with contextlib.suppress(OSError):
             temporary.unlink()
         kept = previous if previous is not None and not path.exists() else path
+        reason = error if isinstance(error, OSError) else error.__context__ or error  # PyTorch's says "enforce fail"
         raise RunError(
-            f"cannot write {path}: {first_line(error)}. Free some space or choose another --output_dir; "
+            f"cannot write {path}: {first_line(reason)}. Free some space or choose another --output_dir; "
             f"the last good checkpoint is kept: {kept if kept.exists() else 'there was none'}"
         ) from error
 
