@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from irpe_train.errors import RunError, in_one_line
+from irpe_train.errors import RunError, in_one_line, reported_by
 from irpe_train.text_files import read_text
 
 LARGEST_FILE = 1 << 18  # bytes; a config has hundreds
@@ -109,8 +109,9 @@ def answer_early(package: str) -> None:
     if program in parsers:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # some imports swallow its exception
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with contextlib.suppress(ConfigError):  # launch reports it
-            parse_args(getattr(importlib.import_module(f"{package}.args"), parsers[program])())
+        parser = getattr(importlib.import_module(f"{package}.args"), parsers[program])()
+        with reported_by(parser.prog), contextlib.suppress(ConfigError):  # launch reports it
+            parse_args(parser)
 
 
 def _with_home(argv: list[str]) -> list[str]:

@@ -54,15 +54,17 @@ def reported_by(program: str):
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("IRPE_TRACEBACK"):
             raise
-        try:
-            print(end="", flush=True)  # what is buffered; does nothing if the console was closed before the start
+        try:  # what is buffered, and a line to see whether it is the console whose pipe broke
+            print(end="\n" if isinstance(error, BrokenPipeError) else "", flush=True)
         except OSError:
             stop_printing()
+            if isinstance(error, BrokenPipeError):
+                sys.exit(1)
         message = f"{program}: {type(error).__name__}: {shown(error)}"
         if isinstance(error, WorkerLost):  # the loader's cleanup would raise it again, with a traceback
             print(message, file=sys.stderr, flush=True)
             os._exit(1)
-        sys.exit(1 if isinstance(error, BrokenPipeError) else message)
+        sys.exit(message)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -46,6 +46,7 @@ def message(capsys, *argv: str) -> str:
         (["irpe", "zoo"], True),
         (["irpe", "classify", "train", "--print-config"], True),
         (["irpe_train.zoo"], True),
+        (["deit_irpe", "--print-config"], True),
         (["irpe", "classify", "train", "--print-config"], False),  # written as Python exits
         (["irpe", "visualize", "-o", "OUT.png"], False),
         (["detr_irpe", "--help"], False),

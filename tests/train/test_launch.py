@@ -24,7 +24,7 @@ def raising(error):
     return main
 
 
-@pytest.mark.parametrize("kind", [BadData, ValueError, FileNotFoundError])
+@pytest.mark.parametrize("kind", [BadData, ValueError, FileNotFoundError, BrokenPipeError])
 def test_a_users_mistake_is_one_line(kind):
     with pytest.raises(SystemExit) as end:
         launch(raising(kind("the file \x1b\n is broken")), tiny_run.get_parser(), [])
