@@ -113,7 +113,8 @@ def _evaluations(raw: dict, parser: argparse.ArgumentParser, source: str) -> dic
     evaluations = {}
     for name, flags in _mapping(raw, "evaluations", source).items():
         where = f"{source}: evaluations: {name}"
-        if not isinstance(flags, dict) or not slug(str(name)) or slug(str(name)) in map(slug, evaluations):
+        taken = {slug(other).casefold() for other in ("", *evaluations)}  # some file systems ignore case
+        if not isinstance(flags, dict) or slug(str(name)).casefold() in taken:
             raise ConfigError(f"{where}: expected a unique name and its flags, {{input-size: 288}}")
         _refuse_odd_names(flags, where)
         evaluations[str(name)] = flags_of(parser, flags, where)
@@ -124,14 +125,15 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
     """All runs by name, each with the flags of the config, of the grid, its own, and those of ``--set``."""
     common = _mapping(raw, "flags", source)
     singles = [(str(name), flags) for name, flags in _mapping(raw, "runs", source).items()]
-    runs = {}
+    runs, taken = {}, set()
     for name, flags in [*_product(_mapping(raw, "grid", source), source), *singles]:
         if not isinstance(flags, dict | None):
             raise ConfigError(f"{source}: runs: {name}: expected its flags, {{epochs: 3}}; got {flags!r:.80}")
         if not (name := slug(name)):
             raise ConfigError(f"{source}: runs: a name needs letters or digits, because folders are named after it")
-        if name in runs:
-            raise ConfigError(f"{source}: two runs are called {name}")
+        if name.casefold() in taken:  # some file systems ignore case
+            raise ConfigError(f"{source}: two runs are called {name} (capitals do not count)")
+        taken.add(name.casefold())
         for added in (common, flags or {}, extra):
             _refuse_odd_names(added, f"{source}: {name}")
         runs[name] = _merged(base, common, flags or {}, extra)

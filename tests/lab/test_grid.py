@@ -121,6 +121,8 @@ def test_runs_are_named_after_their_values(tmp_path):
         ("package: deit_irpe\nconfig: configs\nruns: {a: {}}\n", "config configs: cannot be read: not a file"),
         ("package: deit_irpe\nconfig: configs/deit/small.yaml\n", "neither 'grid' nor 'runs'"),
         (GRID + "runs: {none: {}}\n", "two runs are called none"),
+        (GRID + "runs: {NONE: {}}\n", "two runs are called NONE .capitals do not count"),
+        (GRID + "evaluations: {at 48: {input-size: 48}, At 48: {input-size: 48}}\n", "At 48: expected a unique name"),
         (GRID + "runs: {//: {}}\n", "a name needs letters or digits"),
         (GRID + "runs: [1, 2]\n", r"runs: expected 'name: value' lines, got \[1, 2\]"),
         (GRID + "runs: {a: 3}\n", "runs: a: expected its flags"),
