@@ -38,12 +38,12 @@ from irpe_train.state import TrainState
 CHECKPOINT_KEYS = ("model", "optimizer", "lr_scheduler", "epoch", "args")  # published, in this order
 
 
+@STOP.noting()
 def main(args: argparse.Namespace) -> int | None:
     """Train, or with ``--eval`` evaluate. Returns: 1 if ``--expect`` failed."""
     check_args(args)
 
     # --- device and seed
-    STOP.install()
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     refuse_other_flags(args)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)

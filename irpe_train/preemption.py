@@ -61,6 +61,28 @@ class Preemption:
         self._watcher.start()
         atexit.register(self.end_watch)  # a thread still inside the store at exit aborts the process
 
+    def uninstall(self) -> None:
+        """Put the earlier handlers back, and forget any request."""
+        self._ended.set()
+        if self._before:
+            os.close(signal.set_wakeup_fd(-1))
+        for number, before in self._before.items():
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, before or default)
+        self.__init__()
+
+    @contextlib.contextmanager
+    def noting(self):
+        """Signals are noted inside. Afterwards Ctrl-C interrupts a notebook again; one of many ranks must go on noting
+        until it ends, because the others may leave first.
+        """
+        self.install()
+        try:
+            yield
+        finally:
+            if self._store is None and threading.current_thread() is threading.main_thread():
+                self.uninstall()
+
     def end_watch(self) -> None:
         """Stop using the ranks' store."""
         self._ended.set()
@@ -115,6 +137,7 @@ class Preemption:
                 ignored_since = time.monotonic()
             elif time.monotonic() - ignored_since > GRACE:
                 self._force_exit()
+        os.close(pipe)
 
     def _sync_with_ranks(self) -> None:
         """Pass a request on to the other ranks, or take one from them."""

@@ -39,7 +39,6 @@ def pytest_collection_modifyitems(items):
 def signals_as_they_were():
     """A test may call the main function of a tree in this process, which then notes signals."""
     from irpe_train.preemption import STOP
-    from tests.helpers.signals import uninstall
 
     yield
-    uninstall(STOP)
+    STOP.uninstall()

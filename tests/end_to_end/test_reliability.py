@@ -1,6 +1,7 @@
 """The promises of docs/reliability.md that both trees make together; the runtime's own tests are in tests/train."""
 
 import json
+import signal
 import time
 from functools import partial
 
@@ -16,11 +17,9 @@ import detr_irpe.train
 from irpe_train.checkpoint import read_checkpoint
 from irpe_train.errors import Preempted
 from irpe_train.launch import launch
-from irpe_train.preemption import STOP
 from tests.helpers import deit_runs, detr_runs
 from tests.helpers.processes import Ranks, run_ranks
 from tests.helpers.sabotage import be_stopped, change_a_loss, make_infinite
-from tests.helpers.signals import uninstall
 from tests.helpers.tiny_coco import write_tiny_coco
 from tests.helpers.tiny_images import write_images
 
@@ -210,7 +209,7 @@ def test_any_command_line_on_data_that_is_there_is_run_or_ends_in_a_message(
         assert code == 0 or "rror: " in error or "Bad" in error, (argv, error)
         trained.append(code == 0)
         torch.use_deterministic_algorithms(False)
-        uninstall(STOP)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as in a notebook, before the next run
 
     fuzz()
     assert any(trained) and not all(trained)

@@ -117,8 +117,8 @@ def evaluate(model, loader, device):
     return meters.averages()
 
 
+@STOP.noting()
 def main(args):
-    STOP.install()
     device = distributed.start(device=args.device, dist_url=args.dist_url, timeout=args.dist_timeout)
     seed_everything(args.seed + distributed.rank(), deterministic=args.deterministic)
     checkpoints = Checkpoints(args.output_dir, KEYS)

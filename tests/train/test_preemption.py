@@ -1,5 +1,6 @@
 """Requests to stop: noted wherever they arrive, known to all ranks, and ending whatever is going on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,7 +18,6 @@ from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.preemption import STOP, Preemption, held_back
 from tests.helpers import tiny_run
 from tests.helpers.processes import Ranks, run_ranks, wait_for
-from tests.helpers.signals import uninstall
 
 QUIET = ["--device", "cpu", "--no-tensorboard"]
 
@@ -26,7 +26,7 @@ QUIET = ["--device", "cpu", "--no-tensorboard"]
 def preemption():
     made = Preemption()
     yield made
-    uninstall(made)
+    made.uninstall()
 
 
 def test_a_signal_is_noted_and_heeded_where_the_run_can_leave(preemption):
@@ -70,7 +70,7 @@ def test_a_handler_that_was_there_is_called_once_the_state_is_saved(preemption):
         assert end.value.code == 3 and called == [signal.SIGUSR2]
         signal.raise_signal(signal.SIGTERM)
         assert called[1:] == ["ignored"]
-        uninstall(preemption)
+        preemption.uninstall()
         assert signal.getsignal(signal.SIGUSR2) is requeue
     finally:
         for number, handler in before.items():
@@ -84,13 +84,13 @@ def test_a_closed_terminal_is_a_request_unless_started_under_nohup(preemption):
         preemption.install()
         signal.raise_signal(signal.SIGHUP)
         assert preemption.signal is None
-        uninstall(preemption)
+        preemption.uninstall()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         preemption.install()
         signal.raise_signal(signal.SIGHUP)
         assert preemption.signal == signal.SIGHUP
     finally:
-        uninstall(preemption)
+        preemption.uninstall()
         signal.signal(signal.SIGHUP, before)
 
 
@@ -98,9 +98,26 @@ def test_uninstalled_handlers_are_as_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     STOP.install()
     STOP.install()  # changes nothing
-    uninstall(STOP)
+    STOP.uninstall()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert STOP.signal is None
+
+
+@pytest.mark.parametrize("error", [ValueError, Preempted, None])
+def test_a_notebook_can_be_interrupted_again_after_a_run(error):
+    before = signal.getsignal(signal.SIGINT)
+
+    @STOP.noting()
+    def main():
+        signal.raise_signal(signal.SIGINT)
+        assert STOP.signal == signal.SIGINT
+        if error is not None:
+            raise error
+
+    for _ in range(2):  # the second run forgets what the first was told
+        with contextlib.nullcontext() if error is None else pytest.raises(error):
+            main()
+        assert signal.getsignal(signal.SIGINT) is before and STOP.signal is None
 
 
 def test_training_in_another_thread_leaves_signals_alone(preemption):
