@@ -61,7 +61,8 @@ def reported_by(program: str):
             if isinstance(error, BrokenPipeError):
                 sys.exit(1)
         message = f"{program}: {type(error).__name__}: {shown(error)}"
-        if isinstance(error, WorkerLost):  # the loader's cleanup would raise it again, with a traceback
+        # The loader's cleanup would raise it again, with a traceback; gloo's threads may abort Python's own end.
+        if isinstance(error, (WorkerLost, RankLost)):
             print(message, file=sys.stderr, flush=True)
             os._exit(1)
         sys.exit(message)

@@ -11,7 +11,7 @@ import sys
 import pytest
 from torch.utils.data import DataLoader
 
-from irpe_train.errors import BadData, RunError, WorkerLost
+from irpe_train.errors import BadData, RankLost, RunError, WorkerLost
 from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
 from irpe_train.logger import logger, set_up_logging
 from tests.helpers import tiny_run
@@ -30,6 +30,14 @@ def test_a_users_mistake_is_one_line(kind):
         launch(raising(kind("the file \x1b\n is broken")), tiny_run.get_parser(), [])
     # Python prints it, and ends with status 1.
     assert end.value.code == f"tiny_run: {kind.__name__}: the file \\x1b\\n is broken"
+
+
+def test_a_process_that_has_lost_its_peer_ends_at_once(monkeypatch, capsys):
+    """Python's own end would now and then be aborted by one of gloo's threads, with status 134."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        launch(raising(RankLost("rank 1 has died")), tiny_run.get_parser(), [])
+    assert end.value.code == 1 and capsys.readouterr().err == "tiny_run: RankLost: rank 1 has died\n"
 
 
 def test_too_many_open_files_are_one_line():
