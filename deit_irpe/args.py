@@ -111,12 +111,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--load-tar", action="store_true", help="read train.tar and val.tar in --data-path")
     add("--dist-eval", default=True, action=on_off, help="each process evaluates its share, not everything")
     add("--pin-mem", default=True, action=on_off, help="pinned memory for batches")
-    add(
-        "--repeated-aug",
-        default=True,
-        action=on_off,
-        help="three copies of an image per update, not each once per epoch",
-    )
+    add("--repeated-aug", default=True, action=on_off, help="three augmented copies of an image per update, not one")
 
     add = parser.add_argument_group("augmentation (training)").add_argument
     add("--color-jitter", default=0.4, type=nonnegative_float, help="used if --aa is off")

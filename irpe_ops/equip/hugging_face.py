@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face ``transformers`` models, through the library's own attention interface, of version 5.9 (DINOv2: 5.19).
+"""Hugging Face ``transformers`` models (5.9 or later; DINOv2: 5.19), through the library's own attention interface.
 
 An equipped model asks for the attention implementation ``irpe``. Attention without encodings that shares the model's
 config (a decoder's) goes to PyTorch's fused attention, as before.
