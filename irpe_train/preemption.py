@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 
@@ -73,14 +74,15 @@ class Preemption:
 
     @contextlib.contextmanager
     def noting(self):
-        """Signals are noted inside. Afterwards Ctrl-C interrupts a notebook again; one of many ranks must go on noting
-        until it ends, because the others may leave first.
+        """Signals are noted inside. Afterwards Ctrl-C interrupts a notebook again; but one of many ranks, or a program
+        that was asked to stop, goes on noting until it ends: the others may leave first, and it may be asked twice.
         """
         self.install()
         try:
             yield
         finally:
-            if self._store is None and threading.current_thread() is threading.main_thread():
+            leaves = self._store is not None or self.signal is not None and not hasattr(sys, "ps1")  # a notebook has it
+            if not leaves and threading.current_thread() is threading.main_thread():
                 self.uninstall()
 
     def end_watch(self) -> None:

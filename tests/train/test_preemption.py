@@ -104,7 +104,8 @@ def test_uninstalled_handlers_are_as_they_were():
 
 
 @pytest.mark.parametrize("error", [ValueError, Preempted, None])
-def test_a_notebook_can_be_interrupted_again_after_a_run(error):
+def test_a_notebook_can_be_interrupted_again_after_a_run(error, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
     before = signal.getsignal(signal.SIGINT)
 
     @STOP.noting()
@@ -118,6 +119,18 @@ def test_a_notebook_can_be_interrupted_again_after_a_run(error):
         with contextlib.nullcontext() if error is None else pytest.raises(error):
             main()
         assert signal.getsignal(signal.SIGINT) is before and STOP.signal is None
+
+
+def test_a_program_that_is_asked_twice_leaves_as_if_asked_once():
+    @STOP.noting()
+    def main():
+        signal.raise_signal(signal.SIGTERM)
+        STOP.leave_if_asked()
+
+    with pytest.raises(Preempted):
+        main()
+    # torchrun sends one after that of a whole process group
+    assert signal.getsignal(signal.SIGTERM) == STOP._note
 
 
 def test_training_in_another_thread_leaves_signals_alone(preemption):
