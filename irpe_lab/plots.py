@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Okabe and Ito, Color Universal Design (2008): distinguishable when colour-blind. Without yellow, faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("", "o", "s", "^", "D", "v", "x")  # with more runs than colours, lines of one colour differ by marker
+DPI = 300  # of curves saved as .png
 
 
 def curve(epochs: list[dict], key: str | None) -> tuple[list[int], list[float]]:
@@ -38,7 +39,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     """Draw runs over each other: solid training, dashed test. Seeds of a run (``x_seed0``, ``x_seed1``) are drawn as
     their mean, in a band from lowest to highest.
 
-    Args: out: also save it here, in the format of the suffix (.png at 300 dpi, .pdf, .svg).
+    Args: out: also save it here, in the format of the suffix (.png at `DPI`, .pdf, .svg).
     Returns: the figure; the titles of its axes are those of the panels that have data.
     """
     from matplotlib.figure import Figure as Canvas
@@ -74,7 +75,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     legend += [Line2D([], [], color="gray", linestyle=line, label=of) for line, of in (("-", "train"), ("--", "test"))]
     canvas.legend(handles=legend, loc="outside lower center", ncols=entries, fontsize="small")
     if out is not None:
-        save(canvas, out, dpi=300)
+        save(canvas, out, dpi=DPI)
     return canvas
 
 
@@ -176,8 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     with reported_by(parser.prog):
         args = parser.parse_args(argv)
-        canvas = plot_runs(list(filter(drawn, args.runs)) or args.runs, args.output)
-        print(f"{args.output}: {', '.join(axis.get_title() for axis in canvas.axes)}")
+        canvas = plot_runs(list(filter(drawn, args.runs)) or args.runs)
+        from irpe_ops.visualize import save  # here: see `plot_runs`
+
+        file = save(canvas, args.output, dpi=DPI)  # its suffix may be added
+        print(f"{file}: {', '.join(axis.get_title() for axis in canvas.axes)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways a run ends early. ``launch`` prints these without a traceback; the message says what to do."""
+"""The ways a run ends early, and their words. ``reported_by`` prints these without a traceback; they say what to do."""
 
 import contextlib
 import importlib
@@ -91,11 +91,15 @@ def blamed_on(flags: str):
 
 
 def import_optional(package: str, what_for: str) -> ModuleType:
-    """A package that not every user needs. Raises: ImportError: it is not installed; begins with ``what_for``."""
+    """A package that not every user needs.
+
+    Raises: ImportError: it is not installed, or broken (the message says how); begins with ``what_for``.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{what_for}: pip install {package}") from error
+        broken = "" if isinstance(error, ModuleNotFoundError) and error.name == package else f" ({in_one_line(error)})"
+        raise ImportError(f"{what_for}{broken}: pip install {package.replace('_', '-')}") from error
 
 
 class BadCheckpoint(RunError, ValueError):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_train.arguments import SUFFIX
-from irpe_train.errors import BadCheckpoint, RunError, first_line, in_one_line
+from irpe_train.errors import BadCheckpoint, RunError, first_line, import_optional, in_one_line
 from irpe_train.outputs import refuse_existing
 from irpe_train.text_files import complete
 
@@ -89,8 +89,7 @@ class OnnxModel:
     """An ONNX file from ``export_model``, run on the CPU. ``metadata``: the texts stored with it, by name."""
 
     def __init__(self, path: Path):
-        import onnxruntime
-
+        onnxruntime = import_optional("onnxruntime", f"{path} runs with onnxruntime")
         # The bytes, not the path: its name need not be UTF-8.
         self._session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -111,8 +110,8 @@ def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
         raise BadCheckpoint(f"{path}: no such file")
     try:
         yield OnnxModel(path)
-    except ImportError as error:
-        raise ImportError(f"{path} runs with onnxruntime: pip install onnxruntime") from error
+    except ImportError:
+        raise
     except Exception as error:  # onnxruntime's own errors derive from Exception alone, and have several lines
         raise BadCheckpoint(f"{path}: not a {what} ({type(error).__name__}: {in_one_line(error)})") from error
 

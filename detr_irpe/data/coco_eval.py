@@ -19,6 +19,7 @@ from torchvision.ops import box_convert
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.segmentations import encode_masks, to_rle
 from irpe_train import distributed
+from irpe_train.errors import import_optional
 from irpe_train.state import plain
 
 BACKENDS = ("auto", "faster-coco-eval", "pycocotools")
@@ -137,12 +138,11 @@ def _scoring_library(name: str) -> tuple[type, type]:
         raise ValueError(f"COCO scoring by {name!r}: unknown; expected one of {', '.join(BACKENDS)}")
     if name != "pycocotools":
         try:
-            from faster_coco_eval import COCO, COCOeval_faster
-
-            return COCO, COCOeval_faster
-        except ImportError as error:
+            faster = import_optional("faster_coco_eval", "COCO scoring by faster-coco-eval")
+            return faster.COCO, faster.COCOeval_faster
+        except ImportError:
             if name != "auto":
-                raise ImportError("COCO scoring by faster-coco-eval: pip install faster-coco-eval") from error
+                raise
     from pycocotools.coco import COCO
 
     return COCO, COCOeval

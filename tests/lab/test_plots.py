@@ -229,7 +229,7 @@ def test_missing_log_and_nothing_to_draw(tmp_path):
 
 def test_script(tmp_path):
     write(tmp_path / "log.txt", map(deit, range(2)))
-    command = [quick_programs() / "python", SCRIPT, "-o", tmp_path / "x.png"]
+    command = [quick_programs() / "python", SCRIPT, "-o", tmp_path / "x"]  # named by the file that is written, x.png
     (tmp_path / "table.csv").write_text("run,flags\n")  # as among the runs of an ablation
     (tmp_path / "failed").mkdir()
     (tmp_path / "failed" / "flags.yaml").touch()

@@ -11,7 +11,7 @@ import sys
 import pytest
 from torch.utils.data import DataLoader
 
-from irpe_train.errors import BadData, RankLost, RunError, WorkerLost
+from irpe_train.errors import BadData, RankLost, RunError, WorkerLost, import_optional
 from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
 from irpe_train.logger import logger, set_up_logging
 from tests.helpers import tiny_run
@@ -38,6 +38,15 @@ def test_a_process_that_has_lost_its_peer_ends_at_once(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         launch(raising(RankLost("rank 1 has died")), tiny_run.get_parser(), [])
     assert end.value.code == 1 and capsys.readouterr().err == "tiny_run: RankLost: rank 1 has died\n"
+
+
+def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "half_there.py").write_text("import no_such_part")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"^x needs it \(No module named 'no_such_part'\): pip install half-there$"):
+        import_optional("half_there", "x needs it")
+    with pytest.raises(ImportError, match="^x needs it: pip install not-there$"):
+        import_optional("not_there", "x needs it")
 
 
 def test_too_many_open_files_are_one_line():
