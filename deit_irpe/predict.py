@@ -15,7 +15,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from deit_irpe.args import get_predict_parser
-from deit_irpe.classifier import Classifier
+from deit_irpe.load_model import Classifier
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends.eager import attention_weights
 from irpe_ops.equip.timm_vit import RPEAttention

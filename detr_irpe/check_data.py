@@ -11,60 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from detr_irpe.args import get_check_parser
-from detr_irpe.data.annotation_problems import (
-    MOST,
-    Found,
-    annotation_problems,
-    naming_problems,
-    panoptic_problems,
-    split_problems,
-)
 from detr_irpe.data.coco import CocoDetection
-from detr_irpe.data.image_problems import image_problems, mask_problem, segment_image_problems
 from detr_irpe.data.panoptic import CocoPanoptic
+from detr_irpe.data.problems import Found, problems_of, split_problems
 from irpe_train.errors import RunError
 from irpe_train.launch import launch
 from irpe_train.logger import logger, set_up_logging
 
 SAMPLE = 8  # images per split to check when training starts
-
-
-def problems_of(
-    dataset: CocoDetection | CocoPanoptic,
-    num_classes: int | None = None,
-    *,
-    train: bool,
-    masks: bool = False,
-    max_bad: float = 0.001,
-    only: Sequence[int] | None = None,
-    num_workers: int = 0,
-) -> Found:
-    """The problems of a split.
-
-    Args:
-        num_classes: ids from this on have no logit; None skips this check.
-        train: the set is for training, not only for evaluation.
-        masks: masks are trained, or scored.
-        max_bad: the fraction of a training set that may be unreadable.
-        only: the indices of the images to check, as a sample; default: all.
-        num_workers: processes that decode images.
-    """
-    known, path, checked = dataset.annotations, dataset.path, range(len(dataset)) if only is None else only
-    unreadable = min(max_bad * len(dataset), MOST * len(checked)) if train else 0
-    found = []
-    if isinstance(dataset, CocoPanoptic):
-        found += [(path, problem) for problem in panoptic_problems(dataset, num_classes, train=train)]
-        found += [(path, problem) for problem in segment_image_problems(dataset, checked, unreadable)]
-        if known is not None:
-            found += naming_problems(dataset.categories, known.categories, path, known.path)
-    else:
-        how = dict(masks=masks, allowed=unreadable, num_workers=num_workers)
-        found += [(path, problem) for problem in image_problems(known, dataset.images, checked, **how)]
-        found += [(path, mask_problem(known, checked))] if known.without_mask is not None else []  # masks were read
-    if known is not None:
-        problems = annotation_problems(known, num_classes, train=train, masks=masks)
-        found = [(known.path, problem) for problem in problems] + found
-    return [(path, problem) for path, problem in found if problem.count]
 
 
 def tell(found: Found) -> list[str]:

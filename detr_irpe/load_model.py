@@ -1,18 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector of a checkpoint, built from the flags it was trained with."""
+"""A trained detector: a checkpoint's model, built from the flags it was trained with, or an exported ONNX file."""
 
 import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from detr_irpe.args import MODEL_FLAGS, get_args_parser
 from detr_irpe.classes import categories_of, classes_in
+from detr_irpe.data.transforms import prepare_image
 from detr_irpe.models import build_model
+from detr_irpe.models.postprocess import PostProcess
 from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
 from irpe_train.errors import BadCheckpoint, first_line
+from irpe_train.export import read_onnx
 
 LARGEST_IMAGE_SIZE = 10_000  # pixels; a larger photo does not fit in memory
+
+
+class Detector:
+    """A trained model with its image size, category names and post-processing.
+
+    Attributes: names: category id -> name.
+    """
+
+    def __init__(self, source: str, device: torch.device):
+        self.device = device
+        if Path(source).suffix.lower() == ".onnx":
+            self.model, self.flags, self.names = load_onnx(Path(source))
+            self.postprocessors = {"bbox": PostProcess()}
+        else:
+            self.model, self.postprocessors, self.flags, self.names = load_model(source)
+            self.model.to(device)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Raises ValueError: an exported file has no modules to inspect."""
+        if not isinstance(self.model, nn.Module):
+            raise ValueError("--attention and --tables inspect a model: give the checkpoint, not the exported file")
+        return getattr(self.model, "detr", self.model).transformer.encoder
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+        """The detections in an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
+        pixels), and with a mask head ``masks`` ``(N, height, width)``. Labels without a category are left out."""
+        pixels = prepare_image(image, self.flags.image_size).to(self.device)
+        outputs = self.model([pixels])
+        size = torch.tensor([[image.height, image.width]])
+        results = self.postprocessors["bbox"](outputs, size)
+        if "segm" in self.postprocessors:
+            results = self.postprocessors["segm"](results, outputs, size, torch.tensor([pixels.shape[-2:]]))
+            results[0]["masks"] = results[0]["masks"][:, 0]
+        found = {kind: values.cpu() for kind, values in results[0].items()}
+        order = found["scores"].argsort(descending=True)
+        if self.names:  # otherwise every id may be a category
+            order = order[torch.isin(found["labels"][order], torch.tensor(list(self.names)))]
+        return {kind: values[order] for kind, values in found.items()}
 
 
 def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.Namespace, dict[int, str]]:
@@ -55,3 +102,24 @@ def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argpars
     args.eval, args.aux_loss = True, False  # no backbone weights are downloaded; only the last decoder layer
     args.num_classes = classes_in(weights, source=source)
     return args
+
+
+def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:
+    """An exported detector, called like a DETR with one image; the flags that prediction needs; the categories.
+
+    Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``detr_irpe.export`` did not write the file.
+    """
+    with read_onnx(path, "detector that detr_irpe.export wrote") as exported:
+        categories = {int(i): str(name) for i, name in json.loads(exported.metadata["categories"]).items()}
+        image_size = int(exported.metadata["image_size"])
+        if not 0 < image_size <= LARGEST_IMAGE_SIZE:
+            raise ValueError(f"its image_size is {image_size}; expected 1 to {LARGEST_IMAGE_SIZE}")
+
+    def model(images: list[Tensor]) -> dict[str, Tensor]:
+        (image,) = images
+        padding = torch.zeros(1, *image.shape[-2:], dtype=torch.bool)
+        names = ["pred_logits", "pred_boxes"]
+        return dict(zip(names, exported.run(names, images=image[None], padding=padding), strict=True))
+
+    flags = argparse.Namespace(image_size=image_size, enc_rpe2d=exported.metadata.get("enc_rpe2d", ""))
+    return model, flags, categories

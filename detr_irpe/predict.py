@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from detr_irpe.args import get_predict_parser
-from detr_irpe.data.annotation_problems import naming_problems
 from detr_irpe.data.annotations import Annotations
 from detr_irpe.data.coco import decode_in_frame
+from detr_irpe.data.problems import naming_problems
 from detr_irpe.data.segmentations import encode_masks
-from detr_irpe.detector import Detector
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
+from detr_irpe.load_model import Detector
 from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.distributed import choose_device
 from irpe_train.errors import BadData, shown

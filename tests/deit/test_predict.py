@@ -15,10 +15,9 @@ from PIL import Image
 from deit_irpe import create_model
 from deit_irpe import predict as prediction
 from deit_irpe.args import get_export_parser as export_flags
-from deit_irpe.classifier import Classifier, load_onnx
 from deit_irpe.data.transforms import MEAN, STD
 from deit_irpe.export import main as export
-from deit_irpe.load_model import load_model
+from deit_irpe.load_model import Classifier, load_model, load_onnx
 from deit_irpe.predict import attention_calls, attention_maps, encoding_maps, get_predict_parser, main, points_of
 from irpe_train.config import parse_args
 from irpe_train.errors import BadCheckpoint

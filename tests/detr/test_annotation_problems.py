@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from detr_irpe.data.annotation_problems import Problem, annotation_problems
 from detr_irpe.data.annotations import Annotations
+from detr_irpe.data.problems import Problem, annotation_problems
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 

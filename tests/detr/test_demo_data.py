@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_irpe.check_data import problems_of, summary_of
+from detr_irpe.check_data import summary_of
 from detr_irpe.data.coco import CocoDetection
+from detr_irpe.data.problems import problems_of
 from detr_irpe.data.transforms import eval_transforms
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/demo_detection.py"

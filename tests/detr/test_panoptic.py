@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_irpe.data.image_problems import segment_image_problems
 from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality, match_segments, panoptic_quality
+from detr_irpe.data.problems import segment_image_problems
 from detr_irpe.data.transforms import eval_transforms
 from detr_irpe.segment_ids import encode_ids
 from tests.helpers.tiny_coco import write_tiny_coco, zip_split

@@ -11,8 +11,8 @@ from pycocotools import mask as coco_mask
 
 from detr_irpe import build_model, export
 from detr_irpe.data.coco import CocoDetection
-from detr_irpe.detector import Detector
 from detr_irpe.drawing import PALETTE, attention_maps, cell_of, draw_objects, font_for, ink_on, side_by_side
+from detr_irpe.load_model import Detector
 from detr_irpe.predict import Truth, centres, class_indices, get_predict_parser, main, read_in_frame
 from irpe_train.errors import BadCheckpoint, BadData, RunError
 from irpe_train.launch import launch
