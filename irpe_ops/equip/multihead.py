@@ -10,6 +10,7 @@ from irpe_ops.attention import rpe_attention
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends.eager import attention_weights
 from irpe_ops.config import RPEConfig
+from irpe_ops.equip.packed_heads import split_heads
 from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe
 
@@ -79,8 +80,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         x = query if self.batch_first else query.transpose(0, 1)  # (B, L, C)
         batch, length, _ = x.shape
         height, width = self.grid.of(length) if self.grid.by_length else (None, None)
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, L, D)
+        q, k, v = split_heads(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         if key_padding_mask is not None and key_padding_mask.is_floating_point():  # as TransformerEncoder makes it

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from irpe_ops.attention import rpe_attention
 from irpe_ops.config import RPEConfig
+from irpe_ops.equip.packed_heads import split_heads
 from irpe_ops.equip.token_grid import HELP, TokenGrid, add_encodings, why_changed
 from irpe_ops.modules import build_rpe
 
@@ -75,7 +76,7 @@ class RPEAttention(nn.Module):
             qkv = self.qkv(x)
             if getattr(self, "q_bias", None) is not None:
                 qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias))
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+            q, k, v = split_heads(qkv, self.num_heads)
         return self.q_norm(q), self.k_norm(k), v
 
     def rotate(self, x: Tensor, rope: Tensor) -> Tensor:

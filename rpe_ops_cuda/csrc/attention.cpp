@@ -35,11 +35,6 @@ at::Tensor as_float_rows(const at::Tensor& x) {
 
 Rows rows_of(const at::Tensor& x) { return {x.data_ptr<float>(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// (B, H, L, D), laid out as (B, L, H, D), so that the projection that follows needs no copy.
-at::Tensor empty_like_output(const at::Tensor& q) {
-  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options().dtype(at::kFloat)).transpose(1, 2);
-}
-
 // An Encoding with the tensors and plans it points to.
 struct Prepared {
   Encoding encoding = {};
@@ -200,7 +195,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
   fill(c, q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, key_padding_mask, attn_mask, seed, scale, dropout_p, false);
   const int64_t matrices = a.batch * a.heads;
   const auto options = q.options().dtype(at::kFloat);
-  at::Tensor out = empty_like_output(q);
+  // Laid out as (B, L, H, D), so that the projection that follows needs no copy.
+  at::Tensor out = at::empty({a.batch, a.length, a.heads, a.head_dim}, options).transpose(1, 2);
   at::Tensor stats = at::empty({keep ? matrices * a.length * 2 : 0}, options);
   at::Tensor probs = at::empty({keep && keep_probs ? matrices * a.length * a.padded + 16 : 0}, options);
   // Room for every bucket, as in the fake kernel, which cannot see the ids.
@@ -219,7 +215,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cpu(
   return {out.to(q.scalar_type()), stats, probs, sums};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
     const at::Tensor& grad_out, const at::Tensor&, const at::Tensor& stats, const at::Tensor& probs, const at::Tensor& sums,
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& table_q, const OptionalTensor& table_k,
     const OptionalTensor& table_v, at::TensorList index_q, at::TensorList index_k, at::TensorList index_v,
@@ -229,21 +225,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   AttentionArgs& a = c.args;
   fill(c, q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, key_padding_mask, attn_mask, seed, scale, dropout_p, true);
   const int64_t matrices = a.batch * a.heads;
-  at::Tensor grad_q = empty_like_output(q), grad_k = empty_like_output(q), grad_v = empty_like_output(q);
+  at::Tensor grad_qkv = at::empty({a.batch, a.length, 3, a.heads, a.head_dim}, q.options().dtype(at::kFloat));
   if (q.numel() > 0) {
     const at::Tensor grad = as_float_rows(grad_out);
     a.grad_out = rows_of(grad);
-    a.grad_q = rows_of(grad_q), a.grad_k = rows_of(grad_k), a.grad_v = rows_of(grad_v);
+    const auto part = [&](int64_t i) { return rows_of(grad_qkv.select(2, i).transpose(1, 2)); };
+    a.grad_q = part(0), a.grad_k = part(1), a.grad_v = part(2);
     a.stats = stats.data_ptr<float>();
     if (probs.numel() > 0) a.probs = probs.data_ptr<float>();
     if (a.on_v.parts) a.sums = sums.data_ptr<float>();
     a.tile = tile_rows(a.length, a.width * 8, 384 << 10);
     in_parallel(a, true, matrices, kernels().attention_backward);
   }
-  const auto type = q.scalar_type();
-  return {grad_q.to(type),
-          grad_k.to(type),
-          grad_v.to(type),
+  return {grad_qkv.to(q.scalar_type()),
           reduced(c.on_q, On::kQueries, table_q, a.batch, a.heads, a.scale),
           reduced(c.on_k, On::kKeys, table_k, a.batch, a.heads, 1),
           reduced(c.on_v, On::kValues, table_v, a.batch, a.heads, 1)};
@@ -260,7 +254,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 TORCH_LIBRARY_FRAGMENT(irpe, m) {
   m.def("attention(" INPUTS ", bool keep, bool keep_probs) -> (Tensor out, Tensor stats, Tensor probs, Tensor sums)");
   m.def("attention_backward(Tensor grad_out, Tensor out, Tensor stats, Tensor probs, Tensor sums, " INPUTS
-        ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_table_q, Tensor grad_table_k, Tensor grad_table_v)");
+        ") -> (Tensor grad_qkv, Tensor grad_table_q, Tensor grad_table_k, Tensor grad_table_v)");
 }
 
 TORCH_LIBRARY_IMPL(irpe, CPU, m) {

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from irpe_ops import equip, get_rpe_config, parse_rpe_spec, rpe_attention
 from irpe_ops.equip.timm_vit import RPEAttention
@@ -300,3 +301,36 @@ def test_a_traced_model_says_how_to_trace_it():
 
     traced = torch.fx.GraphModule(model, Tracer().trace(model))
     close(traced(images(model)), model(images(model)))
+
+
+class Copies(TorchDispatchMode):
+    """Names the copies of the gradients of queries, keys and values together, ``(B, L, 3, H, D)``."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.stack.default, torch.ops.aten.clone.default) and out.dim() == 5:
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "copies"),
+    [("class token", "compiled", []), ("qk_norm", "compiled", ["stack"]), ("class token", "eager", ["stack"])],
+)
+def test_gradients_of_q_k_v_are_copied_once_at_most(name, backend, copies):
+    """timm's backward copies them into one tensor, and then into the order of the linear layer before them."""
+    model = equip(make(name), SPEC, backend=backend)
+    oracles.fill_tables(model, std=5.0)
+    reference = equip(make(name), SPEC, backend="eager").double()
+    reference.load_state_dict(model.state_dict())
+    loss = model(images(model)).square().sum()
+    with Copies() as counted:
+        loss.backward()
+    assert counted.names == copies * len(model.blocks)
+    reference(images(model).double()).square().sum().backward()
+    for (weight, ours), exact in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-4, msg=weight)

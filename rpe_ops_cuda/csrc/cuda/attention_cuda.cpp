@@ -121,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_cuda(
   return {out, log_sums, none, sums};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cuda(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cuda(
     const at::Tensor& grad_out_, const at::Tensor& out, const at::Tensor& log_sums, const at::Tensor&, const at::Tensor& sums_,
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& table_q, const OptionalTensor& table_k,
     const OptionalTensor& table_v, at::TensorList, at::TensorList index_k, at::TensorList,
@@ -131,7 +131,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   Call c;
   AttentionCall& a = c.args;
   fill(c, q, k, v, table_q, table_k, table_v, index_k, key_padding_mask, attn_mask, scale, dropout_p);
-  at::Tensor grad_q = empty_rows(q, kHeadDim), grad_k = empty_rows(q, kHeadDim), grad_v = empty_rows(q, kHeadDim);
+  const at::Tensor grad_qkv = at::empty({a.batch, a.length, 3, a.heads, kHeadDim}, q.options());
   const at::Tensor grad_out = readable(grad_out_), rows = readable(out);
   const at::Tensor sums = table_v.has_value() ? sums_.transpose(1, 2) : at::Tensor();
   const at::Tensor on_q = table_q.has_value() ? empty_rows(q, kMostBuckets) : at::Tensor();
@@ -140,7 +140,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   a.planes = static_cast<int>(std::clamp<int64_t>(kScoreBytes / bytes, 1, std::max<int64_t>(1, q.size(0) * q.size(1))));
   const at::Tensor scores = at::empty({a.planes * bytes / 2}, q.options());
   a.out = heads_of(rows), a.grad_out = heads_of(grad_out), a.log_sums = const_cast<float*>(log_sums.const_data_ptr<float>());
-  a.grad_q = heads_of(grad_q), a.grad_k = heads_of(grad_k), a.grad_v = heads_of(grad_v);
+  const auto part = [&](int64_t i) { return heads_of(grad_qkv.select(2, i).transpose(1, 2)); };
+  a.grad_q = part(0), a.grad_k = part(1), a.grad_v = part(2);
   if (table_q.has_value()) a.grad_lookup_q = heads_of(on_q);
   if (table_v.has_value()) a.sums = heads_of(sums);
   a.grad_lookup_k = heads_of(on_k), a.grad_scores = scores.mutable_data_ptr();
@@ -165,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto as = [](const at::Tensor& grad, const OptionalTensor& table) {
     return table.has_value() ? grad.to(table->scalar_type()) : grad;
   };
-  return {grad_q, grad_k, grad_v, as(of_q, table_q), as(of_k, table_k), as(of_v, table_v)};
+  return {grad_qkv, as(of_q, table_q), as(of_k, table_k), as(of_v, table_v)};
 }
 
 }  // namespace

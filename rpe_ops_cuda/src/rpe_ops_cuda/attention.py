@@ -31,10 +31,9 @@ def _(q, k, v, table_q, table_k, table_v, index_q, index_k, index_v, key_padding
 @torch.library.register_fake("irpe::attention_backward")
 def _(grad_out, out, stats, probs, sums, q, k, v, table_q, table_k, table_v, *rest):
     batch, heads, length, head_dim = q.shape
-    grads = [q.new_empty(batch, length, heads, head_dim).transpose(1, 2) for _ in "qkv"]
     absent = q.new_empty(0, dtype=torch.float32)
     tables = [absent.clone() if t is None else t.new_empty(t.shape) for t in (table_q, table_k, table_v)]
-    return (*grads, *tables)
+    return (q.new_empty(batch, length, 3, heads, head_dim), *tables)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -50,11 +49,12 @@ def _gradients(ctx, grad_out: Tensor | None) -> list[Tensor | None]:
     out, stats, probs, sums, q, k, v, table_q, table_k, table_v, padding, mask, seed, *index = ctx.saved_tensors
     first, second, _ = ctx.parts
     grad_out = torch.zeros_like(q) if grad_out is None else grad_out
-    grads = _ops.attention_backward(
+    grad_qkv, *of_tables = _ops.attention_backward(
         grad_out, out, stats, probs, sums, q, k, v, table_q, table_k, table_v, index[:first],
         index[first : first + second], index[first + second :], padding, mask, seed, *ctx.settings,
     )  # fmt: skip
-    return [None if x is None else grad for grad, x in zip(grads, (q, k, v, table_q, table_k, table_v), strict=True)]
+    tables = zip((table_q, table_k, table_v), of_tables, strict=True)
+    return [*grad_qkv.transpose(1, 3).unbind(2), *(None if table is None else grad for table, grad in tables)]
 
 
 class Attention(torch.autograd.Function):
