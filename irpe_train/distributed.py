@@ -44,7 +44,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
         dist_url: where the processes meet.
         timeout: seconds after which a missing or silent process ends the others.
     Raises:
-        RankLost: not all processes arrived within ``timeout``.
+        RankLost: not all processes arrived within ``timeout``. RunError: the port is taken.
         ValueError: more processes than GPUs on this machine.
     """
     my_rank, world, local_rank = _rank_from_environment()
@@ -73,6 +73,9 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
             raise ValueError(f"--dist_url {dist_url}, MASTER_ADDR, MASTER_PORT: {error}") from error
         except RuntimeError as error:
             STOP.leave_if_asked()
+            if "EADDRINUSE" in str(error):
+                port = f"MASTER_PORT {os.environ.get('MASTER_PORT')}, --dist_url {dist_url}"
+                raise RunError(f"{port}: another program uses this port; choose one that is free") from error
             raise RankLost(
                 f"rank {my_rank} of {world}: the others did not arrive within {timeout:g} s ({first_line(error)}). "
                 "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE."

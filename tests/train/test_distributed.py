@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import socket
 import time
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 
 from irpe_train import distributed
 from irpe_train.checkpoint import read_checkpoint
+from irpe_train.errors import RunError
 from irpe_train.preemption import STOP
 from tests.helpers import tiny_run
 from tests.helpers.processes import run_ranks
@@ -75,6 +77,15 @@ def test_a_rank_that_never_comes_ends_the_other_with_a_message(tmp_path):
     assert waiting.code == 1, waiting.text
     assert "RankLost: rank 0 of 2: the others did not arrive within 1 s" in waiting.text
     assert "MASTER_ADDR" in waiting.text
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=taken.getsockname()[1])
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(RunError, match=rf"MASTER_PORT {place['MASTER_PORT']}.*another program uses this port"):
+            distributed.start(device="cpu")
 
 
 def rank_1_is_silent(args):
