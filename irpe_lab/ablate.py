@@ -70,7 +70,6 @@ class Ablation:
         return [row if row is baseline else dataclasses.replace(row, baseline=baseline) for row in rows.values()]
 
     def _written(self, run: str) -> str:
-        """The run's ``flags.yaml``."""
         return yaml.safe_dump(self.grid.runs[run], sort_keys=False, allow_unicode=True)
 
     def _outcome(self, run: str, seed: int) -> Outcome:
@@ -110,7 +109,6 @@ class Ablation:
             pool.stop()
 
     def write(self) -> list[Path]:
-        """Write the tables and the plot; returns their paths."""
         names = tuple(self.grid.evaluations)
         return tables.write(self.rows(), self.folder, self.grid.task.figure, title=self.grid.name, evaluations=names)
 
@@ -127,7 +125,7 @@ class Ablation:
         return files
 
     def refuse_to_replace(self, logs: Path | None) -> None:
-        """Raises RunError: tables, or files that ``publish`` copies to ``logs``, would replace other files."""
+        """Neither tables, nor the files that ``publish`` copies to ``logs``, may replace other files."""
         tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.runs)
         if logs is not None:
             writable_folder(logs, "--logs")

@@ -56,20 +56,16 @@ class Grid:
     chosen: tuple[str, ...] = ()
 
     def flags(self, run: str) -> list[str]:
-        """A run as a command line, without seed and folder. Raises: ConfigError: an unusable name or value."""
+        """A run as a command line, without seed and folder."""
         return flags_of(self.task.parser(), self.runs[run], f"grid {self.name}: run {run}")
 
 
 def read_grid(
     path: str | Path, extra: dict | None = None, *, seeds: str | None = None, only: str | None = None
 ) -> Grid:
-    """Read a grid file, looked for in the working folder and then among the shipped ones.
+    """Read a grid file, looked for in the working folder and then among the shipped ones, and check all of it.
 
-    Args:
-        extra: flags for all runs, which override the file's.
-        seeds: ``"0,1,2"``, replaces the file's.
-        only: a glob; chooses the runs whose name matches.
-    Raises: ConfigError: no such file, an unknown key, no runs, two runs with the same name, a run that does not parse.
+    Args: extra: flags for all runs; seeds: ``"0,1,2"``; both override the file's. only: a glob of runs to choose.
     """
     source = f"grid {path}"
     path = find_config(path, source=source)
@@ -158,9 +154,7 @@ def _merged(*layers: dict) -> dict:
 
 
 def _parse_all(grid: Grid) -> None:
-    """Raise ConfigError for the first run or evaluation whose flags or encoding would be refused, or whose name is too
-    long for a file.
-    """
+    """Raise ConfigError for the first run or evaluation that would be refused, or whose name is too long for a file."""
     from irpe_ops import parse_rpe_spec  # imports PyTorch
 
     parser = grid.task.parser()

@@ -80,7 +80,7 @@ def rpe_attention(
 def _resolve_encodings(
     q: Tensor, height: int | None, width: int | None, *encodings: Encoding | None
 ) -> tuple[int | None, int | None]:
-    """Check the encodings against q and each other; return the grid they agree on."""
+    """Check the encodings against q and each other. Returns: the grid they agree on."""
     for role, rpe in zip("qkv", encodings, strict=True):
         if rpe is None:
             continue

@@ -123,7 +123,7 @@ def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:
 
 
 def _check_ratio(ratio: float, method: str) -> float:
-    """``ratio`` as a float; ValueError unless it is finite, with at least one bucket per side and no huge table."""
+    """``ratio`` as a float, if it gives at least one bucket per side and no huge table."""
     if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 0 < ratio < math.inf:
         raise ValueError(f"ratio is a positive number, not {ratio!r}")
     size = float(min(ratio, MAX_BUCKETS + 1) if isinstance(ratio, int) else ratio)  # an int may be too large for it

@@ -101,10 +101,7 @@ def _best_device() -> str:
 
 
 def _rows(batch: int | None = None) -> Iterator[list[str]]:
-    """Check and time every candidate at every shape, as in `choice`; print the results and yield CSV rows.
-
-    Args: batch: replaces the shape's own.
-    """
+    """Check and time every candidate at every shape, as in `choice`; print the results and yield CSV rows."""
     device = _best_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for shape, sizes in SHAPES.items():
@@ -130,7 +127,6 @@ def _rows(batch: int | None = None) -> Iterator[list[str]]:
 def _call(
     batch, heads, height, width, skip, head_dim, spec, padded, device, dtype, training, std=0.02
 ) -> AttentionCall:
-    """A call with random inputs, and tables of standard deviation ``std``."""
     generator = torch.Generator().manual_seed(0)
     length = height * width + skip
     packed = torch.randn(batch, length, 3, heads, head_dim, generator=generator).to(device, dtype)

@@ -37,15 +37,8 @@ def is_main() -> bool:
 def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 600.0) -> torch.device:
     """Join the process group if there is one, choose this process's device, and set up the logger.
 
-    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or the variables of ``srun``.
-
-    Args:
-        device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are used as given.
-        dist_url: where the processes meet.
-        timeout: seconds after which a missing or silent process ends the others.
-    Raises:
-        RankLost: not all processes arrived within ``timeout``. RunError: the port is taken.
-        ValueError: more processes than GPUs on this machine.
+    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or the variables of ``srun``. A process that is missing
+    or silent for ``timeout`` seconds ends the others.
     """
     my_rank, world, local_rank = _rank_from_environment()
     set_up_logging(my_rank)
@@ -92,7 +85,7 @@ def end() -> None:
 
 
 def _rank_from_environment() -> tuple[int, int, int]:
-    """Rank, world size and local rank, from the environment. Raises: BadFlags: its variables are inconsistent."""
+    """Rank, world size and local rank."""
     env, place = os.environ, (0, 1, 0)
     with blamed_on("environment (RANK, WORLD_SIZE, ..., which torchrun or srun set; unset them for one process)"):
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -116,11 +109,7 @@ def first_host(node_list: str) -> str:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device ``name``; the CPU, with a note, if CUDA is requested but absent.
-
-    Args: local_rank: which GPU of this machine this process takes; None for a single process.
-    Raises: ValueError: no such device, or more processes than GPUs.
-    """
+    """The device ``name``; the CPU, with a note, if CUDA is requested but absent. A lone process has no rank."""
     if not re.fullmatch(r"cpu(:0)?|cuda(:[1-9]?[0-9])?", name):
         raise ValueError(f"--device {name!r}: expected cuda, cuda:N or cpu")
     device = torch.device(name)

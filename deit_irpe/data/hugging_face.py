@@ -14,8 +14,6 @@ class HuggingFaceImages(LabelledImages):
     """One split of a local folder: Parquet files, or images with metadata; columns ``image`` and ``label``.
 
     A label is a class number or a class name; classes without numbers are in alphabetical order, as in an image folder.
-
-    Raises: ImportError: ``datasets`` is not installed. ValueError: no such split, other columns, or a wrong label.
     """
 
     def __init__(self, root: Path, train: bool, transform=None):
@@ -59,10 +57,7 @@ def _explained(root: Path):
 
 
 def _refuse_other_names(files: list[str], names: list[str] | None) -> None:
-    """``datasets`` takes the names of the classes from one file, and applies them to the numbers in all others.
-
-    Raises: ValueError: one of the ``files`` has names of its own.
-    """
+    """``datasets`` takes the names of the classes from one file, and applies them to the numbers in all others."""
     from datasets import Features
     from pyarrow import ArrowInvalid, ipc, parquet
 
@@ -76,10 +71,7 @@ def _refuse_other_names(files: list[str], names: list[str] | None) -> None:
 
 
 def _refuse_mixed_folders(folders: set[Path], root: Path) -> None:
-    """``datasets`` takes the last folder of a path as the class, and any called ``train`` or ``val`` as a split.
-
-    Raises: ValueError: the ``folders`` of one split do not have the same parent.
-    """
+    """``datasets`` takes the last folder of a path as the class, and any called ``train`` or ``val`` as a split."""
     above = sorted({folder.parent for folder in folders})
     if len(above) > 1:
         instead = "Leave out --data-set HFDS: class folders are then read as they are"

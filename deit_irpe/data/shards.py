@@ -26,7 +26,6 @@ class ShardImages(LabelledImages):
 
     Args: root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, with ``train`` or ``val`` as
         a word of the name, and perhaps ``classes.txt``, the names of the classes in order.
-    Raises: FileNotFoundError, ValueError: no shards, a damaged one, or a sample without an image or class.
     """
 
     def __init__(self, root: Path, train: bool, transform=None):
@@ -67,7 +66,7 @@ class ShardImages(LabelledImages):
 
 
 def class_list(file: Path) -> list[str]:
-    """The names of the classes, one per line, in order. Raises: ValueError: two are equal, or one is empty."""
+    """The names of the classes, one per line, in order."""
     try:
         names = [line.strip() for line in read_text(file, errors="strict").rstrip().split("\n")]
     except UnicodeDecodeError as error:
@@ -81,10 +80,7 @@ def class_list(file: Path) -> list[str]:
 
 
 def _split_of(file: Path) -> bool | None:
-    """True for a shard of training, False for one of validation, None for another file.
-
-    Raises: ValueError: the name says both, says it inside a word (``retrieval``), or the shard is compressed.
-    """
+    """True for a shard of training, False for one of validation, None for another file; it may not be unclear."""
     name = file.name.lower()
     if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or is_hidden([name]):
         return None
