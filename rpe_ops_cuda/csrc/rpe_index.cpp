@@ -5,6 +5,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gather.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -61,6 +62,9 @@ at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& 
   return x;
 }
 
+// For fp64, which PyTorch's own operators serve.
+at::Tensor expanded(const at::Tensor& index, at::IntArrayRef sizes) { return index.to(at::kLong).expand(sizes); }
+
 at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
   check_rpe_index(input_, index);
   const int64_t buckets = input_.size(3), cols = index.size(1);
@@ -68,6 +72,7 @@ at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
   if (index.numel() == 0) return out;
   const auto plan = plan_for(index, buckets, "rpe_index");
   if (out.numel() == 0) return out;
+  if (input_.scalar_type() == at::kDouble) return at::gather_out(out, input_, 3, expanded(index, out.sizes()));
   const at::Tensor input = input_.contiguous();
   const int64_t rows = out.numel() / cols;
   const Kernels& isa = kernels();
@@ -75,16 +80,9 @@ at::Tensor rpe_index_cpu(const at::Tensor& input_, const at::Tensor& index) {
     if (input.element_size() == 4) {
       isa.lookup_32(plan->view, static_cast<const uint32_t*>(input.const_data_ptr()),
                     static_cast<uint32_t*>(out.data_ptr()), begin, end, buckets);
-    } else if (input.element_size() == 2) {
+    } else {
       isa.lookup_16(plan->view, static_cast<const uint16_t*>(input.const_data_ptr()),
                     static_cast<uint16_t*>(out.data_ptr()), begin, end, buckets);
-    } else {
-      const double* table = input.const_data_ptr<double>();
-      double* dest = out.data_ptr<double>();
-      for (int64_t row = begin; row < end; ++row) {
-        const uint16_t* ids = plan->view.ids + row % plan->view.rows * cols;
-        for (int64_t j = 0; j < cols; ++j) dest[row * cols + j] = table[row * buckets + ids[j]];
-      }
     }
   });
   return out;
@@ -114,31 +112,20 @@ at::Tensor rpe_index_adjoint_cpu(const at::Tensor& grad_, const at::Tensor& inde
   if (index.numel() == 0) return at::zeros(sizes, grad_.options());
   const auto plan = plan_for(index, buckets, "rpe_index_adjoint");
   if (grad_.numel() == 0) return at::zeros(sizes, grad_.options());
+  if (grad_.scalar_type() == at::kDouble)
+    return at::zeros(sizes, grad_.options()).scatter_add_(3, expanded(index, grad_.sizes()), grad_);
   const at::Tensor grad = grad_.contiguous();
-  const int64_t rows = grad.numel() / cols;
-  if (grad.scalar_type() != at::kDouble) {
-    at::Tensor out = at::empty(sizes, grad.options());
-    if (grad.scalar_type() == at::kFloat) {
-      const Kernels& isa = kernels();
-      at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
-        isa.bucket_sums(plan->view, grad.const_data_ptr<float>(), out.data_ptr<float>(), begin, end, buckets);
-      });
-    } else if (grad.scalar_type() == at::kBFloat16) {
-      sum_halves<at::BFloat16>(plan->view, grad, out, buckets);
-    } else {
-      sum_halves<at::Half>(plan->view, grad, out, buckets);
-    }
-    return out;
+  at::Tensor out = at::empty(sizes, grad.options());
+  if (grad.scalar_type() == at::kFloat) {
+    const Kernels& isa = kernels();
+    at::parallel_for(0, grad.numel() / cols, grain(cols), [&](int64_t begin, int64_t end) {
+      isa.bucket_sums(plan->view, grad.const_data_ptr<float>(), out.data_ptr<float>(), begin, end, buckets);
+    });
+  } else if (grad.scalar_type() == at::kBFloat16) {
+    sum_halves<at::BFloat16>(plan->view, grad, out, buckets);
+  } else {
+    sum_halves<at::Half>(plan->view, grad, out, buckets);
   }
-  at::Tensor out = at::zeros(sizes, grad.options());
-  const double* from = grad.const_data_ptr<double>();
-  double* into = out.data_ptr<double>();
-  at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const uint16_t* ids = plan->view.ids + row % plan->view.rows * cols;
-      for (int64_t j = 0; j < cols; ++j) into[row * buckets + ids[j]] += from[row * cols + j];
-    }
-  });
   return out;
 }
 
