@@ -147,8 +147,8 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation says that the image is stored rotated. Unreadable metadata count as not rotated."""
-    return _orientation(image) != 1
+    """Whether the EXIF orientation says that the image is stored rotated; 0 (unknown) and unreadable ones do not."""
+    return _orientation(image) in range(2, 9)
 
 
 def _orientation(image: Image.Image) -> int:
