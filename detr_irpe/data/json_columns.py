@@ -35,11 +35,20 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f'no annotation file {path}. See README, "Data", for the expected layout.')
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(f"{path}: not a COCO annotation file (no list 'images' in it)")
+    return content
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """A JSON object. Raises ValueError: it has two values of one name, of which Python would keep the last."""
+    content = dict(pairs)
+    for name, value in pairs if len(content) < len(pairs) else ():
+        if content[name] != value:
+            raise ValueError(f"two values of {name!r} in one object: keep one")
     return content
 
 

@@ -105,6 +105,20 @@ def test_what_is_not_an_annotation_file_is_refused(tmp_path, content):
         Annotations(path)
 
 
+def test_two_values_of_one_name_are_refused_and_the_same_one_twice_is_read(tmp_path):
+    root = write_tiny_coco(tmp_path)
+    path = root / "annotations/instances_train2017.json"
+    whole = path.read_text()
+    for text in (whole[:-1] + ', "annotations": []}', whole.replace('"iscrowd": 0', '"iscrowd": 0, "iscrowd": 1', 1)):
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"instances_train2017.json: .*two values of '(annotations|iscrowd)' in one"
+        ):
+            Annotations(path)
+    path.write_text(whole.replace('"iscrowd": 0', '"iscrowd": 0, "iscrowd": 0'))
+    assert len(read(root).ids)
+
+
 def test_ids_as_text_numbers_and_a_byte_order_mark_change_nothing(tmp_path):
     plain = read(write_tiny_coco(tmp_path / "a"))
     root = write_tiny_coco(tmp_path / "b")
