@@ -121,7 +121,7 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
     """All runs by name, each with the flags of the config, of the grid, its own, and those of ``--set``."""
     common = _mapping(raw, "flags", source)
     singles = [(str(name), flags) for name, flags in _mapping(raw, "runs", source).items()]
-    runs, taken = {}, set()
+    runs, taken, same = {}, set(), {}
     for name, flags in [*_product(_mapping(raw, "grid", source), source), *singles]:
         if not isinstance(flags, dict | None):
             raise ConfigError(f"{source}: runs: {name}: expected its flags, {{epochs: 3}}; got {flags!r:.80}")
@@ -133,6 +133,8 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
         for added in (common, flags or {}, extra):
             _refuse_odd_names(added, f"{source}: {name}")
         runs[name] = _merged(base, common, flags or {}, extra)
+        if (first := same.setdefault(repr(runs[name]), name)) != name:
+            raise ConfigError(f"{source}: {name}: the same flags as {first}; does --set override what they vary?")
     if not runs:
         raise ConfigError(f"{source}: neither 'grid' nor 'runs' names a run")
     return runs

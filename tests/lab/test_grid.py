@@ -188,6 +188,11 @@ def test_only_chooses_runs_and_keeps_the_others_for_the_table(tmp_path):
         read_grid(grid, only="x")
 
 
+def test_runs_that_would_train_the_same_thing_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rpe-1.9-product-ctx-1-k: the same flags as none; does --set override"):
+        read_grid(written(tmp_path, GRID), {"rpe": "none"})
+
+
 @pytest.mark.parametrize("name", ["iRPE k", "iRPE_k", "50"])
 def test_a_run_is_named_as_written_or_as_its_folder(tmp_path, name):
     text = GRID.replace("published: {rpe-1.9-product-ctx-1-k", f"baseline: {name}\npublished: {{{name}")
