@@ -96,9 +96,8 @@ class Expected:
                 raise FileNotFoundError(f"--expect: the card would name {path}, which does not exist")
         self.row = choose(wanted, [self.checkpoint.stem if self.checkpoint else "", name])
         if figure not in (published := read_zoo().find(self.row).expect):
-            raise ValueError(
-                f"--expect {self.row}: its figures are {', '.join(published)}; this evaluation measures {figure}"
-            )
+            figures = f"its figures are {', '.join(published)}; this evaluation measures {figure}"
+            raise ValueError(f"--expect {self.row}: {figures}")
 
     def meet(self, measured: Mapping[str, float], output_dir: str | Path) -> int:
         """Print the card; with ``output_dir``, save it as ``card.json`` and ``.md``. Returns: 1 if a figure failed."""

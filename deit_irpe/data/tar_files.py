@@ -88,9 +88,8 @@ class TarImages(LabelledImages):
             elif path[-1].lower().endswith(IMG_EXTENSIONS):
                 images.append((path, place, size))
             elif PurePosixPath(path[-1]).suffix.lower() in PACKED:
-                raise ValueError(
-                    f"{file}: {'/'.join(path)}: images packed in it are not read; pack files or plain .tar"
-                )
+                packed = "images packed in it are not read; pack files or plain .tar"
+                raise ValueError(f"{file}: {'/'.join(path)}: {packed}")
             else:
                 unread.append(path[-1])
         report_hidden(file, hidden)
