@@ -28,7 +28,9 @@ def _label_and_pixels(images: Dataset, index: int) -> tuple[int, bytes]:
 
 
 def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str], Counter[bytes]]:
-    """Readable images of each class, why the others are unreadable, and how often each picture occurs."""
+    """Decode every image. Returns: readable images of each class, why the others are unreadable, and how often each
+    picture occurs, by a hash of its pixels.
+    """
     counts, reasons, pictures = [0] * len(images.classes), [], Counter()
     for found, reason in try_all(partial(_label_and_pixels, images), range(len(images)), num_workers):
         if reason:

@@ -21,9 +21,10 @@ MOST_NAMES, MOST_NUMBERS = 60, 15  # with more classes, names and counts do not 
 def write_confusion(counts: Tensor, classes: list[str], folder: Path) -> list[Path]:
     """Write ``eval_confusion.csv``, ``eval_classes.csv`` and ``eval_confusion.png``.
 
-    Files of these names that another program wrote are renamed.
-
-    Args: counts: ``(C, C)`` integers: images of the row's class predicted as the column's class.
+    Args:
+        folder: an existing one. Files of these names that another program wrote are renamed.
+        counts: ``(C, C)`` integers: images of the row's class predicted as the column's class.
+    Returns: the files.
     """
     files = matrix, table, picture = [
         folder / f"eval_{name}" for name in ("confusion.csv", "classes.csv", "confusion.png")
@@ -45,7 +46,10 @@ def _write_table(file: Path, rows: Iterable[Sequence]) -> None:
 
 
 def class_rows(counts: Tensor, classes: list[str]) -> list[tuple]:
-    """For each class: images, correct ones, recall in percent; how often it was predicted, and precision in percent."""
+    """For each class: images, correct ones, recall in percent; how often it was predicted, and precision in percent.
+
+    Percentages of zero images are empty.
+    """
     rows = []
     for index, name in enumerate(classes):
         images, right, predicted = int(counts[index].sum()), int(counts[index, index]), int(counts[:, index].sum())

@@ -60,7 +60,7 @@ def convert(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Convert a file and write it, with the flags that build its model."""
+    """Convert a file and write it, with the flags that build its model. Raises RunError: the file exists already."""
     refuse_existing(args.out, "OURS.pth")
     checkpoint = read_checkpoint(args.source)
     stored = model_weights(checkpoint, source=args.source, key=args.key)

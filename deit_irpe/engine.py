@@ -35,6 +35,7 @@ def train_one_epoch(
         criterion: loss of (images, outputs, targets).
         mixup: (images, targets) to mixed images and soft targets ``(B, C)``.
         max_norm: gradients are clipped to this norm.
+        ema: the moving average of the weights.
         train_mode: False trains without dropout and stochastic depth, as the published code does with ``--finetune``.
     Returns: means over the epoch's iterations: ``lr`` of the first parameter group, ``loss``.
     """

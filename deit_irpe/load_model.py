@@ -38,7 +38,7 @@ class Classifier:
     """
 
     def __init__(self, source: str, device: torch.device, **flags):
-        """``flags``: see ``load_model``; an ONNX file needs none."""
+        """Args: flags: see ``load_model``; an ONNX file needs none."""
         self.source, self.device = source, device
         if Path(source).suffix.lower() == ".onnx":
             if any(flags.values()):
@@ -130,7 +130,7 @@ def _stored_flags(checkpoint: dict, *, source: str) -> dict:
 
 
 def stored_size(size: object, *, source: str) -> tuple[int, int]:
-    """The ``input_size`` of a checkpoint or exported file, as `image_size` gives it."""
+    """The ``input_size`` of a checkpoint or exported file, as `image_size` gives it. Raises: BadCheckpoint."""
     try:
         sides = image_size(image_size_text(str(size)))
     except (argparse.ArgumentTypeError, ValueError) as error:
@@ -169,7 +169,10 @@ def class_names(count: int) -> list[str]:
 
 
 def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], tuple[int, int]]:
-    """An exported classifier: a function from images to logits, its classes, and the height and width of its images."""
+    """An exported classifier: a function from images to logits, its classes, and the height and width of its images.
+
+    Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``deit_irpe.export`` did not write the file.
+    """
     with read_onnx(path, "classifier that deit_irpe.export wrote") as exported:
         metadata = {key: json.loads(value) for key, value in exported.metadata.items()}
         classes = stored_classes(metadata, source=str(path))

@@ -34,7 +34,10 @@ from irpe_train.metrics import count_parameters
 
 
 def macs(model: VisionTransformer) -> int:
-    """Multiply-accumulates for one image at the model's own input size. Raises ValueError: no rule for this model."""
+    """Multiply-accumulates for one image at the model's own input size, by the rule above.
+
+    Raises: ValueError: the rule does not cover this model.
+    """
     try:
         return _macs(model)
     except AttributeError as error:

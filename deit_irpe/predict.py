@@ -51,13 +51,17 @@ def attention_calls(model: VisionTransformer, images: Tensor) -> list[AttentionC
 
 
 def attention_maps(call: AttentionCall, row: int, col: int) -> Tensor:
-    """The attention weights of the patch at (row, col) on all patches, ``(heads, height, width)``."""
+    """The attention weights of the patch at (row, col) on all patches.
+
+    Returns: ``(heads, height, width)``; these and the weights on the leading tokens sum to one.
+    """
     return _from_patch(attention_weights(call), call, row, col)
 
 
 def encoding_maps(calls: Sequence[AttentionCall], row: int, col: int) -> dict[str, Tensor]:
-    """What each encoding on queries or keys adds to the scores of the patch at (row, col): ``(heads or 1, height,
-    width)`` by the name of the module.
+    """What each encoding on queries or keys adds to the scores of the patch at (row, col); empty without any.
+
+    Returns: ``(heads or 1, height, width)`` by the name of the module.
     """
     found = {}
     for number, call in enumerate(calls):
@@ -171,7 +175,10 @@ def points_of(model: torch.nn.Module, asked: Sequence[tuple[int, int]]) -> list[
 def draw_attention(
     seen: Image.Image, calls: Sequence[AttentionCall], point: tuple[int, int], name: str, out: OutputFolder
 ) -> None:
-    """Save a patch's attention over what the model sees, and what encodings of keys and queries add to its scores."""
+    """Save a patch's attention over the image, and what the encodings of keys and queries add to its scores.
+
+    Args: seen: what the model sees of the image; calls: from `attention_calls`.
+    """
     row, col = point
     height, width, heads = calls[-1].height, calls[-1].width, attention_maps(calls[-1], row, col)
     maps = {"mean of the heads": heads.mean(0)} | {f"head {number}": one for number, one in enumerate(heads)}

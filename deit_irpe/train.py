@@ -144,7 +144,7 @@ def evaluate_only(
 def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, val_set: Dataset) -> list[str]:
     """The classes in the order of the head: the training data's, or without them the checkpoint's.
 
-    The labels of ``val_set`` are renumbered if its order differs.
+    The labels of ``val_set`` are renumbered if its order differs. Raises: ValueError: different classes.
     """
     stored = stored_classes(checkpoint.contents, source=checkpoint.source) if checkpoint is not None else None
     if train_set is None:

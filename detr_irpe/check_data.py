@@ -31,7 +31,10 @@ def tell(found: Found) -> list[str]:
 def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, max_bad: float = 0.001) -> None:
     """Stop if the data cannot be trained on; warn about other problems.
 
-    Args: sets: the validation set, then the training set if there is one. num_classes, max_bad: see ``problems_of``.
+    Args:
+        sets: the validation set, then the training set if there is one.
+        num_classes, max_bad: as for ``problems_of``.
+    Raises: ValueError: what is wrong, how often, and where first.
     """
     found = []
     for dataset, train in zip(sets, (False, True), strict=False):
@@ -46,6 +49,7 @@ def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, 
 
 
 def summary_of(dataset: CocoDetection | CocoPanoptic) -> str:
+    """One line of counts."""
     if isinstance(dataset, CocoPanoptic):
         empty, objects = "", f"{len(dataset.labels):,} segments"
     else:

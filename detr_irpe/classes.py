@@ -57,7 +57,7 @@ def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str
 def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
     """Log how the classes of a checkpoint differ from those of the data it is evaluated on.
 
-    The same names under other ids are an error: correct predictions would count as wrong.
+    Raises: BadCheckpoint: the same names have other ids, so that correct predictions would count as wrong.
     """
     if not trained:
         logger.info(f"checkpoint {source} does not name its classes, so nothing checks that its ids mean the same here")
@@ -78,7 +78,10 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
 def compare_for_resume(
     trained: Mapping[int, str], here: Mapping[int, str], *, source: str, same_run: bool = True
 ) -> None:
-    """Refuse to continue a run with other classes than it started with; if it is not the ``same_run``, only warn."""
+    """Raises BadCheckpoint: a run would continue with other classes than it started with.
+
+    Args: same_run: it is the same run; otherwise other categories are only a warning.
+    """
     other = differences(trained, here) + [f"{i} {name!r} is there only" for i, name in trained.items() if i not in here]
     if trained and other:
         how = f"{'; '.join(other[:5])}. Start a new run from it with --finetune."

@@ -88,7 +88,10 @@ def cell_of(point: tuple[float, float], size: tuple[int, int], height: int, widt
 
 @torch.no_grad()
 def attention_maps(layer: torch.nn.Module, inputs: tuple, token: int) -> dict[str, Tensor]:
-    """The attention of one token in an ``RPESelfAttention`` called with ``inputs``, ``(height, width)`` by head."""
+    """The attention of one token in an encoder layer, ``(height, width)`` each: the mean of the heads, and each head.
+
+    Args: layer: an ``RPESelfAttention``; inputs: the arguments of its call.
+    """
     query_key, _, mask = inputs
     weights = layer.weights(query_key, mask)[0, :, token].unflatten(-1, mask.shape[1:])
     return {"mean of heads": weights.mean(0)} | {f"head {head}": values for head, values in enumerate(weights)}

@@ -24,6 +24,7 @@ def train_one_epoch(
     """Train for the rest of the epoch that ``steps`` is in.
 
     Args:
+        model: from ``distributed.wrap``.
         criterion: (outputs, targets) -> losses by name; ``criterion.weight_dict`` weights them.
         max_norm: largest norm of the gradient; 0 does not clip.
     Returns: means over the epoch, in the published order: ``lr, class_error, loss``, weighted losses, unweighted ones.

@@ -105,7 +105,10 @@ def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argpars
 
 
 def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:
-    """An exported detector, called like a DETR with one image; the flags that prediction needs; the categories."""
+    """An exported detector, called like a DETR with one image; the flags that prediction needs; the categories.
+
+    Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``detr_irpe.export`` did not write the file.
+    """
     with read_onnx(path, "detector that detr_irpe.export wrote") as exported:
         categories = {int(i): str(name) for i, name in json.loads(exported.metadata["categories"]).items()}
         image_size = int(exported.metadata["image_size"])

@@ -25,7 +25,10 @@ class NestedTensor:
 
     @classmethod
     def from_images(cls, images: Sequence[Tensor] | Tensor) -> "NestedTensor":
-        """Pad images ``(C, h, w)``, also ``(B, C, h, w)``, at the bottom and right to the largest height and width."""
+        """Pad images ``(C, h, w)`` at the bottom and right, to the largest height and the largest width among them.
+
+        Args: images: a list of them, or images of one size as ``(B, C, h, w)``.
+        """
         if len({image.shape[:-2] for image in images}) != 1 or images[0].ndim != 3:
             shapes = [tuple(image.shape) for image in images]
             raise ValueError(f"a batch is one or more images (C, h, w) with the same C; got shapes {shapes}.")
@@ -40,13 +43,15 @@ class NestedTensor:
         return cls(tensors, mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "NestedTensor":
+        """Both tensors on ``device``."""
         return NestedTensor(*(t.to(device, non_blocking=non_blocking) for t in self.decompose()))
 
     def pin_memory(self) -> "NestedTensor":
-        """A ``DataLoader(pin_memory=True)`` calls this."""
+        """Both tensors in page-locked memory; a ``DataLoader(pin_memory=True)`` calls this."""
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
 
     def decompose(self) -> tuple[Tensor, Tensor]:
+        """``(tensors, mask)``."""
         return self.tensors, self.mask
 
     def __repr__(self) -> str:

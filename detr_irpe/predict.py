@@ -97,7 +97,8 @@ def main(args: argparse.Namespace) -> None:
 def read_in_frame(path: Path, annotated: Sequence[int] | None) -> tuple[Image.Image, str]:
     """An RGB image, and which frame its pixels are in: ``displayed``, as a person sees it, or ``stored``.
 
-    ``annotated``: height and width in its annotations, 0 if they do not say; None without annotations.
+    Args: annotated: height and width in its annotations, 0 if they do not say; None without annotations.
+    Raises: OSError: it cannot be read; the message names it.
     """
     stored = read_image(path)
     if not is_turned(stored):
@@ -119,7 +120,10 @@ class Truth:
                 logger.warning(str(problem))
 
     def number_of(self, path: Path) -> int:
-        """The index of a file's image: whose name, with folders, ends its path, or the only one of that name."""
+        """The index of a file's image: the one whose name, with folders, ends its path, or the only one of that name.
+
+        Raises: ValueError: there is none, or more than one.
+        """
         for place in (os.path.abspath(path), os.path.realpath(path)):  # a link or its target may have the name
             whole = normalize("NFC", place)  # macOS decomposes accents
             if fitting := [i for i, name in enumerate(self.files) if whole.endswith("/" + name)]:
@@ -157,6 +161,7 @@ def class_indices(category_ids: Sequence[int], names: dict[int, str]) -> list[in
 def draw_attention(
     image: Image.Image, layer: nn.Module, inputs: tuple, points: Sequence[tuple[float, float]], name: str, path: Path
 ) -> None:
+    """Save the attention of an encoder layer, called with ``inputs``, at ``points``."""
     grid = inputs[2].shape[1:]
     maps = [attention_maps(layer, inputs, cell_of(point, image.size, *grid)) for point in points]
     title = f"{name}: attention of each point in the last encoder layer ({grid[0]} x {grid[1]})"

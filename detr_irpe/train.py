@@ -176,7 +176,7 @@ def refuse_to_replace(file: Path) -> None:
 
 
 def write_eval(output_dir: str, curves: dict | None, names: tuple[str, ...]) -> None:
-    """Write the scorer's curves, which only the main process has, under each of ``names``."""
+    """Write the scorer's curves under each of ``names``, on the main process, if there is an output folder."""
     if output_dir and curves is not None:
         for name in names:
             write_checkpoint(curves, Path(output_dir) / name)

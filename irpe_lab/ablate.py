@@ -109,6 +109,7 @@ class Ablation:
             pool.stop()
 
     def write(self) -> list[Path]:
+        """Write the tables and the plot; returns their paths."""
         names = tuple(self.grid.evaluations)
         return tables.write(self.rows(), self.folder, self.grid.task.figure, title=self.grid.name, evaluations=names)
 
@@ -125,7 +126,7 @@ class Ablation:
         return files
 
     def refuse_to_replace(self, logs: Path | None) -> None:
-        """Neither tables, nor the files that ``publish`` copies to ``logs``, may replace other files."""
+        """Raises RunError: tables, or files that ``publish`` copies to ``logs``, would replace other files."""
         tables.refuse_to_replace(self.folder, tables.NAMES, self.grid.runs)
         if logs is not None:
             writable_folder(logs, "--logs")

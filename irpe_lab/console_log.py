@@ -20,6 +20,7 @@ def read_log(run: str | Path) -> list[dict]:
     """The epochs of a run, in order; if one occurs twice, the last counts, as in ``read_detail``.
 
     Args: run: a ``log.txt``, or the folder that has one.
+    Raises: BadData: no such file, no epochs, or a line (named by number) that is not a JSON object with ``epoch``.
     """
     path = Path(run)
     path = path / "log.txt" if path.is_dir() else path

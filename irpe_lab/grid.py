@@ -56,16 +56,20 @@ class Grid:
     chosen: tuple[str, ...] = ()
 
     def flags(self, run: str) -> list[str]:
-        """A run as a command line, without seed and folder."""
+        """A run as a command line, without seed and folder. Raises: ConfigError: an unusable name or value."""
         return flags_of(self.task.parser(), self.runs[run], f"grid {self.name}: run {run}")
 
 
 def read_grid(
     path: str | Path, extra: dict | None = None, *, seeds: str | None = None, only: str | None = None
 ) -> Grid:
-    """Read a grid file, looked for in the working folder and then among the shipped ones, and check all of it.
+    """Read a grid file, looked for in the working folder and then among the shipped ones.
 
-    Args: extra: flags for all runs; seeds: ``"0,1,2"``; both override the file's. only: a glob of runs to choose.
+    Args:
+        extra: flags for all runs, which override the file's.
+        seeds: ``"0,1,2"``, replaces the file's.
+        only: a glob; chooses the runs whose name matches.
+    Raises: ConfigError: no such file, an unknown key, no runs, two runs with the same name, a run that does not parse.
     """
     source = f"grid {path}"
     path = find_config(path, source=source)

@@ -45,6 +45,7 @@ def prepare(
         then: evaluations by name, to be run after ``command``. If they have changed, or the output of one is gone, a
             finished run starts again: it resumes at its end, and evaluates.
         keep: a finished run stays finished.
+    Raises: RunError: the folder has results of another run.
     """
     job, written = folder / "job.json", folder / "flags.yaml"
     known, wanted = read_json(job), {"command": command, "then": then or {}}
@@ -71,6 +72,7 @@ def same_flags(written: Path, flags: str) -> bool:
 
 
 def in_folder(command: list[str], folder: Path) -> list[str]:
+    """``command`` with the folder in place of `FOLDER`."""
     return [word.replace(FOLDER, str(folder)) for word in command]
 
 
@@ -135,6 +137,7 @@ def work(folder: Path) -> int:
 
 
 def evaluation_log(folder: Path, name: str) -> Path:
+    """Where the console output of the evaluation ``name`` goes."""
     return folder / f"eval_{slug(name)}.log"
 
 
@@ -183,6 +186,7 @@ class LocalPool:
         self._workers[slot] = worker, folder
 
     def working(self) -> set[Path]:
+        """The folders being worked on."""
         self._workers = {slot: entry for slot, entry in self._workers.items() if entry[0].poll() is None}
         return {folder for _, folder in self._workers.values()}
 
@@ -197,7 +201,7 @@ class LocalPool:
 class SlurmPool:
     """SLURM jobs through submitit, one per run; they continue after this runner ends, and are found again by job id.
 
-    Args: options: submitit's parameters, and ``cluster``.
+    Args: options: submitit's parameters, and ``cluster``. Raises: BadFlags: submitit refuses one.
     """
 
     poll_seconds = 20.0

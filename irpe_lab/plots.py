@@ -40,6 +40,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     their mean, in a band from lowest to highest.
 
     Args: out: also save it here, in the format of the suffix (.png at `DPI`, .pdf, .svg).
+    Returns: the figure; the titles of its axes are those of the panels that have data.
     """
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D

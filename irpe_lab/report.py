@@ -56,7 +56,10 @@ class Run:
 
 
 def find_runs(folder: Path) -> dict[str, Run]:
-    """The runs in ``folder`` by name: ``log_<name>.txt``, or if missing ``detail_<name>.log``."""
+    """The runs in ``folder`` by name: ``log_<name>.txt``, or if missing ``detail_<name>.log``.
+
+    Raises: BadData: a malformed log (names file and line).
+    """
     runs = {path.stem.removeprefix("log_"): (path, read_log(path)) for path in sorted(folder.glob("log_*.txt"))}
     for path in sorted(folder.glob("detail_*.log")):
         if (name := path.stem.removeprefix("detail_")) not in runs and path.is_file():
@@ -137,6 +140,7 @@ class Report:
         return markdown(["run", "flags", "epochs", "parameters", "last figure"], body) if body else ""
 
     def markdown(self) -> str:
+        """The whole page."""
         parts = [
             f'{TITLE}; do not edit. "Published" is what the '
             f'authors printed ({self.zoo.source}); "here" was measured by this repository, and links to its '
@@ -204,7 +208,10 @@ def to_html(text: str, pictures: dict[str, Path]) -> str:
 
 
 def write_page(report: Report) -> list[Path]:
-    """Write the page and its HTML twin, unless one would replace a file that is not ours."""
+    """Write the page and its HTML twin; returns their paths.
+
+    Raises: RunError: one of them would replace a file that is not ours.
+    """
     page, twin = report.page, report.page.parent / f"{report.page.stem}.html"
     if page == twin:
         raise RunError(f"report: -o {page}: HTML is written beside the page; name the page, {page.with_suffix('.md')}")

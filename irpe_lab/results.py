@@ -94,12 +94,12 @@ class Row:
 
     @property
     def epochs(self) -> int:
-        """Logged so far, over all seeds."""
+        """Epochs logged so far, over all seeds."""
         return sum(one.epochs for one in self.outcomes.values())
 
     @property
     def model(self) -> dict:
-        """What they wrote about their model; the same for all seeds."""
+        """What the runs wrote about their model; the same for all seeds."""
         return next((one.model for one in self.outcomes.values() if one.model), {})
 
     def median(self, name: str) -> float | None:

@@ -72,6 +72,7 @@ def difference(values: Sequence[float], figure: Figure) -> str:
 
 
 def duration(seconds: float) -> str:
+    """``h:mm:ss``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
@@ -100,7 +101,7 @@ def _escape(text: str) -> str:
 
 
 def refuse_to_replace(folder: Path, names: Iterable[str], runs: Iterable[str]) -> None:
-    """Raises RunError: one of the files exists, and no table.csv there shows that it belongs to ``runs``."""
+    """Raises RunError: one of the files exists, and no table.csv in ``folder`` shows that it belongs to ``runs``."""
     table = folder / NAMES[0]
     header, *lines = read_text(table).splitlines() or [""] if table.is_file() else [""]
     ours = header.startswith("run,flags,") and not {line.partition(",")[0] for line in lines}.isdisjoint(runs)

@@ -41,7 +41,10 @@ def coefficients(ratio: float) -> tuple[float, float, float]:
 
 
 def whole_number(name: str, value: object, least: int) -> int:
-    """``value`` as an int of at least ``least``, also NumPy's, or a size that is being traced."""
+    """``value`` as an int, also NumPy's, or a size that is being traced.
+
+    Raises: ValueError: naming ``name``, if it is not one, or below ``least``.
+    """
     number = value
     if not isinstance(value, (int, torch.SymInt)):
         with contextlib.suppress(TypeError):
@@ -52,6 +55,7 @@ def whole_number(name: str, value: object, least: int) -> int:
 
 
 def check_coefficients(alpha: float, beta: float, gamma: float) -> None:
+    """Raises: ValueError: unless ``0 < alpha < beta < gamma``."""
     if not 0 < alpha < beta < gamma:
         raise ValueError(
             f"piecewise index: expected 0 < alpha < beta < gamma, got alpha={alpha}, beta={beta}, gamma={gamma}; "
@@ -78,6 +82,7 @@ class BucketMap(NamedTuple):
 
 
 def one_signed_axis(beta: int) -> int:
+    """The number of buckets of a signed distance."""
     return 2 * beta + 1
 
 
@@ -147,7 +152,7 @@ def _origin(function: Callable) -> tuple[str, str]:
 
 
 def find_method(name: object) -> str:
-    """``name`` in lower case, if there is such a method."""
+    """``name`` in lower case. Raises: ValueError: no such method, or no such module in ``IRPE_PLUGINS``."""
     import_plugins()
     method = name.lower() if isinstance(name, str) else None
     if method not in METHODS:
@@ -163,7 +168,7 @@ def maps_of(method: str) -> dict[str, BucketMap]:
 
 
 def find_map(name: object) -> str:
-    """``name`` in lower case, if it names a single map."""
+    """``name`` in lower case. Raises: ValueError: unless it names a single map."""
     wanted = name.lower() if isinstance(name, str) else None
     if wanted not in _map_names() and wanted not in METHODS:
         import_plugins()
@@ -189,7 +194,7 @@ def _map_names() -> list[str]:
 
 
 def import_plugins() -> None:
-    """Import the modules that ``IRPE_PLUGINS`` names."""
+    """Import the modules that ``IRPE_PLUGINS`` names. Raises: ValueError: there is no such module."""
     names = (part.strip().removesuffix(".py") for part in os.environ.get("IRPE_PLUGINS", "").split(","))
     for module in filter(None, names):
         if os.getcwd() not in sys.path:  # python -m looks there, a console command does not
@@ -205,7 +210,10 @@ def import_plugins() -> None:
 def offset_ids(
     row: BucketMap, alpha_beta_gamma: tuple[float, float, float], height: int, width: int, name: str
 ) -> Tensor:
-    """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)`` int64 on the CPU, smallest offset first."""
+    """The bucket of every offset on a grid, ``(2 height - 1, 2 width - 1)`` int64 on the CPU, smallest offset first.
+
+    Raises: ValueError: see `ids_of`.
+    """
     alpha, beta, gamma = alpha_beta_gamma
     index = partial(piecewise_index, alpha=alpha, beta=beta, gamma=gamma)
     drow = torch.arange(1 - height, height, device="cpu")[:, None]
@@ -216,7 +224,11 @@ def offset_ids(
 def ids_of(
     row: BucketMap, drow: Tensor, dcol: Tensor, index: Callable[[Tensor], Tensor], beta: int, name: str
 ) -> Tensor:
-    """``row.ids`` of these offsets, broadcast to their common shape, and checked; in a compiled graph, when it runs."""
+    """``row.ids`` of these offsets, broadcast to their common shape.
+
+    Raises: ValueError: naming ``name``, unless they are int64, of a fitting shape, in ``[0, num_buckets(beta))``;
+        RuntimeError: for wrong values of a registered method under ``torch.compile``, when the graph runs.
+    """
     ids, shape = row.ids(drow, dcol, index, beta), (drow + dcol).shape
     count = whole_number(f"{name}: num_buckets(beta)", row.num_buckets(beta), 1)
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:

@@ -71,7 +71,10 @@ class IRPE(nn.Module):
         return (self,)
 
     def bucket_ids(self, length: int, height: int | None, width: int | None, device: torch.device) -> Tensor:
-        """The ``(L, L)`` map of this encoding for a sequence of ``length`` tokens. Shared: treat it as read-only."""
+        """The ``(L, L)`` map of this encoding for a sequence of ``length`` tokens. Shared: treat it as read-only.
+
+        Raises: ValueError: if the tokens do not fit the grid (see `resolve_grid`).
+        """
         height, width = resolve_grid(length, height, width, self.skip, f"rpe_{self.role}")
         if torch.compiler.is_compiling():
             return traced_bucket_map(self.method, *self._coefficients, height, width, self.skip, device)
@@ -133,7 +136,9 @@ class IRPE(nn.Module):
         self.check_fits(x, tokens=self.role != "v")
 
     def check_fits(self, x: Tensor, *, tokens: bool) -> None:
-        """Raise ValueError if ``x (B, H, L, ...)`` does not fit the table; with ``tokens``, D is its last dimension."""
+        """Raises: ValueError: ``x (B, H, L, ...)`` has not the heads or the device of the table, or its dtype without
+        autocast; or it has ``tokens`` in its last dimension, of another D.
+        """
         name, table, (_, heads, _, dim) = f"rpe_{self.role}", self.table, x.shape
         if tokens and dim != self.head_dim:
             raise ValueError(f"{name}: built for head_dim={self.head_dim}, got D={dim} in {tuple(x.shape)}")
@@ -188,7 +193,11 @@ def build_rpe(
 
 
 def resolve_grid(length: int, height: int | None, width: int | None, skip: int, name: str) -> tuple[int, int]:
-    """The grid of a sequence: ``(height, width)`` as given, or the square of ``length - skip`` tokens."""
+    """The grid of a sequence: ``(height, width)`` as given, or the square of ``length - skip`` tokens.
+
+    Raises: ValueError: for one side without the other, non-integers, or a ``length`` other than
+        ``height * width + skip``.
+    """
     if (height is None) != (width is None):
         raise ValueError(f"{name}: got height={height} and width={width}; give both, or neither for a square grid")
     if height is None:

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) -> dict[str, Tensor]:
-    """The bucket of each patch of the grid for the query at ``(row, col)``: ``(height, width)`` int64 by map."""
+    """The bucket of each patch of the grid for the query at ``(row, col)``.
+
+    Returns: ``(height, width)`` int64 by the name of the map; two maps for ``cross``, one for any other method.
+    Raises: ValueError: for a query outside the grid.
+    """
     if not (0 <= row < height and 0 <= col < width):
         raise ValueError(f"query {row},{col}: outside the {height}x{width} grid (rows and columns count from 0)")
     rows, cols = (slice(side - 1 - at, 2 * side - 1 - at) for side, at in ((height, row), (width, col)))
@@ -47,6 +51,7 @@ def learned_tables(model: nn.Module, height: int, width: int) -> dict[str, Tenso
     """What each table of a model holds for every offset on a grid: the bias, or the length of the bucket's vector.
 
     Returns: ``(H or 1, 2 height - 1, 2 width - 1)`` by module name, the query in the middle.
+    Raises: ValueError: the model has no encoding.
     """
     maps = {}
     for name, module in model.named_modules():
@@ -107,7 +112,10 @@ def draw_maps(
 
 
 def draw_tables(model: nn.Module, height: int, width: int) -> "Figure":
-    """A picture of `learned_tables`, one row per table and one column per head."""
+    """A picture of `learned_tables`, one row per table and one column per head.
+
+    Raises: ValueError: the model has no encoding.
+    """
     tables = learned_tables(model, height, width)
     signed = not next(module for module in model.modules() if isinstance(module, IRPE)).uses_tokens
     what = "bias" if signed else "length of the table's vector"
@@ -179,7 +187,10 @@ def plain_text(text: str) -> str:
 
 
 def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
-    """Write a figure in the format of its suffix (default: PNG); the same figure gives the same bytes."""
+    """Write a figure in the format of its suffix (PNG, PDF, SVG...; default PNG); the same figure gives the same file.
+
+    Returns: the path written. Raises: OSError: if it cannot be written; ValueError: for an unknown suffix.
+    """
     from matplotlib import rc_context
 
     path = Path(path)
@@ -214,6 +225,7 @@ def _write_numbers(axis, values: Tensor, is_light) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """``python -m irpe_ops.visualize``."""
     parser = get_visualize_parser()
     args = parser.parse_args(argv)
     try:

@@ -11,7 +11,10 @@ SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}  # of e
 
 
 def add_runtime_arguments(parser: argparse.ArgumentParser, *, seed: int, num_workers: int, amp: str) -> None:
-    """The group "run": where and how to run, resume and log. Its arguments are the tree's published defaults."""
+    """Add the group "run" to ``parser``: where and how to run, resume and log; nothing about what is trained.
+
+    Args: seed, num_workers, amp: the tree's published defaults.
+    """
     parser.add_argument("--config", metavar="FILE.yaml", help="flags, one 'name: value' per line; typed flags win")
     parser.add_argument("--print-config", action="store_true", help="print every flag as YAML, and exit")
     add = parser.add_argument_group("run").add_argument

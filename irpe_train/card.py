@@ -68,7 +68,11 @@ def verdict(lines: Iterable[dict]) -> str:
 
 
 def choose(wanted: str, candidates: Iterable[str]) -> str:
-    """The zoo entry to compare a run with: ``wanted``, or for ``"auto"`` the first of ``candidates`` that is one."""
+    """The zoo entry to compare a run with: ``wanted``, or for ``"auto"`` the first candidate in the zoo.
+
+    Args: candidates: names that may be zoo names: stem of the checkpoint, model name or spec.
+    Raises: ValueError: no such entry; lists the names.
+    """
     zoo = read_zoo()
     if wanted != "auto":
         return zoo.find(wanted).name
@@ -86,7 +90,10 @@ class Expected:
     Args:
         wanted: the row, or ``auto``, see `choose`. source: path or address of the checkpoint, empty for none.
         name: of the model, perhaps also of a row.
-        figure: what the evaluation measures, such as ``acc1``. data: the validation folder or file.
+        figure: what the evaluation measures, such as ``acc1``.
+        data: the validation folder or file.
+    Raises: ValueError: see `choose`, or the row has no such figure; FileNotFoundError: the checkpoint or data that the
+        card will name do not exist.
     """
 
     def __init__(self, wanted: str, source: str, name: str, *, figure: str, data: Path):
@@ -100,7 +107,11 @@ class Expected:
             raise ValueError(f"--expect {self.row}: {figures}")
 
     def meet(self, measured: Mapping[str, float], output_dir: str | Path) -> int:
-        """Print the card; with ``output_dir``, save it as ``card.json`` and ``.md``. Returns: 1 if a figure failed."""
+        """Print the card and save it as ``card.json`` and ``.md``.
+
+        Args: measured: see `compare`. output_dir: if empty, nothing is saved.
+        Returns: the exit status: 1 if a figure failed.
+        """
         card = make_card(self.row, measured, checkpoint=self.checkpoint, data=[self.data])
         logger.info(to_markdown(card))
         if output_dir:
@@ -111,7 +122,7 @@ class Expected:
 def make_card(
     name: str, measured: Mapping[str, float], *, checkpoint: Path | None = None, data: Iterable[Path] = ()
 ) -> dict:
-    """The card as plain data."""
+    """The card as plain data. See `Expected` for the arguments."""
     zoo, lines = read_zoo(), compare(name, measured)
     return {
         "name": name,
@@ -169,7 +180,10 @@ def _figures_run(card: Mapping) -> set[str]:
 
 
 def fingerprint(path: Path) -> dict:
-    """The identity of a data set: a file by its bytes; a folder by the names and sizes of all its files."""
+    """The identity of a data set: a file by its bytes; a folder by the names and sizes of all its files.
+
+    Returns: path (only the name), files, bytes, what is hashed, sha256.
+    """
     if not path.exists():
         raise FileNotFoundError(f"card: no data set at {path}")
     if path.is_file():
@@ -207,6 +221,7 @@ def _rounded(value: float) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Make the cards that need no data. Returns: 1 if one fails."""
     parser = FlagParser("python -m irpe_train.card", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows of configs/model_zoo.yaml (default: all)")
     parser.add_argument("-o", "--output", type=Path, default=Path("logs/cards"), help="folder (default logs/cards)")

@@ -152,6 +152,7 @@ def _is_state_dict(value) -> bool:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint file; see ``read_checkpoint`` and ``model_weights``."""
     return model_weights(read_checkpoint(path), source=path)
 
 
@@ -200,9 +201,12 @@ def load_matching(
 
 
 def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None, also: tuple[Path, ...] = ()) -> None:
-    """Write ``contents`` to ``path``, and under the names ``also``; the file replaced becomes ``previous``.
+    """Write ``contents`` to ``path``; a kill or a full disk at any moment leaves the last good file.
 
-    A kill or a full disk (a RunError) at any moment leaves the last good file.
+    Args:
+        previous: where the replaced file goes.
+        also: further names for the same contents (hard links, if the file system has them).
+    Raises: RunError: the disk is full or the folder cannot be written; the old file is kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

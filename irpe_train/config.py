@@ -41,7 +41,10 @@ ROOT = _folder_of_configs()
 
 
 def find_config(name: str | Path, *folders: Path, source: str) -> Path:
-    """The file ``name`` (``~/`` is the home): in ``folders``, in the working folder, or shipped with the package."""
+    """The file ``name`` (``~/`` is the home): in ``folders``, in the working folder, or shipped with the package.
+
+    Raises: ConfigError: it is in none of them; lists the folders. The message begins with ``source``.
+    """
     places, name = [*folders, Path(), ROOT], os.path.expanduser(name)
     for folder in places:
         if os.path.exists(folder / name):  # Path.exists raises for a name that is too long
@@ -55,6 +58,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
     The flags in the environment variable ``IRPE_EXTRA_FLAGS`` come last, for every command that takes ``--config``, so
     they win. ``--print-config`` exits here, with status 0.
+
+    Raises: ConfigError: no such file, not a plain YAML mapping, an unknown name or a value that no flag can have; or
+        the variable has an unclosed quote.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(action.dest == "config" for action in parser._actions):
@@ -115,7 +121,7 @@ def _with_home(argv: list[str]) -> list[str]:
 
 
 def read_yaml(path: Path, source: str) -> dict:
-    """The mapping in a YAML file; errors begin with ``source``."""
+    """The mapping in a YAML file. Raises: ConfigError: begins with ``source``; see `parse_yaml`."""
     if not path.is_file():
         raise ConfigError(f"{source}: cannot be read: not a file")
     if (size := path.stat().st_size) > LARGEST_FILE:
@@ -184,7 +190,10 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct
 
 
 def parse_yaml(text: str, source: str) -> object:
-    """Plain values from YAML without tags, aliases (which can expand a line to terabytes) or repeated names."""
+    """Plain values from YAML without tags, aliases (which can expand a line to terabytes) or repeated names.
+
+    Raises: ConfigError: anything else; names the line.
+    """
     try:
         loader = _Loader(text)
         loader.source = source
@@ -196,13 +205,17 @@ def parse_yaml(text: str, source: str) -> object:
 
 
 def refuse_repeated(names: Iterable[str], source: str) -> None:
+    """Raises: ConfigError: a name appears twice; begins with ``source``."""
     for name, count in Counter(names).items():
         if count > 1:
             raise ConfigError(f"{source}: {name:.80} appears {count} times; keep one")
 
 
 def flags_of(parser: argparse.ArgumentParser, values: dict, source: str) -> list[str]:
-    """``{"batch-size": 64, "pin_mem": False}`` -> ``["--batch-size=64", "--no-pin-mem"]``."""
+    """``{"batch-size": 64, "pin_mem": False}`` -> ``["--batch-size=64", "--no-pin-mem"]``.
+
+    Raises: ConfigError: begins with ``source``; a name or value that no flag can have.
+    """
     argv = []
     refuse_repeated(map(same_name, map(str, values)), source)
     for key, value in values.items():

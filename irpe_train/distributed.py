@@ -37,8 +37,15 @@ def is_main() -> bool:
 def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 600.0) -> torch.device:
     """Join the process group if there is one, choose this process's device, and set up the logger.
 
-    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or the variables of ``srun``. A process that is missing
-    or silent for ``timeout`` seconds ends the others.
+    Reads ``RANK, WORLD_SIZE, LOCAL_RANK`` (torchrun, submitit) or the variables of ``srun``.
+
+    Args:
+        device: ``cuda`` falls back to the CPU with a note; ``cuda:1`` or ``cpu`` are used as given.
+        dist_url: where the processes meet.
+        timeout: seconds after which a missing or silent process ends the others.
+    Raises:
+        RankLost: not all processes arrived within ``timeout``. RunError: the port is taken.
+        ValueError: more processes than GPUs on this machine.
     """
     my_rank, world, local_rank = _rank_from_environment()
     set_up_logging(my_rank)
@@ -109,7 +116,11 @@ def first_host(node_list: str) -> str:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device ``name``; the CPU, with a note, if CUDA is requested but absent. A lone process has no rank."""
+    """The device ``name``; the CPU, with a note, if CUDA is requested but absent.
+
+    Args: local_rank: which GPU of this machine this process takes; None for a single process.
+    Raises: ValueError: no such device, or more processes than GPUs.
+    """
     if not re.fullmatch(r"cpu(:0)?|cuda(:[1-9]?[0-9])?", name):
         raise ValueError(f"--device {name!r}: expected cuda, cuda:N or cpu")
     device = torch.device(name)

@@ -24,7 +24,10 @@ PATIENCE = 120.0  # seconds until a response begins
 
 
 def cache_folder() -> Path:
-    """Where torch.hub keeps checkpoints, by its documented rule; importing torch to ask would take seconds."""
+    """Where torch.hub keeps checkpoints, by its documented rule; importing torch to ask would take seconds.
+
+    Raises: RunError: the user has no home folder, like an unknown user in a container.
+    """
     home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
     try:
         return Path(home).expanduser() / "hub" / "checkpoints"
@@ -33,7 +36,11 @@ def cache_folder() -> Path:
 
 
 def local_file(path: str | Path) -> Path:
-    """The local file: ``path``, or the file of an ``https://`` address in torch's cache, downloaded if missing."""
+    """The local file: ``path``, or the file of an ``https://`` address in torch's cache, downloaded if missing.
+
+    Raises: BadCheckpoint: it cannot be downloaded, does not match the SHA-256 in its name, or another address with the
+        same last part was downloaded before.
+    """
     url = str(path)
     if not url.startswith("https://"):
         if "://" in url:
@@ -69,7 +76,8 @@ def local_file(path: str | Path) -> Path:
 def fetch_once(url: str, target: Path, *, check: Callable[[Path], None], most: int | None = None) -> None:
     """Download ``url`` to ``target``. Several processes may ask at once: one downloads, the others wait for it.
 
-    Nothing is kept if the network fails (an OSError), if more than ``most`` bytes come, or if ``check`` raises.
+    Raises: OSError: the network failed; BadCheckpoint: more than ``most`` bytes (default: ``LARGEST_FILE``) came;
+        what ``check`` raises for a wrong file. Nothing is kept then.
     """
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +94,10 @@ def fetch_once(url: str, target: Path, *, check: Callable[[Path], None], most: i
 
 
 def download(url: str, part: Path, *, most: int) -> None:
-    """Write ``url`` to ``part``; the announced length must arrive."""
+    """Write ``url`` to ``part``; the announced length must arrive.
+
+    Raises: OSError: the connection broke; BadCheckpoint: more than ``most`` bytes are announced, or come.
+    """
     arrived = 0
     try:
         with _answer(urllib.request.Request(url)) as response, part.open("wb") as file:

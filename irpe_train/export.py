@@ -44,6 +44,8 @@ def export_model(
         inputs: by name, ``{dimension: name}`` of the dimensions that may vary. outputs: their names.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
+    Raises: ImportError: a package is missing (named, with the command). RunError: a file is there already,
+        or PyTorch cannot write this model. ValueError: the outputs differ.
     """
     if Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
@@ -100,7 +102,10 @@ class OnnxModel:
 
 @contextlib.contextmanager
 def read_onnx(path: Path, what: str) -> Iterator[OnnxModel]:
-    """Inside, ``path`` is tried out; any error there means that it is not a ``what``: a BadCheckpoint."""
+    """Inside, ``path`` is tried out; any error there means that it is not a ``what``.
+
+    Raises: ImportError: onnxruntime is missing. BadCheckpoint: no such file, or not a ``what``, with the reason.
+    """
     if not path.is_file():
         raise BadCheckpoint(f"{path}: no such file")
     try:

@@ -26,7 +26,10 @@ LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\
 def launch(
     main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: list[str] | None = None
 ) -> None:
-    """Parse the flags and run ``main``, whose return value is the exit status; its errors end as `reported_by` says."""
+    """Parse the flags and run ``main``; its errors end it as `reported_by` says.
+
+    A nonzero return value of ``main`` is the exit status.
+    """
     if sys.stdout is None:  # closed before the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `answer_early`
@@ -118,7 +121,11 @@ def submit(
     nodes: int = 2,
     timeout: int = 2800,
 ) -> None:
-    """Queue ``main`` on SLURM with the published flags and defaults; the training flags follow on the same line."""
+    """Queue ``main`` on SLURM with the published flags; the training flags follow on the same line.
+
+    Args: nodes, timeout (minutes): the published defaults of the task.
+    Raises: SystemExit: as ``launch``, also if submitit is not installed.
+    """
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument("--ngpus", default=8, type=positive_int, help="GPUs, and processes, per node")
     slurm.add_argument("--nodes", default=nodes, type=positive_int, help="number of nodes")

@@ -29,7 +29,10 @@ TRIES = 16  # neighbours that may stand in for an unreadable training image
 
 
 def fitting_batch(wanted: int, samples: int, multiple: int = 1) -> int:
-    """The batch size ``wanted``, or with a warning the largest ``multiple`` that the ``samples`` per process fill."""
+    """The batch size ``wanted``; if an epoch has fewer ``samples`` per process, with a warning what they fill.
+
+    Args: multiple: of which the batch must be one, as ``wanted`` is. Returns: 0 if the samples do not fill one.
+    """
     size = min(wanted, samples - samples % multiple)
     if 0 < size < wanted:
         logger.warning(f"{samples} training samples per process: the batch is {size}, not {wanted}")
@@ -44,7 +47,7 @@ class TrainLoader:
         sampler: any sampler of indices; ``set_epoch`` is called if it has one, and the generators are seeded from
             (seed, epoch), so that it may use ``torch.randperm`` or ``random`` freely.
         batch_size: per rank. A smaller last batch is dropped.
-        seed: each sample is made under generators seeded from (seed, epoch, position).
+        seed: the run's seed; each sample is made under generators seeded from (seed, epoch, position).
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class EvalLoader:
     (DistributedDataParallel broadcasts buffers in its forward): use the plain model and combine at the end.
 
     Args: shard: False gives every rank the whole set.
+    Raises: BadData: on an unreadable image, with its name.
     """
 
     def __init__(
@@ -135,7 +139,10 @@ class EvalLoader:
 
 
 def try_all(read: Callable[[int], object], indices: Sequence[int], num_workers: int) -> Iterator[tuple[object, str]]:
-    """(``read(index)``, "") for each of ``indices`` in order, or (None, why it cannot be read)."""
+    """(``read(index)``, "") for each of ``indices`` in order, or (None, why it cannot be read).
+
+    They are read by ``num_workers`` processes; random generators are left unchanged.
+    """
     how = dict(batch_size=64, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
     return chain.from_iterable(DataLoader(_Read(partial(_tried, read)), sampler=indices, **how))
 

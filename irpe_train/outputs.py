@@ -15,7 +15,7 @@ LIST = ".written_by_predict"
 
 
 def writable_folder(folder: Path, flag: str = "--out") -> None:
-    """Create ``folder`` if needed; call it before any work. Raises RunError: it cannot be written."""
+    """Create ``folder`` if needed; call it before any work. Raises RunError: it cannot be written; names ``flag``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -61,7 +61,11 @@ class OutputFolder:
                 self.written[str(name)], self._image_of[str(name)] = state, image
 
     def refuse_to_replace(self, names: Iterable[str]) -> None:
-        """Call it before any work. Raises RunError: a file cannot be written, or is of another image or program."""
+        """Call it before any work.
+
+        Raises: RunError: a file cannot be written, appears twice, has too long a name, or exists and belongs to another
+            image or program.
+        """
         names = list(names)
         counts = Counter(name.casefold() for name in names)
         if twice := [name for name in names if counts[name.casefold()] > 1]:

@@ -30,8 +30,9 @@ class UnreadableImage(OSError):
 def files_of(named: Sequence[str], *, besides: Path) -> list[Path]:
     """The images that files, folders and patterns name, each once, even if symlinks lead to their folder again.
 
-    ``besides`` is the folder of results: its files are skipped if it lies within a searched folder, as is what predict
-    wrote elsewhere.
+    Args: besides: the folder of results. Searches skip its files, if it lies within the searched folder, and what
+        predict wrote elsewhere.
+    Raises: ValueError: one of them names no image.
     """
     files: dict[Path, Path] = {}
     for text in named:
@@ -62,7 +63,7 @@ def _files_below(folder: Path, besides: Path) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """``folder`` and each folder below it, through symlinks as in training, with its files."""
+    """``folder`` and each folder below it, through symlinks as in training, with its files. Raises OSError."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -106,7 +107,7 @@ def is_hidden(parts: Sequence[str]) -> bool:
 
 
 def read_image(path: str | Path, *, upright: bool = False) -> Image.Image:
-    """The image file ``path`` in RGB; see ``decode_image``."""
+    """The image file ``path`` in RGB; see ``decode_image``. A pipe or a device is refused, not waited for."""
     path = Path(path)
     if not path.is_file():
         raise UnreadableImage(f"{path}: " + ("not a plain file" if path.exists() else "no such file"))
@@ -124,7 +125,10 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
     CMYK converted, the first frame of an animation taken. Grey of 12 or 16 bits is scaled to 8. Floating-point,
     signed and 32-bit pixels are refused: their files do not say which values are black and white.
 
-    Args: upright: rotate the image by its EXIF orientation. Default: as stored.
+    Args:
+        data: the bytes of the file.
+        name: for messages.
+        upright: rotate the image by its EXIF orientation. Default: as stored.
     Raises: UnreadableImage: with ``name`` and the reason.
     """
     try:

@@ -30,12 +30,16 @@ class Precision:
         return torch.autocast(self.device.type, dtype=DTYPES[self.amp], enabled=self.amp != "none")
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of ``loss``, a scalar, scaled under ``fp16``."""
         self.scaler.scale(loss).backward()
 
     def update(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], *, clip: float | None = None
     ) -> None:
-        """Update the weights with the accumulated gradients, clipped to the norm ``clip``, then clear them."""
+        """Update the weights with the accumulated gradients, then clear them.
+
+        Args: clip: largest gradient norm; None or 0 for no clipping.
+        """
         if clip:
             self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, clip)

@@ -111,7 +111,7 @@ class Preemption:
             self.leave()
 
     def leave(self) -> None:
-        """Raise ``Preempted``, once the other ranks have heard."""
+        """Raise ``Preempted``, once the other ranks have heard; the state is on disk."""
         if self._store is not None:
             self._all_heard.wait(5)  # a rank waiting for this one must know why it is gone
         if callable(before := self._before.get(self.signal)):  # None on a rank that saw no signal itself

@@ -23,7 +23,10 @@ PLACES = ("config", "output_dir", "device", "num_workers", "resume", "tensorboar
 
 
 def refuse_other_flags(args: argparse.Namespace) -> None:
-    """Call it on every rank, first. Raises RunError, on all, if flags differ; files and `PLACES` may."""
+    """Call it on every rank, first. Files and folders, and `PLACES`, may differ between machines.
+
+    Raises: RunError: on every rank, if a flag of some rank differs; names it.
+    """
     flags = {name: str(value) for name, value in vars(args).items() if name not in PLACES}
     first, *others = gather({name: text for name, text in flags.items() if not os.path.exists(text)})
     for number, other in enumerate(others, 1):
@@ -48,9 +51,10 @@ def open_run(
     """Restore ``state`` from ``checkpoint``, record the start, print the banner, and open the log.
 
     Args:
-        args: as typed; only the flags of ``add_runtime_arguments`` are read.
+        args: as typed; only the flags of ``add_runtime_arguments`` are read. parser: of these flags.
         checkpoint: from ``Checkpoints.open``; None for a new run.
         rows: lines of the banner on data, model and rate. stats: the model in numbers, for ``model.json``.
+        data_flags: flags that are paths to data.
     """
     resumed = checkpoint is not None and state.load_dict(checkpoint.contents, source=checkpoint.source)
     if resumed:
@@ -109,7 +113,12 @@ class Run:
         self._began = time.monotonic()
 
     def finish_epoch(self, test_stats: dict, *, figure: float) -> None:
-        """After the evaluation: log the epoch, move on, save. The epoch with the best ``figure`` is ``best.pth``."""
+        """After the evaluation: log the epoch, move on, save.
+
+        Args:
+            test_stats: logged in ``log.txt`` as ``test_*``.
+            figure: for comparing epochs; the best one's checkpoint is kept as ``best.pth``.
+        """
         state = self.state
         improved = state.best is None or figure > state.best or math.isnan(state.best)
         state.best = figure if improved else state.best

@@ -31,6 +31,7 @@ class Checkpoint(NamedTuple):
     contents: dict
 
     def weights(self, key: str = "model") -> dict[str, torch.Tensor]:
+        """Its state dict; see ``model_weights``."""
         return model_weights(self.contents, source=self.source, key=key)
 
 
@@ -51,7 +52,10 @@ class Checkpoints:
         self.keys, self.own = keys, False
 
     def save(self, state: TrainState, also: tuple[str, ...] = ()) -> None:
-        """Write the state, also under further names such as ``best.pth``; call it on every rank; only rank 0 writes."""
+        """Write the state; call it on every rank; only rank 0 writes.
+
+        Args: also: further names in the same folder, for instance ``best.pth``.
+        """
         if self.folder is None:
             return
         contents = state.to_dict(self.keys)
@@ -154,7 +158,10 @@ def _checked(path: str | Path) -> Checkpoint:
 
 
 def lock(folder: Path) -> TextIO:
-    """Create ``folder`` if needed, and keep other runs out of it while the returned file is open."""
+    """Create ``folder`` if needed, and keep other runs out of it while the returned file is open.
+
+    Raises: RunError: it cannot be written, or another process holds it (named).
+    """
     try:
         writable_folder(folder, "--output_dir")
         file = open(plain_file(folder / LOCK), "a+")  # noqa: SIM115

@@ -37,6 +37,7 @@ class RunLog:
         epoch: where this run continues; resumed: whether the folder's log is its own. Lines from there on then belong
             to an interrupted attempt and are dropped. A log of another run is moved to ``log.1.txt``.
         wandb: project of Weights & Biases that gets the same figures; a resumed run continues there too.
+    Raises: ImportError: ``wandb`` is requested but not installed; RunError: it refuses, or there is no ``output_dir``.
     """
 
     def __init__(self, output_dir: str | Path, *, epoch: int, resumed: bool, tensorboard: bool = True, wandb: str = ""):
@@ -162,6 +163,7 @@ def record_start(parser: argparse.ArgumentParser, args: argparse.Namespace, stat
 
 
 def surroundings() -> dict:
+    """Versions, machine, command and git state, as plain values."""
     versions = {}
     for package in PACKAGES:
         try:

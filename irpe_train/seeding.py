@@ -23,7 +23,10 @@ def mix(*coordinates: int | str) -> int:
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
-    """Seed ``random``, NumPy, PyTorch and every CUDA device; ``deterministic``: an operator that is not raises."""
+    """Seed ``random``, NumPy, PyTorch and every CUDA device.
+
+    Args: deterministic: also allow only deterministic kernels; an operator without one raises.
+    """
     if not -(2**63) <= seed <= LARGEST_SEED:
         raise ValueError(f"--seed {seed}: expected {-(2**63)} to {LARGEST_SEED}")
     random.seed(seed)

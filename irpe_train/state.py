@@ -59,8 +59,9 @@ class TrainState:
         self.meters = MetricLogger()
 
     def fit_to(self, steps: int, recipe: int) -> None:
-        """Go back to the epoch's start if a restored position counts other ``steps`` per epoch than this run, or steps
-        with other samples, as ``recipe`` tells.
+        """Go back to the epoch's start if a restored position counts different steps than this run.
+
+        Args: steps: per epoch. recipe: a number that differs if the same step has other samples.
         """
         here = [steps, world_size(), recipe]
         if self.step and self.train_stats is None and self._fits != here:
@@ -90,8 +91,9 @@ class TrainState:
         return {key: value for key, value in whole.items() if value is not None}
 
     def load_dict(self, checkpoint: dict, *, source: str | Path) -> bool:
-        """Restore from a checkpoint, ours or a published one. Returns: whether it had a position and not only weights.
+        """Restore from a checkpoint, ours or a published one.
 
+        Returns: whether it had a position and not only weights.
         Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
         """
         there = {name for name, value in checkpoint.items() if not isinstance(value, dict | None) or value}

@@ -30,7 +30,9 @@ class Steps:
     is written; and after a stop signal on any rank all ranks save and exit with ``Preempted``.
 
     Args:
-        epochs: of the whole run, for its remaining time. accumulate: batches per update.
+        seed: the run's seed.
+        epochs: of the whole run, for its remaining time.
+        accumulate: batches per update.
         save_interval: when to save in mid-epoch, see ``parse_save_interval``; None for never.
         max_bad: the fraction of the training set that may be unreadable before the run stops.
     """
@@ -99,7 +101,9 @@ class Steps:
     def watch(self, loss: torch.Tensor, *, lr: float, terms: dict | None = None) -> None:
         """Ask every rank whether its loss is finite and whether it must stop or save; ``confirm`` gets the answer.
 
-        ``lr`` and ``terms``, the parts of the loss by name, are for the report if it is not finite.
+        Args:
+            loss: scalar, the mean over this rank's batch.
+            lr, terms: for the report if it is not finite; ``terms`` are the parts of the loss by name.
         """
         self._lr = lr
         self._terms = {name: torch.as_tensor(value).detach() for name, value in {"loss": loss, **(terms or {})}.items()}
@@ -109,7 +113,9 @@ class Steps:
     def confirm(self) -> None:
         """Wait for the ranks' answers, before the update.
 
-        Raises, on every rank: NonFiniteLoss, once a report is written; BadData: too many images are unreadable.
+        Raises:
+            NonFiniteLoss: on every rank, if any rank's loss is not finite; a report is written first.
+            BadData: on every rank, if too many training images of this epoch are unreadable.
         """
         self._agreed = self._agreement.answer()
         if self._agreed.not_finite:
@@ -118,7 +124,12 @@ class Steps:
             self._stop_if_too_many_are_bad()
 
     def finish_training(self, stats: dict, also: tuple[str, ...] = ()) -> None:
-        """End this epoch's training: keep its ``stats`` for ``log.txt``, and save, as published before evaluating."""
+        """End this epoch's training: remember its statistics and save, before the evaluation, as published.
+
+        Args:
+            stats: the training statistics for ``log.txt``.
+            also: further file names for the same checkpoint.
+        """
         self.state.train_stats = stats
         self.checkpoints.save(self.state, also=also)
         self._last_save = time.monotonic()

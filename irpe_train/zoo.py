@@ -48,7 +48,10 @@ class Zoo:
     source: str
 
     def find(self, name: str) -> Entry:
-        """The entry called ``name``, or trained by the config file ``name``."""
+        """The entry called ``name``, or trained by the config file ``name``.
+
+        Raises: ValueError: there is none; lists the known names.
+        """
         if name in self.models:
             return self.models[name]
         for entry in self.models.values():
@@ -59,6 +62,10 @@ class Zoo:
 
 
 def read_zoo(path: Path = ZOO_FILE) -> Zoo:
+    """Read the zoo file.
+
+    Raises: FileNotFoundError: there is none; ConfigError: a malformed file.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"model zoo: no file {path}. A checkout and an installed package both have one: install again, "
@@ -77,9 +84,13 @@ def read_zoo(path: Path = ZOO_FILE) -> Zoo:
 
 
 def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> Path:
-    """The checked file of a zoo entry in ``folder`` (default: torch hub's cache), downloaded if missing.
+    """The checked file of a zoo entry, downloaded if missing.
 
-    An existing file is checked too, even one put there by hand.
+    An existing file is checked too, even one put there by hand. See ``download.fetch_once`` for the rest.
+
+    Returns: its path in ``folder`` (default: torch hub's cache).
+    Raises: ValueError: unknown name, or the file found or downloaded is a different one; ConnectionError: no network,
+        with the remedy.
     """
     entry = (zoo or read_zoo()).find(name)
     folder = folder or cache_folder()
@@ -141,6 +152,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """List the zoo, or download from it."""
     parser = get_parser()
     with reported_by(parser.prog):
         args = parser.parse_args(argv)

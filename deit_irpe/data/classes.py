@@ -9,7 +9,10 @@ from irpe_train.logger import logger
 
 
 def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
-    """The names of a checkpoint's classes, in the order of its outputs; None if it has none, as the published ones."""
+    """The names of a checkpoint's classes, in the order of its outputs; None if it has none, like the published ones.
+
+    Raises: BadCheckpoint: they are not a list of different names.
+    """
     classes = checkpoint.get("classes")
     if classes is None:
         return None
@@ -51,7 +54,11 @@ def check_resumed_classes(stored: list[str] | None, classes: list[str], *, sourc
 
 
 def renumber(dataset: Dataset, classes: list[str], *, whose: str) -> None:
-    """Renumber the labels of ``dataset`` as in ``classes``, which may be more, and log any change."""
+    """Renumber the labels of ``dataset`` as in ``classes``, and log any change.
+
+    Args: whose: where ``classes`` are from, for messages. It may have more classes than the data.
+    Raises: ValueError: the data have other classes, or their numbers are fixed.
+    """
     own = list(dataset.classes)
     if own == list(classes):
         return

@@ -14,6 +14,8 @@ class HuggingFaceImages(LabelledImages):
     """One split of a local folder: Parquet files, or images with metadata; columns ``image`` and ``label``.
 
     A label is a class number or a class name; classes without numbers are in alphabetical order, as in an image folder.
+
+    Raises: ImportError: ``datasets`` is not installed. ValueError: no such split, other columns, or a wrong label.
     """
 
     def __init__(self, root: Path, train: bool, transform=None):

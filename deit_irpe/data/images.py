@@ -74,8 +74,10 @@ class LabelledImages(Dataset):
 class FolderImages(LabelledImages):
     """``root/<class>/**/*.jpg``: one folder per class, numbered in alphabetical order. Symlinks are followed.
 
-    Hidden files and folders (``.ipynb_checkpoints``, ``._x.jpg``) are left out. Refused are a class without images, and
-    what takes an image's place: a pipe, a broken symlink, a symlink to a folder already read, even in another class.
+    Hidden files and folders (``.ipynb_checkpoints``, ``._x.jpg``) are left out.
+
+    Raises: FileNotFoundError, ValueError: no such folder, no class folders, a class without images, or something else
+        in place of an image (a pipe, a broken symlink, a symlink to a folder already read, even in another class).
     """
 
     def __init__(self, root: Path, transform=None):

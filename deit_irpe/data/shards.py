@@ -26,6 +26,7 @@ class ShardImages(LabelledImages):
 
     Args: root: holds ``imagenet-train-0000.tar``, ``imagenet-val-0000.tar`` and the like, with ``train`` or ``val`` as
         a word of the name, and perhaps ``classes.txt``, the names of the classes in order.
+    Raises: FileNotFoundError, ValueError: no shards, a damaged one, or a sample without an image or class.
     """
 
     def __init__(self, root: Path, train: bool, transform=None):
@@ -63,7 +64,7 @@ class ShardImages(LabelledImages):
 
 
 def class_list(file: Path) -> list[str]:
-    """The names of the classes, one per line, in order."""
+    """The names of the classes, one per line, in order. Raises: ValueError: two are equal, or one is empty."""
     try:
         names = [line.strip() for line in read_text(file, errors="strict").rstrip().split("\n")]
     except UnicodeDecodeError as error:

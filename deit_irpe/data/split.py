@@ -30,6 +30,8 @@ def split_folder(
         written: a file that lists the held-out images, one per line. If it exists, it decides: its images stay held
             out, and images added later are trained on. Otherwise it is written.
         trained: such a file from the run that the weights come from; it takes precedence.
+    Raises: ValueError: all or none of a class would be held out; there is a validation folder, or a name with a line
+        break; a file on the list is gone.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"--val-split {fraction:g}: give the share of images to hold out, such as 0.2")

@@ -24,7 +24,8 @@ def tar_members(file: Path, inside: BinaryIO | None = None, name: str = "") -> I
     must end with its end marker and zeros.
 
     Args: file: the tar file. inside: a tar that is a member of it, called ``name``.
-    Raises: ValueError: the archive is damaged, truncated or compressed, or has members that are not plain or not safe.
+    Raises: ValueError: the archive is damaged, truncated or compressed; a member is a link, a device or sparse, or
+        points outside the archive; two members have the same name. Names archive and member.
     """
     where = f"{file}: {name}" if inside else str(file)
     try:
@@ -72,6 +73,8 @@ class TarImages(LabelledImages):
     Only offsets are kept, and bytes are read in place: nothing is unpacked, and workers share one file safely.
     Classes, images and their order are those of ``FolderImages``, so a folder and its tar are the same data set. A
     single folder named like the tar (``train/`` in ``train.tar``) may enclose the classes.
+
+    Raises: FileNotFoundError; ValueError: see ``tar_members``; an image in no class folder, a class without images.
     """
 
     def __init__(self, file: Path, transform=None):

@@ -34,6 +34,7 @@ def build_transform(
         interpolation: of crops, and of rotations where Pillow supports it.
         input_size: pixels, one number or (height, width). Evaluation resizes the short side to 256/224 of it (of its
             longer side if it is not square), then crops the centre.
+    Raises: ValueError: timm has no such policy, or a number is out of range.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     small = max(size) <= 32

@@ -24,8 +24,12 @@ def head_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embedding ``(1, skip + height * width, C)`` of one patch grid, resampled to another (bicubic, as in DeiT
-    for higher resolutions). Leading tokens keep theirs.
+    """Position embedding of one patch grid, resampled to another (bicubic, as DeiT does for higher resolutions).
+
+    Args:
+        pos_embed: ``(1, skip + old_height * old_width, C)``; leading tokens (class, distillation) keep theirs.
+        old_grid, new_grid: (height, width) in patches.
+    Returns: ``(1, skip + new_height * new_width, C)``.
     """
     if old_grid == new_grid:
         return pos_embed
@@ -58,7 +62,10 @@ def fit_classes(
 
 
 def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, str]:
-    """Start ``model``, whose outputs are ``classes``, from a checkpoint: see ``load_pretrained_weights``."""
+    """Start ``model``, whose outputs are ``classes``, from the checkpoint ``source``: see ``load_pretrained_weights``.
+
+    Returns: a note on each key that was not copied unchanged.
+    """
     checkpoint = read_checkpoint(source)
     theirs = stored_classes(checkpoint, source=source)
     weights, notes = fit_classes(model, model_weights(checkpoint, source=source), theirs, classes)
@@ -77,7 +84,11 @@ def trained_grid(model: nn.Module, checkpoint: Mapping) -> tuple[int, int] | Non
 def resample_positions(
     model: nn.Module, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None, *, source: str | Path
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """``weights`` with the position embedding for the grid of ``model``, and a note if it was resampled."""
+    """``weights`` with the position embedding for the grid of ``model``, and a note if it was resampled.
+
+    Args: see ``load_pretrained_weights``.
+    Raises: BadCheckpoint: the positions do not form a grid.
+    """
     weights = dict(weights)
     notes = {}
     if "pos_embed" in weights and isinstance(model, (VisionTransformer, Eva)):
@@ -106,8 +117,11 @@ def load_pretrained_weights(
 
     Args:
         model: any timm model; positions are resampled for Vision Transformers.
+        weights: a state dict; unchanged.
         old_grid: patch grid (height, width) the weights were trained on; ``None``: a square one.
-    Returns: a note on each key that was not copied unchanged; see ``load_matching``, also for errors.
+        source: where they are from, for messages.
+    Returns: a note on each key that was not copied unchanged; see ``load_matching``.
+    Raises: BadCheckpoint: any other key (named) is missing, unexpected or of another shape.
     """
     weights, notes = resample_positions(model, weights, old_grid, source=source)
     positions = getattr(model, "pos_embed", None)

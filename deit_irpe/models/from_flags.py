@@ -39,7 +39,10 @@ SWITCHES = {name for name, p in inspect.signature(VisionTransformer).parameters.
 
 
 def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool = False) -> nn.Module:
-    """The model of the flags ``args``; missing flags take their defaults."""
+    """The model of the flags ``args``; missing flags take their defaults.
+
+    Raises: ValueError: see ``create_model``; a flag that this model cannot use.
+    """
     args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
     extra = keywords(args.model_kwargs)
     if wrong := extra.keys() & OTHERWISE.keys():
@@ -69,7 +72,10 @@ def build_model(args: argparse.Namespace, num_classes: int, *, pretrained: bool 
 
 
 def model_of_flags(args: argparse.Namespace, classes: list[str], *, weights: bool) -> nn.Module:
-    """The model of ``--model`` and ``--rpe``; with ``weights``, it starts from ``--pretrained`` or ``--finetune``."""
+    """The model of ``--model`` and ``--rpe``; with ``weights``, it starts from ``--pretrained`` or ``--finetune``.
+
+    Raises: ValueError: ``--eval`` would evaluate a class head that starts fresh.
+    """
     from_timm = weights and args.pretrained and args.model not in RPE_MODELS
     model = build_model(args, len(classes), pretrained=from_timm)
     fresh = []
@@ -108,7 +114,10 @@ def starting_weights(args: argparse.Namespace) -> str:
 def load_classifier(
     model: nn.Module, weights: dict[str, Tensor], checkpoint: dict, number: int, *, source: str, flag: str
 ) -> None:
-    """Load all ``weights`` of a checkpoint with ``number`` classes; positions are resampled to the model's grid."""
+    """Load all ``weights`` of a checkpoint; positions are resampled to the model's grid, and ``flag`` named in the log.
+
+    Raises: BadCheckpoint: the class head in it has not ``number`` outputs, or a key does not fit.
+    """
     for prefix in head_prefixes(model):
         bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:

@@ -35,7 +35,9 @@ class Annotations:
             width, area, iscrowd, id, segmentation and a category's name may be missing or null.
         with_masks: keep the segmentations too (several times the memory of everything else).
         categories: used if the file has no 'categories'; by default it must have them.
-    Raises: FileNotFoundError, ValueError: the file is missing or wrong in any way; the message names the entries.
+    Raises: FileNotFoundError, ValueError: the file is missing or has another format, an id is repeated, an object has a
+        category or image that the file does not list, or its mask does not fit its image; the message names the
+        entries.
     """
 
     @without_garbage_collection()
@@ -135,6 +137,7 @@ def read_categories(entries: JsonList) -> dict[int, str]:
 
 
 def refuse_repeated(path: Path, what: str, ids: np.ndarray) -> None:
+    """Raise ValueError if any of ``ids`` is repeated."""
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         twice = values[counts > 1]
@@ -142,6 +145,7 @@ def refuse_repeated(path: Path, what: str, ids: np.ndarray) -> None:
 
 
 def refuse_unknown(path: Path, what: str, used: np.ndarray, listed: np.ndarray) -> None:
+    """Raise ValueError if any of the ids ``used`` is not ``listed``."""
     unknown = np.unique(used[~np.isin(used, listed)])
     if len(unknown):
         number = int(np.isin(used, unknown).sum())

@@ -27,8 +27,10 @@ class CocoDetection(Dataset):
 
     Args:
         root: holds ``annotations/instances_{split}.json`` and ``{split}/`` or ``{split}.zip``.
-        split: ``train2017`` or ``val2017``. transforms: see ``transforms.py``.
+        split: ``train2017`` or ``val2017``.
+        transforms: see ``transforms.py``.
         return_masks: include ``masks`` in the targets.
+    Raises: FileNotFoundError: the annotations, the images, or some of them are missing.
     """
 
     def __init__(self, root: str | Path, split: str, transforms: Callable, *, return_masks: bool = False) -> None:
@@ -68,7 +70,10 @@ class CocoDetection(Dataset):
 
 
 def read_image(images: FilesInFolder | FilesInZip, index: int, size: Sequence[int]) -> Image.Image:
-    """Image number ``index`` in RGB, in the frame of its boxes; see ``decode_in_frame``."""
+    """Image number ``index`` in RGB, in the frame of its boxes; see ``decode_in_frame``.
+
+    Raises: OSError: it cannot be read or decoded; the message names it.
+    """
     return decode_in_frame(images.read(index), images.name(index), size)
 
 
@@ -84,7 +89,10 @@ def decode_in_frame(data: bytes, name: str, size: Sequence[int]) -> Image.Image:
 
 
 def transformed(transforms: Callable, image: Image.Image, target: dict[str, Tensor], name: str) -> tuple[Tensor, dict]:
-    """The item after ``transforms``, without empty boxes."""
+    """The item after ``transforms``, without empty boxes.
+
+    Raises: RuntimeError: a transform failed. That is not the image's fault, so it must not be skipped as unreadable.
+    """
     try:
         return transforms(image, drop_empty_boxes(target))
     except Exception as error:  # not the image's fault: it must not be skipped as unreadable

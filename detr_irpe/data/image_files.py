@@ -21,7 +21,12 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the 
 
 
 class FilesInFolder:
-    """Files of one folder; ``names``: as the annotations give them, relative to it, in data set order."""
+    """The files ``names`` of one folder.
+
+    Args:
+        folder: where they are.
+        names: file names as the annotations give them, relative to the folder, in data set order.
+    """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = folder
@@ -40,6 +45,7 @@ class FilesInFolder:
         return str(self.path / os.fsdecode(self._names[index]))
 
     def read(self, index: int) -> bytes:
+        """The bytes of file number ``index``. Raises OSError: it is missing or unreadable."""
         return Path(self.name(index)).read_bytes()
 
 
@@ -49,7 +55,10 @@ class FilesInZip:
     The archive's directory is read once; only the offsets of the images are kept, in shared memory. Every process
     opens the archive itself at its first read, so that workers never move each other's file position.
 
-    Args: archive: ``train2017.zip`` or the like; members may be in a folder with the archive's name, as in COCO's.
+    Args:
+        archive: ``train2017.zip`` or the like; members may be in a folder with the archive's name, as in COCO's.
+        names: file names as the annotations give them, in data set order.
+    Raises: BadData: the archive is damaged, or a member's name or size is hostile.
     """
 
     def __init__(self, archive: Path, names: Sequence[str]) -> None:
@@ -66,7 +75,7 @@ class FilesInZip:
         return f"{self.path}:{self._names[index].decode()}"
 
     def read(self, index: int) -> bytes:
-        """The bytes of member number ``index``; an OSError if it is missing, damaged or not what it claims to be."""
+        """The bytes of member number ``index``. Raises OSError: it is missing, damaged or not what it claims to be."""
         offset, stored_size, size, method, checksum = self._places[index].tolist()
         if offset < 0:
             raise FileNotFoundError(f"{self.name(index)}: no such member in the archive")
@@ -95,7 +104,11 @@ class FilesInZip:
 def open_images(
     root: Path, split: str, names: Sequence[str], listed_in: Path, *, flag: str = "--coco_path"
 ) -> FilesInFolder | FilesInZip:
-    """The images ``names`` in ``root/split/``, or in ``root/split.zip`` if there is no such folder."""
+    """The images ``names`` in ``root/split/``, or in ``root/split.zip`` if there is no such folder.
+
+    Args: listed_in: the file with the names. flag: the flag for ``root``. Both for messages.
+    Raises: ValueError: a name could lead outside. FileNotFoundError: neither exists, or some images are missing.
+    """
     for name in names:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0\r\n"):
@@ -122,7 +135,10 @@ def _as_stored(names: Sequence[str], stored: Collection[str]) -> list[str]:
 
 def members_of(path: Path) -> dict[str, tuple[int, int, int, int, int]]:
     """Offset, stored size, size, method and checksum of every file in a zip archive, by its name below the archive's
-    own folder. Raises BadData: it is damaged, or a member (named) is hostile or packed in an unusual way.
+    own folder; reads its directory, unpacks nothing.
+
+    Raises: BadData: it is no archive, or a member (named) has a path that leaves the folder, claims to be larger than
+        an image or annotation file can be, has the name of another, or is packed in an unusual way.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -31,7 +31,10 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """The content of a COCO JSON file, with or without a byte-order mark."""
+    """The content of a COCO JSON file, with or without a byte-order mark.
+
+    Raises: FileNotFoundError, ValueError: it is missing, or is not a JSON object with a list 'images'.
+    """
     if not path.is_file():
         raise FileNotFoundError(f'no annotation file {path}. See README, "Data", for the expected layout.')
     try:
@@ -60,6 +63,7 @@ class JsonList:
         place: the list's key in the file, such as ``annotations``.
         entries: the list; None (missing) is an empty one.
         name_of: the name of entry number ``index`` in messages; default ``place[index]``.
+    Raises: ValueError: it is not a list, or an entry is not an object.
     """
 
     def __init__(

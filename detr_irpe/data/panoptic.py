@@ -32,6 +32,7 @@ class CocoPanoptic(Dataset):
             ``panoptic_{split}.zip``. A pixel's segment id is red + 256 green + 65536 blue.
         split, transforms, return_masks: as for ``CocoDetection``.
         instances: ``instances_{split}.json`` of the same images, for scoring boxes (and masks).
+    Raises: FileNotFoundError, ValueError: files are missing, or the annotations have the wrong format.
     """
 
     @without_garbage_collection()
@@ -128,4 +129,5 @@ class CocoPanoptic(Dataset):
         return ids, json.loads(self._segments[index])
 
     def name(self, index: int) -> str:
+        """The path of image number ``index``, for messages."""
         return self.images.name(index)

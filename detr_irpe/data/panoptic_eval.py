@@ -33,6 +33,7 @@ def match_segments(
     Args:
         truth, found: segment ids (height, width); 0 is unlabelled.
         truth_segments, found_segments: ``id`` and ``category_id`` of each, ``iscrowd`` of the true ones.
+    Raises: ValueError: the two sizes differ.
     """
     if truth.shape != found.shape:
         raise ValueError(f"a panoptic result is {found.shape} and its annotation {truth.shape}; they must be equal")
@@ -82,7 +83,9 @@ def panoptic_quality(images: list[SegmentMatches], categories: set[int]) -> dict
 class PanopticEvaluator:
     """Compares panoptic results with a data set's annotations, image by image, and averages over all processes.
 
-    Args: output_dir: folder for the PNG files and ``predictions.json``; None writes nothing.
+    Args:
+        dataset: where the annotations come from.
+        output_dir: folder for the PNG files and ``predictions.json``; None writes nothing.
     """
 
     def __init__(self, dataset: CocoPanoptic, output_dir: Path | None = None) -> None:
@@ -123,7 +126,7 @@ class PanopticEvaluator:
 
 
 def format_quality(result: dict[str, dict[str, float]]) -> str:
-    """A table in percent, with a line each for all, things and stuff."""
+    """Panoptic, segmentation and recognition quality in percent, on one line each for all, things and stuff."""
     lines = [f"{'':<7} {'PQ':>5} {'SQ':>5} {'RQ':>5} {'N':>5}"]
     for name, q in result.items():
         lines.append(f"{name:<7} {100 * q['pq']:5.1f} {100 * q['sq']:5.1f} {100 * q['rq']:5.1f} {q['n']:5d}")

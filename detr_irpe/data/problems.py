@@ -59,7 +59,7 @@ Found = list[tuple[Path, Problem]]  # each with its file
 def annotation_problems(
     annotations: Annotations, num_classes: int | None = None, *, train: bool = True, masks: bool = False
 ) -> list[Problem]:
-    """Those that can be found without opening an image."""
+    """The problems that can be found without opening an image."""
     boxes, labels = annotations.boxes, annotations.labels
     owner = annotations.image_of_object()
     x, y, width, height = boxes.unbind(1)
@@ -180,6 +180,7 @@ def image_problems(
     allowed: float,
     num_workers: int,
 ) -> list[Problem]:
+    """Problems found by decoding: unreadable files, sizes other than annotated, rotated photos."""
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(checked))
     turned = Problem("photos that are read as stored but shown rotated (EXIF)", allowed=math.inf)

@@ -54,7 +54,12 @@ def resnet_names() -> list[str]:
 
 
 def load_backbone_weights(resnet: nn.Module, path: str) -> None:
-    """Fill a ResNet from a classification checkpoint (a file or an address): all but the classifier must fit."""
+    """Fill a ResNet from a classification checkpoint (a file or an address): from ``deit_irpe``, or a plain state dict.
+
+    The classifier, the counters of batch norm and a ``module.`` prefix are dropped; everything else must fit.
+
+    Raises: BadCheckpoint: naming the keys that are missing, unexpected, or of another shape.
+    """
     load_matching(resnet, read_weights(path), source=path, may_start_fresh=lambda key: key.startswith("fc."))
 
 

@@ -32,8 +32,9 @@ class SetCriterion(nn.Module):
     """Losses of a set of predictions against the objects of each image.
 
     Args:
-        num_classes: without "no object". eos_coef: weight of that class.
+        num_classes: without "no object".
         weight_dict: weight of each loss by name, for the training loop to apply; a loss without one is only logged.
+        eos_coef: weight of the class "no object".
         masks: also the two mask losses (at the last layer).
     """
 

@@ -22,8 +22,12 @@ def load_for_finetuning(
     * Lookup tables that the checkpoint lacks start at zero: the model computes the same as without them.
     * A mask head that the checkpoint lacks starts fresh; keys may or may not have the prefix ``detr.`` of ``--masks``.
 
-    Args: same_classes: whether each class here has the same number there.
-    Returns: a note on each key that was not simply copied; see ``load_matching``, also for errors.
+    Args:
+        weights: state dict of a DETR.
+        source: where it is from, for messages.
+        same_classes: whether each class here has the same number there.
+    Returns: a note on each key that was not simply copied; see ``load_matching``.
+    Raises: BadCheckpoint: any other key does not fit; nothing is loaded then.
     """
     own = model.state_dict()
     ours = {key.removeprefix("detr."): key for key in own}

@@ -93,7 +93,10 @@ def start_from(
     frozen: Checkpoint | None,
     categories: dict[int, str],
 ) -> None:
-    """Load the `starting_checkpoints`, and log what did not carry over; with ``--eval`` nothing may start fresh."""
+    """Load the `starting_checkpoints`, and log what did not carry over.
+
+    Raises: BadCheckpoint: a part that starts fresh would be evaluated.
+    """
     for source in filter(None, (start, frozen)):
         only = set(MODEL_FLAGS) - (MAY_CHANGE if not args.eval else {"masks"} if source is frozen else set())
         warn_of_other_flags(get_args_parser(), args, source, "Those given now are used", only=only)

@@ -34,7 +34,10 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def match_layers(self, layers: Sequence[dict], targets: Sequence[dict]) -> list[list[tuple[Tensor, Tensor]]]:
-        """``__call__`` for several sets of predictions at once, with a single copy to the CPU; one list per layer."""
+        """``__call__`` for several sets of predictions at once, with a single copy to the CPU.
+
+        Returns: on the CPU, one list per layer.
+        """
         counts = [len(target["boxes"]) for target in targets]
         logits = torch.stack([layer["pred_logits"] for layer in layers])  # (layers, B, Q, C + 1)
         boxes = torch.stack([layer["pred_boxes"] for layer in layers])

@@ -98,7 +98,7 @@ class PostProcessPanoptic(nn.Module):
         return [self.segment(c.float(), m.float(), _pair(seen), _pair(wanted)) for c, m, seen, wanted in images]
 
     def segment(self, logits: Tensor, masks: Tensor, seen: tuple[int, int], wanted: tuple[int, int]) -> dict:
-        """One image: ``logits`` ``(Q, C + 1)``, ``masks`` ``(Q, h, w)``, and two sizes."""
+        """One image: ``logits`` ``(Q, C + 1)``, ``masks`` ``(Q, h, w)``, two sizes."""
         scores, classes = logits.softmax(-1).max(-1)
         keep = (classes != logits.shape[-1] - 1) & (scores > self.threshold)
         classes = classes[keep].tolist()

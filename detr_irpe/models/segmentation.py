@@ -47,6 +47,7 @@ class MaskHeadSmallConv(nn.Module):
     Args:
         dim: channels of the projected features plus the heads of the attention map.
         fpn_dims: channels of the backbone's maps that are added, from coarse to fine.
+        context_dim: the base of the layers' widths.
     """
 
     def __init__(self, dim: int, fpn_dims: Sequence[int], context_dim: int):

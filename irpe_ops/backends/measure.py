@@ -36,7 +36,10 @@ def trains(call: AttentionCall) -> bool:
 def measure(
     call: AttentionCall, candidates: Mapping[str, Callable[[AttentionCall], Tensor]], eager: Callable
 ) -> Measurement:
-    """Check every candidate on a small grid, and time it at the shape of ``call``."""
+    """Check every candidate on a small grid, and time it at the shape of ``call``.
+
+    Raises: RuntimeError: a candidate has left the GPU unusable for this process.
+    """
     training, device = trains(call), call.q.device
     ms, left_out = {}, {}
     # Hides the tensors saved for backward here from the run's own hooks, such as activation checkpointing.
@@ -91,6 +94,7 @@ def _check_device(device: torch.device, name: str, reason: str) -> None:
 
 
 def wait(device: torch.device) -> None:
+    """Until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -21,7 +21,7 @@ ROW_MULTIPLE = 8
 
 
 def missing() -> str | None:
-    """It is available everywhere."""
+    """None: this backend is available everywhere."""
 
 
 def why_not(call: AttentionCall) -> str | None:

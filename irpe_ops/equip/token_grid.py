@@ -47,7 +47,7 @@ class TokenGrid:
             _here.grids.setdefault(self, {})[length] = (height, width)
 
     def of(self, length: int) -> tuple[int, int]:
-        """Height and width of the grid that ``length`` tokens lie on."""
+        """Height and width of the grid that ``length`` tokens lie on. Raises: ValueError: none was seen."""
         if isinstance(length, (Tensor, torch.fx.Proxy)):  # traced by torch.jit or torch.fx
             raise ValueError(
                 "equipped attention cannot be traced: use torch.export, or make it a leaf module of torch.fx"
