@@ -103,8 +103,9 @@ class Expected:
                 raise FileNotFoundError(f"--expect: the card would name {path}, which does not exist")
         self.row = choose(wanted, [self.checkpoint.stem if self.checkpoint else "", name])
         if figure not in (published := read_zoo().find(self.row).expect):
-            figures = f"its figures are {', '.join(published)}; this evaluation measures {figure}"
-            raise ValueError(f"--expect {self.row}: {figures}")
+            raise ValueError(
+                f"--expect {self.row}: its figures are {', '.join(published)}; this evaluation measures {figure}"
+            )
 
     def meet(self, measured: Mapping[str, float], output_dir: str | Path) -> int:
         """Print the card and save it as ``card.json`` and ``.md``.

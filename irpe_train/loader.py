@@ -65,8 +65,10 @@ class TrainLoader:
         self.bad: dict[str, str] = {}
         self._order = _Order(sampler, batch_size, seed)
         if len(self._order) == 0:
-            wanted = f"do not fill a batch of {batch_size}: lower the batch size or add images"
-            raise ValueError(f"{len(sampler)} training samples per process and epoch {wanted}")
+            raise ValueError(
+                f"{len(sampler)} training samples per process and epoch do not fill a batch of "
+                f"{batch_size}: lower the batch size or add images"
+            )
         read = partial(_read_seeded, dataset, seed, rank(), world_size())
         how = dict(num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0)
         self._loader = _loader(read, self._order, collate_fn, **how)

@@ -76,9 +76,10 @@ def _refuse_mixed_folders(folders: set[Path], root: Path) -> None:
     """``datasets`` takes the last folder of a path as the class, and any called ``train`` or ``val`` as a split."""
     above = sorted({folder.parent for folder in folders})
     if len(above) > 1:
-        both = "both have folders that datasets takes as classes"
         instead = "Leave out --data-set HFDS: class folders are then read as they are"
-        raise ValueError(f"{root}: {above[0]} and {above[1]} {both}. {instead}")
+        raise ValueError(
+            f"{root}: {above[0]} and {above[1]} both have folders that datasets takes as classes. {instead}"
+        )
 
 
 def _numbered(labels: list, names: list[str] | None, where: str) -> tuple[list[str], list[int]]:

@@ -33,8 +33,10 @@ class ShardImages(LabelledImages):
         self.files = [file for file in sorted(root.iterdir()) if _split_of(file) is train]
         if not self.files:
             word = SPLITS[train][0]
-            wanted = f"--data-set WDS reads uncompressed shards with this word in the name: imagenet-{word}-0000.tar"
-            raise FileNotFoundError(f"{root}: no *{word}*.tar there; {wanted}")
+            raise FileNotFoundError(
+                f"{root}: no *{word}*.tar there (--data-set WDS reads uncompressed shards, with {word} as a word in "
+                f"their names: imagenet-{word}-0000.tar)"
+            )
         places: dict[str, Path] = {}
         for file in self.files:
             if places.setdefault(os.path.realpath(file), file) != file:
@@ -47,9 +49,10 @@ class ShardImages(LabelledImages):
         named = os.path.lexists(listed)
         classes = class_list(listed) if named else [str(number) for number in range(min(count, MOST_CLASSES))]
         if count > len(classes):
-            how = f", as {listed} lists" if named else "; or list them in classes.txt"
-            there = f"class numbers from {min(labels)} to {max(labels)}"
-            raise ValueError(f"{root}: {there}; expected 0 to {len(classes) - 1}{how}")
+            raise ValueError(
+                f"{root}: class numbers from {min(labels)} to {max(labels)}; expected 0 to "
+                f"{len(classes) - 1}" + (f", as {listed} lists" if named else "; or list them in classes.txt")
+            )
         super().__init__(classes, list(names), list(labels), transform)
         self.origins = self.files
         self.shards, self.places, self.sizes = (np.array(values, dtype=np.int64) for values in (shards, places, sizes))
@@ -99,8 +102,9 @@ def _samples(file: Path) -> Iterator[tuple[str, int, int, int]]:
         for key, members in _grouped(file):
             images = [kind for kind in IMAGES if kind in members]
             if len(images) != 1 or "cls" not in members:
-                wanted = f"expected cls and one of {', '.join(IMAGES)}"
-                raise ValueError(f"{file}: sample {key!r} has {', '.join(members)}; {wanted}")
+                raise ValueError(
+                    f"{file}: sample {key!r} has {', '.join(members)}; expected cls and one of {', '.join(IMAGES)}"
+                )
             place, size = members["cls"]
             shard.seek(place)
             label = shard.read(min(size, 1000)).decode(errors="replace").strip()

@@ -46,8 +46,9 @@ def split_folder(
     if file is not None:
         listed = set(filter(None, same_text(read_text(file, errors="surrogateescape")).splitlines()))
         if gone := sorted(listed - set(names)):
-            count = f"{len(gone)} of {len(listed)} are not: restore or unlist them"
-            raise ValueError(f"{file}: {gone[0]} is not in {folder}; {count}")
+            raise ValueError(
+                f"{file}: {gone[0]} is not in {folder}; {len(gone)} of {len(listed)} are not: restore or unlist them"
+            )
         held_out = np.array([name in listed for name in names])
         for label, name in enumerate(images.classes):
             held = held_out[images.labels == label]

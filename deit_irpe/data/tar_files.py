@@ -91,8 +91,9 @@ class TarImages(LabelledImages):
             elif path[-1].lower().endswith(IMG_EXTENSIONS):
                 images.append((path, place, size))
             elif PurePosixPath(path[-1]).suffix.lower() in PACKED:
-                packed = "images packed in it are not read; pack files or plain .tar"
-                raise ValueError(f"{file}: {'/'.join(path)}: {packed}")
+                raise ValueError(
+                    f"{file}: {'/'.join(path)}: images packed in it are not read; pack files or plain .tar"
+                )
             else:
                 unread.append(path[-1])
         report_hidden(file, hidden)
