@@ -18,7 +18,7 @@ from deit_irpe.args import image_size, image_size_text
 from deit_irpe.data.classes import stored_classes
 from deit_irpe.models import create_model
 from deit_irpe.models.finetune import head_prefixes
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import Checkpoint, load_matching, write_checkpoint
 from irpe_train.errors import BadCheckpoint, some
 from irpe_train.flags import FlagParser
 from irpe_train.launch import launch
@@ -62,8 +62,8 @@ def convert(
 def main(args: argparse.Namespace) -> None:
     """Convert a file and write it, with the flags that build its model. Raises RunError: the file exists already."""
     refuse_existing(args.out, "OURS.pth")
-    checkpoint = read_checkpoint(args.source)
-    stored = model_weights(checkpoint, source=args.source, key=args.key)
+    checkpoint = Checkpoint.read(args.source)
+    stored = checkpoint.weights(args.key)
     weights = convert(stored, prefix=args.prefix, renames=args.rename, drop_zero_tables=args.drop_zero_tables)
     size = image_size(args.input_size)
     with torch.device("meta"):
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     model = create_model(args.model, args.rpe, num_classes=num_classes, img_size=size)
     load_matching(model, weights, source=args.source)
     flags = argparse.Namespace(model=args.model, rpe=args.rpe, input_size=args.input_size, nb_classes=num_classes)
-    classes = stored_classes(checkpoint, source=args.source)
+    classes = stored_classes(checkpoint)
     write_checkpoint({"model": weights, "args": flags} | ({"classes": classes} if classes else {}), args.out)
     tables = sum(".lookup_table_" in name for name in weights)
     print(f"{args.out}: {len(weights)} of {len(stored)} entries, {tables} of them tables; they fit {args.model}")

@@ -18,7 +18,7 @@ from deit_irpe.data.classes import stored_classes
 from deit_irpe.data.transforms import MEAN, STD, build_transform
 from deit_irpe.models import build_model
 from deit_irpe.models.finetune import head_prefixes, resample_positions, trained_grid
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.checkpoint import Checkpoint, load_matching
 from irpe_train.errors import BadCheckpoint
 from irpe_train.export import read_onnx
 from irpe_train.logger import logger
@@ -81,10 +81,10 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     Raises: ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint: its flags describe no model,
         or one that its weights do not fit; found before memory is allocated for it.
     """
-    checkpoint = read_checkpoint(source)
-    weights = model_weights(checkpoint, source=source, key="model_ema" if ema else "model")
+    checkpoint = Checkpoint.read(source)
+    weights = checkpoint.weights("model_ema" if ema else "model")
     given = {name: value for name, value in flags.items() if value is not None}
-    known = _stored_flags(checkpoint, source=source)
+    known = _stored_flags(checkpoint)
     defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
     args = argparse.Namespace(**defaults | known | given)
     stored = {name: known[name] for name in given if known.get(name) is not None}
@@ -108,15 +108,16 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
     model = build_model(args, num_classes)
     load_matching(model, weights, source=source)
-    classes = stored_classes(checkpoint, source=source) or class_names(num_classes)
+    classes = stored_classes(checkpoint) or class_names(num_classes)
     if len(classes) != num_classes:
         raise BadCheckpoint(f"checkpoint {source}: it names {len(classes)} classes, its class head has {num_classes}")
     return model.eval(), args, classes
 
 
-def _stored_flags(checkpoint: dict, *, source: str) -> dict:
+def _stored_flags(checkpoint: Checkpoint) -> dict:
     """The checkpoint's flags that describe the network."""
-    stored = argparse.Namespace() if checkpoint.get("args") is None else checkpoint["args"]
+    source, stored = checkpoint.source, checkpoint.contents.get("args")
+    stored = argparse.Namespace() if stored is None else stored
     if not isinstance(stored, argparse.Namespace):
         raise BadCheckpoint(f"checkpoint {source}: its 'args' are a {type(stored).__name__}, not flags")
     stored = {name: value for name, value in vars(stored).items() if value not in (None, "", {})}  # timm's, and ours
@@ -175,7 +176,7 @@ def load_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], list[str], tuple[
     """
     with read_onnx(path, "classifier that deit_irpe.export wrote") as exported:
         metadata = {key: json.loads(value) for key, value in exported.metadata.items()}
-        classes = stored_classes(metadata, source=str(path))
+        classes = stored_classes(Checkpoint(str(path), metadata))
         size = stored_size(metadata["input_size"], source=str(path))
         if (metadata["mean"], metadata["std"]) != (list(MEAN), list(STD)):
             raise ValueError(f"mean {metadata['mean']} and std {metadata['std']} are not those of this program")

@@ -23,6 +23,7 @@ from deit_irpe.optimizer import build_optimizer, build_scheduler, scaled_lr
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader, TrainLoader
 from irpe_train.logger import logger
@@ -30,7 +31,7 @@ from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
 from irpe_train.run import open_run, refuse_other_flags, warn_of_other_flags
-from irpe_train.run_folder import Checkpoint, Checkpoints
+from irpe_train.run_folder import Checkpoints
 from irpe_train.seeding import seed_everything
 from irpe_train.state import TrainState
 
@@ -114,9 +115,8 @@ def evaluate_only(
     classes = loader.dataset.classes
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
-        weights = checkpoint.weights("model_ema" if args.eval_ema else "model")
-        where = dict(source=checkpoint.source, flag=f"--input-size {args.input_size}")
-        models.load_classifier(model, weights, checkpoint.contents, len(classes), **where)
+        key = "model_ema" if args.eval_ema else "model"
+        models.load_classifier(model, checkpoint, len(classes), flag=f"--input-size {args.input_size}", key=key)
     elif not (args.pretrained or args.finetune):
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect is not None:
@@ -146,7 +146,7 @@ def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, v
 
     The labels of ``val_set`` are renumbered if its order differs. Raises: ValueError: different classes.
     """
-    stored = stored_classes(checkpoint.contents, source=checkpoint.source) if checkpoint is not None else None
+    stored = stored_classes(checkpoint) if checkpoint is not None else None
     if train_set is None:
         classes = stored or val_set.classes
         if checkpoint is not None and stored is None:

@@ -4,34 +4,35 @@
 import unicodedata
 from collections.abc import Mapping
 
-from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.errors import BadCheckpoint
 from irpe_train.logger import logger
 
 
-def classes_in(weights: Mapping[str, Tensor], *, source: str) -> int:
-    """The number of outputs of the class head in a DETR's weights, without "no object"."""
-    bias = next((value for key, value in weights.items() if key.endswith("class_embed.bias")), None)
+def classes_in(checkpoint: Checkpoint) -> int:
+    """The number of outputs of the class head of a DETR, without "no object"."""
+    bias = next((value for key, value in checkpoint.weights().items() if key.endswith("class_embed.bias")), None)
     if bias is None or bias.ndim != 1 or len(bias) < 2:
-        raise BadCheckpoint(f"checkpoint {source}: no class head (class_embed.bias) in it; it is not from a DETR")
+        missing = "no class head (class_embed.bias) in it; it is not from a DETR"
+        raise BadCheckpoint(f"checkpoint {checkpoint.source}: {missing}")
     return len(bias) - 1
 
 
-def categories_of(checkpoint: dict, weights: Mapping[str, Tensor], *, source: str) -> dict[int, str]:
+def categories_of(checkpoint: Checkpoint) -> dict[int, str]:
     """The categories (id -> name) a checkpoint was trained on: its own, or COCO's if it has as many classes.
 
     The published checkpoints name none. Empty if nothing is known.
     """
-    given = checkpoint.get("categories")
+    given = checkpoint.contents.get("categories")
     if given is not None:
         named = isinstance(given, dict) and all(type(i) is int and isinstance(n, str) for i, n in given.items())
         if not named or not all(0 <= i < 2**31 for i in given):
-            raise BadCheckpoint(f"checkpoint {source}: its 'categories' are not names by category id")
+            raise BadCheckpoint(f"checkpoint {checkpoint.source}: its 'categories' are not names by category id")
         return given
     coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    if classes_in(weights, source=source) != len(coco):
+    if classes_in(checkpoint) != len(coco):
         return {}
     return {i: name for i, name in enumerate(coco) if name not in ("__background__", "N/A")}
 
@@ -54,11 +55,12 @@ def differences(trained: Mapping[int, str], here: Mapping[int, str]) -> list[str
     ]
 
 
-def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], *, source: str) -> None:
+def compare_for_evaluation(checkpoint: Checkpoint, here: Mapping[int, str]) -> None:
     """Log how the classes of a checkpoint differ from those of the data it is evaluated on.
 
     Raises: BadCheckpoint: the same names have other ids, so that correct predictions would count as wrong.
     """
+    source, trained = checkpoint.source, categories_of(checkpoint)
     if not trained:
         logger.info(f"checkpoint {source} does not name its classes, so nothing checks that its ids mean the same here")
         return
@@ -75,17 +77,16 @@ def compare_for_evaluation(trained: Mapping[int, str], here: Mapping[int, str], 
         logger.warning(f"checkpoint {source} was trained on other categories than this data has: {'; '.join(odd[:5])}")
 
 
-def compare_for_resume(
-    trained: Mapping[int, str], here: Mapping[int, str], *, source: str, same_run: bool = True
-) -> None:
+def compare_for_resume(checkpoint: Checkpoint, here: Mapping[int, str], *, same_run: bool = True) -> None:
     """Raises BadCheckpoint: a run would continue with other classes than it started with.
 
     Args: same_run: it is the same run; otherwise other categories are only a warning.
     """
+    trained = categories_of(checkpoint)
     other = differences(trained, here) + [f"{i} {name!r} is there only" for i, name in trained.items() if i not in here]
     if trained and other:
         how = f"{'; '.join(other[:5])}. Start a new run from it with --finetune."
-        how = f"checkpoint {source} was trained on other categories than this data has: {how}"
+        how = f"checkpoint {checkpoint.source} was trained on other categories than this data has: {how}"
         if same_run:
             raise BadCheckpoint(how)
         logger.warning(how)

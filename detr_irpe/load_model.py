@@ -15,7 +15,7 @@ from detr_irpe.classes import categories_of, classes_in
 from detr_irpe.data.transforms import prepare_image
 from detr_irpe.models import build_model
 from detr_irpe.models.postprocess import PostProcess
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.checkpoint import Checkpoint, load_matching
 from irpe_train.errors import BadCheckpoint, first_line
 from irpe_train.export import read_onnx
 
@@ -69,9 +69,8 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
     Returns: model (without auxiliary outputs), post-processors, the flags it was built from, and its categories.
     Raises: BadCheckpoint: it does not say how its model was built, or its weights belong to another model.
     """
-    checkpoint = read_checkpoint(source)
-    weights = model_weights(checkpoint, source=source)
-    args = _flags(checkpoint, weights, source)
+    checkpoint = Checkpoint.read(source)
+    weights, args = checkpoint.weights(), _flags(checkpoint)
     try:
         with torch.device("meta"):  # allocates nothing, whatever the flags ask for
             shapes = build_model(args)[0]
@@ -80,11 +79,11 @@ def load_model(source: str) -> tuple[nn.Module, dict[str, nn.Module], argparse.N
     load_matching(shapes, {key: value.to("meta") for key, value in weights.items()}, source=source)
     model, _, postprocessors = build_model(args)
     load_matching(model, weights, source=source)
-    return model.eval(), postprocessors, args, categories_of(checkpoint, weights, source=source)
+    return model.eval(), postprocessors, args, categories_of(checkpoint)
 
 
-def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argparse.Namespace:
-    trained = checkpoint.get("args")
+def _flags(checkpoint: Checkpoint) -> argparse.Namespace:
+    source, trained = checkpoint.source, checkpoint.contents.get("args")
     if not isinstance(trained, argparse.Namespace) or not hasattr(trained, "backbone"):  # the published ones have it
         why = "these say how to build the model. Use one that training a DETR wrote; a classifier is for irpe classify"
         raise BadCheckpoint(f"checkpoint {source} has no 'args' with the flags of a DETR: {why}")
@@ -97,10 +96,10 @@ def _flags(checkpoint: dict, weights: dict[str, Tensor], source: str) -> argpars
         setattr(args, name, value)
     if not 0 < args.image_size <= LARGEST_IMAGE_SIZE:
         raise BadCheckpoint(f"checkpoint {source}: its flag image_size is {args.image_size}, larger than any photo")
-    if args.enc_layers + args.dec_layers > len(weights):
+    if args.enc_layers + args.dec_layers > len(checkpoint.weights()):
         raise BadCheckpoint(f"checkpoint {source}: its flags name more layers than it has weights")
     args.eval, args.aux_loss = True, False  # no backbone weights are downloaded; only the last decoder layer
-    args.num_classes = classes_in(weights, source=source)
+    args.num_classes = classes_in(checkpoint)
     return args
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from detr_irpe.args import MODEL_FLAGS, check_args, get_args_parser
 from detr_irpe.check_data import quick_check
-from detr_irpe.classes import categories_of, classes_in, compare_for_evaluation, compare_for_resume
+from detr_irpe.classes import classes_in, compare_for_evaluation, compare_for_resume
 from detr_irpe.data import from_flags as data
 from detr_irpe.data.coco_eval import CocoEvaluator
 from detr_irpe.data.panoptic_eval import PanopticEvaluator, format_quality
@@ -22,7 +22,7 @@ from detr_irpe.optimizer import build_optimizer
 from irpe_ops.backends.choice import describe
 from irpe_ops.modules import buckets_of
 from irpe_train import card, distributed
-from irpe_train.checkpoint import load_matching, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import Checkpoint, load_matching, read_checkpoint, write_checkpoint
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.launch import launch
 from irpe_train.loader import EvalLoader
@@ -31,7 +31,7 @@ from irpe_train.metrics import count_parameters
 from irpe_train.precision import Precision
 from irpe_train.preemption import STOP
 from irpe_train.run import open_run, refuse_other_flags, warn_of_other_flags
-from irpe_train.run_folder import Checkpoint, Checkpoints
+from irpe_train.run_folder import Checkpoints
 from irpe_train.seeding import seed_everything
 from irpe_train.state import TrainState
 
@@ -125,8 +125,7 @@ def evaluate_only(
     if checkpoint is not None:
         warn_of_other_flags(get_args_parser(), args, checkpoint, "Those given now are used", only=MODEL_FLAGS)
         load_matching(model, checkpoint.weights(), source=checkpoint.source)
-        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
-        compare_for_evaluation(trained, val_loader.dataset.categories, source=checkpoint.source)
+        compare_for_evaluation(checkpoint, val_loader.dataset.categories)
     elif start is None:
         logger.warning("--eval without --resume: this evaluates a model that was never trained")
     if args.expect is not None:
@@ -192,13 +191,12 @@ def agree_on_classes(
     """The number of class ids of the head: the checkpoint's, unless the run trains a new head."""
     resumed = checkpoint if checkpoint is not None and "optimizer" in checkpoint.contents else None  # else a new run
     if checkpoint is not None and not args.eval:
-        trained = categories_of(checkpoint.contents, checkpoint.weights(), source=checkpoint.source)
         continues = resumed is not None and "categories" in resumed.contents  # else they may be a guess
-        compare_for_resume(trained, sets[-1].categories, source=checkpoint.source, same_run=continues)
+        compare_for_resume(checkpoint, sets[-1].categories, same_run=continues)
     if args.num_classes != "auto":
         return args.num_classes
     if source := checkpoint or start or frozen if args.eval else resumed or frozen:
-        return classes_in(source.weights(), source=source.source)
+        return classes_in(source)
     return data.classes_of_data(sets, args.dataset_file)
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,6 +33,21 @@ ORDINARY = {
 }
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|\b_orig_mod\.")
 TIMM_KEYS = {"model": "state_dict", "model_ema": "state_dict_ema"}  # timm's names; Lightning uses the first too
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read: its path or address, for messages, and its contents."""
+
+    source: str
+    contents: dict
+
+    @classmethod
+    def read(cls, source: str | Path) -> "Checkpoint":
+        return cls(str(source), read_checkpoint(source))
+
+    def weights(self, key: str = "model") -> dict[str, torch.Tensor]:
+        """Its state dict; see ``model_weights``."""
+        return model_weights(self.contents, source=self.source, key=key)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -153,7 +169,7 @@ def _is_state_dict(value) -> bool:
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict of a checkpoint file; see ``read_checkpoint`` and ``model_weights``."""
-    return model_weights(read_checkpoint(path), source=path)
+    return Checkpoint.read(path).weights()
 
 
 def load_matching(

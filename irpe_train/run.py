@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Iterable
 
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.distributed import gather, world_size
 from irpe_train.errors import RunError
 from irpe_train.loader import TrainLoader
 from irpe_train.logger import logger
 from irpe_train.metrics import clock, count_parameters
 from irpe_train.preemption import STOP
-from irpe_train.run_folder import Checkpoint, Checkpoints
+from irpe_train.run_folder import Checkpoints
 from irpe_train.run_log import RunLog, banner, changed_flags, record_start
 from irpe_train.state import TrainState
 from irpe_train.steps import Steps

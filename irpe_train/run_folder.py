@@ -8,11 +8,9 @@ import re
 import socket
 import weakref
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
-import torch
-
-from irpe_train.checkpoint import link, model_weights, read_checkpoint, write_checkpoint
+from irpe_train.checkpoint import Checkpoint, link, write_checkpoint
 from irpe_train.distributed import from_main, is_main
 from irpe_train.errors import BadCheckpoint, RunError
 from irpe_train.logger import log_details, logger
@@ -22,17 +20,6 @@ from irpe_train.state import TrainState, progress_of
 from irpe_train.text_files import naming, plain_file
 
 LOCK = ".lock"
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint that was read: its contents, and its path or address for messages."""
-
-    source: str
-    contents: dict
-
-    def weights(self, key: str = "model") -> dict[str, torch.Tensor]:
-        """Its state dict; see ``model_weights``."""
-        return model_weights(self.contents, source=self.source, key=key)
 
 
 class Checkpoints:
@@ -98,7 +85,7 @@ class Checkpoints:
             if where:
                 logger.info(f"--resume auto: no checkpoint in {self.folder}, a new run")
             return None
-        return found or Checkpoint(source, read_checkpoint(source))
+        return found or Checkpoint.read(source)
 
     def there(self) -> list[str]:
         """The checkpoint names in the folder, including ``checkpoint0099.pth``, which detection keeps."""
@@ -152,7 +139,7 @@ class Checkpoints:
 
 def _checked(path: str | Path) -> Checkpoint:
     """A checkpoint whose weights exist and are finite."""
-    found = Checkpoint(str(path), read_checkpoint(path))
+    found = Checkpoint.read(path)
     found.weights()
     return found
 

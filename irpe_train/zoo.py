@@ -128,9 +128,9 @@ def verify(path: Path, entry: Entry, *, record: Path | None = None) -> None:
         return
     if expected is not None:
         raise ValueError(f"{path}: sha256 {found}, expected {expected} for {entry.name} {whose}. {again}")
-    from irpe_train.checkpoint import model_weights, read_checkpoint
+    from irpe_train.checkpoint import read_weights
 
-    weights = model_weights(read_checkpoint(path), source=path)
+    weights = read_weights(path)
     if len(weights) != entry.entries:
         raise ValueError(f"{path}: {len(weights)} tensors in 'model', {entry.entries} expected for {entry.name}.")
     with contextlib.suppress(OSError):  # somebody else's cache

@@ -4,16 +4,17 @@
 from torch.utils.data import Dataset
 
 from deit_irpe.data.images import same_text
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.errors import BadCheckpoint, some
 from irpe_train.logger import logger
 
 
-def stored_classes(checkpoint: dict, *, source: str) -> list[str] | None:
+def stored_classes(checkpoint: Checkpoint) -> list[str] | None:
     """The names of a checkpoint's classes, in the order of its outputs; None if it has none, like the published ones.
 
     Raises: BadCheckpoint: they are not a list of different names.
     """
-    classes = checkpoint.get("classes")
+    source, classes = checkpoint.source, checkpoint.contents.get("classes")
     if classes is None:
         return None
     names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)

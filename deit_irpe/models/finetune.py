@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deit_irpe.args import image_size
 from deit_irpe.data.classes import stored_classes
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.checkpoint import Checkpoint, load_matching
 from irpe_train.errors import BadCheckpoint
 
 
@@ -66,17 +66,15 @@ def start_from(model: nn.Module, source: str, classes: list[str]) -> dict[str, s
 
     Returns: a note on each key that was not copied unchanged.
     """
-    checkpoint = read_checkpoint(source)
-    theirs = stored_classes(checkpoint, source=source)
-    weights, notes = fit_classes(model, model_weights(checkpoint, source=source), theirs, classes)
-    old_grid = trained_grid(model, checkpoint)
-    return load_pretrained_weights(model, weights, old_grid, source=source) | notes
+    checkpoint = Checkpoint.read(source)
+    weights, notes = fit_classes(model, checkpoint.weights(), stored_classes(checkpoint), classes)
+    return load_pretrained_weights(model, weights, trained_grid(model, checkpoint), source=source) | notes
 
 
-def trained_grid(model: nn.Module, checkpoint: Mapping) -> tuple[int, int] | None:
+def trained_grid(model: nn.Module, checkpoint: Checkpoint) -> tuple[int, int] | None:
     """The patch grid (height, width) that a checkpoint was trained on; None if it, or the model, does not say."""
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        sides, patch = image_size(checkpoint["args"].input_size), model.patch_embed.patch_size
+        sides, patch = image_size(checkpoint.contents["args"].input_size), model.patch_embed.patch_size
         return sides[0] // patch[0], sides[1] // patch[1]
     return None
 

@@ -8,14 +8,14 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import VisionTransformer
 from timm.utils import ModelEmaV2
-from torch import Tensor, nn
+from torch import nn
 
 from deit_irpe.args import get_args_parser, image_size, keywords
 from deit_irpe.data.classes import check_same_classes, stored_classes
 from deit_irpe.models.finetune import fit_classes, head_prefixes, resample_positions, start_from, trained_grid
 from deit_irpe.models.names import RPE_MODELS
 from deit_irpe.models.registration import UnknownArgument, create_model
-from irpe_train.checkpoint import load_matching, model_weights, read_checkpoint
+from irpe_train.checkpoint import Checkpoint, load_matching
 from irpe_train.errors import BadCheckpoint
 from irpe_train.logger import logger
 from irpe_train.zoo import fetch
@@ -111,13 +111,12 @@ def starting_weights(args: argparse.Namespace) -> str:
     return str(fetch(args.model)) if args.pretrained and args.model in RPE_MODELS else args.finetune
 
 
-def load_classifier(
-    model: nn.Module, weights: dict[str, Tensor], checkpoint: dict, number: int, *, source: str, flag: str
-) -> None:
-    """Load all ``weights`` of a checkpoint; positions are resampled to the model's grid, and ``flag`` named in the log.
+def load_classifier(model: nn.Module, checkpoint: Checkpoint, number: int, *, flag: str, key: str = "model") -> None:
+    """Load all weights of a checkpoint; positions are resampled to the model's grid, and ``flag`` named in the log.
 
     Raises: BadCheckpoint: the class head in it has not ``number`` outputs, or a key does not fit.
     """
+    source, weights = checkpoint.source, checkpoint.weights(key)
     for prefix in head_prefixes(model):
         bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:
@@ -142,13 +141,11 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
     """
     if args.distillation_type == "none":
         return None
-    source = args.teacher_path
-    checkpoint = read_checkpoint(source)
-    taught = stored_classes(checkpoint, source=source)
+    checkpoint = Checkpoint.read(source := args.teacher_path)
+    taught = stored_classes(checkpoint)
     if taught is not None and taught != list(classes):
         check_same_classes(taught, classes, (f"--teacher-path {source}", "the training data"))
         raise ValueError(f"--teacher-path {source}: the training data have its classes in another order")
     teacher = create_model(args.teacher_model, num_classes=len(classes), img_size=image_size(args.input_size))
-    weights = model_weights(checkpoint, source=source)
-    load_classifier(teacher, weights, checkpoint, len(classes), source=source, flag="--teacher-path")
+    load_classifier(teacher, checkpoint, len(classes), flag="--teacher-path")
     return teacher.to(device).eval().requires_grad_(False)

@@ -14,12 +14,11 @@ from detr_irpe.models.finetune import load_for_finetuning
 from detr_irpe.models.matcher import HungarianMatcher
 from detr_irpe.models.postprocess import PostProcess, PostProcessPanoptic, PostProcessSegm
 from irpe_train import zoo
-from irpe_train.checkpoint import load_matching, read_checkpoint
+from irpe_train.checkpoint import Checkpoint, load_matching
 from irpe_train.distributed import is_main
 from irpe_train.errors import BadCheckpoint
 from irpe_train.logger import logger
 from irpe_train.run import warn_of_other_flags
-from irpe_train.run_folder import Checkpoint
 
 # Largest category id plus one; COCO's thing ids end at 90. Any other data set had 20 in the published code.
 PUBLISHED_NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}
@@ -83,7 +82,7 @@ def _pretrained_backbone(args: argparse.Namespace, filled: bool) -> bool | str:
 def starting_checkpoints(args: argparse.Namespace) -> tuple[Checkpoint | None, Checkpoint | None]:
     """The checkpoint of ``--pretrained`` or ``--finetune``, and that of ``--frozen_weights``; None where not given."""
     start = str(zoo.fetch(args.pretrained)) if args.pretrained else args.finetune
-    return tuple(Checkpoint(file, read_checkpoint(file)) if file else None for file in (start, args.frozen_weights))
+    return tuple(Checkpoint.read(file) if file else None for file in (start, args.frozen_weights))
 
 
 def start_from(
@@ -101,17 +100,15 @@ def start_from(
         only = set(MODEL_FLAGS) - (MAY_CHANGE if not args.eval else {"masks"} if source is frozen else set())
         warn_of_other_flags(get_args_parser(), args, source, "Those given now are used", only=only)
     if start is not None:
-        weights = start.weights()
-        trained = categories_of(start.contents, weights, source=start.source)
+        trained = categories_of(start)
         same = args.eval or not trained or not differences(trained, categories)
-        report = load_for_finetuning(model, weights, source=start.source, same_classes=same)
+        report = load_for_finetuning(model, start.weights(), source=start.source, same_classes=same)
         for key, what in report.items():
             logger.info(f"{'--pretrained' if args.pretrained else '--finetune'}: {key} {what}")
         if args.eval:
             if fresh := [f"{key} {what}" for key, what in report.items() if "fresh" in what]:
                 raise BadCheckpoint(f"--eval: a part of this model was never trained ({fresh[0]}); train first")
-            compare_for_evaluation(trained, categories, source=start.source)
+            compare_for_evaluation(start, categories)
     if frozen is not None:
         load_matching(model.detr, frozen.weights(), source=frozen.source)
-        trained = categories_of(frozen.contents, frozen.weights(), source=frozen.source)
-        compare_for_evaluation(trained, categories, source=frozen.source)  # its class head is no longer trained
+        compare_for_evaluation(frozen, categories)  # its class head is no longer trained

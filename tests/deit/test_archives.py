@@ -16,6 +16,7 @@ from deit_irpe.data.classes import stored_classes
 from deit_irpe.data.images import FolderImages
 from deit_irpe.data.shards import ShardImages
 from deit_irpe.data.tar_files import TarImages
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.errors import RunError
 from irpe_train.outputs import LIST, OutputFolder
 from irpe_train.pixels import files_of
@@ -423,7 +424,7 @@ def test_a_name_is_one_class_however_unicode_spells_it(tmp_path, form):
     below = [*(f"a/{name}" for name in names), "b/0.png"]
     for data in (FolderImages(write_files(tmp_path / "x", below)), TarImages(tar_of(tmp_path / "x.tar", *below))):
         assert [data.read(index).decode() for index in range(3)] == [below[2], below[1], below[0]]
-    assert stored_classes({"classes": [names[0]]}, source="x") == ["caf\u00e9/0.png"]
+    assert stored_classes(Checkpoint("x", {"classes": [names[0]]})) == ["caf\u00e9/0.png"]
     write_files(tmp_path / "val", ["caf\u00e9/0.png", "cafe\u0301/0.png"])
     with pytest.raises(ValueError, match="two classes are called 'caf\u00e9', in two spellings of Unicode"):
         FolderImages(tmp_path / "val")

@@ -14,8 +14,8 @@ from deit_irpe.data.images import LabelledImages
 from deit_irpe.models import create_model
 from deit_irpe.models.finetune import fit_classes
 from deit_irpe.train import agree_on_classes
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.errors import BadCheckpoint
-from irpe_train.run_folder import Checkpoint
 from tests.deit.test_archives import tar_of
 from tests.helpers.deit_runs import deit, deit_ok
 from tests.helpers.tiny_images import write_images
@@ -52,17 +52,17 @@ def test_data_with_fixed_numbers_are_refused_in_another_order():
 @pytest.mark.parametrize("classes", [{"a": 1}, [], ["a", 3], ["a", "a"], "ab"])
 def test_malformed_classes_of_a_checkpoint(classes):
     with pytest.raises(BadCheckpoint, match="checkpoint x.pth: its 'classes' are not a list of different names"):
-        stored_classes({"classes": classes}, source="x.pth")
+        stored_classes(Checkpoint("x.pth", {"classes": classes}))
 
 
 def test_classes_that_are_not_text():
-    stored_classes({"classes": ["caf\udce9"]}, source="x.pth")  # a folder's name in Latin-1
+    stored_classes(Checkpoint("x.pth", {"classes": ["caf\udce9"]}))  # a folder's name in Latin-1
     with pytest.raises(BadCheckpoint, match=r"checkpoint x.pth: its class '\\ud800' is not text"):
-        stored_classes({"classes": ["a", "\ud800"]}, source="x.pth")
+        stored_classes(Checkpoint("x.pth", {"classes": ["a", "\ud800"]}))
 
 
 def test_published_checkpoints_keep_no_classes():
-    assert stored_classes({"model": {}}, source="x.pth") is None
+    assert stored_classes(Checkpoint("x.pth", {"model": {}})) is None
     check_resumed_classes(None, ["a"], source="x.pth")
 
 

@@ -14,7 +14,7 @@ from deit_irpe.data.classes import stored_classes
 from deit_irpe.export import get_export_parser, main
 from deit_irpe.load_model import load_model
 from deit_irpe.models import create_model
-from irpe_train.checkpoint import read_checkpoint
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.config import parse_args
 
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -77,7 +77,7 @@ def test_the_average_of_a_model_for_oblong_images_and_what_a_user_must_know(tmp_
     (tmp_path / "x.safetensors").rename(tmp_path / "X.SAFETENSORS")  # as another system may rename it
     model, _, classes = load_model(str(tmp_path / "X.SAFETENSORS"))
     assert classes == ["ant", "bee"] and torch.equal(model.head.weight, average["head.weight"])
-    assert stored_classes(read_checkpoint(tmp_path / "X.SAFETENSORS"), source="x") == classes
+    assert stored_classes(Checkpoint.read(tmp_path / "X.SAFETENSORS")) == classes
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"classes": "[" * 5000}, {"classes": '"a"'}])

@@ -14,6 +14,7 @@ from deit_irpe.args import get_args_parser
 from deit_irpe.load_model import class_names, load_model
 from deit_irpe.models import build_model, from_flags
 from deit_irpe.models.finetune import fit_classes, head_prefixes, load_pretrained_weights, resize_pos_embed
+from irpe_train.checkpoint import Checkpoint
 from irpe_train.errors import BadCheckpoint
 
 NAME, DEMO = "deit_tiny_patch16_224_ctx_product_50_shared_k", "deit_demo_patch4_32"
@@ -260,7 +261,7 @@ def test_a_head_of_another_shape_is_not_a_head_of_these_classes(shape):
     assert started["head.bias"].startswith("starts fresh")
     if shape:
         with pytest.raises(BadCheckpoint, match=r"checkpoint x\.pth: its head has \d outputs without class names"):
-            from_flags.load_classifier(model, stored, {}, 2, source="x.pth", flag="--resume")
+            from_flags.load_classifier(model, Checkpoint("x.pth", {"model": stored}), 2, flag="--resume")
 
 
 # --- flags in a stranger's checkpoint are data

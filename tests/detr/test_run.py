@@ -16,10 +16,9 @@ from detr_irpe.models.from_flags import start_from
 from detr_irpe.optimizer import build_optimizer
 from detr_irpe.train import main
 from irpe_train import zoo
-from irpe_train.checkpoint import read_checkpoint
+from irpe_train.checkpoint import Checkpoint, read_checkpoint
 from irpe_train.distributed import rank
 from irpe_train.errors import BadCheckpoint, Preempted, RunError
-from irpe_train.run_folder import Checkpoint
 from tests.helpers.detr_runs import TINY, detr, detr_ok, log_of
 from tests.helpers.sabotage import be_stopped, change_a_loss
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
@@ -396,7 +395,7 @@ def test_that_a_frozen_detector_has_no_masks_is_no_difference(trained, monkeypat
     monkeypatch.setattr("irpe_train.run.logger.warning", pytest.fail)
     file = str(trained[0] / "best.pth")
     args = get_args_parser().parse_args([*TINY, "--dec_layers", "6", "--masks", "--eval", "--frozen_weights", file])
-    frozen = Checkpoint(file, read_checkpoint(file))
+    frozen = Checkpoint.read(file)
     args.num_classes = len(frozen.weights()["class_embed.bias"]) - 1
     start_from(build_model(args)[0], args, None, frozen, frozen.contents["categories"])
 
