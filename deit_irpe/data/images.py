@@ -32,12 +32,13 @@ class LabelledImages(Dataset):
 
     def __init__(self, classes: list[str], names: list[str], labels: list[int], transform=None):
         self.classes = [same_text(name) for name in classes]
-        if len(set(self.classes)) < len(classes):
-            twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise ValueError(f"two classes are called {twice!r}, in two spellings of Unicode; rename one")
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, dtype=np.int64)
         self.transform = transform
+        if len(set(self.classes)) < len(classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            what = f"two classes are called {twice!r}, in two spellings of Unicode; rename one"
+            raise ValueError(f"{self.name(0)}, ...: {what}")
 
     def __len__(self) -> int:
         return len(self.labels)

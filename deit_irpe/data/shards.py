@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from deit_irpe.data.images import MOST_CLASSES, LabelledImages
+from deit_irpe.data.images import MOST_CLASSES, LabelledImages, same_text
 from deit_irpe.data.tar_files import tar_members
 from irpe_train.pixels import is_hidden
 from irpe_train.text_files import read_text
@@ -69,7 +69,7 @@ class ShardImages(LabelledImages):
 def class_list(file: Path) -> list[str]:
     """The names of the classes, one per line, in order. Raises: ValueError: two are equal, or one is empty."""
     try:
-        names = [line.strip() for line in read_text(file, errors="strict").rstrip().split("\n")]
+        names = [same_text(line.strip()) for line in read_text(file, errors="strict").rstrip().split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from error
     seen: set[str] = set()
