@@ -93,7 +93,7 @@ def annotation_problems(
         return Problem(what, int(bad.sum()), places, MOST * len(boxes))
 
     return [
-        *class_problems(labels, num_classes),
+        *class_problems(labels, num_classes, annotations.categories if train else {}),
         Problem("boxes that look like fractions of the image; expected pixels", len(boxes) if fractions else 0),
         Problem("boxes that look like two corners; expected x, y, width, height", len(boxes) if corners else 0),
         Problem("boxes that look like centre and size; expected x, y, width, height", len(boxes) if centres else 0),
@@ -122,19 +122,22 @@ def panoptic_problems(dataset: CocoPanoptic, num_classes: int | None = None, *, 
     unknown = [] if known is None else [str(i) for i in dataset.image_ids.tolist() if i not in listed]
     unlisted = f"images missing in {known and known.path.name}, which is used to score boxes"
     return [
-        *class_problems(dataset.labels, num_classes),
+        *class_problems(dataset.labels, num_classes, dataset.categories if train else {}),
         nothing_to_learn(int((dataset.iscrowd == 0).sum()), len(dataset), train),
         Problem(unlisted, len(unknown), unknown[:3]),
     ]
 
 
-def class_problems(labels: Tensor, num_classes: int | None) -> list[Problem]:
-    """Category ids that the class head has no output for."""
+def class_problems(labels: Tensor, num_classes: int | None, categories: dict[int, str]) -> list[Problem]:
+    """Category ids that the class head has no output for; those of ``categories`` that no object has."""
     beyond = labels[labels >= (num_classes if num_classes is not None else torch.iinfo(torch.int64).max)]
     ids = [str(i) for i in beyond.unique().tolist()]
     how = "the largest id plus one, or auto; a checkpoint has its own"
     out = f"--num_classes {num_classes} ({how}) has no output for the ids of some objects"
-    return [Problem(out, len(beyond), ids[:3])]
+    used = set(labels.tolist())
+    unused = [f"{i} {name!r}" for i, name in categories.items() if i not in used]
+    without = Problem("categories without any object", len(unused), unused[:3], allowed=math.inf)
+    return [Problem(out, len(beyond), ids[:3]), without]
 
 
 def nothing_to_learn(objects: int, images: int, train: bool) -> Problem:

@@ -307,13 +307,16 @@ def test_masks_beside_their_boxes_are_not_trained_on(tmp_path, capsys, change, w
     assert check(root, capsys, "--masks")[0] == 0  # a single one is a warning
 
 
-def test_categories_of_one_name_are_a_warning(tmp_path, capsys):
+def test_categories_of_one_name_and_those_that_nothing_teaches_are_a_warning(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
-    edit_annotations(
-        root, "train2017", lambda c: c["categories"].append({"id": 0, "name": "Red", "supercategory": "none"})
-    )
+    for split in ("train2017", "val2017"):
+        edit_annotations(
+            root, split, lambda c: c["categories"].append({"id": 0, "name": "Red", "supercategory": "none"})
+        )
     status, text = check(root, capsys)
     assert status == 0 and "warning: instances_train2017.json: names shared by several categories: 1 (red)" in text
+    assert "warning: instances_train2017.json: categories without any object: 1 (0 'Red')" in text
+    assert text.count("categories without any object") == 1  # a validation set need not have all
 
 
 def test_boxes_of_a_smaller_copy_of_the_images_are_a_warning(tmp_path, capsys):
