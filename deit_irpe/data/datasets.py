@@ -29,9 +29,8 @@ def build_dataset(
     """
     root, split = Path(data_path), "train" if train else "val"
     if not root.is_dir():
-        raise FileNotFoundError(
-            f'--data-path {data_path}: no such folder; give the one with train/ and val/ (README, "Data")'
-        )
+        wanted = 'give the one with train/ and val/ (README, "Data")'
+        raise FileNotFoundError(f"--data-path {data_path}: no such folder; {wanted}")
     if data_set == "CIFAR":
         try:
             return datasets.CIFAR100(root, train=train, transform=transform)
