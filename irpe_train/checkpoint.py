@@ -120,8 +120,10 @@ def _refuse_odd_contents(contents: dict, path: Path, size: int) -> None:
                 wanted = "a dense tensor of fp64, fp32, fp16, bf16, integers or bool"
                 raise BadCheckpoint(f"checkpoint {path}: {name} is {kind}; expected {wanted}")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                stored = f"the file stores {value.untyped_storage().nbytes():,} bytes of it; save a contiguous copy"
-                raise BadCheckpoint(f"checkpoint {path}: {name} has {value.numel():,} elements, and {stored}")
+                raise BadCheckpoint(
+                    f"checkpoint {path}: {name} has {value.numel():,} elements, and the file stores "
+                    f"{value.untyped_storage().nbytes():,} bytes of it; save a contiguous copy"
+                )
         elif isinstance(value, (dict, list, tuple, argparse.Namespace)):
             value = vars(value) if isinstance(value, argparse.Namespace) else value
             items = value.items() if isinstance(value, dict) else enumerate(value)

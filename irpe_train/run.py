@@ -66,8 +66,10 @@ def open_run(
         then = "Its optimizer and schedule continue unchanged"
         warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=(*data_flags, "start_epoch", "save_interval"))
     elif checkpoint is not None and (old := checkpoints.there()):
-        replaced = f"{', '.join(old)}: choose another folder, and give the weights with --finetune"
-        raise RunError(f"--output_dir {args.output_dir}: a new run from {checkpoint.source} would replace {replaced}")
+        raise RunError(
+            f"--output_dir {args.output_dir}: a new run from {checkpoint.source} would replace {', '.join(old)}: "
+            "choose another folder, and give the weights with --finetune"
+        )
     elif state.epoch >= args.epochs:
         logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: nothing to train; give more --epochs")
     record_start(parser, args, stats)

@@ -29,8 +29,9 @@ def build_dataset(
     """
     root, split = Path(data_path), "train" if train else "val"
     if not root.is_dir():
-        wanted = 'give the one with train/ and val/ (README, "Data")'
-        raise FileNotFoundError(f"--data-path {data_path}: no such folder; {wanted}")
+        raise FileNotFoundError(
+            f'--data-path {data_path}: no such folder; give the one with train/ and val/ (README, "Data")'
+        )
     if data_set == "CIFAR":
         try:
             return datasets.CIFAR100(root, train=train, transform=transform)

@@ -126,8 +126,10 @@ def read_categories(entries: JsonList) -> dict[int, str]:
     ids = entries.integers("id")
     wrong = ids[(ids < 0) | (ids > LARGEST_CATEGORY_ID)]
     if len(wrong):
-        why = "the model has an output for each id up to the largest. Number the categories from 1."
-        raise ValueError(f"{entries.path}: category ids {some(wrong)}: expected 0 to {LARGEST_CATEGORY_ID}: {why}")
+        raise ValueError(
+            f"{entries.path}: category ids {some(wrong)}: expected 0 to {LARGEST_CATEGORY_ID}: the model "
+            "has an output for each id up to the largest. Number the categories from 1."
+        )
     refuse_repeated(entries.path, "category ids", ids)
     for entry in entries.entries:  # a number may be a name too
         entry["name"] = str(entry["id"] if entry.get("name") is None else entry["name"])
