@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito, Color Universal Design (2008): distinguishable when colour-blind. Without yellow, faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("", "o", "s", "^", "D", "v", "x")  # with more runs than colours, lines of one colour differ by marker
+MARKERS = ("", "o", "s", "^", "D", "v", "x")  # lines differ in grey too; those of one colour, if there are many runs
 DPI = 300  # of curves saved as .png
 
 
@@ -55,7 +55,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
     if not panels:
         raise BadData(f"none of {', '.join(map(str, runs))} has a figure that can be drawn")
     styles = {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
         for i, name in enumerate(groups)
     }
     columns = min(len(panels), 3)
@@ -70,6 +70,7 @@ def plot_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> "mat
             for key, dashes in ((train, "-"), (test, "--")):
                 _draw_seeds(axis, [curve(log, key) for log in logs], dashes, styles[name])
         axis.set(title=title, xlabel="epoch")
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
     legend = [Line2D([], [], label=plain_text(name), **style) for name, style in styles.items()]
     legend += [Line2D([], [], color="gray", linestyle=line, label=of) for line, of in (("-", "train"), ("--", "test"))]
@@ -89,8 +90,8 @@ def _draw_seeds(axis, curves: list[tuple[list[int], list[float]]], dashes: str, 
     if not at:
         return
     x = sorted(at)
-    marker = style["marker"] or ("." if len(x) < 3 else None)
-    axis.plot(x, [statistics.fmean(at[e]) for e in x], dashes, color=style["color"], marker=marker, markevery=0.1)
+    marker, every = (style["marker"], 0.1) if len(x) > 2 else (style["marker"] or ".", 1)  # 0.1 of one point is none
+    axis.plot(x, [statistics.fmean(at[e]) for e in x], dashes, color=style["color"], marker=marker, markevery=every)
     if len(curves) > 1:
         low, high = [min(at[e]) for e in x], [max(at[e]) for e in x]
         axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib import pyplot
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -119,7 +120,19 @@ def test_runs_of_one_name_in_two_folders_are_two_runs(tmp_path):
     assert texts == [*(f"{f}/x" for f in "abcdefgh"), "train", "test"]
     first, *others, last = drawn.axes[0].lines[::2]  # more runs than colours: a marker tells two of one colour apart
     assert (first.get_color(), last.get_color()) == (COLOURS[0],) * 2 and len({x.get_color() for x in others}) == 6
-    assert [x.get_marker() for x in (first, *others)] == ["None"] * 7 and last.get_marker() == "o"
+    assert len({x.get_marker() for x in (first, *others)}) == 7 and last.get_marker() != first.get_marker()
+    assert all(tick == round(tick) for tick in drawn.axes[0].get_xticks())
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_run_of_one_epoch_is_dots(tmp_path, runs):
+    drawn = plot_runs([write(tmp_path / f"log_{i}.txt", [deit(0)]) for i in range(runs)])
+    drawn.legends.clear()
+    drawn.set_dpi(30)
+    FigureCanvasAgg(drawn).draw()
+    picture = np.asarray(drawn.canvas.buffer_rgba())[..., :3]
+    colour = np.round(255 * np.array(to_rgb(COLOURS[runs - 1])))
+    assert (abs(picture - colour).max(-1) < 60).any()
 
 
 def test_a_figure_of_ones_own_in_the_format_of_the_suffix(tmp_path):

@@ -82,6 +82,17 @@ def test_one_scale_a_row_and_zero_looks_alike():
     assert [entry[1:] for entry in colours(figure)] == [("RdBu_r", -3, 3)] * 2 + [("RdBu_r", -1, 1)] * 2
 
 
+@pytest.mark.parametrize(("spec", "height"), [("rpe-1.9-product-ctx-1-k", 14), ("rpe-20-cross-ctx-1-k", 13)])
+def test_labels_are_inside_the_picture(spec, height):
+    agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    maps = visualize.bucket_maps(parse_rpe_spec(spec), height, 14, 7, 7)
+    figure = visualize.draw_maps({name: ids[None] for name, ids in maps.items()}, title="t", numbers=True)
+    canvas = agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    labels = [axis.yaxis.label.get_window_extent() for axis in figure.axes if axis.get_ylabel()]
+    assert len(labels) == len(maps) and min(label.x0 for label in labels) >= 0
+
+
 def test_learned_biases_are_signed_and_lengths_are_not():
     pytest.importorskip("matplotlib")
     for spec, name in (("rpe-1.9-product-bias-0-k", "RdBu_r"), ("rpe-1.9-product-ctx-1-k", "viridis")):
@@ -139,6 +150,7 @@ def test_what_is_printed_is_what_was_written(tmp_path, capsys):
     for name, written in (("plain", "plain.png"), ("a.svg", "a.svg"), ("v1.pdf", "v1.pdf"), (longest, longest)):
         visualize.main(["-o", str(tmp_path / name)])
         assert capsys.readouterr().out.strip() == str(tmp_path / written) and (tmp_path / written).stat().st_size > 0
+    assert b"/Type3" not in (tmp_path / "v1.pdf").read_bytes()  # fonts that many conferences refuse
 
 
 def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_picture(tmp_path):
