@@ -84,6 +84,7 @@ def draw_maps(
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
     width = cell * columns + 1.2
     figure = _figure(width, cell * len(rows) + 0.8)
+    figure.set_layout_engine("compressed")  # the other one cuts labels off, since cells are square
     from matplotlib.patches import Rectangle
 
     figure.suptitle(textwrap.fill(plain_text(title), int(13 * width)), fontsize=9)
@@ -201,7 +202,7 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     if (kind := path.suffix[1:].lower()) not in known:
         raise ValueError(f"{path}: expected a picture's suffix, one of {', '.join(sorted(known))}")
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none"}), warnings.catch_warnings():
+    with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none", "pdf.fonttype": 42}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # each is drawn as a box; one warning per box
         with whole_file(path) as part:
             figure.savefig(part, dpi=dpi, metadata=undated)
