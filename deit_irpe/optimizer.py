@@ -48,6 +48,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Sch
     shared = dict(
         warmup_t=args.warmup_epochs,
         warmup_lr_init=args.warmup_lr,
+        warmup_prefix=False,  # warm-up is part of the schedule's epochs; timm's step schedule would put it in front
         noise_range_t=span if len(span) > 1 else next(iter(span), None),
         noise_pct=args.lr_noise_pct,
         noise_std=args.lr_noise_std,

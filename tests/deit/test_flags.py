@@ -64,7 +64,7 @@ def test_optimizer_and_schedule(monkeypatch):
     assert optimizer == [((optimizers.parameter_groups(model, 0.1),), wanted)]
     for name in ("step", "cosine", "tanh"):
         optimizers.build_scheduler(flags(*words.split(), "--sched", name), "optimizer")
-    shared = dict(warmup_t=2, warmup_lr_init=1e-4, noise_range_t=[0.1 * 9, 0.3 * 9])
+    shared = dict(warmup_t=2, warmup_lr_init=1e-4, warmup_prefix=False, noise_range_t=[0.1 * 9, 0.3 * 9])
     shared |= dict(noise_pct=0.5, noise_std=2.0, noise_seed=6)
     assert step == [(("optimizer", 4.0, 0.2), shared)]
     assert cosine == [(("optimizer", 9, 1e-3), shared)]
