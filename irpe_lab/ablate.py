@@ -167,7 +167,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("grid", type=Path, metavar="GRID.yaml", help="see docs/ablate.md")
     add("-o", "--output", type=Path, help="folder of all runs (default outputs/ablation/GRID)")
-    add("--only", metavar="GLOB", help="start only the runs whose name matches, e.g. '*-product-*'")
+    add("--only", action="append", metavar="GLOB", help="start only runs whose name matches one, e.g. '*-product-*'")
     add("--seeds", help="replace the grid's seeds, e.g. 0,1,2")
     add("--set", dest="settings", type=_setting, action="append", default=[], metavar="FLAG=VALUE", help="for all runs")
     add("--jobs", type=positive_int, default=1, help="runs at once on a machine without GPUs (default 1)")

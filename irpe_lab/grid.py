@@ -25,6 +25,7 @@ import io
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,14 +62,14 @@ class Grid:
 
 
 def read_grid(
-    path: str | Path, extra: dict | None = None, *, seeds: str | None = None, only: str | None = None
+    path: str | Path, extra: dict | None = None, *, seeds: str | None = None, only: Sequence[str] | None = None
 ) -> Grid:
     """Read a grid file, looked for in the working folder and then among the shipped ones.
 
     Args:
         extra: flags for all runs, which override the file's.
         seeds: ``"0,1,2"``, replaces the file's.
-        only: a glob; chooses the runs whose name matches.
+        only: globs; choose the runs whose name matches one.
     Raises: ConfigError: no such file, an unknown key, no runs, two runs with the same name, a run that does not parse.
     """
     source = f"grid {path}"
@@ -83,9 +84,9 @@ def read_grid(
         config = find_config(str(raw["config"]), path.parent, source=f"{source}: config")
         base = read_yaml(config, f"{source}: config {raw['config']}")
     runs = _runs(raw, base, extra or {}, source)
-    kept = tuple(name for name in runs if only is None or fnmatch.fnmatchcase(name, only))
+    kept = tuple(name for name in runs if only is None or any(fnmatch.fnmatchcase(name, glob) for glob in only))
     if not kept:
-        raise ConfigError(f"{source}: no run name matches {only!r}; the runs are {', '.join(runs)}")
+        raise ConfigError(f"{source}: no run name matches {' or '.join(only)}; the runs are {', '.join(runs)}")
     published = {
         _known(name, runs, f"{source}: published"): row for name, row in _mapping(raw, "published", source).items()
     }

@@ -41,12 +41,13 @@ class RPEConfig:
         rpe_on = "".join(sorted(rpe_on, key="qkv".find))  # kq is qk
         mode = "ctx" if mode == "contextual" else mode
         if mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; expected one of {', '.join(MODES)} (or contextual)")
+            yours = ", or your own: IRPE_PLUGINS names the module that adds it"
+            raise ValueError(f"unknown mode {self.mode!r}; expected one of {', '.join(MODES)} (or contextual){yours}")
         if rpe_on not in RPE_ON:
             raise ValueError(f"unknown rpe_on {self.rpe_on!r}; expected one of {', '.join(RPE_ON)}")
         if "v" in rpe_on and not MODES[mode].on_values:
             raise ValueError(
-                f"mode {mode!r} with rpe_on {rpe_on!r}: a bias is added to attention scores, and values have none; "
+                f"mode {mode!r} with rpe_on {rpe_on!r}: this mode adds to attention scores, and values have none; "
                 "use mode 'ctx', or leave v out of rpe_on"
             )
         if self.shared_head not in (0, 1):

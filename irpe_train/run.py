@@ -138,7 +138,7 @@ class Run:
         if (folder := self.checkpoints.folder) is None:
             return
         written = {
-            Checkpoints.BEST: f"the epoch with the best figure, {self.state.best or 0:.4g}",
+            Checkpoints.BEST: f"the epoch with the best top-1 (%) or AP: {self.state.best or 0:.4g}",
             Checkpoints.NAME: "the last epoch; --resume auto continues from it",
             "log.txt": "a line of figures per epoch",
             f"detail_{folder.resolve().name}.log": "all console output, with every term of every tenth step",

@@ -6,7 +6,7 @@ from torch import nn
 from irpe_ops.attention import BACKENDS
 from irpe_ops.config import RPEConfig, parse_rpe_spec
 from irpe_ops.equip import hugging_face, multihead, timm_vit
-from irpe_ops.equip.token_grid import TokenGrid
+from irpe_ops.equip.token_grid import HELP, TokenGrid
 from irpe_ops.methods import whole_number
 
 __all__ = ["TokenGrid", "equip"]
@@ -37,9 +37,14 @@ def equip(
     if backend not in BACKENDS:
         raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     inner = getattr(model, "_orig_mod", model)  # the model inside torch.compile's wrapper
-    if grid is not None and not isinstance(inner, nn.TransformerEncoder):
-        raise ValueError(f"equip: grid is for a torch.nn.TransformerEncoder, not for a {type(inner).__name__}")
+    name, part = next((found for found in inner.named_modules() if _is_known(found[1])), ("", None))
+    if name and not hasattr(inner, "blocks"):
+        do = f"call equip on its {type(part).__name__}, model.get_submodule({name!r}), before DDP wraps it"
+        raise ValueError(f"equip: a {type(inner).__name__} is not equipped as a whole; {do}")
     if grid is not None:
+        if not isinstance(inner, nn.TransformerEncoder):
+            kind = f"torch.nn.TransformerEncoder, not for a {type(inner).__name__}"
+            raise ValueError(f"equip: grid is for a {kind}; leave it out. {HELP}")
         if not isinstance(grid, (tuple, list)) or len(grid) != 2:
             raise ValueError(f"equip: grid is (height, width) in tokens, not {grid!r}")
         grid = tuple(whole_number("equip: a side of grid", size, 1) for size in grid)
@@ -52,3 +57,8 @@ def equip(
     else:
         timm_vit.equip(inner, config, backend)
     return model
+
+
+def _is_known(model: nn.Module) -> bool:
+    names = {kind.__name__ for kind in type(model).__mro__}
+    return not names.isdisjoint(("TransformerEncoder", "VisionTransformer", "Eva", "PreTrainedModel"))

@@ -58,7 +58,8 @@ class TokenGrid:
             known = ", ".join(f"{height} x {width}" for height, width in self.by_length.values())
             raise ValueError(
                 f"equipped attention: {length} tokens, {self.skip} of them leading, fit no grid seen so far ({known}); "
-                "run whole images through the model, or tell it the new size first"
+                "run whole images through the model; for a TransformerEncoder call token_grid.remember(height, width) "
+                "first, and equip it with parse_rpe_spec(spec, skip=1) if a class token leads"
             )
         return self.by_length[length]
 

@@ -347,7 +347,7 @@ def test_two_runners_share_the_runs(place):
 def test_slurm_jobs_go_through_submitit(place, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    grid = read_grid("grid.yaml", seeds="0", only="none")
+    grid = read_grid("grid.yaml", seeds="0", only=["none"])
     ablation = ablate.Ablation(grid, Path("out").absolute())
     pool = jobs.SlurmPool(place / "slurm", {"cluster": "local", "timeout_min": 5})
     pool.poll_seconds = 0.2

@@ -71,7 +71,10 @@ def test_config_is_frozen_and_hashable():
     ("spec", "words"),
     [
         ("rpe-2.0-prodct-ctx-1-k", "unknown method 'prodct'; expected one of euc, quant, cross, product"),
-        ("rpe-2.0-product-context-1-k", "unknown mode 'context'; expected one of ctx, bias (or contextual)"),
+        (
+            "rpe-2.0-product-context-1-k",
+            "unknown mode 'context'; expected one of ctx, bias (or contextual), or your own: IRPE_PLUGINS",
+        ),
         ("rpe-2.0-product-ctx-1-x", "unknown rpe_on 'x'; expected one of q, k, v, qk, qv, kv, qkv"),
         ("rpe-2.0-product-ctx-1-kk", "unknown rpe_on 'kk'"),
         ("rpe-2.0-product-ctx-1-", "unknown rpe_on ''"),
@@ -86,7 +89,7 @@ def test_config_is_frozen_and_hashable():
         ("rpe-64-product-ctx-1-k", "ratio 64.0 asks 'product' for more than 65,536 buckets"),
         ("rpe-1e308-euc-ctx-1-k", "ratio 1e+308 asks 'euc' for more than 65,536 buckets"),
         ("rpe-0.4-product-ctx-1-k", "ratio 0.4 leaves a single bucket"),
-        ("rpe-2.0-product-bias-1-qkv", "a bias is added to attention scores, and values have none; use mode 'ctx'"),
+        ("rpe-2.0-product-bias-1-qkv", "this mode adds to attention scores, and values have none; use mode 'ctx'"),
         ("rpe-2.0-product-ctx-1", "expected six parts joined by '-'"),
         ("2.0-product-ctx-1-k", "expected six parts joined by '-'"),
         ("", "expected six parts joined by '-'"),

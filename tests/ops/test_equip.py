@@ -288,6 +288,13 @@ def test_wrong_arguments_say_what_is_wrong():
 def test_tokens_that_fit_no_grid():
     with pytest.raises(ValueError, match=re.escape("11 tokens, 1 of them leading, fit no grid seen so far (4 x 4)")):
         equip(make(), SPEC).blocks[0].attn(torch.zeros(1, 11, 24))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 1)
+    tokens = torch.zeros(1, 17, 16)
+    with pytest.raises(
+        ValueError, match=re.escape("equip it with parse_rpe_spec(spec, skip=1) if a class token leads")
+    ):
+        equip(copy.deepcopy(encoder), SPEC, grid=(4, 4))(tokens)
+    assert equip(encoder, parse_rpe_spec(SPEC, skip=1), grid=(4, 4))(tokens).shape == tokens.shape
 
 
 def test_a_traced_model_says_how_to_trace_it():

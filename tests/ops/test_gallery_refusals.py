@@ -34,7 +34,11 @@ from tests.helpers.gallery import (
         (lambda: hugging_face("ViTForImageClassification", num_hidden_layers=0), "has no ViTLayer to equip"),
         (lambda: hugging_face_rt_detr(encoder_layers=0), "has no RTDetrEncoderLayer to equip"),
         (lambda: nn.TransformerEncoder(nn.Identity(), 1), "a layer is a Identity, not a torch.nn.TransformerEncoder"),
-        (lambda: nn.Transformer(16, 2), "Transformer has no blocks"),
+        (
+            lambda: nn.Transformer(16, 2),
+            r"a Transformer is not equipped as a whole; call equip on its TransformerEncoder, .*\('encoder'\)",
+        ),
+        (lambda: nn.Sequential(nn.Linear(2, 2), torchvision_vit()), r"its VisionTransformer, .*get_submodule\('1'\)"),
         (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer has no blocks"),
     ],
@@ -84,7 +88,9 @@ def test_attention_with_a_learned_key_is_refused():
     with pytest.raises(ValueError, match="it attends to a learned or zero key"):
         equip(model, SPEC)
     assert not attentions(model)  # refused before anything was changed
-    with pytest.raises(ValueError, match="grid is for a torch.nn.TransformerEncoder, not for a VisionTransformer"):
+    with pytest.raises(
+        ValueError, match="grid is for a torch.nn.TransformerEncoder, not for a VisionTransformer; leave it out"
+    ):
         equip(torchvision_vit(), SPEC, grid=(4, 4))
 
 
