@@ -2,7 +2,6 @@
 """``irpe classify check``: find mistakes in a data set before training on it."""
 
 import argparse
-import hashlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from irpe_train.errors import RunError
 from irpe_train.launch import launch
 from irpe_train.loader import try_all
 from irpe_train.logger import logger, set_up_logging
+from irpe_train.pixels import pixel_hash
 
 MOST_SHOWN = 5  # unreadable images to name
 
@@ -24,7 +24,7 @@ MOST_SHOWN = 5  # unreadable images to name
 def _label_and_pixels(images: Dataset, index: int) -> tuple[int, bytes]:
     """The class number of an image, and a hash of its pixels."""
     image, label = images[index]
-    return label, hashlib.blake2b(b"%d %d " % image.size + image.tobytes(), digest_size=7).digest()
+    return label, pixel_hash(image)
 
 
 def check_split(images: Dataset, num_workers: int) -> tuple[list[int], list[str], Counter[bytes]]:

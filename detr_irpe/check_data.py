@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     """Check both splits; returns the exit status: 0 if training can start."""
     set_up_logging(0)
     root, panoptic_root = Path(args.coco_path), args.coco_panoptic_path and Path(args.coco_panoptic_path)
-    fatal, sets = [], []
+    fatal, sets, pictures = [], [], {}
     for split in args.splits:
         train = split.startswith("train")
         try:
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
             continue
         logger.info(summary_of(dataset))
         options = dict(train=train, masks=args.masks, max_bad=args.max_bad, num_workers=args.num_workers)
-        fatal += tell(problems_of(dataset, args.num_classes, **options))
+        fatal += tell(problems_of(dataset, args.num_classes, pictures=pictures, **options))
         sets.append(dataset)
     for other in sets[1:]:
         fatal += tell(split_problems(sets[0], other))

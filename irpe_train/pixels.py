@@ -2,6 +2,7 @@
 """Finds image files and decodes them to RGB, for training, evaluation and prediction."""
 
 import glob
+import hashlib
 import io
 import os
 from collections import Counter
@@ -146,8 +147,14 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"{name}: too many pixels to be a photograph ({error}); scale it down") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
+        unknown = "not an image, or in a format that is not read here, such as HEIC"
+        reason = unknown if isinstance(error, Image.UnidentifiedImageError) else error
         raise UnreadableImage(f"{name}: this image cannot be read ({reason})") from error
+
+
+def pixel_hash(image: Image.Image) -> bytes:
+    """The same for two files with the same picture."""
+    return hashlib.blake2b(b"%d %d " % image.size + image.tobytes(), digest_size=7).digest()
 
 
 def is_turned(image: Image.Image) -> bool:

@@ -21,7 +21,7 @@ from detr_irpe.data.image_files import FilesInFolder, FilesInZip
 from detr_irpe.data.panoptic import CocoPanoptic
 from detr_irpe.data.segmentations import to_rle
 from irpe_train.loader import try_all
-from irpe_train.pixels import is_turned
+from irpe_train.pixels import is_turned, pixel_hash
 
 MOST = 0.5  # the fraction of wrong boxes or images that stops training; a few, as in COCO, are dropped
 FRACTIONS = 0.9  # if this fraction of all boxes lies within one pixel, the unit is not pixels
@@ -182,11 +182,13 @@ def image_problems(
     masks: bool,
     allowed: float,
     num_workers: int,
+    pictures: dict[bytes, Path],
 ) -> list[Problem]:
     """Problems found by decoding: unreadable files, sizes other than annotated, rotated photos."""
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(checked))
     turned = Problem("photos that are read as stored but shown rotated (EXIF)", allowed=math.inf)
+    again = Problem("images that another split has too, pixel for pixel", allowed=math.inf)
     decoded = try_all(partial(_seen, annotations, images), checked, num_workers)
     for index, (found, error) in zip(checked, decoded, strict=True):
         name, wanted = annotations.names[index].decode(), annotations.sizes[index].tolist()
@@ -196,13 +198,15 @@ def image_problems(
             other_size.add(f"{name} is {found[0]} x {found[1]}, annotated {wanted[0]} x {wanted[1]}")
         elif found[2]:
             turned.add(name)
-    return [unreadable, other_size, turned]
+        if not error and pictures.setdefault(found[3], annotations.path) != annotations.path:
+            again.add(name)
+    return [unreadable, other_size, turned, again]
 
 
-def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: int) -> list[int]:
-    """Height and width of an image as training reads it, and whether viewers show it rotated."""
+def _seen(annotations: Annotations, images: FilesInFolder | FilesInZip, index: int) -> list:
+    """Height and width of an image as training reads it, whether viewers show it rotated, and a hash of its pixels."""
     image = read_image(images, index, annotations.sizes[index].tolist())
-    return [image.height, image.width, is_turned(image)]
+    return [image.height, image.width, is_turned(image), pixel_hash(image)]
 
 
 def mask_problem(annotations: Annotations, checked: Sequence[int]) -> Problem:
@@ -264,6 +268,7 @@ def problems_of(
     max_bad: float = 0.001,
     only: Sequence[int] | None = None,
     num_workers: int = 0,
+    pictures: dict[bytes, Path] | None = None,
 ) -> Found:
     """The problems of a split.
 
@@ -274,6 +279,7 @@ def problems_of(
         max_bad: the fraction of a training set that may be unreadable.
         only: the indices of the images to check, as a sample; default: all.
         num_workers: processes that decode images.
+        pictures: the first split with each picture, by the hash of its pixels; gets those of this one.
     """
     known, path, checked = dataset.annotations, dataset.path, range(len(dataset)) if only is None else only
     unreadable = min(max_bad * len(dataset), MOST * len(checked)) if train else 0
@@ -285,6 +291,7 @@ def problems_of(
             found += naming_problems(dataset.categories, known.categories, path, known.path)
     else:
         how = dict(masks=masks, allowed=unreadable, num_workers=num_workers)
+        how["pictures"] = {} if pictures is None else pictures
         found += [(path, problem) for problem in image_problems(known, dataset.images, checked, **how)]
         found += [(path, mask_problem(known, checked))] if known.without_mask is not None else []  # masks were read
     if known is not None:

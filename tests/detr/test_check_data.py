@@ -319,6 +319,15 @@ def test_categories_of_one_name_and_those_that_nothing_teaches_are_a_warning(tmp
     assert text.count("categories without any object") == 1  # a validation set need not have all
 
 
+def test_images_that_both_splits_have_are_a_warning(tmp_path, capsys):
+    root = write_tiny_coco(tmp_path)
+    assert "pixel for pixel" not in check(root, capsys)[1]
+    Image.open(root / "train2017/000000000102.jpg").save(root / "val2017/000000000104.jpg", "PNG")
+    status, text = check(root, capsys)
+    wanted = "warning: instances_val2017.json: images that another split has too, pixel for pixel: 1 (000000000104.jpg)"
+    assert status == 0 and wanted in text
+
+
 def test_boxes_of_a_smaller_copy_of_the_images_are_a_warning(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", each("annotations", "bbox", lambda box: [side / 2 for side in box]))

@@ -151,6 +151,13 @@ def test_a_damaged_file_is_named(data):
         decode_image(data, "x.png")
 
 
+def test_a_photo_of_a_phone_that_is_only_named_jpg_is_called_what_it_may_be():
+    with pytest.raises(
+        UnreadableImage, match=r"x\.jpg: .*\(not an image, or in a format .*not read here, such as HEIC\)"
+    ):
+        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "x.jpg")
+
+
 def test_pipes_and_folders_are_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
