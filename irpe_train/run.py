@@ -57,7 +57,7 @@ def open_run(
         rows: lines of the banner on data, model and rate. stats: the model in numbers, for ``model.json``.
         data_flags: flags that are paths to data.
     """
-    resumed = checkpoint is not None and state.load_dict(checkpoint.contents, source=checkpoint.source)
+    resumed = checkpoint is not None and state.load(checkpoint)
     if resumed:
         if checkpoints.folder and not (checkpoints.folder / Checkpoints.BEST).exists():
             state.best = None  # the best epoch's checkpoint is elsewhere: this folder gets the best from here on

@@ -125,7 +125,7 @@ class Checkpoints:
                 continue
             try:
                 found = _checked(path)
-                progress_of(found.contents, source=path)
+                progress_of(found)
             except BadCheckpoint as error:
                 problems.append(str(error))
                 continue

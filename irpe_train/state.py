@@ -2,12 +2,11 @@
 """Everything a run must remember, written to a checkpoint and restored from it."""
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from irpe_train.checkpoint import TIMM_KEYS, load_matching, model_weights
+from irpe_train.checkpoint import TIMM_KEYS, Checkpoint, load_matching
 from irpe_train.distributed import gather, rank, world_size
 from irpe_train.errors import BadCheckpoint, in_one_line
 from irpe_train.logger import logger
@@ -90,16 +89,17 @@ class TrainState:
         whole = chosen | everything | plain({"progress": progress} | self.extra)
         return {key: value for key, value in whole.items() if value is not None}
 
-    def load_dict(self, checkpoint: dict, *, source: str | Path) -> bool:
+    def load(self, checkpoint: Checkpoint) -> bool:
         """Restore from a checkpoint, ours or a published one.
 
         Returns: whether it had a position and not only weights.
         Raises: BadCheckpoint: it does not fit; the model is checked before anything changes.
         """
-        there = {name for name, value in checkpoint.items() if not isinstance(value, dict | None) or value}
-        weights, average = model_weights(checkpoint, source=source), None
+        source, contents = checkpoint
+        there = {name for name, value in contents.items() if not isinstance(value, dict | None) or value}
+        weights, average = checkpoint.weights(), None
         if self.ema is not None and there & {"model_ema", TIMM_KEYS["model_ema"]}:
-            average = model_weights(checkpoint, source=source, key="model_ema")
+            average = checkpoint.weights("model_ema")
         load_matching(self.model, weights, source=source)
         if self.ema is not None:
             if average is None:
@@ -109,13 +109,13 @@ class TrainState:
             only = f"has weights only (no {', '.join(missing)})"
             logger.warning(f"checkpoint {source} {only}: training starts at epoch {self.epoch}")
             return False
-        progress = progress_of(checkpoint, source=source)
+        progress = progress_of(checkpoint)
         # The loss scale is useless to a run that continues under another --amp.
         scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         for name, part in (("optimizer", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("scaler", scaler)):
             if part is not None and name in there:
                 try:
-                    load_checked(part, checkpoint[name], epoch=progress["epoch"])
+                    load_checked(part, contents[name], epoch=progress["epoch"])
                 except MISFITS as error:
                     raise BadCheckpoint(
                         f"checkpoint {source}: its {name} does not fit this run ({in_one_line(error)}); "
@@ -129,12 +129,13 @@ class TrainState:
         return True
 
 
-def progress_of(checkpoint: dict, *, source: str | Path) -> dict:
+def progress_of(checkpoint: Checkpoint) -> dict:
     """The position of a checkpoint's run: ``epoch, step, best, train_stats, fits, meters``, checked, with defaults.
 
     Published checkpoints only have the last finished epoch.
     """
-    finished, given = checkpoint.get("epoch", -1), checkpoint.get("progress", {})
+    source, contents = checkpoint
+    finished, given = contents.get("epoch", -1), contents.get("progress", {})
     progress = {"epoch": None, "step": 0, "best": None, "train_stats": None, "fits": None, "meters": []}
     try:
         if given.get("format", FORMAT) > FORMAT:

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from irpe_train.checkpoint import read_checkpoint
+from irpe_train.checkpoint import Checkpoint, read_checkpoint
 from irpe_train.errors import BadCheckpoint
 from irpe_train.logger import set_up_logging
 from irpe_train.run_folder import Checkpoints
@@ -62,7 +62,7 @@ def test_a_position_that_makes_no_sense_is_refused(progress):
     contents = whole_checkpoint()
     contents["progress"] = contents["progress"] | progress if isinstance(progress, dict) else progress
     with pytest.raises(BadCheckpoint, match="a.pth: its position .* makes no sense"):
-        a_state().load_dict(contents, source="a.pth")
+        a_state().load(Checkpoint("a.pth", contents))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_state_of_another_form_is_refused_before_it_is_used(part, change):
     contents = whole_checkpoint()
     contents[part] = contents[part] | change
     with pytest.raises(BadCheckpoint, match=f"a.pth: its {part} does not fit this run"):
-        a_state().load_dict(contents, source="a.pth")
+        a_state().load(Checkpoint("a.pth", contents))
 
 
 def changed(contents, where, change):
@@ -130,7 +130,7 @@ def test_a_state_that_would_fail_later_is_refused_when_it_is_loaded(name):
     where, change = MISFITS[name]
     contents = changed(whole_checkpoint(), where, change)
     with pytest.raises(BadCheckpoint, match=f"a.pth: its {where[0]} does not fit this run .*; use the flags") as error:
-        a_state().load_dict(contents, source="a.pth")
+        a_state().load(Checkpoint("a.pth", contents))
     assert "\n" not in str(error.value)
 
 
@@ -146,7 +146,7 @@ def test_the_trial_step_changes_nothing(kind):
         states[0].optimizer.step()
     states[0].lr_scheduler.step()
     stored = copy.deepcopy(states[0].to_dict(DETR))
-    assert states[1].load_dict(copy.deepcopy(stored), source="a.pth")
+    assert states[1].load(Checkpoint("a.pth", copy.deepcopy(stored)))
     for key in ("model", "optimizer", "lr_scheduler"):
         torch.testing.assert_close(states[1].to_dict(DETR)[key], stored[key], rtol=0, atol=0)
 
@@ -157,7 +157,7 @@ def test_what_lacks_a_part_of_the_state_is_weights_alone(gone, value, capsys):
     set_up_logging(0)
     state = a_state()
     state.epoch = 4
-    assert not state.load_dict(whole_checkpoint() | {gone: value}, source="a.pth")
+    assert not state.load(Checkpoint("a.pth", whole_checkpoint() | {gone: value}))
     assert state.epoch == 4 and f"has weights only (no {gone}): training starts at epoch 4" in capsys.readouterr().out
 
 
@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_or_without_loss_scaling(before, now):
     new = a_state(scaler=torch.amp.GradScaler("cpu", init_scale=4, enabled=now))
     old.model(torch.ones(1, 3)).sum().backward()
     old.optimizer.step()
-    assert new.load_dict(old.to_dict(DEIT), source="a.pth")
+    assert new.load(Checkpoint("a.pth", old.to_dict(DEIT)))
     assert new.scaler.get_scale() == (8 if before and now else 4 if now else 1)
 
 
@@ -209,7 +209,7 @@ def test_the_means_of_an_epoch_go_on():
     old.meters.update(loss=2.0)
     old.model(torch.ones(1, 3)).sum().backward()
     old.optimizer.step()
-    new.load_dict(old.to_dict(DETR), source="a.pth")
+    new.load(Checkpoint("a.pth", old.to_dict(DETR)))
     new.meters.update(loss=3.0)
     assert new.meters.averages() == {"loss": 2.5}
 
@@ -227,7 +227,7 @@ def test_checkpoint_of_a_newer_program_is_refused():
     assert contents["progress"]["format"] == 1
     contents["progress"]["format"] = 99
     with pytest.raises(BadCheckpoint, match=r"newer version of this program \(format 99, expected at most 1\)"):
-        a_state().load_dict(contents, source="a.pth")
+        a_state().load(Checkpoint("a.pth", contents))
 
 
 def test_weights_alone_start_a_new_run(tmp_path):
@@ -235,7 +235,7 @@ def test_weights_alone_start_a_new_run(tmp_path):
     state.epoch = 2
     torch.save({"model": a_state().model.state_dict()}, tmp_path / "a.pth")
     found = Checkpoints("", DETR).open(str(tmp_path / "a.pth"))
-    assert not state.load_dict(found.contents, source=found.source)
+    assert not state.load(found)
     assert state.epoch == 2
 
 
@@ -244,7 +244,7 @@ def test_published_position_is_the_next_epoch():
     del contents["progress"]
     contents["epoch"] = 149
     state = a_state()
-    assert state.load_dict(contents, source="a.pth")
+    assert state.load(Checkpoint("a.pth", contents))
     assert (state.epoch, state.step, state.train_stats) == (150, 0, None)
 
 
@@ -252,7 +252,7 @@ def test_optimizer_of_another_run_is_refused():
     contents = a_state().to_dict(DETR)
     contents["optimizer"]["param_groups"].append(contents["optimizer"]["param_groups"][0])
     with pytest.raises(BadCheckpoint, match="a.pth: its optimizer does not fit this run"):
-        a_state().load_dict(contents, source="a.pth")
+        a_state().load(Checkpoint("a.pth", contents))
 
 
 def test_auto_needs_a_folder():
