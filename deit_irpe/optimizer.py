@@ -4,7 +4,7 @@
 import argparse
 
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler, StepLRScheduler, TanhLRScheduler
+from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn, optim
 
@@ -44,20 +44,32 @@ def build_scheduler(args: argparse.Namespace, optimizer: optim.Optimizer) -> Sch
     As published, epoch ``e`` therefore runs at the schedule's value for ``e - 1``, and epochs 0 and 1 at
     ``--warmup-lr``.
     """
-    span = [share * args.epochs for share in args.lr_noise or ()]
-    shared = dict(
-        warmup_t=args.warmup_epochs,
-        warmup_lr_init=args.warmup_lr,
-        warmup_prefix=False,  # warm-up is part of the schedule's epochs; timm's step schedule would put it in front
-        noise_range_t=span if len(span) > 1 else next(iter(span), None),
-        noise_pct=args.lr_noise_pct,
-        noise_std=args.lr_noise_std,
-        noise_seed=args.seed,
-    )
+    noise = dict(noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed)
     course = f"{args.epochs} epoch(s), {args.warmup_epochs} of warm-up, from {args.warmup_lr:g} to {args.min_lr:g}"
     with blamed_on(f"--sched {args.sched} with {course}"):
-        if args.sched == "step":
-            return StepLRScheduler(optimizer, args.decay_epochs, args.decay_rate, **shared)
-        if args.sched == "tanh":  # with the published bounds; timm now has -7 and 3
-            return TanhLRScheduler(optimizer, args.epochs, lb=-6.0, ub=4.0, lr_min=args.min_lr, **shared)
-        return CosineLRScheduler(optimizer, args.epochs, args.min_lr, **shared)
+        if args.sched == "tanh":
+            span = [share * args.epochs for share in args.lr_noise or ()]
+            return TanhLRScheduler(
+                optimizer,
+                args.epochs,
+                lb=-6.0,  # the published bounds; timm now has -7 and 3
+                ub=4.0,
+                lr_min=args.min_lr,
+                warmup_t=args.warmup_epochs,
+                warmup_lr_init=args.warmup_lr,
+                noise_range_t=span if len(span) > 1 else next(iter(span), None),
+                **noise,
+            )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=args.sched,
+            num_epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr,
+            min_lr=args.min_lr,
+            decay_epochs=args.decay_epochs,
+            decay_rate=args.decay_rate,
+            noise=args.lr_noise,
+            **noise,
+        )
+    return scheduler

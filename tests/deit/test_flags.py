@@ -52,7 +52,7 @@ def test_augmentation(monkeypatch):
 
 def test_optimizer_and_schedule(monkeypatch):
     optimizer = given_to(monkeypatch, optimizers, "create_optimizer_v2")
-    step, cosine, tanh = (given_to(monkeypatch, optimizers, f"{n}LRScheduler") for n in ("Step", "Cosine", "Tanh"))
+    schedule = given_to(monkeypatch, optimizers, "create_scheduler_v2")
     words = (
         "--opt sgd --weight-decay 0.1 --opt-eps 1e-5 --opt-betas 0.8 0.9 --momentum 0.7 --sched step --epochs 9 "
         "--warmup-epochs 2 --warmup-lr 1e-4 --min-lr 1e-3 --decay-epochs 4 --decay-rate 0.2 --lr-noise 0.1 0.3 "
@@ -62,13 +62,10 @@ def test_optimizer_and_schedule(monkeypatch):
     optimizers.build_optimizer(flags(*words.split()), model, 0.25)
     wanted = dict(opt="sgd", lr=0.25, weight_decay=0.1, eps=1e-5, betas=[0.8, 0.9], momentum=0.7)
     assert optimizer == [((optimizers.parameter_groups(model, 0.1),), wanted)]
-    for name in ("step", "cosine", "tanh"):
-        optimizers.build_scheduler(flags(*words.split(), "--sched", name), "optimizer")
-    shared = dict(warmup_t=2, warmup_lr_init=1e-4, warmup_prefix=False, noise_range_t=[0.1 * 9, 0.3 * 9])
-    shared |= dict(noise_pct=0.5, noise_std=2.0, noise_seed=6)
-    assert step == [(("optimizer", 4.0, 0.2), shared)]
-    assert cosine == [(("optimizer", 9, 1e-3), shared)]
-    assert tanh == [(("optimizer", 9), dict(lb=-6.0, ub=4.0, lr_min=1e-3, **shared))]
+    optimizers.build_scheduler(flags(*words.split()), "optimizer")
+    wanted = dict(sched="step", num_epochs=9, warmup_epochs=2, warmup_lr=1e-4, min_lr=1e-3, decay_epochs=4)
+    wanted |= dict(decay_rate=0.2, noise=[0.1, 0.3], noise_pct=0.5, noise_std=2.0, noise_seed=6)
+    assert schedule == [(("optimizer",), wanted)]
 
 
 def test_moving_average_and_loss():
