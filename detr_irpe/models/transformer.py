@@ -31,9 +31,15 @@ class MultiheadAttention(nn.Module):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as heads, ``(B, nhead, L, head_dim)``, not scaled."""
-        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        projected = (F.linear(x, weight, bias) for x, weight, bias in parts)
-        return tuple(x.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for x in projected)
+        if query is key:  # self-attention: one product instead of two
+            weight_qk, weight_v = self.in_proj_weight.split([2 * query.shape[-1], query.shape[-1]])
+            bias_qk, bias_v = self.in_proj_bias.split([2 * query.shape[-1], query.shape[-1]])
+            q, k = F.linear(query, weight_qk, bias_qk).chunk(2, dim=-1)
+            v = F.linear(value, weight_v, bias_v)
+        else:
+            parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+            q, k, v = (F.linear(x, weight, bias) for x, weight, bias in parts)
+        return tuple(x.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for x in (q, k, v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Heads to heads; an image that is all padding is treated as if it had none: meaningless, but finite."""
