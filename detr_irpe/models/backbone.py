@@ -2,6 +2,7 @@
 """A ResNet as DETR uses it: batch norm, stem and first stage frozen, without the classifier."""
 
 import timm
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -81,8 +82,8 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
         stages = ("layer1", "layer2", "layer3", "layer4") if return_interm_layers else ("layer4",)
         self.body = IntermediateLayerGetter(resnet, {stage: stage for stage in stages})
-        last = [getattr(resnet, stage)[-1] for stage in stages]
-        self.channels = [getattr(block, "conv3", block.conv2).out_channels for block in last]
+        with torch.no_grad():
+            self.channels = [x.shape[1] for x in self.body(torch.zeros(1, 3, 64, 64)).values()]
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:
         """Maps ``(B, channels[i], h, w)``, from fine to coarse."""

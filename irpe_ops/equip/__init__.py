@@ -39,12 +39,16 @@ def equip(
     inner = getattr(model, "_orig_mod", model)  # the model inside torch.compile's wrapper
     name, part = next((found for found in inner.named_modules() if _is_known(found[1])), ("", None))
     if name and not hasattr(inner, "blocks"):
-        do = f"call equip on its {type(part).__name__}, model.get_submodule({name!r}), before DDP wraps it"
-        raise ValueError(f"equip: a {type(inner).__name__} is not equipped as a whole; {do}")
+        raise ValueError(
+            f"equip: a {type(inner).__name__} is not equipped as a whole; call equip on its {type(part).__name__}, "
+            f"model.get_submodule({name!r}), before DDP wraps it"
+        )
     if grid is not None:
         if not isinstance(inner, nn.TransformerEncoder):
-            kind = f"torch.nn.TransformerEncoder, not for a {type(inner).__name__}"
-            raise ValueError(f"equip: grid is for a {kind}; leave it out. {HELP}")
+            kind = type(inner).__name__
+            raise ValueError(
+                f"equip: grid is for a torch.nn.TransformerEncoder, not for a {kind}; leave it out. {HELP}"
+            )
         if not isinstance(grid, (tuple, list)) or len(grid) != 2:
             raise ValueError(f"equip: grid is (height, width) in tokens, not {grid!r}")
         grid = tuple(whole_number("equip: a side of grid", size, 1) for size in grid)

@@ -110,6 +110,36 @@ def test_a_decoder_for_detr_trains(tmp_path):
     assert weights["transformer.decoder.layers.1.multihead_attn.rpe_k.lookup_table_weight"].shape == (1, 8, 81)
 
 
+def test_a_backbone_for_detr_trains(tmp_path):
+    write_tiny_coco(tmp_path / "coco_data")
+    carry_out(
+        "A backbone for DETR", tmp_path, extra_flags("irpe detect train "), "--backbone convnext_atto --image_size 96"
+    )
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "outputs" / "convnext"))
+    weights = read_checkpoint(tmp_path / "outputs" / "convnext" / "checkpoint.pth")["model"]
+    assert weights["input_proj.weight"].shape[1] == 320  # of ConvNeXt's last stage
+
+
+def test_a_flag_reaches_the_optimizer(tmp_path):
+    write_tiny_coco(tmp_path / "coco_data")
+    carry_out("A flag", tmp_path, extra_flags("irpe detect train "))
+    groups = read_checkpoint(tmp_path / "outputs" / "sgd" / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert [group["momentum"] for group in groups] == [0.9, 0.9]
+
+
+def test_a_size_and_an_optimizer_are_flags(folder):
+    carry_out("A size, an optimizer", folder, "--model-kwargs patch_size=8 embed_dim=48 depth=1 num_heads=3")
+    saved = read_checkpoint(folder / "outputs" / "sized" / "checkpoint.pth")
+    assert saved["model"]["blocks.0.attn.rpe_k.lookup_table_weight"].shape == (1, 16, 50)
+    assert saved["optimizer"]["param_groups"][0]["grad_averaging"]  # of timm's Lamb
+
+
+def test_a_backend_trains(folder):
+    carry_out("A backend", folder)
+    assert "single" in (folder / "outputs" / "single" / "detail_single.log").read_text()
+    assert all(math.isfinite(loss) for loss in losses(folder / "outputs" / "single"))
+
+
 def test_a_loss_trains(folder):
     carry_out("A loss", folder)
     (loss,) = losses(folder / "outputs" / "bce")
