@@ -37,8 +37,8 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
         index: ``(L_query, L_key)``, uint8, int16, int32 or int64, values in ``[0, N)``, on the device of ``input``.
     Returns: ``(B, H, L_query, L_key)``, the dtype of ``input``.
     Raises: ValueError: for shapes, dtypes or devices that do not fit; IndexError: for a value outside ``[0, N)``.
-        Values are checked for CPU tensors, once for each version of ``index``, and not inside ``torch.compile``; on
-        CUDA the check would have to synchronize, so a wrong value fails an assertion on the device.
+        Values are checked for CPU tensors, and not inside ``torch.compile``; on CUDA the check would have to
+        synchronize, so a wrong value fails an assertion on the device.
     """
     _check(input, index, "rpe_index", "input", "N", 3)
     _check_range(index, input.shape[-1], "rpe_index")
@@ -168,12 +168,7 @@ def _check_range(index: Tensor, num_buckets: int, function: str) -> None:
         return
     if type(index) is not Tensor:  # a fake tensor has no values
         return
-    version = None if index.is_inference() else index._version
-    known = getattr(index, "_irpe_range", None)  # (version, smallest, largest), stored by an earlier call
-    if known is None or version is None or known[0] != version:
-        smallest, largest = index.aminmax()
-        known = index._irpe_range = (version, int(smallest), int(largest))
-    _, smallest, largest = known
+    smallest, largest = map(int, index.aminmax())
     if smallest < 0 or largest >= num_buckets:
         wrong = smallest if smallest < 0 else largest
         raise IndexError(f"{function}: index holds {wrong}; {num_buckets} buckets allow 0 to {num_buckets - 1}")

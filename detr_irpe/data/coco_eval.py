@@ -57,9 +57,9 @@ class CocoEvaluator:
                 raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated but is not in it")
             boxes = box_convert(found["boxes"].float().cpu(), "xyxy", "xywh")
             scores, labels = found["scores"].float().cpu().numpy(), found["labels"].cpu().numpy()
-            packed = {"boxes": boxes.numpy(), "scores": scores, "labels": labels}
+            packed = {"bbox": boxes.tolist(), "scores": scores, "labels": labels}
             if "segm" in self.iou_types:
-                packed["masks"] = encode_masks(found["masks"][:, 0])
+                packed["segmentation"] = encode_masks(found["masks"][:, 0])
             self._detections[image_id] = packed
 
     def summarize(self) -> dict[str, Namespace] | None:
@@ -83,9 +83,9 @@ class CocoEvaluator:
         return results
 
     def _score(self, truth, detections: dict[int, dict], iou_type: str) -> Namespace:
-        rows = _box_rows(detections) if iou_type == "bbox" else _mask_entries(detections)
+        entries = _entries(detections, iou_type)
         with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
-            found = truth.loadRes(rows) if len(rows) else self._indexed(truth.dataset | {"annotations": []})
+            found = truth.loadRes(entries) if entries else self._indexed(truth.dataset | {"annotations": []})
             scorer = self._coco_eval(truth, found, iou_type)
             scorer.params.imgIds = list(detections)
             scorer.evaluate()
@@ -148,18 +148,11 @@ def _scoring_library(name: str) -> tuple[type, type]:
     return COCO, COCOeval
 
 
-def _box_rows(detections: dict[int, dict]) -> np.ndarray:
-    """(detections, 7): image number, x, y, width, height, score, label, in float64, in which the libraries compute."""
-    blocks = [
-        np.column_stack([np.full(len(found["scores"]), image_id), found["boxes"], found["scores"], found["labels"]])
-        for image_id, found in detections.items()
-    ]
-    return np.concatenate(blocks).astype(np.float64) if blocks else np.zeros((0, 7))
-
-
-def _mask_entries(detections: dict[int, dict]) -> list[dict]:
+def _entries(detections: dict[int, dict], iou_type: str) -> list[dict]:
+    """The detections in COCO's format of results."""
+    kind = "bbox" if iou_type == "bbox" else "segmentation"
     return [
-        {"image_id": image_id, "category_id": int(label), "segmentation": mask, "score": float(score)}
+        {"image_id": image_id, "category_id": int(label), kind: place, "score": float(score)}
         for image_id, found in detections.items()
-        for mask, label, score in zip(found["masks"], found["labels"], found["scores"], strict=True)
+        for place, label, score in zip(found[kind], found["labels"], found["scores"], strict=True)
     ]
