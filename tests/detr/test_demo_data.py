@@ -40,7 +40,9 @@ def test_the_real_loader_reads_it_and_the_check_finds_nothing(out):
     for split, count in (("train2017", 12), ("val2017", 5)):
         dataset = CocoDetection(out / "coco_digits", split, None)
         summary = summary_of(dataset)
-        assert problems_of(dataset, train=True) == [] and f"{split}: {count} images (0 without objects)" in summary
+        found = [problem.what for _, problem in problems_of(dataset, train=True)]
+        assert set(found) <= {"categories without any object"}  # a few images need not show all ten digits
+        assert f"{split}: {count} images (0 without objects)" in summary
         assert "10 categories, largest id 29" in summary
 
 
