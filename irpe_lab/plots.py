@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito, Color Universal Design (2008): distinguishable when colour-blind. Without yellow, faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("", "o", "s", "^", "D", "v", "x")  # lines differ in grey too; those of one colour, if there are many runs
+MARKERS = ("", "o", "s", "^", "D", "v", "x")  # lines differ in grey, and two of one colour differ
 DPI = 300  # of curves saved as .png
 
 

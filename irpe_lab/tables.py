@@ -4,6 +4,7 @@
 import csv
 import io
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -97,7 +98,8 @@ def latex(header: Sequence[str], body: Sequence[Sequence[str]], failed: Sequence
 
 def _escape(text: str) -> str:
     special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))
+    escaped = "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))
+    return re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escaped)  # a minus, not the hyphen of a name
 
 
 def refuse_to_replace(folder: Path, names: Iterable[str], runs: Iterable[str]) -> None:

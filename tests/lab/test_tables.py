@@ -25,6 +25,8 @@ def test_durations():
 def test_cells_stay_cells_in_markdown_and_latex():
     assert tables.markdown(["a"], [["x|y\nz"]]) == "| a |\n| --- |\n| x\\|y z |\n"
     assert tables.markdown(["a"], [["x\ry\u2028\tz"]]) == "| a |\n| --- |\n| x y z |\n"
+    minus = tables.latex(["rpe-1.9-k", "a"], [["seed-0", "-0.33 [-1.00, +0.78]"], ["-", "[-]"]], [False, False])
+    assert "rpe-1.9-k & a" in minus and "seed-0 & $-$0.33 [$-$1.00, +0.78]" in minus and "- & [-]" in minus
     text = tables.latex(["run"], [["50%_of $x^2 ± 1\\"], ["bad"]], [False, True])
     assert "50\\%\\_of \\$x\\textasciicircum{}2 $\\pm$ 1\\textbackslash{} \\\\" in text
     assert "\\textcolor{red}{bad}" in text
