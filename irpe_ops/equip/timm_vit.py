@@ -113,7 +113,9 @@ def _find_attentions(model: nn.Module) -> list[nn.Module]:
     kind = type(model).__name__
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        raise ValueError(f"equip: {kind} has no blocks; expected a timm VisionTransformer. {HELP}")
+        raise ValueError(
+            f"equip: {kind} has no blocks over one grid (model.blocks), as timm's VisionTransformer. {HELP}"
+        )
     missing = [name for name in ("patch_embed", "num_prefix_tokens") if not hasattr(model, name)]
     if missing or not hasattr(model.patch_embed, "grid_size"):
         raise ValueError(

@@ -248,7 +248,7 @@ def test_tables_learn():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: nn.Linear(2, 2), "Linear has no blocks; expected a timm VisionTransformer"),
+        (lambda: nn.Linear(2, 2), "Linear has no blocks over one grid (model.blocks), as timm's VisionTransformer"),
         (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer has no blocks"),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1), "its Attention has unknown parts"),
