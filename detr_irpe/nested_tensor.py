@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 SMALL = 1 << 16  # bytes; masks may be larger, and stay in shared memory
 
@@ -82,4 +83,9 @@ def _targets_of(arrays: list[dict]) -> Targets:
 def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[NestedTensor, Targets]:
     """``[(image, target), ...]`` as a data set yields them -> ``(NestedTensor, [target, ...])``."""
     images, targets = zip(*batch, strict=True)
-    return NestedTensor.from_images(images), Targets(targets)
+    images = NestedTensor.from_images(images)
+    if get_worker_info() is not None:  # here the main process is told if it is full; later PyTorch would lose the batch
+        for tensor in (*images.decompose(), *(value for target in targets for value in target.values())):
+            if tensor.nbytes > SMALL:
+                tensor.share_memory_()
+    return images, Targets(targets)

@@ -171,6 +171,16 @@ def test_batches_are_padded(tmp_path):
     assert images.mask[1, :, -1].all() and not images.mask[0].any()  # 44 x 56 becomes 40 x 50
 
 
+def test_a_worker_shares_what_is_large_itself_so_that_full_shared_memory_is_an_error(tmp_path, monkeypatch):
+    """PyTorch would do it in a thread that prints the error and drops the batch, for which training waits forever."""
+    dataset = CocoDetection(write_tiny_coco(tmp_path), "train2017", eval_transforms(300), return_masks=True)
+    assert not collate([dataset[1]])[0].tensors.is_shared()
+    monkeypatch.setattr("detr_irpe.nested_tensor.get_worker_info", lambda: "a worker")
+    images, (target,) = collate([dataset[1]])
+    assert images.tensors.is_shared() and images.mask.is_shared() and target["masks"].is_shared()
+    assert not target["boxes"].is_shared()
+
+
 def test_training_augmentation_is_reproducible_and_stays_consistent(tmp_path):
     root = write_tiny_coco(tmp_path, size=(80, 120))
     dataset = CocoDetection(root, "train2017", train_transforms(80), return_masks=True)

@@ -49,12 +49,24 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
         import_optional("not_there", "x needs it")
 
 
-def test_too_many_open_files_are_one_line():
-    error = RuntimeError("Too many open files. Communication with the workers is no longer possible. Please ...")
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (
+            "Too many open files. Communication with the workers is no longer possible. Please ...",
+            "too many open files: raise the limit (ulimit -n), or use fewer --num_workers",
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ...\nRuntimeError: "
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+            "shared memory is full: enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers",
+        ),
+    ],
+)
+def test_what_pytorch_says_about_limits_of_the_machine_is_one_line(words, told):
     with pytest.raises(SystemExit) as end:
-        launch(raising(error), tiny_run.get_parser(), [])
-    told = "tiny_run: RunError: too many open files: raise the limit (ulimit -n), or use fewer --num_workers"
-    assert end.value.code == told
+        launch(raising(RuntimeError(words)), tiny_run.get_parser(), [])
+    assert end.value.code == f"tiny_run: RunError: {told}"
 
 
 @pytest.mark.parametrize("how", ["nobody reads it", "full disk"])
