@@ -70,7 +70,7 @@ def compile_kernel(name: str, *, head_dim: int, buckets: int, arch: int, dtype=t
     elif name == "key_gradient_kernel":
         constants["num_stages"] = constants["KEY_STAGES"]
     constants |= tiles or {}
-    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+    options = triton_launch.options(constants)
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     types = _OTHERS | dict.fromkeys(_TENSORS, _NAMES[dtype])
     types["mask"] = "*fp32" if flags.get("MASK") == "float" else "*u8"
