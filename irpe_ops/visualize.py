@@ -204,6 +204,7 @@ def save(figure: "Figure", path: str | Path, *, dpi: int = 150) -> Path:
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with rc_context({"svg.hashsalt": "irpe", "svg.fonttype": "none", "pdf.fonttype": 42}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # each is drawn as a box; one warning per box
+        warnings.filterwarnings("ignore", ".*layout not applied")  # a picture of one row of pixels is drawn anyway
         with whole_file(path) as part:
             figure.savefig(part, dpi=dpi, metadata=undated)
     return path

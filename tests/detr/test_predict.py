@@ -70,6 +70,7 @@ def test_ids_that_are_no_category_are_left_out_and_nothing_found_says_the_best_s
     "size, name, times",
     [((1, 1), b"a", 1), ((2, 900), b"thin", 1), ((900, 2), b"flat", 1), ((9, 9), b"no utf-8 \xff", 2)],
 )
+@pytest.mark.filterwarnings("error:constrained_layout")
 def test_odd_sizes_and_names(tmp_path, size, name, times):
     image = tmp_path / (os.fsdecode(name) + ".png")
     Image.new("RGB", size).save(image)
