@@ -47,13 +47,15 @@ def report_out_of_memory():
     """Turns PyTorch's errors about memory and killed workers, which can come at any line, into messages."""
     print_unraisable = sys.unraisablehook
 
-    def unless_worker_lost(unraisable) -> None:  # raised inside a callback or destructor; the loader raises it again
-        if not LOST_WORKER.search(str(unraisable.exc_value)):
+    def unless_of_workers(unraisable) -> None:  # raised inside a callback or destructor; the loader raises it again
+        half_made = isinstance(unraisable.exc_value, AttributeError) and "DataLoaderIter" in repr(unraisable.object)
+        if not (half_made or LOST_WORKER.search(str(unraisable.exc_value))):
             print_unraisable(unraisable)
 
-    sys.unraisablehook = unless_worker_lost
+    sys.unraisablehook = unless_of_workers  # stays after an error, which keeps iterators alive beyond this
     try:
         yield
+        sys.unraisablehook = print_unraisable
     except (OSError, EOFError) as error:  # from the queue or socket of a killed worker, before PyTorch notices
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not all(any(part in file for file in files) for part in ("dataloader", "multiprocessing")):
@@ -73,8 +75,6 @@ def report_out_of_memory():
         if found is None:
             raise
         raise WorkerLost(_worker_lost(found[1], found[2].strip())) from error
-    finally:
-        sys.unraisablehook = print_unraisable
 
 
 def _worker_lost(process: str, how: str) -> str:

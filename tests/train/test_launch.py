@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import gc
 import os
 import re
 import signal
@@ -253,6 +254,25 @@ def test_a_killed_worker_noticed_in_a_destructor_gives_no_traceback(message, pri
     assert seen == [message] * printed
     Dropped(message)  # and the hook is restored
     assert len(seen) == 1 + printed
+
+
+def test_an_iterator_that_lacks_some_of_its_workers_is_torn_down_without_a_traceback(monkeypatch):
+    class HalfMadeDataLoaderIter:
+        def __del__(self):
+            raise AttributeError("'_MultiProcessingDataLoaderIter' object has no attribute '_workers_status'")
+
+    def start():
+        iterator = HalfMadeDataLoaderIter()
+        raise RuntimeError(f"Too many open files {bool(iterator)}")
+
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
+    with pytest.raises(RunError, match="too many open files"), report_out_of_memory():
+        start()
+    gc.collect()  # only now, after the message
+    assert seen == []
+    Dropped("something else")
+    assert seen == ["something else"]
 
 
 def test_workers_that_cannot_be_started_are_one_message(monkeypatch):
