@@ -37,8 +37,8 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
         index: ``(L_query, L_key)``, uint8, int16, int32 or int64, values in ``[0, N)``, on the device of ``input``.
     Returns: ``(B, H, L_query, L_key)``, the dtype of ``input``.
     Raises: ValueError: for shapes, dtypes or devices that do not fit; IndexError: for a value outside ``[0, N)``.
-        Values are checked for CPU tensors, and not inside ``torch.compile``; on CUDA the check would have to
-        synchronize, so a wrong value fails an assertion on the device.
+        Values are checked for CPU tensors, unless a compiler, ``torch.func`` or a dispatch mode is at work; on CUDA
+        the check would have to synchronize, so a wrong value fails an assertion on the device.
     """
     _check(input, index, "rpe_index", "input", "N", 3)
     _check_range(index, input.shape[-1], "rpe_index")
@@ -164,9 +164,7 @@ def _check(tensor: Tensor, index: Tensor, function: str, name: str, last: str, c
 
 
 def _check_range(index: Tensor, num_buckets: int, function: str) -> None:
-    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling() or under_function_transform():
-        return
-    if type(index) is not Tensor:  # a fake tensor has no values
+    if index.device.type != "cpu" or index.numel() == 0 or not is_plain(index) or under_function_transform():
         return
     smallest, largest = map(int, index.aminmax())
     if smallest < 0 or largest >= num_buckets:

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from irpe_ops import rpe_index
 from irpe_ops.rpe_index import rpe_index_adjoint
@@ -174,6 +176,14 @@ def test_inductor():
     assert torch.equal(output, rpe_index(input, index))
     output.sum().backward()
     torch.testing.assert_close(input.grad, oracles.sum_into_buckets(torch.ones_like(output), index, 5).float())
+
+
+def test_ids_are_not_read_while_operators_are_recorded():
+    input, index = example()
+    graph = make_fx(lambda x: rpe_index_adjoint(rpe_index(x, index), index, 5))(input)
+    assert torch.equal(graph(input), rpe_index_adjoint(rpe_index(input, index), index, 5))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert rpe_index(mode.from_tensor(input), index).shape == (2, 3, 4, 6)
 
 
 def test_exports():
