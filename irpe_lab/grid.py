@@ -87,6 +87,10 @@ def read_grid(
     kept = tuple(name for name in runs if only is None or any(fnmatch.fnmatchcase(name, glob) for glob in only))
     if not kept:
         raise ConfigError(f"{source}: no run name matches {' or '.join(only)}; the runs are {', '.join(runs)}")
+    same = {}
+    for name in kept:
+        if (first := same.setdefault(repr(runs[name]), name)) != name:
+            raise ConfigError(f"{source}: {name}: the same flags as {first}; does --set override what they vary?")
     published = {
         _known(name, runs, f"{source}: published"): row for name, row in _mapping(raw, "published", source).items()
     }
@@ -126,7 +130,7 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
     """All runs by name, each with the flags of the config, of the grid, its own, and those of ``--set``."""
     common = _mapping(raw, "flags", source)
     singles = [(str(name), flags) for name, flags in _mapping(raw, "runs", source).items()]
-    runs, taken, same = {}, set(), {}
+    runs, taken = {}, set()
     for name, flags in [*_product(_mapping(raw, "grid", source), source), *singles]:
         if not isinstance(flags, dict | None):
             raise ConfigError(f"{source}: runs: {name}: expected its flags, {{epochs: 3}}; got {flags!r:.80}")
@@ -138,8 +142,6 @@ def _runs(raw: dict, base: dict, extra: dict, source: str) -> dict[str, dict]:
         for added in (common, flags or {}, extra):
             _refuse_odd_names(added, f"{source}: {name}")
         runs[name] = _merged(base, common, flags or {}, extra)
-        if (first := same.setdefault(repr(runs[name]), name)) != name:
-            raise ConfigError(f"{source}: {name}: the same flags as {first}; does --set override what they vary?")
     if not runs:
         raise ConfigError(f"{source}: neither 'grid' nor 'runs' names a run")
     return runs

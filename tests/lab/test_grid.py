@@ -192,6 +192,7 @@ def test_only_chooses_runs_and_keeps_the_others_for_the_table(tmp_path):
 def test_runs_that_would_train_the_same_thing_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="rpe-1.9-product-ctx-1-k: the same flags as none; does --set override"):
         read_grid(written(tmp_path, GRID), {"rpe": "none"})
+    assert read_grid(written(tmp_path, GRID), {"rpe": "none"}, only=["none"]).chosen == ("none",)
 
 
 @pytest.mark.parametrize("name", ["iRPE k", "iRPE_k", "50"])
