@@ -81,7 +81,7 @@ def class_list(file: Path) -> list[str]:
 
 
 def _split_of(file: Path) -> bool | None:
-    """True for a shard of training, False for one of validation, None for another file; it may not be unclear."""
+    """True for a shard of training, False for one of validation, None for another file."""
     name = file.name.lower()
     if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or is_hidden([name]):
         return None

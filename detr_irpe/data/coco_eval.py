@@ -73,7 +73,7 @@ class CocoEvaluator:
         if not distributed.is_main():
             return None
         detections = {image_id: found for part in gathered for image_id, found in part.items()}
-        # The libraries get numbers from 1 in the order of the ids: as a float, a large id would become another one.
+        # The libraries get numbers from 1 in the order of the ids, see `_ground_truth`.
         numbers = {image_id: number for number, image_id in enumerate(self.annotations.image_ids.tolist(), 1)}
         numbered = {numbers[image_id]: found for image_id, found in detections.items()}
         truth = self._ground_truth()

@@ -184,7 +184,7 @@ def image_problems(
     num_workers: int,
     pictures: dict[bytes, Path],
 ) -> list[Problem]:
-    """Problems found by decoding: unreadable files, sizes other than annotated, rotated photos."""
+    """Problems found by decoding: unreadable files, sizes other than annotated, rotated photos, another split's."""
     unreadable = Problem("unreadable images", allowed=allowed)
     other_size = Problem("images of another size than annotated", allowed=0 if masks else MOST * len(checked))
     turned = Problem("photos that are read as stored but shown rotated (EXIF)", allowed=math.inf)
