@@ -11,6 +11,9 @@ from irpe_ops.methods import whole_number
 
 __all__ = ["TokenGrid", "equip"]
 
+_VITS = ("timm.VisionTransformer", "timm.Eva", "torchvision.VisionTransformer")
+_KNOWN = ("torch.TransformerEncoder", "transformers.PreTrainedModel", *_VITS)
+
 
 def equip(
     model: nn.Module, spec_or_config: str | RPEConfig, *, backend: str = "auto", grid: tuple[int, int] | None = None
@@ -64,5 +67,5 @@ def equip(
 
 
 def _is_known(model: nn.Module) -> bool:
-    names = {kind.__name__ for kind in type(model).__mro__}
-    return not names.isdisjoint(("TransformerEncoder", "VisionTransformer", "Eva", "PreTrainedModel"))
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
+    return not names.isdisjoint(_KNOWN)

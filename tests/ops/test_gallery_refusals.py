@@ -22,6 +22,10 @@ from tests.helpers.gallery import (
 )
 
 
+class TransformerEncoder(nn.Module):
+    """Of the same name as torch's, as DETR has it."""
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -39,6 +43,7 @@ from tests.helpers.gallery import (
             r"a Transformer is not equipped as a whole; call equip on its TransformerEncoder, .*\('encoder'\)",
         ),
         (lambda: nn.Sequential(nn.Linear(2, 2), torchvision_vit()), r"its VisionTransformer, .*get_submodule\('1'\)"),
+        (lambda: nn.Sequential(TransformerEncoder()), "Sequential has no blocks"),
         (lambda: timm.create_model("resnet18"), "ResNet has no blocks"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer has no blocks"),
     ],
