@@ -82,8 +82,9 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
         stages = ("layer1", "layer2", "layer3", "layer4") if return_interm_layers else ("layer4",)
         self.body = IntermediateLayerGetter(resnet, {stage: stage for stage in stages})
+        image = next(resnet.parameters()).new_zeros(1, 3, 64, 64)
         with torch.no_grad():
-            self.channels = [x.shape[1] for x in self.body(torch.zeros(1, 3, 64, 64)).values()]
+            self.channels = [x.shape[1] for x in self.body(image).values()]
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:
         """Maps ``(B, channels[i], h, w)``, from fine to coarse."""

@@ -62,6 +62,11 @@ def test_stem_and_first_stage_stay_frozen():
     assert trained == {"layer2", "layer3", "layer4"}
 
 
+@pytest.mark.parametrize("place", ["meta", torch.float64])  # a GPU's stand-in
+def test_the_network_may_be_elsewhere_than_new_tensors(place):
+    assert Backbone(build_resnet("resnet_micro").to(place)).channels == [128]
+
+
 def test_mask_is_shrunk_by_nearest_and_all_stages_are_returned():
     backbone = Backbone(build_resnet("resnet_micro"), return_interm_layers=True)
     maps = backbone(NestedTensor.from_images([torch.rand(3, 64, 40), torch.rand(3, 33, 96)]))
