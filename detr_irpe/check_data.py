@@ -45,7 +45,7 @@ def quick_check(sets: Sequence[CocoDetection | CocoPanoptic], num_classes: int, 
         val, train = sets
         found += split_problems(train, val)
     if fatal := tell(found):
-        raise ValueError(f"{'; '.join(fatal)}. `python -m detr_irpe.check_data` shows everything.")
+        raise ValueError(f"{'; '.join(fatal)}. `irpe detect check` shows all, given the same flags (such as --masks).")
 
 
 def summary_of(dataset: CocoDetection | CocoPanoptic) -> str:

@@ -400,12 +400,15 @@ def test_masks_need_readable_images_of_the_annotated_size(tmp_path, images):
         quick_check(both_splits(root, return_masks=True), 10)
 
 
-def test_missing_masks_are_reported(tmp_path):
+def test_missing_masks_are_reported(tmp_path, capsys):
     root = write_tiny_coco(tmp_path)
     edit_annotations(root, "train2017", lambda c: c["annotations"][0].update(segmentation=[]))
     quick_check(both_splits(root), 10)
-    with pytest.raises(ValueError, match="objects without a mask; --masks needs one for each: 1"):
+    missing = "objects without a mask; --masks needs one for each: 1"
+    with pytest.raises(ValueError, match=f"{missing}.*`irpe detect check` .* same flags .*--masks"):
         quick_check(both_splits(root, return_masks=True), 10)
+    status, printed = check(root, capsys, "--masks")
+    assert status == 1 and missing in printed
     edit_annotations(root, "train2017", lambda c: [image.pop("height") for image in c["images"]])
     with pytest.raises(ValueError, match="images without height and width; --masks needs them: 6"):
         quick_check(both_splits(root, return_masks=True), 10)
