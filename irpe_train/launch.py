@@ -68,7 +68,7 @@ def report_out_of_memory():
             raise RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.") from error
         if "Too many open files" in str(error) or "ancdata" in str(error):  # PyTorch's words
             raise RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers") from error
-        if "</torch_" in str(error):  # the names of its shared memory
+        if "</torch_" in str(error) and "No space left" in str(error):  # the names of its shared memory
             remedy = "enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers"
             raise RunError(f"shared memory is full: {remedy}") from error
         found = LOST_WORKER.search(str(error))

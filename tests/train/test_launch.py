@@ -68,6 +68,9 @@ def test_what_pytorch_says_about_limits_of_the_machine_is_one_line(words, told):
     with pytest.raises(SystemExit) as end:
         launch(raising(RuntimeError(words)), tiny_run.get_parser(), [])
     assert end.value.code == f"tiny_run: RunError: {told}"
+    lost = RuntimeError("unable to open shared memory object </torch_1_2_3> in read-write mode: No such file (2)")
+    with pytest.raises(RuntimeError, match="No such file"):  # is not full
+        launch(raising(lost), tiny_run.get_parser(), [])
 
 
 @pytest.mark.parametrize("how", ["nobody reads it", "full disk"])
