@@ -37,10 +37,10 @@ IMG is a file, a folder (with all folders in it) or a pattern such as "photos/*.
 in the checkpoint; --model and --rpe give them if it has none; an ONNX file needs none.
 
 Writes DIR/<image>.png and DIR/predictions.json. --attention adds what the chosen patches attend to
-(<image>_attention.png) and what their encodings add to the scores (<image>_encoding.png). --attention, or
---tables, which needs no image, adds the learned tables (tables.png). If two images have the same name, their
-results are named after their folders too. predict never replaces a file that it did not write, or that it
-wrote for another image.
+(<image>_attention_ROW-COL.png) and what their encodings add to the scores (<image>_encoding_ROW-COL.png).
+--attention, or --tables, which needs no image, adds the learned tables (tables.png). If two images have the same
+name, their results are named after their folders too. predict never replaces a file that it did not write, or
+that it wrote for another image.
 """
 
 

@@ -100,7 +100,8 @@ class Checkpoints:
         weakref.finalize(self, lock(self.folder).close)
         self.own = where == "auto" or (where and Path(where).resolve().parent == self.folder.resolve())
         if (old := self.there()) and not self.own:
-            remedy = "Continue it with --resume auto, or choose another folder."
+            last = "auto" if {self.NAME, self.PREVIOUS} & {*old} else self.folder / old[-1]
+            remedy = f"Continue it with --resume {last}, or choose another folder."
             raise RunError(f"--output_dir {self.folder} holds {', '.join(old)} of another run. {remedy}")
         log_details(self.folder)
 

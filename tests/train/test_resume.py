@@ -268,7 +268,9 @@ def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path, name, flags):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("of a run of last week")
     (ended,) = tiny(tmp_path / "run", *flags)
-    assert ended.code == 1 and f"--output_dir {tmp_path / 'run'} holds {name} of another run. Continue it" in ended.text
+    last = "auto" if name in ("checkpoint.pth", "checkpoint_previous.pth") else tmp_path / "run" / name
+    words = f"--output_dir {tmp_path / 'run'} holds {name} of another run. Continue it with --resume {last}, or"
+    assert ended.code == 1 and words in ended.text
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", name]
     assert (tmp_path / "run" / name).read_text() == "of a run of last week"
 
