@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The contents of a checkpoint, on the CPU; only tensors, numbers, text and ``argparse.Namespace``.
+    """The contents of a checkpoint, on the CPU; only tensors, numbers, text, paths and ``argparse.Namespace``.
 
     Args: path: a file, or an ``https://`` address, as in the published evaluation commands (kept in torch's cache).
     Raises: BadCheckpoint: missing, empty, truncated, failing its checksum, claiming more than the file holds, or

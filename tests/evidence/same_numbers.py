@@ -55,7 +55,7 @@ TAIL = """
 ## What this does not show
 
 * The cases have encodings on keys only. Queries and values, like all methods, are tested against loops in fp64
-  (`tests/ops`): a query encoding that is not transposed fails 61 tests of `test_attention.py`.
+  (`tests/ops`): a query encoding that is not transposed fails over 50 tests of `test_attention.py`.
 * Random numbers (dropout, stochastic depth, augmentation, Mixup) are off: their order is not the published one.
 * DeiT's clipping norm: AdamW divides by the size of the gradient, so 0.525 for 0.5 stays within the tolerances there.
 * Half precision, GPUs, several processes, real data: [evaluate.md](evaluate.md) compares with a published row.
