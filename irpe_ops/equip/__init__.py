@@ -11,9 +11,6 @@ from irpe_ops.methods import whole_number
 
 __all__ = ["TokenGrid", "equip"]
 
-_VITS = ("timm.VisionTransformer", "timm.Eva", "torchvision.VisionTransformer")
-_KNOWN = ("torch.TransformerEncoder", "transformers.PreTrainedModel", *_VITS)
-
 
 def equip(
     model: nn.Module, spec_or_config: str | RPEConfig, *, backend: str = "auto", grid: tuple[int, int] | None = None
@@ -67,5 +64,6 @@ def equip(
 
 
 def _is_known(model: nn.Module) -> bool:
-    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
-    return not names.isdisjoint(_KNOWN)
+    of_timm = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("timm.")}
+    others = isinstance(model, nn.TransformerEncoder) or multihead.is_torchvision_vit(model)
+    return others or hugging_face.is_pretrained_model(model) or not of_timm.isdisjoint(("VisionTransformer", "Eva"))
