@@ -48,8 +48,7 @@ def fit_classes(
     Args: theirs: the classes of ``weights``; None if unknown; the heads then stay unchanged.
     Returns: a new state dict, and a note on each changed key.
     """
-    heads = head_prefixes(model)
-    keys = [key for key in weights if key.startswith(heads)]
+    keys = [key for key in weights if key.startswith(head_prefixes(model))]
     if theirs is None or theirs == list(ours):
         return dict(weights), {}
     if set(theirs) != set(ours):

@@ -8,7 +8,7 @@ import re
 
 import timm
 import torch
-from timm.layers import build_sincos2d_pos_embed, trunc_normal_
+from timm.layers import build_sincos2d_pos_embed, to_2tuple, trunc_normal_
 from timm.models import (
     Eva,
     VisionTransformer,
@@ -23,7 +23,7 @@ from timm.models._builder import resolve_pretrained_cfg  # how timm itself merge
 from timm.models._features import FeatureGetterNet  # timm's own wrapper for features_only
 from torch import nn
 
-from deit_irpe.models.finetune import load_pretrained_weights
+from deit_irpe.models.finetune import load_pretrained_weights, resample_positions
 from deit_irpe.models.names import DEMO_SIZES, RPE_MODELS
 from irpe_ops import equip
 from irpe_ops.equip.timm_vit import RPEAttention
@@ -71,6 +71,8 @@ def create_model(
         cache_dir = timm_kwargs.pop("cache_dir", None)
     model = _plain_model(base, pretrained=pretrained and not registered, **timm_kwargs)
     spec = named_rpe if rpe is None else rpe
+    if spec is not None and any(isinstance(module, RPEAttention) for module in model.modules()):  # saved in a folder
+        raise ValueError(f"--rpe {spec}: model {name!r} has an encoding of its own; leave out --rpe")
     if spec not in (None, "none"):
         if not isinstance(model, (VisionTransformer, Eva)):  # Eva has rotary positions
             kind = type(model).__name__
@@ -173,8 +175,7 @@ def _build(name: str, pretrained: bool, timm_kwargs: dict) -> nn.Module:
         model = _build(name, pretrained, {key: value for key, value in timm_kwargs.items() if key != "img_size"})
     if size is not None and not isinstance(model, (VisionTransformer, Eva)):
         with torch.no_grad():
-            sides = size if isinstance(size, (tuple, list)) else (size, size)
-            model.eval()(torch.zeros(1, timm_kwargs.get("in_chans", 3), *sides))
+            model.eval()(torch.zeros(1, timm_kwargs.get("in_chans", 3), *to_2tuple(size)))
     return model.train()
 
 
@@ -182,8 +183,12 @@ def _load_named_weights(model: nn.Module, name: str, config: dict, cache_dir) ->
     """Load the weights that ``config`` names: those published under ``name``, or others that the caller put there."""
     published = read_zoo().models.get(name)
     file, elsewhere = config.get("file"), config.get("source") or config.get("state_dict") or config.get("hf_hub_id")
-    if elsewhere or file and str(file).endswith(".safetensors"):
-        timm.models.load_pretrained(model, config, model.num_classes, config["input_size"][0], cache_dir=cache_dir)
+    if elsewhere:
+
+        def fit(weights, model):
+            return resample_positions(model, weights, source=name)[0]
+
+        timm.models.load_pretrained(model, config, model.num_classes, config["input_size"][0], fit, cache_dir=cache_dir)
         return
     if not file and not config.get("url"):
         raise ValueError(f"model {name!r}: pretrained=True, but no weights of it were published")

@@ -43,6 +43,8 @@ def equip(
             f"equip: a {type(inner).__name__} is not equipped as a whole; call equip on its {type(part).__name__}, "
             f"model.get_submodule({name!r}), before DDP wraps it"
         )
+    if any(hasattr(module, "rpe_k") for module in inner.modules()):
+        raise ValueError("equip: this model has iRPE already; equip a fresh model")
     if grid is not None:
         if not isinstance(inner, nn.TransformerEncoder):
             kind = type(inner).__name__

@@ -45,8 +45,6 @@ def equip(model: nn.Module, config: RPEConfig, backend: str) -> None:
     if not family:
         known = f"known are {', '.join((*_VITS, *_DETRS))}. {HELP}"
         raise ValueError(f"equip: unknown transformers model {type(model).__name__}; {known}")
-    if any(hasattr(module, "rpe_k") for module in model.modules()):
-        raise ValueError("equip: this model has iRPE already; equip a fresh model")
     if sum(type(module).__name__.removesuffix("Embeddings") in _VITS for module in model.modules()) > 1:
         raise ValueError(f"equip: {type(model).__name__} holds several vision transformers; equip each by itself")
     # For each encoder: the module that takes its image or feature map, and its patch size.

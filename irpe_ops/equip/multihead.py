@@ -105,8 +105,6 @@ def _check(attentions: list[nn.Module]) -> None:
         raise ValueError("equip: this model has no layers")
     for attention in attentions:
         reason = None
-        if isinstance(attention, RPEMultiheadAttention):
-            raise ValueError("equip: this model has iRPE already; equip a fresh model")
         if type(attention) is not nn.MultiheadAttention:
             reason = f"its attention is a {type(attention).__name__}, not torch.nn.MultiheadAttention"
         elif not attention._qkv_same_embed_dim:

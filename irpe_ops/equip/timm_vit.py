@@ -127,8 +127,6 @@ def _find_attentions(model: nn.Module) -> list[nn.Module]:
     attentions = []
     for i, block in enumerate(blocks):
         attention = getattr(block, "attn", None)
-        if isinstance(attention, RPEAttention):
-            raise ValueError(f"equip: block {i} has iRPE already; equip a fresh model")
         if reason := _why_unknown(attention):
             raise ValueError(f"equip: block {i} of {kind}: {reason}. {HELP}")
         attentions.append(attention)

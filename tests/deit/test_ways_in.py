@@ -7,6 +7,7 @@ import re
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import deit_irpe
@@ -14,6 +15,7 @@ from deit_irpe.args import get_args_parser
 from deit_irpe.load_model import class_names, load_model
 from deit_irpe.models import build_model, from_flags
 from deit_irpe.models.finetune import fit_classes, head_prefixes, load_pretrained_weights, resize_pos_embed
+from irpe_ops.modules import buckets_of
 from irpe_train.checkpoint import Checkpoint
 from irpe_train.errors import BadCheckpoint
 
@@ -82,6 +84,31 @@ def test_a_folder_saved_for_the_hub_loads_again(tmp_path, name):
     assert same(deit_irpe.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True), mine)
     fresh = deit_irpe.create_model(f"local-dir:{tmp_path / 'saved'}")
     assert fresh.head.out_features == 5 and not same(fresh, mine)
+
+
+@pytest.mark.parametrize("way", ["local-dir", "state_dict", "safetensors"])
+def test_positions_fit_the_size_wherever_the_weights_are_from(tmp_path, way):
+    mine = trained(DEMO, depth=1)
+    save_file(mine.state_dict(), tmp_path / "mine.safetensors")
+    timm.models.save_for_hf(mine, str(tmp_path / "saved"), model_config=dict(model_args=dict(depth=1)))
+    overlay = {
+        "state_dict": dict(state_dict=mine.state_dict()),
+        "safetensors": dict(file=tmp_path / "mine.safetensors"),
+    }
+    name, given = f"local-dir:{tmp_path / 'saved'}", {}
+    if way in overlay:
+        name, given = DEMO, dict(pretrained_cfg_overlay=overlay[way], depth=1)
+    larger = timm.create_model(name, pretrained=True, img_size=(32, 48), **given)
+    assert torch.equal(larger.pos_embed, resize_pos_embed(mine.pos_embed, (8, 8), (8, 12)))
+    assert torch.equal(larger.head.weight, mine.head.weight)
+
+
+def test_a_saved_model_keeps_its_own_encoding_or_says_so(tmp_path):
+    timm.models.save_for_hf(trained(depth=1), str(tmp_path), model_config=dict(model_args=dict(depth=1)))
+    for rpe in ("none", "rpe-1.9-product-ctx-1-qkv"):
+        with pytest.raises(ValueError, match=f"^--rpe {rpe}: model 'local-dir:.*' has an encoding of its own"):
+            deit_irpe.create_model(f"local-dir:{tmp_path}", rpe)
+    assert buckets_of(deit_irpe.create_model(f"local-dir:{tmp_path}")) == 50
 
 
 def test_a_pretrained_head_follows_the_names_of_its_classes(tmp_path):

@@ -275,7 +275,7 @@ def test_blocks_with_other_attention_are_refused():
 
 
 def test_wrong_arguments_say_what_is_wrong():
-    with pytest.raises(ValueError, match="block 0 has iRPE already; equip a fresh model"):
+    with pytest.raises(ValueError, match="this model has iRPE already; equip a fresh model"):
         equip(equip(make(), SPEC), SPEC)
     with pytest.raises(ValueError, match="unknown method 'prodct'"):
         equip(make(), "rpe-1.9-prodct-ctx-1-k")
