@@ -28,6 +28,7 @@ from irpe_train.outputs import refuse_existing
 def convert(
     weights: Mapping[str, Tensor],
     *,
+    source: str | Path,
     prefix: str = "",
     renames: Sequence[tuple[str, str]] = (),
     drop_zero_tables: bool = False,
@@ -35,7 +36,7 @@ def convert(
     """Rename the entries of a state dict; those without ``prefix`` are left out.
 
     Args:
-        prefix: cut off the front of each name.
+        source: where they are from, for messages. prefix: cut off the front of each name.
         renames: (old, new) parts of names, replaced in this order, after the prefix.
         drop_zero_tables: leave out the encodings. Their tables must be zero, so that the plain model computes the same.
     Raises: BadCheckpoint: nothing has the prefix, two entries get the same name, or a table is not zero.
@@ -49,13 +50,15 @@ def convert(
             new = new.replace(old, by)
         if drop_zero_tables and ".lookup_table_" in new:
             if value.any():
-                raise BadCheckpoint(f"{name} is not zero: the plain model would give other results")
+                raise BadCheckpoint(f"checkpoint {source}: {name} is not zero: the plain model would differ")
             continue
         if new in converted:
-            raise BadCheckpoint(f"two entries would be called {new}, the second is {name}; change --rename")
+            raise BadCheckpoint(
+                f"checkpoint {source}: two entries would be called {new}, the second is {name}; change --rename"
+            )
         converted[new] = value
     if not converted:
-        raise BadCheckpoint(f"no entry begins with {prefix!r}; there are {some(weights)}")
+        raise BadCheckpoint(f"checkpoint {source}: no entry begins with {prefix!r}; there are {some(weights)}")
     return converted
 
 
@@ -64,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     refuse_existing(args.out, "OURS.pth")
     checkpoint = Checkpoint.read(args.source)
     stored = checkpoint.weights(args.key)
-    weights = convert(stored, prefix=args.prefix, renames=args.rename, drop_zero_tables=args.drop_zero_tables)
+    how = dict(prefix=args.prefix, renames=args.rename, drop_zero_tables=args.drop_zero_tables)
+    weights = convert(stored, source=args.source, **how)
     size = image_size(args.input_size)
     with torch.device("meta"):
         head = f"{head_prefixes(create_model(args.model, args.rpe, img_size=size))[0]}weight"

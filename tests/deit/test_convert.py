@@ -31,23 +31,27 @@ def test_a_plain_deit_and_ours_exchange_weights(base):
     torch.testing.assert_close(ours(images), plain(images), atol=1e-5, rtol=0)
 
     other = timm.create_model(base, **OPTIONS).eval()
-    other.load_state_dict(convert(ours.state_dict(), drop_zero_tables=True))
+    other.load_state_dict(convert(ours.state_dict(), source="theirs.pth", drop_zero_tables=True))
     torch.testing.assert_close(other(images), plain(images), atol=0, rtol=0)
 
 
 def test_a_trained_table_is_not_dropped():
     ours = create_model(NAME, **OPTIONS)
     torch.nn.init.ones_(ours.blocks[1].attn.rpe_k.lookup_table_weight)
-    with pytest.raises(BadCheckpoint, match="blocks.1.attn.rpe_k.lookup_table_weight is not zero"):
-        convert(ours.state_dict(), drop_zero_tables=True)
+    with pytest.raises(
+        BadCheckpoint, match="^checkpoint theirs.pth: blocks.1.attn.rpe_k.lookup_table_weight is not zero"
+    ):
+        convert(ours.state_dict(), source="theirs.pth", drop_zero_tables=True)
 
 
 def test_a_table_that_is_zero_in_part_is_not_dropped():
     ours = create_model(NAME, **OPTIONS)
     with torch.no_grad():
         ours.blocks[1].attn.rpe_k.lookup_table_weight[..., :3] = 1.0
-    with pytest.raises(BadCheckpoint, match="blocks.1.attn.rpe_k.lookup_table_weight is not zero"):
-        convert(ours.state_dict(), drop_zero_tables=True)
+    with pytest.raises(
+        BadCheckpoint, match="^checkpoint theirs.pth: blocks.1.attn.rpe_k.lookup_table_weight is not zero"
+    ):
+        convert(ours.state_dict(), source="theirs.pth", drop_zero_tables=True)
 
 
 @pytest.mark.parametrize("head", [{}, {"head.weight": torch.tensor(1.0)}, {"head.weight": torch.zeros(3)}])
@@ -116,11 +120,13 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
             "--rename",
             "layers.=blocks.",
         )
-    with pytest.raises(BadCheckpoint, match="no entry begins with 'encoder.'"):
+    with pytest.raises(BadCheckpoint, match=r"^checkpoint .*\.pth: no entry begins with 'encoder.'"):
         run(path, tmp_path / "ours.pth", "--model", NAME, "--prefix", "encoder.")
     assert not (tmp_path / "ours.pth").exists()
 
 
 def test_two_entries_never_become_one():
-    with pytest.raises(BadCheckpoint, match="two entries would be called weight"):
-        convert({"a.weight": torch.ones(1), "b.weight": torch.ones(1)}, renames=[("a.", ""), ("b.", "")])
+    with pytest.raises(BadCheckpoint, match="^checkpoint x.pth: two entries would be called weight"):
+        convert(
+            {"a.weight": torch.ones(1), "b.weight": torch.ones(1)}, source="x.pth", renames=[("a.", ""), ("b.", "")]
+        )
