@@ -28,7 +28,7 @@ from irpe_train.outputs import refuse_existing
 def convert(
     weights: Mapping[str, Tensor],
     *,
-    source: str | Path,
+    source: str | Path = "given as a dict",
     prefix: str = "",
     renames: Sequence[tuple[str, str]] = (),
     drop_zero_tables: bool = False,
