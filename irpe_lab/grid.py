@@ -62,14 +62,14 @@ class Grid:
 
 
 def read_grid(
-    path: str | Path, extra: dict | None = None, *, seeds: str | None = None, only: Sequence[str] | None = None
+    path: str | Path, extra: dict | None = None, *, seeds: str | None = None, only: str | Sequence[str] | None = None
 ) -> Grid:
     """Read a grid file, looked for in the working folder and then among the shipped ones.
 
     Args:
         extra: flags for all runs, which override the file's.
         seeds: ``"0,1,2"``, replaces the file's.
-        only: globs; choose the runs whose name matches one.
+        only: a glob or several; chooses the runs whose name matches one.
     Raises: ConfigError: no such file, an unknown key, no runs, two runs with the same name, a run that does not parse.
     """
     source = f"grid {path}"
@@ -84,6 +84,7 @@ def read_grid(
         config = find_config(str(raw["config"]), path.parent, source=f"{source}: config")
         base = read_yaml(config, f"{source}: config {raw['config']}")
     runs = _runs(raw, base, extra or {}, source)
+    only = [only] if isinstance(only, str) else only  # else its letters would be the globs
     kept = tuple(name for name in runs if only is None or any(fnmatch.fnmatchcase(name, glob) for glob in only))
     if not kept:
         raise ConfigError(f"{source}: no run name matches {' or '.join(only)}; the runs are {', '.join(runs)}")

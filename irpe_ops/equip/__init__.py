@@ -38,7 +38,7 @@ def equip(
         raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     inner = getattr(model, "_orig_mod", model)  # the model inside torch.compile's wrapper
     name, part = next((found for found in inner.named_modules() if _is_known(found[1])), ("", None))
-    if name and not hasattr(inner, "blocks"):
+    if name and not hasattr(inner, "blocks"):  # with blocks, timm_vit says what is wrong with them
         raise ValueError(
             f"equip: a {type(inner).__name__} is not equipped as a whole; call equip on its {type(part).__name__}, "
             f"model.get_submodule({name!r}), before DDP wraps it"

@@ -2,13 +2,14 @@
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from tests.helpers.triton_builds import CUOBJDUMP, KERNELS, VARIANTS, compile_kernel, resources  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="needs the cuobjdump that comes with Triton")
 SHARED = {90: 227 << 10, 80: 99 << 10, 120: 99 << 10}  # a program's; what runs on 8.0 runs on 8.6 and 8.9 too
 FUSED = ("forward_kernel", "delta_kernel", "key_gradient_kernel")  # they add products, in one instruction each
+NEWER = [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 9]
 SPILLED = {50: 512, 81: 1280, 10: 512}  # bytes per thread, by buckets: smaller tiles spill less and execute more
 
 
@@ -17,7 +18,8 @@ def test_deit_with_keys_needs_hardly_any_stack(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # as Triton 3.10 will have it
     compiled = compile_kernel(name, head_dim=64, buckets=50, arch=90)
     used = resources(compiled, tmp_path)
-    assert used["REG"] <= 255 and used["STACK"] <= 8, used  # spilled registers are on the stack: two in Triton 3.9
+    two = 8 if name == "key_gradient_kernel" and NEWER else 0  # spilled registers are on the stack
+    assert used["REG"] <= 255 and used["STACK"] <= two, used
     assert used["SHARED"] <= SHARED[90]
     multiplies = name not in ("spread_kernel", "delta_kernel")
     assert "fma.rn" in compiled.asm["ptx"] or name not in FUSED
