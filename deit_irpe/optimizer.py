@@ -2,13 +2,14 @@
 """DeiT's parameter groups, optimizer and learning-rate schedule."""
 
 import argparse
+import difflib
 
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn, optim
 
-from irpe_train.errors import blamed_on
+from irpe_train.errors import BadFlags, blamed_on
 
 
 def scaled_lr(lr: float, batch_size: int, world_size: int, accumulate: int = 1) -> float:
@@ -31,6 +32,11 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> op
     """timm's optimizer ``--opt`` over ``parameter_groups``; its own defaults without ``--opt-eps``, ``--opt-betas``."""
     options = {key: value for key, value in (("eps", args.opt_eps), ("betas", args.opt_betas)) if value is not None}
     options |= dict(weight_decay=args.weight_decay, momentum=args.momentum)
+    known = list_optimizers()
+    if args.opt.lower().removeprefix("lookahead_") not in known:
+        close = difflib.get_close_matches(args.opt.lower(), known)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.optim.list_optimizers() lists all"
+        raise BadFlags(f"--opt {args.opt}: timm has no such optimizer; {hint}")
     with blamed_on(f"--opt {args.opt} with lr {lr:g}, {options}"):
         optimizer = create_optimizer_v2(parameter_groups(model, args.weight_decay), opt=args.opt, lr=lr, **options)
         if getattr(optimizer, "is_second_order", False):

@@ -8,6 +8,7 @@ from torch import nn
 
 from deit_irpe.args import get_args_parser
 from deit_irpe.optimizer import build_optimizer, build_scheduler, parameter_groups, scaled_lr
+from irpe_train.errors import BadFlags
 
 
 def flags(*argv):
@@ -114,3 +115,14 @@ def test_the_default_optimizer_is_adamw_as_published():
         (1e-3, 0.05, (0.9, 0.999), 1e-8),
     ]
     assert type(build_optimizer(flags("--opt", "sgd"), nn.Linear(2, 2), 0.1)) is torch.optim.SGD
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [("adamww", "did you mean adamw or"), ("fused_adam", "did you mean fusedadam or"), ("zz", "lists all")],
+)
+def test_an_unknown_optimizer_is_refused_with_its_neighbours(name, hint):
+    """timm itself reads ``fused_adam`` as ``adam``, without a word."""
+    with pytest.raises(BadFlags, match=f"--opt {name}: timm has no such optimizer; .*{hint}"):
+        build_optimizer(flags("--opt", name), nn.Linear(2, 2), 0.1)
+    build_optimizer(flags("--opt", "Lookahead_AdamW"), nn.Linear(2, 2), 0.1)
