@@ -111,7 +111,7 @@ def read_grid(
     task = TASKS[raw["package"]]
     evaluations = _evaluations(raw, task.parser(), source)
     grid = Grid(path.stem, task, runs, chosen, published, baseline, evaluations, kept)
-    _parse_all(grid)
+    _parse_all(grid, source)
     return grid
 
 
@@ -163,18 +163,18 @@ def _merged(*layers: dict) -> dict:
     return dict(merged.values())
 
 
-def _parse_all(grid: Grid) -> None:
+def _parse_all(grid: Grid, file: str) -> None:
     """Raise ConfigError for the first run or evaluation that would be refused, or whose name is too long for a file."""
     from irpe_ops import parse_rpe_spec  # imports PyTorch
 
     parser = grid.task.parser()
     for run, flags in grid.runs.items():
-        source = f"grid {grid.name}: run {run}"
+        source = f"{file}: run {run}"
         argv = flags_of(parser, flags, source)
         for name, more in {"": [], **grid.evaluations}.items():
-            file, errors = f"detail_{slug(name)}_{run}_seed{max(grid.seeds)}.log", io.StringIO()
-            if len(file.encode()) > 255:
-                raise ConfigError(f"{source}, {name}: a file would be called {file:.100}...; expected shorter names")
+            log, errors = f"detail_{slug(name)}_{run}_seed{max(grid.seeds)}.log", io.StringIO()
+            if len(log.encode()) > 255:
+                raise ConfigError(f"{source}, {name}: a file would be called {log:.100}...; expected shorter names")
             try:
                 with contextlib.redirect_stderr(errors):
                     parsed = vars(parser.parse_args([*argv, *more]))

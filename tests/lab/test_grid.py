@@ -166,7 +166,7 @@ def test_runs_are_named_after_their_values(tmp_path):
 def test_bad_grids(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         read_grid(written(tmp_path, text))
-    assert "grid" in str(error.value) and len(str(error.value)) < 2000
+    assert str(error.value).startswith(f"grid {tmp_path / 'grid.yaml'}: ") and len(str(error.value)) < 2000
 
 
 def test_unreadable_grid_files(tmp_path, monkeypatch):
