@@ -39,7 +39,7 @@ table{{border-collapse:collapse;display:block;overflow-x:auto}}td,th{{border:1px
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """A log in the folder: ``epochs`` has the keys of log.txt, whichever of the two files it was read from."""
 
     name: str
@@ -55,7 +55,7 @@ class Run:
         return "-"
 
 
-def find_runs(folder: Path) -> dict[str, Run]:
+def find_runs(folder: Path) -> dict[str, LoggedRun]:
     """The runs in ``folder`` by name: ``log_<name>.txt``, or if missing ``detail_<name>.log``.
 
     Raises: BadData: a malformed log (names file and line).
@@ -64,7 +64,7 @@ def find_runs(folder: Path) -> dict[str, Run]:
     for path in sorted(folder.glob("detail_*.log")):
         if (name := path.stem.removeprefix("detail_")) not in runs and path.is_file():
             runs[name] = path, read_detail(path)
-    return {name: Run(name, *read) for name, read in runs.items()}
+    return {name: LoggedRun(name, *read) for name, read in runs.items()}
 
 
 class Report:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_the_torch_only_package_imports_nothing_else():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 top_level.add(node.module.split(".")[0])
     assert top_level - set(sys.stdlib_module_names) <= {"torch", "irpe_ops"}
+
+
+def test_no_two_classes_have_one_name():
+    classes = [
+        node.name
+        for package in ALLOWED
+        for path in (REPO / package).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) > 50 and [name for name, times in Counter(classes).items() if times > 1] == []
 
 
 def test_nothing_imports_scripts():
