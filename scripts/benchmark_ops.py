@@ -55,17 +55,17 @@ class Bench:
     def __init__(self, device: torch.device, rounds: int, queued: bool = False) -> None:
         self.queued = queued and device.type == "cuda"
         self.device, self.rounds, self.rows = device, rounds, []
+        self.warm_up = min(rounds, 2)  # rounds that are not timed
         self.keeps_memory = device.type == "cpu" and keep_freed_memory()
         self.clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def compare(self, operation: str, shape: str, dtype: str, base: str, candidates: dict[str, Callable]) -> None:
         """Time every candidate, print its median and the ratios to ``base``, of medians and of the fastest rounds."""
         times = {name: [] for name in candidates}
-        warm_up = min(self.rounds, 2)
-        for round_ in range(warm_up + self.rounds):
+        for round_ in range(self.warm_up + self.rounds):
             for name, run in candidates.items():
                 milliseconds = gpu_milliseconds(run, LAUNCHED_WITHIN, rounds=1) if self.queued else self._host_time(run)
-                if round_ >= warm_up:
+                if round_ >= self.warm_up:
                     times[name].append(milliseconds)
         medians = {name: statistics.median(t) for name, t in times.items()}
         for name, median in medians.items():
@@ -186,15 +186,16 @@ def benchmark_attention(bench: Bench, shape: str, sizes: tuple, dtype_name: str)
 
 
 def describe(device: torch.device, bench: Bench | None = None) -> str:
-    """The conditions of a measurement: device, threads, versions, memory."""
+    """The conditions of a measurement: device, memory, rounds, threads, versions."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = processor_name()
         if hasattr(torch.ops.irpe, "cpu_capability"):
             name += f", {torch.ops.irpe.cpu_capability()}"
-    if bench is not None and bench.keeps_memory:
-        name += "; freed memory is kept"
+    if bench is not None:
+        name += "; freed memory is kept" if bench.keeps_memory else ""
+        name += f"; timed rounds: {bench.rounds}, after {bench.warm_up} of warm-up"
     return f"{name}; {torch.get_num_threads()} thread(s); torch {torch.__version__}; Python {platform.python_version()}"
 
 

@@ -2,11 +2,14 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
@@ -169,3 +172,11 @@ def test_gpu_report_lists_its_steps_and_needs_a_gpu(tmp_path):
     assert len(lines) == 13 and not (tmp_path / "out").exists()
     words = run(tmp_path, "gpu_report.sh", "out", ok=False, DRY_RUN="", CUDA_VISIBLE_DEVICES="")
     assert "PyTorch finds no GPU here" in words and not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_states_its_conditions():
+    script = runpy.run_path(str(ROOT / "scripts/benchmark_ops.py"))
+    bench = SimpleNamespace(rounds=25, warm_up=2, keeps_memory=True)
+    conditions = script["describe"](torch.device("cpu"), bench)
+    for words in ("freed memory is kept", "timed rounds: 25, after 2 of warm-up", "thread(s)", "; torch 2."):
+        assert words in conditions
