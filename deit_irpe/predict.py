@@ -106,12 +106,14 @@ def main(args: argparse.Namespace) -> None:
     flags = dict(ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size)
     classifier = Classifier(args.resume, choose_device(args.device), **flags)
     points = points_of(classifier.model, args.attention) if args.attention is not None else []
-    encoded = points and any(isinstance(module, IRPE) for module in classifier.model.modules())
+    encoded = (args.tables or points) and any(isinstance(module, IRPE) for module in classifier.model.modules())
+    if args.tables and not encoded:
+        raise ValueError(f"--tables: {args.resume} has no relative position encoding")
     maps = [f"{name}_{kind}_{r}-{c}.png" for name in names.values() for kind in MAPS for r, c in points]
-    tables = ["tables.png"] if args.tables or encoded else []
+    tables = ["tables.png"] if encoded else []
     out.refuse_to_replace(pictures + maps + tables)
 
-    if tables:  # first, so that a model without any is refused before images are predicted
+    if tables:
         _save(draw_tables(classifier.model, *classifier.model.patch_embed.grid_size), out, "tables.png")
     predictions, unreadable, written_at = [], [], time.monotonic()
     try:

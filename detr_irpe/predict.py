@@ -20,6 +20,7 @@ from detr_irpe.data.problems import naming_problems
 from detr_irpe.data.segmentations import encode_masks
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from detr_irpe.load_model import Detector
+from irpe_ops.modules import IRPE
 from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.distributed import choose_device
 from irpe_train.errors import BadData, shown
@@ -50,10 +51,12 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--attention: {args.resume} has no encoder layer to inspect")
         seen, layer = [], detector.encoder.layers[-1].self_attn
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    with_tables = args.tables or args.attention and detector.flags.enc_rpe2d
+    encoded = (args.tables or args.attention) and any(isinstance(m, IRPE) for m in detector.encoder.modules())
+    if args.tables and not encoded:
+        raise ValueError(f"--tables: {args.resume} has no relative position encoding")
     truth = Truth(args.annotations, detector.names) if args.annotations else None
     numbers = {image: truth.number_of(image) if truth else None for image in names}
-    if with_tables:
+    if encoded:
         with out.writing("tables.png") as (file,):
             save(draw_tables(detector.encoder, REACH, REACH), file)
         logger.info(f"tables.png is in {args.out}")

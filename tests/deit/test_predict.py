@@ -78,7 +78,7 @@ def test_tables_need_no_image(checkpoint, tmp_path):
     torch.save(contents, checkpoint)
     write_images(tmp_path, {"images": 1}, side=50)
     ended = predict(tmp_path, tmp_path / "images", "--tables", "--resume", checkpoint)
-    assert ended.code == 1 and "no relative position encoding" in ended.text
+    assert ended.code == 1 and f"--tables: {checkpoint} has no relative position encoding" in ended.text
     assert not (tmp_path / "out/0.png").exists()  # refused before the work
 
 

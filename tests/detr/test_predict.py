@@ -152,9 +152,10 @@ def test_what_cannot_be_predicted(tmp_path, photo):
     for name, flag in (("tables.png", "--tables"), ("photo_attention.png", "--attention")):
         with pytest.raises(RunError, match=f"two results would be called {name}"):
             predict(photo, tmp_path / "a" / name, "--resume", resume, "--out", tmp_path / "out", flag)
-    with pytest.raises(ValueError, match="--attention: .*no_encoder.pth has no encoder layer to inspect"):
-        no_encoder = write_checkpoint(tmp_path / "no_encoder.pth", enc_layers=0)
-        predict(photo, "--resume", no_encoder, "--out", tmp_path / "out", "--attention")
+    no_encoder = write_checkpoint(tmp_path / "no_encoder.pth", enc_layers=0)
+    for flag, reason in (("--attention", "encoder layer to inspect"), ("--tables", "relative position encoding")):
+        with pytest.raises(ValueError, match=f"{flag}: .*no_encoder.pth has no {reason}"):
+            predict(photo, "--resume", no_encoder, "--out", tmp_path / "out", flag)
     torch.save({"model": torch.load(resume, weights_only=False)["model"]}, tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="bare.pth has no 'args' with the flags of a DETR: .* is for irpe classify"):
         predict(photo, "--resume", tmp_path / "bare.pth", "--out", tmp_path / "out")
