@@ -46,6 +46,12 @@ def documented() -> dict[tuple[str, str], str]:
     return rows
 
 
+def test_every_deviation_states_its_effect():
+    table = PAGE.partition("| here | there | effect |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    cells = [cell.strip() for line in table.splitlines() for cell in line.strip("|").split("|")]
+    assert len(cells) > 30 and len(cells) % 3 == 0 and all(cells)
+
+
 def action_of(tree: str, flag: str) -> argparse.Action:
     return next(action for action in TREES[tree]._actions if flag in action.option_strings)
 
