@@ -1,5 +1,8 @@
 """The Triton kernels compile for GPUs that are not here, and fit their limits. Needs Triton's own tools, no GPU."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -31,6 +34,25 @@ def test_sums_by_bucket_load_and_do_little():
     """What was once a loop over the buckets: rows are read 16 bytes at a time, past the registers."""
     ptx = compile_kernel("sum_kernel", head_dim=64, buckets=50, arch=90).asm["ptx"]
     assert "cp.async.cg.shared.global" in ptx and ", 0x10," in ptx
+
+
+@pytest.mark.parametrize(
+    "row, variant",
+    [
+        ("DeiT-S k, sm_90", "sm_90,64,50,bfloat16,k,,"),
+        ("DETR k with padding and dropout, sm_90", "sm_90,32,81,bfloat16,k,padding+dropout,"),
+    ],
+)
+def test_the_page_has_the_counts_of_the_first_version_too(row, variant):
+    folder = Path(__file__).parents[2] / "docs/benchmarks"
+    cells = dict(re.findall(r"^\| (D.*?) \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE))
+    (file,) = folder.glob("triton_compiled-not-run_*.csv")
+    fields = [line.removeprefix(variant).split(",") for line in file.read_text().splitlines() if variant in line]
+    counts = {kernel.removesuffix("_kernel"): count for kernel, *_, count in fields}
+    now = [counts[name] for name in ("spread", "forward", "key_gradient", "query_gradient", "sum")]
+    assert cells[row].split(" | ") == now
+    before = re.findall(r"\d+", cells[f"{row}, first version"])
+    assert all(int(first) > 4 * int(last) for first, last in zip(before, now[1:4], strict=True))
 
 
 @pytest.mark.slow
