@@ -103,10 +103,13 @@ def locked(folder: Path, wait: bool = False) -> Iterator[TextIO | None]:
     with open(plain_file(folder / "lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+        except BlockingIOError:
             yield None
-        else:
-            yield lock
+            return
+        except OSError as error:  # not every file system has locks
+            if wait:
+                print(f"{folder} cannot be locked ({error.strerror}): do not start a second runner there")
+        yield lock
 
 
 def work(folder: Path) -> int:

@@ -243,10 +243,9 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
             temporary.unlink()
         kept = previous if previous is not None and not path.exists() else path
         reason = error if isinstance(error, OSError) else error.__context__ or error  # PyTorch's says "enforce fail"
-        raise RunError(
-            f"cannot write {path}: {first_line(reason)}. Free some space or choose another --output_dir; "
-            f"the last good checkpoint is kept: {kept if kept.exists() else 'there was none'}"
-        ) from error
+        last = f"; the last good checkpoint is kept: {kept}" if kept.exists() else ""
+        remedy = f"Free some space or choose another --output_dir{last}"
+        raise RunError(f"cannot write {path}: {first_line(reason)}. {remedy}") from error
 
 
 def link(path: Path, copy: Path) -> None:

@@ -25,7 +25,8 @@ class FlagParser(argparse.ArgumentParser):
             prog = sys.argv[0]
         kwargs["formatter_class"] = _Defaults if first else argparse.RawDescriptionHelpFormatter
         usage = "%(prog)s [flags]" if first else None
-        super().__init__(prog, usage, description.replace("``", ""), add_help=False, **kwargs)
+        description = (description or "").replace("``", "")  # None: a docstring under python -OO
+        super().__init__(prog, usage, description, add_help=False, **kwargs)
         self.first = first
         self.others: Mapping[str, argparse.ArgumentParser] = {}
         if first:

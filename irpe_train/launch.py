@@ -56,7 +56,7 @@ def report_out_of_memory():
     try:
         yield
         sys.unraisablehook = print_unraisable
-    except (OSError, EOFError) as error:  # from the queue or socket of a killed worker, before PyTorch notices
+    except (OSError, EOFError, AssertionError) as error:  # of a killed worker before PyTorch notices, or of a start
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not all(any(part in file for file in files) for part in ("dataloader", "multiprocessing")):
             raise
@@ -68,6 +68,8 @@ def report_out_of_memory():
             raise RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.") from error
         if "Too many open files" in str(error) or "ancdata" in str(error):  # PyTorch's words
             raise RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers") from error
+        if "can't start new thread" in str(error):
+            raise RunError("no thread can be started: raise the limit on processes (ulimit -u)") from error
         if "</torch_" in str(error) and "No space left" in str(error):  # the names of its shared memory
             remedy = "enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers"
             raise RunError(f"shared memory is full: {remedy}") from error

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGUSR1, SIGUSR2.
+"""Requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), SIGXCPU (the limit on
+processor time), SIGUSR1, SIGUSR2.
 
 The handler only notes the signal. During training ``Steps`` saves and stops all ranks after the same step. Evaluation
 stops between two batches. Anything else, such as listing the data or building the model, is ended by a thread after
@@ -19,7 +20,7 @@ import time
 from irpe_train.errors import Preempted
 from irpe_train.logger import logger
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 3.0  # seconds for a run to reach a point where it can stop by itself
 PAUSE = 0.1  # seconds between two reads of the ranks' store
 

@@ -70,7 +70,7 @@ def measure(candidate: str, grid: tuple[int, int], args: argparse.Namespace) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--grids", nargs="+", default=["32x32", "32x64", "64x64"], help="L = height x width")
     parser.add_argument("--heads", type=int, default=8)

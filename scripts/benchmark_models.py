@@ -92,7 +92,7 @@ def inference(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--model", default="deit_small_patch16_224", help="any timm DeiT, or detr_ and a ResNet")
     args, bench = begin(parser, rounds=7)

@@ -226,7 +226,7 @@ def begin(parser: argparse.ArgumentParser, rounds: int, queued: bool = False) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     args, bench = begin(parser, rounds=15, queued=True)
     known = GPU_SHAPES if bench.device.type == "cuda" else SHAPES

@@ -39,6 +39,15 @@ def message(capsys, *argv: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["irpe_lab.ablate", "irpe_lab.report", "irpe_train.card", "deit_irpe.model_stats"])
+def test_flags_are_read_without_docstrings(name, monkeypatch):
+    program = importlib.import_module(name)
+    monkeypatch.setattr(program, "__doc__", None)  # as under python -OO
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    assert end.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [

@@ -1,5 +1,6 @@
 """One run of an ablation: its job, its worker, and what it leaves behind."""
 
+import errno
 import json
 import re
 import subprocess
@@ -25,6 +26,17 @@ def test_a_worker_waits_for_a_busy_run(tmp_path):
         assert not (tmp_path / "run" / "detail.log").exists()
     assert worker.wait() == 1 and not jobs.busy(tmp_path / "run")
     assert jobs.done(tmp_path / "run")["reason"] == "started"
+
+
+def test_a_run_is_worked_on_where_nothing_can_be_locked(tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    jobs.prepare(tmp_path, ["-c", "print('here')"], "")
+    assert not jobs.busy(tmp_path) and jobs.work(tmp_path) == 0
+    said = f"{tmp_path} cannot be locked (Function not implemented): do not start a second runner there\n"
+    assert capsys.readouterr().out == said and (tmp_path / "detail.log").read_text() == "here\n"
 
 
 def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -62,6 +63,7 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
             "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
             "shared memory is full: enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers",
         ),
+        ("can't start new thread", "no thread can be started: raise the limit on processes (ulimit -u)"),
     ],
 )
 def test_what_pytorch_says_about_limits_of_the_machine_is_one_line(words, told):
@@ -285,6 +287,9 @@ def test_workers_that_cannot_be_started_are_one_message(monkeypatch):
     monkeypatch.setattr(os, "fork", fork)
     words = "no data loading worker can be started .*: use fewer --num_workers"
     with pytest.raises(RunError, match=words), report_out_of_memory():
+        iter(DataLoader([1, 2], num_workers=1, multiprocessing_context="fork"))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # a worker of multiprocessing.Pool
+    with pytest.raises(RunError, match=words.replace(".*", ".*daemonic.*")), report_out_of_memory():
         iter(DataLoader([1, 2], num_workers=1, multiprocessing_context="fork"))
 
 

@@ -29,11 +29,12 @@ def preemption():
     made.uninstall()
 
 
-def test_a_signal_is_noted_and_heeded_where_the_run_can_leave(preemption):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGXCPU])
+def test_a_signal_is_noted_and_heeded_where_the_run_can_leave(preemption, number):
     preemption.install()
     preemption.leave_if_asked()
-    signal.raise_signal(signal.SIGINT)  # Ctrl-C is a request like the others
-    assert preemption.signal == signal.SIGINT
+    signal.raise_signal(number)  # Ctrl-C is a request like the others
+    assert preemption.signal == number
     with pytest.raises(Preempted) as end:
         preemption.leave_if_asked()
     assert end.value.code == 75
