@@ -100,7 +100,8 @@ class RPEConfig:
         return f"rpe-{ratio}-{self.method}-{self.mode}-{int(self.shared_head)}-{self.rpe_on}"
 
 
-get_rpe_config = RPEConfig  # under its published name
+get_rpe_config = RPEConfig
+"""`RPEConfig` under its published name."""
 
 
 def parse_rpe_spec(spec: str, skip: int = 0) -> RPEConfig:

@@ -1,6 +1,7 @@
 """The files around the code fit the project and each other: citation, workflows, container, constraints, site."""
 
 import ast
+import html
 import importlib.util
 import os
 import re
@@ -103,3 +104,6 @@ def test_the_site_builds_and_has_every_page(tmp_path):
     reference = (tmp_path / "api" / "index.html").read_text()
     exported = ast.literal_eval(re.search(r"__all__ = (\[.*?\])", read("irpe_ops/__init__.py"), flags=re.DOTALL)[1])
     assert all(re.search(rf'id="irpe_ops\.(\w+\.)?{name}"', reference) for name in exported)
+    text = re.sub(r"\s+", "", html.unescape(re.sub(r"<[^>]+>", "", reference)))
+    assert "irpe_ops.get_rpe_config=RPEConfig" in text and "RPEConfigunderitspublishedname." in text
+    assert "RPEConfig(ratio=1.9,method='product',mode='ctx',shared_head=True,skip=0,rpe_on='k')" in text
