@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.export import Dim
 
 from detr_irpe.args import get_args_parser as training_parser
@@ -56,6 +57,10 @@ def test_safetensors_holds_the_same_network_with_its_flags_and_categories(tmp_pa
     assert "by at most 0.0e+00 of" in capsys.readouterr().out
     (model, _, flags, names), (same, _, same_flags, same_names) = map(load_model, (path, tmp_path / "detr.safetensors"))
     assert vars(flags) == vars(same_flags) and flags.dilation and names == same_names == {2: "hat"}
+    with safe_open(tmp_path / "detr.safetensors", "pt") as file:
+        told = file.metadata()
+    assert (told["enc_rpe2d"], told["image_size"]) == ("rpe-2.1-product-ctx-1-k", "800")
+    assert (told["mean"], told["std"]) == ("[0.485, 0.456, 0.406]", "[0.229, 0.224, 0.225]")
     image = torch.rand(3, 64, 96)
     assert torch.equal(model([image])["pred_boxes"], same([image])["pred_boxes"])
 

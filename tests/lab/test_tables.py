@@ -3,6 +3,7 @@
 from irpe_lab import tables
 from irpe_lab.figures import TASKS
 from irpe_lab.results import Outcome, Row
+from irpe_ops import visualize
 
 ACC1, AP = (task.figure for task in TASKS.values())
 
@@ -61,3 +62,10 @@ def test_a_row_has_medians_of_its_finished_seeds_and_each_evaluation():
     assert set(tables.cells(Row("irpe", "", {0: Outcome("waiting")}), ACC1).values()) == {
         "irpe", "-", "not run", "0/1", tables.NOT_PUBLISHED
     }  # fmt: skip
+
+
+def test_the_pictures_of_a_table_are_for_print(tmp_path, monkeypatch):
+    saved = {}
+    monkeypatch.setattr(visualize, "save", lambda canvas, path, *, dpi: saved.update({path.name: dpi}))
+    tables.write([Row("irpe", "", {0: Outcome("done", 2, 80.0, 81.0)})], tmp_path, ACC1, title="x")
+    assert saved == {"table.png": 300, "table.pdf": 300}
