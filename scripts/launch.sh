@@ -6,7 +6,7 @@
 #   PYTHON=FILE       the interpreter (default: the active environment, else the one scripts/setup.sh made, else python3)
 #   DRY_RUN=1         print the exact command, start nothing
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON="${VENV:-$ROOT/.venv}/bin/python"
     [[ -z "${VIRTUAL_ENV:-}" && -x "$PYTHON" ]] || PYTHON=python3

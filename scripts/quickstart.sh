@@ -4,14 +4,13 @@
 # DeiT with iRPE on handwritten digits, then DETR with iRPE on digits scattered over photographs (default: all).
 # Run again, it resumes where it stopped, and only evaluates finished runs. DATA=DIR and OUT=DIR move the files.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 task=${1:-all}
 case "$task" in
     classification | detection | all) ;;
     *) sed -n '2,5s/^# //p' "$0"; [ "$task" = -h ] || [ "$task" = --help ] || exit 2; exit ;;
 esac
 
-source scripts/setup.sh demo
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" demo
 PYTHON=$VENV/bin/python
 DATA=${DATA:-demo_data}
 OUT=${OUT:-outputs/demo}
@@ -32,7 +31,7 @@ train_and_evaluate() {
 }
 
 say "demo data in $DATA"
-"$PYTHON" scripts/make_demo_data.py --out "$DATA" --task "$task"
+"$PYTHON" "$REPO/scripts/make_demo_data.py" --out "$DATA" --task "$task"
 
 if [ "$task" != detection ]; then
     train_and_evaluate deit_irpe configs/deit/demo.yaml --data-path "$DATA/digits" "$OUT/deit"

@@ -6,7 +6,7 @@
 # These scripts run in macOS's bash 3.2: no mapfile, and no "${array[@]}" of an empty array.
 
 case "${1:-}" in -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; return 0 2>/dev/null || exit 0 ;; esac
-REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPO/.venv}
 
 say() { printf '\n== %s\n' "$*"; }

@@ -2,8 +2,8 @@
 # usage: scripts/test.sh [--all] [PYTEST ARGUMENTS...]
 # Sets up .venv if needed, then checks style and runs the tests. --all adds the tests marked slow.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' scripts/test.sh; exit; fi
 
 IRPE_EXTENSION=require
 source scripts/setup.sh demo dev completion docs fast-eval submitit export hugging-face wandb

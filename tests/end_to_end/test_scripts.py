@@ -143,6 +143,25 @@ def test_the_script_to_be_sourced_says_so(tmp_path):
         assert out.startswith("usage: source scripts/setup.sh [EXTRA...]") and out.endswith(("\nhere\n", " warning.\n"))
 
 
+def test_scripts_are_found_and_write_where_the_caller_means(tmp_path):
+    """By a relative path from another folder, with a ``CDPATH``, which makes ``cd`` go elsewhere or print where."""
+    (tmp_path / "checkout").symlink_to(ROOT)
+    (tmp_path / "bin").mkdir()
+    for name in ("pip", "python"):
+        (tmp_path / "bin" / name).write_text('#!/bin/bash\necho "$PWD $*"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def out(script, *arguments):
+        env = os.environ | dict(CDPATH=".", VENV=str(tmp_path), PYTHON="python3", DATA="mine", DRY_RUN="1")
+        command = ["bash", f"checkout/scripts/{script}", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+
+    making = f"{tmp_path} {tmp_path}/checkout/scripts/make_demo_data.py --out mine --task classification"
+    assert making in out("quickstart.sh", "classification").splitlines()
+    assert f"--config {tmp_path}/checkout/configs/deit/small_k.yaml" in out("train_deit.sh", "small_k")
+    assert out("test.sh", "--help").startswith("usage: ")
+
+
 def test_scripts_keep_to_what_macos_has():
     """Its bash is 3.2, and its tools are those of BSD."""
     newer = r"mapfile|readarray|declare -A|\$\{\w+(,,|\^\^)|sha256sum|realpath|readlink -f|sed -i|grep -P|xargs -d"
