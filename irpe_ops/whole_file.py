@@ -13,7 +13,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A hidden path to write to, renamed to ``path`` at the end; an OSError inside names ``path``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part_", dir=path.parent) as hidden:
+        with tempfile.TemporaryDirectory(prefix=".part_", dir=path.parent, ignore_cleanup_errors=True) as hidden:
             yield (part := Path(hidden, path.name))
             os.replace(part, path)
     except OSError as error:

@@ -23,7 +23,8 @@ def naming(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def complete(*ends: Path) -> Iterator[list[Path]]:
     """Hidden paths to write to, renamed to ``ends`` (in one folder) once all are complete, else removed."""
-    with naming(ends[0]), tempfile.TemporaryDirectory(prefix=".part_", dir=ends[0].parent) as hidden:
+    how = dict(prefix=".part_", dir=ends[0].parent, ignore_cleanup_errors=True)  # some network file systems are late
+    with naming(ends[0]), tempfile.TemporaryDirectory(**how) as hidden:
         parts = [Path(hidden, end.name) for end in ends]  # an archive may keep its file's name
         yield parts
         for part, end in zip(parts, ends, strict=True):

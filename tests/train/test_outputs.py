@@ -1,8 +1,10 @@
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from irpe_ops.whole_file import whole_file
 from irpe_train.errors import RunError
 from irpe_train.outputs import LIST, OutputFolder, refuse_existing, result_names, writable_folder
 from irpe_train.run_folder import LOCK, lock
@@ -156,3 +158,14 @@ def test_a_full_disk_is_told_with_the_file_and_keeps_the_old_one(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("writing", [complete, whole_file])
+def test_a_file_is_written_although_its_hidden_folder_stays(tmp_path, monkeypatch, writing):
+    def rmdir(path, **where):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")  # as NFS says while a server is late
+
+    monkeypatch.setattr("os.rmdir", rmdir)
+    with writing(tmp_path / "a.txt"):
+        next(tmp_path.glob(".part_*")).joinpath("a.txt").write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
