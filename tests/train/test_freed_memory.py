@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from irpe_train import distributed
 from irpe_train.freed_memory import keep_freed_memory
 
 CALLS = """
@@ -44,6 +45,13 @@ def test_a_trainer_on_the_cpu_keeps_what_it_frees():
     # The user's setting wins; 48 MB are then faulted in again, in small pages or in large ones.
     handed_back = faults("trainer", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
     assert kept + 20 <= handed_back
+
+
+def test_a_run_on_the_cpu_asks_for_it_at_its_start(monkeypatch):
+    """The C library happens to keep some memory unasked, so page faults do not always show it."""
+    asked = []
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: asked.append("once"))
+    assert distributed.start(device="cpu").type == "cpu" and asked == ["once"]
 
 
 def test_a_missing_mallopt_is_not_an_error(monkeypatch):
