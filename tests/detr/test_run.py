@@ -267,11 +267,15 @@ def test_a_stopped_run_resumes_to_the_same_bits(data, tmp_path):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_a_run_continued_for_more_epochs_equals_a_longer_one(data, tmp_path):
-    detr_ok(data, tmp_path / "long", "--deterministic")
-    detr_ok(data, tmp_path / "short", "--deterministic", "--epochs", 1)
-    detr_ok(data, tmp_path / "short", "--deterministic", "--resume", tmp_path / "short/checkpoint.pth")
+def test_a_run_continued_for_more_epochs_equals_a_longer_one_and_keeps_the_published_epochs(data, tmp_path):
+    flags = ["--deterministic", "--start_epoch", 99, "--epochs"]
+    detr_ok(data, tmp_path / "long", *flags, 101)
+    detr_ok(data, tmp_path / "short", *flags, 100)
+    detr_ok(data, tmp_path / "short", *flags, 101, "--resume", tmp_path / "short/checkpoint.pth")
     assert_same_run(tmp_path / "short", tmp_path / "long")
+    for folder in (tmp_path / "short", tmp_path / "long"):  # the 100th checkpoint, curves whenever 50 divides the epoch
+        assert (folder / "checkpoint0099.pth").exists() and not (folder / "checkpoint0100.pth").exists()
+        assert (folder / "eval/100.pth").exists() and not (folder / "eval/099.pth").exists()
 
 
 def spoil_one_loss(args):
