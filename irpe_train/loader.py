@@ -4,6 +4,8 @@
 ``TrainLoader`` replaces an unreadable image with its neighbour, counts it and names it; ``EvalLoader`` never does.
 """
 
+import multiprocessing.queues
+import os
 import struct
 import sys
 import tarfile
@@ -165,7 +167,15 @@ def _loader(read: Callable, batches: Iterable, collate_fn: Callable, **how) -> D
 def _init_worker(worker_id: int) -> None:
     # multiprocessing calls it in its own thread if the main process ends while fetching a tensor from here.
     sys.excepthook = lambda *_: None
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_leave)
     ignore_signals_from_others()
+
+
+def _leave(error: Exception, batch: object) -> None:
+    """End this worker, which cannot hand over its batch: Python would go on without, and the run would wait forever."""
+    remedy = "It needs a TMPDIR that is writable and short, room in /dev/shm and open files (ulimit -n)."
+    print(f"a data loading worker cannot hand over a batch ({error}). {remedy}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _start(loader: DataLoader) -> Iterator:

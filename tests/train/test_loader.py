@@ -1,5 +1,6 @@
 """Loaders: the same samples from any step on and with any workers, each image evaluated once, unreadable ones named."""
 
+import multiprocessing
 import random
 import sys
 
@@ -233,3 +234,13 @@ def test_a_batch_is_no_larger_than_the_samples(wanted, samples, multiple, size, 
     said = []
     monkeypatch.setattr(loader_module.logger, "warning", said.append)
     assert fitting_batch(wanted, samples, multiple) == size and said == [told] * bool(told)
+
+
+def test_a_worker_that_cannot_hand_over_its_batch_ends_instead_of_being_waited_for(tmp_path, monkeypatch, capfd):
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 100)))  # too long for the name of a socket
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*exited"):
+        next(iter(EvalLoader(Draws(4), batch_size=2, num_workers=1)))
+    told = "a data loading worker cannot hand over a batch (AF_UNIX path too long). It needs a TMPDIR that is writable"
+    assert capfd.readouterr().err.startswith(told)
