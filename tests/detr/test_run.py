@@ -23,6 +23,8 @@ from tests.helpers.detr_runs import TINY, detr, detr_ok, log_of
 from tests.helpers.sabotage import be_stopped, change_a_loss
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
+UNREAD = ("--backbone_weights", "nowhere.pth")  # where a checkpoint is evaluated or resumed
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -116,7 +118,8 @@ def test_the_published_optimizer_has_199_and_42_tensors():
 
 def test_evaluation_repeats_the_figures_and_writes_no_log(trained, data, tmp_path):
     folder, _ = trained
-    text = detr_ok(data, tmp_path / "eval", "--dec_layers", 6, "--eval", "--resume", folder / "checkpoint.pth")
+    flags = ["--dec_layers", 6, "--eval", "--resume", folder / "checkpoint.pth", *UNREAD]
+    text = detr_ok(data, tmp_path / "eval", *flags)
     assert [p.name for p in (tmp_path / "eval").iterdir()] == ["eval.pth"]
     latest, again = read_checkpoint(folder / "eval/latest.pth"), read_checkpoint(tmp_path / "eval/eval.pth")
     assert torch.equal(latest["precision"], again["precision"]) and torch.equal(latest["scores"], again["scores"])
@@ -271,7 +274,7 @@ def test_a_run_continued_for_more_epochs_equals_a_longer_one_and_keeps_the_publi
     flags = ["--deterministic", "--start_epoch", 99, "--epochs"]
     detr_ok(data, tmp_path / "long", *flags, 101)
     detr_ok(data, tmp_path / "short", *flags, 100)
-    detr_ok(data, tmp_path / "short", *flags, 101, "--resume", tmp_path / "short/checkpoint.pth")
+    detr_ok(data, tmp_path / "short", *flags, 101, "--resume", tmp_path / "short/checkpoint.pth", *UNREAD)
     assert_same_run(tmp_path / "short", tmp_path / "long")
     for folder in (tmp_path / "short", tmp_path / "long"):  # the 100th checkpoint, curves whenever 50 divides the epoch
         assert (folder / "checkpoint0099.pth").exists() and not (folder / "checkpoint0100.pth").exists()
