@@ -184,7 +184,9 @@ class LocalPool:
 
     def start(self, folder: Path) -> None:
         slot = next(number for number in range(len(self.slots)) if number not in self._workers)
-        command, env = [sys.executable, "-m", "irpe_lab.jobs", str(folder)], {**os.environ, **self.slots[slot]}
+        command = [sys.executable, "-m", "irpe_lab.jobs", str(folder)]
+        # Else torchrun looks this machine up by its name, and waits long if nobody knows it.
+        env = {"PET_LOCAL_ADDR": "127.0.0.1", **os.environ, **self.slots[slot]}
         worker = subprocess.Popen(command, start_new_session=True, env=env)
         self._workers[slot] = worker, folder
 

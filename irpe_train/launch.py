@@ -56,6 +56,8 @@ def report_out_of_memory():
     try:
         yield
         sys.unraisablehook = print_unraisable
+    except RunError:  # a message already
+        raise
     except (OSError, EOFError, AssertionError) as error:  # of a killed worker before PyTorch notices, or of a start
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not all(any(part in file for file in files) for part in ("dataloader", "multiprocessing")):
@@ -64,12 +66,13 @@ def report_out_of_memory():
             raise RunError(f"no data loading worker can be started ({error}): use fewer --num_workers") from error
         raise WorkerLost(_worker_lost("unknown", "is gone")) from error
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             raise RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.") from error
         if "Too many open files" in str(error) or "ancdata" in str(error):  # PyTorch's words
             raise RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers") from error
         if "can't start new thread" in str(error):
-            raise RunError("no thread can be started: raise the limit on processes (ulimit -u)") from error
+            remedy = "raise the limit on processes (ulimit -u) or memory (ulimit -v)"
+            raise RunError(f"no thread can be started: {remedy}") from error
         if "</torch_" in str(error) and "No space left" in str(error):  # the names of its shared memory
             remedy = "enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers"
             raise RunError(f"shared memory is full: {remedy}") from error

@@ -50,7 +50,7 @@ set_launcher() {
         LAUNCH+=("--nnodes=$nodes" "--node_rank=$NODE_RANK" "--nproc_per_node=$gpus"
             "--master_addr=$MASTER_ADDR" "--master_port=${MASTER_PORT:-29500}")
     elif ((gpus > 1)); then
-        LAUNCH+=(--standalone "--nproc_per_node=$gpus")
+        LAUNCH+=(--standalone --local-addr=127.0.0.1 "--nproc_per_node=$gpus") # its own name need not resolve
     else
         LAUNCH=("$PYTHON")
     fi

@@ -60,7 +60,8 @@ def test_train_and_eval(tmp_path, script, config, module):
     out = run(tmp_path, script, config, "--seed", "7", DATA="my data", CUDA_VISIBLE_DEVICES="0,1,2")
     launcher, found, args = parsed(out)
     assert found == module and args.seed == 7
-    assert launcher[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    assert launcher[1:] == ["-m", "torch.distributed.run", *alone, "--nproc_per_node=3", "-m"]
     assert (args.data_path if module == "deit_irpe" else args.coco_path) == "my data"
     folder = "deit" if module == "deit_irpe" else "detr"
     assert args.config == str(ROOT / "configs" / folder / f"{config}.yaml")

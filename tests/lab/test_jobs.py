@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 
 from irpe_lab import jobs
 from irpe_train.config import ROOT
@@ -37,6 +38,14 @@ def test_a_run_is_worked_on_where_nothing_can_be_locked(tmp_path, monkeypatch, c
     assert not jobs.busy(tmp_path) and jobs.work(tmp_path) == 0
     said = f"{tmp_path} cannot be locked (Function not implemented): do not start a second runner there\n"
     assert capsys.readouterr().out == said and (tmp_path / "detail.log").read_text() == "here\n"
+
+
+def test_torchrun_need_not_look_up_the_name_of_this_machine(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda command, env, **how: started.append(env))
+    jobs.LocalPool([{}]).start(tmp_path)
+    monkeypatch.setattr("os.environ", started[0])
+    assert torch.distributed.run.get_args_parser().parse_args(["program.py"]).local_addr == "127.0.0.1"
 
 
 def test_a_run_whose_worker_was_killed_is_still_busy(tmp_path):

@@ -63,7 +63,15 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
             "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
             "shared memory is full: enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers",
         ),
-        ("can't start new thread", "no thread can be started: raise the limit on processes (ulimit -u)"),
+        (
+            "can't start new thread",
+            "no thread can be started: raise the limit on processes (ulimit -u) or memory (ulimit -v)",
+        ),
+        (
+            "unable to mmap 48 bytes from file </torch_1_2_3>: Cannot allocate memory (12)",
+            "out of memory (unable to mmap 48 bytes from file </torch_1_2_3>: Cannot allocate memory (12)). "
+            "Try smaller batches, images or models.",
+        ),
     ],
 )
 def test_what_pytorch_says_about_limits_of_the_machine_is_one_line(words, told):
