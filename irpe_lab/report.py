@@ -116,7 +116,8 @@ class Report:
         run = self.runs.get(entry.name) or self.runs.get(Path(entry.config).stem)
         if run is not None and run.epochs and (value := figure.of(run.epochs[-1])) is not None:
             epochs, ran = read_yaml(ROOT / entry.config, entry.name).get("epochs"), run.epochs[-1]["epoch"] + 1
-            early = f" after {ran} of {epochs} epochs" if run.log.suffix == ".txt" and ran < (epochs or 0) else ""
+            trained = run.log.suffix == ".txt" or ran > 1  # a console log of one epoch may be an evaluation's
+            early = f" after {ran} of {epochs} epochs" if trained and ran < (epochs or 0) else ""
             return self._link(f"{value:.4g}{early}", run.log)
         card = self.logs / "cards" / f"{entry.name}.json"
         for line in _card(card)["figures"] if self.inside(card) else ():

@@ -127,6 +127,12 @@ def test_a_run_that_was_stopped_early_says_so_beside_the_published_figure(logs, 
     (logs / f"log_{MODEL}.txt").write_text(deit_line(0, 10.0) + "\n" + deit_line(9, 41.5) + "\n")
     block = report.Report(logs, tmp_path / "results.md").published_and_here(DEIT)
     assert f"| 80.9 | [41.5 after 10 of 300 epochs](logs/log_{MODEL}.txt) |" in block
+    (logs / f"log_{MODEL}.txt").unlink()
+    evaluated = "* Acc@1 41.500 Acc@5 60.000 loss 2.000\n"
+    for text, shown in (("", "41.5"), ("Epoch: [9]  [0/1]\n", "41.5 after 10 of 300 epochs")):  # evaluated, trained
+        (logs / f"detail_{MODEL}.log").write_text(text + evaluated)
+        block = report.Report(logs, tmp_path / "results.md").published_and_here(DEIT)
+        assert f"| 80.9 | [{shown}](logs/detail_{MODEL}.log) |" in block
 
 
 def test_cards_fill_what_needs_no_data(logs, tmp_path):
