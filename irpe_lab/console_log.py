@@ -12,6 +12,7 @@ from irpe_train.text_files import read_text
 
 EPOCH = re.compile(r"Epoch: +\[(\d{1,9})\]")
 PARAMETERS = re.compile(r"number of params(?:eters)?: *(\d[\d,]{,20})")
+METRIC = re.compile(r"IoU metric: (\w+)")
 SPEED = re.compile(rf"({NUMBER}) img/s")
 MEMORY = re.compile(r"max mem: (\d{1,9})\b")
 
@@ -50,13 +51,15 @@ def read_detail(path: str | Path) -> list[dict]:
     An evaluation belongs to the epoch announced before it; if an epoch was run twice, the last one counts.
     """
     epochs: dict[int, dict] = {}
-    epoch, parameters = 0, None
+    epoch, parameters, of_masks = 0, None, False
     for line in _lines(path):
         if found := EPOCH.search(line):
             epoch = int(found[1])
+        elif found := METRIC.search(line):
+            of_masks = found[1] != "bbox"
         elif found := PARAMETERS.search(line):
             parameters = int(found[1].replace(",", ""))
-        else:
+        elif not of_masks:  # their AP is printed in the same words
             for task in TASKS.values():
                 if found := task.evaluation.search(line):
                     values = {key: float(value) for key, value in found.groupdict().items() if value}

@@ -76,8 +76,11 @@ def test_detail_logs(logs):
     detr = logs / "detail_detr.log"
     detr.write_text(
         "Epoch: [3]  [0/7]  120 img/s\n"
+        "IoU metric: bbox\n"
         " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0.422\n"
-        " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.623\n\n"
+        " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.623\n"
+        "IoU metric: segm\n"
+        " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0.311\n\n"
     )
     assert console_log.read_detail(detr) == [{"test_coco_eval_bbox": [0.422], "epoch": 3}]
     assert console_log.images_per_second(detr) == 120
