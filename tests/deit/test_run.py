@@ -67,6 +67,7 @@ def test_the_start_says_what_will_happen(trained):
         "48 training and 22 validation images of 4 classes",
         "8 images per update: 8 x 1 process(es) x 1",
         "effective lr        0.0046875\n",
+        "that can run here)\n  effective batch",  # the backend of attention
         "6 steps, 48 samples",
         "run\n  other than default  batch_size=8 (default: 64)",
         "mixup=0.0 (default: 0.8)",
@@ -152,7 +153,8 @@ def test_a_published_checkpoint_evaluates_and_resumes(trained, colours, tmp_path
     file = published_form(read_checkpoint(folder / "checkpoint.pth"), tmp_path)
     text = deit_ok(colours, tmp_path / "out", "--eval", "--resume", file)
     assert f"* Acc@1 {log_of(folder)[-1]['test_acc1']:.3f}" in text
-    deit_ok(colours, tmp_path / "more", *PLAIN, "--resume", file, "--epochs", "7", "--lr", "0.3")
+    unread = ["--finetune", "nowhere.pth"]
+    deit_ok(colours, tmp_path / "more", *PLAIN, "--resume", file, "--epochs", "7", "--lr", "0.3", *unread)
     assert [line["epoch"] for line in log_of(tmp_path / "more")] == [6]
 
 

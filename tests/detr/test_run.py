@@ -86,6 +86,7 @@ def test_a_run_writes_the_published_files(trained):
     for words in (
         "8 training, 5 validation images, 3 categories",
         "2 images per update: 2 x 1 process(es)",
+        "that can run here)\n  effective batch",  # the backend of attention
         "4 steps, 8 samples",
         "hidden_dim=16 (default: 256)",
         "Average Precision  (AP) @[ IoU=0.50:0.95",
