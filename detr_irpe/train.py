@@ -107,7 +107,8 @@ def main(args: argparse.Namespace) -> int | None:
         test_stats, curves = score(args, model, criterion, postprocessors, val_loader, precision)
         rare = [f"eval/{epoch:03}.pth"] if epoch % 50 == 0 else []
         write_eval(args.output_dir, curves, ("eval/latest.pth", *rare))
-        run.finish_epoch(test_stats, figure=test_stats["coco_eval_bbox"][0])
+        judged_by = "coco_eval_masks" if args.masks else "coco_eval_bbox"  # a frozen detector's boxes stay as they are
+        run.finish_epoch(test_stats, figure=test_stats[judged_by][0])
     run.close()
 
 

@@ -384,7 +384,13 @@ def test_a_frozen_detector_of_other_classes_is_refused(trained, data, tmp_path):
         train.main(args)
 
 
-def test_a_frozen_detector_says_how_many_classes_the_model_has(trained, tmp_path):
+def main_with_scores(masks, args):
+    """A run whose evaluations find the same boxes every time, as those of a frozen detector do, and other masks."""
+    train.score = lambda *_: ({"coco_eval_bbox": [0.4], "coco_eval_masks": [masks]}, None)
+    main(args)
+
+
+def test_a_frozen_detector_says_how_many_classes_the_model_has_and_its_masks_which_epoch_is_best(trained, tmp_path):
     root = write_tiny_coco(tmp_path / "data", train=4, val=2)
 
     def drop_the_largest(content):
@@ -394,9 +400,10 @@ def test_a_frozen_detector_says_how_many_classes_the_model_has(trained, tmp_path
     for split in ("train2017", "val2017"):
         edit_annotations(root, split, drop_the_largest)
     flags = ["--dec_layers", 6, "--masks", "--frozen_weights", trained[0] / "checkpoint.pth", "--resume", "auto"]
-    detr_ok(root, tmp_path / "run", *flags, "--epochs", 1)
+    detr_ok(root, tmp_path / "run", *flags, "--epochs", 1, main=partial(main_with_scores, 0.1))
     assert len(read_checkpoint(tmp_path / "run/checkpoint.pth")["model"]["detr.class_embed.bias"]) == 11
-    assert "resumed from" in detr_ok(root, tmp_path / "run", *flags, "--epochs", 2)
+    text = detr_ok(root, tmp_path / "run", *flags, "--epochs", 2, main=partial(main_with_scores, 0.2))
+    assert "resumed from" in text and read_checkpoint(tmp_path / "run/best.pth")["epoch"] == 1
 
 
 def test_that_a_frozen_detector_has_no_masks_is_no_difference(trained, monkeypatch):
