@@ -73,9 +73,9 @@ def run(name: str, argv: list[str]) -> None:
     if name == "completion":
         print(completion(argv))
         return
-    from irpe_train.config import ConfigError, parse_args
+    from irpe_train.config import ConfigError, parse_args, with_home
 
-    parser = parser_of(name)
+    parser, argv = parser_of(name), with_home(argv)
     if name.endswith((" train", " eval")):
         parser.others = {f"irpe {task} train": parser_of(f"{task} train") for task in TASKS if task not in name}
     try:

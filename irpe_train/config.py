@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -69,7 +69,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
             argv += shlex.split(extra)
         except ValueError as error:
             raise ConfigError(f"IRPE_EXTRA_FLAGS={extra}: {error}; write it as in a shell") from error
-    argv = _with_home(argv)
+    argv = with_home(argv)
     find = argparse.ArgumentParser(add_help=False)  # like argparse, it takes --conf for --config
     find.add_argument("--config", action="append", default=[])
     given = find.parse_known_args(argv)[0].config
@@ -84,7 +84,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         if "output_dir" in values and file.name == "config.yaml" and (file.parent / "starts.jsonl").exists():
             # A run's own flags: a moved or copied run must not write to its old folder.
             values["output_dir"] = str(file.parent)
-        written = _with_home(flags_of(parser, values, source))
+        written = with_home(flags_of(parser, values, source))
     args = parser.parse_args(written + argv)
     if getattr(args, "config", path) != path:  # some commands have no --config
         raise ConfigError(f"--config {args.config}: write --config in lower case, so that it is read first")
@@ -114,7 +114,7 @@ def answer_early(package: str) -> None:
             parse_args(parser)
 
 
-def _with_home(argv: list[str]) -> list[str]:
+def with_home(argv: Sequence[str]) -> list[str]:
     """Expand ``~/`` as shells do, and also after ``--flag=`` and in a file, where no shell does."""
     home = os.path.join(os.path.expanduser("~"), "")
     return [re.sub("^(--[^=]+=)?~/", lambda found: (found[1] or "") + home, word) for word in argv]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from irpe_train.config import same_name
+from irpe_train.config import same_name, with_home
 from irpe_train.errors import reported_by
 
 
@@ -37,7 +37,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         if hasattr(sys.stdout, "reconfigure"):  # escape what the console lacks, such as letters of a file's name
             sys.stdout.reconfigure(errors="backslashreplace")
-        words = sys.argv[1:] if args is None else list(args)
+        words = with_home(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)  # what follows is not a flag, whatever it looks like
         return super().parse_known_args([*map(self._known_spelling, words[:end]), *words[end:]], namespace)
 

@@ -39,6 +39,16 @@ def message(capsys, *argv: str) -> str:
     return capsys.readouterr().err
 
 
+def test_the_home_folder_is_found_by_every_command(tmp_path, monkeypatch, capsys):
+    """After ``--flag=`` no shell looks for it, and a folder called ``~`` would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    importlib.import_module("irpe_train.zoo").main(["--folder=~/new", "--where", "all"])
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/new/deit_")
+    monkeypatch.setattr("irpe_ops.visualize.main", lambda argv: sys.exit(" ".join(argv)))
+    with pytest.raises(SystemExit, match=f"^--output={tmp_path}/a.png$"):
+        main(["visualize", "--output=~/a.png"])
+
+
 @pytest.mark.parametrize("name", ["irpe_lab.ablate", "irpe_lab.report", "irpe_train.card", "deit_irpe.model_stats"])
 def test_flags_are_read_without_docstrings(name, monkeypatch):
     program = importlib.import_module(name)
