@@ -54,7 +54,10 @@ def test_console_and_details_have_the_published_lines(trained):
     line = r"^Epoch: \[5\]  \[0/6\]  eta: \S+  lr: 0\.\d{6}  loss: \S+ \(\S+\)  time: \S+  data: \S+  max mem: \d+"
     assert re.search(line, details, flags=re.MULTILINE)
     assert f"Averaged stats: lr: {last['train_lr']:.6f}  loss: " in details and "Max accuracy: " in details
-    assert text.rpartition("Training time ")[2].splitlines()[1] == f"written to {folder}"
+    _, where, *written = text.rpartition("Training time ")[2].splitlines()
+    assert where == f"written to {folder}" and f"top-1 (%) or AP: {best:.4g}" in written[0]
+    names = ["best.pth", "checkpoint.pth", "log.txt", f"detail_{folder.name}.log", "config.yaml"]
+    assert [line.split()[0] for line in written] == names
     assert re.search(r"^Epoch: \[5\] Total time: \d:\d\d:\d\d \(\S+ s / it\)$", text, flags=re.MULTILINE)
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 100.000 loss {last['test_loss']:.3f}\n" in text
     assert f"Accuracy of the network on the 22 test images: {last['test_acc1']:.1f}%\n" in text
