@@ -78,6 +78,8 @@ def test_one_scale_a_row_and_zero_looks_alike():
     assert [entry[1:] for entry in colours(figure)] == [("viridis", 0, 4), ("viridis", 0, 4), ("viridis", 0, 1)]
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[:3] == ["head 0", "head 1", "all heads"] and figure.axes[0].get_ylabel() == "a\nb"
+    boxes = [patch.get_bbox().bounds for axis in figure.axes[:3] for patch in axis.patches]
+    assert boxes == [(0.5, -0.5, 1, 1)] * 3  # around the query of every map: column 1, row 0
     figure = visualize.draw_maps({"a": first - 3, "c": torch.zeros(2, 1, 2)}, title="t", signed=True)
     assert [entry[1:] for entry in colours(figure)] == [("RdBu_r", -3, 3)] * 2 + [("RdBu_r", -1, 1)] * 2
 
@@ -104,6 +106,8 @@ def test_maps_over_an_image():
     maps = [{"one": torch.ones(2, 3), "two": torch.rand(2, 3)}, {"one": torch.zeros(2, 3), "two": torch.zeros(2, 3)}]
     figure = visualize.draw_over_image(image, [(5, 5), (59, 39)], maps, "title")
     assert [axis.get_title() for axis in figure.axes] == ["from 5, 5", "one", "two", "from 59, 39", "one", "two"]
+    points = [tuple(line.get_xydata()[0]) for axis in figure.axes for line in axis.lines]
+    assert points == [(5, 5)] * 3 + [(59, 39)] * 3
     assert figure.axes[1].images[1].get_clim() == figure.axes[2].images[1].get_clim() == (0, 1)
 
 
