@@ -70,6 +70,10 @@ def test_nothing_imports_scripts():
             assert "import scripts" not in path.read_text() and "from scripts" not in path.read_text(), path
 
 
+def test_no_picture_touches_the_backend_of_a_notebook():
+    assert not [path for package in ALLOWED for path in (REPO / package).rglob("*.py") if "pyplot" in path.read_text()]
+
+
 @pytest.mark.parametrize(
     ("module", "names"),
     [
