@@ -60,6 +60,8 @@ def reported_by(program: str):
             stop_printing()
             if isinstance(error, BrokenPipeError):
                 sys.exit(1)
+        if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:  # of os.getcwd
+            error.strerror += ": is the working folder gone? cd to one that exists"
         message = f"{program}: {type(error).__name__}: {shown(error)}"
         # The loader's cleanup would raise it again, with a traceback; gloo's threads may abort Python's own end.
         if isinstance(error, (WorkerLost, RankLost)):

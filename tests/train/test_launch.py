@@ -34,6 +34,14 @@ def test_a_users_mistake_is_one_line(kind):
     assert end.value.code == f"tiny_run: {kind.__name__}: the file \\x1b\\n is broken"
 
 
+def test_a_working_folder_that_is_gone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="No such file .*: is the working folder gone. cd to one that exists"):
+        launch(lambda args: os.path.abspath("x"), tiny_run.get_parser(), [])
+
+
 def test_a_process_that_has_lost_its_peer_ends_at_once(monkeypatch, capsys):
     """Python's own end would now and then be aborted by one of gloo's threads, with status 134."""
     monkeypatch.setattr(os, "_exit", sys.exit)
