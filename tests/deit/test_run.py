@@ -69,6 +69,7 @@ def test_the_start_says_what_will_happen(trained):
     for words in (
         "48 training and 22 validation images of 4 classes",
         "8 images per update: 8 x 1 process(es) x 1",
+        "encoding rpe-1.9-product-ctx-1-qkv, 32 pixels, amp ",
         "effective lr        0.0046875\n",
         "that can run here)\n  effective batch",  # the backend of attention
         "6 steps, 48 samples",
