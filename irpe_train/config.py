@@ -60,7 +60,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     they win. ``--print-config`` exits here, with status 0.
 
     Raises: ConfigError: no such file, not a plain YAML mapping, an unknown name or a value that no flag can have; or
-        the variable has an unclosed quote.
+        the variable has an unclosed quote. FileNotFoundError: the working folder is gone.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if any(action.dest == "config" for action in parser._actions):
@@ -91,6 +91,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if getattr(args, "print_config", False):
         print(as_yaml(parser, args), end="")
         parser.exit()
+    os.getcwd()  # raises if the folder is gone, where MKL would end the process as PyTorch is imported
     return args
 
 

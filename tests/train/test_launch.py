@@ -39,7 +39,7 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     with pytest.raises(SystemExit, match="No such file .*: is the working folder gone. cd to one that exists"):
-        launch(lambda args: os.path.abspath("x"), tiny_run.get_parser(), [])
+        launch(lambda args: None, tiny_run.get_parser(), [])
 
 
 def test_a_process_that_has_lost_its_peer_ends_at_once(monkeypatch, capsys):
