@@ -58,6 +58,7 @@ def test_no_two_classes_have_one_name():
         node.name
         for package in ALLOWED
         for path in (REPO / package).rglob("*.py")
+        if "build" not in path.parts[len(REPO.parts) :]  # copies that pip makes for the extension
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
     ]
