@@ -86,7 +86,7 @@ def _worker_lost(process: str, how: str) -> str:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again, at any line
     return (
-        f"a data loading worker (process {process}) {how}. Usually memory ran out: try "
+        f"a data loading worker (process {process}) {how}. Unless it said why, memory ran out: try "
         "fewer --num_workers or smaller batches. --resume auto continues from the last checkpoint."
     )
 

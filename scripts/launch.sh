@@ -57,9 +57,9 @@ set_launcher() {
     LAUNCH+=(-m "$1")
 }
 
-# start COMMAND...: run it, or with DRY_RUN=1 print it
+# start COMMAND...: run it in place of this script, whose signals it then gets, or with DRY_RUN=1 print it
 start() {
-    if [[ -n "${DRY_RUN:-}" ]]; then printf '%q ' "$@"; echo; else "$@"; fi
+    if [[ -n "${DRY_RUN:-}" ]]; then printf '%q ' "$@"; echo; else exec "$@"; fi
 }
 
 # prepare MODULE FOLDER FLAG CONFIG ARGS...: set CONFIG, NAME and RUN, the command up to ARGS, with FLAG $DATA if set.

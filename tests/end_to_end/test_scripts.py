@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,6 +185,16 @@ def test_training_is_written_as_the_zoo_names_it(tmp_path):
     run(tmp_path, "train_deit.sh", "own.yaml", ok=False, DRY_RUN="", CUDA_VISIBLE_DEVICES="")
     assert (tmp_path / "logs" / "log_own.txt").read_text() == '{"epoch": 0}\n'
     assert (tmp_path / "logs" / "detail_own.log").read_text() == "said\n"
+
+
+@pytest.mark.parametrize("script, node", [("eval_deit.sh", "0"), ("train_deit.sh", "1")])
+def test_the_program_gets_the_signals_that_are_sent_to_the_script(tmp_path, script, node):
+    (tmp_path / "deit_irpe.py").write_text("import os\nprint(os.getpid())\n")
+    (tmp_path / "own.yaml").write_text("data-path: here\n")
+    env = os.environ | dict(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="", NODE_RANK=node)
+    command = [ROOT / "scripts" / script, "own.yaml", "--resume", "x.pth"]
+    started = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    assert started.communicate()[0] == f"{started.pid}\n"
 
 
 def test_gpu_report_lists_its_steps_and_needs_a_gpu(tmp_path):
