@@ -66,7 +66,8 @@ def local_file(path: str | Path) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             origin.unlink()  # its file was deleted
-        raise BadCheckpoint(f"checkpoint {url}: download failed ({error}). Put it here by hand: {target}") from error
+        remedy = f"Put it here by hand: {target}. For a cache elsewhere set TORCH_HOME."
+        raise BadCheckpoint(f"checkpoint {url}: download failed ({error}). {remedy}") from error
     return target
 
 
