@@ -323,8 +323,14 @@ def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expe
         space = {"inner": step}
         exec(compile("def step(): inner()", file, "exec"), space)
         step = space["step"]
+    other = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+    other.start()
     with pytest.raises(expected), report_out_of_memory():
         step()
+    other.join(timeout=0.2)
+    assert other.exitcode == (-signal.SIGKILL if expected is WorkerLost else None)  # no orphan holds the console open
+    other.kill()
+    other.join()
 
 
 def test_pytorch_may_report_a_killed_worker_while_its_first_error_is_on_its_way_out(monkeypatch, capsys):
