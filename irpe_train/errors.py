@@ -65,7 +65,11 @@ def reported_by(program: str):
         message = f"{program}: {type(error).__name__}: {shown(error)}"
         # The loader's cleanup would raise it again, with a traceback; gloo's threads may abort Python's own end.
         if isinstance(error, (WorkerLost, RankLost)):
+            import multiprocessing
+
             print(message, file=sys.stderr, flush=True)
+            for child in multiprocessing.active_children():  # workers would hold the console open for 5 seconds more
+                child.kill()
             os._exit(1)
         sys.exit(message)
 

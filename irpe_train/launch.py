@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import re
 import signal
@@ -86,8 +85,6 @@ def report_out_of_memory():
 def _worker_lost(process: str, how: str) -> str:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again, at any line
-    for other in multiprocessing.active_children():  # they would hold a pipe open until they notice, 5 seconds later
-        other.kill()
     return (
         f"a data loading worker (process {process}) {how}. Unless it said why, memory ran out: try "
         "fewer --num_workers or smaller batches. --resume auto continues from the last checkpoint."
