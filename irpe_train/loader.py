@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 from itertools import chain
 from zipfile import BadZipFile
@@ -147,7 +147,8 @@ def try_all(read: Callable[[int], object], indices: Sequence[int], num_workers: 
 
     They are read by ``num_workers`` processes; random generators are left unchanged.
     """
-    how = dict(batch_size=64, collate_fn=list, num_workers=num_workers, generator=torch.Generator())
+    how = dict(batch_size=64, collate_fn=list, num_workers=min(num_workers, -(-len(indices) // 64)))
+    how |= dict(generator=torch.Generator())
     return chain.from_iterable(DataLoader(_Read(partial(_tried, read)), sampler=indices, **how))
 
 
@@ -158,9 +159,12 @@ def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:
         return None, str(error) or type(error).__name__
 
 
-def _loader(read: Callable, batches: Iterable, collate_fn: Callable, **how) -> DataLoader:
-    """Batches of (samples as ``collate_fn`` made them, unreadable images); ``batches`` are lists of keys to read."""
-    how |= dict(worker_init_fn=_init_worker, generator=torch.Generator())
+def _loader(read: Callable, batches: Sized, collate_fn: Callable, *, num_workers: int, **how) -> DataLoader:
+    """Batches of (samples as ``collate_fn`` made them, unreadable images); ``batches`` are lists of keys to read.
+
+    No more workers are started than there are batches.
+    """
+    how |= dict(num_workers=min(num_workers, len(batches)), worker_init_fn=_init_worker, generator=torch.Generator())
     return DataLoader(_Read(read), batch_sampler=batches, collate_fn=partial(_collate_and_report, collate_fn), **how)
 
 

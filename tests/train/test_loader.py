@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler, RandomSampler, SequentialSample
 
 from irpe_train import loader as loader_module
 from irpe_train.errors import BadData
-from irpe_train.loader import EvalLoader, TrainLoader, fitting_batch
+from irpe_train.loader import EvalLoader, TrainLoader, fitting_batch, try_all
 from irpe_train.seeding import mix, sample_randomness, seed_everything, seed_step
 
 
@@ -244,3 +244,18 @@ def test_a_worker_that_cannot_hand_over_its_batch_ends_instead_of_being_waited_f
         next(iter(EvalLoader(Draws(4), batch_size=2, num_workers=1)))
     told = "a data loading worker cannot hand over a batch (AF_UNIX path too long). It needs a TMPDIR that is writable"
     assert capfd.readouterr().err.startswith(told)
+
+
+def test_no_more_workers_are_started_than_there_are_batches(monkeypatch):
+    """Otherwise ``--num_workers 1000`` forks a thousand processes for a handful of images."""
+    started, make = [], loader_module.DataLoader
+
+    def counted(*args, num_workers, **how):
+        started.append(num_workers)
+        return make(*args, **how | {"persistent_workers": False})
+
+    monkeypatch.setattr(loader_module, "DataLoader", counted)
+    TrainLoader(Draws(7), SequentialSampler(Draws(7)), batch_size=2, seed=0, num_workers=1000)
+    EvalLoader(Draws(7), batch_size=2, num_workers=1000)
+    assert [index for index, _ in try_all(lambda index: index, range(65), 1000)] == list(range(65))
+    assert started == [3, 4, 2]
