@@ -7,9 +7,12 @@ import hashlib
 import http.client
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
 from irpe_train.errors import BadCheckpoint, RunError, in_one_line
@@ -17,7 +20,7 @@ from irpe_train.text_files import plain_file, read_text, write_text
 
 CHUNK = 1 << 20
 LARGEST_FILE = 4 << 30  # bytes; if no size is known, a response is cut off here
-PATIENCE = 30  # seconds without a byte
+PATIENCE = 120.0  # seconds until a response begins
 
 
 def cache_folder() -> Path:
@@ -98,7 +101,7 @@ def download(url: str, part: Path, *, most: int) -> None:
     """
     arrived = 0
     try:
-        with urllib.request.urlopen(url, timeout=PATIENCE) as response, part.open("wb") as file:
+        with _answer(urllib.request.Request(url)) as response, part.open("wb") as file:
             announced = response.headers.get("Content-Length") or ""
             expected = int(announced) if announced.isdecimal() else None
             while (expected or 0) <= most and arrived <= most and (chunk := response.read(CHUNK)):
@@ -113,6 +116,25 @@ def download(url: str, part: Path, *, most: int) -> None:
         raise BadCheckpoint(f"{url}: more than {most} bytes; that is not a checkpoint, and was not kept")
     if expected is not None and arrived != expected:
         raise OSError(f"the connection ended after {arrived} of {expected} bytes; run again")
+
+
+def _answer(request: urllib.request.Request) -> http.client.HTTPResponse:
+    """The response headers, within ``PATIENCE``: a server may send "100 Continue" forever."""
+    answer: Future = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(urllib.request.urlopen(request, timeout=30))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(PATIENCE)
+    except FutureTimeout as error:
+        if answer.done():  # the connection's own timeout, after 30 s
+            raise
+        raise OSError(f"no answer within {PATIENCE:g} s") from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import http.server
 import os
 import pwd
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def server():
         def do_GET(self):
             if server.raw:
                 with contextlib.suppress(ConnectionError):
-                    self.wfile.write(server.raw)
+                    while self.wfile.write(server.raw) and server.raw.startswith(b"HTTP/1.1 100"):
+                        time.sleep(0.01)
                 return None
             whole = server.files.get(self.path.rpartition("/")[2])
             if whole is None:
@@ -229,6 +231,15 @@ def test_any_other_answer_is_one_message(server, zoo, tmp_path, answer):
     ) as error:
         fetch("net", folder=tmp_path / "hub", zoo=zoo)
     assert "\n" not in str(error.value) and not (tmp_path / "hub" / "net.pth").exists()
+
+
+def test_an_answer_that_never_begins_is_not_waited_for(server, zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE", 0.5)
+    server.raw = b"HTTP/1.1 100 Continue\r\n\r\n"
+    with pytest.raises(ConnectionError, match=r"cannot download http://127.*no answer within 0.5 s"):
+        fetch("net", folder=tmp_path / "hub", zoo=zoo)
+    assert {thread.daemon for thread in threading.enumerate() if "(ask)" in thread.name} == {True}  # not waited for
+    server.raw = b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"  # ends the thread that still listens
 
 
 def test_a_connection_that_falls_silent_says_so_itself(zoo, tmp_path, monkeypatch):
