@@ -4,6 +4,7 @@
 ``TrainLoader`` replaces an unreadable image with its neighbour, counts it and names it; ``EvalLoader`` never does.
 """
 
+import copy
 import multiprocessing.queues
 import os
 import struct
@@ -73,7 +74,7 @@ class TrainLoader:
             )
         read = partial(_read_seeded, dataset, seed, rank(), world_size())
         how = dict(num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0)
-        self._loader = _loader(read, self._order, collate_fn, **how)
+        self._loader = _loader(read, self._order, partial(_collate_and_report, collate_fn), **how)
 
     def __len__(self) -> int:
         """Steps in a whole epoch."""
@@ -127,7 +128,8 @@ class EvalLoader:
         first, stride = (rank(), world_size()) if shard else (0, 1)
         self.batches = list(BatchSampler(range(len(dataset)), batch_size, drop_last=False))[first::stride]
         how = dict(num_workers=num_workers, pin_memory=pin_memory)
-        self._loader = _loader(partial(_read_named, dataset), self.batches, collate_fn, **how)
+        collate = partial(_collate_and_report, collate_fn)
+        self._loader = _loader(partial(_read_named, dataset), self.batches, collate, **how)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -147,9 +149,8 @@ def try_all(read: Callable[[int], object], indices: Sequence[int], num_workers: 
 
     They are read by ``num_workers`` processes; random generators are left unchanged.
     """
-    how = dict(batch_size=64, collate_fn=list, num_workers=min(num_workers, -(-len(indices) // 64)))
-    how |= dict(generator=torch.Generator())
-    return chain.from_iterable(DataLoader(_Read(partial(_tried, read)), sampler=indices, **how))
+    batches = BatchSampler(indices, 64, drop_last=False)
+    return chain.from_iterable(_loader(partial(_tried, read), batches, list, num_workers=num_workers))
 
 
 def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:
@@ -160,12 +161,33 @@ def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:
 
 
 def _loader(read: Callable, batches: Sized, collate_fn: Callable, *, num_workers: int, **how) -> DataLoader:
-    """Batches of (samples as ``collate_fn`` made them, unreadable images); ``batches`` are lists of keys to read.
+    """Batches of what ``read`` returns, as ``collate_fn`` makes them; ``batches`` are lists of keys to read.
 
     No more workers are started than there are batches.
     """
-    how |= dict(num_workers=min(num_workers, len(batches)), worker_init_fn=_init_worker, generator=torch.Generator())
-    return DataLoader(_Read(read), batch_sampler=batches, collate_fn=partial(_collate_and_report, collate_fn), **how)
+    if workers := min(num_workers, len(batches)):
+        how |= dict(num_workers=workers, multiprocessing_context=_context(), worker_init_fn=_init_worker)
+    return DataLoader(_Read(read), batch_sampler=batches, collate_fn=collate_fn, generator=torch.Generator(), **how)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Python's, with another event: a killed worker may take the lock of Python's along, and the run waits forever."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = lambda: _Event(context.RawValue("b"))
+    return context
+
+
+class _Event:
+    """What PyTorch needs of a ``multiprocessing.Event``, without a lock. ``value``: 0, in shared memory."""
+
+    def __init__(self, shared):
+        self._shared = shared
+
+    def is_set(self) -> bool:
+        return self._shared.value != 0
+
+    def set(self) -> None:
+        self._shared.value = 1
 
 
 def _init_worker(worker_id: int) -> None:

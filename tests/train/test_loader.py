@@ -252,7 +252,7 @@ def test_no_more_workers_are_started_than_there_are_batches(monkeypatch):
 
     def counted(*args, num_workers, **how):
         started.append(num_workers)
-        return make(*args, **how | {"persistent_workers": False})
+        return make(*args, **how | {"persistent_workers": False, "multiprocessing_context": None})
 
     monkeypatch.setattr(loader_module, "DataLoader", counted)
     TrainLoader(Draws(7), SequentialSampler(Draws(7)), batch_size=2, seed=0, num_workers=1000)

@@ -1,7 +1,9 @@
 """Exact resume: stopped anywhere and started again, a run equals the uninterrupted one bit for bit."""
 
 import gc
+import itertools
 import json
+import multiprocessing.synchronize
 import os
 import random
 import signal
@@ -394,9 +396,26 @@ def main_that_loses_a_worker(args):
     tiny_run.main(args)
 
 
-def test_a_killed_worker_is_one_message_and_the_run_goes_on_from_its_save(tmp_path):
+def main_whose_worker_takes_a_lock_along(args):
+    """As where it is killed while it asks, before each batch, whether the run has ended."""
+    read, reads = tiny_run.Points.__getitem__, itertools.count(1)
+
+    def die(self, index):
+        if self.train and next(reads) == 20:
+            for event in gc.get_objects():
+                if isinstance(event, multiprocessing.synchronize.Event):
+                    event._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    tiny_run.Points.__getitem__ = die
+    tiny_run.main(args)
+
+
+@pytest.mark.parametrize("main", [main_that_loses_a_worker, main_whose_worker_takes_a_lock_along])
+def test_a_killed_worker_is_one_message_and_the_run_goes_on_from_its_save(tmp_path, main):
     flags = ["--num_workers", "2", "--save-interval", "1", "--deterministic"]
-    (ended,) = tiny(tmp_path / "cut", *flags, main=main_that_loses_a_worker)
+    (ended,) = tiny(tmp_path / "cut", *flags, main=main)
     assert ended.code == 1 and "Traceback" not in ended.text, ended.text
     assert ended.text.splitlines()[-1].startswith("tiny_run: WorkerLost: a data loading worker (process ")
     tiny(tmp_path / "cut", *flags, "--resume", "auto")
