@@ -23,6 +23,7 @@ from irpe_train.errors import import_optional
 from irpe_train.state import plain
 
 BACKENDS = ("auto", "faster-coco-eval", "pycocotools")
+KINDS = ("boxes", "scores", "labels")
 
 
 class CocoEvaluator:
@@ -38,11 +39,13 @@ class CocoEvaluator:
         self, annotations: Path | Annotations, iou_types: Sequence[str] = ("bbox",), *, backend: str = "auto"
     ) -> None:
         self._coco, self._coco_eval = _scoring_library(backend)
-        self.iou_types = tuple(iou_types)
+        self.iou_types = (iou_types,) if isinstance(iou_types, str) else tuple(iou_types)
+        if unknown := set(self.iou_types) - {"bbox", "segm"}:
+            raise ValueError(f"iou_types: unknown {', '.join(sorted(unknown))}; expected bbox, segm or both")
         if not isinstance(annotations, Annotations):
-            annotations = Annotations(Path(annotations), with_masks="segm" in iou_types)
+            annotations = Annotations(Path(annotations), with_masks="segm" in self.iou_types)
         self.annotations = annotations
-        self._known = set(annotations.image_ids.tolist())
+        self._known = {image_id: index for index, image_id in enumerate(annotations.image_ids.tolist())}
         self._detections: dict[int, dict] = {}
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
@@ -50,16 +53,30 @@ class CocoEvaluator:
 
         Args:
             predictions: image id -> ``boxes`` (n, 4) corners in pixels of the original image, ``scores`` and ``labels``
-                (n,); for ``segm`` also ``masks`` (n, 1, height, width) of the original size, bool or probabilities.
+                (n,); for ``segm`` also ``masks`` of the original size, (n, height, width) or (n, 1, height, width),
+                bool or probabilities.
+        Raises: ValueError: an image is unknown, or its detections are of different numbers, not finite, or their masks
+            of another size.
         """
         for image_id, found in predictions.items():
-            if image_id not in self._known:
+            if (image_id := int(image_id)) not in self._known:  # it may be a tensor
                 raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated but is not in it")
-            boxes = box_convert(found["boxes"].float().cpu(), "xyxy", "xywh")
-            scores, labels = found["scores"].float().cpu().numpy(), found["labels"].cpu().numpy()
-            packed = {"bbox": boxes.tolist(), "scores": scores, "labels": labels}
+            boxes, scores, labels = (torch.as_tensor(found[kind]).detach().cpu() for kind in KINDS)
+            boxes, scores = box_convert(boxes.float().reshape(-1, 4), "xyxy", "xywh"), scores.float()
+            if not len(boxes) == len(scores) == len(labels):
+                counts = f"{len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels"
+                raise ValueError(f"detections of image {image_id}: {counts}; expected one of each for every object")
+            if not (boxes.isfinite().all() and scores.isfinite().all()):  # the two libraries rank NaN differently
+                raise ValueError(f"detections of image {image_id}: a box or score is NaN or infinite; is the model?")
+            packed = {"bbox": boxes.tolist(), "scores": scores.numpy(), "labels": labels.numpy()}
             if "segm" in self.iou_types:
-                packed["segmentation"] = encode_masks(found["masks"][:, 0])
+                masks = found["masks"].flatten(0, -3)
+                size, wanted = list(masks.shape[1:]), self.annotations.sizes[self._known[image_id]].tolist()
+                if len(masks) and 0 not in wanted and size != wanted:
+                    raise ValueError(
+                        f"masks of image {image_id}: height and width {size}; expected the image's, {wanted}"
+                    )
+                packed["segmentation"] = encode_masks(masks)
             self._detections[image_id] = packed
 
     def summarize(self) -> dict[str, Namespace] | None:

@@ -240,3 +240,45 @@ def test_masks_are_not_scored_without_sizes(tmp_path):
     edit_annotations(root, "val2017", lambda c: c["images"][2].pop("height"))
     with pytest.raises(ValueError, match="masks are scored at the height and width of images; some lack them"):
         CocoEvaluator(annotations_of(root), ("segm",)).summarize()
+
+
+def test_detections_come_as_callers_have_them(tmp_path):
+    root = write_tiny_coco(tmp_path, val=5)
+    images = json.loads(annotations_of(root).read_text())["images"]
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    wanted, given = {}, {}
+    for image_id, (boxes, labels) in truth(root).items():
+        masks = torch.zeros(len(boxes), *sizes[image_id], dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = True
+        scores = torch.ones(len(boxes))
+        wanted[image_id] = {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks[:, None]}
+        arrays = {"boxes": boxes.numpy() if len(boxes) else [], "labels": labels.numpy()}
+        given[torch.tensor([image_id])] = arrays | {"scores": scores.requires_grad_(), "masks": masks}
+    figures = score(root, wanted, ("bbox", "segm"))
+    assert figures["segm"].stats[0] == pytest.approx(1)
+    same = score(root, given, ("bbox", "segm"))
+    assert [one.stats for one in same.values()] == [one.stats for one in figures.values()]
+    assert score(root, given, "segm").keys() == {"segm"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": torch.tensor([float("nan")])}, "a box or score is NaN"),
+        ({"boxes": torch.tensor([[1.0, 2.0, float("inf"), 4.0]])}, "a box or score is NaN"),
+        ({"scores": torch.tensor([0.5, 0.4])}, "1 boxes, 2 scores and 1 labels"),
+        ({"masks": torch.ones(1, 1, 3, 4)}, r"masks of image 100: height and width \[3, 4\]; expected the image's"),
+    ],
+)
+def test_detections_that_the_libraries_score_differently_are_refused(tmp_path, backend, change, message):
+    root = write_tiny_coco(tmp_path, val=3)
+    found = {"boxes": torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "labels": torch.tensor([3]), "scores": torch.ones(1)}
+    with pytest.raises(ValueError, match=message):
+        score(root, {100: found | change}, ("bbox", "segm") if "masks" in change else ("bbox",), backend)
+
+
+def test_unknown_kinds_of_scores_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="iou_types: unknown keypoints; expected bbox, segm or both"):
+        CocoEvaluator(annotations_of(write_tiny_coco(tmp_path)), ("bbox", "keypoints"))
