@@ -33,6 +33,6 @@ def detr_resnet50(pretrained=False, enc_rpe2d="rpe-2.0-product-ctx-1-k", **kwarg
 
     model = create_model("resnet50", enc_rpe2d, **kwargs)
     if pretrained:
-        path = fetch(enc_rpe2d if pretrained is True else pretrained)
+        path = fetch((enc_rpe2d or "none") if pretrained is True else pretrained)
         load_matching(model, read_weights(path), source=path)
     return model

@@ -22,6 +22,7 @@ from irpe_train.checkpoint import Checkpoint, load_matching
 from irpe_train.errors import BadCheckpoint
 from irpe_train.export import read_onnx
 from irpe_train.logger import logger
+from irpe_train.pixels import to_rgb
 from irpe_train.run_log import changed_flags
 
 # A checkpoint may come from anyone, so only its flags that describe the network are read.
@@ -59,8 +60,8 @@ class Classifier:
         return self._model
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """The model's input for an RGB image: ``(1, 3, H, W)``."""
-        return self._to_pixels(self.seen(image))[None].to(self.device)
+        """The model's input for an image: ``(1, 3, H, W)``."""
+        return self._to_pixels(self.seen(to_rgb(image)))[None].to(self.device)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Tensor:
@@ -78,14 +79,18 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
         source: path or address; ema: use its moving average.
         flags: ``model``, ``rpe``, ``input_size``, ...; they override those in the checkpoint unless None.
     Returns: model, all flags, class names.
-    Raises: ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint: its flags describe no model,
-        or one that its weights do not fit; found before memory is allocated for it.
+    Raises: TypeError: a flag is unknown. ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint:
+        its flags describe no model, or one that its weights do not fit; found before memory is allocated for it.
     """
     checkpoint = Checkpoint.read(source)
     weights = checkpoint.weights("model_ema" if ema else "model")
     given = {name: value for name, value in flags.items() if value is not None}
     known = _stored_flags(checkpoint)
     defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
+    if unknown := given.keys() - defaults:
+        raise TypeError(
+            f"load_model: unknown flag {', '.join(sorted(unknown))}; known are those of deit_irpe, such as rpe"
+        )
     args = argparse.Namespace(**defaults | known | given)
     stored = {name: known[name] for name in given if known.get(name) is not None}
     if others := changed_flags(get_args_parser(), args, stored=stored):

@@ -18,6 +18,7 @@ from detr_irpe.models.postprocess import PostProcess
 from irpe_train.checkpoint import Checkpoint, load_matching
 from irpe_train.errors import BadCheckpoint, first_line
 from irpe_train.export import read_onnx
+from irpe_train.pixels import to_rgb
 
 LARGEST_IMAGE_SIZE = 10_000  # pixels; a larger photo does not fit in memory
 
@@ -46,9 +47,9 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
-        """The detections in an RGB image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
+        """The detections in an image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
         pixels), and with a mask head ``masks`` ``(N, height, width)``. Labels without a category are left out."""
-        pixels = prepare_image(image, self.flags.image_size).to(self.device)
+        pixels = prepare_image(to_rgb(image), self.flags.image_size).to(self.device)
         outputs = self.model([pixels])
         size = torch.tensor([[image.height, image.width]])
         results = self.postprocessors["bbox"](outputs, size)

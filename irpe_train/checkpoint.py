@@ -134,6 +134,8 @@ def _why_refused(error: BaseException, path: Path) -> str:
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         read = "Nothing was run. Only tensors, numbers, text and argparse.Namespace are read: save a state_dict alone."
         return f"refused: it holds a reference to {found[1]}, which could run code. {read}"
+    if path.suffix.lower() == ".onnx":
+        return "an exported ONNX model, which only predict runs; give the checkpoint it was made from"
     with open(path, "rb") as file:
         return f"damaged, or not a file that torch.save wrote (it begins with {file.read(20)!r}); nothing was run"
 

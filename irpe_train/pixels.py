@@ -138,7 +138,7 @@ def decode_image(data: bytes, name: str | Path, *, upright: bool = False) -> Ima
                 raise ValueError("it is a PostScript program, which is not run")
             turn = _orientation(image) if image.format == "TIFF" else 1
             image.load()
-            rgb = _to_rgb(image)
+            rgb = to_rgb(image)
             if turn != 1:  # Pillow rotates a TIFF on loading and drops the tag: undo it
                 rgb.getexif()[ORIENTATION] = {6: 8, 8: 6}.get(turn, turn)
                 rgb = ImageOps.exif_transpose(rgb)
@@ -169,7 +169,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, as in ``decode_image``. Raises ValueError: its black and white are unknown."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS):
         tags = getattr(image, "tag_v2", {})  # a TIFF may have 12 bits, or 0 for white
         most = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1

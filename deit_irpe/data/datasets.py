@@ -7,6 +7,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, Sampler
 from torchvision import datasets
 
+from deit_irpe.args import SETS
 from deit_irpe.data.hugging_face import HuggingFaceImages
 from deit_irpe.data.images import FolderImages, INatImages
 from deit_irpe.data.shards import ShardImages
@@ -44,6 +45,8 @@ def build_dataset(
         return ShardImages(root, train, transform)
     if data_set == "HFDS":
         return HuggingFaceImages(root, train, transform)
+    if data_set != "IMNET":
+        raise ValueError(f"build_dataset: unknown data_set {data_set!r}; expected one of {', '.join(SETS)}")
     if load_tar:
         return TarImages(root / f"{split}.tar", transform)
     return FolderImages(root / split, transform)

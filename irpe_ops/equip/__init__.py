@@ -28,12 +28,14 @@ def equip(
             ``model.token_grid.remember(height, width)`` before each forward pass.
     Returns: ``model``. Its weights, their names and its outputs do not change (tables start at zero). Each attention
         gets ``rpe_{q,k,v}`` after its other weights, with their dtype and device.
-    Raises: TypeError: for a spec of another type; ValueError: for a malformed spec, a model that already has
+    Raises: TypeError: for a model or spec of another type; ValueError: for a malformed spec, a model that already has
         iRPE, or one with an unknown attention (named).
     """
     config = parse_rpe_spec(spec_or_config) if isinstance(spec_or_config, str) else spec_or_config
     if not isinstance(config, RPEConfig):
         raise TypeError(f"equip: expected a spec string or a config, not a {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"equip: expected a model (torch.nn.Module), not a {type(model).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"equip: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     inner = getattr(model, "_orig_mod", model)  # the model inside torch.compile's wrapper

@@ -315,3 +315,8 @@ def test_images_spread_over_a_validation_set_are_read_at_the_start(count, read):
     val_set = ValSet()
     images.read_a_sample(val_set)
     assert val_set.seen == read
+
+
+def test_an_unknown_kind_of_data_is_not_taken_for_folders(colours):
+    with pytest.raises(ValueError, match="build_dataset: unknown data_set 'imagenet'; expected one of CIFAR, IMNET"):
+        build_dataset(colours, True, data_set="imagenet")

@@ -375,3 +375,14 @@ def test_weights_alone_need_the_model_named(checkpoint, tmp_path, monkeypatch):
         str(tmp_path / "weights.pth"), model="deit_tiny_patch16_224", rpe=SPEC, model_kwargs=KWARGS, input_size=32
     )
     assert classes == ["class 0", "class 1", "class 2", "class 3"] and not model.training
+
+
+def test_python_callers_give_an_image_of_any_mode(checkpoint):
+    photo = Image.linear_gradient("L").resize((40, 50))
+    classifier = Classifier(checkpoint, torch.device("cpu"))
+    wanted = classifier(photo.convert("RGB"))
+    assert classifier.pixels(photo).shape == (1, 3, 32, 32)
+    for mode in ("L", "LA", "RGBA", "CMYK"):
+        torch.testing.assert_close(classifier(photo.convert(mode)), wanted)
+    with pytest.raises(TypeError, match="load_model: unknown flag inputsize, num_class; known are"):
+        load_model(str(checkpoint), inputsize=64, num_class=3)

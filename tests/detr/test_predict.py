@@ -454,3 +454,12 @@ def test_damaged_metadata_does_not_stop_a_prediction(tmp_path):
     for annotated in (None, (4, 6), (6, 4)):
         image, frame = read_in_frame(path, annotated)
         assert (image.size, frame) == ((6, 4), "displayed")
+
+
+def test_python_callers_give_an_image_of_any_mode(tmp_path, photo):
+    detector = Detector(write_checkpoint(tmp_path / "x.pth"), torch.device("cpu"))
+    grey = Image.open(photo).convert("L")
+    wanted = detector(grey.convert("RGB"))
+    for mode in ("L", "LA", "RGBA", "CMYK"):
+        found = detector(grey.convert(mode))
+        assert all(torch.equal(value, wanted[kind]) for kind, value in found.items())

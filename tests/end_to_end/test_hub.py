@@ -37,3 +37,9 @@ def test_detr_counts_what_is_published():
 def test_an_unpublished_checkpoint_names_the_known_ones():
     with pytest.raises(ValueError, match="rpe-2.0-product-ctx-1-k_300epochs"):
         load("detr_resnet50", pretrained="no-such-checkpoint")
+
+
+def test_published_weights_of_a_detr_without_encoding_are_refused():
+    for enc_rpe2d in (None, ""):
+        with pytest.raises(ValueError, match="model zoo: no published checkpoint 'none'"):
+            load("detr_resnet50", pretrained=True, enc_rpe2d=enc_rpe2d)

@@ -281,6 +281,8 @@ def test_wrong_arguments_say_what_is_wrong():
         equip(make(), "rpe-1.9-prodct-ctx-1-k")
     with pytest.raises(TypeError, match="expected a spec string or a config, not a NoneType"):
         equip(make(), None)
+    with pytest.raises(TypeError, match=r"expected a model \(torch.nn.Module\), not a str"):
+        equip("vit_tiny_patch16_224", SPEC)
     with pytest.raises(ValueError, match="equip: unknown backend 'fast'"):
         equip(make(), SPEC, backend="fast")
 

@@ -338,3 +338,11 @@ def test_quantised_weights_are_refused():
         load_matching(model, weights, source="a.pth")
     norm = torch.nn.BatchNorm1d(2)  # its counter is an integer on both sides
     assert load_matching(norm, norm.state_dict(), source="a.pth") == {}
+
+
+def test_an_exported_file_is_not_called_damaged(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\n\x12\x07pytorch\x1a\x06")
+    with pytest.raises(
+        BadCheckpoint, match="model.onnx: an exported ONNX model, which only predict runs; give the checkp"
+    ):
+        read_checkpoint(tmp_path / "model.onnx")
