@@ -15,6 +15,7 @@ from irpe_train.pixels import is_hidden
 from irpe_train.text_files import read_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # image extensions of a sample, as in WebDataset
+BESIDE = r"\.(md5|sha\d+|idx|index|json|txt)$"  # checksums and indexes, x.tar.md5
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation")}  # words in the name of a shard
 
 
@@ -83,7 +84,7 @@ def class_list(file: Path) -> list[str]:
 def _split_of(file: Path) -> bool | None:
     """True for a shard of training, False for one of validation, None for another file."""
     name = file.name.lower()
-    if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or is_hidden([name]):
+    if not re.search(r"\.tar(\.\w+)?$|\.tgz$", name) or is_hidden([name]) or re.search(BESIDE, name):
         return None
     words = set(re.split(r"[^a-z]+", name))
     found = [train for train, of_split in SPLITS.items() if words & set(of_split)]
