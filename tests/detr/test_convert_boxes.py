@@ -43,6 +43,15 @@ def test_yolo(page, images, tmp_path):
         page["yolo_to_coco"](images, tmp_path / "labels", ["cat", "dog"])
 
 
+def test_yolo_folders_hold_more_than_images_and_boxes(page, images, tmp_path):
+    for name in (".DS_Store", "._a.jpg", "Thumbs.db", "a.txt"):
+        (images / name).write_bytes(b"x")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.25 0.5 0.25 0.5\r\n\r\n \n")
+    coco = page["yolo_to_coco"](images, tmp_path / "labels", ["cat"])
+    assert [image["file_name"] for image in coco["images"]] == ["a.jpg", "b.jpg"] and len(coco["annotations"]) == 1
+
+
 def test_yolo_boxes_of_a_turned_photo_are_in_the_frame_that_people_see(page, images, tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6
