@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def bucket_maps(config: RPEConfig, height: int, width: int, row: int, col: int) -> dict[str, Tensor]:
+def bucket_maps(config: str | RPEConfig, height: int, width: int, row: int, col: int) -> dict[str, Tensor]:
     """The bucket of each patch of the grid for the query at ``(row, col)``.
 
+    Args: config: or a spec string.
     Returns: ``(height, width)`` int64 by the name of the map; two maps for ``cross``, one for any other method.
     Raises: ValueError: for a query outside the grid.
     """
+    config = parse_rpe_spec(config) if isinstance(config, str) else config
     if not (0 <= row < height and 0 <= col < width):
         raise ValueError(f"query {row},{col}: outside the {height}x{width} grid (rows and columns count from 0)")
     rows, cols = (slice(side - 1 - at, 2 * side - 1 - at) for side, at in ((height, row), (width, col)))
@@ -75,11 +77,16 @@ def draw_maps(
     """A picture of maps: one row per name, with its own colour scale, and one column per head.
 
     Args:
-        rows: ``(heads, height, width)`` by name. Names and ``title`` are shown literally (`plain_text`).
+        rows: ``(heads, height, width)`` or ``(height, width)`` by name, tensors or arrays. Names and ``title`` are
+            shown literally (`plain_text`).
         mark: (row, col) of the query, outlined in every map.
         signed: values may be negative: zero is white, blue is below and red above. Else zero is the darkest colour.
         numbers: values are bucket ids, without heads: write each into its cell if there is room.
     """
+    if not rows:
+        raise ValueError("draw_maps: no maps to draw")
+    rows = {name: torch.as_tensor(values).detach().float().cpu() for name, values in rows.items()}
+    rows = {name: values.reshape(-1, *values.shape[-2:]) for name, values in rows.items()}
     columns = max(values.shape[0] for values in rows.values())
     cell = 4.5 if len(rows) * columns <= 2 else 1.5
     width = cell * columns + 1.2
@@ -90,7 +97,6 @@ def draw_maps(
     figure.suptitle(textwrap.fill(plain_text(title), int(13 * width)), fontsize=9)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, values) in zip(axes, rows.items(), strict=True):
-        values = values.detach().float().cpu()
         most = float(values.abs().max()) or 1.0  # a table of zeros gets the colour of zero
         scale = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}
         for head, axis in enumerate(line):
@@ -240,10 +246,9 @@ def main(argv: list[str] | None = None) -> None:
             if not 1 <= min(grid) <= max(grid) <= LARGEST_SIDE:
                 raise ValueError(f"--grid {height}x{width}: expected 1 to {LARGEST_SIDE} patches per side")
             row, col = query = args.query or (height // 2, width // 2)
-            maps = bucket_maps(parse_rpe_spec(args.spec), height, width, row, col)
-            rows = {name: ids[None] for name, ids in maps.items()}
+            maps = bucket_maps(args.spec, height, width, row, col)
             title = f"{args.spec}: buckets around patch {row},{col} of {height}x{width}"
-            figure = draw_maps(rows, mark=query, numbers=True, title=title)
+            figure = draw_maps(maps, mark=query, numbers=True, title=title)
         path = save(figure, args.output)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{parser.prog}: {type(error).__name__}: {error}")

@@ -84,6 +84,16 @@ def test_one_scale_a_row_and_zero_looks_alike():
     assert [entry[1:] for entry in colours(figure)] == [("RdBu_r", -3, 3)] * 2 + [("RdBu_r", -1, 1)] * 2
 
 
+def test_maps_without_heads_and_of_numpy_are_drawn_and_none_is_an_error():
+    maps = visualize.bucket_maps("rpe-1.9-cross-ctx-1-k", 4, 5, 1, 2)
+    assert maps.keys() == {"cross_rows", "cross_cols"}
+    figure = visualize.draw_maps({name: ids.numpy() for name, ids in maps.items()}, title="x", numbers=True)
+    drawn = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert [array.tolist() for array in drawn[:2]] == [ids.tolist() for ids in maps.values()]
+    with pytest.raises(ValueError, match="draw_maps: no maps to draw"):
+        visualize.draw_maps({}, title="x")
+
+
 @pytest.mark.parametrize(("spec", "height"), [("rpe-1.9-product-ctx-1-k", 14), ("rpe-20-cross-ctx-1-k", 13)])
 def test_labels_are_inside_the_picture(spec, height):
     agg = pytest.importorskip("matplotlib.backends.backend_agg")
