@@ -123,6 +123,8 @@ class Preemption:
 
     def _note(self, number, frame) -> None:
         self.signal = number
+        if number == signal.SIGXCPU:  # it comes again every second, even while Python ends
+            signal.signal(number, signal.SIG_IGN)
 
     def _watch(self, pipe: int, ended: threading.Event) -> None:
         ignored_since, interrupts = None, 0

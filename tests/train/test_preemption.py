@@ -40,6 +40,34 @@ def test_a_signal_is_noted_and_heeded_where_the_run_can_leave(preemption, number
     assert end.value.code == 75
 
 
+ENDS_SLOWLY = """
+import resource, time
+from irpe_train.preemption import STOP
+
+def work(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+class Teardown:
+    def __del__(self, work=work):
+        work(1.3)
+
+teardown = Teardown()
+resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1, resource.RLIM_INFINITY))
+with STOP.noting():
+    while True:
+        work(0.1)
+        STOP.leave_if_asked()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux repeats SIGXCPU every second")
+def test_a_run_that_is_out_of_processor_time_is_not_killed_while_python_ends():
+    ended = subprocess.run([sys.executable, "-c", ENDS_SLOWLY], capture_output=True, text=True)
+    assert ended.returncode == 75, ended.stderr
+
+
 def test_signals_are_held_back_no_longer_than_workers_start():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with held_back():
