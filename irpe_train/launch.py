@@ -13,14 +13,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from irpe_train.arguments import positive_int
 from irpe_train.config import parse_args
 from irpe_train.distributed import end, report_lost_ranks
 from irpe_train.errors import RunError, WorkerLost, blamed_on, first_line, import_optional, reported_by
 
-LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")  # PyTorch's words
+# PyTorch's words.
+OUT_OF_MEMORY = re.compile("allocate memory|out of memory|ALLOC_FAILED")  # on the CPU and with CUDA
+NO_COMPILER = re.compile(r"No working C\+\+ compiler|Failed to find C compiler")
+LOST_WORKER = re.compile(r"DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\) ([^.\n]*)")
 
 
 def launch(
@@ -35,7 +36,7 @@ def launch(
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see `answer_early`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Twice: PyTorch's handler of dead workers can raise while their first error is on its way out.
-    with reported_by(parser.prog), report_out_of_memory(), report_lost_ranks(parser.prog), report_out_of_memory():
+    with reported_by(parser.prog), report_shortage(), report_lost_ranks(parser.prog), report_shortage():
         status = main(parse_args(parser, argv))
         end()
     if status:
@@ -43,43 +44,57 @@ def launch(
 
 
 @contextlib.contextmanager
-def report_out_of_memory():
-    """Turns PyTorch's errors about memory and killed workers, which can come at any line, into messages."""
-    print_unraisable = sys.unraisablehook
+def report_shortage():
+    """Turns PyTorch's errors about memory, files, compilers and killed workers, which can come at any line, into
+    messages."""
+    print_unraisable, print_of_thread, pinning = sys.unraisablehook, threading.excepthook, []
 
     def unless_of_workers(unraisable) -> None:  # raised inside a callback or destructor; the loader raises it again
         half_made = isinstance(unraisable.exc_value, AttributeError) and "DataLoaderIter" in repr(unraisable.object)
         if not (half_made or LOST_WORKER.search(str(unraisable.exc_value))):
             print_unraisable(unraisable)
 
+    def unless_pinning(failed) -> None:  # the thread that fetches batches for a GPU; the loader says "exited" alone
+        pinning.append(failed.exc_value) if "_pin_memory_loop" in str(failed.thread) else print_of_thread(failed)
+
     sys.unraisablehook = unless_of_workers  # stays after an error, which keeps iterators alive beyond this
+    threading.excepthook = unless_pinning
     try:
         yield
-        sys.unraisablehook = print_unraisable
+        sys.unraisablehook, threading.excepthook = print_unraisable, print_of_thread
     except RunError:  # a message already
         raise
-    except (OSError, EOFError, AssertionError) as error:  # of a killed worker before PyTorch notices, or of a start
+    except (OSError, EOFError, AssertionError, RuntimeError, MemoryError) as error:
+        cause = pinning[0] if pinning and "Pin memory thread" in str(error) else error
+        told = _in_words(cause)
+        if told is None and cause is error:
+            raise
+        raise told or cause from error
+
+
+def _in_words(error: Exception) -> RunError | None:
+    """What ran out or was lost, and what to do; None for an error of another kind."""
+    text = str(error)
+    if isinstance(error, (OSError, EOFError, AssertionError)):  # of a killed worker, or of a start
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not all(any(part in file for file in files) for part in ("dataloader", "multiprocessing")):
-            raise
-        if not isinstance(error, (ConnectionError, EOFError)):
-            raise RunError(f"no data loading worker can be started ({error}): use fewer --num_workers") from error
-        raise WorkerLost(_worker_lost("unknown", "is gone")) from error
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.") from error
-        if "Too many open files" in str(error) or "ancdata" in str(error):  # PyTorch's words
-            raise RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers") from error
-        if "can't start new thread" in str(error):
-            remedy = "raise the limit on processes (ulimit -u) or memory (ulimit -v)"
-            raise RunError(f"no thread can be started: {remedy}") from error
-        if "</torch_" in str(error) and "No space left" in str(error):  # the names of its shared memory
-            remedy = "enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers"
-            raise RunError(f"shared memory is full: {remedy}") from error
-        found = LOST_WORKER.search(str(error))
-        if found is None:
-            raise
-        raise WorkerLost(_worker_lost(found[1], found[2].strip())) from error
+        if not all(any(part in file for file in files) for part in ("utils/data", "multiprocessing")):
+            return None
+        if isinstance(error, (ConnectionError, EOFError)) or any("resource_sharer" in file for file in files):
+            return WorkerLost(_worker_lost("unknown", f"is gone ({first_line(error)})"))
+        return RunError(f"no data loading worker can be started ({error}): use fewer --num_workers")
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.")
+    if "Too many open files" in text or "ancdata" in text:  # PyTorch's words
+        return RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers")
+    if NO_COMPILER.search(text):
+        return RunError("--compile needs a C and a C++ compiler: install gcc and g++, or leave it out")
+    if "can't start new thread" in text:
+        return RunError("no thread can be started: raise the limit on processes (ulimit -u) or memory (ulimit -v)")
+    if "</torch_" in text and "No space left" in text:  # the names of its shared memory
+        remedy = "enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers"
+        return RunError(f"shared memory is full: {remedy}")
+    found = LOST_WORKER.search(text)
+    return found and WorkerLost(_worker_lost(found[1], found[2].strip()))
 
 
 def _worker_lost(process: str, how: str) -> str:
@@ -110,8 +125,10 @@ class SlurmJob:
             MASTER_PORT=str(20000 + sum(map(ord, job.job_id)) * 37 % 40000),
         )
         self.args.output_dir = str(self.args.output_dir).replace("%j", str(job.job_id))
-        self.main(self.args)
+        status = self.main(self.args)
         end()
+        if status:
+            sys.exit(status)
 
     def checkpoint(self):
         """The job to requeue: submitit asks on preemption or timeout, after our own handler has saved."""

@@ -9,12 +9,13 @@ import os
 import re
 import signal
 import sys
+import threading
 
 import pytest
 from torch.utils.data import DataLoader
 
 from irpe_train.errors import BadData, RankLost, RunError, WorkerLost, import_optional
-from irpe_train.launch import SlurmJob, launch, report_out_of_memory, submit
+from irpe_train.launch import SlurmJob, launch, report_shortage, submit
 from irpe_train.logger import logger, set_up_logging
 from tests.helpers import tiny_run
 
@@ -83,6 +84,19 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
             "unable to mmap 48 bytes from file </torch_1_2_3>: Cannot allocate memory (12)",
             "out of memory (unable to mmap 48 bytes from file </torch_1_2_3>: Cannot allocate memory (12)). "
             "Try smaller batches, images or models.",
+        ),
+        (
+            "CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously",  # an AcceleratorError
+            "out of memory (CUDA error: out of memory). Try smaller batches, images or models.",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "out of memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`). "
+            "Try smaller batches, images or models.",
+        ),
+        (
+            "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+            "--compile needs a C and a C++ compiler: install gcc and g++, or leave it out",
         ),
     ],
 )
@@ -166,6 +180,8 @@ def test_slurm_job_runs_and_comes_back_resuming(tmp_path, monkeypatch, capsys):
     job = SlurmJob(main_for_slurm, argparse.Namespace(lr=0.1, output_dir="out/%j", resume=""))
     job()
     assert capsys.readouterr().out == "ran with lr 0.1 into out/77\n"
+    with pytest.raises(SystemExit, match="^1$"):  # --expect missed: SLURM must see a failure
+        SlurmJob(lambda args: 1, argparse.Namespace(output_dir=""))()
     import os
 
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("1", "2", "first")
@@ -274,7 +290,7 @@ class Dropped:
 def test_a_killed_worker_noticed_in_a_destructor_gives_no_traceback(message, printed, monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
-    with report_out_of_memory():
+    with report_shortage():
         Dropped(message)
     assert seen == [message] * printed
     Dropped(message)  # and the hook is restored
@@ -292,7 +308,7 @@ def test_an_iterator_that_lacks_some_of_its_workers_is_torn_down_without_a_trace
 
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
-    with pytest.raises(RunError, match="too many open files"), report_out_of_memory():
+    with pytest.raises(RunError, match="too many open files"), report_shortage():
         start()
     gc.collect()  # only now, after the message
     assert seen == []
@@ -306,29 +322,42 @@ def test_workers_that_cannot_be_started_are_one_message(monkeypatch):
 
     monkeypatch.setattr(os, "fork", fork)
     words = "no data loading worker can be started .*: use fewer --num_workers"
-    with pytest.raises(RunError, match=words), report_out_of_memory():
+    with pytest.raises(RunError, match=words), report_shortage():
         iter(DataLoader([1, 2], num_workers=1, multiprocessing_context="fork"))
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # a worker of multiprocessing.Pool
-    with pytest.raises(RunError, match=words.replace(".*", ".*daemonic.*")), report_out_of_memory():
+    with pytest.raises(RunError, match=words.replace(".*", ".*daemonic.*")), report_shortage():
         iter(DataLoader([1, 2], num_workers=1, multiprocessing_context="fork"))
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
-    [(("torch/utils/data/dataloader.py", "multiprocessing/connection.py"), WorkerLost), (("dataloader.py",), EOFError)],
+    [
+        (("torch/utils/data/dataloader.py", "multiprocessing/connection.py"), "(process unknown) is gone (E"),
+        (("utils/data/dataloader.py", "multiprocessing/resource_sharer.py"), "is gone ([Errno 2] No such file"),
+        (("utils/data/dataloader.py",), None),
+    ],
 )
-def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expected, monkeypatch):
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expected, pinned, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # PyTorch's handler stays for other tests
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    error = FileNotFoundError(2, "No such file") if "sharer" in files[-1] else EOFError()
 
     def step():
-        raise EOFError
+        raise error
 
     for file in reversed(files):
         space = {"inner": step}
         exec(compile("def step(): inner()", file, "exec"), space)
         step = space["step"]
-    with pytest.raises(expected), report_out_of_memory():
-        step()
+    with pytest.raises(WorkerLost if expected else EOFError) as found, report_shortage():
+        if not pinned:
+            step()
+        thread = threading.Thread(target=step, name="Thread-1 (_pin_memory_loop)")  # PyTorch's, with a GPU
+        thread.start()
+        thread.join()
+        raise RuntimeError("Pin memory thread exited unexpectedly")
+    assert expected is None or expected in str(found.value)
 
 
 def test_pytorch_may_report_a_killed_worker_while_its_first_error_is_on_its_way_out(monkeypatch, capsys):
