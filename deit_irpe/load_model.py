@@ -19,7 +19,7 @@ from deit_irpe.data.transforms import MEAN, STD, build_transform
 from deit_irpe.models import build_model
 from deit_irpe.models.finetune import head_prefixes, resample_positions, trained_grid
 from irpe_train.checkpoint import Checkpoint, load_matching
-from irpe_train.errors import BadCheckpoint
+from irpe_train.errors import BadCheckpoint, in_one_line
 from irpe_train.export import read_onnx
 from irpe_train.logger import logger
 from irpe_train.pixels import to_rgb
@@ -105,7 +105,7 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
         num_classes = next((len(weights[name]) for name in heads if name in weights), 1000)
         shapes = _shapes(args, num_classes, weights)
     except Exception as error:  # the flags may be anything
-        raise BadCheckpoint(f"checkpoint {source}: its flags describe no model ({error or repr(error)})") from error
+        raise BadCheckpoint(f"checkpoint {source}: its flags describe no model ({in_one_line(error)})") from error
     if "input_size" in stored:  # for another size, positions are resampled as in evaluation
         weights, notes = resample_positions(shapes, weights, trained_grid(shapes, checkpoint), source=source)
         for key, note in notes.items():

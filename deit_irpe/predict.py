@@ -19,7 +19,7 @@ from deit_irpe.load_model import Classifier
 from irpe_ops.attention_call import AttentionCall
 from irpe_ops.backends.eager import attention_weights
 from irpe_ops.equip.timm_vit import RPEAttention
-from irpe_ops.modules import IRPE
+from irpe_ops.modules import buckets_of
 from irpe_ops.visualize import draw_maps, draw_over_image, draw_tables, plain_text, save
 from irpe_train.distributed import choose_device
 from irpe_train.errors import BadData, shown
@@ -106,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     flags = dict(ema=args.ema, model=args.model, rpe=args.rpe, input_size=args.input_size)
     classifier = Classifier(args.resume, choose_device(args.device), **flags)
     points = points_of(classifier.model, args.attention) if args.attention is not None else []
-    encoded = (args.tables or points) and any(isinstance(module, IRPE) for module in classifier.model.modules())
+    encoded = (args.tables or points) and buckets_of(classifier.model)
     if args.tables and not encoded:
         raise ValueError(f"--tables: {args.resume} has no relative position encoding")
     maps = [f"{name}_{kind}_{r}-{c}.png" for name in names.values() for kind in MAPS for r, c in points]

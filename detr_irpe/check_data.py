@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m detr_irpe.check_data --coco_path DIR``: find mistakes in a data set before training on it.
+"""``irpe detect check --coco_path DIR``: find mistakes in a data set before training on it.
 
 The same checks run whenever training starts, on a few images of each split (``quick_check``).
 """
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SAMPLE = 8  # images per split to check when training starts
 def tell(found: Found) -> list[str]:
     """Log the problems, and return those that stop training."""
     for path, problem in found:
-        logger.log(40 if problem.stops() else 30, f"{path.name}: {problem}")
+        logger.log(logging.ERROR if problem.stops() else logging.WARNING, f"{path.name}: {problem}")
     return [f"{path}: {problem}" for path, problem in found if problem.stops()]
 
 

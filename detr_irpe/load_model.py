@@ -32,11 +32,12 @@ class Detector:
     def __init__(self, source: str, device: torch.device):
         self.device = device
         if Path(source).suffix.lower() == ".onnx":
-            self.model, self.flags, self.names = load_onnx(Path(source))
+            self.model, self.image_size, self.names = load_onnx(Path(source))
             self.postprocessors = {"bbox": PostProcess()}
         else:
-            self.model, self.postprocessors, self.flags, self.names = load_model(source)
+            self.model, self.postprocessors, flags, self.names = load_model(source)
             self.model.to(device)
+            self.image_size = flags.image_size
 
     @property
     def encoder(self) -> nn.Module:
@@ -49,7 +50,7 @@ class Detector:
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
         """The detections in an image, best first, on the CPU: ``scores``, ``labels``, ``boxes`` (corners, in
         pixels), and with a mask head ``masks`` ``(N, height, width)``. Labels without a category are left out."""
-        pixels = prepare_image(to_rgb(image), self.flags.image_size).to(self.device)
+        pixels = prepare_image(to_rgb(image), self.image_size).to(self.device)
         outputs = self.model([pixels])
         size = torch.tensor([[image.height, image.width]])
         results = self.postprocessors["bbox"](outputs, size)
@@ -104,8 +105,8 @@ def _flags(checkpoint: Checkpoint) -> argparse.Namespace:
     return args
 
 
-def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Namespace, dict[int, str]]:
-    """An exported detector, called like a DETR with one image; the flags that prediction needs; the categories.
+def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], int, dict[int, str]]:
+    """An exported detector, called like a DETR with one image; its image size; the categories.
 
     Raises: ImportError, BadCheckpoint: onnxruntime is missing; ``detr_irpe.export`` did not write the file.
     """
@@ -121,5 +122,4 @@ def load_onnx(path: Path) -> tuple[Callable[[list[Tensor]], dict], argparse.Name
         names = ["pred_logits", "pred_boxes"]
         return dict(zip(names, exported.run(names, images=image[None], padding=padding), strict=True))
 
-    flags = argparse.Namespace(image_size=image_size, enc_rpe2d=exported.metadata.get("enc_rpe2d", ""))
-    return model, flags, categories
+    return model, image_size, categories

@@ -20,7 +20,7 @@ from detr_irpe.data.problems import naming_problems
 from detr_irpe.data.segmentations import encode_masks
 from detr_irpe.drawing import attention_maps, cell_of, draw_objects, side_by_side
 from detr_irpe.load_model import Detector
-from irpe_ops.modules import IRPE
+from irpe_ops.modules import buckets_of
 from irpe_ops.visualize import draw_over_image, draw_tables, save
 from irpe_train.distributed import choose_device
 from irpe_train.errors import BadData, shown
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--attention: {args.resume} has no encoder layer to inspect")
         seen, layer = [], detector.encoder.layers[-1].self_attn
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    encoded = (args.tables or args.attention) and any(isinstance(m, IRPE) for m in detector.encoder.modules())
+    encoded = (args.tables or args.attention) and buckets_of(detector.encoder)
     if args.tables and not encoded:
         raise ValueError(f"--tables: {args.resume} has no relative position encoding")
     truth = Truth(args.annotations, detector.names) if args.annotations else None

@@ -196,7 +196,7 @@ def agree_on_classes(
         compare_for_resume(checkpoint, sets[-1].categories, same_run=continues)
     if args.num_classes != "auto":
         return args.num_classes
-    if source := checkpoint or start or frozen if args.eval else resumed or frozen:
+    if source := (checkpoint or start or frozen) if args.eval else (resumed or frozen):
         return classes_in(source)
     return data.classes_of_data(sets, args.dataset_file)
 

@@ -28,7 +28,7 @@ from typing import TextIO
 from irpe_lab.console_log import last_words
 from irpe_lab.figures import LARGEST
 from irpe_train.config import parse_yaml
-from irpe_train.errors import Preempted, RunError, blamed_on, import_optional
+from irpe_train.errors import Preempted, RunError, blamed_on, import_optional, reported_by
 from irpe_train.outputs import writable_folder
 from irpe_train.text_files import plain_file, read_text, write_text
 
@@ -98,7 +98,7 @@ def busy(folder: Path) -> bool:
 def locked(folder: Path, wait: bool = False) -> Iterator[TextIO | None]:
     """Lock ``folder/lock``, which is free once all its holders have ended.
 
-    Yields the file; without ``wait``, None if the lock is taken.
+    Yields the file; without ``wait``, None if the lock is taken. A file system without locks never has one taken.
     """
     with open(plain_file(folder / "lock"), "w") as lock:
         try:
@@ -249,7 +249,5 @@ def read_json(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    try:
+    with reported_by(sys.argv[1]):
         sys.exit(work(Path(sys.argv[1])))
-    except (OSError, RunError) as error:  # a full disk, or a pipe in place of a file
-        sys.exit(f"{sys.argv[1]}: {error}")

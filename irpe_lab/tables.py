@@ -105,7 +105,7 @@ def _escape(text: str) -> str:
 def refuse_to_replace(folder: Path, names: Iterable[str], runs: Iterable[str]) -> None:
     """Raises RunError: one of the files exists, and no table.csv in ``folder`` shows that it belongs to ``runs``."""
     table = folder / NAMES[0]
-    header, *lines = read_text(table).splitlines() or [""] if table.is_file() else [""]
+    header, *lines = (table.is_file() and read_text(table).splitlines()) or [""]
     ours = header.startswith("run,flags,") and not {line.partition(",")[0] for line in lines}.isdisjoint(runs)
     if found := [] if ours else [folder / name for name in names if os.path.lexists(folder / name)]:
         raise RunError(f"{found[0]}: already there, and not from these runs; give another folder, or move it away")

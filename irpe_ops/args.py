@@ -38,7 +38,7 @@ def get_info_parser(kind: type = argparse.ArgumentParser) -> argparse.ArgumentPa
     what = "List the backends available here and why others are missing, check their results, and time them."
     parser = _parser(kind, "info", what)
     parser.add_argument("--check", action="store_true", help="run each backend against an fp64 reference, then time it")
-    parser.add_argument("--benchmark", type=Path, metavar="DIR", help="time full batches and write a CSV")
+    parser.add_argument("--benchmark", type=_path, metavar="DIR", help="time full batches and write a CSV")
     return parser
 
 
@@ -51,8 +51,12 @@ def get_visualize_parser(kind: type = argparse.ArgumentParser) -> argparse.Argum
     add("spec", nargs="?", help="such as rpe-1.9-product-ctx-1-k (default: an overview of all methods)")
     add("--grid", type=_pair("x", "HxW"), metavar="HxW", help="patches (default 14x14)")
     add("--query", type=_pair(",", "ROW,COL"), metavar="ROW,COL", help="the query patch (default: middle)")
-    add("-o", "--output", type=Path, default=Path("encoding.png"), metavar="FILE", help="default: encoding.png")
+    add("-o", "--output", type=_path, default=Path("encoding.png"), metavar="FILE", help="default: encoding.png")
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # ~ after --flag=, where no shell does it
 
 
 def _pair(separator: str, wanted: str):

@@ -49,13 +49,13 @@ def compare(name: str, measured: Mapping[str, float]) -> list[dict]:
         raise ValueError(f"card of {name}: no published {', '.join(sorted(strange))}; there are {', '.join(expect)}.")
     lines = []
     for figure, published in expect.items():
-        here, tolerance, difference, verdict = measured.get(figure), zoo.tolerance[figure], None, NOT_RUN
+        here, tolerance, difference, judged = measured.get(figure), zoo.tolerance[figure], None, NOT_RUN
         if here is not None:
             difference = here - published
             # 1e-9: a difference of exactly the tolerance is a PASS, whatever the rounding.
-            verdict = "PASS" if abs(difference) <= tolerance + 1e-9 else "FAIL"
+            judged = "PASS" if abs(difference) <= tolerance + 1e-9 else "FAIL"
         line = dict(figure=figure, here=here, published=published, tolerance=tolerance)
-        lines.append(line | dict(difference=difference, verdict=verdict))
+        lines.append(line | dict(difference=difference, verdict=judged))
     return lines
 
 

@@ -246,7 +246,7 @@ def write_checkpoint(contents: dict, path: Path, *, previous: Path | None = None
         kept = previous if previous is not None and not path.exists() else path
         reason = error if isinstance(error, OSError) else error.__context__ or error  # PyTorch's says "enforce fail"
         last = f"; the last good checkpoint is kept: {kept}" if kept.exists() else ""
-        remedy = f"Free some space or choose another --output_dir{last}"
+        remedy = f"Free some space or choose another folder{last}"
         raise RunError(f"cannot write {path}: {first_line(reason)}. {remedy}") from error
 
 

@@ -117,8 +117,11 @@ def answer_early(package: str) -> None:
 
 def with_home(argv: Sequence[str]) -> list[str]:
     """Expand ``~/`` as shells do, and also after ``--flag=`` and in a file, where no shell does."""
-    home = os.path.join(os.path.expanduser("~"), "")
-    return [re.sub("^(--[^=]+=)?~/", lambda found: (found[1] or "") + home, word) for word in argv]
+
+    def expand(found: re.Match) -> str:
+        return (found[1] or "") + os.path.expanduser(found[2])
+
+    return [re.sub("(?s)^(--[^=]+=)?(~.*)", expand, word) for word in argv]
 
 
 def read_yaml(path: Path, source: str) -> dict:

@@ -12,7 +12,7 @@ import re
 import torch
 import torch.distributed as dist
 
-from irpe_train.errors import RankLost, RunError, blamed_on, first_line
+from irpe_train.errors import RankLost, RunError, blamed_on, first_line, in_one_line
 from irpe_train.freed_memory import keep_freed_memory
 from irpe_train.logger import logger, set_up_logging
 from irpe_train.preemption import STOP
@@ -77,7 +77,7 @@ def start(*, device: str = "cuda", dist_url: str = "env://", timeout: float = 60
                 port = f"MASTER_PORT {os.environ.get('MASTER_PORT')}, --dist_url {dist_url}"
                 raise RunError(f"{port}: another program uses this port; choose one that is free") from error
             raise RankLost(
-                f"rank {my_rank} of {world}: the others did not arrive within {timeout:g} s ({first_line(error)}). "
+                f"rank {my_rank} of {world}: could not join the others within {timeout:g} s ({in_one_line(error)}). "
                 "Start all of them, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE."
             ) from error
     return chosen

@@ -39,8 +39,8 @@ def some(names: Iterable[object]) -> str:
 def reported_by(program: str):
     """Around a command: an error that the user can fix ends it with one message, which begins with ``program``.
 
-    Ctrl-C ends it without a message, with exit status 130, and so does a closed console, as in ``irpe zoo | head -1``,
-    with 1. ``IRPE_TRACEBACK=1`` shows where a message comes from; unexpected errors keep their traceback.
+    Ctrl-C ends it without a message, with exit status 130; a closed console, as in ``irpe zoo | head -1``, with 1.
+    ``IRPE_TRACEBACK=1`` shows where a message comes from; unexpected errors keep their traceback.
     """
     try:
         try:

@@ -147,7 +147,7 @@ class EvalLoader:
 def try_all(read: Callable[[int], object], indices: Sequence[int], num_workers: int) -> Iterator[tuple[object, str]]:
     """(``read(index)``, "") for each of ``indices`` in order, or (None, why it cannot be read).
 
-    They are read by ``num_workers`` processes; random generators are left unchanged.
+    They are read by up to ``num_workers`` processes; random generators are left unchanged.
     """
     batches = BatchSampler(indices, 64, drop_last=False)
     return chain.from_iterable(_loader(partial(_tried, read), batches, list, num_workers=num_workers))

@@ -22,9 +22,9 @@ FEW = ("lr", "class_error", "loss", "acc1")
 
 
 class SmoothedValue:
-    """A series of numbers: the last ``window`` of them, and the mean of all.
+    """A series of numbers: the last ``window_size`` of them, and the mean of all.
 
-    Args: fmt: may use ``median``, ``avg`` (both of the window), ``global_avg``, ``max`` and ``value`` (the last).
+    Args: fmt: may use ``median``, ``avg``, ``max`` (of the window), ``value`` (the last) and ``global_avg``.
     """
 
     def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):

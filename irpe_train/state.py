@@ -170,10 +170,10 @@ def _numbers(meter: dict) -> list:
 
 def plain(value):
     """``value`` from types that ``weights_only=True`` reads back: arrays become fp64 tensors, unknown objects text."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.Tensor)) and not isinstance(value, np.generic):
-        return value
     if isinstance(value, np.generic):
         return value.item()
+    if value is None or isinstance(value, (int, float, str, torch.Tensor)):
+        return value
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.astype(np.float64))
     if isinstance(value, dict):

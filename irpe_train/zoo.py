@@ -104,7 +104,7 @@ def fetch(name: str, *, folder: Path | None = None, zoo: Zoo | None = None) -> P
     except OSError as error:
         raise ConnectionError(
             f"model zoo: cannot download {entry.url} ({error}). Download {entry.file} on a machine with a network and "
-            f"put it here: {target}. For a cache elsewhere set TORCH_HOME."
+            f"put it here: {target}. To keep it elsewhere set TORCH_HOME, or give irpe zoo a --folder."
         ) from error
     return target
 

@@ -5,6 +5,7 @@ Source: Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4; crowd and 
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,8 +138,8 @@ def _overlaps(truth: np.ndarray, found: np.ndarray) -> tuple[dict, dict, dict]:
     """Pixels shared by each pair of overlapping segments, and of each true and each found segment."""
     pairs, pixels = np.unique(truth * 2**24 + found, return_counts=True)
     overlap = {(int(p) >> 24, int(p) % 2**24): int(n) for p, n in zip(pairs, pixels, strict=True)}
-    truth_area, found_area = {}, {}
+    truth_area, found_area = Counter(), Counter()
     for (true_id, found_id), shared in overlap.items():
-        truth_area[true_id] = truth_area.get(true_id, 0) + shared
-        found_area[found_id] = found_area.get(found_id, 0) + shared
+        truth_area[true_id] += shared
+        found_area[found_id] += shared
     return overlap, truth_area, found_area

@@ -34,16 +34,18 @@ FILL = ("eval", "resume", "pretrained", "finetune", "frozen_weights")  # flags t
 def build_model(
     args: argparse.Namespace, *, filled: bool | None = None, things: Collection[int] = PUBLISHED_THINGS
 ) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-    """Model, losses and post-processors for the flags of a run, published namespaces included; all on the CPU.
+    """Model, losses and post-processors for the flags of a run; missing flags take their defaults. All on the CPU.
 
     Args:
         filled: a checkpoint will fill the model, so ``--backbone_weights`` is not needed; None: as the flags say.
         things: the countable categories of a panoptic set.
     """
+    args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
     if filled is None:
-        filled = any(getattr(args, flag, None) for flag in FILL)
-    given = getattr(args, "num_classes", None)  # "auto" or missing in namespaces from elsewhere
-    num_classes = given if isinstance(given, int) else PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
+        filled = any(getattr(args, flag) for flag in FILL)
+    num_classes = args.num_classes
+    if num_classes == "auto":
+        num_classes = PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
     model = create_model(
         args.backbone,
         args.enc_rpe2d,
@@ -52,8 +54,8 @@ def build_model(
         _pretrained_backbone(args, filled),
         **{name: getattr(args, name) for name in SIZES},
         train_backbone=args.lr_backbone > 0,
-        freeze_detr=bool(getattr(args, "frozen_weights", None)),
-        attn_backend=getattr(args, "attn_backend", "auto"),
+        freeze_detr=bool(args.frozen_weights),
+        attn_backend=args.attn_backend,
     )
 
     weights = {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
@@ -73,10 +75,10 @@ def build_model(
 
 
 def _pretrained_backbone(args: argparse.Namespace, filled: bool) -> bool | str:
-    source = "none" if filled else getattr(args, "backbone_weights", "imagenet")
-    if source == "imagenet":
-        return is_main()  # the other processes get theirs from rank 0, when DDP starts
-    return False if source == "none" else str(source)
+    if filled or args.backbone_weights == "none":
+        return False
+    # The other processes get ImageNet's from rank 0, when DDP starts.
+    return is_main() if args.backbone_weights == "imagenet" else str(args.backbone_weights)
 
 
 def starting_checkpoints(args: argparse.Namespace) -> tuple[Checkpoint | None, Checkpoint | None]:

@@ -16,6 +16,7 @@ import irpe_ops
 from deit_irpe.args import get_args_parser as deit_parser
 from detr_irpe.args import get_args_parser as detr_parser
 from irpe.__main__ import COMMANDS, TASKS, completion, main, overview
+from irpe_ops.args import get_visualize_parser
 from irpe_ops.attention import BACKENDS
 from irpe_train.config import answer_early
 from irpe_train.precision import DTYPES
@@ -44,6 +45,7 @@ def test_the_home_folder_is_found_by_every_command(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("HOME", str(tmp_path))
     importlib.import_module("irpe_train.zoo").main(["--folder=~/new", "--where", "all"])
     assert capsys.readouterr().out.startswith(f"{tmp_path}/new/deit_")
+    assert get_visualize_parser().parse_args(["--output=~/a.png"]).output == tmp_path / "a.png"
     monkeypatch.setattr("irpe_ops.visualize.main", lambda argv: sys.exit(" ".join(argv)))
     with pytest.raises(SystemExit, match=f"^--output={tmp_path}/a.png$"):
         main(["visualize", "--output=~/a.png"])

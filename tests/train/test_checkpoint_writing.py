@@ -58,7 +58,7 @@ def test_full_disk_fails_loudly_and_keeps_the_old_file(tmp_path, limit):
     path = tmp_path / "checkpoint.pth"
     write_checkpoint({"epoch": 0}, path, previous=tmp_path / "previous.pth")
     match = r"cannot write .*checkpoint.pth: \[Errno \d+\] .*last good checkpoint is kept: .*t.pth"
-    with full_disk(limit), pytest.raises(RunError, match=r"eval.pth: \[Errno \d+\] .* choose another --output_dir$"):
+    with full_disk(limit), pytest.raises(RunError, match=r"eval.pth: \[Errno \d+\] .* choose another folder$"):
         write_checkpoint({"model": torch.zeros(10**6)}, tmp_path / "eval.pth")  # beside a checkpoint that is good
     with full_disk(limit), pytest.raises(RunError, match=match):
         write_checkpoint({"epoch": 1, "model": torch.zeros(10**6)}, path, previous=tmp_path / "previous.pth")

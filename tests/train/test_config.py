@@ -122,6 +122,7 @@ def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path, monkeypatc
     (tmp_path / "c.yaml").write_text("resume: ~/x.pth")
     args = parse_args(get_parser(), ["--config", "~/c.yaml", "--output_dir=~/out"])
     assert (args.resume, args.output_dir) == (f"{tmp_path}/x.pth", f"{tmp_path}/out")
+    assert parse_args(get_parser(), ["--output_dir=~"]).output_dir == str(tmp_path)
 
 
 def test_a_second_file_is_not_ignored(tmp_path):

@@ -75,7 +75,7 @@ def test_a_rank_that_never_comes_ends_the_other_with_a_message(tmp_path):
     (waiting,) = tiny(tmp_path / "run", "--dist_timeout", "1", world_size=2, missing=(1,), timeout=50)
     assert time.monotonic() - began < 40
     assert waiting.code == 1, waiting.text
-    assert "RankLost: rank 0 of 2: the others did not arrive within 1 s" in waiting.text
+    assert "RankLost: rank 0 of 2: could not join the others within 1 s" in waiting.text
     assert "MASTER_ADDR" in waiting.text
 
 
