@@ -55,7 +55,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add, suffixes = parser.add_argument, ", ".join(SUFFIX.values())
     add("--resume", required=True, metavar="FILE", help="the checkpoint to export")
     add("--out", required=True, metavar="FILE", help=f"where to write; a format's suffix is added: {suffixes}")
-    add("--formats", nargs="+", choices=tuple(SUFFIX), default=["onnx"], help="which (default: onnx)")
+    add("--formats", nargs="+", choices=tuple(SUFFIX), help="which (default: the one of --out's suffix, or onnx)")
 
 
 def _number(kind: type, name: str, wanted: str, valid: Callable[[float], bool]) -> Callable[[str], float]:

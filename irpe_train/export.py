@@ -29,7 +29,7 @@ def export_model(
     examples: Sequence[tuple[Tensor, ...]],
     out: str | Path,
     *,
-    formats: Sequence[str],
+    formats: Sequence[str] | None = None,
     inputs: dict[str, dict[int, str]],
     outputs: Sequence[str],
     metadata: dict[str, str] | None = None,
@@ -40,7 +40,7 @@ def export_model(
         model: takes tensors, returns a tensor or a tuple of tensors. It is exported in evaluation mode.
         examples: inputs. The first is traced; all are compared, so they should differ in every dynamic dimension.
         out: each format's suffix replaces that of another format, and is appended to other names (``m_lr0.1``).
-        formats: keys of ``SUFFIX``.
+        formats: keys of ``SUFFIX``; None: the one of the suffix of ``out``, or ONNX.
         inputs: by name, ``{dimension: name}`` of the dimensions that may vary. outputs: their names.
         metadata: what a user of the file must know, such as classes and image size: in ONNX's metadata, the header of
             safetensors, and beside a ``.pt2`` in its ``extra_files`` (``metadata.json``).
@@ -50,6 +50,7 @@ def export_model(
     if Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
     out = Path(out)
+    formats = formats or [next((format for format, suffix in SUFFIX.items() if suffix == out.suffix), "onnx")]
     stem = out.stem if out.suffix in SUFFIX.values() else out.name
     paths = {format: out.with_name(stem + SUFFIX[format]) for format in formats}
     for format, path in paths.items():

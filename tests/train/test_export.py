@@ -70,6 +70,15 @@ def test_all_formats_agree_with_the_model(tmp_path, capsys):
         assert file.metadata() == {"classes": "three"}
 
 
+@pytest.mark.parametrize(
+    ("out", "written"),
+    [("m.pt2", "m.pt2"), ("m.safetensors", "m.safetensors"), ("m.onnx", "m.onnx"), ("m.1", "m.1.onnx")],
+)
+def test_the_suffix_names_the_format_if_nothing_else_does(tmp_path, out, written):
+    export(Scores(), tmp_path / out, None)
+    assert [path.name for path in tmp_path.iterdir()] == [written]
+
+
 @pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
 def test_a_name_need_not_be_utf_8(tmp_path, format, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda text: None)  # the parser of a command makes the console escape it
