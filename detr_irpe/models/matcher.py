@@ -40,6 +40,8 @@ class HungarianMatcher:
         """
         counts = [len(target["boxes"]) for target in targets]
         logits = torch.stack([layer["pred_logits"] for layer in layers])  # (layers, B, Q, C + 1)
+        if len(targets) != logits.shape[1]:
+            raise ValueError(f"matching: {logits.shape[1]} images with {len(targets)} targets; expected one for each")
         boxes = torch.stack([layer["pred_boxes"] for layer in layers])
         blocks = self.costs(logits, boxes, targets).split(counts, dim=-1)
         own = torch.cat([block[:, image].flatten(1) for image, block in enumerate(blocks)], dim=1).cpu()

@@ -103,3 +103,8 @@ def test_predictions_that_are_not_finite_are_matched_last(value):
 def test_something_must_cost():
     with pytest.raises(ValueError, match="--set_cost_giou are all 0: give one above 0"):
         HungarianMatcher(0, 0, 0)
+
+
+def test_each_image_has_targets():
+    with pytest.raises(ValueError, match="matching: 2 images with 1 targets; expected one for each"):
+        HungarianMatcher()(random_outputs(2, 5), random_targets([3]))
