@@ -31,7 +31,7 @@ def draw_objects(
     """
     wanted = -(-READABLE_SIDE // min(image.size))
     factor = max(1, min(wanted, LARGEST_SIDE // max(image.size)))
-    picture = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     colours = [PALETTE[index % len(PALETTE)] for index in classes]
     if masks is not None and len(masks):
         enlarged = F.interpolate(masks[:, None].float(), scale_factor=factor, mode="nearest")[:, 0] > 0

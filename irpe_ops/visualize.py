@@ -137,9 +137,10 @@ def draw_over_image(
 
     Args:
         image: a PIL image. points: ``(x, y)`` in its pixels.
-        maps: for each point ``(height, width)`` maps by title, the same titles for all.
+        maps: for each point ``(height, width)`` maps by title, tensors or arrays, the same titles for all.
         title: shown literally, like the titles of the maps (`plain_text`).
     """
+    image = image.convert("RGB")  # matplotlib would colour a grey one
     columns = 1 + len(maps[0])
     figure = _figure(3 * columns, 3 * len(points) * min(image.height / image.width, 8) + 0.5)
     figure.suptitle(plain_text(title), fontsize=9)
@@ -149,7 +150,7 @@ def draw_over_image(
         for axis, (name, values) in zip(line, {f"from {x:.0f}, {y:.0f}": None, **of_point}.items(), strict=True):
             axis.imshow(image, extent=extent)
             if values is not None:
-                values = values.detach().float().cpu().numpy()
+                values = torch.as_tensor(values).detach().float().cpu().numpy()
                 axis.imshow(values, extent=extent, alpha=0.75, cmap="inferno", vmin=0.0, vmax=most)
             axis.plot(x, y, "o", color="cyan", markeredgecolor="black", markersize=5)
             axis.set_title(plain_text(name), fontsize=7)

@@ -199,6 +199,16 @@ def test_the_attention_drawn_is_the_attention_used(enc_rpe2d):
     assert maps["mean of heads"][1, 2] == 0
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_boxes_and_masks_have_their_colours_on_any_image(mode):
+    box, masks = torch.tensor([[100, 100, 300, 300]]), torch.zeros(1, 500, 600)
+    masks[0, 100:300, 100:300] = 1
+    image = Image.new("RGB", (600, 500), "gray").convert(mode)
+    found = draw_objects(image, box, [1], ["x"], masks)
+    assert found.getpixel((100, 200)) == ImageColor.getrgb(PALETTE[1])
+    assert found == draw_objects(image.convert("RGB"), box, [1], ["x"], masks)
+
+
 def test_a_box_is_drawn_on_its_corners_and_its_label_above_it_or_within():
     size, colour = (900, 600), ImageColor.getrgb(PALETTE[1])
     box = torch.tensor([[300, 200, 500, 400], [-9, 250, 299, 350], [870.4, 3, 2000, 2000]])

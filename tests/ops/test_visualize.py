@@ -121,6 +121,13 @@ def test_maps_over_an_image():
     assert figure.axes[1].images[1].get_clim() == figure.axes[2].images[1].get_clim() == (0, 1)
 
 
+def test_a_grey_image_stays_grey_below_its_maps():
+    image = pytest.importorskip("PIL.Image").linear_gradient("L")
+    figure = visualize.draw_over_image(image, [(5, 5)], [{"one": torch.ones(2, 3).numpy()}], "title")
+    shown = torch.from_numpy(figure.axes[0].images[0].get_array().data.copy())
+    assert torch.equal(shown, torch.arange(256, dtype=torch.uint8)[:, None, None].expand(256, 256, 3))
+
+
 def test_names_are_shown_as_they_stand(tmp_path):
     name = "$5_and_$6 {\udce9.jpg"
     image = pytest.importorskip("PIL.Image").new("RGB", (60, 40))
