@@ -128,7 +128,8 @@ def register_bucket_method(
     Args:
         name: lower-case letters, digits and underscores.
         ids, num_buckets: see `BucketMap`. ``ids`` may use only tensor operations, so that it can be compiled.
-    Raises: ValueError: for a name that is malformed or taken, or ids that are not int64 in ``[0, num_buckets(beta))``.
+    Raises: TypeError: for ids or num_buckets that are no functions. ValueError: for a name that is malformed or taken,
+        or ids that are not int64 in ``[0, num_buckets(beta))``.
 
     Programs that do not import your module (``python -m deit_irpe``) import the modules named in the environment
     variable ``IRPE_PLUGINS`` (separated by commas) before they read the first encoding or build a model.
@@ -140,6 +141,9 @@ def register_bucket_method(
         raise ValueError(f"register_bucket_method: {name!r} is a method of iRPE; choose another name")
     if taken is not None and _origin(taken.ids) != _origin(ids):  # equal if a notebook cell is run twice
         raise ValueError(f"register_bucket_method: {name!r} is registered already, by {'.'.join(_origin(taken.ids))}")
+    if not (callable(ids) and callable(num_buckets)):
+        kinds = f"got {type(ids).__name__} and {type(num_buckets).__name__}"
+        raise TypeError(f"register_bucket_method: {name!r}: ids and num_buckets are functions, see BucketMap; {kinds}")
     row = BucketMap(ids, num_buckets)
     for ratio in (0.5, 1.9, 20.0):
         for height, width in ((4, 5), (40, 1), (1, 40)):
@@ -232,7 +236,8 @@ def ids_of(
     ids, shape = row.ids(drow, dcol, index, beta), (drow + dcol).shape
     count = whole_number(f"{name}: num_buckets(beta)", row.num_buckets(beta), 1)
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        raise ValueError(f"{name}: ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"{name}: ids must be an int64 tensor, got {kind}")
     if ids.dim() > len(shape) or any(a not in (1, b) for a, b in zip(ids.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name}: ids must broadcast to {tuple(shape)}, as drow and dcol do, got {tuple(ids.shape)}")
     wanted = f"{name}: ids must lie in [0, {count}) for beta={beta}"

@@ -127,6 +127,7 @@ def test_a_cell_run_twice_replaces_and_another_function_does_not():
             "'floats': ids must be an int64 tensor, got torch.f",
         ),
         (("none", lambda drow, dcol, index, beta: None), "'none': ids must be an int64 tensor, got NoneType"),
+        (("array", lambda drow, dcol, index, beta: drow.numpy()), "'array': ids must be an int64 tensor, got ndarray"),
         (("signed", lambda drow, dcol, index, beta: index(drow)), "[0, 3) for beta=1, got -1 to 1"),
         (
             ("flat", lambda drow, dcol, index, beta: index(drow).flatten() + beta),
@@ -143,6 +144,14 @@ def test_a_cell_run_twice_replaces_and_another_function_does_not():
 )
 def test_what_cannot_be_a_method(arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):
+        register_bucket_method(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [("table", [0, 1]), ("table", ring, 3)])
+def test_a_table_in_place_of_a_function_is_refused(arguments):
+    with pytest.raises(
+        TypeError, match="'table': ids and num_buckets are functions, see BucketMap; got (list|function)"
+    ):
         register_bucket_method(*arguments)
     assert arguments[0] not in METHODS or arguments[0] == "product"
 
