@@ -77,7 +77,10 @@ def export_model(
                 except OSError:  # the disk is full
                     raise
                 except Exception as error:  # PyTorch's own, of many kinds: it cannot trace or write every model
-                    raise RunError(f"{path}: this model cannot be exported ({first_line(error)})") from error
+                    cause = error
+                    while cause.__cause__:  # the exporter's own words name a step, the first error the operation
+                        cause = cause.__cause__
+                    raise RunError(f"{path}: this model cannot be exported ({first_line(cause)})") from error
                 difference = _largest_difference(found, expected)
                 if not difference <= TOLERANCE:
                     wanted = f"at most {TOLERANCE:g} was expected. The file was not written."

@@ -139,6 +139,13 @@ def test_what_cannot_be_written_is_one_message_and_leaves_no_file(tmp_path, form
     monkeypatch.setattr(torch.export, "save", half_written)
     with pytest.raises(RunError, match=r"n.pt2: this model cannot be exported \(AssertionError\)"):
         export(Scores(), tmp_path / "n", ["pt2"])
+
+    def wrapped(*args, **options):  # as by PyTorch's ONNX exporter
+        raise RuntimeError("Failed to convert the exported program.\nThis is step 3/3") from ValueError("No function x")
+
+    monkeypatch.setattr(torch.export, "export", wrapped)
+    with pytest.raises(RunError, match=r"n.onnx: this model cannot be exported \(No function x\)"):
+        export(Scores(), tmp_path / "n", ["onnx"])
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
