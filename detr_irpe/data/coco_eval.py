@@ -70,7 +70,7 @@ class CocoEvaluator:
                 raise ValueError(f"detections of image {image_id}: a box or score is NaN or infinite; is the model?")
             packed = {"bbox": boxes.tolist(), "scores": scores.numpy(), "labels": labels.numpy()}
             if "segm" in self.iou_types:
-                masks = found["masks"].flatten(0, -3)
+                masks = torch.as_tensor(found["masks"]).flatten(0, -3)
                 size, wanted = list(masks.shape[1:]), self.annotations.sizes[self._known[image_id]].tolist()
                 if len(masks) and 0 not in wanted and size != wanted:
                     raise ValueError(

@@ -254,7 +254,7 @@ def test_detections_come_as_callers_have_them(tmp_path):
         scores = torch.ones(len(boxes))
         wanted[image_id] = {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks[:, None]}
         arrays = {"boxes": boxes.numpy() if len(boxes) else [], "labels": labels.numpy()}
-        given[torch.tensor([image_id])] = arrays | {"scores": scores.requires_grad_(), "masks": masks}
+        given[torch.tensor([image_id])] = arrays | {"scores": scores.requires_grad_(), "masks": masks.numpy()}
     figures = score(root, wanted, ("bbox", "segm"))
     assert figures["segm"].stats[0] == pytest.approx(1)
     same = score(root, given, ("bbox", "segm"))
