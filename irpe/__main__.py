@@ -125,8 +125,12 @@ def completion(argv: list[str]) -> str:
     for name, (module, what) in COMMANDS.items():
         task, _, verb = name.rpartition(" ")
         parents = [parser_of(name)] if module else [asked]
+        for action in parents[0]._actions:
+            if action.nargs != 0 and not action.choices:
+                action.complete = shtab.FILE  # shtab would offer nothing, not even files
         tasks.get(task, commands).add_parser(verb, help=what, parents=parents, add_help=False)
-    return shtab.complete(parser, shell=shell)
+    script = shtab.complete(parser, shell=shell)
+    return script.replace("-o bashdefault", "-o bashdefault -o default")  # bash: files after --flag= too
 
 
 if __name__ == "__main__":

@@ -264,6 +264,18 @@ def test_completion_knows_commands_and_flags(shell):
         assert flag in script
 
 
+def test_bash_completes_files(tmp_path):
+    pytest.importorskip("shtab")
+    (tmp_path / "complete.sh").write_text(completion(["bash"]))
+    lines = "classify train --config REA", "ablate REA", "classify predict REA", "detect predict --resume REA"
+    for words in lines:
+        ask = f'COMP_WORDS=(irpe {words}); COMP_CWORD={len(words.split())}; _shtab_irpe; echo "${{COMPREPLY[@]}}"'
+        ran = subprocess.run(["bash", "-c", f". {tmp_path}/complete.sh; {ask}; complete -p irpe"], cwd=REPOSITORY,
+                             capture_output=True, text=True)  # fmt: skip
+        found, how = ran.stdout.splitlines()
+        assert found == "README.md" and " -o default " in how  # bash's own does --flag=REA
+
+
 def test_completion_without_its_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(SystemExit, match="irpe completion needs shtab: pip install shtab"):
