@@ -75,6 +75,9 @@ def compare_for_evaluation(checkpoint: Checkpoint, here: Mapping[int, str]) -> N
         raise BadCheckpoint(f"checkpoint {source} numbers its categories differently from this data: {how}")
     if odd := differences(trained, here):
         logger.warning(f"checkpoint {source} was trained on other categories than this data has: {'; '.join(odd[:5])}")
+    elif len(here) < len(trained):
+        some = f"{len(here)} of the {len(trained)} categories of checkpoint {source} are in this data"
+        logger.info(f"{some}; the others are not scored")
 
 
 def compare_for_resume(checkpoint: Checkpoint, here: Mapping[int, str], *, same_run: bool = True) -> None:
