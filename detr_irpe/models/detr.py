@@ -14,6 +14,7 @@ from detr_irpe.models.position_encoding import build_position_encoding
 from detr_irpe.models.segmentation import DETRsegm
 from detr_irpe.models.transformer import Transformer
 from detr_irpe.nested_tensor import NestedTensor
+from irpe_ops import parse_rpe_spec
 
 
 class MLP(nn.Module):
@@ -114,12 +115,14 @@ def create_model(
         train_backbone: train stages 2 to 4 of the backbone; the first and the stem are always frozen.
         masks: add the segmentation head (``DETRsegm``); ``freeze_detr`` then trains only that head.
     """
+    spec = "" if enc_rpe2d == "none" else enc_rpe2d  # as on the command line
+    if spec:
+        parse_rpe_spec(spec)  # a mistake in it is told before anything is downloaded
     resnet = build_resnet(backbone, dilation=dilation, pretrained=pretrained_backbone is True)
     if isinstance(pretrained_backbone, str):
         load_backbone_weights(resnet, pretrained_backbone)
     maps = Backbone(resnet, train_backbone=train_backbone, return_interm_layers=masks)
     joiner = Joiner(maps, build_position_encoding(position_embedding, hidden_dim))
-    spec = "" if enc_rpe2d == "none" else enc_rpe2d  # as on the command line
     transformer = Transformer(
         hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout, pre_norm, spec, attn_backend
     )

@@ -98,6 +98,13 @@ def test_a_run_writes_the_published_files(trained):
     assert max(map(len, re.findall("^Epoch: .*", text, flags=re.MULTILINE))) < 140
 
 
+def test_a_mistake_in_the_spec_is_told_before_a_download(monkeypatch):
+    monkeypatch.setattr("detr_irpe.models.detr.build_resnet", pytest.fail)
+    args = get_args_parser().parse_args(["--enc_rpe2d", "rpe-2.0-prodct-ctx-1-k"])
+    with pytest.raises(ValueError, match="unknown method 'prodct'"):
+        build_model(args)
+
+
 def test_a_checkpoint_is_as_published(trained):
     folder, _ = trained
     checkpoint = read_checkpoint(folder / "checkpoint.pth")
