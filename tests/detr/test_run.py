@@ -21,6 +21,7 @@ from irpe_train.distributed import rank
 from irpe_train.errors import BadCheckpoint, Preempted, RunError
 from tests.helpers.detr_runs import TINY, detr, detr_ok, log_of
 from tests.helpers.sabotage import be_stopped, change_a_loss
+from tests.helpers.snippets import REPOSITORY, run_python_blocks
 from tests.helpers.tiny_coco import edit_annotations, write_tiny_coco
 
 UNREAD = ("--backbone_weights", "nowhere.pth")  # where a checkpoint is evaluated or resumed
@@ -124,7 +125,7 @@ def test_the_published_optimizer_has_199_and_42_tensors():
     assert [len(group["params"]) for group in groups] == [199, 42]
 
 
-def test_evaluation_repeats_the_figures_and_writes_no_log(trained, data, tmp_path):
+def test_evaluation_repeats_the_figures_and_writes_no_log(trained, data, tmp_path, capsys):
     folder, _ = trained
     flags = ["--dec_layers", 6, "--eval", "--resume", folder / "checkpoint.pth", *UNREAD]
     text = detr_ok(data, tmp_path / "eval", *flags)
@@ -132,6 +133,11 @@ def test_evaluation_repeats_the_figures_and_writes_no_log(trained, data, tmp_pat
     latest, again = read_checkpoint(folder / "eval/latest.pth"), read_checkpoint(tmp_path / "eval/eval.pth")
     assert torch.equal(latest["precision"], again["precision"]) and torch.equal(latest["scores"], again["scores"])
     assert "IoU metric: bbox" in text
+    run_python_blocks(REPOSITORY / "docs/detect.md")["print_categories"](tmp_path / "eval/eval.pth")
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [int(category) for category, _ in printed] == [3, 4, 9]
+    figures = torch.tensor([float(figure) for _, figure in printed])
+    assert figures.nanmean().item() == pytest.approx(log_of(folder)[-1]["test_coco_eval_bbox"][0], abs=1e-6)
 
 
 @pytest.mark.parametrize("name, flags", [("eval.pth", ["--eval", "--resume"]), ("eval/latest.pth", ["--finetune"])])
