@@ -121,7 +121,9 @@ def load_classifier(model: nn.Module, checkpoint: Checkpoint, number: int, *, fl
         bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:
             has = f"its head has {bias.numel()} outputs without class names"
-            raise BadCheckpoint(f"checkpoint {source}: {has}; the data have {number}")
+            more = bias.numel() > number
+            how = ". To evaluate on some of its classes, put their names into it (docs/evaluate.md)" if more else ""
+            raise BadCheckpoint(f"checkpoint {source}: {has}; the data have {number}{how}")
     weights, notes = resample_positions(model, weights, trained_grid(model, checkpoint), source=source)
     load_matching(model, weights, source=source)
     for key, note in notes.items():

@@ -151,7 +151,9 @@ def test_a_checkpoint_without_names_needs_as_many_classes(trained, tmp_path):
     torch.save(unnamed, tmp_path / "unnamed.pth")
     write_images(tmp_path / "val", {"a": 1, "b": 1})
     (ended,) = deit(tmp_path, tmp_path / "out", "--eval", "--resume", tmp_path / "unnamed.pth")
-    assert ended.code == 1 and "its head has 4 outputs without class names; the data have 2" in ended.text
+    told = "its head has 4 outputs without class names; the data have 2. To evaluate on some of its classes, put their "
+    assert ended.code == 1 and told + "names into it (docs/evaluate.md)" in ended.text
+    assert "assumed to be" not in ended.text
 
 
 def test_outputs_that_are_not_finite_are_no_result(colours, trained, tmp_path):
