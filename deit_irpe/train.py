@@ -77,6 +77,8 @@ def main(args: argparse.Namespace) -> int | None:
     lr = scaled_lr(args.lr, loader.batch_size, distributed.world_size(), args.accumulate)
     optimizer = build_optimizer(args, model, lr)
     lr_scheduler = build_scheduler(args, optimizer)
+    if checkpoint is None:
+        warn_of_warmup(args)
     criterion = build_criterion(args, classes, device)
     mixup = data.build_mixup(args, len(classes))
     ema = models.build_ema(args, model)
@@ -161,6 +163,13 @@ def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, v
             check_resumed_classes(stored, classes, source=checkpoint.source)
     renumber(val_set, classes, whose="the checkpoint" if train_set is None else "train")
     return classes
+
+
+def warn_of_warmup(args: argparse.Namespace) -> None:
+    """Warn if the run ends before its rate is reached: as published, two epochs run at ``--warmup-lr``."""
+    if 0 < args.epochs <= args.warmup_epochs + bool(args.warmup_epochs):
+        slow = f"all {args.epochs} epoch(s) are warm-up from {args.warmup_lr:g} and stay below the full rate"
+        logger.warning(f"--epochs {args.epochs} --warmup-epochs {args.warmup_epochs}: {slow}; try --warmup-epochs 0")
 
 
 def rows_of_banner(

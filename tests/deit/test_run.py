@@ -327,3 +327,11 @@ def test_a_tar_trains_as_its_folder_does(colours, tmp_path):
     deit_ok(colours, tmp_path / "folder", "--epochs", "1")
     deit_ok(tmp_path, tmp_path / "tar", "--epochs", "1", "--load-tar")
     assert log_of(tmp_path / "folder") == log_of(tmp_path / "tar")
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "told"), [(2, 5, True), (6, 5, True), (7, 5, False), (1, 0, False)])
+def test_a_run_that_is_all_warm_up_is_told(epochs, warmup, told, caplog):
+    args = argparse.Namespace(epochs=epochs, warmup_epochs=warmup, warmup_lr=1e-6)
+    train.warn_of_warmup(args)
+    words = f"--epochs {epochs} --warmup-epochs 5: all {epochs} epoch(s) are warm-up from 1e-06 and stay below the full"
+    assert (words in caplog.text and "--warmup-epochs 0" in caplog.text) if told else not caplog.text
