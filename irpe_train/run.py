@@ -64,6 +64,10 @@ def open_run(
         then = ", to be evaluated" if state.train_stats is not None else ""
         logger.info(f"resumed from {checkpoint.source}: epoch {state.epoch}, step {state.step}{then}")
         then = "Its optimizer and schedule continue unchanged"
+        lasts = getattr(state.lr_scheduler, "get_cycle_length", lambda: args.epochs)()  # timm's; steps have no end
+        if lasts < args.epochs:
+            then += f": it ends after {lasts} epoch(s), and later ones keep its lowest rate. "
+            then += "For a new schedule, start a run in another folder with --finetune FILE"
         warn_of_other_flags(parser, state.flags, checkpoint, then, ignore=(*data_flags, "start_epoch", "save_interval"))
     elif checkpoint is not None and (old := checkpoints.there()):
         raise RunError(
@@ -72,7 +76,10 @@ def open_run(
         )
     elif state.epoch >= args.epochs:
         logger.warning(f"--start_epoch {state.epoch} --epochs {args.epochs}: nothing to train; give more --epochs")
-    record_start(parser, args, stats)
+    if done := resumed and state.epoch >= args.epochs:
+        logger.info(f"nothing left to train: {state.epoch} epoch(s) are done, --epochs is {args.epochs}")
+    if not (done and checkpoints.own):  # config.yaml stays that of the training
+        record_start(parser, args, stats)
     images = loader.batch_size * world_size()
     product = f"{loader.batch_size} x {world_size()} process(es) x {args.accumulate} accumulated"
     rows = rows | {
@@ -81,6 +88,9 @@ def open_run(
         "output": args.output_dir or "none: without --output_dir nothing is written",
         "other than default": "\n".join(changed_flags(parser, args, PLACES + data_flags)) or "nothing",
     }
+    if resumed:
+        rates = ", ".join(dict.fromkeys(f"{group['lr']:g}" for group in state.optimizer.param_groups))
+        rows["effective lr"] = f"{rates} now, then as the checkpoint's schedule says"
     banner("run", rows)
     boards = dict(tensorboard=args.tensorboard, wandb=args.wandb)
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed and checkpoints.own, **boards)

@@ -335,3 +335,17 @@ def test_a_run_that_is_all_warm_up_is_told(epochs, warmup, told, caplog):
     train.warn_of_warmup(args)
     words = f"--epochs {epochs} --warmup-epochs 5: all {epochs} epoch(s) are warm-up from 1e-06 and stay below the full"
     assert (words in caplog.text and "--warmup-epochs 0" in caplog.text) if told else not caplog.text
+
+
+def test_training_longer_says_what_the_rate_will_be(trained, colours, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    flags = folder / "config.yaml"
+    before = flags.read_text()
+    again = partial(deit_ok, colours, folder, *PLAIN, "--lr", "0.3", "--model-ema-decay", "0.9", "--resume", "auto")
+    text = again("--epochs", "1")
+    assert "nothing left to train: 6 epoch(s) are done, --epochs is 1\n" in text and flags.read_text() == before
+    text = again("--epochs", "8", "--batch-size", "4")
+    assert "it ends after 6 epoch(s), and later ones keep its lowest rate. For a new schedule, start a run" in text
+    rate = log_of(trained[0])[-1]["train_lr"]
+    assert re.search(r"effective lr +(\S+) now, then as the", text)[1] == f"{log_of(folder)[6]['train_lr']:g}"
+    assert log_of(folder)[6]["train_lr"] < rate and log_of(folder)[7]["train_lr"] == pytest.approx(1e-5)
