@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int | None:
     state = TrainState(model, optimizer, lr_scheduler, ema=ema, scaler=precision.scaler, flags=flags, extra=extra)
     state.epoch = args.start_epoch
     rows = rows_of_banner(args, model, precision, loader, val_set, lr)
-    about = dict(rows=rows, stats=count(model), data_flags=("data_path",))
+    about = dict(rows=rows, stats=count(model), data_flags=("data_path",), judged_by="top-1 (%)")
     run = open_run(args, get_args_parser(), state, loader, checkpoints, checkpoint, **about)
 
     # --- loop

@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> int | None:
     state.epoch = args.start_epoch
     rows = rows_of_banner(args, model, precision, sets, num_classes)
     about = dict(rows=rows, stats=count(model), data_flags=("coco_path", "coco_panoptic_path"))
+    about["judged_by"] = "AP of masks" if args.masks else "AP"
     run = open_run(args, get_args_parser(), state, loader, checkpoints, checkpoint, **about)
 
     # --- loop

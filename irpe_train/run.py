@@ -48,6 +48,7 @@ def open_run(
     rows: dict[str, str],
     stats: dict[str, float],
     data_flags: tuple[str, ...],
+    judged_by: str = "top-1 (%) or AP",
 ) -> "Run":
     """Restore ``state`` from ``checkpoint``, record the start, print the banner, and open the log.
 
@@ -55,7 +56,7 @@ def open_run(
         args: as typed; only the flags of ``add_runtime_arguments`` are read. parser: of these flags.
         checkpoint: from ``Checkpoints.open``; None for a new run.
         rows: lines of the banner on data, model and rate. stats: the model in numbers, for ``model.json``.
-        data_flags: flags that are paths to data.
+        data_flags: flags that are paths to data. judged_by: the name of the figure of an epoch.
     """
     resumed = checkpoint is not None and state.load(checkpoint)
     if resumed:
@@ -96,7 +97,7 @@ def open_run(
     log = RunLog(args.output_dir, epoch=state.epoch, resumed=resumed and checkpoints.own, **boards)
     given = dict(seed=args.seed, epochs=args.epochs, accumulate=args.accumulate, max_bad=args.max_bad)
     steps = Steps(loader, state, checkpoints, save_interval=args.save_interval, **given)
-    return Run(state, checkpoints, log, steps)
+    return Run(state, checkpoints, log, steps, judged_by)
 
 
 def warn_of_other_flags(
@@ -119,8 +120,9 @@ def warn_of_other_flags(
 class Run:
     """A run in progress: ``steps`` gives the batches; the methods end an epoch, and the run."""
 
-    def __init__(self, state: TrainState, checkpoints: Checkpoints, log: RunLog, steps: Steps):
+    def __init__(self, state: TrainState, checkpoints: Checkpoints, log: RunLog, steps: Steps, judged_by: str = ""):
         self.state, self.checkpoints, self.log, self.steps = state, checkpoints, log, steps
+        self.judged_by = judged_by
         self._began = time.monotonic()
 
     def finish_epoch(self, test_stats: dict, *, figure: float) -> None:
@@ -148,10 +150,11 @@ class Run:
         if (folder := self.checkpoints.folder) is None:
             return
         written = {
-            Checkpoints.BEST: f"the epoch with the best top-1 (%) or AP: {self.state.best or 0:.4g}",
+            Checkpoints.BEST: f"the epoch with the best {self.judged_by}: {self.state.best or 0:.4g}",
             Checkpoints.NAME: "the last epoch; --resume auto continues from it",
             "log.txt": "a line of figures per epoch",
             f"detail_{folder.resolve().name}.log": "all console output, with every term of every tenth step",
+            "eval": "COCO's curves: the last epoch's and those of every 50th",
             "tensorboard": "the same figures for TensorBoard",
             "config.yaml": "the flags of this run, for --config",
         }

@@ -55,7 +55,7 @@ def test_console_and_details_have_the_published_lines(trained):
     assert re.search(line, details, flags=re.MULTILINE)
     assert f"Averaged stats: lr: {last['train_lr']:.6f}  loss: " in details and "Max accuracy: " in details
     _, where, *written = text.rpartition("Training time ")[2].splitlines()
-    assert where == f"written to {folder}" and f"top-1 (%) or AP: {best:.4g}" in written[0]
+    assert where == f"written to {folder}" and f"the best top-1 (%): {best:.4g}" in written[0]
     names = ["best.pth", "checkpoint.pth", "log.txt", f"detail_{folder.name}.log", "config.yaml"]
     assert [line.split()[0] for line in written] == names
     assert re.search(r"^Epoch: \[5\] Total time: \d:\d\d:\d\d \(\S+ s / it\)$", text, flags=re.MULTILINE)

@@ -92,6 +92,8 @@ def test_a_run_writes_the_published_files(trained):
         "hidden_dim=16 (default: 256)",
         "Average Precision  (AP) @[ IoU=0.50:0.95",
         "Training time 0:0",
+        "the epoch with the best AP: ",
+        "COCO's curves: ",
     ):
         assert words in text
     assert f"number of params: {log_of(folder)[0]['n_parameters']}\nnumber of buckets: 81\n" in text
