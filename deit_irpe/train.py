@@ -151,9 +151,7 @@ def agree_on_classes(checkpoint: Checkpoint | None, train_set: Dataset | None, v
     stored = stored_classes(checkpoint) if checkpoint is not None else None
     if train_set is None:
         classes = stored or val_set.classes
-        bias = checkpoint and checkpoint.contents.get("model", {}).get("head.bias")
-        agree = bias is None or bias.numel() == len(classes)  # else loading it says what to do
-        if checkpoint is not None and stored is None and agree:
+        if checkpoint is not None and stored is None:
             assumed = f"they are assumed to be in the data's order: {', '.join(classes[:3])}, ..."
             logger.info(f"checkpoint {checkpoint.source} does not name its classes; {assumed}")
     else:
