@@ -87,8 +87,11 @@ class Preemption:
                 self.uninstall()
 
     def end_watch(self) -> None:
-        """Stop using the ranks' store."""
+        """Stop using the ranks' store. Signals that come again while Python ends do not change how it ends."""
         self._ended.set()
+        for number in self._before if self.signal is not None else ():
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
         if self._watcher is not None:
             self._watcher.join(5)
 
@@ -123,8 +126,6 @@ class Preemption:
 
     def _note(self, number, frame) -> None:
         self.signal = number
-        if number == signal.SIGXCPU:  # it comes again every second, even while Python ends
-            signal.signal(number, signal.SIG_IGN)
 
     def _watch(self, pipe: int, ended: threading.Event) -> None:
         ignored_since, interrupts = None, 0

@@ -62,6 +62,28 @@ with STOP.noting():
 """
 
 
+COMES_TWICE = """
+import os, sys
+from irpe_train.preemption import STOP
+
+class Teardown:
+    def __del__(self, kill=os.kill, number=int(sys.argv[1]), process=os.getpid()):
+        kill(process, number)
+
+teardown = Teardown()
+with STOP.noting():
+    os.kill(os.getpid(), int(sys.argv[1]))
+    STOP.leave_if_asked()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_second_signal_while_python_ends_changes_nothing(number):
+    """torchrun and SLURM may both send one."""
+    ended = subprocess.run([sys.executable, "-c", COMES_TWICE, str(int(number))], capture_output=True, text=True)
+    assert ended.returncode == 75, ended.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux repeats SIGXCPU every second")
 def test_a_run_that_is_out_of_processor_time_is_not_killed_while_python_ends():
     ended = subprocess.run([sys.executable, "-c", ENDS_SLOWLY], capture_output=True, text=True)
