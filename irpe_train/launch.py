@@ -45,8 +45,7 @@ def launch(
 
 @contextlib.contextmanager
 def report_shortage():
-    """Turns PyTorch's errors about memory, files, compilers and killed workers, which can come at any line, into
-    messages."""
+    """Turns PyTorch's errors about what the machine lacks, and about killed workers, into messages."""
     print_unraisable, print_of_thread, pinning = sys.unraisablehook, threading.excepthook, []
 
     def unless_of_workers(unraisable) -> None:  # raised inside a callback or destructor; the loader raises it again
@@ -55,7 +54,10 @@ def report_shortage():
             print_unraisable(unraisable)
 
     def unless_pinning(failed) -> None:  # the thread that fetches batches for a GPU; the loader says "exited" alone
-        pinning.append(failed.exc_value) if "_pin_memory_loop" in str(failed.thread) else print_of_thread(failed)
+        if "_pin_memory_loop" in str(failed.thread):
+            pinning.append(failed.exc_value)
+        else:
+            print_of_thread(failed)
 
     sys.unraisablehook = unless_of_workers  # stays after an error, which keeps iterators alive beyond this
     threading.excepthook = unless_pinning
@@ -66,15 +68,18 @@ def report_shortage():
         raise
     except (OSError, EOFError, AssertionError, RuntimeError, MemoryError) as error:
         cause = pinning[0] if pinning and "Pin memory thread" in str(error) else error
-        told = _in_words(cause)
-        if told is None and cause is error:
+        if told := _in_words(cause):
+            raise told from cause
+        if cause is error:
             raise
-        raise told or cause from error
+        raise cause from error
 
 
 def _in_words(error: Exception) -> RunError | None:
     """What ran out or was lost, and what to do; None for an error of another kind."""
     text = str(error)
+    if "Too many open files" in text or "ancdata" in text:  # PyTorch's words
+        return RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers")
     if isinstance(error, (OSError, EOFError, AssertionError)):  # of a killed worker, or of a start
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not all(any(part in file for file in files) for part in ("utils/data", "multiprocessing")):
@@ -84,10 +89,8 @@ def _in_words(error: Exception) -> RunError | None:
         return RunError(f"no data loading worker can be started ({error}): use fewer --num_workers")
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         return RunError(f"out of memory ({first_line(error)}). Try smaller batches, images or models.")
-    if "Too many open files" in text or "ancdata" in text:  # PyTorch's words
-        return RunError("too many open files: raise the limit (ulimit -n), or use fewer --num_workers")
     if NO_COMPILER.search(text):
-        return RunError("--compile needs a C and a C++ compiler: install gcc and g++, or leave it out")
+        return RunError("--compile and --attn-backend triton need a C and a C++ compiler: install gcc and g++")
     if "can't start new thread" in text:
         return RunError("no thread can be started: raise the limit on processes (ulimit -u) or memory (ulimit -v)")
     if "</torch_" in text and "No space left" in text:  # the names of its shared memory

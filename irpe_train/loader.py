@@ -150,7 +150,7 @@ def try_all(read: Callable[[int], object], indices: Sequence[int], num_workers: 
     They are read by up to ``num_workers`` processes; random generators are left unchanged.
     """
     batches = BatchSampler(indices, 64, drop_last=False)
-    return chain.from_iterable(_loader(partial(_tried, read), batches, list, num_workers=num_workers))
+    return chain.from_iterable(_start(_loader(partial(_tried, read), batches, list, num_workers=num_workers)))
 
 
 def _tried(read: Callable[[int], object], index: int) -> tuple[object, str]:

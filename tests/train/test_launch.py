@@ -14,7 +14,7 @@ import threading
 import pytest
 from torch.utils.data import DataLoader
 
-from irpe_train.errors import BadData, RankLost, RunError, WorkerLost, import_optional
+from irpe_train.errors import BadData, RankLost, RunError, import_optional
 from irpe_train.launch import SlurmJob, launch, report_shortage, submit
 from irpe_train.logger import logger, set_up_logging
 from tests.helpers import tiny_run
@@ -96,7 +96,7 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
         ),
         (
             "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
-            "--compile needs a C and a C++ compiler: install gcc and g++, or leave it out",
+            "--compile and --attn-backend triton need a C and a C++ compiler: install gcc and g++",
         ),
     ],
 )
@@ -334,6 +334,7 @@ def test_workers_that_cannot_be_started_are_one_message(monkeypatch):
     [
         (("torch/utils/data/dataloader.py", "multiprocessing/connection.py"), "(process unknown) is gone (E"),
         (("utils/data/dataloader.py", "multiprocessing/resource_sharer.py"), "is gone ([Errno 2] No such file"),
+        (("utils/data/pin_memory.py", "multiprocessing/resource_sharer.py", "full"), "too many open files: raise"),
         (("utils/data/dataloader.py",), None),
     ],
 )
@@ -342,6 +343,7 @@ def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expe
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # PyTorch's handler stays for other tests
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     error = FileNotFoundError(2, "No such file") if "sharer" in files[-1] else EOFError()
+    error = OSError(24, "Too many open files") if files[-1] == "full" else error
 
     def step():
         raise error
@@ -350,7 +352,7 @@ def test_a_worker_killed_while_its_batch_is_fetched_is_a_lost_worker(files, expe
         space = {"inner": step}
         exec(compile("def step(): inner()", file, "exec"), space)
         step = space["step"]
-    with pytest.raises(WorkerLost if expected else EOFError) as found, report_shortage():
+    with pytest.raises(RunError if expected else EOFError) as found, report_shortage():
         if not pinned:
             step()
         thread = threading.Thread(target=step, name="Thread-1 (_pin_memory_loop)")  # PyTorch's, with a GPU

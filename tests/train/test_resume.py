@@ -409,6 +409,7 @@ def main_whose_worker_takes_a_lock_along(args):
         return read(self, index)
 
     tiny_run.Points.__getitem__ = die
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # it is found by a timeout, as where this comes late
     tiny_run.main(args)
 
 
