@@ -40,11 +40,12 @@ def build_model(
         filled: a checkpoint will fill the model, so ``--backbone_weights`` is not needed; None: as the flags say.
         things: the countable categories of a panoptic set.
     """
-    args = argparse.Namespace(**vars(get_args_parser().parse_args([])) | vars(args))
+    defaults = vars(get_args_parser().parse_args([]))
+    args = argparse.Namespace(**{name: getattr(args, name, default) for name, default in defaults.items()})
     if filled is None:
         filled = any(getattr(args, flag) for flag in FILL)
     num_classes = args.num_classes
-    if num_classes == "auto":
+    if not isinstance(num_classes, int):  # "auto", or None in namespaces from elsewhere
         num_classes = PUBLISHED_NUM_CLASSES.get(args.dataset_file, 20)
     model = create_model(
         args.backbone,

@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -112,6 +113,15 @@ def test_an_image_that_is_all_padding_stays_finite():
     sum(outputs[key].sum() for key in ("pred_logits", "pred_boxes", "pred_masks")).backward()
     assert all(outputs[key].isfinite().all() for key in ("pred_logits", "pred_boxes", "pred_masks"))
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_flags_that_a_namespace_lacks_take_their_defaults():
+    class Flags:
+        backbone, backbone_weights, hidden_dim, num_classes = "resnet_micro", "none", 32, None
+
+    for flags in (Flags, argparse.Namespace(**{k: v for k, v in vars(Flags).items() if k[0] != "_"})):
+        model = build_model(flags)[0]
+        assert model.class_embed.weight.shape == (92, 32) and len(model.transformer.encoder.layers) == 6
 
 
 @pytest.mark.parametrize("options", [{}, {"pre_norm": True, "position_embedding": "learned"}, {"masks": True}])
