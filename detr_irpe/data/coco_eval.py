@@ -59,19 +59,26 @@ class CocoEvaluator:
             of another size.
         """
         for image_id, found in predictions.items():
-            if (image_id := int(image_id)) not in self._known:  # it may be a tensor
+            image_id = image_id.item() if isinstance(image_id, Tensor) else image_id
+            if image_id not in self._known:
                 raise ValueError(f"{self.annotations.path}: image {image_id} was evaluated but is not in it")
             boxes, scores, labels = (torch.as_tensor(found[kind]).detach().cpu() for kind in KINDS)
-            boxes, scores = box_convert(boxes.float().reshape(-1, 4), "xyxy", "xywh"), scores.float()
-            if not len(boxes) == len(scores) == len(labels):
-                counts = f"{len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels"
-                raise ValueError(f"detections of image {image_id}: {counts}; expected one of each for every object")
+            if boxes.numel() == 0:  # [] as well
+                boxes = boxes.reshape(0, 4)
+            if boxes.shape != (len(scores), 4) or labels.shape != scores.shape:
+                shapes = f"boxes {tuple(boxes.shape)}, scores {tuple(scores.shape)}, labels {tuple(labels.shape)}"
+                raise ValueError(f"detections of image {image_id}: {shapes}; expected (n, 4), (n,), (n,)")
+            boxes, scores = box_convert(boxes.float(), "xyxy", "xywh"), scores.float()
             if not (boxes.isfinite().all() and scores.isfinite().all()):  # the two libraries rank NaN differently
-                raise ValueError(f"detections of image {image_id}: a box or score is NaN or infinite; is the model?")
+                raise ValueError(f"detections of image {image_id}: NaN or infinite; use an earlier checkpoint")
             packed = {"bbox": boxes.tolist(), "scores": scores.numpy(), "labels": labels.numpy()}
             if "segm" in self.iou_types:
-                masks = torch.as_tensor(found["masks"]).flatten(0, -3)
-                size, wanted = list(masks.shape[1:]), self.annotations.sizes[self._known[image_id]].tolist()
+                wanted = self.annotations.sizes[self._known[image_id]].tolist()
+                masks = torch.as_tensor(found["masks"])
+                masks = masks.flatten(0, -3) if masks.numel() else masks.new_zeros(0, *wanted)
+                if len(masks) != len(boxes):
+                    raise ValueError(f"detections of image {image_id}: {len(boxes)} boxes and {len(masks)} masks")
+                size = list(masks.shape[1:])
                 if len(masks) and 0 not in wanted and size != wanted:
                     raise ValueError(
                         f"masks of image {image_id}: height and width {size}; expected the image's, {wanted}"

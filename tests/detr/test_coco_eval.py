@@ -266,9 +266,11 @@ def test_detections_come_as_callers_have_them(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": torch.tensor([float("nan")])}, "a box or score is NaN"),
-        ({"boxes": torch.tensor([[1.0, 2.0, float("inf"), 4.0]])}, "a box or score is NaN"),
-        ({"scores": torch.tensor([0.5, 0.4])}, "1 boxes, 2 scores and 1 labels"),
+        ({"scores": torch.tensor([float("nan")])}, "NaN or infinite"),
+        ({"boxes": torch.tensor([[1.0, 2.0, float("inf"), 4.0]])}, "NaN or infinite"),
+        ({"scores": torch.tensor([0.5, 0.4])}, r"boxes \(1, 4\), scores \(2,\), labels \(1,\); expected \(n, 4\)"),
+        ({"boxes": torch.ones(4, 1)}, r"boxes \(4, 1\), scores \(1,\)"),
+        ({"masks": torch.ones(2, 40, 56)}, "1 boxes and 2 masks"),
         ({"masks": torch.ones(1, 1, 3, 4)}, r"masks of image 100: height and width \[3, 4\]; expected the image's"),
     ],
 )
@@ -282,3 +284,12 @@ def test_detections_that_the_libraries_score_differently_are_refused(tmp_path, b
 def test_unknown_kinds_of_scores_are_refused(tmp_path):
     with pytest.raises(ValueError, match="iou_types: unknown keypoints; expected bbox, segm or both"):
         CocoEvaluator(annotations_of(write_tiny_coco(tmp_path)), ("bbox", "keypoints"))
+
+
+@pytest.mark.parametrize("image_id", [1.7, "abc", 7])
+def test_unknown_images_are_refused(tmp_path, image_id):
+    evaluator = CocoEvaluator(annotations_of(write_tiny_coco(tmp_path, first_id=1)), ("bbox", "segm"))
+    nothing = {"boxes": [], "scores": [], "labels": [], "masks": []}
+    evaluator.update({1: nothing})
+    with pytest.raises(ValueError, match=f"image {image_id} was evaluated but is not in it"):
+        evaluator.update({image_id: nothing})
