@@ -82,15 +82,15 @@ def load_model(source: str, *, ema: bool = False, **flags) -> tuple[nn.Module, a
     Raises: TypeError: a flag is unknown. ValueError: neither the checkpoint nor ``flags`` name a model. BadCheckpoint:
         its flags describe no model, or one that its weights do not fit; found before memory is allocated for it.
     """
-    checkpoint = Checkpoint.read(source)
-    weights = checkpoint.weights("model_ema" if ema else "model")
     given = {name: value for name, value in flags.items() if value is not None}
-    known = _stored_flags(checkpoint)
     defaults = vars(get_args_parser().parse_args([])) | {"model": None, "drop": 0.0, "drop_path": 0.0}
     if unknown := given.keys() - defaults:
         raise TypeError(
             f"load_model: unknown flag {', '.join(sorted(unknown))}; known are those of deit_irpe, such as rpe"
         )
+    checkpoint = Checkpoint.read(source)
+    weights = checkpoint.weights("model_ema" if ema else "model")
+    known = _stored_flags(checkpoint)
     args = argparse.Namespace(**defaults | known | given)
     stored = {name: known[name] for name in given if known.get(name) is not None}
     if others := changed_flags(get_args_parser(), args, stored=stored):

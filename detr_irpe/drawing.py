@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
+from irpe_train.pixels import to_rgb
+
 READABLE_SIDE = 480  # pixels; a smaller image is enlarged by an integer factor, so that the labels can be read
 LARGEST_SIDE = 2048  # pixels; no image is enlarged beyond this, however thin it is
 # Ten colours that colour-blind readers can distinguish: Paul Tol's "muted" scheme, its grey last.
@@ -31,7 +33,7 @@ def draw_objects(
     """
     wanted = -(-READABLE_SIDE // min(image.size))
     factor = max(1, min(wanted, LARGEST_SIDE // max(image.size)))
-    picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    picture = to_rgb(image).resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     colours = [PALETTE[index % len(PALETTE)] for index in classes]
     if masks is not None and len(masks):
         enlarged = F.interpolate(masks[:, None].float(), scale_factor=factor, mode="nearest")[:, 0] > 0

@@ -136,14 +136,14 @@ def register_bucket_method(
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"register_bucket_method: a name has a-z, 0-9 and _, and starts with a letter; got {name!r}")
+    if not (callable(ids) and callable(num_buckets)):
+        kinds = f"got {type(ids).__name__} and {type(num_buckets).__name__}"
+        raise TypeError(f"register_bucket_method: {name!r}: expected two functions, as in BucketMap; {kinds}")
     taken = METHODS.get(name)
     if name in _PUBLISHED or name in _map_names() and taken is None:
         raise ValueError(f"register_bucket_method: {name!r} is a method of iRPE; choose another name")
     if taken is not None and _origin(taken.ids) != _origin(ids):  # equal if a notebook cell is run twice
         raise ValueError(f"register_bucket_method: {name!r} is registered already, by {'.'.join(_origin(taken.ids))}")
-    if not (callable(ids) and callable(num_buckets)):
-        kinds = f"got {type(ids).__name__} and {type(num_buckets).__name__}"
-        raise TypeError(f"register_bucket_method: {name!r}: ids and num_buckets are functions, see BucketMap; {kinds}")
     row = BucketMap(ids, num_buckets)
     for ratio in (0.5, 1.9, 20.0):
         for height, width in ((4, 5), (40, 1), (1, 40)):

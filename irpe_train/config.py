@@ -116,7 +116,7 @@ def answer_early(package: str) -> None:
 
 
 def with_home(argv: Sequence[str]) -> list[str]:
-    """Expand ``~/`` as shells do, and also after ``--flag=`` and in a file, where no shell does."""
+    """Expand ``~`` as shells do, and also after ``--flag=`` and in a file, where no shell does."""
 
     def expand(found: re.Match) -> str:
         return (found[1] or "") + os.path.expanduser(found[2])

@@ -50,8 +50,8 @@ def export_model(
     if Path(out).is_dir():
         raise RunError(f"--out {str(out)!r}: expected the name of a file")
     out = Path(out)
-    formats = formats or [next((format for format, suffix in SUFFIX.items() if suffix == out.suffix), "onnx")]
-    stem = out.stem if out.suffix in SUFFIX.values() else out.name
+    formats = formats or [next((format for format, suffix in SUFFIX.items() if suffix == out.suffix.lower()), "onnx")]
+    stem = out.stem if out.suffix.lower() in SUFFIX.values() else out.name
     paths = {format: out.with_name(stem + SUFFIX[format]) for format in formats}
     for format, path in paths.items():
         if missing := [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]:

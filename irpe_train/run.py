@@ -120,7 +120,7 @@ def warn_of_other_flags(
 class Run:
     """A run in progress: ``steps`` gives the batches; the methods end an epoch, and the run."""
 
-    def __init__(self, state: TrainState, checkpoints: Checkpoints, log: RunLog, steps: Steps, judged_by: str = ""):
+    def __init__(self, state: TrainState, checkpoints: Checkpoints, log: RunLog, steps: Steps, judged_by: str):
         self.state, self.checkpoints, self.log, self.steps = state, checkpoints, log, steps
         self.judged_by = judged_by
         self._began = time.monotonic()

@@ -15,7 +15,7 @@ from irpe_train.pixels import is_hidden
 from irpe_train.text_files import read_text
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # image extensions of a sample, as in WebDataset
-BESIDE = r"\.(md5|sha\d+|idx|index|json|txt)$"  # checksums and indexes, x.tar.md5
+BESIDE = r"\.((md5|sha\d+)(sums?)?|idx|index|json|txt)$"  # checksums and indexes, x.tar.md5
 SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation")}  # words in the name of a shard
 
 
@@ -93,7 +93,7 @@ def _split_of(file: Path) -> bool | None:
     if found and not file.is_file():
         raise ValueError(f"{file}: named like a shard, but not a file (a broken symlink?); fix or remove it")
     if found and not name.endswith(".tar"):
-        raise ValueError(f"{file}: a compressed shard: unpack it to a plain .tar, which allows random access")
+        raise ValueError(f"{file}: no plain .tar, which allows random access: unpack or finish it, or move it away")
     return found[0] if found else None
 
 

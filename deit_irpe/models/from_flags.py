@@ -121,7 +121,7 @@ def load_classifier(model: nn.Module, checkpoint: Checkpoint, number: int, *, fl
         bias = weights.get(f"{prefix}bias")
         if bias is not None and bias.numel() != number:
             has = f"its head has {bias.numel()} outputs without class names"
-            more = bias.numel() > number
+            more = bias.numel() > number and flag != "--teacher-path"
             how = ". To evaluate on some of its classes, put their names into it (docs/evaluate.md)" if more else ""
             raise BadCheckpoint(f"checkpoint {source}: {has}; the data have {number}{how}")
     weights, notes = resample_positions(model, weights, trained_grid(model, checkpoint), source=source)

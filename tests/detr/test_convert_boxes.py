@@ -50,6 +50,9 @@ def test_yolo_folders_hold_more_than_images_and_boxes(page, images, tmp_path):
     (tmp_path / "labels" / "a.txt").write_text("0 0.25 0.5 0.25 0.5\r\n\r\n \n")
     coco = page["yolo_to_coco"](images, tmp_path / "labels", ["cat"])
     assert [image["file_name"] for image in coco["images"]] == ["a.jpg", "b.jpg"] and len(coco["annotations"]) == 1
+    (tmp_path / "labels" / "c.txt").write_text("0 0.25 0.5 0.25 0.5")  # of a format that Pillow cannot read
+    with pytest.raises(ValueError, match="labels: no image for c$"):
+        page["yolo_to_coco"](images, tmp_path / "labels", ["cat"])
 
 
 def test_yolo_boxes_of_a_turned_photo_are_in_the_frame_that_people_see(page, images, tmp_path):

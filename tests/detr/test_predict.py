@@ -16,6 +16,7 @@ from detr_irpe.load_model import Detector
 from detr_irpe.predict import Truth, centres, class_indices, get_predict_parser, main, read_in_frame
 from irpe_train.errors import BadCheckpoint, BadData, RunError
 from irpe_train.launch import launch
+from irpe_train.pixels import to_rgb
 from tests.helpers.tiny_detr import published_flags, tiny_transformer
 
 NAMES = {1: "seven", 4: "three"}
@@ -207,6 +208,11 @@ def test_boxes_and_masks_have_their_colours_on_any_image(mode):
     found = draw_objects(image, box, [1], ["x"], masks)
     assert found.getpixel((100, 200)) == ImageColor.getrgb(PALETTE[1])
     assert found == draw_objects(image.convert("RGB"), box, [1], ["x"], masks)
+
+
+def test_sixteen_bits_are_drawn_as_the_detector_sees_them():
+    image = Image.fromarray(np.full((500, 600), 2**15, np.uint16))  # convert("RGB") makes it white
+    assert draw_objects(image, torch.zeros(0, 4), [], []).getpixel((5, 5)) == to_rgb(image).getpixel((5, 5))
 
 
 def test_a_box_is_drawn_on_its_corners_and_its_label_above_it_or_within():

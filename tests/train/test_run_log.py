@@ -213,7 +213,7 @@ def test_banner_and_changed_flags(capsys):
 def test_a_run_of_days_says_how_many(capsys, monkeypatch):
     set_up_logging(0)
     monkeypatch.setattr("time.monotonic", iter([100.0, 100.0 + 54 * 3600 + 61]).__next__)
-    Run(None, types.SimpleNamespace(folder=None), None, None).close()
+    Run(None, types.SimpleNamespace(folder=None), None, None, "AP").close()
     assert capsys.readouterr().out == "Training time 2 days, 6:01:01\n"
 
 
