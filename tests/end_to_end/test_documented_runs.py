@@ -88,6 +88,7 @@ def things(tmp_path_factory) -> Path:
 
     write_images(root / "photos", {"cat": 16, "dog": 16})
     shutil.copytree(root / "ImageNet/val/ant", root / "new")
+    shutil.copytree(root / "ImageNet/val/ant", root / "some_classes/val/ant")
     for number, file in enumerate(sorted((root / "new").iterdir())):
         Image.open(file).save(root / f"new/{number}.jpg")
     shutil.copy(file, root / "more.png")
