@@ -178,7 +178,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 class _Event:
-    """What PyTorch needs of a ``multiprocessing.Event``, without a lock. ``value``: 0, in shared memory."""
+    """What PyTorch needs of a ``multiprocessing.Event``, without a lock. ``shared``: a byte in shared memory, 0."""
 
     def __init__(self, shared):
         self._shared = shared
